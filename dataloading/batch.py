@@ -1,0 +1,96 @@
+"""The tensors that travel from the loader to the model: named fields, shapes, device moves, blank experts."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prismer.experts import BACKGROUND, EXPERTS, FEATURE_WIDTH
+
+IGNORE_INDEX = -100
+"""A label that takes no part in the loss."""
+
+
+class _Movable:
+    """`to` for a dataclass of tensors, dicts of tensors and plain values."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = True):
+        """A copy with every tensor on `device`."""
+
+        def move(value):
+            if isinstance(value, (Tensor, _Movable)):
+                return value.to(device, non_blocking=non_blocking)
+            if isinstance(value, dict):
+                return {key: move(item) for key, item in value.items()}
+            return value
+
+        return type(self)(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+
+@dataclass
+class ImageBatch(_Movable):
+    """What the vision encoder reads; label maps stay uint8 until the device expands them.
+
+    Attributes:
+        rgb: (B, 3, h, w) uint8.
+        labels: expert -> (B, planes, s, s) uint8, `s` the label size.
+        rows: high-level expert -> (B, 256) int64: for each id of the map, its row of `features`.
+        features: (F, 64) fp32 semantics; row 0 is the background.
+        instance_rows: (256,) int64: for each object id, its row of the instance table; None picks the fixed default.
+    """
+
+    rgb: Tensor
+    labels: dict[str, Tensor]
+    rows: dict[str, Tensor]
+    features: Tensor
+    instance_rows: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.rgb.shape[0]
+
+    @classmethod
+    def without_labels(cls, rgb: Tensor, experts: tuple[str, ...], label_size: int) -> "ImageBatch":
+        """Images whose experts say nothing: constant low-level maps, background ids."""
+        labels, rows = {}, {}
+        for name in experts:
+            expert = EXPERTS[name]
+            shape = (rgb.shape[0], expert.planes, label_size, label_size)
+            labels[name] = torch.full(shape, expert.fill, dtype=torch.uint8, device=rgb.device)
+            if expert.is_ids:
+                rows[name] = torch.zeros(rgb.shape[0], 256, dtype=torch.int64, device=rgb.device)
+        features = torch.zeros(1, FEATURE_WIDTH, device=rgb.device)
+        return cls(rgb=rgb, labels=labels, rows=rows, features=features)
+
+    def blank(self) -> "ImageBatch":
+        """The same shapes with nothing to see: grey images, experts that say nothing (the "blank image" baseline)."""
+        labels = {name: torch.full_like(map_, EXPERTS[name].fill) for name, map_ in self.labels.items()}
+        return dataclasses.replace(self, rgb=torch.full_like(self.rgb, 118), labels=labels)
+
+
+@dataclass
+class TextBatch(_Movable):
+    """G texts for each of B images, right-padded; a `<pad>` inside a text is the read-out query of spec 5.6.
+
+    Attributes:
+        ids: (B, G, T) int64 tokens; `<pad>` is never a key.
+        labels: (B, G, T) int64, the token itself where it is a target, IGNORE_INDEX elsewhere (shifted by the loss).
+        weights: (B, G) fp32 weight of each text in the loss; 0 for a text that only fills the group.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    weights: Tensor
+
+
+@dataclass
+class Batch(_Movable):
+    """One training or evaluation batch; `keys` are the samples' names, `meta` their JSON."""
+
+    images: ImageBatch
+    texts: TextBatch | None
+    keys: list[str]
+    meta: list[dict]
+
+
+assert BACKGROUND == 255  # rows[:, 255] is the background row: the tables are indexed by raw uint8

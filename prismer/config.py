@@ -1,0 +1,219 @@
+"""What defines a Prismer: one frozen dataclass, stored as JSON beside the weights, and the presets.
+
+Sizes follow Prismer (arXiv:2303.02506): BASE is CLIP ViT-B/16 with RoBERTa-base, LARGE is CLIP ViT-L/14@336px with
+RoBERTa-large, HUGE is OpenCLIP ViT-H/14 with RoBERTa-large. `tiny` is the demonstration that trains on a laptop.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from prismer.experts import EXPERTS
+
+ALL_EXPERTS = tuple(EXPERTS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrismerConfig:
+    """Architecture of one Prismer; enough to rebuild the module tree.
+
+    Raises:
+        ValueError: if a field contradicts another; the sentence names the field and the remedy.
+    """
+
+    name: str = "custom"
+    experts: tuple[str, ...] = ALL_EXPERTS
+    # () is PrismerZ: no resampler, no expert stems, no instance table
+
+    image_size: int = 224
+    # side of the RGB input, px; a remainder after whole patches is dropped, as a strided convolution does
+    label_size: int = 224
+    # side of every expert label, px, whatever the RGB resolution
+    patch_size: int = 16
+    vision_width: int = 768
+    vision_depth: int = 12
+    vision_heads: int = 12
+    vision_activation: str = "quick_gelu"
+    # "quick_gelu" (OpenAI CLIP) or "gelu" (LAION ViT-H/14)
+
+    resampler_depth: int = 4
+    resampler_heads: int = 8
+    num_latents: int = 64
+    num_instances: int = 128
+    # rows of the instance table, present with the expert obj_detection
+
+    text_width: int = 768
+    text_depth: int = 12
+    text_heads: int = 12
+    text_mlp_width: int = 3072
+    vocab_size: int = 50265
+    max_positions: int = 514
+    bos_id: int = 0
+    pad_id: int = 1
+    eos_id: int = 2
+
+    dropout: float = 0.1
+    # text side only: attention probabilities, sub-layer outputs, embeddings
+    label_smoothing: float = 0.1
+    semantics: str = "clip"
+    # what turns class names and words into 64 numbers: "clip" (table from a CLIP text tower) or "spelling"
+    caption_prefix: str = "A picture of"
+    # the prompt that captions start with; "" for pre-training weights
+
+    def __post_init__(self):
+        object.__setattr__(self, "experts", tuple(self.experts))
+        for expert in self.experts:
+            if expert not in EXPERTS:
+                raise ValueError(f"unknown expert {expert!r} in experts; choose from {', '.join(EXPERTS)}")
+        if len(set(self.experts)) != len(self.experts):
+            raise ValueError(f"experts lists one twice: {', '.join(self.experts)}; name each once")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not field.name.endswith("_id") and value < 1:
+                raise ValueError(f"{field.name} is {value}; it must be at least 1")
+        for width, heads in (
+            ("vision_width", "vision_heads"),
+            ("vision_width", "resampler_heads"),
+            ("text_width", "text_heads"),
+        ):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(
+                    f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}; "
+                    f"change one so that each head has a whole width"
+                )
+        if self.vision_width % 8:
+            raise ValueError(f"vision_width {self.vision_width} is not a multiple of 8, which the stems halve thrice")
+        if self.vision_activation not in ("quick_gelu", "gelu"):
+            raise ValueError(f"vision_activation is {self.vision_activation!r}; choose quick_gelu or gelu")
+        if self.semantics not in ("clip", "spelling"):
+            raise ValueError(f"semantics is {self.semantics!r}; choose clip or spelling")
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
+        if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
+            raise ValueError("dropout and label_smoothing must lie in [0, 1)")
+        if max(self.bos_id, self.pad_id, self.eos_id) >= self.vocab_size:
+            raise ValueError(f"bos_id, pad_id and eos_id must be below vocab_size {self.vocab_size}")
+        if self.experts and self.label_grid < 1:
+            raise ValueError(f"label_size {self.label_size} is too small for patch_size {self.patch_size}")
+
+    @property
+    def grid(self) -> int:
+        """Side of the RGB token grid."""
+        return self.image_size // self.patch_size
+
+    @property
+    def label_grid(self) -> int:
+        """Side of every expert's token grid: 14 at BASE, 16 at patch 14 (spec 1.3)."""
+        side = self.label_size * 16 // self.patch_size
+        for _ in range(4):
+            side = (side + 1) // 2
+        return side
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens per image that the decoder attends to: RGB tokens, then latents."""
+        return self.grid**2 + (self.num_latents if self.experts else 0)
+
+    def replace(self, **changes) -> "PrismerConfig":
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> str:
+        """The config as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "config.json") -> "PrismerConfig":
+        """Read what `to_json` wrote; `source` names the file in errors."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} is not JSON ({error}); restore the file or export the model again") from None
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or set(values) - known:
+            extra = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"{source} holds unknown settings ({extra}); known are {', '.join(sorted(known))}")
+        return cls(**values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "PrismerConfig":
+        """Read a `config.json`."""
+        return cls.from_json(Path(path).read_text(), source=str(path))
+
+
+def prismer_tiny(**changes) -> PrismerConfig:
+    """The embedded demonstration: rendered scenes at 128 px, its own small towers, trains on two CPU cores."""
+    return PrismerConfig(
+        **{
+            **dict(
+                name="tiny",
+                image_size=128,
+                label_size=128,
+                patch_size=16,
+                vision_width=128,
+                vision_depth=6,
+                vision_heads=4,
+                resampler_depth=2,
+                resampler_heads=4,
+                num_latents=16,
+                text_width=128,
+                text_depth=4,
+                text_heads=4,
+                text_mlp_width=512,
+                vocab_size=512,
+                max_positions=66,
+                dropout=0.0,
+                semantics="spelling",
+                caption_prefix="",
+            ),
+            **changes,
+        }
+    )
+
+
+def prismer_base(**changes) -> PrismerConfig:
+    """CLIP ViT-B/16 and RoBERTa-base."""
+    return PrismerConfig(**{"name": "base", **changes})
+
+
+def prismer_large(**changes) -> PrismerConfig:
+    """CLIP ViT-L/14@336px and RoBERTa-large."""
+    return PrismerConfig(
+        **{
+            **dict(
+                name="large",
+                patch_size=14,
+                vision_width=1024,
+                vision_depth=24,
+                vision_heads=16,
+                text_width=1024,
+                text_depth=24,
+                text_heads=16,
+                text_mlp_width=4096,
+            ),
+            **changes,
+        }
+    )
+
+
+def prismer_huge(**changes) -> PrismerConfig:
+    """OpenCLIP ViT-H/14 (16 heads of 80, exact GELU, as it was trained) and RoBERTa-large."""
+    return prismer_large(
+        **{
+            **dict(name="huge", vision_width=1280, vision_depth=32, vision_heads=16, vision_activation="gelu"),
+            **changes,
+        }
+    )
+
+
+PRESETS = {"tiny": prismer_tiny, "base": prismer_base, "large": prismer_large, "huge": prismer_huge}
+
+
+def preset(name: str, **changes) -> PrismerConfig:
+    """The preset `name`; a `-z` at the end leaves the experts out, e.g. "base-z"."""
+    size, _, suffix = name.partition("-")
+    if size not in PRESETS or suffix not in ("", "z"):
+        raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}, each also with -z (no experts)")
+    without = dict(name=name, experts=()) if suffix else {}
+    return PRESETS[size](**{**without, **changes})

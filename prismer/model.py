@@ -1,0 +1,98 @@
+"""Prismer: the whole model, batch -> loss, and the ways to load, save and ask it (arXiv:2303.02506)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prismer.config import PrismerConfig
+from prismer.dataloading.batch import Batch, ImageBatch, TextBatch
+from prismer.kernels.cross_entropy import linear_cross_entropy
+from prismer.text import TextDecoder
+from prismer.tokenizer import Tokenizer
+from prismer.vision import VisionEncoder
+
+
+class Prismer(nn.Module):
+    """A vision-language model: frozen CLIP encoder, frozen RoBERTa decoder, experts, and the trainable parts that join them.
+
+    Attributes:
+        encoder: images and expert labels -> context tokens.
+        decoder: text given context tokens.
+        tokenizer: text <-> ids, or None for a model that only computes.
+    """
+
+    def __init__(self, config: PrismerConfig, tokenizer: Tokenizer | None = None):
+        super().__init__()
+        if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"tokenizer has {tokenizer.vocab_size} tokens, config.vocab_size is {config.vocab_size}; "
+                "give the tokenizer that the model was trained with"
+            )
+        self.config = config
+        self.tokenizer = tokenizer
+        self.encoder = VisionEncoder(config)
+        self.decoder = TextDecoder(config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.encoder.positional_embedding.device
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them."""
+        self.encoder.gradient_checkpointing = enabled
+        self.decoder.gradient_checkpointing = enabled
+
+    def encode(self, images: ImageBatch) -> Tensor:
+        """(B, N, D) context tokens of a batch of images."""
+        return self.encoder(images)
+
+    def text_losses(self, context: Tensor, texts: TextBatch) -> Tensor:
+        """(B, G): each text's label-smoothed cross entropy, summed over its target tokens (spec 1.7)."""
+        B, G, T = texts.ids.shape
+        hidden = self.decoder(texts.ids.reshape(B * G, T), context)
+        losses = linear_cross_entropy(
+            hidden[:, :-1].reshape(-1, hidden.shape[-1]),
+            self.decoder.head_weight,
+            self.decoder.head_bias,
+            texts.labels.reshape(B * G, T)[:, 1:].reshape(-1),
+            label_smoothing=self.config.label_smoothing,
+        )
+        return losses.reshape(B, G, T - 1).sum(-1)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The training loss: mean over the texts of weight * summed loss."""
+        losses = self.text_losses(self.encode(batch.images), batch.texts)
+        return (batch.texts.weights * losses.float()).mean()
+
+    def caption(self, images: ImageBatch, **options) -> list[str]:
+        """One caption per image; options as in `prismer.inference.caption`."""
+        from prismer.inference import caption
+
+        return caption(self, images, **options)
+
+    def answer(self, images: ImageBatch, questions, answers: list[str] | None = None, **options):
+        """Answer questions about images; options as in `prismer.inference.answer`."""
+        from prismer.inference import answer
+
+        return answer(self, images, questions, answers, **options)
+
+    def classify(self, images: ImageBatch, class_names: list[str], **options):
+        """The best of `class_names` per image; options as in `prismer.inference.classify`."""
+        from prismer.inference import classify
+
+        return classify(self, images, class_names, **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and the tokenizer to `folder`, aside first, then renamed."""
+        from prismer.checkpoint import save_pretrained
+
+        save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options) -> "Prismer":
+        """Load a folder written by `save_pretrained`, or the shipped model "tiny"."""
+        from prismer.checkpoint import from_pretrained
+
+        return from_pretrained(source, **options)

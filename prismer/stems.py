@@ -1,0 +1,90 @@
+"""Expert label -> patch tokens: the convolution stems, what they read, and the bicubic resize of positions (spec 1.3-1.4)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prismer.experts import EXPERTS
+from prismer.kernels.label_map import label_map
+from prismer.layers import GlobalBatchNorm2d
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalise_rgb(rgb: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 3, h, w) uint8 -> the same shape in `dtype`, with CLIP's mean and standard deviation."""
+    mean = torch.tensor(CLIP_MEAN, device=rgb.device)[:, None, None]
+    std = torch.tensor(CLIP_STD, device=rgb.device)[:, None, None]
+    return ((rgb.float() / 255 - mean) / std).to(dtype)
+
+
+def normalise_low_level(label: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, C, s, s) uint8 -> [-1, 1] in `dtype`: min-max per sample, jointly over channels; a constant map is -1."""
+    x = label.float() / 255
+    low = x.amin((1, 2, 3), keepdim=True)
+    high = x.amax((1, 2, 3), keepdim=True)
+    return (2 * (x - low) / (high - low + 1e-6) - 1).to(dtype)
+
+
+class ExpertStem(nn.Module):
+    """Four 3x3 convolutions with batch norm and ReLU, then a 1x1: (B, planes, s, s) uint8 -> (B, g*g, D).
+
+    Low-level labels (stem A) halve four times from s*16/patch; ids (stem B) start from 64 features per pixel at
+    s*4/patch and halve twice. All resizes are bilinear with align_corners=True.
+    """
+
+    def __init__(self, expert: str, width: int, patch_size: int, label_size: int):
+        super().__init__()
+        self.is_ids = EXPERTS[expert].is_ids
+        self.size = label_size * (4 if self.is_ids else 16) // patch_size
+        strides = (2, 2, 1, 1) if self.is_ids else (2, 2, 2, 2)
+        channels = (EXPERTS[expert].channels, width // 8, width // 4, width // 2, width)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels[i], channels[i + 1], 3, stride=strides[i], padding=1, bias=False)
+            for i in range(4)
+        )
+        self.norms = nn.ModuleList(GlobalBatchNorm2d(c) for c in channels[1:])
+        self.project = nn.Conv2d(width, width, 1, bias=False)
+
+    def forward(self, label: Tensor, rows: Tensor | None, features: Tensor) -> Tensor:
+        """label: (B, planes, s, s) uint8; rows: (B, 256) and features: (F, 64) for ids. Returns (B, D, g, g)."""
+        dtype = self.project.weight.dtype
+        if self.is_ids:
+            x = label_map(label[:, 0], rows, features.to(dtype), self.size)
+        else:
+            x = normalise_low_level(label, dtype)
+            if x.shape[-1] != self.size:
+                x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=True)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x)))
+        return self.project(x)
+
+
+def resize_positions(table: Tensor, grid: int) -> Tensor:
+    """A (g*g, D) positional table bicubically resized to (grid*grid, D): align_corners False, no antialias."""
+    side = round(table.shape[0] ** 0.5)
+    if side == grid:
+        return table
+    image = table.T.reshape(1, -1, side, side)
+    resized = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
+    return resized[0].flatten(1).T
+
+
+def instance_tokens(ids: Tensor, table: Tensor, rows: Tensor | None, grid: int) -> Tensor:
+    """The instance row of every cell of an object map.
+
+    Args:
+        ids: (B, s, s) uint8 object ids, 255 the background (which has a row like any other id).
+        table: (I, D) instance embeddings.
+        rows: (256,) int64 row of each id, or None for the fixed default id % I.
+        grid: cells per side; cell i shows pixel floor(i * s / grid).
+
+    Returns:
+        (B, grid*grid, D).
+    """
+    size = ids.shape[-1]
+    pick = torch.arange(grid, device=ids.device) * size // grid
+    cells = ids[:, pick][:, :, pick].flatten(1).long()
+    cells = cells % table.shape[0] if rows is None else rows.to(ids.device)[cells]
+    return F.embedding(cells, table)

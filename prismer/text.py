@@ -1,0 +1,244 @@
+"""TextDecoder: RoBERTa made causal, with cross-attention and late-norm adaptors in every layer (spec 1.7).
+
+Self-attention goes through a callable, `attend(layer, q, k, v)`, so that training (a causal mask), beam search and
+answer ranking (caches) run the same layers. R rows of text belong to B images, G = R / B rows each, in order; the
+queries of an image's rows are packed into one longer query, so keys and values of an image are never repeated.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from prismer.config import PrismerConfig
+from prismer.layers import Adaptor, LayerNorm
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer index, q, k, v), each (R, H, Q, K) -> (R, H, Q, K)."""
+
+
+def position_ids(ids: Tensor, pad_id: int) -> Tensor:
+    """RoBERTa's positions: pads are at `pad_id`; the first real token at pad_id + 1, pads in between do not count."""
+    keep = ids.ne(pad_id)
+    return torch.where(keep, keep.cumsum(-1) + pad_id, pad_id)
+
+
+def causal_attend(keep: Tensor, dropout: float = 0.0) -> Attend:
+    """Self-attention of whole rows: causal, and no key outside `keep` (R, T); position 0 must be kept."""
+    T = keep.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=keep.device).tril()
+    mask = causal & keep[:, None, None, :]  # (R, 1, T, T)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+    return attend
+
+
+class SelfAttention(nn.Module):
+    """RoBERTa's attention sub-layer: norm(x + drop(output(attend(q, k, v))))."""
+
+    def __init__(self, config: PrismerConfig):
+        super().__init__()
+        width = config.text_width
+        self.heads = config.text_heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        self.norm = LayerNorm(width, eps=1e-5)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
+        """x: (R, Q, D)."""
+        q, k, v = (
+            rearrange(linear(x), "r q (h k) -> r h q k", h=self.heads)
+            for linear in (self.query, self.key, self.value)
+        )
+        out = rearrange(attend(layer, q, k, v), "r h q k -> r q (h k)")
+        return self.norm(x + self.dropout(self.output(out)))
+
+
+class CrossAttention(nn.Module):
+    """Text queries over image tokens, own dense and norm, no mask, no gate."""
+
+    def __init__(self, config: PrismerConfig):
+        super().__init__()
+        width = config.text_width
+        self.heads = config.text_heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(config.vision_width, width)
+        self.value = nn.Linear(config.vision_width, width)
+        self.output = nn.Linear(width, width)
+        self.norm = LayerNorm(width, eps=1e-5)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, vision width) -> keys and values (B, H, N, K)."""
+        return tuple(
+            rearrange(linear(context), "b n (h k) -> b h n k", h=self.heads) for linear in (self.key, self.value)
+        )
+
+    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """x: (R, Q, D); context: image tokens (B, N, vision width), or what `project` made of them."""
+        k, v = self.project(context) if isinstance(context, Tensor) else context
+        R, B = x.shape[0], k.shape[0]
+        q = rearrange(self.query(x), "(b g) q (h k) -> b h (g q) k", b=B, h=self.heads)
+        dropout = self.dropout.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        out = rearrange(out, "b h (g q) k -> (b g) q (h k)", g=R // B)
+        return self.norm(x + self.dropout(self.output(out)))
+
+
+class PostNormMLP(nn.Module):
+    """RoBERTa's feed-forward sub-layer: norm(x + drop(output(gelu(intermediate(x)))))."""
+
+    def __init__(self, config: PrismerConfig):
+        super().__init__()
+        self.intermediate = nn.Linear(config.text_width, config.text_mlp_width)
+        self.output = nn.Linear(config.text_mlp_width, config.text_width)
+        self.norm = LayerNorm(config.text_width, eps=1e-5)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.dropout(self.output(F.gelu(self.intermediate(x)))))
+
+
+class DecoderLayer(nn.Module):
+    """A RoBERTa layer with cross-attention and a late-norm adaptor between its halves."""
+
+    def __init__(self, config: PrismerConfig):
+        super().__init__()
+        self.attention = SelfAttention(config)
+        self.cross = CrossAttention(config)
+        self.adaptor = Adaptor(config.text_width, late=True)
+        self.mlp = PostNormMLP(config)
+
+    @property
+    def pretrained(self) -> tuple[nn.Module, ...]:
+        """The modules that come from RoBERTa: what `freeze_lang` freezes."""
+        return self.attention, self.mlp
+
+    def forward(self, x: Tensor, layer: int, attend: Attend, context) -> Tensor:
+        x = self.attention(x, layer, attend)
+        x = self.adaptor(self.cross(x, context))
+        return self.mlp(x)
+
+
+class ExtraLayer(nn.Module):
+    """The plain RoBERTa layer after the stack: no cross-attention, no adaptor, always trained."""
+
+    def __init__(self, config: PrismerConfig):
+        super().__init__()
+        self.attention = SelfAttention(config)
+        self.mlp = PostNormMLP(config)
+
+    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
+        return self.mlp(self.attention(x, layer, attend))
+
+
+class Embeddings(nn.Module):
+    """Word + token type 0 + position, layer norm, dropout."""
+
+    def __init__(self, config: PrismerConfig):
+        super().__init__()
+        width = config.text_width
+        self.word = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_id)
+        self.position = nn.Embedding(config.max_positions, width, padding_idx=config.pad_id)
+        self.token_type = nn.Embedding(1, width)
+        self.norm = LayerNorm(width, eps=1e-5)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        x = self.word(ids) + self.token_type.weight[0] + self.position(positions)
+        return self.dropout(self.norm(x))
+
+
+class LMHead(nn.Module):
+    """RoBERTa's head up to the tied matrix: norm(gelu(dense(x))), and the bias over the vocabulary."""
+
+    def __init__(self, config: PrismerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.text_width, config.text_width)
+        self.norm = LayerNorm(config.text_width, eps=1e-5)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.gelu(self.dense(x)))
+
+
+class TextDecoder(nn.Module):
+    """ids and image tokens -> hidden states and logits; see the module's docstring for rows, images and `attend`."""
+
+    def __init__(self, config: PrismerConfig):
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.text_depth))
+        self.extra = ExtraLayer(config)
+        self.head = LMHead(config)
+        self.apply(_init_roberta)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D): the word table, tied."""
+        return self.embeddings.word.weight
+
+    @property
+    def head_bias(self) -> Tensor:
+        """(V,)."""
+        return self.head.bias
+
+    def project_context(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer's cross-attention, once per image: (B, H, N, K) each."""
+        return [layer.cross.project(context) for layer in self.layers]
+
+    def run(self, ids: Tensor, positions: Tensor, attend: Attend, cross: list | Tensor) -> Tensor:
+        """Hidden states of R rows of Q tokens.
+
+        Args:
+            ids, positions: (R, Q) int64.
+            attend: self-attention of layer i = 0..depth (depth is the extra layer).
+            cross: image tokens (B, N, vision width), or `project_context` of them; R is a multiple of B.
+
+        Returns:
+            (R, Q, D).
+        """
+        x = self.embeddings(ids, positions)
+        for i, layer in enumerate(self.layers):
+            context = cross if isinstance(cross, Tensor) else cross[i]
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, i, attend, context, use_reentrant=False)
+            else:
+                x = layer(x, i, attend, context)
+        return self.extra(x, len(self.layers), attend)
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        """The LM head up to (not including) the tied matrix: (..., D) -> (..., D)."""
+        return self.head(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        return F.linear(self.transform(hidden), self.head_weight, self.head_bias)
+
+    def forward(self, ids: Tensor, context: Tensor) -> Tensor:
+        """Teacher forcing: ids (R, T), context (B, N, vision width) -> transformed hidden states (R, T, D)."""
+        dropout = self.config.dropout if self.training else 0.0
+        attend = causal_attend(ids.ne(self.config.pad_id), dropout)
+        hidden = self.run(ids, position_ids(ids, self.config.pad_id), attend, context)
+        return self.transform(hidden)
+
+
+def _init_roberta(module: nn.Module) -> None:
+    """N(0, 0.02) matrices, zero biases (spec 1.8)."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        elif module.padding_idx is not None:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()

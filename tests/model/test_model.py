@@ -1,0 +1,176 @@
+"""Proves the architecture: parameter counts of spec 2.4 to the last one, freeze modes, key names of spec 2.2, and that
+blocks compute their formulas. Run: pytest tests/model/test_model.py"""
+
+import pytest
+import torch
+
+from prismer.config import PrismerConfig, preset, prismer_base, prismer_tiny
+from prismer.freezing import freeze
+from prismer.model import Prismer
+
+TOTALS = {
+    "base": (327_468_729, 153_123_936, 174_344_793),
+    "base-z": (274_335_321, 99_990_528, 174_344_793),
+    "large": (967_146_713, 447_897_728, 519_248_985),
+    "large-z": (872_856_665, 353_607_680, 519_248_985),
+    "huge": (1_414_786_297, 882_954_400, 531_831_897),
+    "huge-z": (1_267_616_857, 735_784_960, 531_831_897),
+}
+TRAINABLE = {  # none, freeze_lang, freeze_vision, freeze_lang_vision
+    "base": (327_468_729, 242_414_265, 242_414_265, 157_359_801),
+    "base-z": (274_335_321, 189_280_857, 189_280_857, 104_226_393),
+    "large": (967_146_713, 664_837_337, 664_837_337, 362_527_961),
+    "large-z": (872_856_665, 570_547_289, 570_547_289, 268_237_913),
+    "huge": (1_414_786_297, 1_112_476_921, 785_108_217, 482_798_841),
+    "huge-z": (1_267_616_857, 965_307_481, 637_938_777, 335_629_401),
+}
+MODES = ("none", "freeze_lang", "freeze_vision", "freeze_lang_vision")
+
+
+def build(config: PrismerConfig) -> Prismer:
+    with torch.device("meta"):
+        return Prismer(config)
+
+
+def count(module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_parameter_counts(name):
+    model = build(preset(name))
+    assert (count(model), count(model.encoder), count(model.decoder)) == TOTALS[name]
+    for mode, expected in zip(MODES, TRAINABLE[name], strict=True):
+        freeze(model, mode)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected, mode
+
+
+@pytest.mark.parametrize(
+    "name, size, grid",
+    [("base", 480, 30), ("base", 384, 24), ("large", 480, 34), ("large", 384, 27), ("huge", 224, 16)],
+)
+def test_token_counts(name, size, grid):
+    config = preset(name, image_size=size)
+    assert config.grid == grid
+    assert config.num_context_tokens == grid**2 + 64
+    assert config.label_grid == (14 if name == "base" else 16)
+
+
+def test_components():
+    model = build(prismer_base())
+    stems = model.encoder.stems
+    assert count(stems["rgb"]) == 589_824
+    assert count(stems["depth"]) == count(stems["edge"]) == 4_077_216
+    assert count(stems["normal"]) == 4_078_944
+    assert count(stems["seg"]) == count(stems["obj_detection"]) == count(stems["ocr_detection"]) == 4_131_648
+    assert count(model.encoder.resampler) == 28_406_784
+    assert count(model.decoder.extra) == 7_087_872
+    assert count(model.decoder.head) == 642_393
+
+
+def test_no_biases_in_stems_and_no_class_token():
+    model = build(prismer_base())
+    assert not [n for n, _ in model.encoder.stems.named_parameters() if "bias" in n and "norms" not in n]
+    assert model.encoder.positional_embedding.shape == (196, 768)
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    config = prismer_tiny(vision_depth=2, text_depth=2, vision_width=32, text_width=32, text_mlp_width=64,
+                          image_size=64, label_size=64, vocab_size=40)  # fmt: skip
+    model = Prismer(config)
+    for p in model.parameters():
+        # large enough that forgetting one shows
+        torch.nn.init.normal_(p, std=0.3) if p.ndim > 1 else torch.nn.init.normal_(p, mean=0.5, std=0.5)
+    return model.eval()
+
+
+def make_images(config, seed=0, batch=2):
+    from prismer.dataloading.batch import ImageBatch
+    from prismer.experts import EXPERTS
+
+    g = torch.Generator().manual_seed(seed)
+    rgb = torch.randint(0, 256, (batch, 3, config.image_size, config.image_size), generator=g, dtype=torch.uint8)
+    labels, rows = {}, {}
+    for name in config.experts:
+        shape = (batch, EXPERTS[name].planes, config.label_size, config.label_size)
+        high = 6 if EXPERTS[name].is_ids else 256
+        labels[name] = torch.randint(0, high, shape, generator=g, dtype=torch.uint8)
+        if EXPERTS[name].is_ids:
+            rows[name] = torch.randint(0, 9, (batch, 256), generator=g)
+    return ImageBatch(rgb=rgb, labels=labels, rows=rows, features=torch.randn(9, 64, generator=g))
+
+
+def test_encoder_order_and_expert_invariance(tiny):
+    """RGB tokens come first and latents last; the order of the experts does not matter; each expert does."""
+    images = make_images(tiny.config)
+    context = tiny.encode(images)
+    assert context.shape == (2, tiny.config.num_context_tokens, 32)
+    config = tiny.config.replace(experts=tuple(reversed(tiny.config.experts)))
+    other = Prismer(config).eval()
+    other.load_state_dict(tiny.state_dict())
+    torch.testing.assert_close(other.encode(images), context, rtol=2e-4, atol=2e-4)
+    for name in tiny.config.experts:
+        changed = make_images(tiny.config)
+        changed.labels[name] = changed.labels[name].flip(-1)
+        assert (tiny.encode(changed) - context).abs().max() > 1e-3, name
+
+
+def test_every_parameter_reaches_the_loss(tiny):
+    """No bias, norm or table is forgotten: the loss moves when any single tensor moves."""
+    from prismer.dataloading.batch import Batch, TextBatch
+
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 40, (2, 3, 7), generator=g)
+    ids[..., 0] = 0
+    ids[0, 0, 5:] = 1
+    ids[1, 1, 3] = 1
+    labels = torch.where(ids.eq(1), -100, ids)
+    batch = Batch(images=make_images(tiny.config), keys=["a", "b"], meta=[{}, {}],
+                  texts=TextBatch(ids=ids, labels=labels, weights=torch.rand(2, 3, generator=g)))  # fmt: skip
+    tiny.train()
+    tiny(batch).backward()
+    silent = [n for n, p in tiny.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    # a key's bias shifts every score of a query alike and cancels in the softmax
+    assert [n for n in silent if not n.endswith(("key.bias",))] == []
+
+
+def test_instance_rows_are_deterministic_and_used(tiny):
+    images = make_images(tiny.config)
+    context = tiny.encode(images)
+    torch.testing.assert_close(tiny.encode(images), context, rtol=0, atol=0)
+    images.instance_rows = torch.arange(256) % 128
+    torch.testing.assert_close(tiny.encode(images), context, rtol=0, atol=0)
+    images.instance_rows = torch.arange(256).flip(0) % 128
+    assert (tiny.encode(images) - context).abs().max() > 1e-4
+
+
+def test_texts_of_an_image_do_not_see_each_other(tiny):
+    """Packing G texts per image gives what one text at a time gives."""
+    from prismer.dataloading.batch import TextBatch
+
+    context = tiny.encode(make_images(tiny.config))
+    ids = torch.randint(3, 40, (2, 3, 6))
+    ids[..., 0] = 0
+    together = tiny.text_losses(context, TextBatch(ids=ids, labels=ids, weights=torch.ones(2, 3)))
+    for b in range(2):
+        for g in range(3):
+            one = ids[b : b + 1, g : g + 1]
+            alone = tiny.text_losses(context[b : b + 1], TextBatch(ids=one, labels=one, weights=torch.ones(1, 1)))
+            torch.testing.assert_close(together[b, g], alone[0, 0], rtol=1e-5, atol=1e-4)
+
+
+def test_wrong_input_is_one_sentence(tiny):
+    images = make_images(tiny.config)
+    del images.labels["depth"]
+    with pytest.raises(ValueError, match="labels of depth are missing"):
+        tiny.encode(images)
+    with pytest.raises(ValueError, match="resize them"):
+        tiny.encode(make_images(tiny.config.replace(image_size=32)))
+    with pytest.raises(ValueError, match="unknown expert 'smell'"):
+        prismer_base(experts=("smell",))
+    with pytest.raises(ValueError, match="not a multiple"):
+        prismer_base(vision_heads=7)
+    with pytest.raises(ValueError, match="unknown preset"):
+        preset("enormous")
