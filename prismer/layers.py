@@ -5,7 +5,6 @@ Everything computes in the dtype of its weights; layer and batch norm keep their
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -93,6 +92,22 @@ class PackedAttention(nn.Module):
         return self.out_proj(rearrange(out, "b h n k -> b n (h k)"))
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce in both directions: every rank's loss depends on every rank's statistics."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, dtotal: Tensor) -> Tensor:
+        dx = dtotal.contiguous().clone()
+        dist.all_reduce(dx)
+        return dx
+
+
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose training statistics span the micro-batches of all ranks, on any device and backend.
 
@@ -109,25 +124,24 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
-        if not self.training:
-            scale = (self.running_var + self.eps).rsqrt() * self.weight.float()
-            shift = self.bias.float() - self.running_mean * scale
-            return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
-        x32 = x.float()
-        count = torch.tensor(float(x32.numel() // x32.shape[1]), device=x.device)
-        mean = x32.mean((0, 2, 3))
-        variance = (x32 - mean[:, None, None]).square().mean((0, 2, 3))
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            # every rank holds the same number of images, so means of means are exact
-            world = dist.get_world_size()
-            global_mean = dist_functional.all_reduce(mean) / world
-            variance = dist_functional.all_reduce(variance + (mean - global_mean).square()) / world
-            mean, count = global_mean, count * world
-        with torch.no_grad():
-            unbiased = variance * count / (count - 1).clamp_min(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(unbiased, self.momentum)
+        if self.training:
             self.num_batches_tracked += 1
-        scale = (variance + self.eps).rsqrt() * self.weight.float()
-        shift = self.bias.float() - mean * scale
+        weight, bias = self.weight.float(), self.bias.float()
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if not self.training or world == 1:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps
+            )
+        # every rank holds the same number of images, so means of means are exact
+        x32 = x.float()
+        count = world * x.numel() // x.shape[1]
+        own = x32.mean((0, 2, 3))
+        mean = _SumOverRanks.apply(own) / world
+        spread = (x32 - own[:, None, None]).square().mean((0, 2, 3)) + (own - mean).square()
+        variance = _SumOverRanks.apply(spread) / world
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        scale = (variance + self.eps).rsqrt() * weight
+        shift = bias - mean * scale
         return (x32 * scale[:, None, None] + shift[:, None, None]).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Expert label -> patch tokens: the convolution stems, what they read, and the bicubic resize of positions (spec 1.3-1.4)."""
+"""Expert label -> patch tokens: the convolution stems, and the bicubic resize of positions (spec 1.3-1.4)."""
 
 import torch
 import torch.nn.functional as F

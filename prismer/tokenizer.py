@@ -1,0 +1,209 @@
+"""RoBERTa's byte-level BPE: text to token ids and back.
+
+Every text is representable and none ever turns into a special token: `<s>` typed by a user is three ordinary
+tokens. Specials are added by those who build sequences (`prismer.tasks`), by id.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+FIRST_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+# ids 0..3, as in RoBERTa; `<mask>` comes last
+MASK = "<mask>"
+
+_ROBERTA = Path(__file__).parent / "assets" / "roberta"
+
+
+class Tokenizer:
+    """A byte-level BPE with RoBERTa's special tokens.
+
+    Attributes:
+        bos_id, pad_id, eos_id, unk_id, mask_id: ids of `<s>`, `<pad>`, `</s>`, `<unk>`, `<mask>`.
+        vocab_size: number of ids.
+    """
+
+    def __init__(
+        self, vocab: dict[str, int], merges: list[tuple[str, str]], source: str = "vocabulary"
+    ):
+        """
+        Args:
+            vocab: token (bytes written as GPT-2's printable characters) -> id; ids are 0..len-1.
+            merges: pairs in order of priority.
+            source: names the vocabulary in errors.
+
+        Raises:
+            ValueError: if ids are not consecutive, or a special token is missing.
+        """
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError(f"the ids of {source} are not 0 to {len(vocab) - 1}; restore the file")
+        missing = [token for token in (*FIRST_SPECIALS, MASK) if token not in vocab]
+        if missing:
+            raise ValueError(
+                f"{source} lacks {', '.join(missing)}; use a vocabulary of the RoBERTa family, which has them"
+            )
+        unknown = next((pair for pair in merges if "".join(pair) not in vocab), None)
+        if unknown is not None:
+            raise ValueError(
+                f"the merge {' '.join(unknown)!r} gives no token of {source}; use merges that belong to it"
+            )
+        self.bos_id, self.pad_id, self.eos_id, self.unk_id = (vocab[s] for s in FIRST_SPECIALS)
+        self.mask_id = vocab[MASK]
+        self.vocab_size = len(vocab)
+        self._vocab, self._merges = vocab, merges
+        self._specials = {self.bos_id, self.pad_id, self.eos_id, self.unk_id, self.mask_id}
+        self._bpe = _byte_level(models.BPE(vocab=vocab, merges=merges))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without specials and without a blank put in front."""
+        return self._bpe.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, specials left out; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            ValueError: if an id is not of the vocabulary.
+        """
+        ids = [int(i) for i in ids]
+        wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if wrong is not None:
+            raise ValueError(
+                f"token id {wrong} is not of this vocabulary of {self.vocab_size}; "
+                f"decode with the tokenizer that the model was trained with"
+            )
+        kept = [i for i in ids if i not in self._specials]
+        return self._bpe.decode(kept, skip_special_tokens=False)
+
+    @classmethod
+    def roberta(cls) -> "Tokenizer":
+        """The vocabulary of RoBERTa, 50265 ids, from the package."""
+        return cls.from_folder(_ROBERTA)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+        """Read `vocab.json` and `merges.txt`, or else `tokenizer.json`, in the layout of transformers.
+
+        Raises:
+            ValueError: if the files are absent, damaged, or not a byte-level BPE.
+        """
+        folder = Path(folder)
+        vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
+        if vocab_path.is_file() and merges_path.is_file():
+            vocab = _read_json(vocab_path)
+            lines = merges_path.read_text(encoding="utf-8").split("\n")
+            pairs = [line for line in lines if line and not line.startswith("#version")]
+            return cls(
+                _checked_vocab(vocab, vocab_path), _pairs(pairs, merges_path), str(vocab_path)
+            )
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} holds neither vocab.json with merges.txt nor tokenizer.json; "
+                f"copy the tokenizer files there"
+            )
+        return cls._from_tokenizer_json(path)
+
+    @classmethod
+    def _from_tokenizer_json(cls, path: Path) -> "Tokenizer":
+        data = _read_json(path)
+        model = data.get("model") if isinstance(data, dict) else None
+        pre = (data.get("pre_tokenizer") or {}) if isinstance(data, dict) else {}
+        if (
+            not isinstance(model, dict)
+            or model.get("type") != "BPE"
+            or pre.get("type") != "ByteLevel"
+        ):
+            raise ValueError(
+                f"{path} is not a byte-level BPE; use a tokenizer of the RoBERTa family"
+            )
+        if pre.get("add_prefix_space") or not pre.get("use_regex", True) or data.get("normalizer"):
+            raise ValueError(
+                f"{path} changes texts before its BPE (prefix space, normalizer or no word split); "
+                f"RoBERTa's does not, use that"
+            )
+        vocab = dict(_checked_vocab(model.get("vocab"), path))
+        # specials may be listed beside the vocabulary only
+        vocab.update({entry["content"]: entry["id"] for entry in data.get("added_tokens", [])})
+        return cls(vocab, _pairs(model.get("merges", []), path), str(path))
+
+    def save(self, folder: str | Path) -> None:
+        """Write `vocab.json` and `merges.txt` into `folder`, which is made if needed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        vocab = dict(sorted(self._vocab.items(), key=lambda item: item[1]))
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in self._merges)]
+        _write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+        _write(folder / "merges.txt", "\n".join(lines) + "\n")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learn a small vocabulary; the same texts give the same one.
+
+        Args:
+            texts: what it will encode, in the form in which it will (an answer follows a blank).
+            vocab_size: 5 specials, 256 bytes and the merges; fewer merges if no pair occurs twice any more.
+
+        Raises:
+            ValueError: if `vocab_size` has no room for every byte.
+        """
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        smallest = len(FIRST_SPECIALS) + 1 + len(alphabet)
+        if vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size {vocab_size} does not hold every byte; ask for {smallest} or more"
+            )
+        bpe = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            min_frequency=2,
+            special_tokens=list(FIRST_SPECIALS),
+            initial_alphabet=alphabet,
+            show_progress=False,
+        )
+        bpe.train_from_iterator(texts, trainer)
+        model = json.loads(bpe.to_str())["model"]
+        vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
+        vocab[MASK] = len(vocab)
+        return cls(vocab, _pairs(model["merges"], "the trained vocabulary"))
+
+
+def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
+    bpe = tokenizers.Tokenizer(model)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
+def _checked_vocab(vocab, path: Path) -> dict[str, int]:
+    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
+        raise ValueError(f"{path} does not map tokens to ids; restore the file")
+    return vocab
+
+
+def _pairs(merges: list, source: Path | str) -> list[tuple[str, str]]:
+    # tokenizer.json holds "a b" or, since tokenizers 0.20, ["a", "b"]
+    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+    wrong = next((i for i, pair in enumerate(pairs) if len(pair) != 2), None)
+    if wrong is not None:
+        raise ValueError(
+            f"merge {wrong + 1} of {source} is {merges[wrong]!r}, not two tokens; restore the file"
+        )
+    return pairs
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); restore the file") from None
+
+
+def _write(path: Path, text: str) -> None:
+    # a reader must see the old file or the new one, never half of one
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)

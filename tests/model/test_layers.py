@@ -1,0 +1,106 @@
+"""Proves that batch norm over two processes equals batch norm over their joined batch, forward and backward, and that
+its running statistics stay fp32. Run: pytest tests/model/test_layers.py"""
+
+import multiprocessing
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from prismer.layers import Adaptor, GlobalBatchNorm2d, PackedAttention
+
+
+def _norm_and_input() -> tuple[GlobalBatchNorm2d, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    norm = GlobalBatchNorm2d(5)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(4, 5, 3, 3) * torch.arange(1, 5)[:, None, None, None] + 7
+    return norm, x, torch.randn(4, 5, 3, 3)
+
+
+def _one_rank(rank: int, port: int, results) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    norm, x, dy = _norm_and_input()
+    x = x[2 * rank : 2 * rank + 2].requires_grad_()
+    y = norm(x)
+    y.backward(dy[2 * rank : 2 * rank + 2])
+    dist.all_reduce(norm.weight.grad)
+    dist.all_reduce(norm.bias.grad)
+    # numpy arrays: tensors would travel through shared memory that ends with this process
+    results.put((rank, *(t.detach().numpy() for t in (
+        y, x.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var))))  # fmt: skip
+    dist.destroy_process_group()
+
+
+def test_batch_norm_over_two_processes():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [context.Process(target=_one_rank, args=(rank, port, results)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    first, second = sorted((results.get(timeout=180) for _ in workers), key=lambda item: item[0])
+    for worker in workers:
+        worker.join(30)
+
+    reference = nn.BatchNorm2d(5)
+    norm, x, dy = _norm_and_input()
+    reference.load_state_dict(norm.state_dict())
+    x.requires_grad_()
+    y = reference(x)
+    y.backward(dy)
+    expected = (y, x.grad, reference.weight.grad, reference.bias.grad,
+                reference.running_mean, reference.running_var)  # fmt: skip
+    names = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
+    for i, (name, want) in enumerate(zip(names, expected, strict=True), start=1):
+        parts = [torch.from_numpy(rank[i]) for rank in (first, second)]
+        got = torch.cat(parts) if name in ("y", "dx") else parts[0]
+        torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_batch_norm_statistics_stay_fp32():
+    norm, x, _ = _norm_and_input()
+    norm = norm.bfloat16()
+    assert norm.weight.dtype == torch.bfloat16
+    y = norm(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert norm.running_mean.dtype == norm.running_var.dtype == torch.float32
+    reference = nn.BatchNorm2d(5)
+    reference(x.bfloat16().float())
+    torch.testing.assert_close(norm.running_mean, reference.running_mean)
+    assert norm.eval()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("with_context", [False, True])
+def test_packed_attention_is_multihead_attention(with_context):
+    torch.manual_seed(0)
+    ours, theirs = PackedAttention(24, 3), nn.MultiheadAttention(24, 3, batch_first=True)
+    for p in ours.parameters():
+        nn.init.normal_(p, std=0.5)
+    theirs.load_state_dict(ours.state_dict())
+    x, context = torch.randn(2, 5, 24), torch.randn(2, 9, 24)
+    source = context if with_context else x
+    expected = theirs(x, source, source)[0]
+    torch.testing.assert_close(ours(x, context if with_context else None), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_adaptor_formula(late):
+    torch.manual_seed(0)
+    adaptor = Adaptor(8, late=late)
+    for p in adaptor.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(3, 8)
+    norm = nn.functional.layer_norm
+    inner = x if late else norm(x, (8,), adaptor.norm.weight, adaptor.norm.bias)
+    hidden = torch.relu(inner @ adaptor.down.weight.T + adaptor.down.bias) ** 2
+    expected = x + hidden @ adaptor.up.weight.T + adaptor.up.bias
+    if late:
+        expected = norm(expected, (8,), adaptor.norm.weight, adaptor.norm.bias)
+    torch.testing.assert_close(adaptor(x), expected, rtol=1e-4, atol=1e-4)

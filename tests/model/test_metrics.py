@@ -1,0 +1,254 @@
+"""Proves that the scores equal hand-computed values and those of the COCO caption toolkit.
+
+    python -m pytest -q tests/model/test_metrics.py
+
+The values of TOOLKIT and TREEBANK were made with pycocoevalcap 1.2 (its PTBTokenizer on Java 17, then Bleu(4), Rouge
+and Cider on its tokens) from the sentences below.
+"""
+
+import math
+
+import numpy as np
+import pytest
+
+from prismer.metrics import (
+    answer_scores,
+    bleu,
+    caption_scores,
+    cider_d,
+    normalize_answer,
+    rouge_l,
+    tokenize_caption,
+    top1,
+    vqa_accuracy,
+)
+
+CANDIDATES = [
+    "A brown dog runs through the grass with a ball.",
+    "Two men aren't riding horses on the beach",
+    "A close-up of Dr. Smith's 1,000 red apples!",
+    "A kitchen with a stove and a sink.",
+    "A man in a hat, at 10:30 a.m.",
+    "Zebra.",
+    "The the the the street sign says “stop”.",
+    "A plate of food with broccoli, rice and chicken on a wooden table next to a glass of water.",
+]
+REFERENCES = [
+    [
+        "A dog runs in the grass with a ball in its mouth.",
+        "The brown dog's running through tall grass.",
+        "A dog plays.",
+    ],
+    [
+        "Two men ride horses along a beach.",
+        "Men riding horses on the sand",
+        "People on horseback at the beach; sunny!",
+    ],
+    ["Lots of red apples in a box", "A close-up of 1,000 apples.", "Apples of Dr. Smith (red)."],
+    [
+        "A kitchen with a stove, a sink and a window.",
+        "A small kitchen containing a stove & a sink.",
+    ],
+    ["An old man wearing a hat in the morning...", "The man's hat is black.", "A man in a hat"],
+    ["Some giraffes eat leaves", "Two giraffes standing in a field of tall grass"],
+    ["A street sign that says stop", "A red stop sign on the street corner.", "Stop sign."],
+    [
+        "A plate of food on a table.",
+        "Chicken, rice and broccoli on a plate.",
+        "A meal with a glass of water.",
+    ],
+]
+TOOLKIT = {
+    "BLEU-1": 0.7916666666556712,
+    "BLEU-2": 0.6765222033704131,
+    "BLEU-3": 0.5148879463437217,
+    "BLEU-4": 0.3959156507951536,
+    "ROUGE-L": 0.6124067767534676,
+    "CIDEr-D": 1.872023649073631,
+}
+TOOLKIT_ROUGE_L = [
+    0.7155425219941348,
+    0.6916099773242631,
+    0.7530864197530864,
+    0.7624999999999998,
+    0.8026315789473684,
+    0.0,
+    0.5865384615384615,
+    0.5873452544704264,
+]
+TOOLKIT_CIDER_D = [
+    2.065215229180673,
+    2.073888535693839,
+    2.1135027423104757,
+    3.9611167953476425,
+    2.7421443701707577,
+    0.0,
+    1.6640670118293508,
+    0.35625450805630954,
+]
+# of the first four tokens of each candidate: the brevity penalty counts
+TOOLKIT_SHORT_BLEU = [0.5243506088373784, 0.4976142856512391, 0.4341927232704007, 0.390248007046464]
+# the toolkit adds 1e-9 to the number of n-grams, which we do not
+TOLERANCE = 1e-8
+
+TREEBANK = {
+    "A man can't ride; it's John's dog's toy, and they're gonna (maybe) leave.": "a man ca n't ride it 's john 's "
+    "dog 's toy and they 're gon na -lrb- maybe -rrb- leave",
+    "Mr. Smith vs. the U.S. army, No. 5 at 10:30 a.m.": "mr. smith vs. the u.s. army no. 5 at 10:30 a.m.",
+    "It costs $3.50 or 1,000 dollars, 50% off: 3/4 cup -- black-and-white t-shirt...": "it costs $ 3.50 or 1,000 "
+    "dollars 50 % off 3/4 cup black-and-white t-shirt",
+    "wow!! what?! \"quoted\" 'single' ‘fancy’ “quotes” don’t em—dash…": "wow !! what ?! quoted single fancy "
+    "quotes do n't em dash",
+    "AT&T R&B a & b rock'n'roll o'clock O'Brien, teddy bears' picnic 'cause": "at&t r&b a & b rock 'n' roll "
+    "o'clock o'brien teddy bears picnic 'cause",
+    "I cannot wash. The pa. of Pa. Wash. ended the 90's and '90s #1 #tag @user": "i can not wash the pa of pa. "
+    "wash. ended the 90 's and '90s # 1 #tag @user",
+    "see http://www.example.com/a.html, me@example.com and 5'6\" [tall] {one} 10-year-old, 1.5-inch y'all 'tis": "see "
+    "http://www.example.com/a.html me@example.com and 5 6 -lsb- tall -rsb- -lcb- one -rcb- 10-year-old 1.5-inch "
+    "y' all 't is",
+    "naïve café 日本語 a_b x = y + 2 <3": "naïve café 日本語 a_b x = y + 2 < 3",
+    " . ": "",
+}
+
+
+def tokenized() -> tuple[list[list[str]], list[list[list[str]]]]:
+    return [tokenize_caption(c) for c in CANDIDATES], [
+        [tokenize_caption(r) for r in refs] for refs in REFERENCES
+    ]
+
+
+@pytest.mark.parametrize("caption", TREEBANK)
+def test_tokenize_caption(caption):
+    assert tokenize_caption(caption) == TREEBANK[caption].split()
+
+
+def test_caption_scores_equal_the_toolkit():
+    scores = caption_scores(CANDIDATES, REFERENCES)
+    assert list(scores) == list(TOOLKIT)
+    for name, value in TOOLKIT.items():
+        assert scores[name] == pytest.approx(value, abs=TOLERANCE), name
+    tokens, references = tokenized()
+    np.testing.assert_allclose(rouge_l(tokens, references), TOOLKIT_ROUGE_L, atol=TOLERANCE)
+    np.testing.assert_allclose(cider_d(tokens, references), TOOLKIT_CIDER_D, atol=TOLERANCE)
+    short = [caption[:4] for caption in tokens]
+    np.testing.assert_allclose(bleu(short, references), TOOLKIT_SHORT_BLEU, atol=TOLERANCE)
+
+
+def test_bleu():
+    # Papineni's example: "the" counts twice of seven, once each reference is asked
+    seven = ["the"] * 7
+    references = [["the cat is on the mat".split(), "there is a cat on the mat".split()]]
+    np.testing.assert_allclose(bleu([seven], references), [2 / 7, 0, 0, 0])
+    # 3 of 3 words, 1 of 2 pairs; 3 tokens against 4: brevity exp(1 - 4/3)
+    brevity = math.exp(-1 / 3)
+    expected = [brevity, brevity * math.sqrt(1 / 2), 0, 0]
+    np.testing.assert_allclose(bleu(["a b d".split()], [["a b c d".split()]]), expected)
+    # lengths 3 and 5 are as close to 4: the shorter counts, so nothing is taken off
+    tie = bleu(["a b c d".split()], [["a b c".split(), "a b c d e".split()]])
+    np.testing.assert_allclose(tie, [1, 1, 1, 1])
+    np.testing.assert_array_equal(bleu([[]], [["a".split()]]), np.zeros(4))
+
+
+def test_rouge_l():
+    # common subsequence a c e: precision 3/4, recall 3/5
+    (score,) = rouge_l(["a c x e".split()], [["a b c d e".split()]])
+    assert score == pytest.approx((1 + 1.44) * 0.75 * 0.6 / (0.6 + 1.44 * 0.75))
+    # precision 1 from the second reference, recall 1 from the third
+    (score,) = rouge_l(["a b c".split()], [["x".split(), "a b y c z".split(), "b".split()]])
+    assert score == pytest.approx(1.0)
+    np.testing.assert_array_equal(rouge_l([[], ["a"]], [[["a"]], [["b"]]]), [0, 0])
+
+
+def test_cider_d():
+    # two images, each n-gram in one of them: every weight is log 2; equal captions reach 1 for n = 1 and 2 only,
+    # having no triples
+    same = cider_d([["a", "b"], ["c", "d"]], [[["a", "b"]], [["c", "d"]]])
+    np.testing.assert_allclose(same, [5, 5])
+    # "a a b" against "a b": clipped dot 1 + 1, norms sqrt 5 and sqrt 2; pairs: "a b" of "a a", "a b"; length off by 1
+    (score, _) = cider_d([["a", "a", "b"], ["c"]], [[["a", "b"]], [["c"]]])
+    cosines = 2 / math.sqrt(10) + 1 / math.sqrt(2)
+    assert score == pytest.approx(10 * math.exp(-1 / 72) * cosines / 4)
+    # words of every image weigh nothing
+    np.testing.assert_array_equal(cider_d([["a"], ["a"]], [[["a"]], [["a"]]]), [0, 0])
+
+
+@pytest.mark.parametrize("score", [bleu, rouge_l, cider_d])
+def test_caption_scores_refuse(score):
+    with pytest.raises(ValueError, match="got 1 captions and references of 2"):
+        score([["a"]], [[["a"]], [["b"]]])
+    with pytest.raises(ValueError, match="at least one"):
+        score([], [])
+    with pytest.raises(ValueError, match="image 1 has no reference"):
+        score([["a"], ["b"]], [[["a"]], []])
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    {
+        "The  Red\nBall.": "red ball",
+        "two": "2",
+        "None": "0",
+        "ten": "10",
+        "eleven": "eleven",
+        "an apple, a pear": "apple pear",
+        "dont know": "don't know",
+        "its": "its",
+        "hes": "he's",
+        "he'dve": "he'd've",
+        "twas": "'twas",
+        "yall'd've": "y'all'd've",
+        "black/white": "black white",
+        "black / white": "black white",
+        "1,000": "1000",
+        "1,000-2": "10002",
+        "3.5": "3.5",
+        "u.s.": "us",
+        "what?!": "what",
+        "t-shirt": "t shirt",
+        "10:30": "10:30",
+        "'yes'": "'yes'",
+    }.items(),
+)
+def test_normalize_answer(answer, expected):
+    assert normalize_answer(answer) == expected
+
+
+def test_vqa_accuracy():
+    def humans(agreeing: int) -> list[str]:
+        return ["Yes."] * agreeing + [f"other {i}" for i in range(10 - agreeing)]
+
+    # n agree: n subsets leave one of them out and see n - 1, 10 - n see all n
+    for n, expected in {0: 0, 1: 0.3, 2: 0.6, 3: 0.9, 4: 1, 10: 1}.items():
+        assert vqa_accuracy("yes", humans(n)) == pytest.approx(expected), n
+    assert vqa_accuracy("a Cat", ["the cat"]) == 1
+    assert vqa_accuracy("cats", ["the cat"]) == 0
+    assert vqa_accuracy("2", ["three", "two"]) == 1
+    with pytest.raises(ValueError, match="no true answer"):
+        vqa_accuracy("yes", [])
+
+
+def test_answer_scores():
+    scores = answer_scores(
+        ["red", "2", "blue", "no"],
+        [["Red"], ["two"], ["green"], ["yes"]],
+        ["colour", "count", "colour", "exist"],
+    )
+    expected = {
+        "accuracy": 0.5,
+        "accuracy/colour": 0.5,
+        "accuracy/count": 1.0,
+        "accuracy/exist": 0.0,
+    }
+    assert scores == expected and list(scores) == list(expected)
+    assert answer_scores(["red"], [["red"]]) == {"accuracy": 1.0}
+    with pytest.raises(ValueError, match="got 1 predictions for 2 questions"):
+        answer_scores(["red"], [["red"], ["blue"]])
+    with pytest.raises(ValueError, match="of 2 kinds"):
+        answer_scores(["red"], [["red"]], ["colour", "count"])
+
+
+def test_top1():
+    assert top1([1, 2, 3, 3], [1, 2, 0, 3]) == 0.75
+    assert top1(["cat"], ["dog"]) == 0
+    with pytest.raises(ValueError, match="0 predictions for 0 targets"):
+        top1([], [])
