@@ -1,0 +1,41 @@
+# Makes the environment once and again only when what it is made from has changed.
+#   make train   train the embedded default         make test    run the tests
+#   make bench   run the benchmarks                 make clean   remove what was built, not the environment
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := $(sort $(shell find csrc -type f))
+
+.PHONY: install train test lint bench clean
+
+train: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed train.py --config zero3.json
+
+test: install
+	$(BIN)/pytest
+
+bench: install
+	$(BIN)/pytest benchmarks/ --benchmark-only
+
+lint: install
+	$(BIN)/ruff check .
+
+install: $(VENV)/.project
+
+# torch first: deepspeed and the native extension look for it when they are built, and an isolated build of the
+# latter would fetch a second one
+$(VENV)/.dependencies: pyproject.toml constraints.txt
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(PIP) setuptools wheel ninja numpy torch triton
+	$(PIP) --no-build-isolation -e '.[test]'
+	touch $@
+
+$(VENV)/.project: $(VENV)/.dependencies setup.py $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache prismer/_C*.so $(VENV)/.project
+	find prismer kernels dataloading tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,346 @@
+"""Import the images, texts and labels of other people's datasets into shards: any Records -> one dataset folder.
+
+    records = caption_records("coco_karpathy_train.json", images="data", labels="labels")
+    report = import_records(records, "shards/coco", source="COCO Karpathy train")
+
+What kinds there are is in `records.py`. RGB JPEGs are kept byte for byte; what cannot be
+imported is skipped, counted and named in `import-report.json`. A job that was killed goes on where its last whole
+shard ended when it is started again.
+"""
+
+import io
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from prismer.dataloading.labels import blank_planes, unpack_labels
+from prismer.dataloading.places import Record, Records
+from prismer.dataloading.shard_index import to_json, write_atomically
+from prismer.dataloading.shards import Sample, ShardWriter
+from prismer.experts import BACKGROUND, EXPERTS
+
+REPORT_FILE = "import-report.json"
+NUM_OFFICIAL_OBJECTS = 722
+"""Classes of the detector that the released labels come from: ids 0 .. 721."""
+_QUALITY = 95
+_ORIENTATION = 0x0112
+# how a picture that carries this EXIF orientation is turned upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass
+class ImportReport:
+    """What became of the records: `records` = `imported` + len(`skipped`).
+
+    Attributes:
+        records: records in the list.
+        imported: samples in the dataset, those of an earlier attempt included.
+        re_encoded: images that were not RGB JPEGs, of this attempt.
+        blank_labels: expert -> samples of this attempt whose label file was absent or empty.
+        skipped: {"key", "image", "reason"} of what was left out.
+    """
+
+    records: int = 0
+    imported: int = 0
+    re_encoded: int = 0
+    blank_labels: dict[str, int] = field(default_factory=dict)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+
+def import_records(
+    records: Records,
+    out: str | Path,
+    *,
+    source: str,
+    licence: str = "",
+    class_tables: dict[str, list[str]] | str | Path | None = None,
+    samples_per_shard: int = 1000,
+    label_size: int = 224,
+    workers: int = 4,
+    progress: bool = True,
+) -> ImportReport:
+    """Write every record that can be read to the dataset folder `out`; start it again to resume.
+
+    Args:
+        records: what a function of `records.py` returned.
+        source, licence: where the images come from; kept with every sample.
+        class_tables: {"seg": names, "obj_detection": names} or a JSON file of it. Without one, ids are kept as they
+            are under the names "class 0", "class 1", ...: 255 of seg, 722 of obj_detection.
+        label_size: side of the stored label maps, px, resized by nearest neighbour.
+        workers: threads that read, check and convert.
+
+    Returns:
+        The report, which is also in `out/import-report.json`.
+
+    Raises:
+        ValueError: if the class tables are malformed, or `out` holds another dataset.
+    """
+    tables = _class_tables(class_tables)
+    report = ImportReport()
+    blank: Counter = Counter()
+    if records.class_names:
+        tables["class"] = records.class_names
+    writer = ShardWriter(
+        out,
+        classes=tables,
+        source=source,
+        samples_per_shard=samples_per_shard,
+        about={"label_size": label_size},
+        resume=True,
+    )
+    bar = tqdm(total=len(records), desc="importing", unit="image", disable=not progress)
+    with writer, bar, ThreadPoolExecutor(workers) as pool:
+
+        def convert(record: Record) -> "_Converted":
+            return _convert(record, tables, label_size, source, licence)
+
+        for record, future in _ahead(pool, convert, records, writer.written_keys, 4 * workers):
+            report.records += 1
+            bar.update()
+            try:
+                if future is not None:
+                    converted = future.result()
+                    writer.write(converted.sample)
+                    report.re_encoded += converted.re_encoded
+                    blank.update(converted.blank)
+                report.imported += 1
+            except _Unusable as error:
+                image = str(record.image.path) if record.image else ""
+                report.skipped.append({"key": record.key, "image": image, "reason": str(error)})
+    report.blank_labels = dict(blank)
+    text = json.dumps(asdict(report), indent=1, ensure_ascii=False)
+    write_atomically(Path(out) / REPORT_FILE, text.encode())
+    return report
+
+
+def to_jpeg(data: bytes) -> tuple[bytes, tuple[int, int], int]:
+    """Any encoded image as an upright 8-bit RGB JPEG; one that is that already is returned byte for byte.
+
+    Transparency is laid over white, 16-bit greys are scaled to 8 bit, of several frames the first is taken.
+
+    Returns:
+        The JPEG, (height, width) of it, and the EXIF orientation that was undone (1: none).
+
+    Raises:
+        ValueError: if the image cannot be decoded to its end or has no 8-bit meaning.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        turn = _turn_of(image)
+        if image.format == "JPEG" and image.mode == "RGB" and turn == 1:
+            return data, (image.height, image.width), 1
+        image = _as_rgb(image)
+    except UnidentifiedImageError:
+        raise ValueError("the image is in no known format or damaged at its start") from None
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        raise ValueError(f"the image cannot be decoded ({error or type(error).__name__})") from None
+    if turn != 1:
+        image = image.transpose(_TURNS[turn])
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=_QUALITY, subsampling=0)
+    return file.getvalue(), (image.height, image.width), turn
+
+
+def read_official_labels(
+    files: dict[str, Path], classes: dict[str, list[str]], size: int, orientation: int = 1
+) -> tuple[dict[str, np.ndarray], dict, list[str]]:
+    """The label maps that Prismer's released labelling writes, at (size, size).
+
+    An absent or empty file is a map that says nothing (never class 0, "person"). Boxes and words have their tables in
+    `.json` and `.pt` files beside the PNG; of the latter the text is taken. The axes of the normals are taken as they
+    are. Labels are turned with an image that its EXIF orientation turns; its normals, whose vectors would have to
+    turn too, are left out.
+
+    Args:
+        files: expert -> PNG.
+        classes: the class tables that ids must lie in.
+
+    Returns:
+        expert -> uint8 map; {"instances": ..., "words": ...} as far as those experts are in `files`; experts
+        whose file was absent or empty.
+
+    Raises:
+        ValueError: if a file is damaged, or holds an id that its table does not know.
+    """
+    planes, tables, blank = {}, {}, []
+    for expert, path in files.items():
+        if expert == "normal" and orientation != 1:
+            continue
+        plane = _read_plane(expert, path, size, orientation)
+        table: dict[str, object] = {}
+        if expert == "obj_detection" and plane is not None:
+            table = _read_instances(path.with_suffix(".json"), len(classes["obj_detection"]))
+        if expert == "ocr_detection" and plane is not None:
+            table = _read_words(path.with_suffix(".pt"))
+            # the released loader: a map without its table holds no words
+            plane = plane if table else None
+        if plane is None:
+            blank.append(expert)
+            plane = blank_planes(expert, size)
+        if EXPERTS[expert].is_ids:
+            known = set(range(len(classes["seg"]))) if expert == "seg" else {int(i) for i in table}
+            unknown = set(np.unique(plane).tolist()) - known - {BACKGROUND}
+            if unknown:
+                raise ValueError(
+                    f"{path} holds id {min(unknown)}, which its table of {len(known)} does not know"
+                )
+        planes[expert] = plane
+        if expert == "obj_detection":
+            tables["instances"] = table
+        if expert == "ocr_detection":
+            tables["words"] = table
+    return planes, tables, blank
+
+
+class _Unusable(ValueError):
+    """A record that is skipped."""
+
+
+@dataclass
+class _Converted:
+    sample: Sample
+    re_encoded: bool
+    blank: list[str]
+
+
+def _convert(
+    record: Record, classes: dict[str, list[str]], label_size: int, source: str, licence: str
+) -> _Converted:
+    if record.fault:
+        raise _Unusable(record.fault)
+    try:
+        data = record.image.read()
+        jpeg, size, orientation = to_jpeg(data)
+        blank: list[str] = []
+        if record.packed is not None:
+            planes, tables = unpack_labels(record.packed.read()), {}
+        else:
+            planes, tables, blank = read_official_labels(
+                record.label_files, classes, label_size, orientation
+            )
+        to_json(record.meta)
+    except (ValueError, OSError, EOFError) as error:
+        raise _Unusable(str(error)) from None
+    meta = {"source": source, "licence": licence, **record.meta, **tables, "size": list(size)}
+    return _Converted(Sample(record.key, jpeg, planes, meta), jpeg is not data, blank)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, convert: Callable, records: Records, written: set[str], limit: int
+) -> Iterator[tuple[Record, Future | None]]:
+    """Records in order with their conversion under way, at most `limit` ahead; None for what is written already."""
+    waiting: deque[tuple[Record, Future | None]] = deque()
+    seen: set[str] = set()
+    for record in records:
+        if record.key in seen:
+            future: Future | None = Future()
+            future.set_exception(_Unusable(f"another image has the key {record.key} too"))
+        elif record.key in written:
+            future = None
+        else:
+            future = pool.submit(convert, record)
+        seen.add(record.key)
+        waiting.append((record, future))
+        if len(waiting) > limit:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _class_tables(given: dict[str, list[str]] | str | Path | None) -> dict[str, list[str]]:
+    if isinstance(given, (str, Path)):
+        try:
+            given = json.loads(Path(given).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the class tables {given} cannot be read as JSON ({error})") from None
+        if not isinstance(given, dict):
+            raise ValueError(
+                'class tables are {"seg": [names], "obj_detection": [names]}; got another JSON value'
+            )
+    counts = {"seg": BACKGROUND, "obj_detection": NUM_OFFICIAL_OBJECTS}
+    numbered = {name: [f"class {i}" for i in range(count)] for name, count in counts.items()}
+    return {**numbered, **(given or {})}
+
+
+def _turn_of(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except (
+        Exception
+    ):  # unreadable EXIF says nothing about the picture, which has been decoded by now
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("32-bit values are no picture")
+        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point values are no picture")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _read_plane(expert: str, path: Path, size: int, orientation: int) -> np.ndarray | None:
+    """A label PNG as uint8 at (size, size); None if it is absent or has no bytes."""
+    if not path.exists() or path.stat().st_size == 0:
+        return None
+    mode = "RGB" if EXPERTS[expert].planes == 3 else "L"
+    try:
+        with Image.open(path) as image:
+            # an id map in another mode would be converted, and its ids with it
+            if image.mode != mode and not (image.mode == "P" and EXPERTS[expert].is_ids):
+                raise ValueError(f"it is {image.mode}, expected {mode}")
+            if orientation != 1:
+                image = image.transpose(_TURNS[orientation])
+            return np.asarray(image.resize((size, size), Image.Resampling.NEAREST)).copy()
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        raise ValueError(f"the label {path} cannot be read ({error})") from None
+
+
+def _read_instances(path: Path, num_classes: int) -> dict[str, int]:
+    try:
+        table = {
+            str(int(i)): int(class_id) for i, class_id in json.loads(path.read_bytes()).items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"the object table {path} cannot be read ({error})") from None
+    for class_id in table.values():
+        if not 0 <= class_id < num_classes:
+            raise ValueError(
+                f"{path} names class {class_id}, the class table has {num_classes} names"
+            )
+    return table
+
+
+def _read_words(path: Path) -> dict[str, str]:
+    """The words of a released `.pt` file {id: {"features", "text"}}; {} if there is none."""
+    if not path.exists() or path.stat().st_size == 0:
+        return {}
+    try:
+        table = torch.load(path, map_location="cpu", weights_only=True)
+        return {str(int(i)): str(word["text"]).lower() for i, word in table.items()}
+    except Exception as error:  # torch raises its own kinds on damaged or unsafe files
+        raise ValueError(f"the word table {path} cannot be read ({error})") from None

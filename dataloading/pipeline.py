@@ -1,0 +1,279 @@
+"""Encoded images and label maps -> uint8 tensors of one size, through DALI: decode, crop, resize, flip, warp.
+
+All random numbers come from outside (`AugmentParams`); DALI only computes. The maps of a sample travel as one array of
+several channels, each value XOR the expert's `fill`: so 0 means "nothing here" for all of them, and one fill value
+serves every warp. Surface normals are turned along with the pixels they belong to.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prismer.config import PrismerConfig
+from prismer.dataloading.augment import AugmentParams
+from prismer.experts import EXPERTS
+
+
+class UndecodableImages(ValueError):
+    """Images of a batch that DALI cannot decode; `reasons` maps their positions in the batch to what it says."""
+
+    def __init__(self, reasons: dict[int, str]):
+        super().__init__(reasons)
+        self.reasons = reasons
+
+    def __str__(self) -> str:
+        return "; ".join(f"image {i}: {reason}" for i, reason in sorted(self.reasons.items()))
+
+
+class ImagePipeline:
+    """Decodes and augments batches; stateless from batch to batch.
+
+    Args:
+        config: gives the experts, the image size R and the label size L.
+        batch_size: of the largest batch.
+        augmented: whether calls bring `AugmentParams`; otherwise images and maps are only resized.
+        threads: CPU threads that DALI decodes with.
+        device: "cpu", or a CUDA device: then the GPU decodes and the outputs are born there.
+    """
+
+    def __init__(
+        self,
+        config: PrismerConfig,
+        *,
+        batch_size: int,
+        augmented: bool,
+        threads: int = 2,
+        device: str | torch.device = "cpu",
+    ):
+        self.experts = config.experts
+        self.image_size, self.label_size = config.image_size, config.label_size
+        self.batch_size, self.augmented, self.threads = batch_size, augmented, threads
+        self.device = torch.device(device)
+        # a stream of its own: waiting for the copies below must not wait for the model's kernels
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._pipeline = self._build(self._graph, batch_size)
+
+    def __call__(
+        self,
+        images: list[bytes],
+        labels: list[dict[str, np.ndarray]],
+        params: list[AugmentParams] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Process one batch.
+
+        Args:
+            images: B encoded images (JPEG; also PNG, BMP, WebP, TIFF), grey and CMYK become RGB.
+            labels: for each image expert -> uint8 map (h, w) or (h, w, 3) of any size; experts may be absent.
+            params: for each image its draws, exactly if `augmented`.
+
+        Returns:
+            rgb (B, 3, R, R) uint8, and expert -> (B, planes, L, L) uint8, filled with `fill` where absent.
+
+        Raises:
+            UndecodableImages: if DALI fails on some images; the pipeline stays usable.
+        """
+        if self.augmented != (params is not None):
+            raise ValueError(
+                "give augmentation parameters exactly if the pipeline was made with augmented=True"
+            )
+        feeds = {"image": [np.frombuffer(image, np.uint8) for image in images]}
+        if self.experts:
+            feeds["maps"] = [_stack_maps(maps, self.experts) for maps in labels]
+        if params is not None:
+            feeds |= _parameter_feeds(params, self.image_size, self.label_size, bool(self.experts))
+        try:
+            rgb, *maps = self._run(self._pipeline, feeds)
+        except RuntimeError as error:
+            # after an error DALI's pipeline object is no longer valid
+            self._pipeline = self._build(self._graph, self.batch_size)
+            reasons = self._find_undecodable(feeds["image"])
+            if not reasons:
+                raise
+            raise UndecodableImages(reasons) from error
+        named = self._split_maps(maps[0]) if maps else {}
+        if params is not None and "normal" in named:
+            matrices = torch.from_numpy(np.stack([p.normal_matrix() for p in params]))
+            named["normal"] = rotate_normals(named["normal"], matrices.to(self.device))
+        return rgb, named
+
+    def _graph(self) -> tuple:
+        """The DALI graph; the names of its inputs are those of the feeds."""
+        from nvidia.dali import fn, types
+        from nvidia.dali.auto_aug import augmentations
+
+        on_gpu = self.device.type == "cuda"
+        augmented, has_maps = self.augmented, bool(self.experts)
+        image_side, label_side = (
+            (self.image_size, self.image_size),
+            (self.label_size, self.label_size),
+        )
+
+        image = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
+        rgb = fn.decoders.image(image, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+        maps = (
+            fn.external_source(name="maps", dtype=types.UINT8, layout="HWC") if has_maps else None
+        )
+        if on_gpu and has_maps:
+            maps = maps.gpu()
+        window = {}
+        if augmented:
+            window = dict(
+                roi_start=fn.external_source(name="start", dtype=types.FLOAT, ndim=1),
+                roi_end=fn.external_source(name="end", dtype=types.FLOAT, ndim=1),
+                roi_relative=True,
+            )
+        # cubic with antialias is what Pillow's BICUBIC does, to the bit
+        rgb = fn.resize(
+            rgb, size=image_side, interp_type=types.INTERP_CUBIC, antialias=True, **window
+        )
+        if has_maps:
+            maps = fn.resize(maps, size=label_side, interp_type=types.INTERP_NN, **window)
+        if augmented:
+            flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
+            rgb = fn.flip(rgb, horizontal=flip)
+            # samples that a branch does not concern bypass it
+            if fn.external_source(name="autocontrast", dtype=types.BOOL, ndim=0):
+                rgb = augmentations.auto_contrast(rgb)
+            if fn.external_source(name="equalize", dtype=types.BOOL, ndim=0):
+                rgb = fn.equalize(rgb)
+            warps = fn.external_source(name="warps", dtype=types.BOOL, ndim=0)
+            matrix = fn.external_source(name="matrix", dtype=types.FLOAT, ndim=2)
+            if warps:
+                rgb = fn.warp_affine(
+                    rgb, matrix=matrix, fill_value=0, interp_type=types.INTERP_LINEAR
+                )
+            if has_maps:
+                maps = fn.flip(maps, horizontal=flip)
+                matrix = fn.external_source(name="label_matrix", dtype=types.FLOAT, ndim=2)
+                if warps:
+                    maps = fn.warp_affine(
+                        maps, matrix=matrix, fill_value=0, interp_type=types.INTERP_NN
+                    )
+        outputs = [rgb, maps] if has_maps else [rgb]
+        return tuple(fn.transpose(output, perm=[2, 0, 1]) for output in outputs)
+
+    def _decode_graph(self) -> tuple:
+        from nvidia.dali import fn, types
+
+        image = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
+        kind = "mixed" if self.device.type == "cuda" else "cpu"
+        return (fn.decoders.image(image, device=kind, output_type=types.RGB),)
+
+    def _build(self, graph: Callable[[], tuple], batch_size: int):
+        # here and not above: importing DALI takes seconds and is needed by this class alone
+        from nvidia.dali import pipeline_def
+
+        device_id = None
+        if self.device.type == "cuda":
+            device_id = (
+                self.device.index if self.device.index is not None else torch.cuda.current_device()
+            )
+        return pipeline_def(graph, enable_conditionals=True)(
+            batch_size=batch_size,
+            num_threads=self.threads,
+            device_id=device_id,
+            prefetch_queue_depth=1,
+        )
+
+    def _run(self, pipeline, feeds: dict[str, list[np.ndarray]]) -> list[Tensor]:
+        for name, arrays in feeds.items():
+            pipeline.feed_input(name, arrays)
+        outputs = pipeline.run()
+        with torch.cuda.stream(self.stream):
+            # the next run overwrites DALI's buffers
+            tensors = [torch.from_dlpack(output.as_tensor()).clone() for output in outputs]
+            if self.stream is not None:
+                self.stream.synchronize()
+        return tensors
+
+    def _find_undecodable(self, images: list[np.ndarray]) -> dict[int, str]:
+        reasons, single = {}, self._build(self._decode_graph, 1)
+        for i, image in enumerate(images):
+            try:
+                single.feed_input("image", [image])
+                single.run()
+            except RuntimeError as error:
+                reasons[i] = f"the image does not decode ({_last_words(error)})"
+                single = self._build(self._decode_graph, 1)
+        return reasons
+
+    def _split_maps(self, maps: Tensor) -> dict[str, Tensor]:
+        named = {}
+        for name, part in zip(
+            self.experts, maps.split([EXPERTS[n].planes for n in self.experts], dim=1), strict=True
+        ):
+            named[name] = part.bitwise_xor(EXPERTS[name].fill).contiguous()
+        return named
+
+
+def rotate_normals(maps: Tensor, matrices: Tensor) -> Tensor:
+    """Turn the vectors of normal maps, without moving their pixels.
+
+    Args:
+        maps: (B, 3, h, w) uint8, (n + 1) / 2 * 255 of unit vectors; pixels with three zeros are fill and stay.
+        matrices: (B, 2, 2), applied to x and y; z stays, then the vector is scaled to length 1.
+
+    Returns:
+        (B, 3, h, w) uint8; samples with the unit matrix are returned bit for bit.
+    """
+    turned = (matrices != torch.eye(2, dtype=matrices.dtype, device=matrices.device)).any(2).any(1)
+    which = turned.nonzero()[:, 0]
+    if not len(which):
+        return maps
+    before = maps[which]
+    x, y, z = (before.float() / 127.5 - 1).unbind(1)
+    matrix = matrices[which].float()[..., None, None]
+    x, y = (matrix[:, i, 0] * x + matrix[:, i, 1] * y for i in range(2))
+    scale = 127.5 * torch.rsqrt((x * x + y * y + z * z).clamp_min(1e-12))
+    after = (torch.stack([x, y, z], dim=1) * scale[:, None] + 127.5).round().to(torch.uint8)
+    maps = maps.clone()
+    maps[which] = torch.where((before != 0).any(dim=1, keepdim=True), after, before)
+    return maps
+
+
+def _parameter_feeds(
+    params: list[AugmentParams], image_size: int, label_size: int, has_maps: bool
+) -> dict[str, list[np.ndarray]]:
+    feeds = {
+        "start": [np.float32(p.window[1::-1]) for p in params],
+        "end": [np.float32(p.window[:1:-1]) for p in params],
+        "flip": [np.int32(p.flip) for p in params],
+        "autocontrast": [np.bool_(p.autocontrast) for p in params],
+        "equalize": [np.bool_(p.equalize) for p in params],
+        "warps": [np.bool_(p.warps) for p in params],
+        "matrix": [p.pixel_matrix(image_size) for p in params],
+    }
+    if has_maps:
+        feeds["label_matrix"] = [p.pixel_matrix(label_size) for p in params]
+    return {name: [np.asarray(value) for value in values] for name, values in feeds.items()}
+
+
+def _stack_maps(maps: dict[str, np.ndarray], experts: tuple[str, ...]) -> np.ndarray:
+    """The maps of one sample as (h, w, channels) uint8, 0 where an expert says nothing."""
+    present = [maps[name] for name in experts if name in maps]
+    height, width = (max((map_.shape[axis] for map_ in present), default=1) for axis in (0, 1))
+    stack = np.zeros((height, width, sum(EXPERTS[name].planes for name in experts)), np.uint8)
+    channel = 0
+    for name in experts:
+        expert = EXPERTS[name]
+        if name in maps:
+            map_ = maps[name].reshape(*maps[name].shape[:2], expert.planes)
+            if map_.shape[:2] != (height, width):
+                map_ = map_[
+                    _nearest(height, map_.shape[0])[:, None], _nearest(width, map_.shape[1])
+                ]
+            np.bitwise_xor(map_, expert.fill, out=stack[..., channel : channel + expert.planes])
+        channel += expert.planes
+    return stack
+
+
+def _nearest(size: int, source_size: int) -> np.ndarray:
+    return (2 * np.arange(size) + 1) * source_size // (2 * size)
+
+
+def _last_words(error: Exception) -> str:
+    # DALI's message is a page; what the decoder said stands alone after "encountered:"
+    lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines()]
+    return next((line for line in lines if line), str(error).strip().splitlines()[0])

@@ -1,0 +1,265 @@
+"""Write a dataset folder: tar shards that are whole or absent, their indices, and the end of a job that was killed."""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections import Counter
+from pathlib import Path
+
+from prismer.dataloading.labels import pack_labels
+from prismer.dataloading.shard_index import (
+    FORMAT,
+    MEMBERS,
+    SHARD_FILE,
+    VERSION,
+    CorruptSample,
+    Sample,
+    Sidecar,
+    check_classes,
+    check_key,
+    sync_folder,
+    to_json,
+    write_atomically,
+)
+from prismer.experts import EXPERTS
+
+_BLOCK = 512
+
+
+class ShardWriter:
+    """Writes a dataset folder; use as a context manager: leaving it without an error finishes the dataset.
+
+    Args:
+        folder: made if absent.
+        classes: "seg" and "obj_detection" -> list of class names, which the ids in the maps refer to; "class" -> those
+            of a set for classification.
+        source: where the images come from, in a few words.
+        samples_per_shard: samples after which a new tar is begun.
+        about: anything else worth keeping in `index.json` (versions of the experts, settings); JSON values.
+        resume: keep the finished shards of an earlier writer; `written_keys` tells which samples they hold. A job that
+            writes the others in the order of the first attempt ends with the same bytes as one that was never stopped.
+
+    Raises:
+        ValueError: if the folder holds shards and `resume` is False, was begun with other class tables or source, is
+            being written by another process, or the arguments are malformed.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        classes: dict[str, list[str]],
+        source: str,
+        samples_per_shard: int = 1000,
+        about: dict | None = None,
+        resume: bool = False,
+    ):
+        if samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
+        check_classes(classes)
+        self.folder = Path(folder)
+        self.classes, self.source, self.about = classes, source, dict(about or {})
+        # now, not after hours of writing
+        to_json([classes, source, self.about])
+        self.samples_per_shard = samples_per_shard
+        self.written_keys: set[str] = set()
+        # what must not change between two attempts: ids mean the same thing in every shard
+        self._fingerprint = hashlib.sha256(to_json([classes, source])).hexdigest()[:16]
+        self._shards: dict[int, dict] = {}
+        self._open: _OpenShard | None = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        if resume:
+            self._keep_finished_shards()
+        elif self._own_files() or (self.folder / "index.json").exists():
+            self._release()
+            raise ValueError(
+                f"{self.folder} already holds shards; resume the job or choose another folder"
+            )
+
+    def write(self, sample: Sample) -> None:
+        """Append one sample.
+
+        Raises:
+            ValueError: if the key is malformed or taken, the image is not a JPEG, or labels or meta are malformed.
+        """
+        check_key(sample.key)
+        if sample.key in self.written_keys:
+            raise ValueError(f"key {sample.key} is written twice; give each sample its own key")
+        if not sample.jpeg.startswith(b"\xff\xd8"):
+            raise ValueError(f"the image of {sample.key} is not a JPEG; encode it first")
+        if not isinstance(sample.meta, dict):
+            raise ValueError(
+                f"the meta of {sample.key} is a {type(sample.meta).__name__}; expected a dict"
+            )
+        try:
+            members = sample.jpeg, to_json(sample.meta), pack_labels(sample.labels)
+        except ValueError as error:
+            raise ValueError(f"sample {sample.key} cannot be written: {error}") from error
+        if self._open is None:
+            number = next(n for n in range(len(self._shards) + 1) if n not in self._shards)
+            self._open = _OpenShard(self.folder, number)
+        self._open.append(sample.key, members, sample.labels)
+        self.written_keys.add(sample.key)
+        if len(self._open.keys) == self.samples_per_shard:
+            self._finish_shard()
+
+    def close(self) -> None:
+        """Finish the last shard and write `index.json`; afterwards the folder is a whole dataset."""
+        if self._open is not None:
+            self._finish_shard()
+        shards = [self._shards[number] for number in sorted(self._shards)]
+        experts = sum((Counter(shard["experts"]) for shard in shards), Counter())
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "count": sum(shard["count"] for shard in shards),
+            "source": self.source,
+            "classes": self.classes,
+            "experts": {name: experts[name] for name in EXPERTS if experts[name]},
+            "about": self.about,
+            "shards": shards,
+        }
+        write_atomically(
+            self.folder / "index.json", json.dumps(index, indent=1, ensure_ascii=False).encode()
+        )
+        self._release()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self.close()
+        else:
+            # the unfinished shard goes, the finished ones stay for the next attempt
+            if self._open is not None:
+                self._open.abandon()
+            self._release()
+
+    def _finish_shard(self) -> None:
+        self._shards[self._open.number] = self._open.finish(self._fingerprint)
+        self._open = None
+
+    def _take_lock(self) -> io.FileIO:
+        # a record lock: it dies with this process and is not inherited by worker processes that outlive it
+        path = self.folder / ".writer.lock"
+        lock = open(path, "wb", buffering=0)  # held until close
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the holder before us may have removed the file between our open and our lock
+            alone = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            alone = False
+        if not alone:
+            lock.close()
+            raise ValueError(
+                f"another process is writing {self.folder}; wait for it or choose another folder"
+            )
+        return lock
+
+    def _release(self) -> None:
+        (self.folder / ".writer.lock").unlink(missing_ok=True)
+        self._lock.close()
+
+    def _own_files(self) -> list[tuple[Path, int]]:
+        matches = (
+            (path, SHARD_FILE.fullmatch(path.name)) for path in sorted(self.folder.iterdir())
+        )
+        return [(path, int(match[1])) for path, match in matches if match]
+
+    def _keep_finished_shards(self) -> None:
+        for path, number in self._own_files():
+            if not path.name.endswith(".index.json"):
+                continue
+            try:
+                data = path.read_bytes()
+                sidecar = Sidecar(data, path.name)
+                whole = (self.folder / sidecar.shard).stat().st_size == sidecar.size
+            except (CorruptSample, FileNotFoundError):
+                continue
+            if sidecar.fingerprint != self._fingerprint:
+                self._release()
+                raise ValueError(
+                    f"{self.folder} was begun with other class tables or another source; choose another folder"
+                )
+            if whole and self.written_keys.isdisjoint(sidecar.keys):
+                self.written_keys.update(sidecar.keys)
+                self._shards[number] = sidecar.entry(data)
+        torn = [
+            path
+            for path, number in self._own_files()
+            if path.name.endswith(".partial") or number not in self._shards
+        ]
+        if not all(path.name.endswith(".partial") for path in torn):
+            # the index that promises a shard goes before the shard
+            (self.folder / "index.json").unlink(missing_ok=True)
+        for path in torn:
+            path.unlink()
+
+
+class _OpenShard:
+    """The tar being written, under a temporary name."""
+
+    def __init__(self, folder: Path, number: int):
+        self.number = number
+        self.path = folder / f"shard-{number:06d}.tar"
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.keys: list[str] = []
+        self.members: list[list[int]] = []
+        self.experts: Counter = Counter()
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+        self.file = open(self.partial, "wb")  # closed by finish or abandon
+
+    def append(self, key: str, members: tuple[bytes, ...], labels: dict) -> None:
+        row = []
+        for extension, data in zip(MEMBERS, members, strict=True):
+            header = tarfile.TarInfo(f"{key}.{extension}")
+            header.size = len(data)
+            self._put(header.tobuf(tarfile.USTAR_FORMAT))
+            row += [self.size, len(data), zlib.crc32(data)]
+            self._put(data)
+            self._put(bytes(-len(data) % _BLOCK))
+        self.keys.append(key)
+        self.members.append(row)
+        self.experts.update(labels.keys())
+
+    def finish(self, fingerprint: str) -> dict:
+        """Tar first, then its sidecar: a tar without one counts as torn."""
+        self._put(bytes(2 * _BLOCK))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.partial, self.path)
+        sync_folder(self.path.parent)
+        data = to_json(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "shard": self.path.name,
+                "size": self.size,
+                "sha256": self.sha256.hexdigest(),
+                "fingerprint": fingerprint,
+                "experts": {name: self.experts[name] for name in EXPERTS if self.experts[name]},
+                "keys": self.keys,
+                # per sample (offset, size, crc32) of each member, in the order of MEMBERS
+                "members": self.members,
+            }
+        )
+        name = self.path.name.replace(".tar", ".index.json")
+        write_atomically(self.path.with_name(name), data)
+        return Sidecar(data, name).entry(data)
+
+    def abandon(self) -> None:
+        self.file.close()
+        self.partial.unlink(missing_ok=True)
+
+    def _put(self, data: bytes) -> None:
+        self.file.write(data)
+        self.sha256.update(data)
+        self.size += len(data)

@@ -1,0 +1,37 @@
+"""Prismer, made fast and practical: a vision-language model that inherits frozen experts (arXiv:2303.02506).
+
+The public names load on first use, so that `import prismer` costs milliseconds and never touches torch.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Prismer": "prismer.model",
+    "PrismerConfig": "prismer.config",
+    "preset": "prismer.config",
+    "prismer_tiny": "prismer.config",
+    "prismer_base": "prismer.config",
+    "prismer_large": "prismer.config",
+    "prismer_huge": "prismer.config",
+    "Tokenizer": "prismer.tokenizer",
+    "load_image": "prismer.images",
+    "load_images": "prismer.images",
+    "image_batch": "prismer.images",
+    "ExpertLabels": "prismer.images",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the keys are the names
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'prismer' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

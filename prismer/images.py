@@ -1,0 +1,316 @@
+"""Pictures of any kind -> what the model reads: square uint8 RGB tensors, with expert labels where there are some."""
+
+import io
+import json
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from prismer.config import PrismerConfig
+from prismer.dataloading.batch import ImageBatch
+from prismer.dataloading.features import Semantics
+from prismer.dataloading.labels import unpack_labels
+from prismer.experts import BACKGROUND, EXPERTS
+
+ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
+"""A file, its bytes, a PIL image, a uint8 or uint16 array (h, w) or (h, w, 1 | 3 | 4), or a uint8 tensor (3, h, w)."""
+
+# what Pillow's decoders raise on bytes that are not what their header promises
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
+
+
+def load_image(source: ImageSource, size: int) -> Tensor:
+    """One picture as the model sees it.
+
+    EXIF rotation is applied, transparency is laid on white, grey and CMYK become RGB, 16 bits become 8, of several
+    frames the first is used (with a warning), and the picture is resized bicubically with antialias, its aspect ratio
+    not kept (as in training).
+
+    Args:
+        source: a file, encoded bytes, a PIL image or an array, see `ImageSource`.
+        size: side of the result, px.
+
+    Returns:
+        (3, size, size) uint8.
+
+    Raises:
+        ValueError: if there is no such file, or it is not a picture that can be read whole.
+    """
+    if size < 1:
+        raise ValueError(f"image size {size} is not positive; give the side in pixels")
+    if isinstance(source, Tensor | np.ndarray):
+        return _to_square(_from_array(source), size, "the array")
+    if isinstance(source, Image.Image):
+        return _to_square(ImageOps.exif_transpose(source), size, "the image")
+    if isinstance(source, bytes):
+        name = f"the image of {len(source)} bytes"
+        return _to_square(_decode(io.BytesIO(source), name, size), size, name)
+    if not isinstance(source, str | os.PathLike):
+        raise ValueError(
+            f"an image is a {type(source).__name__}; give a path, bytes, a PIL image or an array"
+        )
+    path = Path(source)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the image files in it, e.g. {path}/*.jpg")
+    if not path.is_file():
+        raise ValueError(f"no image file {path}; check the path")
+    try:
+        with open(path, "rb") as file:
+            return _to_square(_decode(file, str(path), size), size, str(path))
+    except PermissionError:
+        raise ValueError(f"{path} may not be read by this user; change its permissions") from None
+
+
+def load_images(sources: Sequence[ImageSource], size: int) -> Tensor:
+    """Several pictures, decoded in threads; see `load_image`.
+
+    Returns:
+        (len(sources), 3, size, size) uint8.
+
+    Raises:
+        ValueError: if there are none, or for the first that cannot be read.
+    """
+    if isinstance(sources, str | bytes | os.PathLike | Image.Image) or not len(sources):
+        raise ValueError(f"images are {str(sources)[:60]!r}; give a list of at least one")
+    # Pillow decodes and resizes without the interpreter lock
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1, len(sources))) as pool:
+        return torch.stack(list(pool.map(lambda source: load_image(source, size), sources)))
+
+
+def _decode(file, name: str, size: int) -> Image.Image:
+    """The first frame, upright, in whatever mode it was stored."""
+    if not file.read(1):
+        raise ValueError(f"{name} is empty (0 bytes); copy or download the image again")
+    file.seek(0)
+    try:
+        with Image.open(file) as image:
+            # a JPEG of many times the size is decoded at 1/2, 1/4 or 1/8: a 12 Mpx photo takes 85 ms instead of 260,
+            # for a mean difference of 0.2 grey levels after the resize
+            image.draft(None, (2 * size, 2 * size))
+            # phones store previews as further frames of an MPO
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                warnings.warn(
+                    "an image has several frames or pages; only the first is used", stacklevel=4
+                )
+            return ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError:
+        raise ValueError(
+            f"{name} has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels; "
+            f"shrink it first, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from None
+    except UnidentifiedImageError:
+        raise ValueError(
+            f"{name} is not an image that can be read here; give a JPEG, PNG, WebP or another format of Pillow"
+        ) from None
+    except _DAMAGED as error:
+        raise ValueError(f"{name} is damaged ({error}); copy or download the image again") from None
+
+
+def _to_square(image: Image.Image, size: int, name: str) -> Tensor:
+    if not all(image.size):
+        raise ValueError(f"{name} has no pixels ({image.width} x {image.height}); give another")
+    rgb = _to_rgb(image, name)
+    if rgb.size != (size, size):
+        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError(f"{name} has floating-point pixels; save it with 8 or 16 bits per channel")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255 instead of scaling
+        return Image.fromarray(_to_8_bits(np.asarray(image), name)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(pixels: np.ndarray, name: str) -> np.ndarray:
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(
+            f"{name} has pixels of more than 16 bits; save it with 8 or 16 bits per channel"
+        )
+    return (pixels.astype(np.uint32) // 257).astype(np.uint8)
+
+
+def _from_array(array: np.ndarray | Tensor) -> Image.Image:
+    if isinstance(array, Tensor):
+        if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[0] != 3:
+            raise ValueError(
+                f"an image tensor is {array.dtype} {tuple(array.shape)}; expected uint8 (3, h, w) with values 0..255"
+            )
+        array = array.permute(1, 2, 0).cpu().numpy()
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if (
+        array.dtype not in (np.uint8, np.uint16)
+        or array.ndim not in (2, 3)
+        or channels not in (1, 3, 4)
+    ):
+        raise ValueError(
+            f"an image array is {array.dtype} {array.shape}; expected uint8 0..255 or uint16 0..65535 "
+            f"of shape (h, w), (h, w, 3) or (h, w, 4)"
+        )
+    if not array.size:
+        raise ValueError(f"an image array has no pixels, shape {array.shape}; give another")
+    if array.dtype == np.uint16:
+        array = _to_8_bits(array, "the array")
+    return Image.fromarray(
+        np.ascontiguousarray(array[..., 0] if array.ndim == 3 and channels == 1 else array)
+    )
+
+
+@dataclass(frozen=True)
+class ExpertLabels:
+    """What the experts say about one image.
+
+    Attributes:
+        planes: expert -> uint8 map (h, w), or (h, w, 3) for normals; absent experts are left out.
+        meta: "instances": {object id: class index} and "words": {id: text} of the maps, as in a sample's JSON.
+        classes: "seg" and "obj_detection" -> class names.
+    """
+
+    planes: dict[str, np.ndarray]
+    meta: dict = field(default_factory=dict)
+    classes: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "ExpertLabels":
+        """Read a packed KEY.labels, and KEY.json beside it for the tables ("instances", "words", "classes").
+
+        Raises:
+            ValueError: if a file is missing or damaged.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(
+                f"no labels file {path}; `prismer data extract` writes one for a sample of a dataset"
+            )
+        try:
+            planes = unpack_labels(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used: {error}") from None
+        tables = path.with_suffix(".json")
+        meta = {}
+        if tables.is_file():
+            try:
+                meta = json.loads(tables.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"{tables} is not JSON ({error}); write it again") from None
+        elif any(EXPERTS[expert].is_ids for expert in planes):
+            raise ValueError(
+                f"{path} holds maps of ids, but {tables.name} with their tables is missing; put it there"
+            )
+        if not isinstance(meta, dict) or not isinstance(meta.get("classes", {}), dict):
+            raise ValueError(
+                f"{tables} does not hold tables; expected an object with instances, words and classes"
+            )
+        return cls(planes, meta, meta.get("classes", {}))
+
+    def texts(self, expert: str) -> dict[int, str]:
+        """What each id that occurs in a map of ids means: a class name or a word.
+
+        Raises:
+            ValueError: if an id is in no table.
+        """
+        if expert == "ocr_detection":
+            table = self.meta.get("words", {})
+        elif expert == "obj_detection":
+            names = self.classes.get(expert, [])
+            indices = self.meta.get("instances", {})
+            table = {
+                i: names[c]
+                for i, c in indices.items()
+                if isinstance(c, int) and 0 <= c < len(names)
+            }
+        else:
+            table = {str(i): name for i, name in enumerate(self.classes.get(expert, []))}
+        used = [int(i) for i in np.unique(self.planes[expert]) if i != BACKGROUND]
+        unknown = [i for i in used if not isinstance(table.get(str(i)), str)]
+        if unknown:
+            raise ValueError(
+                f"id {unknown[0]} of the {expert} map is in no table; label the image again"
+            )
+        return {i: table[str(i)] for i in used}
+
+
+def image_batch(
+    images: Sequence[ImageSource],
+    config: PrismerConfig,
+    labels: Sequence[ExpertLabels | str | os.PathLike | None] | None = None,
+    semantics: Semantics | None = None,
+) -> ImageBatch:
+    """Pictures, and what the experts say about them, as the encoder reads them.
+
+    Args:
+        images: one or more, see `load_image`.
+        config: gives the experts and the sizes; labels of other experts are not used.
+        labels: for each image its labels or a KEY.labels file (`ExpertLabels.from_file`); None where there are none,
+            then the experts of the model say "nothing here".
+        semantics: turns class names and words into features; by default what `config.semantics` names, if that needs
+            no table.
+
+    Returns:
+        Batch on the CPU.
+
+    Raises:
+        ValueError: if a picture or labels cannot be read, their numbers differ, or a table is needed and not given.
+    """
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(
+            f"there are {len(images)} images and {len(labels)} labels; give one for each, or None"
+        )
+    rgb = load_images(images, config.image_size)
+    batch = ImageBatch.without_labels(rgb, config.experts, config.label_size)
+    found = [
+        ExpertLabels.from_file(x) if isinstance(x, str | os.PathLike) else x for x in labels or ()
+    ]
+    ids_are_used = any(
+        EXPERTS[name].is_ids and name in config.experts for x in found if x for name in x.planes
+    )
+    if semantics is None and (ids_are_used or config.semantics == "spelling"):
+        semantics = Semantics.for_config(config)
+    row_of: dict[str, int] = {}
+    for b, experts in enumerate(found):
+        for name in config.experts if experts else ():
+            if name not in experts.planes:
+                continue
+            plane = _resize_nearest(experts.planes[name], config.label_size)
+            batch.labels[name][b] = torch.from_numpy(plane.reshape(*plane.shape[:2], -1)).permute(
+                2, 0, 1
+            )
+            if EXPERTS[name].is_ids:
+                for i, text in experts.texts(name).items():
+                    batch.rows[name][b, i] = row_of.setdefault(text, 1 + len(row_of))
+    if semantics is not None:
+        features = np.concatenate([semantics.background[None], semantics.rows(list(row_of))])
+        batch.features = torch.from_numpy(features)
+    return batch
+
+
+def _resize_nearest(plane: np.ndarray, size: int) -> np.ndarray:
+    """(h, w, ...) -> (size, size, ...): pixel i shows the source pixel under its centre."""
+    rows, columns = ((2 * np.arange(size) + 1) * side // (2 * size) for side in plane.shape[:2])
+    return plane[rows[:, None], columns]

@@ -1,0 +1,156 @@
+"""What a run shows while it trains: a progress bar, metrics.jsonl, TensorBoard scalars and loss.png; rank 0 only."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """Every line of metrics.jsonl, in order; a last line that a crash cut short is left out."""
+    file = Path(folder) / METRICS
+    rows = []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Progress:
+    """The bar and the records of one run.
+
+    Args:
+        folder: the run folder.
+        start: the step that the run starts or resumes at; records of later steps are cut.
+        total: steps in all.
+    """
+
+    def __init__(self, folder: Path, start: int, total: int):
+        self.folder = Path(folder)
+        kept = [row for row in read_metrics(folder) if row["step"] <= start]
+        aside = self.folder / f".{METRICS}.partial"
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(aside, self.folder / METRICS)
+        self._file = open(self.folder / METRICS, "a")
+        # imported here: it takes seconds, and only rank 0 needs it
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(self.folder / "tensorboard", purge_step=start + 1)
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            desc="train",
+            unit="step",
+            dynamic_ncols=on_terminal,
+            # a log file wants a line now and then, a terminal a moving bar
+            mininterval=0.2 if on_terminal else 15,
+        )
+
+    def advance(self) -> None:
+        """One step is done."""
+        self._bar.update()
+
+    def record(self, row: dict) -> None:
+        """Keep one row of numbers; "step" names the step, "kind" what was measured."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for key, value in row.items():
+            if key not in ("step", "kind") and isinstance(value, (int, float)):
+                self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+        self._board.flush()
+        if row["kind"] == "train":
+            self._bar.set_postfix_str(
+                f"loss {row['loss']:.3f}, {row['samples_per_s']:.1f} samples/s", refresh=False
+            )
+
+    def say(self, text: str) -> None:
+        """A line that does not tear the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """End the bar and the files."""
+        self._bar.close()
+        self._board.close()
+        self._file.close()
+
+
+def plot_metrics(folder: Path) -> None:
+    """Draw loss.png from metrics.jsonl: training loss, learning rate, and the scores on the validation split."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(folder)
+    train = [row for row in rows if row["kind"] == "train"]
+    scored = [row for row in rows if row["kind"] == "validation"]
+    if not train:
+        return
+    names = list(scored[-1]) if scored else []
+    answers = [name for name in names if name.partition("/")[0] in ("accuracy", "top-1")]
+    panels = 1 + ("CIDEr-D" in names) + bool(answers)
+    figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 4.2), squeeze=False)
+    _plot_training(axes[0, 0], train)
+    axis = axes[0, 1] if panels > 1 else None
+    if "CIDEr-D" in names:
+        _plot_scores(axis, scored, ["CIDEr-D"], "captions, validation", "CIDEr-D (of 10)")
+        axis = axes[0, -1]
+    if answers:
+        _plot_scores(axis, scored, answers, "answers, validation", "accuracy")
+        axis.set_ylim(0, 1)
+    figure.tight_layout()
+    aside = Path(folder) / ".loss.partial.png"
+    figure.savefig(aside, dpi=130)
+    plt.close(figure)
+    os.replace(aside, Path(folder) / "loss.png")
+
+
+def _plot_training(axis, rows: list[dict]) -> None:
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    axis.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="loss as logged")
+    axis.plot(steps, _smooth(losses), color="tab:blue", linewidth=2, label="smoothed")
+    axis.set(xlabel="optimizer step", ylabel="loss, summed over a text's tokens", title="training")
+    axis.grid(alpha=0.3)
+    rate = axis.twinx()
+    rate.plot(
+        steps,
+        [row["learning_rate"] for row in rows],
+        color="gray",
+        linestyle=":",
+        label="learning rate",
+    )
+    rate.set_ylabel("learning rate", color="gray")
+    rate.set_ylim(bottom=0)
+    lines = [*axis.get_lines(), *rate.get_lines()]
+    axis.legend(lines, [line.get_label() for line in lines], loc="upper right")
+
+
+def _plot_scores(axis, rows: list[dict], names: list[str], title: str, ylabel: str) -> None:
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        whole = "/" not in name
+        label = name if whole else name.partition("/")[2]
+        axis.plot(
+            *zip(*points, strict=True),
+            marker="o",
+            markersize=3,
+            linewidth=2.5 if whole else 1.2,
+            label=label,
+        )
+    axis.set(xlabel="optimizer step", ylabel=ylabel, title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right", fontsize="small", ncols=2)
+
+
+def _smooth(values: list[float], window: int = 9) -> list[float]:
+    """Centred running means; shorter windows at the ends."""
+    half = window // 2
+    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]

@@ -1,0 +1,401 @@
+"""Training: build the run from its config, step by step, evaluate, save, resume, and report.
+
+Everything random is keyed by (seed, step): the order of the data (loader.py), augmentation, dropout, the rows of the
+instance table. So a run that was killed and resumed is the same run, loss for loss, without any stored generator.
+"""
+
+import io
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+
+from prismer import engine as engines
+from prismer.checkpoint import from_pretrained
+from prismer.dataloading.augment import AugmentConfig
+from prismer.dataloading.batch import Batch
+from prismer.dataloading.features import Semantics
+from prismer.dataloading.loader import Loader
+from prismer.dataloading.scenes import render_dataset
+from prismer.dataloading.shards import ShardDataset
+from prismer.evaluation import Knowledge, blind_guesses, collect_knowledge, describe, scores
+from prismer.freezing import freeze
+from prismer.model import Prismer
+from prismer.precision import choose_precision
+from prismer.progress import Progress, plot_metrics
+from prismer.report import draw_samples, write_results
+from prismer.run_folder import RunFolder, export_checkpoint, restore_optimizer, write_json
+from prismer.start import start_config, start_model
+from prismer.stopping import StopRequest
+from prismer.tasks import ChooseTexts, caption_texts, classification_texts, joint_texts, vqa_texts
+from prismer.train_config import TrainConfig
+
+SCENES = TrainConfig.data
+NO_AUGMENTATION = AugmentConfig(min_area=1.0, flip=0.0, num_ops=0)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The rate of step `step` of `total`: linear warm-up, then a cosine to the minimum (0-based)."""
+    peak, low, warmup = (
+        config.learning_rate,
+        config.min_learning_rate,
+        min(config.warmup_steps, total),
+    )
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def keyed_seed(*key: int) -> int:
+    """A 63-bit seed that depends on every number of the key."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def instance_rows(seed: int, step: int, num_instances: int) -> Tensor:
+    """(256,) int64: for each object id its row of the instance table, one permutation per step, alike on all ranks."""
+    generator = torch.Generator().manual_seed(keyed_seed(seed, step))
+    order = torch.randperm(num_instances, generator=generator)
+    return order[torch.arange(256) % num_instances]
+
+
+def choose_texts(
+    config: TrainConfig, model: Prismer, classes: list[str]
+) -> tuple[ChooseTexts, int]:
+    """What the loader takes from an image's JSON, and how many texts at most."""
+    tokenizer, prefix, room = (
+        model.tokenizer,
+        model.config.caption_prefix,
+        model.config.max_positions,
+    )
+    captions, questions = config.captions_per_image, config.questions_per_image
+    if config.task == "joint":
+        return joint_texts(tokenizer, prefix, captions, questions, room), captions + questions
+    if config.task == "vqa":
+        return vqa_texts(tokenizer, questions, room), questions
+    if config.task == "classify":
+        return classification_texts(tokenizer, class_names=classes or None, max_positions=room), 1
+    if config.task == "pretrain":
+        prefix = ""
+    return caption_texts(tokenizer, prefix, captions, room), captions
+
+
+class Trainer:
+    """One run, on every rank: `Trainer(config, settings).fit()`.
+
+    Args:
+        config: what to train.
+        settings: engine settings, as `train_config.read_config` returned them.
+        local_rank: from the launcher, if it gave one.
+        fresh: set an earlier run of this name aside (renamed, not deleted) instead of continuing it.
+
+    Raises:
+        ValueError: if config, settings, data, model and an earlier run of this name do not fit together.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        settings: dict,
+        *,
+        local_rank: int | None = None,
+        fresh: bool = False,
+    ):
+        self.config = config
+        self.device = engines.start_distributed(local_rank)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.group = engines.host_group()
+        self.run = RunFolder(config.folder)
+        micro_batch = config.micro_batch(self.world)
+        self.precision = engines.on_first_rank(lambda: self._prepare(fresh), self.group)
+        self.knowledge = Knowledge.load(self.run.path)
+
+        checkpoint = self.run.last()
+        if checkpoint:
+            model = from_pretrained(checkpoint)
+        else:
+            # every rank builds the same weights; DeepSpeed keeps a part of each
+            model = start_model(config.model, config.image_size, config.seed)
+        model.set_gradient_checkpointing(config.gradient_checkpointing)
+        self.tokenizer, self.model_config = model.tokenizer, model.config
+        trainable, parameters = freeze(model, config.freeze)
+        self._say(
+            f"trainable: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.0%})"
+        )
+        self._open_data(model, micro_batch)
+
+        self.engine = engines.build_engine(model.train(), config, settings, self.precision)
+        self.step, self.loss_sum, self.loss_count = 0, torch.zeros((), device=self.device), 0
+        if checkpoint:
+            state = restore_optimizer(self.engine, checkpoint)
+            self.step, self.loss_count = state["step"], state["loss_count"]
+            # it is a sum over ranks
+            self.loss_sum += state["loss_sum"] / self.world
+            self._say(f"resuming {self.run.path} at step {self.step} of {self.total}")
+        self.saved_step = self.step if checkpoint else -1
+
+    # set-up
+
+    def _prepare(self, fresh: bool) -> str:
+        """What rank 0 does before anything is built; returns the precision."""
+        config, data = self.config, Path(self.config.data)
+        if fresh and (moved := self.run.start_afresh()):
+            self._say(f"the earlier run was moved to {moved}")
+        if config.data == SCENES and not ((data / "train").is_dir() and (data / "val").is_dir()):
+            self._say(f"rendering the embedded dataset into {data}")
+            render_dataset(data)
+        if not (data / "train").is_dir():
+            raise ValueError(
+                f"no dataset at {data / 'train'}; render or import one, or name another with --data"
+            )
+
+        def decide() -> str:
+            chosen, why = choose_precision(
+                config.precision, start_config(config.model).vision_width, self.device
+            )
+            self._say(why)
+            return chosen
+
+        precision, changes = self.run.settle(config, decide)
+        for change in changes:
+            self._say(f"changed since the run was started: {change}")
+        if not self.run.last():
+            collect_knowledge(ShardDataset(data / "train"), config.max_answers).save(self.run.path)
+        return precision
+
+    def _open_data(self, model: Prismer, micro_batch: int) -> None:
+        config, data = self.config, Path(self.config.data)
+        common = dict(
+            config=model.config,
+            semantics=Semantics.for_config(model.config, config.semantics or None),
+            seed=config.seed,
+            rank=self.rank,
+            world=self.world,
+            threads=config.loader_threads,
+            device=self.device,
+        )
+        augment = AugmentConfig(
+            min_area=config.crop_min_area, flip=config.flip, num_ops=config.augment_ops
+        )
+        texts, group_size = choose_texts(config, model, self.knowledge.classes)
+        self.loader = Loader(
+            ShardDataset(data / "train"),
+            batch_size=micro_batch,
+            texts=texts,
+            group_size=group_size,
+            augment=None if augment == NO_AUGMENTATION else augment,
+            drop_labels=config.drop_labels,
+            **common,
+        )
+        self.steps_per_epoch = self.loader.steps_per_epoch // config.accumulation
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"{data / 'train'} has fewer images than batch_size {config.batch_size}; lower it"
+            )
+        self.total = config.steps or config.epochs * self.steps_per_epoch
+        self.val = None
+        if (data / "val").is_dir():
+            val = ShardDataset(data / "val")
+            self.val = Loader(val, batch_size=config.eval_batch_size, training=False, **common)
+
+    def _say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    # training
+
+    def fit(self) -> int:
+        """Train to the end, or until told to stop; returns the exit code of the process."""
+        if self.step >= self.total and (self.run.path / "finished.json").is_file():
+            self._say(
+                f"{self.run.path} is finished; raise --steps or --epochs, or set it aside with --fresh"
+            )
+            return 0
+        begun, progress = time.time(), None
+        if self.rank == 0:
+            (self.run.path / "finished.json").unlink(missing_ok=True)
+            progress = Progress(self.run.path, self.step, self.total)
+        with StopRequest(self.group) as stop:
+            self._restart_clock()
+            while self.step < self.total and not stop.reason:
+                epoch, within = divmod(self.step, self.steps_per_epoch)
+                with closing(
+                    self.loader.epoch(epoch, within * self.config.accumulation)
+                ) as batches:
+                    for _ in range(
+                        within, min(self.steps_per_epoch, self.total - self.step + within)
+                    ):
+                        self._train_step(batches)
+                        self._after_step(progress, stopping=stop.everywhere())
+                        if stop.reason:
+                            break
+            if progress:
+                progress.close()
+            if stop.reason:
+                self._say(f"stopped by {stop.reason}; saved at step {self.step} of {self.total}")
+                return stop.exit_code
+        self._finish(time.time() - begun)
+        return 0
+
+    def _train_step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step."""
+        config = self.config
+        engines.set_learning_rate(self.engine, learning_rate(self.step, self.total, config))
+        # dropout differs between ranks and steps, and not between a run and its resumption
+        torch.manual_seed(keyed_seed(config.seed, self.step, self.rank))
+        rows = instance_rows(config.seed, self.step, self.model_config.num_instances).to(
+            self.device
+        )
+        for _ in range(config.accumulation):
+            batch = next(batches)
+            batch.images.instance_rows = rows
+            loss = self.engine(batch)
+            self.engine.backward(loss)
+            self.engine.step()
+            # stays on the device: reading it would wait for the step
+            self.loss_sum += loss.detach().float() / config.accumulation
+        self.step += 1
+        self.loss_count += 1
+        # DeepSpeed leaves a step out when its gradients are not finite, which a non-finite loss implies
+        if self.engine.skipped_steps:
+            raise RuntimeError(
+                f"loss or gradients are not finite at step {self.step}; the last checkpoint is of step "
+                f"{max(self.saved_step, 0)}; lower learning_rate or set gradient_clipping, and resume"
+            )
+
+    def _after_step(self, progress: Progress | None, stopping: bool) -> None:
+        """Show, log, evaluate and save, whichever is due."""
+        config, step = self.config, self.step
+        if progress:
+            progress.advance()
+        last = step == self.total
+        if step % config.log_every == 0 or last:
+            self._log(progress)
+        epoch_ends = step % self.steps_per_epoch == 0
+        due = step % config.eval_every == 0 if config.eval_every else epoch_ends
+        paused, score = time.monotonic(), None
+        if (due or last) and self.val and not stopping:
+            score = self._evaluate(progress)
+        if step % config.save_every == 0 or epoch_ends or score is not None or last or stopping:
+            self._save(score)
+        # a pause is not training time
+        self.clock += time.monotonic() - paused
+
+    def _restart_clock(self) -> None:
+        self.clock, self.clock_step = time.monotonic(), self.step
+
+    def _log(self, progress: Progress | None) -> None:
+        mean = self._global_loss() / (self.loss_count * self.world)
+        seconds = time.monotonic() - self.clock
+        if progress:
+            progress.record(
+                dict(
+                    step=self.step,
+                    kind="train",
+                    epoch=self.step / self.steps_per_epoch,
+                    loss=mean,
+                    learning_rate=learning_rate(self.step - 1, self.total, self.config),
+                    gradient_norm=float(self.engine.get_global_grad_norm()),
+                    samples_per_s=(self.step - self.clock_step) * self.config.batch_size / seconds,
+                )
+            )
+        self.loss_sum.zero_()
+        self.loss_count = 0
+        self._restart_clock()
+
+    def _global_loss(self) -> float:
+        """The sum of the losses since the last log over steps and ranks (a collective)."""
+        total = self.loss_sum.clone()
+        dist.all_reduce(total)
+        return float(total)
+
+    def _save(self, score: float | None) -> None:
+        if self.step == self.saved_step:
+            return
+        state = dict(
+            step=self.step,
+            epoch=self.step // self.steps_per_epoch,
+            samples=self.step * self.config.batch_size,
+            loss_sum=self._global_loss(),
+            loss_count=self.loss_count,
+            precision=self.precision,
+            world_size=self.world,
+            seed=self.config.seed,
+        )
+        self.run.save(self.engine, state, score)
+        self.saved_step = self.step
+
+    # evaluation
+
+    def _replica(self) -> Prismer:
+        """A plain model on this rank, in the precision of the run."""
+        model = Prismer(self.model_config, self.tokenizer)
+        return model.to(device=self.device, dtype=DTYPES[self.precision]).eval()
+
+    def _evaluate(self, progress: Progress | None) -> float:
+        model = self._replica()
+        engines.copy_weights(self.engine, model)
+        found = scores(self._describe(model, limit=self.config.eval_images))
+        if progress:
+            progress.record(dict(step=self.step, kind="validation", **found))
+            progress.say(
+                f"step {self.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items())
+            )
+            plot_metrics(self.run.path)
+        return found["score"]
+
+    def _describe(self, model: Prismer, **options) -> list[dict]:
+        return describe(
+            model,
+            self.val,
+            task=self.config.task,
+            knowledge=self.knowledge,
+            group=self.group,
+            **options,
+        )
+
+    def _finish(self, seconds: float) -> None:
+        """Export the best model, compare it with blind guesses and blank images, and say that the run is finished."""
+        best = from_pretrained(self.run.best())
+        if self.rank == 0:
+            export_checkpoint(self.run.path, self.run.path / "model")
+            plot_metrics(self.run.path)
+        about = dict(
+            steps=self.step,
+            best_checkpoint=self.run.best().name,
+            precision=self.precision,
+            processes=self.world,
+            seconds_since_last_start=round(seconds, 1),
+        )
+        if self.val:
+            model = self._replica()
+            model.load_state_dict(best.state_dict())
+            records = self._describe(model)
+            columns = [
+                scores(records),
+                scores(blind_guesses(records, self.knowledge)),
+                scores(self._describe(model, blank=True)),
+            ]
+            if self.rank == 0:
+                self._say(write_results(self.run.path, columns, len(records), about))
+                self._draw(records[:8])
+        if self.rank == 0:
+            write_json(self.run.path / "finished.json", about)
+            self._say(f"finished: {self.run.path}/model, results.md, loss.png, samples.png")
+
+    def _draw(self, records: list[dict]) -> None:
+        dataset = self.val.dataset
+        position = {dataset.key(i): i for i in range(min(len(dataset), 100))}
+        pictures = [
+            Image.open(io.BytesIO(dataset[position[row["key"]]].jpeg)).convert("RGB")
+            for row in records
+        ]
+        draw_samples(self.run.path / "samples.png", pictures, records)

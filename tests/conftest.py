@@ -1,0 +1,56 @@
+"""Shared by all tests: fixed seeds, poisoned memory, the twice-PyTorch rule, and the `gpu` marker."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.utils.deterministic
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Every test draws the same numbers, alone or in any order."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Uninitialised tensors are full of NaN, those of native code too, so that unwritten output shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filling
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def assert_no_worse():
+    """Compare by name: our error may be `factor` times that of plain PyTorch in the same dtype, plus one rounding."""
+
+    def check(name, ours, plain, exact, factor=2.0):
+        assert ours.shape == exact.shape, f"{name} has shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
+        if not exact.numel():
+            return
+        assert torch.isfinite(ours).all(), f"{name} is not finite"
+        rounding = torch.finfo(ours.dtype).eps / 2
+        errors = {}
+        for kind, norm in (("max", lambda t: t.abs().amax()), ("rms", lambda t: t.square().mean().sqrt())):
+            error, allowed = (norm(t.double() - exact).item() for t in (ours, plain))
+            errors[kind] = error, factor * allowed + rounding * norm(exact).item()
+        text = ", ".join(f"{kind} {error:.3g} (allowed {allowed:.3g})" for kind, (error, allowed) in errors.items())
+        assert all(error <= allowed for error, allowed in errors.values()), f"{name} is off: {text}"
+
+    return check

@@ -1,0 +1,201 @@
+"""Proves that asking in words gives what the plain baseline gives on the same tokens, that an image is encoded once
+however many questions are asked, and that wrong input is one sentence. Run: pytest tests/model/test_inference.py"""
+
+import pytest
+import torch
+from plain_inference import plain_generate, plain_rank
+
+from prismer.config import prismer_tiny
+from prismer.dataloading.batch import ImageBatch
+from prismer.inference import Answer, Candidates
+from prismer.model import Prismer
+from prismer.tokenizer import Tokenizer
+
+ANSWERS = ["yes", "no", "red", "dark red", "dark blue", "2", "no", "red cube"]
+QUESTIONS = [["What is it?", "Which colour has the small cube on the left?", "How many?"], [], ["Is it red"]]
+TEXTS = [" Yes No Red Dark red Dark blue dark", "What is it? Which colour has the small cube?", "A photo of a"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train(TEXTS * 3, 290)
+    config = prismer_tiny(
+        experts=("depth", "seg"), image_size=32, label_size=32, vision_width=16, vision_heads=2, vision_depth=1,
+        resampler_depth=1, resampler_heads=2, num_latents=4, text_width=32, text_depth=2, text_mlp_width=48,
+        vocab_size=tokenizer.vocab_size, caption_prefix="A picture of",
+    )  # fmt: skip
+    model = Prismer(config, tokenizer).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        # images and positions speak loudly, so that texts differ
+        loud = "position" in name or "cross.value" in name
+        std = 0.7 if loud else 0.35 if parameter.dim() >= 2 else 0.25
+        parameter.normal_(1.0 if "norm.weight" in name or "ln_" in name else 0.0, std)
+    for parameter in model.decoder.head.norm.parameters():
+        parameter.mul_(0.4)
+    return model
+
+
+@pytest.fixture
+def images():
+    g = torch.Generator().manual_seed(0)
+    batch = ImageBatch.without_labels(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), ("depth", "seg"), 32)
+    batch.rgb = torch.randint(0, 256, (3, 3, 32, 32), generator=g, dtype=torch.uint8)
+    batch.rgb[1, 0], batch.rgb[2, :, ::2] = 255, 0
+    batch.labels["depth"] = torch.randint(0, 256, (3, 1, 32, 32), generator=g, dtype=torch.uint8)
+    return batch
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Images that were encoded, and whose keys and values were projected."""
+    counts = {"encoded": 0, "projected": 0}
+    encode, decoder = Prismer.encode, type(Prismer(prismer_tiny(experts=())).decoder)
+    project = decoder.project_context
+
+    def counting_encode(self, images):
+        counts["encoded"] += len(images)
+        return encode(self, images)
+
+    def counting_project(self, context):
+        counts["projected"] += len(context)
+        return project(self, context)
+
+    monkeypatch.setattr(Prismer, "encode", counting_encode)
+    monkeypatch.setattr(decoder, "project_context", counting_project)
+    return counts
+
+
+def question_groups(model, questions):
+    """The tokens of questions, spelt out here: `<s>` and the question, capitalised, with `?`."""
+    tokenizer = model.tokenizer
+    return [
+        [[0, *tokenizer.encode(question if question.endswith("?") else question + "?")] for question in group]
+        for group in questions
+    ]
+
+
+def check_answers(found, plain, texts):
+    for answer, (best, candidates, scores) in zip(found, plain, strict=True):
+        assert answer.text == texts[best] == answer.ranked[0][0]
+        assert answer.score == answer.ranked[0][1] == pytest.approx(max(scores), abs=2e-5)
+        expected = sorted(scores, reverse=True)
+        assert [score for _, score in answer.ranked] == pytest.approx(expected, abs=2e-5)
+        assert sorted(text for text, _ in answer.ranked) == sorted(texts[i] for i in candidates)
+
+
+@pytest.mark.parametrize("prefix", (None, "", "A photo of a"))
+@pytest.mark.parametrize("beams", (1, 3))
+def test_caption(model, images, beams, prefix):
+    written = "A picture of" if prefix is None else prefix
+    prompt = [0, *model.tokenizer.encode(written)]
+    captions = model.caption(images, beams=beams, prefix=prefix, max_length=len(prompt) + 6, min_length=len(prompt) + 2)
+    plain = plain_generate(
+        model.decoder, model.encode(images), [[prompt]] * 3,
+        beams=beams, max_new_tokens=6, min_new_tokens=2, length_penalty=1.0, scoring="classic",
+    )  # fmt: skip
+    expected = [model.tokenizer.decode(tokens).strip() for tokens, _ in plain]
+    assert captions == [text[:1].upper() + text[1:].lower() + "." for text in expected]
+    assert len(set(captions)) == 3
+
+
+def test_caption_lengths_count_the_prompt(model, images):
+    prompt = len(model.tokenizer.encode("A picture of")) + 1
+    default = model.caption(images)
+    assert default == model.caption(images, beams=3, max_length=20, min_length=8, scoring="classic")
+    assert model.caption(images, max_length=prompt + 1) != default
+    with pytest.raises(ValueError, match=f"prefix alone has {prompt} tokens"):
+        model.caption(images, max_length=prompt)
+
+
+@pytest.mark.parametrize("read_out", ("pad", "last", "batch"))
+@pytest.mark.parametrize("top_k", (1, 3, None))
+def test_answer_from_a_list(model, images, top_k, read_out):
+    found = model.answer(images, QUESTIONS, ANSWERS, top_k=top_k, read_out=read_out)
+    assert [len(group) for group in found] == [3, 0, 1]
+    tokens = [[*model.tokenizer.encode(" " + answer.capitalize()), 2] for answer in ANSWERS]
+    groups = question_groups(model, QUESTIONS)
+    plain = plain_rank(model.decoder, model.encode(images), groups, tokens, top_k=top_k, read_out=read_out)
+    check_answers([answer for group in found for answer in group], plain, ANSWERS)
+
+
+def test_answer_freely(model, images):
+    found = model.answer(images, QUESTIONS)
+    plain = plain_generate(
+        model.decoder, model.encode(images), question_groups(model, QUESTIONS), read_out="pad",
+        beams=3, max_new_tokens=10, min_new_tokens=1, length_penalty=-1.0, scoring="classic",
+    )  # fmt: skip
+    for answer, (tokens, score) in zip([a for group in found for a in group], plain, strict=True):
+        assert answer.text == model.tokenizer.decode(tokens).strip().lower()
+        assert answer.score == pytest.approx(score, abs=1e-3)
+        assert answer.ranked == []
+
+
+def test_answer_nesting(model, images):
+    """One question per image comes back as one answer per image; an answer does not depend on its batch."""
+    nested = model.answer(images, [["How many?"], ["What is it?"], ["How many?"]], ANSWERS)
+    flat = model.answer(images, ["How many?", "What is it?", "How many?"], ANSWERS)
+    assert all(isinstance(answer, Answer) for answer in flat)
+    assert [[a.text for a in group] for group in nested] == [[a.text] for a in flat]
+    candidates = Candidates.answers(model.tokenizer, ANSWERS)
+    again = model.answer(images, [["What is it?", "How many?"], ["What is it?"], ["Is it?", "How many?"]], candidates)
+    for alone, other in ((flat[0], again[0][1]), (flat[1], again[1][0]), (flat[2], again[2][1])):
+        assert alone.score == pytest.approx(other.score, abs=1e-5)
+    assert model.answer(images, [[], [], []], ANSWERS) == [[], [], []]
+
+
+@pytest.mark.parametrize("top_k", (2, None))
+def test_classify(model, images, top_k):
+    names = ["Cat", "dark cube", "dark", "Red"]
+    found = model.classify(images, names, top_k=top_k)
+    tokens = [[*model.tokenizer.encode(" " + name.lower()), 2] for name in names]
+    prompt = [0, *model.tokenizer.encode("A photo of a")]
+    plain = plain_rank(model.decoder, model.encode(images), [[prompt]] * 3, tokens, top_k=top_k, read_out="last")
+    check_answers(found, plain, names)
+    candidates = Candidates.classes(model.tokenizer, names)
+    assert model.classify(images, candidates, top_k=top_k) == found
+
+
+def test_images_are_encoded_once(model, images, calls):
+    asked = [["How many?", "What is it?", "Is it red?", "Is it blue?", "Which one?"]] * 3
+    model.answer(images, asked, ANSWERS)
+    assert calls == {"encoded": 3, "projected": 3}
+    model.answer(images, asked)
+    model.caption(images)
+    model.classify(images, ANSWERS)
+    assert calls == {"encoded": 12, "projected": 12}
+
+
+@pytest.mark.parametrize(
+    "ask, message",
+    [
+        (lambda model, images: model.answer(images, "What?", ANSWERS), "questions is one string for 3 images"),
+        (lambda model, images: model.answer(images, ["What?"], ANSWERS), "questions is a list of 1 for 3 images"),
+        (lambda model, images: model.answer(images, ["What?", ["What?"], []]), "mixes strings and lists"),
+        (lambda model, images: model.answer(images, ["What?", "", "What?"]), "the question '' is empty"),
+        (lambda model, images: model.answer(images, ["What?"] * 3, []), r"answers is \[\]"),
+        (lambda model, images: model.answer(images, ["What?"] * 3, "yes"), "answers is 'yes'"),
+        (lambda model, images: model.answer(images, ["What?"] * 3, ["yes", " "]), "the answer ' ' is empty"),
+        (lambda model, images: model.answer(images, ["What?"] * 3, ANSWERS, top_k=0), "top_k is 0"),
+        (lambda model, images: model.classify(images, []), r"class_names is \[\]"),
+        (lambda model, images: model.caption(images, beams=0), "beams is 0"),
+    ],
+)
+def test_refuses(model, images, ask, message):
+    with pytest.raises(ValueError, match=message):
+        ask(model, images)
+
+
+def test_refuses_a_model_that_cannot_be_asked(model, images):
+    mute = Prismer(model.config).eval()
+    with pytest.raises(ValueError, match="the model has no tokenizer"):
+        mute.caption(images)
+    empty = ImageBatch.without_labels(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), ("depth", "seg"), 32)
+    with pytest.raises(ValueError, match="the batch holds no images"):
+        model.caption(empty)
+    model.train()
+    try:
+        with pytest.raises(ValueError, match="in training mode"):
+            model.answer(images, ["What?"] * 3)
+    finally:
+        model.eval()

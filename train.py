@@ -1,0 +1,58 @@
+"""Train a Prismer with ZeRO-3: `deepspeed train.py --config zero3.json`; `torchrun` and plain `python` do as well.
+
+With nothing else it trains the embedded demonstration: preset tiny on rendered scenes. The settings of a run are the
+fields of prismer.train_config.TrainConfig; give them in a "prismer" section of the JSON, the commonest also as flags.
+A run that was interrupted continues when the same command is given again.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    beside = Path(__file__).with_name("zero3.json")
+    parser.add_argument(
+        "--config", default=str(beside), help="DeepSpeed JSON, with an optional prismer section"
+    )
+    parser.add_argument("--task", help="joint, pretrain, caption, vqa or classify")
+    parser.add_argument("--data", help="dataset folder with train/ and val/")
+    parser.add_argument("--model", help="preset, or model folder to start from")
+    parser.add_argument("--run", help="name of the run: the folder under runs/")
+    parser.add_argument("--steps", type=int, help="optimizer steps in all")
+    parser.add_argument("--epochs", type=int, help="passes over the data")
+    parser.add_argument(
+        "--fresh", action="store_true", help="set an earlier run of this name aside and start anew"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Train; returns the exit code: 0 if the run is finished, 128 + signal number if it was stopped and saved."""
+    arguments = parse_arguments()
+    # imported late, so that --help and a mistyped flag answer at once
+    from prismer.train_config import read_config
+    from prismer.trainer import Trainer
+
+    flags = ("task", "data", "model", "run", "steps", "epochs")
+    try:
+        config, settings = read_config(
+            arguments.config, **{name: getattr(arguments, name) for name in flags}
+        )
+        trainer = Trainer(config, settings, local_rank=arguments.local_rank, fresh=arguments.fresh)
+    except (ValueError, OSError) as error:
+        # every rank fails alike, one says so
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    return trainer.fit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
