@@ -23,7 +23,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--task", help="joint, pretrain, caption, vqa or classify")
     parser.add_argument("--data", help="dataset folder with train/ and val/")
     parser.add_argument("--model", help="preset, or model folder to start from")
-    parser.add_argument("--run", help="name of the run: the folder under runs/")
+    # torchrun takes --run for an abbreviation of its own --run-path, wherever it stands
+    parser.add_argument("--run", "--name", help="name of the run: the folder under runs/")
     parser.add_argument("--steps", type=int, help="optimizer steps in all")
     parser.add_argument("--epochs", type=int, help="passes over the data")
     parser.add_argument(

@@ -212,8 +212,10 @@ def _label_problems(sample: Sample, classes: dict[str, list[str]]) -> Iterator[s
         if name in sample.labels:
             unknown = set(np.unique(sample.labels[name]).tolist()) - ids - {BACKGROUND}
             if unknown:
-                what = f"{len(unknown)} ids without an entry in their table, {min(unknown)} is the first"
-                yield f"the {name} map holds {what} of {len(ids)} entries"
+                yield (
+                    f"the {name} map holds {len(unknown)} ids that its table of {len(ids)} entries "
+                    f"does not know ({min(unknown)} is the first)"
+                )
     num_classes = len(classes.get("obj_detection", []))
     for i, class_id in instances.items():
         if not isinstance(class_id, int) or not 0 <= class_id < num_classes:

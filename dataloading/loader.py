@@ -120,12 +120,7 @@ class Loader:
                 f"lower the batch size or give more samples"
             )
         self.dataset, self.config, self.batch_size = dataset, config, batch_size
-        self.texts, self.group_size, self.semantics, self.augment = (
-            texts,
-            group_size,
-            semantics,
-            augment,
-        )
+        self.texts, self.group_size, self.augment = texts, group_size, augment
         self.seed, self.rank, self.world, self.training = seed, rank, world, training
         self.threads, self.prefetch, self.drop_labels = threads, prefetch, drop_labels
         self.device = torch.device(device)
@@ -150,6 +145,7 @@ class Loader:
 
         Raises:
             ValueError: if `start_step` is not a step of the epoch or its end.
+            ValueError: from the iterator, if more texts are chosen for an image than a group holds.
             RuntimeError: from the iterator, if 1000 samples in a row are unreadable.
         """
         if not 0 <= start_step <= self.steps_per_epoch:
@@ -175,34 +171,42 @@ class Loader:
         return np.argsort(draws, kind="stable")
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
-        order = self._order(epoch)
+        find = partial(self._readable_item, epoch, self._order(epoch))
         with ThreadPoolExecutor(self.threads) as pool:
+            # the samples of the next batch are read while DALI works on this one
+            reading = [pool.submit(find, p) for p in self._positions(start_step)]
             for step in range(start_step, self.steps_per_epoch):
-                begin = (step * self.world + self.rank) * self.batch_size
-                positions = range(begin, min(begin + self.batch_size, len(order)))
-                with self._turn:
-                    batch = self._batch(epoch, order, positions, pool)
+                found, reading = reading, [pool.submit(find, p) for p in self._positions(step + 1)]
+                batch = self._batch([future.result() for future in found], step, find)
                 if batch is not None:
                     yield batch
 
+    def _positions(self, step: int) -> range:
+        """Places in the epoch's order that this rank's batch takes; none after the last step."""
+        if step >= self.steps_per_epoch:
+            return range(0)
+        begin = (step * self.world + self.rank) * self.batch_size
+        return range(begin, min(begin + self.batch_size, len(self.dataset)))
+
     def _batch(
-        self, epoch: int, order: np.ndarray, positions: range, pool: ThreadPoolExecutor
+        self, found: list[_Item | None], step: int, find: Callable[[int], _Item | None]
     ) -> Batch | None:
-        """The batch at `positions` of the order; None if an evaluation batch has no readable sample."""
+        """The batch of `step` from what was found; None if an evaluation batch has no readable sample."""
         while True:
-            found = pool.map(partial(self._readable_item, epoch, order), positions)
             items = [item for item in found if item is not None]
             if not items:
                 return None
             try:
-                rgb, labels = self._pipeline(
-                    [item.sample.jpeg for item in items],
-                    [item.sample.labels for item in items],
-                    None if self.augment is None else [item.params for item in items],
-                )
+                with self._turn:
+                    rgb, labels = self._pipeline(
+                        [item.sample.jpeg for item in items],
+                        [item.sample.labels for item in items],
+                        None if self.augment is None else [item.params for item in items],
+                    )
             except UndecodableImages as error:
                 for i, reason in error.reasons.items():
                     self._skip(items[i].index, reason)
+                found = [find(position) for position in self._positions(step)]
             else:
                 return self._assemble(items, rgb, labels)
 
@@ -228,10 +232,6 @@ class Loader:
         texts = []
         if self.texts is not None:
             texts = self.texts(sample.meta, keyed_rng(Draw.TEXTS, self.seed, epoch, index))
-            if len(texts) > self.group_size:
-                raise ValueError(
-                    f"{len(texts)} texts were chosen for a group of {self.group_size}; enlarge the group"
-                )
         params = None
         if self.augment is not None:
             rng = keyed_rng(Draw.AUGMENT, self.seed, epoch, index)
@@ -246,6 +246,11 @@ class Loader:
         rows, features = self._tables.collate([item.meanings for item in items])
         texts = None
         if self.texts is not None:
+            largest = max(len(item.texts) for item in items)
+            if largest > self.group_size:
+                raise ValueError(
+                    f"{largest} texts were chosen for an image, group_size is {self.group_size}; enlarge it"
+                )
             # groups of one size everywhere: the loss is a mean over B x G, on every rank
             filler = ([self.config.bos_id], [IGNORE_INDEX], 0.0)
             groups = [item.texts + [filler] * (self.group_size - len(item.texts)) for item in items]

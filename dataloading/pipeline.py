@@ -5,8 +5,6 @@ several channels, each value XOR the expert's `fill`: so 0 means "nothing here" 
 serves every warp. Surface normals are turned along with the pixels they belong to.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -53,7 +51,7 @@ class ImagePipeline:
         self.device = torch.device(device)
         # a stream of its own: waiting for the copies below must not wait for the model's kernels
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._pipeline = self._build(self._graph, batch_size)
+        self._pipeline = self._build(batch_size)
 
     def __call__(
         self,
@@ -84,18 +82,23 @@ class ImagePipeline:
         if params is not None:
             feeds |= _parameter_feeds(params, self.image_size, self.label_size, bool(self.experts))
         try:
-            rgb, *maps = self._run(self._pipeline, feeds)
+            outputs = self._run(self._pipeline, feeds)
         except RuntimeError as error:
             # after an error DALI's pipeline object is no longer valid
-            self._pipeline = self._build(self._graph, self.batch_size)
-            reasons = self._find_undecodable(feeds["image"])
+            self._pipeline = self._build(self.batch_size)
+            reasons = self._find_undecodable(feeds)
             if not reasons:
                 raise
             raise UndecodableImages(reasons) from error
-        named = self._split_maps(maps[0]) if maps else {}
-        if params is not None and "normal" in named:
-            matrices = torch.from_numpy(np.stack([p.normal_matrix() for p in params]))
-            named["normal"] = rotate_normals(named["normal"], matrices.to(self.device))
+        with torch.cuda.stream(self.stream):
+            # copies: DALI reuses a buffer once it is let go, whatever kernels have yet to read it
+            rgb, *maps = (torch.from_dlpack(output.as_tensor()).clone() for output in outputs)
+            named = self._split_maps(maps[0]) if maps else {}
+            if params is not None and "normal" in named:
+                matrices = torch.from_numpy(np.stack([p.normal_matrix() for p in params]))
+                named["normal"] = rotate_normals(named["normal"], matrices)
+            if self.stream is not None:
+                self.stream.synchronize()
         return rgb, named
 
     def _graph(self) -> tuple:
@@ -105,17 +108,14 @@ class ImagePipeline:
 
         on_gpu = self.device.type == "cuda"
         augmented, has_maps = self.augmented, bool(self.experts)
-        image_side, label_side = (
-            (self.image_size, self.image_size),
-            (self.label_size, self.label_size),
-        )
+        image_side, label_side = [self.image_size] * 2, [self.label_size] * 2
 
         image = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
         rgb = fn.decoders.image(image, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
-        maps = (
-            fn.external_source(name="maps", dtype=types.UINT8, layout="HWC") if has_maps else None
-        )
-        if on_gpu and has_maps:
+        maps = None
+        if has_maps:
+            maps = fn.external_source(name="maps", dtype=types.UINT8, layout="HWC")
+        if has_maps and on_gpu:
             maps = maps.gpu()
         window = {}
         if augmented:
@@ -154,49 +154,35 @@ class ImagePipeline:
         outputs = [rgb, maps] if has_maps else [rgb]
         return tuple(fn.transpose(output, perm=[2, 0, 1]) for output in outputs)
 
-    def _decode_graph(self) -> tuple:
-        from nvidia.dali import fn, types
-
-        image = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
-        kind = "mixed" if self.device.type == "cuda" else "cpu"
-        return (fn.decoders.image(image, device=kind, output_type=types.RGB),)
-
-    def _build(self, graph: Callable[[], tuple], batch_size: int):
+    def _build(self, batch_size: int):
         # here and not above: importing DALI takes seconds and is needed by this class alone
         from nvidia.dali import pipeline_def
 
         device_id = None
         if self.device.type == "cuda":
-            device_id = (
-                self.device.index if self.device.index is not None else torch.cuda.current_device()
-            )
-        return pipeline_def(graph, enable_conditionals=True)(
+            device_id = self.device.index
+            if device_id is None:
+                device_id = torch.cuda.current_device()
+        return pipeline_def(self._graph, enable_conditionals=True)(
             batch_size=batch_size,
             num_threads=self.threads,
             device_id=device_id,
             prefetch_queue_depth=1,
         )
 
-    def _run(self, pipeline, feeds: dict[str, list[np.ndarray]]) -> list[Tensor]:
+    def _run(self, pipeline, feeds: dict[str, list[np.ndarray]]) -> tuple:
         for name, arrays in feeds.items():
             pipeline.feed_input(name, arrays)
-        outputs = pipeline.run()
-        with torch.cuda.stream(self.stream):
-            # the next run overwrites DALI's buffers
-            tensors = [torch.from_dlpack(output.as_tensor()).clone() for output in outputs]
-            if self.stream is not None:
-                self.stream.synchronize()
-        return tensors
+        return pipeline.run()
 
-    def _find_undecodable(self, images: list[np.ndarray]) -> dict[int, str]:
-        reasons, single = {}, self._build(self._decode_graph, 1)
-        for i, image in enumerate(images):
+    def _find_undecodable(self, feeds: dict[str, list[np.ndarray]]) -> dict[int, str]:
+        reasons, single = {}, self._build(1)
+        for i in range(len(feeds["image"])):
             try:
-                single.feed_input("image", [image])
-                single.run()
+                self._run(single, {name: arrays[i : i + 1] for name, arrays in feeds.items()})
             except RuntimeError as error:
                 reasons[i] = f"the image does not decode ({_last_words(error)})"
-                single = self._build(self._decode_graph, 1)
+                single = self._build(1)
         return reasons
 
     def _split_maps(self, maps: Tensor) -> dict[str, Tensor]:
@@ -213,18 +199,18 @@ def rotate_normals(maps: Tensor, matrices: Tensor) -> Tensor:
 
     Args:
         maps: (B, 3, h, w) uint8, (n + 1) / 2 * 255 of unit vectors; pixels with three zeros are fill and stay.
-        matrices: (B, 2, 2), applied to x and y; z stays, then the vector is scaled to length 1.
+        matrices: (B, 2, 2) on the CPU, applied to x and y; z stays, then the vector is scaled to length 1.
 
     Returns:
         (B, 3, h, w) uint8; samples with the unit matrix are returned bit for bit.
     """
-    turned = (matrices != torch.eye(2, dtype=matrices.dtype, device=matrices.device)).any(2).any(1)
-    which = turned.nonzero()[:, 0]
+    which = (matrices != torch.eye(2, dtype=matrices.dtype)).any(2).any(1).nonzero()[:, 0]
     if not len(which):
         return maps
+    matrix = matrices[which].float()[..., None, None].to(maps.device)
+    which = which.to(maps.device)
     before = maps[which]
     x, y, z = (before.float() / 127.5 - 1).unbind(1)
-    matrix = matrices[which].float()[..., None, None]
     x, y = (matrix[:, i, 0] * x + matrix[:, i, 1] * y for i in range(2))
     scale = 127.5 * torch.rsqrt((x * x + y * y + z * z).clamp_min(1e-12))
     after = (torch.stack([x, y, z], dim=1) * scale[:, None] + 127.5).round().to(torch.uint8)

@@ -196,9 +196,11 @@ def _entries(list_file: str | Path) -> Iterator[tuple[str, dict]]:
                 f"entry {number} of {list_file} has no 'image'; expected a path of an image"
             )
         parts = [part for part in image.split("/") if part not in ("", ".")]
+        outside = image.startswith("/") or ".." in parts
         if "visual-genome" in image:
-            parts = parts[-2:]
-        if ".." in parts or image.startswith("/"):
+            # published with the folders of the machine it was made on
+            parts, outside = parts[-2:], ".." in parts[-2:]
+        if outside:
             raise ValueError(
                 f"entry {number} of {list_file} leaves the image folder ({image}); make it relative"
             )
@@ -300,7 +302,10 @@ def _groups_of_tar(path: Path) -> Iterator[tuple[str, dict[str, Source]]]:
                     group = {}
                 key = name
                 group[extension.lower()] = Source(path, member.offset_data, member.size)
-    except tarfile.TarError as error:
+            # tarfile takes a torn header for the end
+            if Source(path, tar.offset, tarfile.BLOCKSIZE).read().strip(b"\0"):
+                raise tarfile.ReadError("no end mark")
+    except (tarfile.TarError, OSError, EOFError) as error:
         if group:
             yield key, group
         yield f"the rest of {path.name} ({error})", {}

@@ -44,8 +44,8 @@ class ShardWriter:
             writes the others in the order of the first attempt ends with the same bytes as one that was never stopped.
 
     Raises:
-        ValueError: if the folder holds shards and `resume` is False, was begun with other class tables or source, is
-            being written by another process, or the arguments are malformed.
+        ValueError: if the folder holds shards and `resume` is False, or was begun with other `classes`, `source` or
+            `about`; if another process writes it; if the arguments are malformed.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class ShardWriter:
         check_classes(classes)
         self.folder = Path(folder)
         self.classes, self.source, self.about = classes, source, dict(about or {})
-        # now, not after hours of writing
-        to_json([classes, source, self.about])
         self.samples_per_shard = samples_per_shard
         self.written_keys: set[str] = set()
-        # what must not change between two attempts: ids mean the same thing in every shard
-        self._fingerprint = hashlib.sha256(to_json([classes, source])).hexdigest()[:16]
+        # what must not change between two attempts, so that every shard was made the same way; now, because a value
+        # that is not JSON had better fail before hours of writing
+        notes = to_json([classes, source, self.about])
+        self._fingerprint = hashlib.sha256(notes).hexdigest()[:16]
         self._shards: dict[int, dict] = {}
         self._open: _OpenShard | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ class ShardWriter:
             if sidecar.fingerprint != self._fingerprint:
                 self._release()
                 raise ValueError(
-                    f"{self.folder} was begun with other class tables or another source; choose another folder"
+                    f"{self.folder} was begun with other class tables, source or notes; choose another folder"
                 )
             if whole and self.written_keys.isdisjoint(sidecar.keys):
                 self.written_keys.update(sidecar.keys)

@@ -101,7 +101,9 @@ def _attend_all_slots(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, an
     return out.to(q.dtype)
 
 
-def _attend_listed_slots(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors) -> Tensor:
+def _attend_listed_slots(
+    q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors
+) -> Tensor:
     """Scores against gathered slots only: A products per query where slots are many."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     S = shared_k.shape[2]
@@ -126,7 +128,9 @@ def _gather_slots(suffix: Tensor, ancestors: Tensor) -> Tensor:
     R, H, _, K = suffix.shape
     Q, A = ancestors.shape[1:]
     rows = torch.arange(R, device=suffix.device)[:, None]
-    picked = suffix.transpose(1, 2)[rows, ancestors.reshape(R, Q * A).clamp_min(0)]  # (R, Q * A, H, K)
+    picked = suffix.transpose(1, 2)[
+        rows, ancestors.reshape(R, Q * A).clamp_min(0)
+    ]  # (R, Q * A, H, K)
     return picked.view(R, Q, A, H, K).permute(0, 3, 1, 2, 4)
 
 
@@ -136,7 +140,9 @@ def _per_query(shared_mask: Tensor) -> Tensor:
 
 def _check(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors) -> None:
     if q.dim() != 4:
-        raise ValueError(f"q has shape {tuple(q.shape)}; expected (rows, heads, queries, head size)")
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}; expected (rows, heads, queries, head size)"
+        )
     R, H, Q, K = q.shape
     S, M = shared_k.shape[-2], suffix_k.shape[-2]
     for name, tensor, shape in (

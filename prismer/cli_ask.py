@@ -174,7 +174,7 @@ class _Asked:
                         errors.append(error)
                     else:
                         paths.append(self.paths[i])
-                        labels.append(self.labels[i])
+                        labels.append(None)
                 yield (
                     paths,
                     image_batch(pictures, config, labels, self.semantics) if paths else None,
@@ -278,17 +278,8 @@ def _read_list(path: Path) -> list[str]:
 def _stored_answers(folder: Path) -> list[str] | None:
     """The answers that a model was trained to choose from, if its folder lists some."""
     path = folder / "answers.json"
-    if not path.is_file():
-        return None
-    try:
-        stored = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); export the model again") from None
-    # training stores the list with other things that it knows
-    answers = stored.get("answers") if isinstance(stored, dict) else stored
-    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"{path} holds no list of answers; export the model again")
-    return answers or None
+    # a model that was trained on captions alone has an empty list
+    return _read_list(path) or None if path.is_file() else None
 
 
 def _check_file(path: Path) -> None:

@@ -56,6 +56,8 @@ class PrismerConfig:
     dropout: float = 0.1
     # text side only: attention probabilities, sub-layer outputs, embeddings
     label_smoothing: float = 0.1
+    init_std: float = 0.02
+    # of new matrices of the decoder; narrow decoders need more for the same gain
     semantics: str = "clip"
     # what turns class names and words into 64 numbers: "clip" (table from a CLIP text tower) or "spelling"
     caption_prefix: str = "A picture of"
@@ -92,6 +94,8 @@ class PrismerConfig:
             raise ValueError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
         if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
             raise ValueError("dropout and label_smoothing must lie in [0, 1)")
+        if self.init_std <= 0:
+            raise ValueError(f"init_std is {self.init_std}; it must be above 0")
         if max(self.bos_id, self.pad_id, self.eos_id) >= self.vocab_size:
             raise ValueError(f"bos_id, pad_id and eos_id must be below vocab_size {self.vocab_size}")
         if self.experts and self.label_grid < 1:
@@ -149,7 +153,7 @@ def prismer_tiny(**changes) -> PrismerConfig:
             **dict(
                 name="tiny",
                 image_size=128,
-                label_size=128,
+                label_size=64,
                 patch_size=16,
                 vision_width=128,
                 vision_depth=6,
@@ -161,9 +165,10 @@ def prismer_tiny(**changes) -> PrismerConfig:
                 text_depth=4,
                 text_heads=4,
                 text_mlp_width=512,
-                vocab_size=640,
+                vocab_size=638,
                 max_positions=82,
                 dropout=0.0,
+                init_std=0.05,
                 semantics="spelling",
                 caption_prefix="",
             ),

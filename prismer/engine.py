@@ -44,6 +44,10 @@ def start_distributed(local_rank: int | None = None) -> torch.device:
 
     # otherwise start-up compiles a shared-memory all-reduce with g++ and ninja, which only inference would use
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        # the ranks of a machine share its cores
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -53,6 +57,12 @@ def start_distributed(local_rank: int | None = None) -> torch.device:
         dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
     )
     return device
+
+
+def end_distributed(group: dist.ProcessGroup) -> None:
+    """Leave the process group, once every rank has come here."""
+    dist.barrier(group)
+    dist.destroy_process_group()
 
 
 def host_group(hours: int = 12) -> dist.ProcessGroup:

@@ -49,6 +49,11 @@ class Knowledge:
         return cls(answers=answers, **json.loads((folder / "guesses.json").read_text()))
 
 
+def kind_of(question: dict) -> str:
+    """The kind of a question, "any" in datasets that tell none apart."""
+    return question.get("kind") or "any"
+
+
 def collect_knowledge(dataset: ShardDataset, max_answers: int) -> Knowledge:
     """Count the texts of a training split (only its JSON is read).
 
@@ -65,7 +70,7 @@ def collect_knowledge(dataset: ShardDataset, max_answers: int) -> Knowledge:
         for question in meta.get("questions") or ():
             for answer in question["answers"]:
                 answers[answer["answer"]] += answer["weight"]
-                by_kind[question["kind"]][answer["answer"]] += answer["weight"]
+                by_kind[kind_of(question)][answer["answer"]] += answer["weight"]
     names = dataset.classes.get("class") or sorted(classes)
     # equal counts in alphabetical order, so that the list is the same on every machine
     ranked = sorted(answers, key=lambda text: (-answers[text], text))[:max_answers]
@@ -120,13 +125,13 @@ def describe(
         if task in ANSWER_TASKS and candidates is not None:
             asked = [meta.get("questions") or [] for meta in batch.meta]
             replies = model.answer(
-                images, [[q["question"] for q in group] for group in asked], candidates
+                images, [[q["question"] for q in questions] for questions in asked], candidates
             )
             for row, questions, answers in zip(rows, asked, replies, strict=True):
                 row["questions"] = [
                     dict(
                         question=question["question"],
-                        kind=question["kind"],
+                        kind=kind_of(question),
                         answers=[answer["answer"] for answer in question["answers"]],
                         prediction=answer.text,
                     )

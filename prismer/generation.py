@@ -10,6 +10,7 @@ Legend: B images, G prompts of an image, R = B * G rows, S prompt tokens, V voca
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from prismer.kernels.decode_attention import decode_attention
@@ -56,7 +57,9 @@ class Generated:
 
 
 @torch.inference_mode()
-def read_prompts(decoder: TextDecoder, cross: list, groups: Groups, read_out: str, room: int) -> Prompts:
+def read_prompts(
+    decoder: TextDecoder, cross: list, groups: Groups, read_out: str, room: int
+) -> Prompts:
     """Run the decoder once over all prompts and keep what their continuations need.
 
     Args:
@@ -82,7 +85,9 @@ def read_prompts(decoder: TextDecoder, cross: list, groups: Groups, read_out: st
     for row, prompt in zip(rows, (prompt for group in groups for prompt in group), strict=True):
         flat[row] = prompt
     device = decoder.head_weight.device
-    ids = torch.tensor([prompt + [config.pad_id] * (columns - len(prompt)) for prompt in flat]).to(device)
+    ids = torch.tensor([prompt + [config.pad_id] * (columns - len(prompt)) for prompt in flat]).to(
+        device
+    )
     lengths = torch.tensor([len(prompt) for prompt in flat]).to(device)
     rows = torch.tensor(rows).to(device)
 
@@ -140,7 +145,9 @@ def beam_search(
         raise ValueError(f"scoring is {scoring!r}; choose {' or '.join(SCORINGS)}")
     V = decoder.config.vocab_size
     if not 1 <= beams < V / 2:
-        raise ValueError(f"beams is {beams}; expected 1 to {(V - 1) // 2}, under half of the {V} tokens")
+        raise ValueError(
+            f"beams is {beams}; expected 1 to {(V - 1) // 2}, under half of the {V} tokens"
+        )
     if not 0 <= min_new_tokens <= max_new_tokens or max_new_tokens < 1:
         raise ValueError(
             f"min_new_tokens {min_new_tokens} and max_new_tokens {max_new_tokens} leave nothing to generate; "
@@ -161,14 +168,16 @@ def beam_search(
 
 
 def _logits(decoder: TextDecoder, state: Tensor) -> Tensor:
-    logits = torch.nn.functional.linear(state, decoder.head_weight, decoder.head_bias)
+    logits = F.linear(state, decoder.head_weight, decoder.head_bias)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class _BeamCache:
     """Static self-attention cache: `beams` new slots a step, and for each beam the slots of its own past."""
 
-    def __init__(self, decoder: TextDecoder, cross: list, prompts: Prompts, beams: int, max_new_tokens: int):
+    def __init__(
+        self, decoder: TextDecoder, cross: list, prompts: Prompts, beams: int, max_new_tokens: int
+    ):
         R, H, _, K = prompts.keys[0].shape
         self.decoder, self.cross, self.prompts, self.beams = decoder, cross, prompts, beams
         # what the last step generates is never read again
@@ -219,10 +228,13 @@ class _Search:
         dtype = torch.promote_types(prompts.state.dtype, torch.float32)
         self.sums = torch.zeros(R, 1, dtype=dtype, device=prompts.state.device)
         self.tokens = prompts.lengths.new_zeros(R, 1, max_new_tokens)
-        self.scores = self.sums.new_full((R, beams), float("-inf"))  # -inf: no hypothesis yet; best first
+        # finished hypotheses, best first; -inf where there is none yet
+        self.scores = self.sums.new_full((R, beams), float("-inf"))
         self.finished = self.tokens.expand(R, beams, -1)
         self.lengths = prompts.lengths.new_zeros(R, beams)
-        self.done = torch.zeros(R, dtype=torch.bool, device=self.sums.device)
+        # rows that only fill a group keep nobody waiting
+        self.done = torch.ones(R, dtype=torch.bool, device=self.sums.device)
+        self.done[prompts.rows] = False
 
     def advance(self, logits: Tensor, step: int, end_allowed: bool) -> tuple[Tensor, Tensor]:
         """One token further: logits (R, open beams, V) -> parents and tokens (R, beams) of the new open beams."""
@@ -277,14 +289,20 @@ def _pick(table: Tensor, beams: Tensor) -> Tensor:
     return table.gather(1, beams[..., None].expand(-1, -1, table.shape[2]))
 
 
-def _check_prompts(decoder: TextDecoder, cross: list, groups: Groups, read_out: str, room: int) -> None:
+def _check_prompts(
+    decoder: TextDecoder, cross: list, groups: Groups, read_out: str, room: int
+) -> None:
     config, B = decoder.config, cross[0][0].shape[0]
     if decoder.training:
-        raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
+        raise ValueError(
+            "the model is in training mode, where dropout is random; call model.eval() first"
+        )
     if read_out not in READ_OUTS:
         raise ValueError(f"read_out is {read_out!r}; choose {', '.join(READ_OUTS)}")
     if len(groups) != B:
-        raise ValueError(f"prompts are given for {len(groups)} images, but there are {B}; give one list for each")
+        raise ValueError(
+            f"prompts are given for {len(groups)} images, but there are {B}; give one list for each"
+        )
     lengths = [len(prompt) for group in groups for prompt in group]
     if not lengths or not all(lengths):
         raise ValueError("a prompt is empty or there is none at all; each needs at least its <s>")

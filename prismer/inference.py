@@ -52,7 +52,11 @@ class Candidates:
 
     @classmethod
     def _build(
-        cls, tokenizer: Tokenizer, texts: list[str], encode: Callable[[Tokenizer, str], list[int]], name: str
+        cls,
+        tokenizer: Tokenizer,
+        texts: list[str],
+        encode: Callable[[Tokenizer, str], list[int]],
+        name: str,
     ) -> "Candidates":
         if isinstance(texts, str) or not texts:
             raise ValueError(f"{name} is {texts!r}; give a list of at least one text")
@@ -99,6 +103,7 @@ def caption(
         length_penalty=length_penalty,
         scoring=scoring,
     )
+    _check_finite(generated.scores)
     return [tokenizer.decode(tokens).strip().capitalize() + "." for tokens in generated.tokens]
 
 
@@ -153,8 +158,12 @@ def answer(
             length_penalty=length_penalty,
             read_out=read_out,
         )
+        _check_finite(generated.scores)
         texts = [tokenizer.decode(tokens).strip().lower() for tokens in generated.tokens]
-        results = [Answer(text, score) for text, score in zip(texts, generated.scores.tolist(), strict=True)]
+        results = [
+            Answer(text, score)
+            for text, score in zip(texts, generated.scores.tolist(), strict=True)
+        ]
     else:
         ranking = rank_answers(
             model.decoder, context, groups, candidates.trie, top_k=top_k, read_out=read_out
@@ -203,9 +212,13 @@ def classify(
 
 def _tokenizer(model: Prismer) -> Tokenizer:
     if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer; build it with one or load a folder that holds one")
+        raise ValueError(
+            "the model has no tokenizer; build it with one or load a folder that holds one"
+        )
     if model.training:
-        raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
+        raise ValueError(
+            "the model is in training mode, where dropout is random; call model.eval() first"
+        )
     return model.tokenizer
 
 
@@ -213,6 +226,12 @@ def _encode(model: Prismer, images: ImageBatch) -> torch.Tensor:
     if not len(images):
         raise ValueError("the batch holds no images; give at least one")
     return model.encode(images.to(model.device))
+
+
+def _check_finite(scores: torch.Tensor) -> None:
+    # weights of another architecture or a diverged run would otherwise speak as confidently as good ones
+    if not bool(scores.isfinite().all()):
+        raise RuntimeError("the model's scores are not finite; check its weights and its inputs")
 
 
 def _group(questions: list[str] | list[list[str]], num_images: int) -> list[list[str]]:
@@ -230,6 +249,7 @@ def _group(questions: list[str] | list[list[str]], num_images: int) -> list[list
 
 def _named(ranking: Ranking, candidates: Candidates) -> list[Answer]:
     """Indices as texts."""
+    _check_finite(ranking.scores)
     order = ranking.scores.sort(dim=1, descending=True, stable=True)
     indices = ranking.candidates.gather(1, order.indices).tolist()
     results = []

@@ -66,23 +66,41 @@ class Prismer(nn.Module):
         losses = self.text_losses(self.encode(batch.images), batch.texts)
         return (batch.texts.weights * losses.float()).mean()
 
-    def caption(self, images: ImageBatch, **options) -> list[str]:
-        """One caption per image; options as in `prismer.inference.caption`."""
+    def caption(self, images, **options) -> list[str]:
+        """One caption per image.
+
+        Args:
+            images: an ImageBatch, or one or a list of what `prismer.images.load_image` opens (paths, PIL images, ...).
+            options: as in `prismer.inference.caption`.
+        """
         from prismer.inference import caption
 
-        return caption(self, images, **options)
+        return caption(self, self._as_batch(images), **options)
 
-    def answer(self, images: ImageBatch, questions, answers: list[str] | None = None, **options):
-        """Answer questions about images; options as in `prismer.inference.answer`."""
+    def answer(self, images, questions, answers: list[str] | None = None, **options):
+        """Answer questions about images, freely or from a list.
+
+        Args:
+            images: as in `caption`.
+            questions: one per image, or a list of them per image; an image is encoded once for all of its questions.
+            answers, options: as in `prismer.inference.answer`.
+        """
         from prismer.inference import answer
 
-        return answer(self, images, questions, answers, **options)
+        return answer(self, self._as_batch(images), questions, answers, **options)
 
-    def classify(self, images: ImageBatch, class_names: list[str], **options):
-        """The best of `class_names` per image; options as in `prismer.inference.classify`."""
+    def classify(self, images, class_names: list[str], **options):
+        """The best of `class_names` per image; `images` as in `caption`, options as in `prismer.inference.classify`."""
         from prismer.inference import classify
 
-        return classify(self, images, class_names, **options)
+        return classify(self, self._as_batch(images), class_names, **options)
+
+    def _as_batch(self, images) -> ImageBatch:
+        if isinstance(images, ImageBatch):
+            return images
+        from prismer.images import image_batch
+
+        return image_batch(images if isinstance(images, (list, tuple)) else [images], self.config)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and the tokenizer to `folder`, aside first, then renamed."""

@@ -145,9 +145,11 @@ def rank_answers(
 
 def _likeliest(decoder: TextDecoder, prompts: Prompts, trie: AnswerTrie, k: int) -> np.ndarray:
     """(R, k) answers with the likeliest first tokens, in depth-first order."""
-    first = torch.from_numpy(trie.first_tokens).to(prompts.state.device)
     # few distinct first tokens: only their columns of the head are computed
-    distinct, which = first.unique(return_inverse=True)
+    distinct, which = (
+        torch.from_numpy(array).to(prompts.state.device)
+        for array in np.unique(trie.first_tokens, return_inverse=True)
+    )
     logits = F.linear(prompts.state, decoder.head_weight[distinct], decoder.head_bias[distinct])
     ranked = logits[:, which].sort(dim=1, descending=True, stable=True).indices[:, :k].cpu().numpy()
     rank = np.empty(len(trie), dtype=np.int64)
@@ -213,7 +215,9 @@ class _Scorer:
         weight, bias = self.decoder.head_weight, self.decoder.head_bias
         R, _, D = state.shape
         rows = state.reshape(-1, D).split(max(1, _MAX_LOGITS // len(bias)))
-        lse = torch.cat([F.linear(part, weight, bias).to(self.dtype).logsumexp(-1) for part in rows])
+        lse = torch.cat(
+            [F.linear(part, weight, bias).to(self.dtype).logsumexp(-1) for part in rows]
+        )
         mean = state.to(self.dtype) @ self.mean_weight + self.mean_bias
         sources = plan.sources.expand(R, -1)
         leaving = state.gather(1, sources[..., None].expand(-1, -1, D)).to(self.dtype)

@@ -41,7 +41,7 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", t
 
 # what a resumed run must not change: the data order and the optimizer state would no longer mean the same
 FIXED = (
-    "task", "data", "seed", "batch_size", "captions_per_image", "questions_per_image", "image_size", "freeze",
+    "task", "data", "model", "seed", "batch_size", "captions_per_image", "questions_per_image", "image_size", "freeze",
     "decay_norms",
 )  # fmt: skip
 
@@ -139,7 +139,7 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} trains in {precision}, not {config.precision}; set precision to auto or {precision}"
             )
-        quiet = ("precision", "model", "run")
+        quiet = ("precision", "run")
         changes = [
             f"{name}: {before.get(name)} -> {value}"
             for name, value in now.items()

@@ -6,6 +6,7 @@ queries of an image's rows are packed into one longer query, so keys and values 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +182,7 @@ class TextDecoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.text_depth))
         self.extra = ExtraLayer(config)
         self.head = LMHead(config)
-        self.apply(_init_roberta)
+        self.apply(partial(_init_roberta, config.init_std))
 
     @property
     def head_weight(self) -> Tensor:
@@ -233,10 +234,10 @@ class TextDecoder(nn.Module):
         return self.transform(hidden)
 
 
-def _init_roberta(module: nn.Module) -> None:
-    """N(0, 0.02) matrices, zero biases (spec 1.8)."""
+def _init_roberta(std: float, module: nn.Module) -> None:
+    """N(0, std) matrices, zero biases (spec 1.8: std 0.02)."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
         elif module.padding_idx is not None:

@@ -33,15 +33,15 @@ class TrainConfig:
     # name of the folder under runs/, or a path with a slash
     seed: int = 42
 
-    epochs: int = 12
+    epochs: int = 8
     steps: int = 0
     # optimizer steps in all; 0 follows epochs
-    batch_size: int = 32
+    batch_size: int = 16
     # images per optimizer step over all processes, so that the curve does not depend on their number
     accumulation: int = 1
     # forward passes that one optimizer step is cut into
-    captions_per_image: int = 2
-    questions_per_image: int = 6
+    captions_per_image: int = 1
+    questions_per_image: int = 9
     image_size: int = 0
     # side of the RGB input, px; 0 keeps the model's own
     crop_min_area: float = 1.0
@@ -50,7 +50,7 @@ class TrainConfig:
     # probability of a mirror image; 0 where texts speak of left and right
     augment_ops: int = 0
     # RandAugment operations per image
-    drop_labels: float = 0.0
+    drop_labels: float = 0.25
     # share of training images that come without expert labels
     semantics: str = ""
     # folder of the semantics table, for models that read one

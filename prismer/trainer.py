@@ -240,9 +240,11 @@ class Trainer:
             if progress:
                 progress.close()
             if stop.reason:
+                engines.end_distributed(self.group)
                 self._say(f"stopped by {stop.reason}; saved at step {self.step} of {self.total}")
                 return stop.exit_code
         self._finish(time.time() - begun)
+        engines.end_distributed(self.group)
         return 0
 
     def _train_step(self, batches: Iterator[Batch]) -> None:

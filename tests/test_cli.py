@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -166,14 +165,16 @@ def test_answer_list_files(run, model, photos, tmp_path, name, content):
     assert run(*question, tmp_path / name).out == run(*question, ",".join(ANSWERS)).out
 
 
-@pytest.mark.parametrize(
-    "content", [ANSWERS, {"answers": ANSWERS, "classes": []}], ids=["list", "of-training"]
-)
-def test_answers_of_the_model_folder_are_the_default(run, copy, photos, content):
-    (copy / "answers.json").write_text(json.dumps(content))
+def test_answers_of_the_model_folder_are_the_default(run, copy, photos):
     question = ("answer", photos[0], "What?", "--model", copy)
+    free = run(*question).out
+    (copy / "answers.json").write_text("[]")
+    assert run(*question).out == free
+    (copy / "answers.json").write_text(json.dumps(ANSWERS))
     assert run(*question).out.strip() in ANSWERS
     assert run(*question, "--answers", "blue,green").out.strip() in ("blue", "green")
+    (copy / "answers.json").write_text("{}")
+    assert_sentence(run(*question), "answers.json is not a list of strings")
 
 
 def test_classify(run, model, photos):
@@ -196,7 +197,9 @@ def test_labels_change_what_the_model_sees(run, model, scenes, tmp_path):
     files = [tmp_path / f"{key}.{suffix}" for suffix in ("jpg", "labels", "json")]
     assert done.out.split() == [str(file) for file in files]
     ask = ("classify", files[0], "--classes", "cube,sphere", "--json", "--model", model)
-    with_labels, without = (json.loads(run(*ask, *more).out) for more in (("--labels", files[1]), ()))
+    with_labels, without = (
+        json.loads(run(*ask, *more).out) for more in (("--labels", files[1]), ())
+    )
     assert with_labels["score"] != without["score"]
 
 
@@ -326,7 +329,7 @@ def test_export(run, model, photos, tmp_path):
     shutil.copytree(model, checkpoint)
     (checkpoint / STATE).write_text(json.dumps({"step": 7}))
     (checkpoint.parent / "index.json").write_text(json.dumps({"last": checkpoint.name}))
-    (tmp_path / "run" / "answers.json").write_text(json.dumps({"answers": ANSWERS, "guesses": {}}))
+    (tmp_path / "run" / "answers.json").write_text(json.dumps(ANSWERS))
     done = run("export", tmp_path / "run", "--out", tmp_path / "model")
     assert done.code == 0 and str(tmp_path / "model") in done.out
     assert (
@@ -473,12 +476,11 @@ def assert_sentence(done: Run, words: str) -> None:
         ({"vision_heads": 5}, "vision_width 32 is not a multiple of vision_heads 5"),
         ({"experts": ["depht"]}, "unknown expert 'depht'"),
         ({"image_size": 8}, "image_size 8 is smaller than patch_size 16"),
-        ({"image_size": "big"}, "image_size"),
         ({"colour": 1}, "unknown settings (colour)"),
         ({"text_width": 64, "text_heads": 4}, "does not fit the config"),
         ({"vocab_size": 999}, "tokenizer has"),
     ],
-    ids=["heads", "expert", "sizes", "type", "unknown", "weights", "vocabulary"],
+    ids=["heads", "expert", "sizes", "unknown", "weights", "vocabulary"],
 )
 def test_a_config_that_contradicts_itself_or_its_weights(run, copy, photos, changes, words):
     config = json.loads((copy / "config.json").read_text())
@@ -629,9 +631,9 @@ def test_a_closed_pipe_is_quiet(scenes):
 
 
 def test_public_names():
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert prismer.__version__ == pyproject["project"]["version"]
-    assert pyproject["project"]["scripts"]["prismer"] == "prismer.cli:main"
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{prismer.__version__}"' in pyproject
+    assert 'prismer = "prismer.cli:main"' in pyproject
     for name in prismer.__all__:
         assert getattr(prismer, name) is not None
     assert prismer.preset("tiny") == prismer.prismer_tiny()

@@ -264,6 +264,14 @@ def test_undecodable_images_are_named(augmented):
     assert torch.equal(before, after)
 
 
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 700), (700, 2), (3, 5)])
+def test_images_of_any_shape(height, width):
+    image = encode(np.full((height, width, 3), 200, np.uint8))
+    params = draw_params(AugmentConfig(num_ops=0), keyed_rng(Draw.AUGMENT, 0, 0, 0), width / height)
+    rgb, _ = make_pipeline()([image], [{"seg": blocks(6)}], [params])
+    assert (rgb.int() - 200).abs().max() <= 2
+
+
 def test_parameters_belong_to_an_augmented_pipeline():
     with pytest.raises(ValueError, match="exactly if"):
         make_pipeline()([encode(gradient())], [{}])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismer.dataloading import scenes
+from prismer.dataloading import raycast, scene_labels, scenes
 from prismer.dataloading.scene_text import ATTRIBUTES
 from prismer.dataloading.shards import ShardDataset
 
@@ -59,8 +59,8 @@ def test_trace_agrees_with_ray_marching(shape):
     camera = scenes._sample_camera(rng)
     extent = np.array(scenes._EXTENT[shape]) * 0.9
     yaw = 0.6
-    primitive = scenes._Primitive(shape, np.array([0.3, extent[1], 0.8]), extent, yaw, 0, (1, 1, 1))
-    trace = scenes._trace(camera, [primitive], 96)
+    primitive = raycast.Primitive(shape, np.array([0.3, extent[1], 0.8]), extent, yaw, 0, (1, 1, 1))
+    trace = raycast.cast(camera, [primitive], 96)
     turn = np.array([[np.cos(yaw), 0, -np.sin(yaw)], [0, 1, 0], [np.sin(yaw), 0, np.cos(yaw)]])
     rays = camera.rays(96).reshape(3, -1).astype(np.float64)
 
@@ -90,9 +90,9 @@ def test_trace_agrees_with_ray_marching(shape):
 
 def test_windows_cut_nothing_off(monkeypatch):
     layouts = [scenes._sample_layout(np.random.default_rng(i)) for i in range(6)]
-    narrow = [scenes._picture(x, 64, scenes._trace(x.camera, x.primitives, 128)) for x in layouts]
-    monkeypatch.setattr(scenes, "_window", lambda camera, points, n: (slice(0, n), slice(0, n)))
-    wide = [scenes._picture(x, 64, scenes._trace(x.camera, x.primitives, 128)) for x in layouts]
+    narrow = [raycast.paint_picture(x, 64, raycast.cast(x.camera, x.primitives, 128)) for x in layouts]
+    monkeypatch.setattr(raycast, "_window", lambda camera, points, n: (slice(0, n), slice(0, n)))
+    wide = [raycast.paint_picture(x, 64, raycast.cast(x.camera, x.primitives, 128)) for x in layouts]
     for a, b in zip(narrow, wide, strict=True):
         # contact shadows fade out: their window may cut off what is below one grey level
         assert np.abs(a.astype(int) - b).max() <= 1
@@ -101,16 +101,16 @@ def test_windows_cut_nothing_off(monkeypatch):
 def test_shadow_falls_away_from_the_light():
     rng = np.random.default_rng(0)
     camera, looks = scenes._sample_camera(rng), scenes._sample_looks(rng)
-    ball = scenes._Primitive(
+    ball = raycast.Primitive(
         "sphere", np.array([0.0, 0.9, 0.0]), np.full(3, 0.5), 0.0, 0, (0.5, 0.5, 0.5)
     )
-    layout = scenes._Layout(camera, [ball], [{"shape": "sphere"}], **looks)
-    trace = scenes._trace(camera, [ball], 128)
+    layout = raycast.Layout(camera, [ball], [{"shape": "sphere"}], **looks)
+    trace = raycast.cast(camera, [ball], 128)
     point = camera.position[:, None, None] + np.where(trace.part == -2, 0, trace.t) * camera.rays(
         128
     )
     lights = np.broadcast_to(layout.light[:, None, None], (3, 128, 128)).astype(np.float32)
-    sunny, _ = scenes._shadows(layout, 128, trace, point.astype(np.float32), lights)
+    sunny, _ = raycast._shadows(layout, 128, trace, point.astype(np.float32), lights)
     ground = trace.part == -1
     # a point of the ground is in the dark if the line to the light passes the centre within a radius
     offset = ball.centre[:, None, None] - point
@@ -245,7 +245,7 @@ def test_words_can_be_read(rendered):
             assert sign["word"] in scenes.WORDS and 3 <= len(sign["word"]) <= 5
             mask = scene.planes["ocr_detection"] == index
             assert (scene.planes["seg"][mask] == SIGN).all()
-            left, top, right, bottom = scenes._box(mask)
+            left, top, right, bottom = scene_labels._box(mask)
             assert bottom - top >= 12 and right - left >= 6 * len(sign["word"])
             # dark and bright strokes alternate
             grey = scene.rgb.mean(2)[mask]
@@ -254,7 +254,7 @@ def test_words_can_be_read(rendered):
 
 
 def test_every_word_looks_different():
-    pictures = {scenes._letters(word).tobytes() for word in scenes.WORDS}
+    pictures = {raycast._letters(word).tobytes() for word in scenes.WORDS}
     assert len(pictures) == len(scenes.WORDS) == len(set(scenes.WORDS)) >= 40
 
 
@@ -263,11 +263,11 @@ def test_paint_boxes():
     depth = np.zeros((8, 8), np.uint8)
     depth[:, 4:] = 200
     far, near, inner = [0, 0, 5, 5], [3, 0, 8, 5], [1, 1, 3, 3]
-    painted = scenes._paint_boxes([near, far], depth)
+    painted = scene_labels._paint_boxes([near, far], depth)
     assert (painted[0, 3:5] == 0).all(), "the nearer box keeps the overlap whatever the order"
-    painted = scenes._paint_boxes([inner, far], depth)
+    painted = scene_labels._paint_boxes([inner, far], depth)
     assert (painted[1:3, 1:3] == 0).all() and painted[0, 0] == 1, "an inner box lies in front"
-    painted = scenes._paint_boxes([[0, 6, 3, 8], [1, 6, 4, 8]], depth)
+    painted = scene_labels._paint_boxes([[0, 6, 3, 8], [1, 6, 4, 8]], depth)
     assert painted[6].tolist()[:4] == [0, 1, 1, 1], "equal depth: later paints over earlier"
     assert (painted[:6] == 255).all()
 
@@ -541,6 +541,9 @@ def test_render_dataset(tmp_path):
     assert len(ShardDataset(tmp_path / "a" / "test")) == 2
     with pytest.raises(ValueError, match="delete it or choose another folder"):
         scenes.render_dataset(tmp_path / "a", workers=1, **(settings | {"seed": 1}))
+    (tmp_path / "c" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds no dataset"):
+        scenes.render_dataset(tmp_path / "c", workers=1, **settings)
     with pytest.raises(ValueError, match="at least 0"):
         scenes.render_dataset(tmp_path / "a", train=-1)
 

@@ -51,7 +51,9 @@ def draw_prompts(lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def prompt(length):
-        return [0] + torch.randint(3, CONFIG.vocab_size, (length - 1,), generator=generator).tolist()
+        return [0] + torch.randint(
+            3, CONFIG.vocab_size, (length - 1,), generator=generator
+        ).tolist()
 
     return [[prompt(length) for length in group] for group in lengths]
 
@@ -158,7 +160,11 @@ def test_the_image_matters():
 
 def test_work(count):
     """One projection per image; the prompt once; then `beams` tokens a step, but not for the last one."""
-    decoder, context, groups = build_decoder(0, end_bias=-30.0), draw_context(2), draw_prompts([[4], [4]])
+    decoder, context, groups = (
+        build_decoder(0, end_bias=-30.0),
+        draw_context(2),
+        draw_prompts([[4], [4]]),
+    )
     options = {**PLAIN, "max_new_tokens": 6}
     beam_search(decoder, context, groups, **options)
     assert count == {"images": 2, "tokens": 2 * (4 + 3 * 5)}
@@ -183,7 +189,9 @@ def test_caches_stay_in_place(monkeypatch):
     seen = []
 
     def recording(q, shared_k, shared_v, mask, suffix_k, suffix_v, ancestors):
-        seen.append((suffix_k.data_ptr(), suffix_v.data_ptr(), shared_k.data_ptr(), ancestors.shape[2]))
+        seen.append(
+            (suffix_k.data_ptr(), suffix_v.data_ptr(), shared_k.data_ptr(), ancestors.shape[2])
+        )
         return attention(q, shared_k, shared_v, mask, suffix_k, suffix_v, ancestors)
 
     attention = generation.decode_attention
@@ -194,7 +202,9 @@ def test_caches_stay_in_place(monkeypatch):
     assert [entry[3] for entry in seen] == [step for step in range(1, 7) for _ in range(layers)]
 
 
-@pytest.mark.parametrize("beams, length_penalty, min_new_tokens", [(3, 1.0, 2), (4, -1.0, 0), (5, 0.0, 1)])
+@pytest.mark.parametrize(
+    "beams, length_penalty, min_new_tokens", [(3, 1.0, 2), (4, -1.0, 0), (5, 0.0, 1)]
+)
 def test_plain_rule_is_the_library_rule(beams, length_penalty, min_new_tokens):
     """The plain search, in its modern scoring, agrees with transformers on a model of transformers."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -209,7 +219,9 @@ def test_plain_rule_is_the_library_rule(beams, length_penalty, min_new_tokens):
         model = GPT2LMHeadModel(config).eval().double().requires_grad_(False)
         for parameter in model.parameters():
             parameter.normal_(0, 0.5)
-        model.transformer.ln_f.bias += 0.6 * model.transformer.wte.weight[2]  # ends come now and then
+        model.transformer.ln_f.bias += (
+            0.6 * model.transformer.wte.weight[2]
+        )  # ends come now and then
         prompt = [0, 5, 7, 9]
 
         def next_log_probs(tokens, model=model, prompt=prompt):

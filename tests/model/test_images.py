@@ -50,7 +50,10 @@ def assert_near(got: torch.Tensor, wanted: torch.Tensor, levels: int) -> None:
 
 RGB = gradient()
 GREY = RGB.convert("L")
-SIXTEEN = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)
+# 200 more than the exact values: what the 8-bit picture leaves out
+SIXTEEN = Image.fromarray(
+    np.minimum(np.asarray(GREY).astype(np.uint32) * 257 + 200, 65535).astype(np.uint16)
+)
 KINDS = {  # name -> bytes, the picture it shows, grey levels lost by its compression
     "png": (encoded(RGB, "PNG"), RGB, 0),
     "jpeg": (encoded(RGB, "JPEG", quality=95), RGB, 12),
@@ -63,9 +66,9 @@ KINDS = {  # name -> bytes, the picture it shows, grey levels lost by its compre
     "grey-jpeg": (encoded(GREY, "JPEG", quality=95), GREY, 12),
     "bilevel": (encoded(GREY.convert("1"), "PNG"), GREY.convert("1"), 0),
     "palette": (encoded(RGB.quantize(256), "PNG"), RGB.quantize(256), 0),
-    "16-bit-png": (encoded(SIXTEEN, "PNG"), GREY, 1),
-    "16-bit-pgm": (encoded(SIXTEEN, "PPM"), GREY, 1),
-    "16-bit-tiff": (encoded(SIXTEEN, "TIFF"), GREY, 1),
+    "16-bit-png": (encoded(SIXTEEN, "PNG"), GREY, 0),
+    "16-bit-pgm": (encoded(SIXTEEN, "PPM"), GREY, 0),
+    "16-bit-tiff": (encoded(SIXTEEN, "TIFF"), GREY, 0),
     "cmyk-jpeg": (encoded(RGB.convert("CMYK"), "JPEG", quality=95), RGB, 12),
     "cmyk-tiff": (encoded(RGB.convert("CMYK"), "TIFF"), RGB, 0),
     "one-pixel": (
@@ -138,11 +141,15 @@ def test_animation_gives_its_first_frame_and_warns_once():
 
 
 def test_large_jpeg_is_decoded_small_and_looks_the_same():
-    noise = np.random.default_rng(0).normal(0, 10, (480, 640, 3))
-    image = Image.fromarray((np.asarray(gradient(640, 480)) + noise).clip(0, 255).astype(np.uint8))
+    blocks = np.random.default_rng(0).integers(0, 256, (70, 92, 3), dtype=np.uint8)
+    image = Image.fromarray(blocks.repeat(7, 0).repeat(7, 1))
     data = encoded(image, "JPEG", quality=92)
-    whole = Image.open(io.BytesIO(data))
-    assert_near(load_image(data, SIZE), expected(whole), 4)
+    decoded = Image.open(io.BytesIO(data))
+    decoded.draft(None, (2 * SIZE, 2 * SIZE))
+    assert max(decoded.size) < 200  # of 644
+    got, wanted = load_image(data, SIZE).float(), expected(Image.open(io.BytesIO(data))).float()
+    # blocks of random colours are the worst case: 3 levels; at the next smaller size they would be 9
+    assert (got - wanted).square().mean().sqrt() < 4
 
 
 def test_arrays_and_tensors():

@@ -1,6 +1,8 @@
 """Proves that asking in words gives what the plain baseline gives on the same tokens, that an image is encoded once
 however many questions are asked, and that wrong input is one sentence. Run: pytest tests/model/test_inference.py"""
 
+import copy
+
 import pytest
 import torch
 from plain_inference import plain_generate, plain_rank
@@ -12,8 +14,16 @@ from prismer.model import Prismer
 from prismer.tokenizer import Tokenizer
 
 ANSWERS = ["yes", "no", "red", "dark red", "dark blue", "2", "no", "red cube"]
-QUESTIONS = [["What is it?", "Which colour has the small cube on the left?", "How many?"], [], ["Is it red"]]
-TEXTS = [" Yes No Red Dark red Dark blue dark", "What is it? Which colour has the small cube?", "A photo of a"]
+QUESTIONS = [
+    ["What is it?", "Which colour has the small cube on the left?", "How many?"],
+    [],
+    ["Is it red"],
+]
+TEXTS = [
+    " Yes No Red Dark red Dark blue dark",
+    "What is it? Which colour has the small cube?",
+    "A photo of a",
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +49,9 @@ def model():
 @pytest.fixture
 def images():
     g = torch.Generator().manual_seed(0)
-    batch = ImageBatch.without_labels(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), ("depth", "seg"), 32)
+    batch = ImageBatch.without_labels(
+        torch.zeros(3, 3, 32, 32, dtype=torch.uint8), ("depth", "seg"), 32
+    )
     batch.rgb = torch.randint(0, 256, (3, 3, 32, 32), generator=g, dtype=torch.uint8)
     batch.rgb[1, 0], batch.rgb[2, :, ::2] = 255, 0
     batch.labels["depth"] = torch.randint(0, 256, (3, 1, 32, 32), generator=g, dtype=torch.uint8)
@@ -70,7 +82,10 @@ def question_groups(model, questions):
     """The tokens of questions, spelt out here: `<s>` and the question, capitalised, with `?`."""
     tokenizer = model.tokenizer
     return [
-        [[0, *tokenizer.encode(question if question.endswith("?") else question + "?")] for question in group]
+        [
+            [0, *tokenizer.encode(question if question.endswith("?") else question + "?")]
+            for question in group
+        ]
         for group in questions
     ]
 
@@ -89,7 +104,9 @@ def check_answers(found, plain, texts):
 def test_caption(model, images, beams, prefix):
     written = "A picture of" if prefix is None else prefix
     prompt = [0, *model.tokenizer.encode(written)]
-    captions = model.caption(images, beams=beams, prefix=prefix, max_length=len(prompt) + 6, min_length=len(prompt) + 2)
+    captions = model.caption(
+        images, beams=beams, prefix=prefix, max_length=len(prompt) + 6, min_length=len(prompt) + 2
+    )
     plain = plain_generate(
         model.decoder, model.encode(images), [[prompt]] * 3,
         beams=beams, max_new_tokens=6, min_new_tokens=2, length_penalty=1.0, scoring="classic",
@@ -115,7 +132,9 @@ def test_answer_from_a_list(model, images, top_k, read_out):
     assert [len(group) for group in found] == [3, 0, 1]
     tokens = [[*model.tokenizer.encode(" " + answer.capitalize()), 2] for answer in ANSWERS]
     groups = question_groups(model, QUESTIONS)
-    plain = plain_rank(model.decoder, model.encode(images), groups, tokens, top_k=top_k, read_out=read_out)
+    plain = plain_rank(
+        model.decoder, model.encode(images), groups, tokens, top_k=top_k, read_out=read_out
+    )
     check_answers([answer for group in found for answer in group], plain, ANSWERS)
 
 
@@ -138,7 +157,9 @@ def test_answer_nesting(model, images):
     assert all(isinstance(answer, Answer) for answer in flat)
     assert [[a.text for a in group] for group in nested] == [[a.text] for a in flat]
     candidates = Candidates.answers(model.tokenizer, ANSWERS)
-    again = model.answer(images, [["What is it?", "How many?"], ["What is it?"], ["Is it?", "How many?"]], candidates)
+    again = model.answer(
+        images, [["What is it?", "How many?"], ["What is it?"], ["Is it?", "How many?"]], candidates
+    )
     for alone, other in ((flat[0], again[0][1]), (flat[1], again[1][0]), (flat[2], again[2][1])):
         assert alone.score == pytest.approx(other.score, abs=1e-5)
     assert model.answer(images, [[], [], []], ANSWERS) == [[], [], []]
@@ -150,7 +171,9 @@ def test_classify(model, images, top_k):
     found = model.classify(images, names, top_k=top_k)
     tokens = [[*model.tokenizer.encode(" " + name.lower()), 2] for name in names]
     prompt = [0, *model.tokenizer.encode("A photo of a")]
-    plain = plain_rank(model.decoder, model.encode(images), [[prompt]] * 3, tokens, top_k=top_k, read_out="last")
+    plain = plain_rank(
+        model.decoder, model.encode(images), [[prompt]] * 3, tokens, top_k=top_k, read_out="last"
+    )
     check_answers(found, plain, names)
     candidates = Candidates.classes(model.tokenizer, names)
     assert model.classify(images, candidates, top_k=top_k) == found
@@ -169,13 +192,28 @@ def test_images_are_encoded_once(model, images, calls):
 @pytest.mark.parametrize(
     "ask, message",
     [
-        (lambda model, images: model.answer(images, "What?", ANSWERS), "questions is one string for 3 images"),
-        (lambda model, images: model.answer(images, ["What?"], ANSWERS), "questions is a list of 1 for 3 images"),
-        (lambda model, images: model.answer(images, ["What?", ["What?"], []]), "mixes strings and lists"),
-        (lambda model, images: model.answer(images, ["What?", "", "What?"]), "the question '' is empty"),
+        (
+            lambda model, images: model.answer(images, "What?", ANSWERS),
+            "questions is one string for 3 images",
+        ),
+        (
+            lambda model, images: model.answer(images, ["What?"], ANSWERS),
+            "questions is a list of 1 for 3 images",
+        ),
+        (
+            lambda model, images: model.answer(images, ["What?", ["What?"], []]),
+            "mixes strings and lists",
+        ),
+        (
+            lambda model, images: model.answer(images, ["What?", "", "What?"]),
+            "the question '' is empty",
+        ),
         (lambda model, images: model.answer(images, ["What?"] * 3, []), r"answers is \[\]"),
         (lambda model, images: model.answer(images, ["What?"] * 3, "yes"), "answers is 'yes'"),
-        (lambda model, images: model.answer(images, ["What?"] * 3, ["yes", " "]), "the answer ' ' is empty"),
+        (
+            lambda model, images: model.answer(images, ["What?"] * 3, ["yes", " "]),
+            "the answer ' ' is empty",
+        ),
         (lambda model, images: model.answer(images, ["What?"] * 3, ANSWERS, top_k=0), "top_k is 0"),
         (lambda model, images: model.classify(images, []), r"class_names is \[\]"),
         (lambda model, images: model.caption(images, beams=0), "beams is 0"),
@@ -190,7 +228,9 @@ def test_refuses_a_model_that_cannot_be_asked(model, images):
     mute = Prismer(model.config).eval()
     with pytest.raises(ValueError, match="the model has no tokenizer"):
         mute.caption(images)
-    empty = ImageBatch.without_labels(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), ("depth", "seg"), 32)
+    empty = ImageBatch.without_labels(
+        torch.zeros(0, 3, 32, 32, dtype=torch.uint8), ("depth", "seg"), 32
+    )
     with pytest.raises(ValueError, match="the batch holds no images"):
         model.caption(empty)
     model.train()
@@ -199,3 +239,15 @@ def test_refuses_a_model_that_cannot_be_asked(model, images):
             model.answer(images, ["What?"] * 3)
     finally:
         model.eval()
+
+
+def test_refuses_weights_that_are_not_numbers(model, images):
+    broken = copy.deepcopy(model)
+    broken.decoder.head.bias[3] = torch.nan
+    for ask in (
+        lambda: broken.caption(images),
+        lambda: broken.answer(images, ["What?"] * 3),
+        lambda: broken.answer(images, ["What?"] * 3, ANSWERS),
+    ):
+        with pytest.raises(RuntimeError, match="scores are not finite"):
+            ask()

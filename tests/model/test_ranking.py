@@ -124,7 +124,9 @@ def test_batch_mates_do_not_matter():
             for prompt in group:
                 alone = rank_answers(decoder, context[b : b + 1], [[prompt]], trie, top_k=top_k)
                 assert alone.candidates.tolist() == together.candidates[p : p + 1].tolist()
-                torch.testing.assert_close(alone.scores, together.scores[p : p + 1], rtol=0, atol=1e-10)
+                torch.testing.assert_close(
+                    alone.scores, together.scores[p : p + 1], rtol=0, atol=1e-10
+                )
                 p += 1
 
 

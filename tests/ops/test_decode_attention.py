@@ -66,7 +66,9 @@ def test_decode_attention(shape, per_query):
     arguments = draw(shape, per_query=per_query)
     expected = plain(*arguments)
     torch.testing.assert_close(decode_attention(*arguments), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(decode_attention_reference(*arguments), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        decode_attention_reference(*arguments), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("per_query", (False, True), ids=("mask-per-row", "mask-per-query"))
@@ -96,7 +98,9 @@ def test_strides():
     for i in (0, 1, 2, 4, 5):
         arguments[i] = arguments[i].transpose(1, 2).contiguous().transpose(1, 2)
     for i in (4, 5):
-        arguments[i] = torch.cat((arguments[i], torch.full_like(arguments[i], torch.nan)), 2)[:, :, :18]
+        arguments[i] = torch.cat((arguments[i], torch.full_like(arguments[i], torch.nan)), 2)[
+            :, :, :18
+        ]
     torch.testing.assert_close(decode_attention(*arguments), expected, rtol=1e-12, atol=1e-12)
 
 

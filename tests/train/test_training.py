@@ -1,0 +1,169 @@
+"""Real launches of train.py on a rendered dataset: the run is whole, repeatable, resumable and stoppable.
+
+Proves: every output of a finished run is there and the frozen towers did not move; a run that was killed and resumed
+has the losses of the unbroken one, bit for bit; two processes train as one does; a checkpoint resumes at another
+number of processes; SIGTERM, also to the launcher alone, ends in a checkpoint; a non-finite loss stops the run.
+
+    python -m pytest tests/train/test_training.py
+"""
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prismer.dataloading.batch import ImageBatch
+from prismer.freezing import freeze
+from prismer.model import Prismer
+from prismer.run_folder import OPTIMIZER, RunFolder, export_checkpoint
+
+STEPS = 16
+
+# on an idle machine a launch takes ten seconds, on a busy one minutes
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="session")
+def whole_run(workshop):
+    """`deepspeed train.py` with one process, from start to end, in fp32."""
+    run = workshop.launch("whole", "deepspeed 1", steps=STEPS, precision="fp32")
+    assert run.end() == 0, run.text()
+    return run
+
+
+def test_outputs(whole_run):
+    folder = whole_run.folder
+    for name in ("finished.json", "results.json", "results.md", "loss.png", "samples.png", "answers.json",
+                 "guesses.json", "train_config.json", "metrics.jsonl", "model/model.safetensors", "model/config.json",
+                 "model/vocab.json", "model/answers.json"):  # fmt: skip
+        assert (folder / name).is_file(), name
+    assert list(folder.glob("tensorboard/events*"))
+    assert sorted(whole_run.losses()) == list(range(1, STEPS + 1))
+    results = json.loads((folder / "results.json").read_text())
+    for column in ("trained model", "most frequent", "blank images"):
+        assert {"CIDEr-D", "BLEU-4", "accuracy", "accuracy/count"} <= set(results[column])
+    # the blind guess sees nothing and still is right at times: the columns are of the same questions
+    assert results["most frequent"]["accuracy"] > 0.1
+    assert "trainable: " in whole_run.text() and "as asked" in whole_run.text()
+
+
+def test_nothing_is_pickled(whole_run):
+    suffixes = {path.suffix for path in whole_run.folder.rglob("*") if path.is_file()}
+    assert not suffixes & {".pt", ".bin", ".pkl", ".pth"}
+
+
+def test_frozen_towers(workshop, whole_run):
+    start = Prismer.from_pretrained(workshop.folder / "model")
+    freeze(start, "freeze_lang_vision")
+    last = RunFolder(whole_run.folder).last()
+    trained = load_file(last / "model.safetensors")
+    trainable = {name for name, parameter in start.named_parameters() if parameter.requires_grad}
+    for name, parameter in start.named_parameters():
+        assert (trained[name] == parameter).all().item() == (name not in trainable), name
+    moments = load_file(last / OPTIMIZER)
+    assert {name.rpartition(".")[0] for name in moments} == trainable
+    assert all(moment.any() for name, moment in moments.items() if "position" not in name), (
+        "a moment is all zero"
+    )
+
+
+def test_export(workshop, whole_run, tmp_path):
+    checkpoint = export_checkpoint(whole_run.folder, tmp_path / "model")
+    assert checkpoint == RunFolder(whole_run.folder).best()
+    exported, stored = (
+        load_file(tmp_path / "model/model.safetensors"),
+        load_file(checkpoint / "model.safetensors"),
+    )
+    assert exported.keys() == stored.keys()
+    assert all((exported[name] == stored[name]).all() for name in stored)
+    model = Prismer.from_pretrained(tmp_path / "model")
+    side = model.config.image_size
+    grey = torch.full((1, 3, side, side), 118, dtype=torch.uint8)
+    images = ImageBatch.without_labels(grey, model.config.experts, model.config.label_size)
+    assert isinstance(model.caption(images)[0], str)
+    assert {path.suffix for path in (tmp_path / "model").iterdir()} == {
+        ".safetensors",
+        ".json",
+        ".txt",
+    }
+
+
+def test_killed_run_resumes_exactly(workshop):
+    """In bf16, where the fp32 masters matter; the steps after the last checkpoint are run twice and must agree."""
+    settings = dict(steps=500, precision="bf16", save_every=4, accumulation=2, decay_norms=False)
+    run = workshop.launch("killed", **settings)
+    run.wait_for_step(7)
+    run.process.kill()
+    run.end()
+    before, index = run.losses(), RunFolder(run.folder).index()
+    resumed_at = json.loads((RunFolder(run.folder).last() / "trainer.json").read_text())["step"]
+    assert index["last"] == f"step-{resumed_at:08d}" and 4 <= resumed_at < max(before)
+
+    run = workshop.launch("killed", **settings)
+    run.wait_for_step(max(before) + 1)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 128 + signal.SIGTERM, run.text()
+    after = run.losses()
+    assert f"at step {resumed_at} of 500" in run.text()
+    assert {step: after[step] for step in before} == before
+    # stopped with a checkpoint of the very step
+    assert RunFolder(run.folder).last().name == f"step-{max(after):08d}"
+    assert not (run.folder / "finished.json").exists()
+
+
+def test_two_processes_stop_and_resume_as_one(workshop, whole_run):
+    """Two processes have the losses of one, recomputed activations or not; SIGTERM to the launcher alone stops them.
+
+    One process takes over and ends where the unbroken run did.
+    """
+    settings = dict(steps=STEPS, precision="fp32", gradient_checkpointing=True)
+    run = workshop.launch("pair", "deepspeed 2", **settings)
+    run.wait_for_step(3)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() != 0
+    end = time.monotonic() + 120
+    while run.ranks_alive() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not run.ranks_alive(), "ranks outlive their launcher"
+    stopped_at = run.steps()
+    assert 3 <= stopped_at < STEPS and not (run.folder / "finished.json").exists()
+    last = RunFolder(run.folder).last()
+    assert last.name == f"step-{stopped_at:08d}"
+    assert json.loads((last / "trainer.json").read_text())["world_size"] == 2
+
+    run = workshop.launch("pair", "torchrun 1", **settings)
+    assert run.end() == 0, run.text()
+    expected, found = whole_run.losses(), run.losses()
+    assert found == pytest.approx(expected, rel=2e-5)
+    assert (run.folder / "finished.json").is_file()
+
+
+def test_non_finite_loss_stops(workshop):
+    run = workshop.launch(
+        "diverged",
+        steps=20,
+        precision="fp32",
+        learning_rate=1e30,
+        warmup_steps=0,
+        gradient_clipping=0.0,
+    )
+    assert run.end() not in (0, 128 + signal.SIGTERM)
+    assert "not finite at step 2; the last checkpoint is of step 0" in run.text()
+    assert RunFolder(run.folder).last() is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "message"),
+    [
+        (("--data", "nowhere"), {}, "no dataset at nowhere/train"),
+        ((), dict(batch_size=80), "80"),
+    ],
+    ids=["no data", "batch too large"],
+)
+def test_user_errors(workshop, flags, settings, message):
+    run = workshop.launch(f"refused{len(flags)}", flags=flags, precision="fp32", **settings)
+    assert run.end() == 1
+    assert message in run.text() and "Traceback" not in run.text()
