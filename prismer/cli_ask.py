@@ -174,7 +174,7 @@ class _Asked:
                         errors.append(error)
                     else:
                         paths.append(self.paths[i])
-                        labels.append(None)
+                        labels.append(self.labels[i])
                 yield (
                     paths,
                     image_batch(pictures, config, labels, self.semantics) if paths else None,

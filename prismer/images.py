@@ -18,9 +18,10 @@ from torch import Tensor
 
 from prismer.config import PrismerConfig
 from prismer.dataloading.batch import ImageBatch
-from prismer.dataloading.features import Semantics
+from prismer.dataloading.features import FeatureTables, Semantics
 from prismer.dataloading.labels import unpack_labels
-from prismer.experts import BACKGROUND, EXPERTS
+from prismer.dataloading.shard_index import check_classes
+from prismer.experts import EXPERTS, FEATURE_WIDTH
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
 """A file, its bytes, a PIL image, a uint8 or uint16 array (h, w) or (h, w, 1 | 3 | 4), or a uint8 tensor (3, h, w)."""
@@ -190,11 +191,29 @@ class ExpertLabels:
         planes: expert -> uint8 map (h, w), or (h, w, 3) for normals; absent experts are left out.
         meta: "instances": {object id: class index} and "words": {id: text} of the maps, as in a sample's JSON.
         classes: "seg" and "obj_detection" -> class names.
+        name: what errors call it.
+
+    Raises:
+        ValueError: if an expert is unknown or a map has another dtype or shape.
     """
 
     planes: dict[str, np.ndarray]
     meta: dict = field(default_factory=dict)
     classes: dict[str, list[str]] = field(default_factory=dict)
+    name: str = "the expert labels"
+
+    def __post_init__(self):
+        for expert, plane in self.planes.items():
+            if expert not in EXPERTS:
+                raise ValueError(
+                    f"{self.name} have an unknown expert {expert!r}; choose from {', '.join(EXPERTS)}"
+                )
+            tail = (3,) if EXPERTS[expert].planes == 3 else ()
+            if plane.dtype != np.uint8 or plane.ndim != 2 + len(tail) or plane.shape[2:] != tail:
+                raise ValueError(
+                    f"the {expert} map of {self.name} is {plane.dtype} {plane.shape}; "
+                    f"expected uint8 {'(h, w, 3)' if tail else '(h, w)'}"
+                )
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ExpertLabels":
@@ -223,37 +242,16 @@ class ExpertLabels:
             raise ValueError(
                 f"{path} holds maps of ids, but {tables.name} with their tables is missing; put it there"
             )
-        if not isinstance(meta, dict) or not isinstance(meta.get("classes", {}), dict):
+        classes = meta.get("classes", {}) if isinstance(meta, dict) else None
+        if not isinstance(classes, dict):
             raise ValueError(
                 f"{tables} does not hold tables; expected an object with instances, words and classes"
             )
-        return cls(planes, meta, meta.get("classes", {}))
-
-    def texts(self, expert: str) -> dict[int, str]:
-        """What each id that occurs in a map of ids means: a class name or a word.
-
-        Raises:
-            ValueError: if an id is in no table.
-        """
-        if expert == "ocr_detection":
-            table = self.meta.get("words", {})
-        elif expert == "obj_detection":
-            names = self.classes.get(expert, [])
-            indices = self.meta.get("instances", {})
-            table = {
-                i: names[c]
-                for i, c in indices.items()
-                if isinstance(c, int) and 0 <= c < len(names)
-            }
-        else:
-            table = {str(i): name for i, name in enumerate(self.classes.get(expert, []))}
-        used = [int(i) for i in np.unique(self.planes[expert]) if i != BACKGROUND]
-        unknown = [i for i in used if not isinstance(table.get(str(i)), str)]
-        if unknown:
-            raise ValueError(
-                f"id {unknown[0]} of the {expert} map is in no table; label the image again"
-            )
-        return {i: table[str(i)] for i in used}
+        try:
+            check_classes(classes)
+        except ValueError as error:
+            raise ValueError(f"{tables} cannot be used: {error}") from None
+        return cls(planes, meta, classes, str(path))
 
 
 def image_batch(
@@ -292,22 +290,36 @@ def image_batch(
     )
     if semantics is None and (ids_are_used or config.semantics == "spelling"):
         semantics = Semantics.for_config(config)
-    row_of: dict[str, int] = {}
+    blank = np.zeros(FEATURE_WIDTH, np.float32)
+    features, num_rows = [(blank if semantics is None else semantics.background)[None]], 1
     for b, experts in enumerate(found):
-        for name in config.experts if experts else ():
-            if name not in experts.planes:
-                continue
-            plane = _resize_nearest(experts.planes[name], config.label_size)
-            batch.labels[name][b] = torch.from_numpy(plane.reshape(*plane.shape[:2], -1)).permute(
-                2, 0, 1
-            )
-            if EXPERTS[name].is_ids:
-                for i, text in experts.texts(name).items():
-                    batch.rows[name][b, i] = row_of.setdefault(text, 1 + len(row_of))
-    if semantics is not None:
-        features = np.concatenate([semantics.background[None], semantics.rows(list(row_of))])
-        batch.features = torch.from_numpy(features)
+        if experts is None:
+            continue
+        for name in set(config.experts) & set(experts.planes):
+            plane = torch.from_numpy(_resize_nearest(experts.planes[name], config.label_size))
+            batch.labels[name][b] = plane if plane.ndim == 2 else plane.permute(2, 0, 1)
+        if ids_are_used:
+            rows, more = _look_up(experts, config, semantics)
+            for name, row in rows.items():
+                # behind the rows of the images before; the background is one row for all
+                batch.rows[name][b] = torch.from_numpy(np.where(row > 0, row + num_rows - 1, 0))
+            features.append(more)
+            num_rows += len(more)
+    batch.features = torch.from_numpy(np.concatenate(features))
     return batch
+
+
+def _look_up(
+    experts: ExpertLabels, config: PrismerConfig, semantics: Semantics
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Expert -> (256,) row of each id, and the features of rows 1 and up."""
+    try:
+        # each image brings its own class tables
+        tables = FeatureTables(config, experts.classes, semantics)
+        rows, features = tables.collate([tables.look_up(experts.planes, experts.meta)])
+    except ValueError as error:
+        raise ValueError(f"{experts.name} cannot be used: {error}") from None
+    return {name: table[0] for name, table in rows.items()}, features[1:]
 
 
 def _resize_nearest(plane: np.ndarray, size: int) -> np.ndarray:

@@ -9,6 +9,9 @@ from prismer.layers import MLP, LayerNorm, PackedAttention
 class ResamplerBlock(nn.Module):
     """Latents attend to themselves and to the expert tokens, then pass a squared-ReLU MLP; both residual, pre-norm."""
 
+    _z3_leaf = True
+    # ZeRO-3 gathers the block's parameters at once, instead of each layer's by hooks of its own
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.ln_1 = LayerNorm(width)

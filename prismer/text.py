@@ -111,6 +111,9 @@ class PostNormMLP(nn.Module):
 class DecoderLayer(nn.Module):
     """A RoBERTa layer with cross-attention and a late-norm adaptor between its halves."""
 
+    _z3_leaf = True
+    # ZeRO-3 gathers the block's parameters at once, instead of each layer's by hooks of its own
+
     def __init__(self, config: PrismerConfig):
         super().__init__()
         self.attention = SelfAttention(config)
@@ -131,6 +134,9 @@ class DecoderLayer(nn.Module):
 
 class ExtraLayer(nn.Module):
     """The plain RoBERTa layer after the stack: no cross-attention, no adaptor, always trained."""
+
+    _z3_leaf = True
+    # ZeRO-3 gathers the block's parameters at once, instead of each layer's by hooks of its own
 
     def __init__(self, config: PrismerConfig):
         super().__init__()
@@ -160,6 +166,9 @@ class Embeddings(nn.Module):
 
 class LMHead(nn.Module):
     """RoBERTa's head up to the tied matrix: norm(gelu(dense(x))), and the bias over the vocabulary."""
+
+    _z3_leaf = True
+    # ZeRO-3 gathers the block's parameters at once, instead of each layer's by hooks of its own
 
     def __init__(self, config: PrismerConfig):
         super().__init__()

@@ -14,6 +14,9 @@ from prismer.stems import ExpertStem, instance_tokens, normalise_rgb, resize_pos
 class VisionBlock(nn.Module):
     """A pre-norm CLIP block with an adaptor between its halves."""
 
+    _z3_leaf = True
+    # ZeRO-3 gathers the block's parameters at once, instead of each layer's by hooks of its own
+
     def __init__(self, width: int, heads: int, activation: str):
         super().__init__()
         self.ln_1 = LayerNorm(width)

@@ -542,6 +542,7 @@ class Malicious:
         ("ocr_detection/1.pt", b"not a torch file", "word table"),
         ("ocr_detection/1.pt", "malicious", "word table"),
     ],
+    ids=lambda value: "" if isinstance(value, (bytes, dict)) else value,
 )  # fmt: skip
 def test_damaged_labels_are_named_and_skipped(labelled, monkeypatch, name, content, reason):
     monkeypatch.chdir(labelled)

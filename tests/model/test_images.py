@@ -350,10 +350,11 @@ def test_labels_from_files(scenes, tmp_path):
     for name, data, words in (
         ("a.json", b"{", "is not JSON"),
         ("a.json", b"[]", "does not hold tables"),
+        ("a.json", b'{"classes": {"seg": 5}}', "a.json cannot be used: the class table of seg"),
         (
             "a.json",
             json.dumps({"classes": CLASSES}).encode(),
-            "id 0 of the obj_detection map is in no table",
+            "a.labels cannot be used: id 0 of its map has no entry in 'instances'",
         ),
         ("a.labels", path.read_bytes()[:-3], "checksum"),
         ("a.labels", b"", "not packed labels"),
@@ -365,6 +366,21 @@ def test_labels_from_files(scenes, tmp_path):
         image_batch([RGB], config, [tmp_path / "none.labels"])
     with pytest.raises(ValueError, match="2 images and 1 labels"):
         image_batch([RGB, RGB], config, [None])
+
+
+def test_unfit_maps():
+    plane = np.zeros((4, 4), np.uint8)
+    for planes, words in (
+        ({"depht": plane}, "unknown expert 'depht'"),
+        (
+            {"depth": plane.astype(np.float32)},
+            r"depth map of the expert labels is float32 \(4, 4\)",
+        ),
+        ({"normal": plane}, r"expected uint8 \(h, w, 3\)"),
+        ({"seg": plane[..., None]}, r"expected uint8 \(h, w\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ExpertLabels(planes)
 
 
 def test_semantics_are_asked_for_only_where_they_are_needed(scenes):
