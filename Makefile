@@ -22,20 +22,16 @@ bench: install
 lint: install
 	$(BIN)/ruff check .
 
-install: $(VENV)/.project
+install: $(VENV)/.installed
 
 # torch first: deepspeed and the native extension look for it when they are built, and an isolated build of the
 # latter would fetch a second one
-$(VENV)/.dependencies: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(SOURCES)
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(PIP) setuptools wheel ninja numpy torch triton
 	$(PIP) --no-build-isolation -e '.[test]'
 	touch $@
 
-$(VENV)/.project: $(VENV)/.dependencies setup.py $(SOURCES)
-	$(PIP) --no-build-isolation --no-deps -e .
-	touch $@
-
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache prismer/_C*.so $(VENV)/.project
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache prismer/_C*.so $(VENV)/.installed
 	find prismer kernels dataloading tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +

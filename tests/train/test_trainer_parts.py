@@ -21,7 +21,7 @@ from prismer.start import start_config, start_model
 from prismer.train_config import TrainConfig
 from prismer.trainer import choose_texts, instance_rows, keyed_seed, learning_rate
 
-CONFIG = TrainConfig(learning_rate=1e-2, min_learning_rate=1e-4, warmup_steps=10)
+CONFIG = TrainConfig(batch_size=32, learning_rate=1e-2, min_learning_rate=1e-4, warmup_steps=10)
 
 
 def test_learning_rate():
