@@ -62,8 +62,12 @@ class PrismerConfig:
     # what turns class names and words into 64 numbers: "clip" (table from a CLIP text tower) or "spelling"
     caption_prefix: str = "A picture of"
     # the prompt that captions start with; "" for pre-training weights
+    caption_max_length: int = 20
+    # tokens of a generated caption, `<s>` and prefix included
 
     def __post_init__(self):
+        if not isinstance(self.experts, (list, tuple)):
+            raise ValueError(f"experts is {self.experts!r}; give a list of names, [] for none")
         object.__setattr__(self, "experts", tuple(self.experts))
         for expert in self.experts:
             if expert not in EXPERTS:
@@ -72,7 +76,11 @@ class PrismerConfig:
             raise ValueError(f"experts lists one twice: {', '.join(self.experts)}; name each once")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and not field.name.endswith("_id") and value < 1:
+            if field.type is float and type(value) is int:
+                object.__setattr__(self, field.name, float(value))
+            elif field.type in (int, float, str) and type(value) is not field.type:
+                raise ValueError(f"{field.name} is {value!r}; it must be {field.type.__name__}")
+            elif field.type is int and not field.name.endswith("_id") and value < 1:
                 raise ValueError(f"{field.name} is {value}; it must be at least 1")
         for width, heads in (
             ("vision_width", "vision_heads"),
@@ -143,7 +151,11 @@ class PrismerConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> "PrismerConfig":
         """Read a `config.json`."""
-        return cls.from_json(Path(path).read_text(), source=str(path))
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not text; restore the file or export the model again") from None
+        return cls.from_json(text, source=str(path))
 
 
 def prismer_tiny(**changes) -> PrismerConfig:
@@ -171,6 +183,7 @@ def prismer_tiny(**changes) -> PrismerConfig:
                 init_std=0.05,
                 semantics="spelling",
                 caption_prefix="",
+                caption_max_length=30,
             ),
             **changes,
         }

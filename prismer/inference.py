@@ -70,7 +70,7 @@ def caption(
     images: ImageBatch,
     *,
     beams: int = 3,
-    max_length: int = 20,
+    max_length: int | None = None,
     min_length: int = 8,
     length_penalty: float = 1.0,
     scoring: str = "classic",
@@ -80,7 +80,8 @@ def caption(
 
     Args:
         beams: open beams; 1 is greedy.
-        max_length, min_length: tokens, `<s>` and the prefix included.
+        max_length, min_length: tokens, `<s>` and the prefix included; max_length None takes the model's own
+            (`config.caption_max_length`).
         length_penalty, scoring: see `beam_search`.
         prefix: how the sentence starts; None takes the model's own (`config.caption_prefix`).
 
@@ -89,6 +90,8 @@ def caption(
     """
     tokenizer = _tokenizer(model)
     prompt = encode_prompt(tokenizer, model.config.caption_prefix if prefix is None else prefix)
+    if max_length is None:
+        max_length = model.config.caption_max_length
     if max_length <= len(prompt):
         raise ValueError(
             f"max_length is {max_length}, but the prefix alone has {len(prompt)} tokens; raise max_length"

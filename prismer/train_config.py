@@ -33,7 +33,7 @@ class TrainConfig:
     # name of the folder under runs/, or a path with a slash
     seed: int = 42
 
-    epochs: int = 8
+    epochs: int = 6
     steps: int = 0
     # optimizer steps in all; 0 follows epochs
     batch_size: int = 16
