@@ -34,4 +34,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(SOURCES)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache prismer/_C*.so $(VENV)/.installed
-	find prismer kernels dataloading tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -302,7 +302,7 @@ def _groups_of_tar(path: Path) -> Iterator[tuple[str, dict[str, Source]]]:
                     group = {}
                 key = name
                 group[extension.lower()] = Source(path, member.offset_data, member.size)
-            # tarfile takes a torn header for the end
+            # tarfile takes a damaged header for the end
             if Source(path, tar.offset, tarfile.BLOCKSIZE).read().strip(b"\0"):
                 raise tarfile.ReadError("no end mark")
     except (tarfile.TarError, OSError, EOFError) as error:
@@ -324,7 +324,9 @@ def _records_of_tar(path: Path) -> Iterator[Record]:
             yield Record(
                 key,
                 None,
-                fault=f"no image in {path.name}" if group else f"{path.name} is cut short",
+                fault=f"no image in {path.name}"
+                if group
+                else f"{path.name} is damaged or cut short",
             )
             continue
         try:

@@ -277,8 +277,17 @@ def test_img2dataset_tars(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("cut", [100, -200, -512], ids=["image", "header", "between members"])
-def test_a_tar_that_ends_too_early_gives_what_it_has(tmp_path, cut):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data, offset: data[: offset + 100],
+        lambda data, offset: data[: offset - 200],
+        lambda data, offset: data[: offset - 512],
+        lambda data, offset: data[: offset - 512] + b"x" * 512 + data[offset:],
+    ],
+    ids=["cut in image", "cut in header", "cut between members", "bad header"],
+)
+def test_a_damaged_tar_gives_what_lies_before_and_says_so(tmp_path, damage):
     (tmp_path / "in").mkdir()
     path = tmp_path / "in/a.tar"
     with tarfile.open(path, "w") as tar:
@@ -287,11 +296,11 @@ def test_a_tar_that_ends_too_early_gives_what_it_has(tmp_path, cut):
             add(tar, f"{i}.txt", b"caption")
     with tarfile.open(path) as tar:
         offset = tar.getmember("2.jpg").offset_data
-    path.write_bytes(path.read_bytes()[: offset + cut])
+    path.write_bytes(damage(path.read_bytes(), offset))
     samples, report = run(tar_records(tmp_path / "in"), tmp_path / "out")
     assert list(samples) == ["a--0", "a--1"]
-    assert all("early" in s["reason"] or "cut short" in s["reason"] for s in report.skipped)
     assert report.skipped
+    assert all("early" in s["reason"] or "cut short" in s["reason"] for s in report.skipped)
 
 
 def test_our_own_tars_are_imported_as_they_are(tmp_path):

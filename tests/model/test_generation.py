@@ -137,6 +137,16 @@ def test_fp32():
     compare(decoder, context, draw_prompts([[4], [4]]), atol=1e-5, **PLAIN)
 
 
+@pytest.mark.parametrize("beams", (1, 2))
+def test_done_prompts_stay_as_they_are(beams):
+    """Under a penalty that favours length, hypotheses that would beat a done prompt's come too late for it."""
+    options = {**PLAIN, "beams": beams, "length_penalty": 2.0, "min_new_tokens": 1}
+    ours = compare(
+        build_decoder(0, end_bias=2.5), draw_context(8), draw_prompts([[4]] * 8), **options
+    )
+    assert len({len(tokens) for tokens in ours.tokens}) > 1
+
+
 @pytest.mark.parametrize("read_out", ("last", "pad"))
 def test_batch_mates_do_not_matter(read_out):
     decoder, groups = build_decoder(4), draw_prompts([[3, 8], [6], [2, 2, 9]])

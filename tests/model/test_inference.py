@@ -117,10 +117,18 @@ def test_caption(model, images, beams, prefix):
 
 
 def test_caption_lengths_count_the_prompt(model, images):
-    prompt = len(model.tokenizer.encode("A picture of")) + 1
-    default = model.caption(images)
-    assert default == model.caption(images, beams=3, max_length=20, min_length=8, scoring="classic")
-    assert model.caption(images, max_length=prompt + 1) != default
+    """Where one token is certain, captions are as long as the bounds say; where the end is, as short."""
+    model, tokenizer = copy.deepcopy(model), model.tokenizer
+    certain = tokenizer.encode(" dark")[0]
+    prompt = len(tokenizer.encode("A picture of")) + 1
+    model.decoder.head.bias[certain] += 50.0
+    expected = tokenizer.decode([certain] * (20 - prompt)).strip().capitalize() + "."
+    assert model.caption(images) == [expected] * 3
+    model.decoder.head.bias[tokenizer.eos_id] += 100.0
+    for min_length in (0, prompt, prompt + 3):
+        length = max(0, min_length - prompt)
+        expected = tokenizer.decode([certain] * length).strip().capitalize() + "."
+        assert model.caption(images, min_length=min_length) == [expected] * 3
     with pytest.raises(ValueError, match=f"prefix alone has {prompt} tokens"):
         model.caption(images, max_length=prompt)
 

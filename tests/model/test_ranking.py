@@ -52,11 +52,21 @@ def test_rank_answers(lengths, top_k, read_out):
 @pytest.mark.parametrize("top_k", (3, None))
 @pytest.mark.parametrize("max_tokens", (1, 7, 40))
 def test_chunks(monkeypatch, max_tokens, top_k):
-    """Memory bounds change no result."""
+    """Memory bounds change no result, and hold but for the prefix that a part begins inside of."""
+    sizes, run = [], ranking._Scorer._run
+
+    def recording(self, plan):
+        sizes.append(plan.tokens.shape[1])
+        return run(self, plan)
+
+    monkeypatch.setattr(ranking._Scorer, "_run", recording)
     monkeypatch.setattr(ranking, "_MAX_LOGITS", 3 * CONFIG.vocab_size)
     groups = draw_prompts(GROUPS["ragged"])
     options = {"top_k": top_k, "max_tokens": max_tokens}
     compare(build_decoder(1), draw_context(4), groups, ANSWERS, **options)
+    rows, deepest = 4 * 3, max(map(len, ANSWERS)) - 1
+    assert max(sizes) <= max(1, max_tokens // rows) + deepest
+    assert len(sizes) > 1
 
 
 def test_random_answers():
