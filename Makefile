@@ -1,6 +1,6 @@
 # Makes the environment once and again only when what it is made from has changed.
 #   make train   train the embedded default         make test    run the tests
-#   make bench   run the benchmarks                 make clean   remove what was built, not the environment
+#   make lint    run the linter                     make clean   remove what was built, not the environment
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -8,16 +8,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(sort $(shell find csrc -type f))
 
-.PHONY: install train test lint bench clean
+.PHONY: install train test lint clean
 
 train: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed train.py --config zero3.json
 
 test: install
 	$(BIN)/pytest
-
-bench: install
-	$(BIN)/pytest benchmarks/ --benchmark-only
 
 lint: install
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from prismer.vision import VisionEncoder
 
 
 class Prismer(nn.Module):
-    """A vision-language model: frozen CLIP encoder, frozen RoBERTa decoder, experts, and the trainable parts that join them.
+    """A frozen CLIP encoder, a frozen RoBERTa decoder, expert labels, and the trainable parts that join them.
 
     Attributes:
         encoder: images and expert labels -> context tokens.

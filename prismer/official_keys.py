@@ -14,7 +14,10 @@ _RULES: list[tuple[str, str]] = [
     ("encoder.instance_embedding", "expert_encoder.instance_embedding"),
     ("encoder.stems.rgb.weight", "expert_encoder.conv1.rgb.weight"),
     *((f"encoder.stems.{{e}}.convs.{j}.weight", f"expert_encoder.conv1.{{e}}.{1 + 3 * j}.weight") for j in range(4)),
-    *((f"encoder.stems.{{e}}.norms.{j}.{{norm}}", f"expert_encoder.conv1.{{e}}.{2 + 3 * j}.{{norm}}") for j in range(4)),
+    *(
+        (f"encoder.stems.{{e}}.norms.{j}.{{norm}}", f"expert_encoder.conv1.{{e}}.{2 + 3 * j}.{{norm}}")
+        for j in range(4)
+    ),
     ("encoder.stems.{e}.project.weight", "expert_encoder.conv1.{e}.13.weight"),
     ("encoder.blocks.{i}.adaptor.norm.{leaf}", "expert_encoder.transformer.resblocks.{i}.1.adaptor_ln.{leaf}"),
     ("encoder.blocks.{i}.adaptor.down.{leaf}", "expert_encoder.transformer.resblocks.{i}.1.adaptor.down_proj.{leaf}"),

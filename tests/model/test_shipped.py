@@ -48,7 +48,7 @@ def test_tiny_still_has_its_towers(tiny):
 
 
 def test_tiny_answers_from_the_picture_alone(tiny, scenes):
-    """Without expert labels, on new scenes: far above the most frequent answers (about 0.3), which blank pictures get."""
+    """Without expert labels, on new scenes: far above what blank pictures get."""
     answers = json.loads((shipped_folder("tiny") / "answers.json").read_text())
     pictures = [Image.fromarray(scene.rgb) for scene in scenes]
     blanks = [Image.fromarray(np.full_like(scene.rgb, 118)) for scene in scenes]
