@@ -11,6 +11,7 @@ from prismer.config import prismer_tiny
 from prismer.dataloading.batch import ImageBatch
 from prismer.inference import Answer, Candidates
 from prismer.model import Prismer
+from prismer.tasks import collate, encode_class, encode_qa
 from prismer.tokenizer import Tokenizer
 
 ANSWERS = ["yes", "no", "red", "dark red", "dark blue", "2", "no", "red cube"]
@@ -119,11 +120,13 @@ def test_caption(model, images, beams, prefix):
 def test_caption_lengths_count_the_prompt(model, images):
     """Where one token is certain, captions are as long as the bounds say; where the end is, as short."""
     model, tokenizer = copy.deepcopy(model), model.tokenizer
-    certain = tokenizer.encode(" dark")[0]
+    texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    certain = next(i for i, text in enumerate(texts) if len(text) > 1 and text[0] == " ")
     prompt = len(tokenizer.encode("A picture of")) + 1
     model.decoder.head.bias[certain] += 50.0
-    expected = tokenizer.decode([certain] * (20 - prompt)).strip().capitalize() + "."
-    assert model.caption(images) == [expected] * 3
+    for options, longest in (({}, model.config.caption_max_length), ({"max_length": 20}, 20)):
+        expected = tokenizer.decode([certain] * (longest - prompt)).strip().capitalize() + "."
+        assert model.caption(images, **options) == [expected] * 3
     model.decoder.head.bias[tokenizer.eos_id] += 100.0
     for min_length in (0, prompt, prompt + 3):
         length = max(0, min_length - prompt)
@@ -144,6 +147,26 @@ def test_answer_from_a_list(model, images, top_k, read_out):
         model.decoder, model.encode(images), groups, tokens, top_k=top_k, read_out=read_out
     )
     check_answers([answer for group in found for answer in group], plain, ANSWERS)
+
+
+def test_scores_are_the_training_losses(model, images):
+    """What ranking maximises is what training minimises, per token, pads and positions alike."""
+    tokenizer = model.tokenizer
+    names = ["cat", "dark cube"]
+    for found, encode, texts in (
+        (model.answer(images, [QUESTIONS[0]] * 3, ANSWERS), encode_qa, ANSWERS),
+        ([[a] for a in model.classify(images, names)], encode_class, names),
+    ):
+        sources = QUESTIONS[0] if encode is encode_qa else ["A photo of a"]
+        pairs = [(source, text) for source in sources for text in texts]
+        batch = collate([[(*encode(tokenizer, *pair), 1.0) for pair in pairs]] * 3)
+        losses = model.text_losses(model.encode(images), batch) / batch.labels.ge(0).sum(-1)
+        for b, group in enumerate(found):
+            for (source, text), loss in zip(pairs, losses[b].tolist(), strict=True):
+                scores = [
+                    score for name, score in group[sources.index(source)].ranked if name == text
+                ]
+                assert scores == pytest.approx([-loss] * len(scores), abs=2e-5)
 
 
 def test_answer_freely(model, images):

@@ -73,12 +73,21 @@ def test_decode_attention(shape, per_query):
 
 @pytest.mark.parametrize("per_query", (False, True), ids=("mask-per-row", "mask-per-query"))
 def test_chunks(monkeypatch, per_query):
-    """Queries taken one or a few at a time give what they give together."""
+    """Queries taken one or a few at a time give what they give together, and are taken so where memory is short."""
     arguments = draw(SHAPES["trie"], per_query=per_query)
     whole = decode_attention(*arguments)
-    for floats in (1, 20_000):
+    sizes = []
+
+    def recording(attend):
+        return lambda q, *rest: sizes.append(q.shape[2]) or attend(q, *rest)
+
+    monkeypatch.setattr(room, "_attend_all_slots", recording(room._attend_all_slots))
+    monkeypatch.setattr(room, "_attend_listed_slots", recording(room._attend_listed_slots))
+    for floats, most in ((1, 1), (5_000, 11), (20_000, 45)):
+        sizes.clear()
         monkeypatch.setattr(room, "_MAX_FLOATS", floats)
         torch.testing.assert_close(decode_attention(*arguments), whole, rtol=1e-12, atol=1e-12)
+        assert sum(sizes) == 41 and max(sizes) <= most
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)

@@ -137,7 +137,8 @@ def test_two_processes_stop_and_resume_as_one(workshop, whole_run):
     run = workshop.launch("pair", "torchrun 1", **settings)
     assert run.end() == 0, run.text()
     expected, found = whole_run.losses(), run.losses()
-    assert found == pytest.approx(expected, rel=2e-5)
+    # one rounding of these losses is 4e-6; batch norm per rank, or dropping a moment, shows as 1e-4 and more
+    assert found == pytest.approx(expected, abs=4e-5)
     assert (run.folder / "finished.json").is_file()
 
 
