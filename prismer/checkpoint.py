@@ -30,6 +30,8 @@ def save_pretrained(model, folder: str | Path) -> None:
         tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(model.config.to_json())
+        # safetensors makes files for their owner alone
+        os.chmod(aside / WEIGHTS, (aside / CONFIG).stat().st_mode)
         if model.tokenizer is not None:
             model.tokenizer.save(aside)
         os.chmod(aside, 0o755)

@@ -1,0 +1,60 @@
+"""Proves that every task trains from start to end and is scored by its own measure.
+
+Run: pytest tests/train/test_tasks_train.py"""
+
+import json
+
+import pytest
+
+from prismer.dataloading.scene_text import ATTRIBUTES
+from prismer.dataloading.shards import Sample, ShardDataset, ShardWriter
+
+pytestmark = pytest.mark.timeout(900)
+
+SCORES = {
+    "pretrain": {"CIDEr-D", "BLEU-4"},
+    "caption": {"CIDEr-D", "BLEU-4"},
+    "vqa": {"accuracy"},
+    "classify": {"top-1"},
+}
+FREEZE = {
+    "pretrain": "freeze_lang_vision",
+    "caption": "freeze_vision",
+    "vqa": "freeze_vision",
+    "classify": "freeze_vision",
+}
+
+
+@pytest.fixture(scope="module")
+def classes_data(workshop):
+    """The workshop's scenes, each with the shape of its first object as its class."""
+    folder = workshop.folder / "classes"
+    names = ATTRIBUTES["shape"]
+    for split in ("train", "val"):
+        source = ShardDataset(workshop.folder / "data" / split)
+        tables = {**source.classes, "class": names}
+        with ShardWriter(folder / split, classes=tables, source="test") as writer:
+            for i in range(len(source)):
+                sample = source[i]
+                meta = {key: sample.meta[key] for key in ("instances", "words", "size", "source", "licence")}
+                meta["class"] = names.index(sample.meta["scene"]["objects"][0]["shape"])
+                writer.write(Sample(sample.key, sample.jpeg, sample.labels, meta))
+    return folder
+
+
+def test_every_task_trains(workshop, classes_data):
+    """The four runs go side by side, each on one thread."""
+    runs = {}
+    for task in SCORES:
+        data = classes_data if task == "classify" else workshop.folder / "data"
+        runs[task] = workshop.launch(
+            f"task-{task}", task=task, steps=4, data=str(data), precision="fp32", flip=0.5,
+            crop_min_area=0.5, augment_ops=2,
+        )  # fmt: skip
+    for task, run in runs.items():
+        assert run.end() == 0, f"{task}:\n{run.text()}"
+        results = json.loads((run.folder / "results.json").read_text())
+        found = {name for name in results["trained model"] if name != "score" and "/" not in name}
+        assert found == SCORES[task], task
+        assert sorted(run.losses()) == [1, 2, 3, 4]
+        assert json.loads((run.folder / "train_config.json").read_text())["freeze"] == FREEZE[task]
