@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from prismer.dataloading.labels import blank_planes, unpack_labels
+from prismer.dataloading.pixels import to_rgb
 from prismer.dataloading.places import Record, Records
 from prismer.dataloading.shard_index import to_json, write_atomically
 from prismer.dataloading.shards import Sample, ShardWriter
@@ -146,7 +147,7 @@ def to_jpeg(data: bytes) -> tuple[bytes, tuple[int, int], int]:
         turn = _turn_of(image)
         if image.format == "JPEG" and image.mode == "RGB" and turn == 1:
             return data, (image.height, image.width), 1
-        image = _as_rgb(image)
+        image = to_rgb(image, "it")
     except UnidentifiedImageError:
         raise ValueError("the image is in no known format or damaged at its start") from None
     except Exception as error:  # decoders raise nearly anything on damaged bytes
@@ -286,21 +287,6 @@ def _turn_of(image: Image.Image) -> int:
     ):  # unreadable EXIF says nothing about the picture, which has been decoded by now
         return 1
     return orientation if orientation in _TURNS else 1
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("32-bit values are no picture")
-        return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point values are no picture")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def _read_plane(expert: str, path: Path, size: int, orientation: int) -> np.ndarray | None:

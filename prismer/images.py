@@ -20,6 +20,7 @@ from prismer.config import PrismerConfig
 from prismer.dataloading.batch import ImageBatch
 from prismer.dataloading.features import FeatureTables, Semantics
 from prismer.dataloading.labels import unpack_labels
+from prismer.dataloading.pixels import to_8_bits, to_rgb
 from prismer.dataloading.shard_index import check_classes
 from prismer.experts import EXPERTS, FEATURE_WIDTH
 
@@ -130,31 +131,10 @@ def _decode(file, name: str, size: int) -> Image.Image:
 def _to_square(image: Image.Image, size: int, name: str) -> Tensor:
     if not all(image.size):
         raise ValueError(f"{name} has no pixels ({image.width} x {image.height}); give another")
-    rgb = _to_rgb(image, name)
+    rgb = to_rgb(image, name)
     if rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError(f"{name} has floating-point pixels; save it with 8 or 16 bits per channel")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion clips at 255 instead of scaling
-        return Image.fromarray(_to_8_bits(np.asarray(image), name)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_8_bits(pixels: np.ndarray, name: str) -> np.ndarray:
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(
-            f"{name} has pixels of more than 16 bits; save it with 8 or 16 bits per channel"
-        )
-    return (pixels.astype(np.uint32) // 257).astype(np.uint8)
 
 
 def _from_array(array: np.ndarray | Tensor) -> Image.Image:
@@ -177,7 +157,7 @@ def _from_array(array: np.ndarray | Tensor) -> Image.Image:
     if not array.size:
         raise ValueError(f"an image array has no pixels, shape {array.shape}; give another")
     if array.dtype == np.uint16:
-        array = _to_8_bits(array, "the array")
+        array = to_8_bits(array, "the array")
     return Image.fromarray(
         np.ascontiguousarray(array[..., 0] if array.ndim == 3 and channels == 1 else array)
     )
