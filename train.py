@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Train; returns the exit code: 0 if the run is finished, 128 + signal number if it was stopped and saved."""
+    """Train; returns 0 if the run is finished, 2 if its settings are wrong, 128 + signal number if stopped and saved."""
     arguments = parse_arguments()
     # imported late, so that --help and a mistyped flag answer at once
     from prismer.train_config import read_config
@@ -51,7 +51,7 @@ def main() -> int:
         # every rank fails alike, one says so
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)
-        return 1
+        return 2
     return trainer.fit()
 
 
