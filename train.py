@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Train; returns 0 if the run is finished, 2 if its settings are wrong, 128 + signal number if stopped and saved."""
+    """Train; returns 0 when finished, 2 if the settings are wrong, 128 + signal number if stopped and saved."""
     arguments = parse_arguments()
     # imported late, so that --help and a mistyped flag answer at once
     from prismer.train_config import read_config

@@ -33,7 +33,7 @@ class TrainConfig:
     # name of the folder under runs/, or a path with a slash
     seed: int = 42
 
-    epochs: int = 6
+    epochs: int = 5
     steps: int = 0
     # optimizer steps in all; 0 follows epochs
     batch_size: int = 16
@@ -41,7 +41,7 @@ class TrainConfig:
     accumulation: int = 1
     # forward passes that one optimizer step is cut into
     captions_per_image: int = 1
-    questions_per_image: int = 9
+    questions_per_image: int = 6
     image_size: int = 0
     # side of the RGB input, px; 0 keeps the model's own
     crop_min_area: float = 1.0
