@@ -57,4 +57,4 @@ def test_every_task_trains(workshop, classes_data):
         found = {name for name in results["trained model"] if name != "score" and "/" not in name}
         assert found == SCORES[task], task
         assert sorted(run.losses()) == [1, 2, 3, 4]
-        assert json.loads((run.folder / "train_config.json").read_text())["freeze"] == FREEZE[task]
+        assert json.loads((run.folder / "train_config.json").read_text())["settings"]["freeze"] == FREEZE[task]

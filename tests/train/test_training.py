@@ -158,5 +158,5 @@ def test_non_finite_loss_stops(workshop):
 
 def test_user_error(workshop):
     run = workshop.launch("refused", flags=("--data", "nowhere"), precision="fp32")
-    assert run.end() == 1
+    assert run.end() == 2
     assert "no dataset at nowhere/train" in run.text() and "Traceback" not in run.text()
