@@ -1,6 +1,7 @@
 """The tensors that travel from the loader to the model: named fields, shapes, device moves, blank experts."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -76,11 +77,27 @@ class TextBatch(_Movable):
         ids: (B, G, T) int64 tokens; `<pad>` is never a key.
         labels: (B, G, T) int64, the token itself where it is a target, IGNORE_INDEX elsewhere (shifted by the loss).
         weights: (B, G) fp32 weight of each text in the loss; 0 for a text that only fills the group.
+        lengths: tokens of the longest text at each of the G places; () where that is not known on the host.
+        split: place at which texts of another length begin (questions after captions), 0 for none: the decoder then
+            reads each part without the padding that the other needs.
     """
 
     ids: Tensor
     labels: Tensor
     weights: Tensor
+    lengths: tuple[int, ...] = ()
+    split: int = 0
+
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        """(ids, labels) of the texts before and after `split`, each as wide as its longest text."""
+        G, T = self.ids.shape[1:]
+        cuts = [0, self.split, G] if 0 < self.split < G else [0, G]
+        parts = []
+        for start, stop in itertools.pairwise(cuts):
+            # the loss shifts by one: a part of fillers alone keeps two tokens
+            length = min(T, max(2, *self.lengths[start:stop])) if self.lengths else T
+            parts.append((self.ids[:, start:stop, :length], self.labels[:, start:stop, :length]))
+        return parts
 
 
 @dataclass

@@ -62,6 +62,7 @@ class Loader:
         batch_size: images per batch and rank.
         texts: chooses the texts of one image from its JSON (see prismer/tasks.py); None for batches without texts.
         group_size: texts per image, G; shorter choices are filled up with texts of weight 0.
+        split: texts of an image before those of another length (captions before questions), see TextBatch.
         semantics: features of class names and words.
         augment: how training images are augmented; None only resizes them.
         seed: of the order and of all draws.
@@ -90,6 +91,7 @@ class Loader:
         batch_size: int,
         texts: ChooseTexts | None = None,
         group_size: int = 1,
+        split: int = 0,
         semantics: Semantics,
         augment: AugmentConfig | None = None,
         seed: int = 0,
@@ -121,6 +123,7 @@ class Loader:
             )
         self.dataset, self.config, self.batch_size = dataset, config, batch_size
         self.texts, self.group_size, self.augment = texts, group_size, augment
+        self.split = split
         self.seed, self.rank, self.world, self.training = seed, rank, world, training
         self.threads, self.prefetch, self.drop_labels = threads, prefetch, drop_labels
         self.device = torch.device(device)
@@ -254,7 +257,9 @@ class Loader:
             # groups of one size everywhere: the loss is a mean over B x G, on every rank
             filler = ([self.config.bos_id], [IGNORE_INDEX], 0.0)
             groups = [item.texts + [filler] * (self.group_size - len(item.texts)) for item in items]
-            texts = collate(groups, pad_id=self.config.pad_id, bos_id=self.config.bos_id)
+            texts = collate(
+                groups, pad_id=self.config.pad_id, bos_id=self.config.bos_id, split=self.split
+            )
         images = ImageBatch(
             rgb=rgb,
             labels=labels,

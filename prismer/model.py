@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prismer.config import PrismerConfig
-from prismer.dataloading.batch import Batch, ImageBatch, TextBatch
+from prismer.dataloading.batch import IGNORE_INDEX, Batch, ImageBatch, TextBatch
 from prismer.kernels.cross_entropy import linear_cross_entropy
 from prismer.text import TextDecoder
 from prismer.tokenizer import Tokenizer
@@ -50,16 +51,20 @@ class Prismer(nn.Module):
 
     def text_losses(self, context: Tensor, texts: TextBatch) -> Tensor:
         """(B, G): each text's label-smoothed cross entropy, summed over its target tokens (spec 1.7)."""
-        B, G, T = texts.ids.shape
-        hidden = self.decoder(texts.ids.reshape(B * G, T), context)
+        parts = texts.parts()
+        hidden = self.decoder([ids for ids, _ in parts], context)
+        # the token after each position; after the last there is none
+        targets = [F.pad(labels[:, :, 1:], (0, 1), value=IGNORE_INDEX) for _, labels in parts]
         losses = linear_cross_entropy(
-            hidden[:, :-1].reshape(-1, hidden.shape[-1]),
+            hidden.flatten(0, 1),
             self.decoder.head_weight,
             self.decoder.head_bias,
-            texts.labels.reshape(B * G, T)[:, 1:].reshape(-1),
+            torch.cat([target.flatten(1) for target in targets], dim=1).flatten(),
             label_smoothing=self.config.label_smoothing,
         )
-        return losses.reshape(B, G, T - 1).sum(-1)
+        pieces = losses.unflatten(0, hidden.shape[:2]).split([t[0].numel() for t in targets], dim=1)
+        sums = [x.unflatten(1, t.shape[1:]).sum(-1) for x, t in zip(pieces, targets, strict=True)]
+        return torch.cat(sums, dim=1)
 
     def forward(self, batch: Batch) -> Tensor:
         """The training loss: mean over the texts of weight * summed loss."""

@@ -162,13 +162,16 @@ def encode_qa(
     return source + target, [IGNORE_INDEX] * len(source) + target
 
 
-def collate(groups: list[list[Text]], *, pad_id: int = 1, bos_id: int = 0) -> TextBatch:
+def collate(
+    groups: list[list[Text]], *, pad_id: int = 1, bos_id: int = 0, split: int = 0
+) -> TextBatch:
     """The texts of B images as rectangular tensors.
 
     Args:
         groups: for each image its texts; lists may differ in length and be empty.
         pad_id: fills texts to the longest of the batch.
         bos_id: the one token of a text that only fills its group: a row of pads alone would have no key to attend to.
+        split: place in the group where texts of another length begin, see TextBatch.
 
     Returns:
         ids (B, G, T), labels (B, G, T), weights (B, G), with G and T at least 1; filling texts have weight 0.
@@ -189,8 +192,10 @@ def collate(groups: list[list[Text]], *, pad_id: int = 1, bos_id: int = 0) -> Te
     labels = np.full((num_images, num_texts, length), IGNORE_INDEX, dtype=np.int64)
     weights = np.zeros((num_images, num_texts), dtype=np.float32)
     ids[:, :, 0] = bos_id
+    lengths = [1] * num_texts
     for b, group in enumerate(groups):
         for g, (text_ids, text_labels, weight) in enumerate(group):
+            lengths[g] = max(lengths[g], len(text_ids))
             ids[b, g, : len(text_ids)] = text_ids
             labels[b, g, : len(text_labels)] = text_labels
             weights[b, g] = weight
@@ -198,6 +203,8 @@ def collate(groups: list[list[Text]], *, pad_id: int = 1, bos_id: int = 0) -> Te
         ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
         weights=torch.from_numpy(weights),
+        lengths=tuple(lengths),
+        split=split,
     )
 
 

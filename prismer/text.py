@@ -39,6 +39,28 @@ def causal_attend(keep: Tensor, dropout: float = 0.0) -> Attend:
     return attend
 
 
+def packed_attend(keeps: list[Tensor], dropout: float = 0.0) -> Attend:
+    """Self-attention of rows that hold all texts of an image end to end: each text attends to itself, causally.
+
+    Args:
+        keeps: (B, G, T) bool, the real tokens of G texts; several of them lie behind one another in a row.
+    """
+    attends = [causal_attend(keep.flatten(0, 1), dropout) for keep in keeps]
+    sizes = [keep.shape[1] * keep.shape[2] for keep in keeps]
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pieces = []
+        for keep, one, *parts in zip(
+            keeps, attends, *(x.split(sizes, dim=2) for x in (q, k, v)), strict=True
+        ):
+            G = keep.shape[1]
+            out = one(layer, *(rearrange(x, "b h (g t) k -> (b g) h t k", g=G) for x in parts))
+            pieces.append(rearrange(out, "(b g) h t k -> b h (g t) k", g=G))
+        return torch.cat(pieces, dim=2)
+
+    return attend
+
+
 class SelfAttention(nn.Module):
     """RoBERTa's attention sub-layer: norm(x + drop(output(attend(q, k, v))))."""
 
@@ -235,12 +257,24 @@ class TextDecoder(nn.Module):
         """(..., D) -> (..., V)."""
         return F.linear(self.transform(hidden), self.head_weight, self.head_bias)
 
-    def forward(self, ids: Tensor, context: Tensor) -> Tensor:
-        """Teacher forcing: ids (R, T), context (B, N, vision width) -> transformed hidden states (R, T, D)."""
+    def forward(self, texts: list[Tensor], context: Tensor) -> Tensor:
+        """Teacher forcing.
+
+        Args:
+            texts: ids (B, G, T), one tensor or several whose G and T differ: long texts need not pad the short ones.
+            context: image tokens (B, N, vision width).
+
+        Returns:
+            (B, tokens of an image, D): transformed hidden states, the tensors of `texts` behind one another, each
+            flattened over (G, T). One tensor, since ZeRO-3 loses gradients of a leaf module that returns several.
+        """
+        pad = self.config.pad_id
         dropout = self.config.dropout if self.training else 0.0
-        attend = causal_attend(ids.ne(self.config.pad_id), dropout)
-        hidden = self.run(ids, position_ids(ids, self.config.pad_id), attend, context)
-        return self.transform(hidden)
+        # all tokens of an image's texts in one row: only self-attention knows where a text ends
+        ids = torch.cat([part.flatten(1) for part in texts], dim=1)
+        positions = torch.cat([position_ids(part, pad).flatten(1) for part in texts], dim=1)
+        attend = packed_attend([part.ne(pad) for part in texts], dropout)
+        return self.transform(self.run(ids, positions, attend, context))
 
 
 def _init_roberta(std: float, module: nn.Module) -> None:

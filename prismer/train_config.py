@@ -41,7 +41,7 @@ class TrainConfig:
     accumulation: int = 1
     # forward passes that one optimizer step is cut into
     captions_per_image: int = 1
-    questions_per_image: int = 6
+    questions_per_image: int = 9
     image_size: int = 0
     # side of the RGB input, px; 0 keeps the model's own
     crop_min_area: float = 1.0

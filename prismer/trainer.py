@@ -191,6 +191,7 @@ class Trainer:
             batch_size=micro_batch,
             texts=texts,
             group_size=group_size,
+            split=config.captions_per_image if config.task == "joint" else 0,
             augment=None if augment == NO_AUGMENTATION else augment,
             drop_labels=config.drop_labels,
             **common,

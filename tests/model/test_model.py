@@ -161,6 +161,35 @@ def test_texts_of_an_image_do_not_see_each_other(tiny):
             torch.testing.assert_close(together[b, g], alone[0, 0], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("split", [0, 1, 3])
+def test_packed_parts_have_the_losses_of_the_padded_whole(tiny, split):
+    """Captions and questions, each part as wide as its own longest text: no loss and no gradient changes."""
+    from prismer.tasks import collate
+
+    draw = torch.Generator().manual_seed(3)
+    groups = [
+        [
+            ([0, *ids[:2], 1, *ids[2:]], [-100, *ids[:2], -100, *ids[2:]], 1.0)
+            for length in row
+            for ids in [torch.randint(3, 40, (length,), generator=draw).tolist()]
+        ]
+        for row in ((9, 4, 5), (12, 3, 6))
+    ]
+    packed, padded = collate(groups, split=split), collate(groups)
+    padded.lengths = ()
+    assert [ids.shape[2] for ids, _ in packed.parts()] == ([14, 8] if split == 1 else [14])
+    found = []
+    for texts in (packed, padded):
+        context = tiny.encode(make_images(tiny.config)).detach().requires_grad_()
+        losses = tiny.text_losses(context, texts)
+        tiny.zero_grad()
+        (losses * torch.tensor([[1.0, 2.0, 3.0], [-1.0, 5.0, 0.5]])).sum().backward()
+        grads = {n: p.grad for n, p in tiny.decoder.named_parameters()}
+        found.append({"losses": losses.detach(), "dcontext": context.grad, **grads})
+    for name, ours in found[0].items():
+        torch.testing.assert_close(ours, found[1][name], rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_wrong_input_is_one_sentence(tiny):
     images = make_images(tiny.config)
     del images.labels["depth"]
