@@ -1,31 +1,51 @@
-"""Which implementation of an op runs: the one place that decides between native, torch, reference.
+"""Which implementation of an op runs, and how ops are registered with torch: the one place that decides both.
 
-`native` is the C++ extension `prismer._C`, `torch` is composed of PyTorch operators without
-needless memory, `reference` is the definition that the tests compare with. The fastest usable one
-is taken unless the environment variable PRISMER_BACKEND or `use_backend` asks for another.
+Backends, the fastest usable one first: `native` is compiled C++ and CUDA C++, `triton` is compiled at its first call,
+`torch` is composed of PyTorch operators without needless memory, `reference` is the definition that tests compare with.
+Attention can also be lent to `flash-attn`, `xformers` and torch's own `sdpa`. PRISMER_BACKEND, read when this module
+is imported, or `use_backend` asks for another than the fastest.
 """
 
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 
-_OPS = {
-    "label_map": {"native": ("cpu",), "torch": None, "reference": None},
-    "cross_entropy": {"torch": None, "reference": None},
+BACKENDS = ("native", "triton", "torch", "flash-attn", "xformers", "sdpa", "reference")
+
+_ANY, _GPU, _COMPILED = None, ("cuda",), ("cpu", "cuda")
+_OPS: dict[str, dict[str, tuple[str, ...] | None]] = {
+    # native first: its launch costs the host a fraction of Triton's, and these ops are short
+    "layer_norm": {"native": _COMPILED, "triton": _GPU, "torch": _ANY, "reference": _ANY},
+    "label_map": {"native": _COMPILED, "triton": _GPU, "torch": _ANY, "reference": _ANY},
+    "decode_attention": {"native": _COMPILED, "triton": _GPU, "torch": _ANY, "reference": _ANY},
+    "bias_activation": {"native": ("cpu",), "triton": _GPU, "torch": _ANY, "reference": _ANY},
+    "mlp": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
+    "adaptor": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
+    # a vendor's attention where it serves the call; ours where it does not
+    "attention": {
+        "flash-attn": _GPU,
+        "sdpa": _ANY,
+        "triton": _GPU,
+        "xformers": _GPU,
+        "torch": _ANY,
+        "reference": _ANY,
+    },
+    "resampler_attention": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
+    "cross_entropy": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
+    "instance_rows": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
 }
 # op -> backend, fastest first -> device types that it serves; None is every device
 
 _BUILD = "run pip install --no-build-isolation --no-deps -e ."
-_BACKENDS = ("native", "torch", "reference")
-_asked: ContextVar[str | None] = ContextVar("prismer_backend", default=None)
+_log = logging.getLogger("prismer.kernels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,74 +58,192 @@ class BackendRow:
     reason: str
 
 
-@functools.cache
-def native_missing() -> str | None:
-    """Load `prismer._C` once; None if its ops are there, else the reason why they are not."""
-    if importlib.util.find_spec("prismer._C") is None:
-        return f"prismer._C was not built; with a C++ compiler present, {_BUILD}"
+def _checked(backend: str, source: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"{source} is {backend!r}; choose {', '.join(BACKENDS)}, or leave it unset"
+        )
+    return backend
+
+
+def _from_environment() -> str | None:
+    backend = os.environ.get("PRISMER_BACKEND")
+    return _checked(backend, "PRISMER_BACKEND") if backend else None
+
+
+_asked: str | None = _from_environment()
+# of the whole process, not of a thread: on a GPU the backward pass runs in threads of autograd's own
+
+
+def asked() -> str | None:
+    """The backend that `use_backend` or PRISMER_BACKEND asks for, or None."""
+    return _asked
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Ask for one backend inside the block, in every thread, before PRISMER_BACKEND; None asks for the fastest.
+
+    Raises:
+        ValueError: if `backend` is no backend's name.
+    """
+    global _asked
+    before, _asked = _asked, None if backend is None else _checked(backend, "backend")
     try:
-        importlib.import_module("prismer._C")
+        yield
+    finally:
+        _asked = before
+
+
+@functools.cache
+def native_missing(device_type: str = "cpu") -> str | None:
+    """Load the native extension of a device once; None if its ops are there, else the reason why they are not."""
+    name = "prismer._C" if device_type == "cpu" else "prismer._C_cuda"
+    if device_type != "cpu":
+        reason = native_missing("cpu")
+        if reason is not None:
+            return reason
+    if importlib.util.find_spec(name) is None:
+        needs = "a C++ compiler" if device_type == "cpu" else "nvcc and PRISMER_CUDA=1"
+        return f"{name} was not built; with {needs} present, {_BUILD}"
+    try:
+        importlib.import_module(name)
     except ImportError as error:
-        reason = f"prismer._C does not load ({error}); {_BUILD}"
-        warnings.warn(f"{reason}; until then torch operators run instead", stacklevel=2)
+        reason = f"{name} does not load ({error}); {_BUILD}"
+        warnings.warn(f"{reason}; until then other backends run instead", stacklevel=2)
         return reason
+    return None
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """None if Triton can be imported, else the reason why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; run pip install triton"
+    return None
+
+
+def interpreting() -> bool:
+    """Does Triton run kernels in its interpreter (TRITON_INTERPRET=1), which takes tensors of the CPU?"""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def package_missing(backend: str) -> str | None:
+    """None if the package behind `flash-attn` or `xformers` imports, else the reason; it may be absent or broken."""
+    module = {"flash-attn": "flash_attn", "xformers": "xformers.ops"}[backend]
+    if importlib.util.find_spec(module.split(".")[0]) is None:
+        return f"{backend} is not installed"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a binary built for another torch fails in any way it likes
+        return f"{backend} does not import here ({type(error).__name__}: {error})"
     return None
 
 
 def _why_not(op: str, backend: str, device_type: str) -> str | None:
     """None if `backend` can serve `op` on this kind of device, else the reason."""
+    if backend == "triton":
+        reason = triton_missing()
+        if reason is None and device_type != "cuda" and not interpreting():
+            reason = f"triton {op} serves cuda tensors, not {device_type}; TRITON_INTERPRET=1 runs it on the CPU, slowly"
+        return reason
     served = _OPS[op][backend]
     if served is not None and device_type not in served:
-        return f"{backend} {op} serves {', '.join(served)} tensors, not {device_type}"
-    return native_missing() if backend == "native" else None
+        return f"{backend} {op} serves {' and '.join(served)} tensors, not {device_type}"
+    if backend == "native":
+        reason = native_missing(device_type)
+        if reason is None and not hasattr(torch.ops.prismer_native, op):
+            reason = f"prismer._C was built from older sources, without {op}; {_BUILD}"
+        return reason
+    if backend in ("flash-attn", "xformers"):
+        return package_missing(backend)
+    return None
 
 
-def _checked(backend: str, source: str) -> str:
-    if backend not in _BACKENDS:
-        raise ValueError(
-            f"{source} is {backend!r}; choose {', '.join(_BACKENDS)}, or leave it unset"
-        )
-    return backend
+def _anything(backend: str) -> str | None:
+    return None
 
 
-def backend_for(op: str, device: torch.device) -> str:
+def choose(
+    op: str, device: torch.device, supports: Callable[[str], str | None] = _anything
+) -> str:
     """The implementation that `op` uses for tensors on `device`.
 
-    An op that never comes in the backend asked for ignores the request (there is no native loss);
-    one that does, but cannot run here, refuses.
+    An op that never comes in the backend asked for ignores the request (there is no native loss); one that does, but
+    cannot run here or does not support this call, refuses. Otherwise the fastest that can is taken, and what was
+    passed over for the sake of this call is logged once (logger `prismer.kernels`, level INFO).
+
+    Args:
+        op: a name of the table above.
+        device: where the tensors are.
+        supports: the room's own rule: backend -> None, or the reason why that one does not serve this call.
 
     Raises:
-        ValueError: if PRISMER_BACKEND names no backend.
-        RuntimeError: if the backend asked for exists and cannot run on this machine or device.
+        RuntimeError: if the backend asked for exists and cannot run this call.
     """
-    asked = _asked.get()
-    if asked is None and os.environ.get("PRISMER_BACKEND"):
-        asked = _checked(os.environ["PRISMER_BACKEND"], "PRISMER_BACKEND")
-    if asked in _OPS[op]:
-        reason = _why_not(op, asked, device.type)
+    asked_for = _asked
+    if asked_for in _OPS[op]:
+        reason = _why_not(op, asked_for, device.type) or supports(asked_for)
         if reason is not None:
-            raise RuntimeError(f"backend {asked} was asked for, but {reason}")
-        return asked
-    return next(backend for backend in _OPS[op] if _why_not(op, backend, device.type) is None)
+            raise RuntimeError(f"backend {asked_for} was asked for, but {reason}")
+        return asked_for
+    for backend in _OPS[op]:
+        # the interpreter is for proofs: slower than anything, it is only taken when asked for
+        if backend == "triton" and device.type != "cuda":
+            continue
+        if _why_not(op, backend, device.type) is None:
+            reason = supports(backend)
+            if reason is None:
+                return backend
+            _log_once(op, backend, reason)
+    raise AssertionError(f"{op} has no backend for {device}")
 
 
-@contextmanager
-def use_backend(backend: str | None) -> Iterator[None]:
-    """Ask for one backend inside the block, before PRISMER_BACKEND; None asks for the default."""
-    token = _asked.set(None if backend is None else _checked(backend, "backend"))
-    try:
-        yield
-    finally:
-        _asked.reset(token)
+@functools.lru_cache(maxsize=256)
+def _log_once(op: str, backend: str, reason: str) -> None:
+    _log.info("%s does not run on %s here: %s", op, backend, reason)
 
 
 def backends() -> list[BackendRow]:
     """Every op with its implementations, and which of them can run on this machine."""
+    gpu = torch.cuda.is_available()
     rows = []
     for op, served_by in _OPS.items():
         for backend, served in served_by.items():
-            reason = _why_not(op, backend, served[0] if served else "cpu")
+            device = "cuda" if gpu and (served is None or "cuda" in served) else "cpu"
+            reason = _why_not(op, backend, device)
             rows.append(
                 BackendRow(op=op, backend=backend, usable=reason is None, reason=reason or "")
             )
     return rows
+
+
+_library = torch.library.Library("prismer", "FRAGMENT")
+
+
+def define(schema: str, implementation: Callable, fake: Callable):
+    """Register `prismer::<name>` with torch: opaque to torch.compile, with shapes from `fake`.
+
+    Args:
+        schema: such as "layer_norm(Tensor x, float eps) -> Tensor".
+        implementation: serves every device; it chooses the backend itself, and returns fresh contiguous tensors.
+        fake: the same outputs without data.
+
+    Returns:
+        The op, to be called as a function.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"prismer::{name}", fake, lib=_library)
+    return getattr(torch.ops.prismer, name)
+
+
+def register_backward(name: str, setup_context: Callable, backward: Callable) -> None:
+    """Give the op `name` its gradient, as `torch.library.register_autograd` does."""
+    torch.library.register_autograd(
+        f"prismer::{name}", backward, setup_context=setup_context, lib=_library
+    )

@@ -1,11 +1,19 @@
 """Shared by all tests: fixed seeds, poisoned memory, the twice-PyTorch rule, and the `gpu` marker."""
 
+import os
 import random
+from collections import defaultdict
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import pytest
 import torch
 import torch.utils.deterministic
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is decorated: kernels then run on CPU tensors, when asked for
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items):
@@ -54,3 +62,43 @@ def assert_no_worse():
         assert all(error <= allowed for error, allowed in errors.values()), f"{name} is off: {text}"
 
     return check
+
+
+@pytest.fixture
+def running():
+    """A context in which ops run on the named backend; Triton's interpreter, where there is no GPU, with correct bf16."""
+    from prismer.kernels.dispatch import use_backend
+
+    @contextmanager
+    def context(backend):
+        with ExitStack() as stack:
+            if backend == "triton" and not torch.cuda.is_available():
+                from interpreter import bf16_interpreter
+
+                stack.enter_context(bf16_interpreter())
+            stack.enter_context(use_backend(backend))
+            yield
+
+    return context
+
+
+@pytest.fixture
+def count_calls():
+    """A context that records the calls of operators: name -> list of their arguments by name."""
+
+    class Recorder(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.calls = defaultdict(list)
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names = [argument.name for argument in func._schema.arguments]
+            self.calls[func._schema.name].append({**dict(zip(names, args, strict=False)), **(kwargs or {})})
+            return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def record():
+        with Recorder() as recorder:
+            yield recorder.calls
+
+    return record

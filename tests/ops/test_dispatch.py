@@ -3,68 +3,124 @@
 Run: pytest tests/ops/test_dispatch.py
 """
 
+import logging
+import os
+import subprocess
 import sys
+import threading
+import types
 
 import pytest
 import torch
 
 import prismer.kernels.dispatch as dispatch
-from prismer.kernels.dispatch import backend_for, backends, native_missing, use_backend
+from prismer.kernels.dispatch import asked, backends, choose, native_missing, use_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.fixture(autouse=True)
-def unset(monkeypatch):
-    monkeypatch.delenv("PRISMER_BACKEND", raising=False)
-
-
 @pytest.fixture
-def native(request, monkeypatch):
-    """Pretend that the extension is there (None) or is missing for a reason."""
-    monkeypatch.setattr(dispatch, "native_missing", lambda: request.param)
+def machine(request, monkeypatch):
+    """Pretend that each of these is there (None) or missing for a reason; the rest is."""
+    missing = getattr(request, "param", {})
+    monkeypatch.setattr(dispatch, "native_missing", lambda device="cpu": missing.get(f"native {device}"))
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: missing.get("triton"))
+    monkeypatch.setattr(dispatch, "package_missing", lambda name: missing.get(name, f"{name} is not installed"))
+    monkeypatch.setattr(dispatch.torch.ops, "prismer_native", types.SimpleNamespace(label_map=0, bias_activation=0))
+    dispatch._log_once.cache_clear()
 
 
-@pytest.mark.parametrize("native", (None,), indirect=True)
-def test_choice(native, monkeypatch):
-    assert backend_for("label_map", CPU) == "native"
-    assert backend_for("label_map", CUDA) == "torch"
-    assert backend_for("cross_entropy", CPU) == "torch"
-    monkeypatch.setenv("PRISMER_BACKEND", "reference")
-    assert backend_for("label_map", CPU) == "reference"
+def test_older_build(machine):
+    """A pulled repository with yesterday's extension says so, instead of failing inside an op."""
+    assert choose("layer_norm", CPU) == "torch"
+    with use_backend("native"), pytest.raises(RuntimeError, match="built from older sources, without layer_norm"):
+        choose("layer_norm", CPU)
+
+
+def test_choice(machine):
+    assert choose("label_map", CPU) == choose("label_map", CUDA) == "native"
+    assert choose("mlp", CUDA) == "triton" and choose("mlp", CPU) == "torch"
     with use_backend("torch"):
-        assert backend_for("label_map", CPU) == "torch"
+        assert choose("label_map", CPU) == "torch"
         with use_backend(None):
-            assert backend_for("cross_entropy", CPU) == "reference"
+            assert asked() is None and choose("label_map", CPU) == "native"
+    assert asked() is None
     with use_backend("native"):
         # there is no native loss, so the request cannot mean it
-        assert backend_for("cross_entropy", CPU) == "torch"
-        with pytest.raises(RuntimeError, match="serves cpu tensors, not cuda"):
-            backend_for("label_map", CUDA)
+        assert choose("cross_entropy", CPU) == "torch"
+        with pytest.raises(RuntimeError, match="native bias_activation serves cpu tensors, not cuda"):
+            choose("bias_activation", CUDA)
 
 
-@pytest.mark.parametrize("native", ("it was not built",), indirect=True)
-def test_without_extension(native):
-    assert backend_for("label_map", CPU) == "torch"
-    with use_backend("native"), pytest.raises(RuntimeError, match="it was not built"):
-        backend_for("label_map", CPU)
+def test_the_interpreter_is_only_taken_when_asked_for(machine):
+    assert choose("cross_entropy", CPU) == "torch"
+    with use_backend("triton"):
+        if dispatch.interpreting():
+            assert choose("cross_entropy", CPU) == "triton"
+        else:
+            with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+                choose("cross_entropy", CPU)
+
+
+MISSING = {"native cpu": "it was not built", "native cuda": "it was not built", "triton": "no triton"}
+
+
+@pytest.mark.parametrize("machine", (MISSING,), indirect=True)
+def test_without_compilers(machine):
+    assert choose("label_map", CPU) == choose("label_map", CUDA) == "torch"
+    for backend, reason in (("native", "it was not built"), ("triton", "no triton")):
+        with use_backend(backend), pytest.raises(RuntimeError, match=f"{backend} was asked for, but {reason}"):
+            choose("label_map", CPU)
     rows = {(row.op, row.backend): row for row in backends()}
     assert not rows["label_map", "native"].usable and rows["label_map", "native"].reason == "it was not built"
     assert rows["label_map", "torch"].usable and rows["cross_entropy", "reference"].usable
 
 
-def test_unknown_backend(monkeypatch):
-    with pytest.raises(ValueError, match="'cuda'; choose native, torch, reference"), use_backend("cuda"):
+def test_supports(machine, caplog):
+    """What a call cannot use is passed over and logged once; what was asked for is refused with the reason."""
+
+    def supports(backend):
+        return "head dim 7 is odd" if backend in ("triton", "sdpa") else None
+
+    caplog.set_level(logging.INFO, "prismer.kernels")
+    assert choose("attention", CUDA, supports) == "torch"
+    assert choose("attention", CUDA, supports) == "torch"
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"attention does not run on {name} here: head dim 7 is odd" for name in ("sdpa", "triton")]
+    with use_backend("sdpa"), pytest.raises(RuntimeError, match="sdpa was asked for, but head dim 7 is odd"):
+        choose("attention", CUDA, supports)
+
+
+def test_choice_holds_in_every_thread(machine):
+    """On a GPU the backward pass runs in threads of its own."""
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(asked()))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="'cuda'; choose native, triton, torch"), use_backend("cuda"):
         pass
-    monkeypatch.setenv("PRISMER_BACKEND", "fast")
-    with pytest.raises(ValueError, match="PRISMER_BACKEND is 'fast'"):
-        backend_for("label_map", CPU)
 
 
-def test_extension_not_built(monkeypatch):
+@pytest.mark.parametrize(("value", "printed"), (("reference", "reference"), ("", "None"), ("fast", "ValueError")))
+def test_environment(value, printed):
+    program = "from prismer.kernels import dispatch; print(dispatch.asked())"
+    environment = {**os.environ, "PRISMER_BACKEND": value}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert printed in done.stdout + done.stderr
+    if value == "fast":
+        assert "PRISMER_BACKEND is 'fast'; choose native" in done.stderr
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+def test_extension_not_built(device, monkeypatch):
     native_missing.cache_clear()
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
-    assert "was not built" in native_missing()
+    assert "was not built" in native_missing(device)
     native_missing.cache_clear()
 
 
@@ -80,3 +136,9 @@ def test_broken_extension_warns(monkeypatch, tmp_path):
         assert "does not load" in native_missing()
     assert "does not load" in native_missing()
     native_missing.cache_clear()
+
+
+def test_every_op_has_torch_and_a_definition():
+    for op, served_by in dispatch._OPS.items():
+        assert list(served_by)[-2:] == ["torch", "reference"], op
+        assert served_by["torch"] is None and set(served_by) <= set(dispatch.BACKENDS), op

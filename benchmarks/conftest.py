@@ -1,0 +1,139 @@
+"""Writes what a benchmark session measured: a table on the terminal, a CSV and a plot under benchmarks/results/."""
+
+import csv
+import dataclasses
+import os
+import platform
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from harness import DEVICE, OURS, ROWS, Row
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--results", type=Path, default=RESULTS, help="folder for the CSV and the plot"
+    )
+    parser.addoption(
+        "--full", action="store_true", help="every shape with every contender, also on a CPU"
+    )
+
+
+@pytest.fixture
+def everything(request) -> bool:
+    """Compile and time every contender at every shape: the default on a GPU, hours of a CPU spared otherwise."""
+    return DEVICE.type == "cuda" or request.config.getoption("--full")
+
+
+@pytest.fixture(params=(torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=("forward", "forward+backward"))
+def part(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    torch.manual_seed(0)
+
+
+def machine() -> dict[str, str]:
+    """What the figures depend on."""
+    if DEVICE.type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+        names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if "model name" in line]
+        flags = [f for f in ("avx512_bf16", "amx_bf16", "avx512f", "avx2") if f in cpuinfo.split()]
+        cores = len(os.sched_getaffinity(0))
+        name = f"{names[0] if names else platform.machine()}, {cores} cores, {' '.join(flags)}"
+    return dict(device=name, date=time.strftime("%Y-%m-%d"), torch=torch.__version__)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not ROWS:
+        return
+    folder = config.getoption("--results")
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = "gpu" if DEVICE.type == "cuda" else "cpu"
+    write_csv(ROWS, folder / f"{kind}.csv")
+    plot(ROWS, folder / f"{kind}.png")
+    terminalreporter.section("contender / ours: median [quartiles], time of ours, peak memory of ours against eager")
+    for line in table(ROWS):
+        terminalreporter.write_line(line)
+    terminalreporter.write_line(f"written: {folder / kind}.csv and .png")
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    """Aside first, then renamed."""
+    aside = path.with_suffix(".part")
+    with aside.open("w", newline="") as file:
+        columns = [f.name for f in dataclasses.fields(Row)] + list(machine())
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows:
+            values = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in dataclasses.asdict(row).items()}
+            writer.writerow({**values, **machine()})
+    aside.replace(path)
+
+
+def groups(rows: list[Row]) -> dict[tuple, dict[str, Row]]:
+    """Rows of one comparison, by contender."""
+    found: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row.room, row.shape, row.dtype, row.part), {})[row.contender] = row
+    return found
+
+
+def table(rows: list[Row]) -> list[str]:
+    """One line for each comparison."""
+    lines = []
+    for (room, shape, dtype, part), by_name in groups(rows).items():
+        ours = by_name[OURS]
+        ratios = "  ".join(
+            f"{name} {row.ratio:.2f} [{row.low:.2f} {row.high:.2f}]"
+            for name, row in by_name.items()
+            if name != OURS
+        )
+        memory = f"{ours.peak_mb:.1f} / {by_name['eager'].peak_mb:.1f} MB"
+        lines.append(f"{room:<20} {shape:<26} {dtype:<9} {part:<17} {ours.milliseconds:8.3f} ms  {memory:<20} {ratios}")
+    return lines
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """A bar for each comparison: how many times faster than eager, with quartiles, on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = [(key, by_name) for key, by_name in groups(rows).items() if "eager" in by_name]
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.19 * len(found)), layout="constrained")
+    colours = {"float32": "#4477aa", "bfloat16": "#ee6677"}
+    for y, ((_, _, dtype, part), by_name) in enumerate(found):
+        row = by_name["eager"]
+        spread = [[max(row.ratio - row.low, 0)], [max(row.high - row.ratio, 0)]]
+        axes.barh(
+            y, row.ratio - 1, left=1, xerr=spread, height=0.75, color=colours.get(dtype, "grey"),
+            alpha=1.0 if part == "forward" else 0.6, error_kw=dict(lw=0.8),
+        )  # fmt: skip
+    axes.set_yticks(range(len(found)), [" ".join((k[0], k[1], k[3])) for k, _ in found], fontsize=6)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", lw=0.8)
+    axes.set_xlabel("times faster than eager PyTorch (median and quartiles of interleaved rounds)")
+    marks = [plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()]
+    axes.legend(marks, colours, loc="lower right", fontsize=7)
+    note = machine()
+    axes.set_title(f"{note['device']}; torch {note['torch']}; {note['date']}", fontsize=8)
+    aside = path.with_suffix(".part")
+    figure.savefig(aside, dpi=110, format="png")
+    plt.close(figure)
+    aside.replace(path)

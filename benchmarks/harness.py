@@ -1,0 +1,247 @@
+"""Measure an op against what a user would otherwise run: correctness gate first, then interleaved rounds, then memory.
+
+A comparison is one test. Each round runs every contender once, ours last, so that a ratio is between neighbours in time
+and the drift of a shared machine cancels; reported are the median ratio and its quartiles. pytest-benchmark times our
+own call on the host; on a GPU, device time of all contenders comes from events (triton.testing.do_bench), host time
+beside it.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+OURS = "ours"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One contender at one shape: a line of the CSV.
+
+    Attributes:
+        room, shape, dtype, part: what was measured; part is "forward" or "forward+backward".
+        contender: "ours", "eager", "compile", ...
+        milliseconds: median of the rounds (on a GPU: of device time).
+        ratio, low, high: median, first and third quartile of contender / ours, round by round; 1 for ours.
+        peak_mb: most memory alive beyond the inputs, in units of 1e6 bytes.
+        host_ms: median time until the call returned, on a GPU; else the same as milliseconds.
+        gb_per_s, tflop_per_s: of the bytes and FLOPs that the op cannot avoid; 0 where none were given.
+        rounds: number of rounds.
+    """
+
+    room: str
+    shape: str
+    dtype: str
+    part: str
+    contender: str
+    milliseconds: float
+    ratio: float
+    low: float
+    high: float
+    peak_mb: float
+    host_ms: float
+    gb_per_s: float
+    tflop_per_s: float
+    rounds: int
+
+
+ROWS: list[Row] = []
+"""What this session measured; conftest.py writes it out at the end."""
+
+
+@dataclass(kw_only=True)
+class Call:
+    """One way to compute: a function of leaves, and what of it is trained.
+
+    Attributes:
+        run: takes the tensors of `inputs` and returns a tensor or a tuple of them.
+        inputs: passed as they are; those that require a gradient get one in the backward part.
+    """
+
+    run: Callable
+    inputs: list = field(default_factory=list)
+
+    def forward(self):
+        """Without a graph."""
+        with torch.no_grad():
+            return self.run(*self.inputs)
+
+    def forward_backward(self):
+        """Outputs and the gradients of all inputs that require one."""
+        outputs = self.run(*self.inputs)
+        first = outputs[0] if isinstance(outputs, tuple) else outputs
+        leaves = [t for t in self.inputs if isinstance(t, Tensor) and t.requires_grad]
+        # dy of ones, expanded, as `.sum()` would hand back, is not what a layer in the middle gets
+        return torch.autograd.grad(first, leaves, self.upstream(first))
+
+    def upstream(self, y: Tensor) -> Tensor:
+        """A fixed gradient of the output's shape."""
+        if not hasattr(self, "_upstream"):
+            generator = torch.Generator(device=y.device).manual_seed(1)
+            dy = torch.randn(y.shape, generator=generator, device=y.device, dtype=torch.float32)
+            self._upstream = (dy if y.dim() else torch.ones_like(dy)).to(y.dtype)
+        return self._upstream
+
+    def __getitem__(self, part: str) -> Callable:
+        return {"forward": self.forward, "forward+backward": self.forward_backward}[part]
+
+
+def synchronize() -> None:
+    """Wait for the device, if there is one to wait for."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(call: Callable) -> int:
+    """Most bytes alive at once that `call` allocated, its results included."""
+    call()
+    gc.collect()
+    if DEVICE.type == "cuda":
+        synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call()
+        synchronize()
+        del kept
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        kept = call()
+    del kept
+    live = peak = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def _tensors(value) -> list[Tensor]:
+    return [t for t in (value if isinstance(value, (tuple, list)) else [value]) if t is not None]
+
+
+def gate(make: Callable[[torch.dtype], dict[str, Call]], dtype: torch.dtype, part: str) -> None:
+    """Stop with a red test if our error in `dtype` is more than twice eager's (three times for gradients).
+
+    Args:
+        make: dtype -> calls by contender; the same numbers whatever the dtype.
+    """
+    calls = make(dtype)
+    ours, eager = (_tensors(calls[name][part]()) for name in (OURS, "eager"))
+    exact = _tensors(make(torch.float64)["eager"][part]())
+    assert len(ours) == len(eager) == len(exact), "contenders return different numbers of tensors"
+    factor, rounding = (2 if part == "forward" else 3), torch.finfo(dtype).eps / 2
+    for i, (a, b, truth) in enumerate(zip(ours, eager, exact, strict=True)):
+        errors = [(t.double() - truth).square().mean().sqrt().item() for t in (a, b)]
+        allowed = factor * errors[1] + rounding * truth.square().mean().sqrt().item()
+        if not errors[0] <= allowed:
+            pytest.fail(f"tensor {i} of ours is off by {errors[0]:.3g}, allowed are {allowed:.3g}: not timed")
+
+
+def compare(
+    benchmark,
+    calls: dict[str, Call],
+    *,
+    room: str,
+    shape: str,
+    dtype: torch.dtype,
+    part: str,
+    bytes_moved: int = 0,
+    flops: int = 0,
+    seconds: float = 1.0,
+) -> dict[str, Row]:
+    """Time the contenders in turn and record a row of each.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        calls: by contender, "ours" and "eager" among them, all gated by `gate`.
+        bytes_moved, flops: what the op cannot avoid in this part.
+        seconds: to spend, all contenders together.
+
+    Returns:
+        The rows by contender.
+    """
+    functions = {name: call[part] for name, call in calls.items()}
+    ours = functions[OURS]
+    others = {name: function for name, function in functions.items() if name != OURS}
+    peaks = {name: peak_bytes(function) for name, function in functions.items()}
+    spent = 0.0
+    for function in functions.values():
+        start = time.perf_counter()
+        function()
+        synchronize()
+        spent += time.perf_counter() - start
+    rounds = min(max(int(seconds / max(spent, 1e-6)), 5), 300)
+    times: dict[str, list[float]] = {name: [] for name in others}
+    order = list(others)
+
+    def run_others() -> None:
+        order.append(order.pop(0))
+        for name in order:
+            function = others[name]
+            gc_free = time.perf_counter()
+            function()
+            synchronize()
+            times[name].append(time.perf_counter() - gc_free)
+
+    def run_ours():
+        result = ours()
+        synchronize()
+        return result
+
+    gc.collect()
+    gc.disable()
+    try:
+        benchmark.pedantic(run_ours, setup=run_others, rounds=rounds, iterations=1, warmup_rounds=1)
+    finally:
+        gc.enable()
+    # the warm-up round ran the others too
+    host = {name: values[-rounds:] for name, values in times.items()}
+    host[OURS] = list(benchmark.stats.stats.data)
+    device = host
+    if DEVICE.type == "cuda":
+        import triton
+
+        device = {
+            name: [ms / 1e3 for ms in triton.testing.do_bench(function, return_mode="all")]
+            for name, function in functions.items()
+        }
+    rows = {}
+    for name, values in device.items():
+        ratios = (
+            [a / b for a, b in zip(values, device[OURS], strict=True)]
+            if device is host
+            else [v / statistics.median(device[OURS]) for v in values]
+        )
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        median = statistics.median(values)
+        rows[name] = Row(
+            room=room,
+            shape=shape,
+            dtype=str(dtype).removeprefix("torch."),
+            part=part,
+            contender=name,
+            milliseconds=1e3 * median,
+            ratio=middle,
+            low=low,
+            high=high,
+            peak_mb=peaks[name] / 1e6,
+            host_ms=1e3 * statistics.median(host[name]),
+            gb_per_s=bytes_moved / median / 1e9,
+            tflop_per_s=flops / median / 1e12,
+            rounds=rounds,
+        )
+    ROWS.extend(rows.values())
+    benchmark.group = f"{room} {shape} {rows[OURS].dtype} {part}"
+    benchmark.extra_info.update(
+        {f"{name} / ours": round(row.ratio, 3) for name, row in rows.items() if name != OURS},
+        peak_mb={name: round(row.peak_mb, 2) for name, row in rows.items()},
+    )
+    return rows

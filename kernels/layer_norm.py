@@ -1,0 +1,412 @@
+"""Layer norm over the last dimension, alone or of a residual sum, with fp32 statistics.
+
+    y = (x - mean) * rstd * weight + bias,   rstd = 1 / sqrt(var + eps)
+    g = dy * weight,  xhat = (x - mean) * rstd
+    dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dweight = sum over rows of dy * xhat,  dbias = sum of dy
+
+With a residual, `x` above is `total = x + residual`, rounded to its dtype. Statistics are kept, not the normalised
+input; a frozen affine costs neither memory nor its reduction. dweight and dbias are summed in a fixed order.
+Source: Ba et al., arXiv:1607.06450; pre-norm in the encoder and post-norm in the decoder of Prismer, arXiv:2303.02506.
+
+Compulsory traffic, for R rows of D numbers of s bytes (weights 2 D w bytes, statistics 8 R bytes):
+    forward   2 R D s + 2 D w + 8 R;   with a residual 4 R D s + 2 D w + 8 R
+    backward  3 R D s + D w + 8 R;     with dtotal 4 R D s + D w + 8 R
+and for a trained affine 8 D bytes of partial sums for each of the P row groups, written and read, and 8 D written.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prismer.kernels import dispatch
+from prismer.kernels.cases import KernelCase
+
+_MAX_WIDTH = 65536
+
+
+def layer_norm_reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
+) -> Tensor:
+    """The definition, fp32 inside (float64 for float64). Shapes as in `layer_norm`."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    x32 = x.to(compute)
+    centred = x32 - x32.mean(-1, keepdim=True)
+    y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    if weight is not None:
+        y = y * weight.to(compute)
+    if bias is not None:
+        y = y + bias.to(compute)
+    return y.to(x.dtype)
+
+
+def add_layer_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """The definition of `add_layer_norm`."""
+    total = x + residual
+    return layer_norm_reference(total, weight, bias, eps), total
+
+
+# Triton
+
+
+@triton.jit
+def _forward_kernel(
+    p_x, p_residual, p_weight, p_bias, p_y, p_total, p_mean, p_rstd,
+    R, D, eps,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    o_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_col = tl.arange(0, BD)
+    m_row, m_col = o_row < R, o_col < D
+    o, m = o_row[:, None] * D + o_col[None, :], m_row[:, None] & m_col[None, :]
+    b_x = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        b_x += tl.load(p_residual + o, mask=m, other=0.0).to(tl.float32)
+        # what is normalised is what the next layer and the backward pass see: the rounded sum
+        b_total = b_x.to(p_total.dtype.element_ty)
+        tl.store(p_total + o, b_total, mask=m)
+        b_x = b_total.to(tl.float32)
+    b_mean = tl.sum(b_x, 1) / D
+    b_x = tl.where(m, b_x - b_mean[:, None], 0.0)
+    b_rstd = 1 / tl.sqrt(tl.sum(b_x * b_x, 1) / D + eps)
+    b_y = b_x * b_rstd[:, None]
+    if HAS_WEIGHT:
+        b_y *= tl.load(p_weight + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        b_y += tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+    tl.store(p_y + o, b_y.to(p_y.dtype.element_ty), mask=m)
+    tl.store(p_mean + o_row, b_mean, mask=m_row)
+    tl.store(p_rstd + o_row, b_rstd, mask=m_row)
+
+
+@triton.jit
+def _backward_kernel(
+    p_dy, p_dtotal, p_x, p_weight, p_mean, p_rstd, p_dx, p_dweight, p_dbias,
+    R, D, blocks,
+    HAS_TOTAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, AFFINE: tl.constexpr,
+    BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One program takes `blocks` blocks of rows and leaves its partial sums of the affine in a row of its own."""
+    i_group = tl.program_id(0).to(tl.int64)
+    o_col = tl.arange(0, BD)
+    m_col = o_col < D
+    if HAS_WEIGHT:
+        b_weight = tl.load(p_weight + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+    b_dweight = tl.zeros((BD,), tl.float32)
+    b_dbias = tl.zeros((BD,), tl.float32)
+    for i in range(blocks):
+        o_row = (i_group * blocks + i) * BR + tl.arange(0, BR)
+        m_row = o_row < R
+        o, m = o_row[:, None] * D + o_col[None, :], m_row[:, None] & m_col[None, :]
+        b_dy = tl.load(p_dy + o, mask=m, other=0.0).to(tl.float32)
+        b_mean = tl.load(p_mean + o_row, mask=m_row, other=0.0)
+        b_rstd = tl.load(p_rstd + o_row, mask=m_row, other=0.0)
+        b_xhat = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
+        b_xhat = tl.where(m, (b_xhat - b_mean[:, None]) * b_rstd[:, None], 0.0)
+        b_g = b_dy
+        if HAS_WEIGHT:
+            b_g = b_dy * b_weight
+        b_g1 = tl.sum(b_g, 1) / D
+        b_g2 = tl.sum(b_g * b_xhat, 1) / D
+        b_dx = b_rstd[:, None] * (b_g - b_g1[:, None] - b_xhat * b_g2[:, None])
+        if HAS_TOTAL:
+            b_dx += tl.load(p_dtotal + o, mask=m, other=0.0).to(tl.float32)
+        tl.store(p_dx + o, b_dx.to(p_dx.dtype.element_ty), mask=m)
+        if AFFINE:
+            b_dweight += tl.sum(b_dy * b_xhat, 0)
+            b_dbias += tl.sum(b_dy, 0)
+    if AFFINE:
+        tl.store(p_dweight + i_group * D + o_col, b_dweight, mask=m_col)
+        tl.store(p_dbias + i_group * D + o_col, b_dbias, mask=m_col)
+
+
+@triton.jit
+def _sum_groups_kernel(p_partial, p_sum, P, D, BP: tl.constexpr, BD: tl.constexpr):
+    """Column sums of the (P, D) partial sums, in a fixed order; program 1 of the second axis takes the second half."""
+    p_partial += tl.program_id(1).to(tl.int64) * P * D
+    o_col = tl.program_id(0) * BD + tl.arange(0, BD)
+    b_sum = tl.zeros((BP, BD), tl.float32)
+    for i in range(0, P, BP):
+        o_group = i + tl.arange(0, BP)
+        m = (o_group < P)[:, None] & (o_col < D)[None, :]
+        b_sum += tl.load(p_partial + o_group[:, None] * D + o_col[None, :], mask=m, other=0.0)
+    tl.store(p_sum + tl.program_id(1) * D + o_col, tl.sum(b_sum, 0), mask=o_col < D)
+
+
+def _tiles(D: int) -> dict[str, int]:
+    """Rows a block and warps: a warp for every 256 numbers, so that each lane holds two 128-bit vectors of bf16."""
+    BD = triton.next_power_of_2(max(D, 16))
+    return dict(BR=max(1, 1024 // BD), BD=BD, num_warps=min(max(BD // 256, 4), 16))
+
+
+def _groups(R: int, BR: int) -> tuple[int, int]:
+    """Row groups P of the backward pass and row blocks of each: a function of R alone, so that sums repeat anywhere."""
+    blocks = triton.cdiv(R, BR)
+    each = triton.cdiv(blocks, 256)
+    return triton.cdiv(blocks, each), each
+
+
+def _forward_triton(x, residual, weight, bias, eps, y, total, mean, rstd) -> None:
+    R, D = x.shape
+    tiles = _tiles(D)
+    _forward_kernel[(triton.cdiv(R, tiles["BR"]),)](
+        x, residual, weight, bias, y, total, mean, rstd, R, D, eps,
+        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **tiles,
+    )  # fmt: skip
+
+
+def _backward_triton(dy, dtotal, x, weight, mean, rstd, affine, dx) -> Tensor:
+    R, D = x.shape
+    tiles = _tiles(D)
+    P, blocks = _groups(R, tiles["BR"])
+    partial = torch.empty(2, P if affine else 0, D, dtype=torch.float32, device=x.device)
+    _backward_kernel[(P,)](
+        dy, dtotal, x, weight, mean, rstd, dx, partial[0], partial[1], R, D, blocks,
+        HAS_TOTAL=dtotal is not None, HAS_WEIGHT=weight is not None, AFFINE=affine, **tiles,
+    )  # fmt: skip
+    sums = torch.empty(2, D if affine else 0, dtype=torch.float32, device=x.device)
+    if affine:
+        _sum_groups_kernel[(triton.cdiv(D, 64), 2)](partial, sums, P, D, BP=16, BD=64, num_warps=4)
+    return sums
+
+
+# torch
+
+
+def _forward_torch(x, residual, weight, bias, eps):
+    compute = torch.promote_types(x.dtype, torch.float32)
+    total = x + residual if residual is not None else x.new_empty(0)
+    x32 = (x if residual is None else total).to(compute)
+    mean = x32.mean(1)
+    centred = x32 - mean[:, None]
+    rstd = (centred.square().mean(1) + eps).rsqrt()
+    y = centred.mul_(rstd[:, None])
+    if weight is not None:
+        y *= weight
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype), total, mean, rstd
+
+
+def _backward_torch(dy, dtotal, x, weight, mean, rstd, affine):
+    compute = mean.dtype
+    xhat = (x.to(compute) - mean[:, None]) * rstd[:, None]
+    dy32 = dy.to(compute)
+    if affine:
+        dweight, dbias = (dy32 * xhat).sum(0), dy32.sum(0)
+    else:
+        dweight, dbias = mean.new_empty(0), mean.new_empty(0)
+    g = dy32 if weight is None else dy32 * weight
+    dx = g - g.mean(1)[:, None] - xhat * (g * xhat).mean(1)[:, None]
+    dx *= rstd[:, None]
+    if dtotal is not None:
+        dx += dtotal
+    return dx.to(x.dtype), dweight, dbias
+
+
+# the registered ops
+
+
+def supports(backend: str, x: Tensor) -> str | None:
+    """None if `backend` serves rows like those of `x`, else the reason why not."""
+    if backend in ("native", "triton") and x.dtype == torch.float64:
+        return f"{backend} layer_norm computes in fp32, and x is float64"
+    return None
+
+
+def _forward(x, residual, weight, bias, eps):
+    R, D = x.shape
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    backend = dispatch.choose("layer_norm", x.device, lambda name: supports(name, x))
+    if backend == "torch":
+        return _forward_torch(x, residual, weight, bias, eps)
+    if backend == "native":
+        return torch.ops.prismer_native.layer_norm(x, residual, weight, bias, eps)
+    y, total, mean, rstd = _forward_fake(x, residual, weight, bias, eps)
+    if R:
+        _forward_triton(x, residual, weight, bias, eps, y, total, mean, rstd)
+    return y, total, mean, rstd
+
+
+def _forward_fake(x, residual, weight, bias, eps):
+    compute = torch.promote_types(x.dtype, torch.float32)
+    mean, rstd = (x.new_empty(x.shape[0], dtype=compute) for _ in range(2))
+    total = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), total, mean, rstd
+
+
+def _backward(dy, dtotal, x, weight, mean, rstd, affine):
+    dy, x = dy.contiguous(), x.contiguous()
+    dtotal = None if dtotal is None else dtotal.contiguous()
+    backend = dispatch.choose("layer_norm", x.device, lambda name: supports(name, x))
+    if backend == "torch":
+        return _backward_torch(dy, dtotal, x, weight, mean, rstd, affine)
+    if backend == "native":
+        return torch.ops.prismer_native.layer_norm_backward(
+            dy, dtotal, x, weight, mean, rstd, affine
+        )
+    dx, dweight, dbias = _backward_fake(dy, dtotal, x, weight, mean, rstd, affine)
+    if x.shape[0]:
+        dweight, dbias = _backward_triton(dy, dtotal, x, weight, mean, rstd, affine, dx)
+        # an op's outputs may not share memory
+        return dx, dweight.clone(), dbias.clone()
+    return dx, dweight.zero_(), dbias.zero_()
+
+
+def _backward_fake(dy, dtotal, x, weight, mean, rstd, affine):
+    dweight, dbias = (mean.new_empty(x.shape[1] if affine else 0) for _ in range(2))
+    return x.new_empty(x.shape), dweight, dbias
+
+
+_layer_norm = dispatch.define(
+    "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_layer_norm_backward = dispatch.define(
+    "layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool affine)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, residual, weight, bias, _ = inputs
+    _, total, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    if residual is None:
+        ctx.mark_non_differentiable(total)
+    ctx.set_materialize_grads(False)
+    if any(ctx.needs_input_grad):
+        ctx.has_residual = residual is not None
+        ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+        ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
+
+
+def _autograd(ctx, dy, dtotal, *_):
+    if dy is None:
+        # only the sum went on: its gradient passes through
+        return dtotal, dtotal if ctx.has_residual else None, None, None, None
+    x, weight, mean, rstd = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    dx, dweight, dbias = _layer_norm_backward(
+        dy, dtotal, x, weight, mean, rstd, needs[2] or needs[3]
+    )
+    return (
+        dx if needs[0] else None,
+        dx if needs[1] else None,
+        dweight.to(ctx.dtypes[0]) if needs[2] else None,
+        dbias.to(ctx.dtypes[1]) if needs[3] else None,
+        None,
+    )
+
+
+dispatch.register_backward("layer_norm", _setup_context, _autograd)
+
+
+# the public functions
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+    if not x.is_floating_point() or x.dim() < 1 or not 1 <= x.shape[-1] <= _MAX_WIDTH:
+        raise ValueError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (..., D), D from 1 to {_MAX_WIDTH}"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (
+            tensor.shape != x.shape[-1:] or not tensor.is_floating_point()
+        ):
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass floats of shape {tuple(x.shape[-1:])}"
+            )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual is {residual.dtype} of shape {tuple(residual.shape)}; "
+            f"pass {x.dtype} of shape {tuple(x.shape)}, like x"
+        )
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
+) -> Tensor:
+    """Normalise the last dimension of `x`, with fp32 statistics.
+
+    Args:
+        x: (..., D), fp32, bf16, fp16 or float64.
+        weight, bias: (D,), any floating dtype, or None for 1 and 0.
+        eps: added to the variance, not to its root.
+
+    Returns:
+        (..., D) in the dtype of `x`.
+
+    Raises:
+        ValueError: if a shape or dtype does not fit, or D exceeds 65536.
+    """
+    _check(x, None, weight, bias)
+    if dispatch.asked() == "reference":
+        return layer_norm_reference(x, weight, bias, eps)
+    return _layer_norm(x.reshape(-1, x.shape[-1]), None, weight, bias, eps)[0].view(x.shape)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Add, then normalise, in one pass: the end of one sub-layer and the beginning of the next.
+
+    Args:
+        x, residual: (..., D), of one dtype.
+        weight, bias, eps: as in `layer_norm`.
+
+    Returns:
+        The normalised sum and the sum, both (..., D). A pre-norm block goes on from the sum, a post-norm one drops it.
+
+    Raises:
+        ValueError: if a shape or dtype does not fit, or D exceeds 65536.
+    """
+    _check(x, residual, weight, bias)
+    if dispatch.asked() == "reference":
+        return add_layer_norm_reference(x, residual, weight, bias, eps)
+    rows = (-1, x.shape[-1])
+    y, total, _, _ = _layer_norm(x.reshape(rows), residual.reshape(rows), weight, bias, eps)
+    return y.view(x.shape), total.view(x.shape)
+
+
+def kernel_cases() -> list[KernelCase]:
+    """What is compiled ahead of time: BASE and LARGE at 480 px, 8 images."""
+    cases = []
+    for model, R, D in (("BASE", 8 * 964, 768), ("LARGE", 8 * 1220, 1024)):
+        tiles = _tiles(D)
+        warps = tiles.pop("num_warps")
+        P, blocks = _groups(R, tiles["BR"])
+        bf16, fp32 = "*bf16", "*fp32"
+        plain = dict(p_x=bf16, p_residual=bf16, p_weight=bf16, p_bias=bf16, p_y=bf16, p_total=bf16)
+        shape = f"{model} 480 px, 8 images, {R} x {D}"
+        cases += [
+            KernelCase(
+                name=f"{model} layer_norm add forward", kernel=_forward_kernel, shape=shape,
+                signature=plain | dict(p_mean=fp32, p_rstd=fp32, R="i32", D="i32", eps="fp32"),
+                constants=dict(HAS_RESIDUAL=True, HAS_WEIGHT=True, HAS_BIAS=True, **tiles),
+                num_warps=warps, bytes=4 * R * D * 2 + 2 * D * 2 + 8 * R, flops=9 * R * D, divisible=("D",),
+            ),
+            KernelCase(
+                name=f"{model} layer_norm backward", kernel=_backward_kernel, shape=shape,
+                signature=dict(
+                    p_dy=bf16, p_dtotal=bf16, p_x=bf16, p_weight=bf16, p_mean=fp32, p_rstd=fp32, p_dx=bf16,
+                    p_dweight=fp32, p_dbias=fp32, R="i32", D="i32", blocks="i32",
+                ),
+                constants=dict(HAS_TOTAL=True, HAS_WEIGHT=True, AFFINE=True, **tiles),
+                num_warps=warps, bytes=4 * R * D * 2 + D * 2 + 8 * R + 8 * P * D, flops=18 * R * D, divisible=("D",),
+            ),
+            KernelCase(
+                name=f"{model} layer_norm affine sums", kernel=_sum_groups_kernel, shape=shape,
+                signature=dict(p_partial=fp32, p_sum=fp32, P="i32", D="i32"),
+                constants=dict(BP=16, BD=64), num_warps=4, bytes=8 * P * D + 8 * D, flops=2 * P * D, divisible=("D",), vector_loads=False,
+            ),
+        ]  # fmt: skip
+    return cases

@@ -1,0 +1,313 @@
+"""Drop-in modules on the fused ops, with the state-dict keys of what they replace.
+
+| module | replaces | keys |
+|---|---|---|
+| `LayerNorm` | `nn.LayerNorm` | weight, bias |
+| `MLP` | the feed-forward of CLIP and others | c_fc.*, c_proj.*, or the two names you give |
+| `Adaptor` | Prismer's residual adaptors (arXiv:2303.02506, section 3.2) | norm.*, down.*, up.* |
+| `MultiheadAttention` | `nn.MultiheadAttention`, batch first; or four separate projections | in_proj_*, out_proj.*; or your names |
+| `PerceiverResampler` | Flamingo's and Prismer's resampler (arXiv:2204.14198, section 3.1.1) | latents, blocks.i.* |
+| `LinearCrossEntropy` | an LM head and its loss | weight, bias |
+
+Each owns the parameters that it uses, and reads them only inside its own `forward`. Those with children read the
+children's parameters without calling them: `_z3_leaf` tells DeepSpeed ZeRO-3 to gather the whole module on entry (no
+import of deepspeed is needed). ZeRO-3 needs an input of such a module to require a gradient when it trains.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from prismer.kernels.adaptor import adaptor
+from prismer.kernels.attention import attention
+from prismer.kernels.cross_entropy import linear_cross_entropy
+from prismer.kernels.layer_norm import add_layer_norm, layer_norm
+from prismer.kernels.mlp import mlp
+from prismer.kernels.resampler_attention import resampler_attention, standardise
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over one dimension: fp32 statistics, and no reduction for a frozen affine."""
+
+    def __init__(self, width: int | Sequence[int], eps: float = 1e-5, **options):
+        super().__init__(width, eps=eps, **options)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(
+                f"normalized_shape is {self.normalized_shape}; this layer norm takes the last dimension alone"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """norm(x + residual) and x + residual in one pass; for the forward of a module that contains this one."""
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+class MLP(nn.Module):
+    """proj(activation(fc(x))): (..., D) -> (..., D). Of the two hidden tensors only the pre-activation is saved.
+
+    Args:
+        width, hidden: D, and the size between the two layers.
+        activation: "quick_gelu", "gelu" (erf) or "squared_relu".
+        names: what the two linear layers are called.
+    """
+
+    _z3_leaf = True
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: str,
+        names: tuple[str, str] = ("c_fc", "c_proj"),
+    ):
+        super().__init__()
+        self.activation, self.names = activation, names
+        self.add_module(names[0], nn.Linear(width, hidden))
+        self.add_module(names[1], nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc, proj = (self.get_submodule(name) for name in self.names)
+        return mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+class Adaptor(nn.Module):
+    """The residual bottleneck-free MLP that adapts a frozen layer; of its hidden tensors one is saved.
+
+    `late=False` (vision): x + up(relu(down(norm(x)))^2). `late=True` (text): norm(x + up(relu(down(x))^2)).
+
+    Args:
+        width: D; (..., D) -> (..., D).
+        late: the norm comes after the residual.
+    """
+
+    _z3_leaf = True
+
+    def __init__(self, width: int, *, late: bool, eps: float = 1e-5):
+        super().__init__()
+        self.norm = LayerNorm(width, eps=eps)
+        self.down = nn.Linear(width, width)
+        self.up = nn.Linear(width, width)
+        self.late = late
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, down, up = self.norm, self.down, self.up
+        return adaptor(
+            x, norm.weight, norm.bias, down.weight, down.bias, up.weight, up.bias, late=self.late, eps=norm.eps
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"late={self.late}"
+
+
+class MultiheadAttention(nn.Module):
+    """Multi-head self- or cross-attention, batch first.
+
+    Args:
+        width: D of queries and output.
+        num_heads: H, a divisor of D.
+        context_width: size of keys' and values' inputs if it is not D; only with separate projections.
+        names: None for one packed projection with the keys of `nn.MultiheadAttention`, or the names of query, key,
+            value and output projection, such as ("q_proj", "k_proj", "v_proj", "out_proj").
+        dropout: of the attention probabilities, in training.
+
+    Raises:
+        ValueError: if the sizes do not divide, or a packed projection is asked to take another context width.
+    """
+
+    _z3_leaf = True
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        context_width: int | None = None,
+        names: tuple[str, str, str, str] | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} does not divide into {num_heads} heads; choose a divisor")
+        if names is None and context_width not in (None, width):
+            raise ValueError(
+                f"one packed projection cannot take a context of width {context_width} beside {width}; give names"
+            )
+        self.num_heads, self.names, self.dropout = num_heads, names, dropout
+        if names is None:
+            self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+            self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+            self.out_proj = nn.Linear(width, width)
+        else:
+            for name, size in zip(names, (width, context_width or width, context_width or width, width), strict=True):
+                self.add_module(name, nn.Linear(size, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform projections and zero biases where packed, as `nn.MultiheadAttention`; else nn.Linear's own."""
+        if self.names is None:
+            nn.init.xavier_uniform_(self.in_proj_weight)
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b n (h k) -> b h n k", h=self.num_heads)
+
+    def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of `x` (B, N, D), keys and values of `context` (B, L, ...) or of `x`: (B, H, N or L, K) each."""
+        if self.names is not None:
+            context = x if context is None else context
+            linears = [self.get_submodule(name) for name in self.names[:3]]
+            parts = [linear(t) for linear, t in zip(linears, (x, context, context), strict=True)]
+        elif context is None:
+            parts = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            D = x.shape[-1]
+            q = F.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D])
+            parts = q, *F.linear(context, self.in_proj_weight[D:], self.in_proj_bias[D:]).chunk(2, dim=-1)
+        return tuple(self._heads(part) for part in parts)
+
+    def merge(self, out: Tensor) -> Tensor:
+        """The output projection of (B, H, N, K): (B, N, D)."""
+        linear = self.out_proj if self.names is None else self.get_submodule(self.names[3])
+        return linear(rearrange(out, "b h n k -> b n (h k)"))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        causal: bool = False,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, N, D) queries.
+            context: (B, L, D or context_width) keys and values; `x` itself if None.
+            causal: query i sees keys up to i.
+            key_mask: (B, L) bool, True where a key is seen.
+
+        Returns:
+            (B, N, D).
+        """
+        q, k, v = self.project(x, context)
+        dropout = self.dropout if self.training else 0.0
+        return self.merge(attention(q, k, v, causal=causal, key_mask=key_mask, dropout=dropout))
+
+
+class ResamplerBlock(nn.Module):
+    """Latents attend to themselves and to the inputs, then pass a squared-ReLU MLP; both residual, pre-norm."""
+
+    _z3_leaf = True
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.ln_1 = LayerNorm(width)
+        self.ln_2 = LayerNorm(width)
+        self.ln_ff = LayerNorm(width)
+        self.attn = MultiheadAttention(width, num_heads)
+        self.mlp = MLP(width, 4 * width, "squared_relu")
+
+    def forward(self, z: Tensor, x_hat: Tensor) -> Tensor:
+        """z: (B, M, D) latents; x_hat: (B, L, D) inputs, standardised. Returns the new latents."""
+        attn = self.attn
+        out = resampler_attention(
+            self.ln_1(z), x_hat, self.ln_2.weight, self.ln_2.bias, attn.in_proj_weight, attn.in_proj_bias,
+            attn.num_heads,
+        )  # fmt: skip
+        y, z = self.ln_ff.add(attn.out_proj(out), z)
+        return z + self.mlp(y)
+
+
+class PerceiverResampler(nn.Module):
+    """(B, L, D) tokens of any number and order -> (B, M, D) latents; no positions, no final norm (spec 1.5).
+
+    The inputs are standardised once; every block's own norm of them is folded into its projections.
+
+    Args:
+        width: D.
+        depth: number of blocks.
+        num_heads: H.
+        num_latents: M.
+    """
+
+    def __init__(self, width: int, depth: int, num_heads: int, num_latents: int):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(num_latents, width) * width**-0.5)
+        self.blocks = nn.ModuleList(ResamplerBlock(width, num_heads) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_hat = standardise(x, self.blocks[0].ln_2.eps)
+        z = self.latents.expand(x.shape[0], -1, -1)
+        for block in self.blocks:
+            z = block(z, x_hat)
+        return z
+
+
+class LinearCrossEntropy(nn.Module):
+    """An LM head and its label-smoothed loss without the logits; keys of the `nn.Linear` that it replaces.
+
+    Args:
+        width: D.
+        vocabulary: V.
+        label_smoothing, ignore_index, reduction: as in `linear_cross_entropy`.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        vocabulary: int,
+        *,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(vocabulary, device=device, dtype=dtype))
+        self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """N(0, 0.02) matrix, zero bias."""
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, labels: Tensor, row_weights: Tensor | None = None) -> Tensor:
+        """The loss of hidden states.
+
+        Args:
+            x: (..., D).
+            labels: (...) int64.
+            row_weights: (...) factors of the rows' losses, or None.
+
+        Returns:
+            A scalar, or (...) losses with reduction "none".
+        """
+        losses = linear_cross_entropy(
+            x.flatten(0, -2),
+            self.weight,
+            self.bias,
+            labels.flatten(),
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            row_weights=None if row_weights is None else row_weights.flatten(),
+        )
+        return losses.view(labels.shape) if self.reduction == "none" else losses
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., V), for generation."""
+        return F.linear(x, self.weight, self.bias)
