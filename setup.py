@@ -1,12 +1,17 @@
-"""Builds only the native extension `prismer._C`; the rest of the package is in pyproject.toml.
+"""Builds only the native extensions; the rest of the package is in pyproject.toml.
 
-Without torch or a working compiler one line says so and the installation goes on: every op also
-runs on torch.
+`prismer._C`, for CPU tensors, is built wherever torch and a C++ compiler are; `prismer._C_cuda`,
+for CUDA tensors, where torch has CUDA, nvcc is there, and so is a driver or PRISMER_CUDA=1
+(PRISMER_CUDA=0 leaves it out). What cannot be built costs one line and the installation goes on:
+every op also runs on torch.
 """
 
 import importlib.metadata
 import importlib.util
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -14,6 +19,8 @@ from setuptools.command.build_ext import build_ext
 
 MINIMUM_TORCH = (2, 10)
 # the first release whose stable ABI has parallel_for
+CUDA_CODE = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100a": "compute_100a"}
+# A100, H100 and B200; PTX of the first serves all others
 
 
 def skipped(reason: str) -> None:
@@ -21,8 +28,32 @@ def skipped(reason: str) -> None:
     print(f"prismer: native extension skipped ({reason}); torch operators run instead", flush=True)
 
 
+def find_nvcc() -> str | None:
+    """The CUDA compiler on the path, or where CUDA_HOME or the usual place has it."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    return shutil.which("nvcc") or shutil.which(home / "bin" / "nvcc")
+
+
+def cuda_missing(torch: Path) -> str | None:
+    """Why `prismer._C_cuda` is not built, or None if it is."""
+    asked = os.environ.get("PRISMER_CUDA", "")
+    if asked not in ("", "0", "1"):
+        return f"PRISMER_CUDA is {asked!r}; set it to 0 or 1, or leave it unset"
+    if asked == "0":
+        return "PRISMER_CUDA=0"
+    # read, not imported
+    if not re.search(r"^cuda\b.*= *['\"]", (torch / "version.py").read_text(), re.MULTILINE):
+        return "this torch is built without CUDA"
+    if find_nvcc() is None:
+        return "nvcc is not installed"
+    drivers = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/libcuda.so.1")
+    if asked != "1" and not any(map(os.path.exists, drivers)):
+        return "no NVIDIA driver here; PRISMER_CUDA=1 builds them all the same"
+    return None
+
+
 def native_extensions() -> list[Extension]:
-    """`prismer._C` on torch's stable ABI, or nothing if there is no torch to build against."""
+    """What to build on torch's stable ABI, or nothing if there is no torch to build against."""
     # found without importing it: that takes seconds, and only its headers are needed
     spec = importlib.util.find_spec("torch")
     if spec is None:
@@ -33,34 +64,84 @@ def native_extensions() -> list[Extension]:
         skipped(f"torch {version} is older than 2.10")
         return []
     torch = Path(spec.submodule_search_locations[0])
-    return [
+    macros = [("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", "0x020A000000000000")]
+    extensions = [
         Extension(
             "prismer._C",
-            sources=["csrc/ops.cpp", "csrc/cpu/label_map.cpp"],
+            sources=["csrc/ops.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],
             language="c++",
             include_dirs=[str(torch / "include")],
             library_dirs=[str(torch / "lib")],
             libraries=["c10", "torch", "torch_cpu"],
-            define_macros=[
-                ("Py_LIMITED_API", "0x030A0000"),
-                ("TORCH_TARGET_VERSION", "0x020A000000000000"),
-            ],
+            define_macros=macros,
             # instruction sets are chosen at run time, see csrc/cpu: one wheel serves every x86-64
             extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"],
             py_limited_api=True,
         )
     ]
+    if cuda_missing(torch) is None:
+        extensions.append(
+            Extension(
+                "prismer._C_cuda",
+                sources=[
+                    "csrc/cuda/register.cpp",
+                    *map(str, sorted(Path("csrc/cuda").glob("*.cu"))),
+                ],
+                include_dirs=[str(torch / "include")],
+                library_dirs=[str(torch / "lib")],
+                libraries=["c10", "torch", "torch_cpu", "torch_cuda"],
+                define_macros=[*macros, ("USE_CUDA", "1")],
+                py_limited_api=True,
+                # one that did not get built is not missed when the others are put in place
+                optional=True,
+            )
+        )
+    return extensions
+
+
+def nvcc_command(ext: Extension, include_dirs: list[str], target: Path) -> list[str]:
+    """One call of nvcc that compiles and links an extension, its CUDA runtime inside it."""
+    nvcc = find_nvcc()
+    known = subprocess.run([nvcc, "--list-gpu-code"], stdout=subprocess.PIPE, text=True).stdout
+    code = {real: virtual for real, virtual in CUDA_CODE.items() if real.rstrip("a") in known}
+    return [
+        *(nvcc, "-shared", "-std=c++20", "-O3", "--threads", "0", "-cudart", "static"),
+        *("-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xlinker", "--exclude-libs=ALL,-s"),
+        *(f"-gencode=arch={virtual},code={real}" for real, virtual in code.items()),
+        "-gencode=arch=compute_80,code=compute_80",
+        *(f"-I{folder}" for folder in (*ext.include_dirs, *include_dirs)),
+        *(f"-D{name}={value}" for name, value in ext.define_macros),
+        *ext.sources,
+        *(f"-L{folder}" for folder in ext.library_dirs),
+        *(f"-l{library}" for library in ext.libraries),
+        *("-o", str(target)),
+    ]
 
 
 class BuildNative(build_ext):
-    """The extension is an accelerator, not a need: a failed build costs one line."""
+    """The extensions are accelerators, not needs: a failed build costs one line."""
 
     def run(self) -> None:
+        reason = cuda_missing(Path(self.extensions[0].include_dirs[0]).parent)
+        if reason is not None:
+            print(f"prismer: CUDA kernels not built ({reason})", flush=True)
         try:
             super().run()
         except Exception as error:
             # the compiler has already said what it thinks; pip shows that with -v
             skipped(f"its build failed with {type(error).__name__}")
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name != "prismer._C_cuda":
+            super().build_extension(ext)
+            return
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            subprocess.run(nvcc_command(ext, self.include_dirs, target), check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = f"their build failed with {type(error).__name__}"
+            print(f"prismer: CUDA kernels not built ({reason})", flush=True)
 
 
 extensions = native_extensions()

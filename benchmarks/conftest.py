@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import DEVICE, OURS, ROWS, Row
+from harness import DEVICE, OURS, ROWS, Call, Row
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -25,8 +25,22 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def everything(request) -> bool:
-    """Compile and time every contender at every shape: the default on a GPU, hours of a CPU spared otherwise."""
+    """Compile and time every contender at every shape: the default on a GPU, half an hour of a CPU spared otherwise."""
     return DEVICE.type == "cuda" or request.config.getoption("--full")
+
+
+@pytest.fixture
+def compiled(everything):
+    """Adds eager under torch.compile to the contenders: at one representative shape on a CPU, else everywhere."""
+
+    def add(calls: dict[str, Call], representative: bool) -> dict[str, Call]:
+        if everything or representative:
+            eager = calls["eager"]
+            torch.compiler.reset()
+            calls["compile"] = Call(run=torch.compile(eager.run), inputs=eager.inputs)
+        return calls
+
+    return add
 
 
 @pytest.fixture(params=(torch.float32, torch.bfloat16), ids=("fp32", "bf16"))

@@ -127,6 +127,29 @@ def _tensors(value) -> list[Tensor]:
     return [t for t in (value if isinstance(value, (tuple, list)) else [value]) if t is not None]
 
 
+def on(
+    draws: list, functions: dict[str, Callable], frozen: tuple[int, ...] = ()
+) -> Callable[[torch.dtype], dict[str, Call]]:
+    """dtype -> a call of each function, all on the same numbers.
+
+    Args:
+        draws: arguments in order; fp32 tensors are cast and require a gradient, others are passed as they are.
+        functions: by contender.
+        frozen: places in `draws` of floating tensors that require none.
+    """
+
+    def make(dtype: torch.dtype) -> dict[str, Call]:
+        inputs = []
+        for i, draw in enumerate(draws):
+            if isinstance(draw, Tensor):
+                draw = draw.to(DEVICE, dtype if draw.is_floating_point() else None)
+                draw = draw.detach().requires_grad_(draw.is_floating_point() and i not in frozen)
+            inputs.append(draw)
+        return {name: Call(run=function, inputs=inputs) for name, function in functions.items()}
+
+    return make
+
+
 def gate(make: Callable[[torch.dtype], dict[str, Call]], dtype: torch.dtype, part: str) -> None:
     """Stop with a red test if our error in `dtype` is more than twice eager's (three times for gradients).
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, Call, compare, gate
+from harness import compare, gate, on
 from shapes import MODELS
 
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
@@ -15,39 +15,29 @@ SHAPES = {
 }
 
 
+def eager(x, weight, bias):
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def eager_add(x, residual, weight, bias):
+    total = x + residual
+    return F.layer_norm(total, x.shape[-1:], weight, bias), total
+
+
 def calls(R, D, add):
-    """dtype -> contenders on the same numbers."""
-    draws = [torch.randn(R, D) + 0.5, torch.randn(R, D), 1 + torch.randn(D), torch.randn(D)]
-
-    def make(dtype):
-        x, residual, weight, bias = (t.to(DEVICE, dtype).requires_grad_() for t in draws)
-        inputs = [x, residual, weight, bias] if add else [x, weight, bias]
-
-        def eager(*t):
-            total = t[0] + t[1] if add else t[0]
-            return F.layer_norm(total, (D,), *t[-2:])
-
-        def ours(*t):
-            return add_layer_norm(*t)[0] if add else layer_norm(*t)
-
-        return {"ours": Call(run=ours, inputs=inputs), "eager": Call(run=eager, inputs=inputs)}
-
-    return make
+    affine = [1 + torch.randn(D), torch.randn(D)]
+    if add:
+        return on([torch.randn(R, D), torch.randn(R, D), *affine], dict(ours=add_layer_norm, eager=eager_add))
+    return on([torch.randn(R, D) + 0.5, *affine], dict(ours=layer_norm, eager=eager))
 
 
 @pytest.mark.parametrize("add", (False, True), ids=("alone", "add"))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_layer_norm(benchmark, shape, add, dtype, part, everything):
+def test_layer_norm(benchmark, shape, add, dtype, part, compiled):
     R, D = SHAPES[shape]
-    make = calls(R, D, add)
     gate(calls(min(R, 64), D, add), dtype, part)
-    contenders = make(dtype)
-    if everything or shape == "BASE-480 B2":
-        eager = contenders["eager"]
-        contenders["compile"] = Call(run=torch.compile(eager.run), inputs=eager.inputs)
-    room = "add_layer_norm" if add else "layer_norm"
-    streams = (2 + add) * (2 if part == "forward+backward" else 1) + add
+    streams = (2 + 2 * add) + (3 if part == "forward+backward" else 0)
     compare(
-        benchmark, contenders, room=room, shape=shape, dtype=dtype, part=part,
-        bytes_moved=streams * R * D * dtype.itemsize, seconds=0.5,
+        benchmark, compiled(calls(R, D, add)(dtype), shape == "BASE-480 B2"), room="add_layer_norm" if add else
+        "layer_norm", shape=shape, dtype=dtype, part=part, bytes_moved=streams * R * D * dtype.itemsize, seconds=0.4,
     )  # fmt: skip

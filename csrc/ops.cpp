@@ -7,20 +7,65 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+#include <string>
+#include <tuple>
+
 namespace prismer {
 
-torch::stable::Tensor label_map_cpu(
-    const torch::stable::Tensor& ids, const torch::stable::Tensor& rows,
-    const torch::stable::Tensor& features, int64_t size);
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_cpu(
+    const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, double eps);
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
+    const Tensor& dy, const std::optional<Tensor>& dtotal, const Tensor& x,
+    const std::optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd, bool affine);
+Tensor bias_activation_cpu(
+    const Tensor& h, const std::optional<Tensor>& bias, const std::string& activation);
+Tensor bias_activation_backward_cpu(
+    const Tensor& dy, const Tensor& h, const std::optional<Tensor>& bias,
+    const std::string& activation);
+Tensor label_map_cpu(const Tensor& ids, const Tensor& rows, const Tensor& features, int64_t size);
+Tensor label_map_backward_cpu(
+    const Tensor& dy, const Tensor& ids, const Tensor& rows, int64_t num_rows);
+Tensor decode_attention_cpu(
+    const Tensor& q, const Tensor& shared_k, const Tensor& shared_v, const Tensor& shared_mask,
+    const Tensor& suffix_k, const Tensor& suffix_v, const Tensor& ancestors);
+std::string cpu_capability();
 
 }  // namespace prismer
 
-STABLE_TORCH_LIBRARY(prismer, m) {
+// tensors contiguous; their shapes and dtypes are in the rooms of kernels/
+STABLE_TORCH_LIBRARY(prismer_native, m) {
+  m.def(
+      "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> "
+      "(Tensor y, Tensor total, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor mean, "
+      "Tensor rstd, bool affine) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("bias_activation(Tensor h, Tensor? bias, str activation) -> Tensor");
+  m.def(
+      "bias_activation_backward(Tensor dy, Tensor h, Tensor? bias, str activation) -> Tensor");
   m.def("label_map(Tensor ids, Tensor rows, Tensor features, int size) -> Tensor");
+  m.def("label_map_backward(Tensor dy, Tensor ids, Tensor rows, int num_rows) -> Tensor");
+  m.def(
+      "decode_attention(Tensor q, Tensor shared_k, Tensor shared_v, Tensor shared_mask, "
+      "Tensor suffix_k, Tensor suffix_v, Tensor ancestors) -> Tensor");
+  // the instruction set that CPU ops use: baseline, avx2 or avx512
+  m.def("cpu_capability() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(prismer, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(prismer_native, CPU, m) {
+  m.impl("layer_norm", TORCH_BOX(&prismer::layer_norm_cpu));
+  m.impl("layer_norm_backward", TORCH_BOX(&prismer::layer_norm_backward_cpu));
+  m.impl("bias_activation", TORCH_BOX(&prismer::bias_activation_cpu));
+  m.impl("bias_activation_backward", TORCH_BOX(&prismer::bias_activation_backward_cpu));
   m.impl("label_map", TORCH_BOX(&prismer::label_map_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(prismer_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&prismer::cpu_capability));
 }
 
 // importing the module is what loads the library above; it has no Python contents of its own

@@ -130,17 +130,37 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+_PACKAGES = {
+    # generations 3, 4 and 2; the third name alone is an empty namespace where only generation 4 is installed
+    "flash-attn": tuple(
+        (module, "flash_attn_func")
+        for module in ("flash_attn_interface", "flash_attn.cute", "flash_attn")
+    ),
+    "xformers": (("xformers.ops", "memory_efficient_attention"),),
+}
+
+
 @functools.cache
-def package_missing(backend: str) -> str | None:
-    """None if the package behind `flash-attn` or `xformers` imports, else the reason; it may be absent or broken."""
-    module = {"flash-attn": "flash_attn", "xformers": "xformers.ops"}[backend]
-    if importlib.util.find_spec(module.split(".")[0]) is None:
-        return f"{backend} is not installed"
+def module_missing(module: str, function: str) -> str | None:
+    """None if another library's `module` has `function`, else the reason; it may be absent or broken."""
     try:
-        importlib.import_module(module)
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+        if not hasattr(importlib.import_module(module), function):
+            return f"{module} has no {function}"
+    except ModuleNotFoundError as error:
+        if error.name == module.split(".")[0]:
+            return f"{module} is not installed"
+        return f"{module} does not import here ({error})"
     except Exception as error:  # a binary built for another torch fails in any way it likes
-        return f"{backend} does not import here ({type(error).__name__}: {error})"
+        return f"{module} does not import here ({type(error).__name__}: {error})"
     return None
+
+
+def package_missing(backend: str) -> str | None:
+    """None if a package behind `flash-attn` or `xformers` imports, else the reason."""
+    reasons = [module_missing(*entry) for entry in _PACKAGES[backend]]
+    return None if None in reasons else f"{backend} is not there: {'; '.join(reasons)}"
 
 
 def _why_not(op: str, backend: str, device_type: str) -> str | None:

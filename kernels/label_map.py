@@ -1,17 +1,42 @@
 """Label map: uint8 ids -> 64 numbers per pixel -> bilinear resize, never at full resolution.
 
     out[b, :, i, j] = sum over 4 taps of w_tap * features[rows[b, ids[b, y_tap, x_tap]]]
+    dfeatures[f] = sum over pixels and taps whose row is f of w_tap * dy[b, :, i, j]
 
-The resize keeps corners (`align_corners=True`): output i samples source i * (h - 1) / (size - 1).
-Only the four taps of an output are read, a quarter of a 224 px map at size 56, and the 64-channel
-map that they are taken from never exists. Source: Prismer, arXiv:2303.02506, section 3.2.
+The resize keeps corners (`align_corners=True`): output i samples source i * (h - 1) / (size - 1). Only the four taps of
+an output are read, a quarter of a 224 px map at size 56, and the 64-channel map that they are taken from never exists.
+Where the four taps name one row, `native` and `triton` give that row and not a sum of weights that add up to nearly 1.
+Source: Prismer, arXiv:2303.02506, section 3.2.
+
+Every kind of id is told by `rows`, which turns the ids of each image into rows of one table of features:
+    segmentation  one class table for all images: rows[b, id] = first + id, the same in every image
+    objects       ids are instances, numbered in each image anew: rows[b, id] = first + class of instance id of image b
+    words         ids are words read in image b: rows[b, id] = the row of that word among the words of the batch
+and 255, the background, is an id like any other: its row holds the features of "nothing here". Crop and flip are not
+fused: the loader has done both, for image and labels alike, before ids come here.
+
+An entry of `rows` outside the table: `native` and `torch` raise on the CPU; on a GPU, where raising means to wait,
+`native` and `triton` read nothing and write NaN, and such a tap adds to no gradient.
+
+Traffic of the Triton kernels, for P = B * size * size pixels, E of which blend, C <= 64 numbers of s bytes each:
+    forward   reads 36 P (4 ids of 1 byte and their rows of 8) + C s (P + 3 E), writes C s P
+    backward  a program owns 64 rows of the table and a part of the pixels, which it takes 32 at a time. Let N be the
+              tiles that hold one of the program's rows, summed over programs, and T their pixels: it multiplies a
+              (64, 32) matrix of weights by such a tile of dy, 2 * 64 * 32 * 64 FLOPs, and passes over the others. In
+              all it reads 36 P for each 64 rows and C s T, and writes 4 C F for each of G parts, which are then read
+              and added up in order (nothing of this if G is 1). No atomics and no sort; ids are read once for every
+              64 rows of the table. G is at most 64, and G F C at most 4 M, by shapes alone.
+Above 64 numbers per row, ids and rows are read once for every 64.
 """
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from prismer.kernels.dispatch import backend_for, native_missing
+from prismer.kernels import dispatch
+from prismer.kernels.cases import KernelCase
 
 
 def label_map_reference(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
@@ -23,11 +48,168 @@ def label_map_reference(ids: Tensor, rows: Tensor, features: Tensor, size: int) 
     return F.interpolate(expanded, (size, size), mode="bilinear", align_corners=True)
 
 
-def _taps(
+# Triton
+
+
+@triton.jit
+def _tap(i, source, steps):
+    """Where output i reads along one axis: two positions, which are one where it falls on a pixel, and the weight of
+    the second."""
+    # integers: exact whatever the sizes, where an fp32 position may land just below a whole pixel
+    scaled = i * (source - 1)
+    low = scaled // steps
+    rest = scaled - low * steps
+    return low, low + (rest > 0).to(tl.int32), rest.to(tl.float32) / steps
+
+
+@triton.jit
+def _row(p_ids, p_rows, o_image, o_id, m_pixel, F):
+    """The row of one tap of each pixel; -1 if the table has no such row."""
+    b_id = tl.load(p_ids + o_id, mask=m_pixel, other=0).to(tl.int32)
+    b_row = tl.load(p_rows + o_image * 256 + b_id, mask=m_pixel, other=-1)
+    return tl.where((b_row >= 0) & (b_row < F), b_row, -1)
+
+
+@triton.jit
+def _taps(p_ids, p_rows, o_pixel, m_pixel, h, w, F, size, steps):
+    """The rows of the four taps of pixels o_pixel of (B, size, size), and the weights of the second line and column."""
+    o_image = (o_pixel // (size * size)).to(tl.int64)
+    low_y, high_y, b_y = _tap(o_pixel // size % size, h, steps)
+    low_x, high_x, b_x = _tap(o_pixel % size, w, steps)
+    o_top = (o_image * h + low_y) * w
+    o_bottom = (o_image * h + high_y) * w
+    b_00 = _row(p_ids, p_rows, o_image, o_top + low_x, m_pixel, F)
+    b_01 = _row(p_ids, p_rows, o_image, o_top + high_x, m_pixel, F)
+    b_10 = _row(p_ids, p_rows, o_image, o_bottom + low_x, m_pixel, F)
+    b_11 = _row(p_ids, p_rows, o_image, o_bottom + high_x, m_pixel, F)
+    return b_00, b_01, b_10, b_11, b_y, b_x
+
+
+@triton.jit
+def _load_rows(p_features, b_row, o_col, m_wanted, m_col, C):
+    """(BP, BC) features in fp32; NaN for a row that the table does not have."""
+    m = (m_wanted & (b_row >= 0))[:, None] & m_col[None, :]
+    o = b_row[:, None] * C + o_col[None, :]
+    return tl.load(p_features + o, mask=m, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def _forward_kernel(
+    p_ids, p_rows, p_features, p_out, P, h, w, F, C, size, steps, BP: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    o_pixel = tl.program_id(0) * BP + tl.arange(0, BP)
+    o_col = tl.program_id(1) * BC + tl.arange(0, BC)
+    m_pixel, m_col = o_pixel < P, o_col < C
+    b_00, b_01, b_10, b_11, b_y, b_x = _taps(p_ids, p_rows, o_pixel, m_pixel, h, w, F, size, steps)
+    # most pixels lie inside one region of a label map: nothing to read twice, nothing to blend
+    m_blend = m_pixel & ((b_00 != b_01) | (b_00 != b_10) | (b_00 != b_11))
+    b_out = _load_rows(p_features, b_00, o_col, m_pixel, m_col, C)
+    b_blend = ((1 - b_y) * (1 - b_x))[:, None] * b_out
+    b_blend += ((1 - b_y) * b_x)[:, None] * _load_rows(p_features, b_01, o_col, m_blend, m_col, C)
+    b_blend += (b_y * (1 - b_x))[:, None] * _load_rows(p_features, b_10, o_col, m_blend, m_col, C)
+    b_blend += (b_y * b_x)[:, None] * _load_rows(p_features, b_11, o_col, m_blend, m_col, C)
+    b_out = tl.where(m_blend[:, None], b_blend, b_out)
+    o = o_pixel.to(tl.int64)[:, None] * C + o_col[None, :]
+    tl.store(p_out + o, b_out.to(p_out.dtype.element_ty), mask=m_pixel[:, None] & m_col[None, :])
+
+
+@triton.jit
+def _backward_kernel(
+    p_dy, p_ids, p_rows, p_partial, P, h, w, F, C, size, steps, tiles,
+    BF: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Program (f, c, g) sums its BF rows and BC columns over `tiles` tiles of BP pixels, part g of them all."""
+    i_part = tl.program_id(2)
+    o_row = tl.program_id(0) * BF + tl.arange(0, BF)
+    o_col = tl.program_id(1) * BC + tl.arange(0, BC)
+    m_col = o_col < C
+    b_sum = tl.zeros((BF, BC), tl.float32)
+    for i in range(tiles):
+        o_pixel = (i_part * tiles + i) * BP + tl.arange(0, BP)
+        m_pixel = o_pixel < P
+        b_00, b_01, b_10, b_11, b_y, b_x = _taps(
+            p_ids, p_rows, o_pixel, m_pixel, h, w, F, size, steps
+        )
+        # an image names few rows: most tiles hold none of a program's, and are passed over
+        first = tl.program_id(0) * BF
+        m_mine = (b_00 >= first) & (b_00 < first + BF)
+        m_mine |= (b_01 >= first) & (b_01 < first + BF)
+        m_mine |= (b_10 >= first) & (b_10 < first + BF)
+        m_mine |= (b_11 >= first) & (b_11 < first + BF)
+        if tl.max(m_mine.to(tl.int32), 0) > 0:
+            # a sum over pixels that share a row is a product with the matrix of their weights
+            w_00, w_01 = (1 - b_y) * (1 - b_x), (1 - b_y) * b_x
+            w_10, w_11 = b_y * (1 - b_x), b_y * b_x
+            b_weight = tl.where(o_row[:, None] == b_00[None, :], w_00[None, :], 0.0)
+            b_weight += tl.where(o_row[:, None] == b_01[None, :], w_01[None, :], 0.0)
+            b_weight += tl.where(o_row[:, None] == b_10[None, :], w_10[None, :], 0.0)
+            b_weight += tl.where(o_row[:, None] == b_11[None, :], w_11[None, :], 0.0)
+            o = o_pixel.to(tl.int64)[:, None] * C + o_col[None, :]
+            b_dy = tl.load(p_dy + o, mask=m_pixel[:, None] & m_col[None, :], other=0.0)
+            b_sum = tl.dot(b_weight, b_dy.to(tl.float32), b_sum, input_precision="ieee")
+    o = (i_part.to(tl.int64) * F + o_row[:, None]) * C + o_col[None, :]
+    tl.store(p_partial + o, b_sum, mask=(o_row < F)[:, None] & m_col[None, :])
+
+
+@triton.jit
+def _sum_parts_kernel(p_partial, p_sum, G, N, BG: tl.constexpr, BN: tl.constexpr):
+    """The sum of G parts of N numbers, in a fixed order."""
+    o = tl.program_id(0) * BN + tl.arange(0, BN)
+    b_sum = tl.zeros((BG, BN), tl.float32)
+    for i in range(0, G, BG):
+        o_part = (i + tl.arange(0, BG)).to(tl.int64)
+        m = (o_part < G)[:, None] & (o < N)[None, :]
+        b_sum += tl.load(p_partial + o_part[:, None] * N + o[None, :], mask=m, other=0.0)
+    tl.store(p_sum + o, tl.sum(b_sum, 0), mask=o < N)
+
+
+_BACKWARD_TILES = dict(BF=64, BP=32, num_warps=8)
+# a product in fp32 runs on the ordinary units and keeps its operands in registers: 79 of them here on sm_90, all 255 and
+# spills with 64 pixels and 4 warps
+_SUM_TILES = dict(BG=8, BN=128)
+
+
+def _columns(C: int) -> int:
+    return min(64, max(16, triton.next_power_of_2(C)))
+
+
+def _parts(P: int, F: int, C: int) -> tuple[int, int]:
+    """Parts G of the pixels and tiles of each: a function of the shapes alone, so that sums repeat anywhere."""
+    tiles = triton.cdiv(P, _BACKWARD_TILES["BP"])
+    parts = max(1, min(64, 2**22 // (F * C)))
+    each = triton.cdiv(tiles, parts)
+    return triton.cdiv(tiles, each), each
+
+
+def _forward_triton(ids, rows, features, size, out) -> None:
+    (B, h, w), (F, C) = ids.shape, features.shape
+    P, BC = B * size * size, _columns(C)
+    _forward_kernel[(triton.cdiv(P, 32), triton.cdiv(C, BC))](
+        ids, rows, features, out, P, h, w, F, C, size, max(size - 1, 1), BP=32, BC=BC
+    )
+
+
+def _backward_triton(dy, ids, rows, dfeatures) -> None:
+    (B, h, w), size, (F, C) = ids.shape, dy.shape[1], dfeatures.shape
+    P, BC = B * size * size, _columns(C)
+    G, tiles = _parts(P, F, C)
+    partial = dfeatures if G == 1 else dfeatures.new_empty(G, F, C)
+    grid = (triton.cdiv(F, _BACKWARD_TILES["BF"]), triton.cdiv(C, BC), G)
+    _backward_kernel[grid](
+        dy, ids, rows, partial, P, h, w, F, C, size, max(size - 1, 1), tiles, BC=BC, **_BACKWARD_TILES
+    )  # fmt: skip
+    if G > 1:
+        grid = (triton.cdiv(F * C, _SUM_TILES["BN"]),)
+        _sum_parts_kernel[grid](partial, dfeatures, G, F * C, **_SUM_TILES)
+
+
+# torch
+
+
+def _axis_taps(
     source: int, size: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Positions (2, size) int64 and weights (2, size) of the two taps along one axis."""
-    # integers: exact whatever the sizes, where an fp32 position may land just below a whole pixel
     scaled = torch.arange(size, device=device) * (source - 1)
     steps = max(size - 1, 1)
     low = scaled.div(steps, rounding_mode="floor")
@@ -41,17 +223,17 @@ def _gather_plan(ids: Tensor, rows: Tensor, size: int, dtype: torch.dtype) -> tu
     if (h, w) == (size, size):
         index = rows.gather(1, ids.flatten(1).long())
         return index.reshape(-1, 1), torch.ones(index.numel(), 1, dtype=dtype, device=ids.device)
-    y, weight_y = _taps(h, size, dtype, ids.device)
-    x, weight_x = _taps(w, size, dtype, ids.device)
+    y, weight_y = _axis_taps(h, size, dtype, ids.device)
+    x, weight_x = _axis_taps(w, size, dtype, ids.device)
     position = y.t()[:, None, :, None] * w + x.t()[None, :, None, :]  # (size, size, 2, 2)
     weight = weight_y.t()[:, None, :, None] * weight_x.t()[None, :, None, :]
     index = rows.gather(1, ids.flatten(1).index_select(1, position.reshape(-1)).long())
     return index.reshape(-1, 4), weight.reshape(-1, 4).repeat(B, 1)
 
 
-def _forward_torch(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
+def _forward_torch(ids, rows, features, size):
     """The weighted sum of taps as an embedding bag, which reads the taps without storing them."""
-    compute = torch.float64 if features.dtype == torch.float64 else torch.float32
+    compute = torch.promote_types(features.dtype, torch.float32)
     index, weight = _gather_plan(ids, rows, size, compute)
     # contiguous, or it leaves its fast path
     table = features.to(compute).contiguous()
@@ -59,44 +241,111 @@ def _forward_torch(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Te
     return out.to(features.dtype).view(ids.shape[0], size, size, features.shape[1])
 
 
-class LabelMapFunction(torch.autograd.Function):
-    """`label_map` with its gradient: only `features` may require one."""
+def _backward_torch(dy, ids, rows, num_rows):
+    compute = torch.promote_types(dy.dtype, torch.float32)
+    C = dy.shape[3]
+    index, weight = _gather_plan(ids, rows, dy.shape[1], compute)
+    dy_rows = dy.reshape(-1, C).to(compute)
+    dfeatures = torch.zeros(num_rows, C, dtype=compute, device=dy.device)
+    for tap in range(index.shape[1]):
+        # adds up in a fixed order on every device, where index_add uses atomics on CUDA
+        dfeatures += torch.ops.aten.embedding_dense_backward(
+            dy_rows * weight[:, tap, None], index[:, tap].contiguous(), num_rows, -1, False
+        )
+    return dfeatures
 
-    @staticmethod
-    def forward(
-        ctx, ids: Tensor, rows: Tensor, features: Tensor, size: int, backend: str
-    ) -> Tensor:
+
+# the registered ops
+
+
+def supports(backend: str, ids: Tensor, dtype: torch.dtype, size: int) -> str | None:
+    """None if `backend` serves maps like `ids` with features or gradients of `dtype`, else the reason why not."""
+    if backend in ("native", "triton") and dtype == torch.float64:
+        return f"{backend} label_map computes in fp32, and features are float64"
+    if backend == "triton" and max(size * max(ids.shape[1:]), ids.shape[0] * size * size) >= 2**31:
+        return "triton label_map counts pixels in 32 bits, and these are too many"
+    return None
+
+
+def _forward(ids, rows, features, size):
+    ids, rows, features = ids.contiguous(), rows.contiguous(), features.contiguous()
+    backend = dispatch.choose(
+        "label_map", ids.device, lambda name: supports(name, ids, features.dtype, size)
+    )
+    if backend == "native":
+        return torch.ops.prismer_native.label_map(ids, rows, features, size)
+    if backend == "triton":
+        out = _forward_fake(ids, rows, features, size)
+        if out.numel():
+            _forward_triton(ids, rows, features, size, out)
+        return out
+    return _forward_torch(ids, rows, features, size)
+
+
+def _forward_fake(ids, rows, features, size):
+    return features.new_empty(ids.shape[0], size, size, features.shape[1])
+
+
+def _backward(dy, ids, rows, num_rows):
+    dy, ids, rows = dy.contiguous(), ids.contiguous(), rows.contiguous()
+    backend = dispatch.choose(
+        "label_map", ids.device, lambda name: supports(name, ids, dy.dtype, dy.shape[1])
+    )
+    if backend == "native":
+        return torch.ops.prismer_native.label_map_backward(dy, ids, rows, num_rows)
+    if backend == "triton":
+        dfeatures = _backward_fake(dy, ids, rows, num_rows)
+        if not dy.numel():
+            return dfeatures.zero_()
+        if num_rows:
+            _backward_triton(dy, ids, rows, dfeatures)
+        return dfeatures
+    return _backward_torch(dy, ids, rows, num_rows)
+
+
+def _backward_fake(dy, ids, rows, num_rows):
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    return dy.new_empty(num_rows, dy.shape[3], dtype=dtype)
+
+
+_label_map = dispatch.define(
+    "label_map(Tensor ids, Tensor rows, Tensor features, int size) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+_label_map_backward = dispatch.define(
+    "label_map_backward(Tensor dy, Tensor ids, Tensor rows, int num_rows) -> Tensor",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ids, rows, features, _ = inputs
+    ctx.set_materialize_grads(False)
+    if ctx.needs_input_grad[2]:
+        ctx.num_rows, ctx.dtype = features.shape[0], features.dtype
         ctx.save_for_backward(ids, rows)
-        ctx.size, ctx.table = size, features.shape
-        if backend == "native":
-            out = torch.ops.prismer.label_map(ids, rows, features, size)
-        else:
-            out = _forward_torch(ids, rows, features, size)
-        # (B, size, size, C) in memory: channels_last, as the convolution that follows wants it
-        return out.permute(0, 3, 1, 2)
 
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        if not ctx.needs_input_grad[2]:
-            return None, None, None, None, None
-        ids, rows = ctx.saved_tensors
-        count, width = ctx.table
-        compute = torch.float64 if dy.dtype == torch.float64 else torch.float32
-        index, weight = _gather_plan(ids, rows, ctx.size, compute)
-        dy_rows = dy.permute(0, 2, 3, 1).reshape(-1, width).to(compute)
-        dfeatures = torch.zeros(count, width, dtype=compute, device=dy.device)
-        for tap in range(index.shape[1]):
-            # adds up in a fixed order on every device, where index_add uses atomics on CUDA
-            dfeatures += torch.ops.aten.embedding_dense_backward(
-                dy_rows * weight[:, tap, None], index[:, tap].contiguous(), count, -1, False
-            )
-        return None, None, dfeatures.to(dy.dtype), None, None
+
+def _autograd(ctx, dy):
+    if dy is None or not ctx.needs_input_grad[2]:
+        return None, None, None, None
+    dfeatures = _label_map_backward(dy, *ctx.saved_tensors, ctx.num_rows)
+    return None, None, dfeatures.to(ctx.dtype), None
+
+
+dispatch.register_backward("label_map", _setup_context, _autograd)
+
+
+# the public function
 
 
 def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
     """Look up each pixel's features and resize bilinearly with `align_corners=True`.
 
-    Waits for no device. `size == h == w` is a plain lookup.
+    Waits for no device. `size == h == w` is a plain lookup. For the backward pass it keeps ids and rows, and only if
+    `features` require a gradient, which is added up in a fixed order.
 
     Args:
         ids: (B, h, w) uint8, the stored map; 255 is background by convention of the tables.
@@ -110,6 +359,7 @@ def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
 
     Raises:
         ValueError: if a shape, dtype or device does not fit.
+        RuntimeError: on the CPU, if `rows` name a row that `features` do not have (on a GPU: NaN).
     """
     if ids.dtype != torch.uint8 or ids.dim() != 3:
         raise ValueError(
@@ -135,14 +385,43 @@ def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
             f"ids, rows and features are on {ids.device}, {rows.device} and {features.device}; "
             f"move them to one device"
         )
-    backend = backend_for("label_map", ids.device)
-    if backend == "reference":
+    if dispatch.asked() == "reference":
         return label_map_reference(ids, rows, features, size)
-    return LabelMapFunction.apply(ids, rows, features, size, backend)
+    # (B, size, size, C) in memory: channels_last, as the convolution that follows wants it
+    return _label_map(ids, rows, features, size).permute(0, 3, 1, 2)
 
 
-if native_missing() is None:
-
-    @torch.library.register_fake("prismer::label_map")
-    def _(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
-        return features.new_empty(ids.shape[0], size, size, features.shape[1])
+def kernel_cases() -> list[KernelCase]:
+    """What is compiled ahead of time: BASE and LARGE, 8 images, a table of 320 rows."""
+    cases = []
+    C, F = 64, 320
+    for model, size in (("BASE", 56), ("LARGE", 64)):
+        B, side = 8, 224
+        P, BC = B * size * size, _columns(C)
+        G, _ = _parts(P, F, C)
+        backward = dict(_BACKWARD_TILES)
+        warps = backward.pop("num_warps")
+        integers = dict(P="i32", h="i32", w="i32", F="i32", C="i32", size="i32", steps="i32")
+        inputs = dict(p_ids="*u8", p_rows="*i64")
+        shape = f"{model}, {B} maps of {side} px, {size} x {size} x {C} each, {F} rows"
+        read = 4 * P + B * 256 * 8
+        cases += [
+            KernelCase(
+                name=f"{model} label_map forward", kernel=_forward_kernel, shape=shape,
+                signature=inputs | dict(p_features="*bf16", p_out="*bf16") | integers,
+                constants=dict(BP=32, BC=BC), num_warps=4,
+                bytes=read + F * C * 2 + P * C * 2, flops=P * C * 7, divisible=("P", "h", "w", "F", "C"),
+            ),
+            KernelCase(
+                name=f"{model} label_map backward", kernel=_backward_kernel, shape=shape,
+                signature=inputs | dict(p_dy="*bf16", p_partial="*fp32") | integers | dict(tiles="i32"),
+                constants=dict(BC=BC, **backward), num_warps=warps,
+                bytes=read + P * C * 2 + G * F * C * 4, flops=P * C * 8, divisible=("P", "h", "w", "F", "C"),
+            ),
+            KernelCase(
+                name=f"{model} label_map sum of parts", kernel=_sum_parts_kernel, shape=f"{G} x {F * C}",
+                signature=dict(p_partial="*fp32", p_sum="*fp32", G="i32", N="i32"), constants=_SUM_TILES,
+                num_warps=4, bytes=4 * (G + 1) * F * C, flops=G * F * C, divisible=("N",), vector_loads=False,
+            ),
+        ]  # fmt: skip
+    return cases

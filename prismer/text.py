@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prismer.config import PrismerConfig
-from prismer.layers import Adaptor, LayerNorm
+from prismer.kernels.activation import bias_activation
+from prismer.kernels.attention import attention
+from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, q, k, v), each (R, H, Q, K) -> (R, H, Q, K)."""
@@ -29,12 +31,9 @@ def position_ids(ids: Tensor, pad_id: int) -> Tensor:
 
 def causal_attend(keep: Tensor, dropout: float = 0.0) -> Attend:
     """Self-attention of whole rows: causal, and no key outside `keep` (R, T); position 0 must be kept."""
-    T = keep.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=keep.device).tril()
-    mask = causal & keep[:, None, None, :]  # (R, 1, T, T)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return attention(q, k, v, causal=True, key_mask=keep, dropout=dropout)
 
     return attend
 
@@ -61,73 +60,64 @@ def packed_attend(keeps: list[Tensor], dropout: float = 0.0) -> Attend:
     return attend
 
 
-class SelfAttention(nn.Module):
+_PROJECTIONS = ("query", "key", "value", "output")
+# RoBERTa's names
+
+
+class SelfAttention(MultiheadAttention):
     """RoBERTa's attention sub-layer: norm(x + drop(output(attend(q, k, v))))."""
 
     def __init__(self, config: PrismerConfig):
-        super().__init__()
-        width = config.text_width
-        self.heads = config.text_heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
-        self.norm = LayerNorm(width, eps=1e-5)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config.text_width, config.text_heads, names=_PROJECTIONS)
+        self.norm = LayerNorm(config.text_width)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
         """x: (R, Q, D)."""
-        q, k, v = (
-            rearrange(linear(x), "r q (h k) -> r h q k", h=self.heads)
-            for linear in (self.query, self.key, self.value)
-        )
-        out = rearrange(attend(layer, q, k, v), "r h q k -> r q (h k)")
-        return self.norm(x + self.dropout(self.output(out)))
+        out = self.merge(attend(layer, *self.project(x)))
+        return self.norm.add(self.drop(out), x)[0]
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(MultiheadAttention):
     """Text queries over image tokens, own dense and norm, no mask, no gate."""
 
     def __init__(self, config: PrismerConfig):
-        super().__init__()
-        width = config.text_width
-        self.heads = config.text_heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(config.vision_width, width)
-        self.value = nn.Linear(config.vision_width, width)
-        self.output = nn.Linear(width, width)
-        self.norm = LayerNorm(width, eps=1e-5)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def project(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, vision width) -> keys and values (B, H, N, K)."""
-        return tuple(
-            rearrange(linear(context), "b n (h k) -> b h n k", h=self.heads) for linear in (self.key, self.value)
+        super().__init__(
+            config.text_width,
+            config.text_heads,
+            context_width=config.vision_width,
+            names=_PROJECTIONS,
+            dropout=config.dropout,
         )
+        self.norm = LayerNorm(config.text_width)
+        self.drop = nn.Dropout(config.dropout)
+
+    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, vision width) -> keys and values (B, H, N, K)."""
+        return self._heads(self.key(context)), self._heads(self.value(context))
 
     def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """x: (R, Q, D); context: image tokens (B, N, vision width), or what `project` made of them."""
-        k, v = self.project(context) if isinstance(context, Tensor) else context
+        """x: (R, Q, D); context: image tokens (B, N, vision width), or what `project_context` made of them."""
+        k, v = self.project_context(context) if isinstance(context, Tensor) else context
         R, B = x.shape[0], k.shape[0]
-        q = rearrange(self.query(x), "(b g) q (h k) -> b h (g q) k", b=B, h=self.heads)
-        dropout = self.dropout.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        out = rearrange(out, "b h (g q) k -> (b g) q (h k)", g=R // B)
-        return self.norm(x + self.dropout(self.output(out)))
+        q = rearrange(self.query(x), "(b g) q (h k) -> b h (g q) k", b=B, h=self.num_heads)
+        out = attention(q, k, v, dropout=self.dropout if self.training else 0.0)
+        out = self.output(rearrange(out, "b h (g q) k -> (b g) q (h k)", g=R // B))
+        return self.norm.add(self.drop(out), x)[0]
 
 
-class PostNormMLP(nn.Module):
+class PostNormMLP(MLP):
     """RoBERTa's feed-forward sub-layer: norm(x + drop(output(gelu(intermediate(x)))))."""
 
     def __init__(self, config: PrismerConfig):
-        super().__init__()
-        self.intermediate = nn.Linear(config.text_width, config.text_mlp_width)
-        self.output = nn.Linear(config.text_mlp_width, config.text_width)
-        self.norm = LayerNorm(config.text_width, eps=1e-5)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(
+            config.text_width, config.text_mlp_width, "gelu", names=("intermediate", "output")
+        )
+        self.norm = LayerNorm(config.text_width)
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.dropout(self.output(F.gelu(self.intermediate(x)))))
+        return self.norm.add(self.drop(super().forward(x)), x)[0]
 
 
 class DecoderLayer(nn.Module):
@@ -178,7 +168,7 @@ class Embeddings(nn.Module):
         self.word = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_id)
         self.position = nn.Embedding(config.max_positions, width, padding_idx=config.pad_id)
         self.token_type = nn.Embedding(1, width)
-        self.norm = LayerNorm(width, eps=1e-5)
+        self.norm = LayerNorm(width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -195,11 +185,12 @@ class LMHead(nn.Module):
     def __init__(self, config: PrismerConfig):
         super().__init__()
         self.dense = nn.Linear(config.text_width, config.text_width)
-        self.norm = LayerNorm(config.text_width, eps=1e-5)
+        self.norm = LayerNorm(config.text_width)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(F.gelu(self.dense(x)))
+        dense = self.dense
+        return self.norm(bias_activation(F.linear(x, dense.weight), dense.bias, "gelu"))
 
 
 class TextDecoder(nn.Module):
@@ -227,7 +218,7 @@ class TextDecoder(nn.Module):
 
     def project_context(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of every layer's cross-attention, once per image: (B, H, N, K) each."""
-        return [layer.cross.project(context) for layer in self.layers]
+        return [layer.cross.project_context(context) for layer in self.layers]
 
     def run(self, ids: Tensor, positions: Tensor, attend: Attend, cross: list | Tensor) -> Tensor:
         """Hidden states of R rows of Q tokens.

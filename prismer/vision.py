@@ -6,8 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prismer.config import PrismerConfig
 from prismer.dataloading.batch import ImageBatch
-from prismer.layers import MLP, Adaptor, LayerNorm, PackedAttention
-from prismer.resampler import PerceiverResampler
+from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention, PerceiverResampler
 from prismer.stems import ExpertStem, instance_tokens, normalise_rgb, resize_positions
 
 
@@ -20,7 +19,7 @@ class VisionBlock(nn.Module):
     def __init__(self, width: int, heads: int, activation: str):
         super().__init__()
         self.ln_1 = LayerNorm(width)
-        self.attn = PackedAttention(width, heads)
+        self.attn = MultiheadAttention(width, heads)
         self.adaptor = Adaptor(width, late=False)
         self.ln_2 = LayerNorm(width)
         self.mlp = MLP(width, 4 * width, activation)

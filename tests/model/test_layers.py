@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from prismer.layers import Adaptor, GlobalBatchNorm2d, PackedAttention
+from prismer.kernels.modules import Adaptor, MultiheadAttention
+from prismer.layers import GlobalBatchNorm2d
 
 
 def _norm_and_input() -> tuple[GlobalBatchNorm2d, torch.Tensor, torch.Tensor]:
@@ -80,7 +81,7 @@ def test_batch_norm_statistics_stay_fp32():
 @pytest.mark.parametrize("with_context", [False, True])
 def test_packed_attention_is_multihead_attention(with_context):
     torch.manual_seed(0)
-    ours, theirs = PackedAttention(24, 3), nn.MultiheadAttention(24, 3, batch_first=True)
+    ours, theirs = MultiheadAttention(24, 3), nn.MultiheadAttention(24, 3, batch_first=True)
     for p in ours.parameters():
         nn.init.normal_(p, std=0.5)
     theirs.load_state_dict(ours.state_dict())

@@ -1,4 +1,5 @@
-"""Proves that label_map equals expand-then-resize, forward and gradient, on every backend, without the big map.
+"""Proves that label_map equals expand-then-resize, forward and gradient, on every backend and for every kind of id,
+without the big map.
 
 Run: pytest tests/ops/test_label_map.py
 """
@@ -7,57 +8,125 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prismer.kernels.dispatch import native_missing, use_backend
+from prismer.kernels.dispatch import use_backend
 from prismer.kernels.label_map import label_map, label_map_reference
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "on_backend")
 
-SHAPES = {  # B, h, w, size
-    "base": (2, 224, 224, 56),
-    "patch14": (1, 224, 224, 64),
-    "tiny": (3, 128, 128, 32),
-    "equal": (2, 9, 9, 9),
-    "larger": (1, 5, 7, 13),
-    "primes": (2, 23, 17, 11),
-    "one-pixel": (1, 1, 1, 3),
-    "to-one": (1, 5, 4, 1),
-    "no-rows": (0, 8, 8, 4),
+BACKENDS = ("native", "triton", "torch")
+SHAPES = {  # B, h, w, size, F, C
+    "base": (1, 224, 224, 56, 70, 64),
+    "patch14": (1, 224, 224, 64, 150, 64),
+    "tiny": (3, 128, 128, 17, 37, 64),
+    "equal": (2, 9, 9, 9, 37, 64),
+    "larger": (1, 5, 7, 13, 37, 64),
+    "primes": (2, 23, 17, 11, 67, 61),
+    "wide": (1, 12, 10, 7, 5, 131),
+    "one-pixel": (1, 1, 1, 3, 1, 1),
+    "to-one": (1, 5, 4, 1, 37, 60),
+    "no-rows": (0, 8, 8, 4, 37, 64),
 }
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@pytest.fixture(params=("native", "torch"))
-def backend(request):
-    if request.param == "native" and native_missing() is not None:
-        pytest.skip(native_missing())
-    with use_backend(request.param):
+@pytest.fixture(params=BACKENDS, autouse=True)
+def on_backend(request, running):
+    with running(request.param):
         yield request.param
 
 
-def draw(B, h, w, dtype=torch.float64, count=37, width=64, cell=3):
+@pytest.fixture
+def dtype(request, on_backend):
+    if request.param == torch.float64 and on_backend != "torch":
+        pytest.skip(f"{on_backend} label_map computes in fp32")
+    return request.param
+
+
+@pytest.fixture
+def shape(request, on_backend):
+    if request.param in (SHAPES["base"], SHAPES["patch14"]) and on_backend == "triton":
+        pytest.skip("takes seconds in the interpreter, and no path that smaller shapes do not")
+    return request.param
+
+
+def draw(shape, dtype=torch.float64, cell=3):
     """Maps with regions of `cell` pixels, so that both blended and plain outputs occur; the last id is background."""
+    B, h, w, size, F, C = shape
     grid = torch.randint(0, 255, (B, -(-h // cell), -(-w // cell)), dtype=torch.uint8)
     ids = grid.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, :h, :w].contiguous()
     ids[:, : h // 2, : w // 3] = 255
-    rows = torch.randint(0, count, (B, 256))
-    return ids, rows, (3 * torch.randn(count, width, dtype=torch.float64)).to(dtype)
+    rows = torch.randint(0, F, (B, 256))
+    return ids, rows, (3 * torch.randn(F, C, dtype=torch.float64)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_label_map(backend, shape, dtype, assert_no_worse):
-    B, h, w, size = shape
-    ids, rows, features = draw(B, h, w, dtype)
-    out = label_map(ids, rows, features, size)
-    assert out.dtype == dtype and out.shape == (B, 64, size, size)
-    exact = label_map_reference(ids, rows, features.double(), size)
-    if dtype == torch.float64:
-        # interpolate's own positions are off by some 1e-14 of a pixel
-        torch.testing.assert_close(out, exact, rtol=0, atol=1e-11)
-    else:
-        assert_no_worse("out", out, label_map_reference(ids, rows, features, size), exact)
+def results(op, ids, rows, features, size, dy):
+    leaf = features.detach().requires_grad_()
+    out = op(ids, rows, leaf, size)
+    return {"out": out.detach(), "dfeatures": torch.autograd.grad(out, leaf, dy.to(out.dtype))[0]}
 
 
-def test_known_values(backend):
+def compare(ids, rows, features, size, assert_no_worse):
+    dtype = features.dtype
+    dy = torch.randn(ids.shape[0], features.shape[1], size, size, dtype=torch.float64).to(dtype)
+    got = results(label_map, ids, rows, features, size, dy)
+    plain = results(label_map_reference, ids, rows, features, size, dy)
+    exact = results(label_map_reference, ids, rows, features.double(), size, dy)
+    for name, value in got.items():
+        assert value.dtype == dtype, name
+        if dtype == torch.float64:
+            # interpolate's own positions are off by some 1e-14 of a pixel
+            torch.testing.assert_close(value, exact[name], rtol=0, atol=1e-10)
+        else:
+            assert_no_worse(name, value, plain[name], exact[name], factor=3.0 if name[0] == "d" else 2.0)
+    return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str, indirect=True)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES, indirect=True)
+def test_label_map(shape, dtype, assert_no_worse):
+    got = compare(*draw(shape, dtype), shape[3], assert_no_worse)
+    assert got["out"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", ("segmentation", "objects", "words"))
+def test_kinds_of_ids(kind, assert_no_worse):
+    """The table of a batch of 3: background, 133 classes of segmentation, 80 of objects, 21 words of this batch."""
+    B, side, size = 3, 96, 14
+    features = torch.randn(1 + 133 + 80 + 21, 64)
+    rows = torch.zeros(B, 256, dtype=torch.int64)
+    ids = torch.full((B, side, side), 255, dtype=torch.uint8)
+    meaning = torch.zeros(B, side, side, dtype=torch.int64)  # row of each pixel, written down apart from ids and rows
+    for b in range(B):
+        for i in range(9):
+            y, x, height, width = torch.randint(1, 60, (4,)).tolist()
+            box = (b, slice(y, y + height), slice(x, x + width))
+            if kind == "segmentation":
+                # the id is the class, the same in all images
+                name = int(torch.randint(133, ()))
+                row = 1 + name
+                rows[:, name] = row
+            elif kind == "objects":
+                # the ninth thing in this image, of a class that other things here have too
+                name, row = i, 1 + 133 + int(torch.randint(4, ()))
+                rows[b, name] = row
+            else:
+                name, row = i, 1 + 133 + 80 + (b * 7 + i) % 21
+                rows[b, name] = row
+            ids[box], meaning[box] = name, row
+    got = compare(ids, rows, features, size, assert_no_worse)
+    positions = torch.linspace(0, side - 1, size, dtype=torch.float64)
+    whole = (positions == positions.round()).nonzero()[:, 0].tolist()
+    assert whole == [0, size - 1]
+    corner = got["out"][:, :, whole][..., whole]
+    expected = features[meaning[:, [0, -1]][..., [0, -1]]].permute(0, 3, 1, 2)
+    torch.testing.assert_close(corner, expected)
+    # rows that no pixel names have no gradient, those that many name have one
+    used = torch.zeros(len(features), dtype=torch.bool)
+    used[meaning.unique()] = True
+    assert got["dfeatures"][0].any() and not got["dfeatures"][~used].any()
+
+
+def test_known_values():
     """By hand: a 2 x 2 map at size 3 has the corners at its corners and their mean in the middle."""
     features = torch.eye(4, 5)
     out = label_map(torch.tensor([[[0, 1], [2, 255]]], dtype=torch.uint8), _rows(0, 1, 2, 3), features, 3)[0]
@@ -78,60 +147,71 @@ def _rows(*first_and_background):
     return rows
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
-@pytest.mark.parametrize("name", ("tiny", "equal", "larger", "primes", "to-one", "no-rows"))
-def test_label_map_backward(backend, name, dtype, assert_no_worse):
-    B, h, w, size = SHAPES[name]
-    ids, rows, features = draw(B, h, w, dtype)
-    dy = torch.randn(B, 64, size, size, dtype=torch.float64).to(dtype)
-
-    def gradient(op, features, dy):
-        features = features.detach().requires_grad_()
-        return torch.autograd.grad(op(ids, rows, features, size), features, dy)[0]
-
-    exact = gradient(label_map_reference, features.double(), dy.double())
-    plain = gradient(label_map_reference, features, dy)
-    ours = gradient(label_map, features, dy)
-    assert ours.dtype == dtype
-    if dtype == torch.float64:
-        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-10)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str, indirect=True)
+@pytest.mark.parametrize("case", ("one-row", "massive", "long-sum"))
+def test_adversarial(case, dtype, assert_no_worse):
+    """One row for every pixel, a row a thousand times the others, and gradients that all have one sign."""
+    ids, rows, features = draw((2, 40, 40, 19, 37, 64))
+    if case == "massive":
+        features[5] *= 1000
     else:
+        rows.fill_(3)
+    if case == "long-sum":
+        dy = torch.rand(2, 64, 19, 19).to(dtype)
+        ours, plain, exact = (
+            results(op, ids, rows, features.to(t), 19, dy)["dfeatures"]
+            for op, t in ((label_map, dtype), (label_map_reference, dtype), (label_map_reference, torch.float64))
+        )
         assert_no_worse("dfeatures", ours, plain, exact, factor=3.0)
-    assert torch.equal(ours, gradient(label_map, features, dy)), "dfeatures differ between two runs"
+    compare(ids, rows, features.to(dtype), 19, assert_no_worse)
 
 
-def test_label_map_gradcheck(backend):
-    ids, rows, features = draw(2, 5, 4, width=3, count=4)
+@pytest.mark.parametrize("on_backend", ("torch",), indirect=True)
+def test_gradcheck():
+    ids, rows, features = draw((2, 5, 4, 3, 4, 3))
     # an expanded gradient, as sum() gives, comes with it
     assert torch.autograd.gradcheck(lambda f: label_map(ids, rows, f, 3).sum((2, 3)), features.requires_grad_())
 
 
-def test_region_is_exact(backend):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str, indirect=True)
+def test_region_is_exact(dtype, on_backend):
     """Inside one region nothing is rounded: the output is the feature, bit for bit."""
-    ids, rows, features = draw(1, 32, 32, torch.bfloat16)
+    ids, rows, features = draw((1, 32, 32, 10, 37, 64), dtype)
     ids.fill_(7)
     out = label_map(ids, rows, features, 10)
-    assert torch.equal(out, features[rows[0, 7]][None, :, None, None].expand_as(out))
+    expected = features[rows[0, 7]][None, :, None, None].expand_as(out)
+    if on_backend == "torch" and dtype == torch.float32:
+        torch.testing.assert_close(out, expected)
+    else:
+        assert torch.equal(out, expected)
 
 
-def test_image_alone_equals_image_in_batch(backend):
-    ids, rows, features = draw(3, 40, 40, torch.float32)
-    out = label_map(ids, rows, features, 11)
-    assert torch.equal(out[1:2], label_map(ids[1:2], rows[1:2], features, 11))
+def test_image_alone_and_repeats():
+    """Bit for bit: an image alone equals it in a batch, and everything equals itself again."""
+    ids, rows, features = draw((3, 40, 40, 11, 37, 64), torch.float32)
+    dy = torch.randn(3, 64, 11, 11)
+    first, again = (results(label_map, ids, rows, features, 11, dy) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert torch.equal(first["out"][1:2], label_map(ids[1:2], rows[1:2], features, 11))
 
 
-def test_any_layout(backend):
-    """Planes cut from (B, planes, h, w), permuted rows and features read the same as contiguous ones."""
-    ids, rows, features = draw(2, 12, 10, torch.float32)
-    expected = label_map(ids, rows, features, 5)
+def test_layouts():
+    """Planes cut from (B, planes, h, w), permuted rows and features, any layout of the gradient."""
+    ids, rows, features = draw((2, 12, 10, 5, 37, 64), torch.float32)
+    dy = torch.randn(2, 64, 5, 5)
+    expected = results(label_map, ids, rows, features, 5, dy)
     strided_ids = torch.stack((ids, ids + 1), 1)[:, 0]
     strided_rows, strided_features = rows.t().contiguous().t(), features.t().contiguous().t()
-    out = label_map(strided_ids, strided_rows, strided_features, 5)
-    assert torch.equal(out, expected)
-    assert out.is_contiguous(memory_format=torch.channels_last)
+    strided_dy = dy.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    got = results(label_map, strided_ids, strided_rows, strided_features, 5, strided_dy)
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+    ones = results(label_map, ids, rows, features, 5, torch.ones(()).expand_as(dy))
+    torch.testing.assert_close(
+        ones["dfeatures"], results(label_map_reference, ids, rows, features, 5, torch.ones_like(dy))["dfeatures"]
+    )
 
 
-def test_big_map_never_exists(backend):
+def test_big_map_never_exists():
     """No intermediate of forward or backward comes near the 64-channel map at full resolution."""
     largest = 0
 
@@ -143,34 +223,127 @@ def test_big_map_never_exists(backend):
             largest = max([largest, *(t.untyped_storage().nbytes() for t in tensors)])
             return out
 
-    ids, rows, features = draw(1, 224, 224, torch.float32)
+    ids, rows, features = draw((1, 224, 224, 20, 7, 64), torch.float32)
     features.requires_grad_()
     with Largest():
-        out = label_map(ids, rows, features, 56)
+        out = label_map(ids, rows, features, 20)
         torch.autograd.grad(out, features, torch.ones_like(out))
         ours = largest
-        label_map_reference(ids, rows, features, 56)
-    assert ours == 56 * 56 * 64 * 4, "something is larger than the output"
+        label_map_reference(ids, rows, features, 20)
+    assert ours == 20 * 20 * 64 * 4, "something is larger than the output"
     assert largest >= 224 * 224 * 64 * 4, "the measurement does not see the reference's map"
 
 
-def test_native_op_is_a_good_citizen():
-    """opcheck: schema, fake implementation, aliasing; the op itself carries no gradient, the room's Function does."""
-    if native_missing() is not None:
-        pytest.skip(native_missing())
-    for ids, rows, features in (draw(2, 9, 8, torch.float32), draw(1, 4, 4, torch.bfloat16)):
+@pytest.mark.parametrize("trained", (False, True), ids=("frozen", "trained"))
+def test_saved_bytes(trained, count_calls):
+    """ids and rows, themselves; nothing, and no gradient, for a table that does not train."""
+    ids, rows, features = draw((2, 12, 10, 5, 37, 64), torch.bfloat16)
+    other = torch.ones((), requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), count_calls() as calls:
+        out = label_map(ids, rows, features.requires_grad_(trained), 5)
+        kept = [t for t in saved]
+        (out * other).sum().backward()
+    assert [t.data_ptr() for t in kept] == ([ids.data_ptr(), rows.data_ptr()] if trained else [])
+    assert sum(t.nbytes for t in kept) == trained * (ids.nbytes + rows.nbytes)
+    assert len(calls["prismer::label_map_backward"]) == trained
+
+
+@pytest.mark.parametrize("requires_grad", (False, True))
+def test_opcheck(requires_grad):
+    for shape, dtype in (((2, 9, 8, 3, 7, 64), torch.float32), ((1, 4, 4, 4, 5, 20), torch.bfloat16)):
+        ids, rows, features = draw(shape, dtype)
+        size, dy = shape[3], torch.randn(shape[0], shape[3], shape[3], shape[5]).to(dtype)
         for layout in (features, features.t().contiguous().t()):
-            torch.library.opcheck(torch.ops.prismer.label_map.default, (ids, rows, layout, 3))
+            layout = layout.detach().requires_grad_(requires_grad)
+            torch.library.opcheck(torch.ops.prismer.label_map, (ids, rows, layout, size))
+        for gradient in (dy, dy.transpose(1, 2)):
+            torch.library.opcheck(torch.ops.prismer.label_map_backward, (gradient, ids, rows, shape[4]))
 
 
-def test_row_outside_the_table(backend):
-    """A row that features do not have is an error on the CPU, never a read outside the table."""
-    ids, rows, features = draw(1, 8, 8, torch.float32)
-    for bad in (-1, len(features)):
-        with pytest.raises(RuntimeError, match=f"{bad}"):
-            label_map(ids, torch.full_like(rows, bad), features, 4)
+def test_compile():
+    ids, rows, features = draw((2, 9, 8, 3, 7, 64), torch.float32)
+    features.requires_grad_()
+
+    def step(features):
+        return label_map(ids, rows, features, 3).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got, expected = (torch.autograd.grad(f(features), features)[0] for f in (compiled, step))
+    torch.testing.assert_close(got, expected)
 
 
+def test_row_outside_the_table(on_backend):
+    """A row that features do not have: an error, or where one cannot wait for the device NaN; never a read outside."""
+    ids, rows, features = draw((1, 8, 8, 4, 37, 64), torch.float32)
+    dy = torch.ones(1, 64, 4, 4)
+    for bad in (-1, len(features), 2**40):
+        wrong = torch.full_like(rows, bad)
+        if on_backend != "triton":
+            with pytest.raises(RuntimeError, match=f"{bad}"):
+                label_map(ids, wrong, features, 4)
+            continue
+        from interpreter import interpreted
+
+        with interpreted():
+            got = results(label_map, ids, wrong, features, 4, dy)
+            # one bad row spoils the pixels that name it, and no others
+            some = rows.clone()
+            some[0, 255] = bad
+            part = results(label_map, ids, some, features, 4, dy)
+        assert got["out"].isnan().all() and not got["dfeatures"].any()
+        spoilt = part["out"].isnan()
+        assert spoilt.any() and not spoilt.all() and not part["dfeatures"].isnan().any()
+
+
+@pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
+@pytest.mark.parametrize("shape", ((2, 23, 17, 11, 150, 60), (1, 30, 30, 30, 9, 64)), ids=("resized", "looked-up"))
+def test_ledger(shape):
+    """Bytes and FLOPs are those of the docstring; every address and every write is checked."""
+    from interpreter import interpreted
+
+    B, h, w, size, F, C = shape
+    ids, rows, features = draw(shape, torch.bfloat16, cell=6)
+    with interpreted() as ledger:
+        out = torch.ops.prismer.label_map(ids, rows, features, size)
+    P, taps = B * size * size, tap_rows(ids, rows, size)
+    blended = int((taps != taps[:, :1]).any(1).sum())
+    assert (blended == 0) == (size == h) and blended < P
+    assert ledger.bytes_read == 36 * P + C * 2 * (P + 3 * blended)
+    assert ledger.bytes_written == C * 2 * P
+    assert ledger.launches == 1
+
+    with interpreted() as ledger:
+        torch.ops.prismer.label_map_backward(torch.randn(out.shape).bfloat16(), ids, rows, F)
+    blocks, met, pixels = -(-F // 64), 0, 0
+    for start in range(0, P, 32):
+        tile = taps[start : start + 32]
+        hits = len((tile // 64).unique())
+        met, pixels = met + hits, pixels + hits * len(tile)
+    G = -(-P // 32)
+    assert 1 < G <= 64 and (F < 64 or pixels < blocks * P)
+    assert ledger.dot_flops == met * 2 * 64 * 32 * 64
+    assert ledger.bytes_read == blocks * 36 * P + C * 2 * pixels + 4 * G * F * C
+    assert ledger.bytes_written == 4 * G * F * C + 4 * F * C
+    assert ledger.launches == 2
+
+
+def tap_rows(ids, rows, size):
+    """(P, 4) rows of the taps, from floor and ceil of fractions."""
+    from fractions import Fraction
+    from math import ceil, floor
+
+    def axis(source):
+        places = [Fraction(i * (source - 1), max(size - 1, 1)) for i in range(size)]
+        return torch.tensor([floor(p) for p in places]), torch.tensor([ceil(p) for p in places])
+
+    table = rows.gather(1, ids.flatten(1).long()).view(ids.shape)
+    return torch.stack(
+        [table[:, y][:, :, x].flatten() for y in axis(ids.shape[1]) for x in axis(ids.shape[2])], 1
+    )
+
+
+@pytest.mark.parametrize("on_backend", ("torch",), indirect=True)
 @pytest.mark.parametrize(
     ("change", "message"),
     (
@@ -186,6 +359,15 @@ def test_row_outside_the_table(backend):
     ),
 )
 def test_errors(change, message):
-    ids, rows, features = draw(1, 8, 8, torch.float32)
+    ids, rows, features = draw((1, 8, 8, 4, 37, 64), torch.float32)
     with pytest.raises(ValueError, match=message):
         label_map(**{**dict(ids=ids, rows=rows, features=features, size=4), **change})
+
+
+@pytest.mark.parametrize("on_backend", ("native", "triton"), indirect=True)
+def test_float64_is_left_to_torch(on_backend):
+    ids, rows, features = draw((1, 8, 8, 4, 37, 64))
+    with pytest.raises(RuntimeError, match=f"{on_backend} label_map computes in fp32"):
+        label_map(ids, rows, features, 4)
+    with use_backend(None):
+        assert label_map(ids, rows, features, 4).dtype == torch.float64

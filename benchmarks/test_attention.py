@@ -1,0 +1,52 @@
+"""Attention of encoder and decoder, against SDPA, xFormers and flash-attn: pytest benchmarks/test_attention.py --benchmark-only"""
+
+import pytest
+import torch
+from harness import DEVICE, compare, gate, on
+from shapes import MODELS, TEXT_TOKENS
+
+from prismer.kernels import dispatch
+from prismer.kernels.attention import attention
+
+SHAPES = {
+    **{f"{m.name} self": (1, m.heads, m.tokens, m.tokens, False) for m in MODELS},
+    **{f"{m.name} cross": (2, m.text_heads, TEXT_TOKENS, m.tokens, False) for m in MODELS[1::2]},
+    "BASE text causal": (8, 12, TEXT_TOKENS, TEXT_TOKENS, True),
+}
+
+
+def plain(q, k, v, causal):
+    """Scores, softmax and product, as three operators."""
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def with_backend(name):
+    return lambda q, k, v, causal: attention(q, k, v, causal=causal, backend=name)
+
+
+def calls(B, H, N, L, causal):
+    # views into packed projections, as a layer has them
+    q, k, v = (torch.randn(B, n, H, 64).transpose(1, 2) for n in (N, L, L))
+    functions = dict(ours=lambda q, k, v, causal: attention(q, k, v, causal=causal), eager=plain)
+    functions["sdpa"] = with_backend("sdpa")
+    if DEVICE.type == "cuda":
+        functions["triton"] = with_backend("triton")
+        peers = (name for name in ("flash-attn", "xformers") if dispatch.package_missing(name) is None)
+        functions.update((name, with_backend(name)) for name in peers)
+    return on([q, k, v, causal], functions)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention(benchmark, shape, dtype, part, compiled):
+    B, H, N, L, causal = SHAPES[shape]
+    gate(calls(1, 2, min(N, 40), min(L, 50) if not causal else min(N, 40), causal), dtype, part)
+    contenders = compiled(calls(B, H, N, L, causal)(dtype), shape == "BASE-480 self")
+    if dtype == torch.float32:
+        contenders = {name: call for name, call in contenders.items() if name not in ("flash-attn", "xformers")}
+    flops = 4 * B * H * N * L * 64 * (1 if part == "forward" else 3.5)
+    compare(
+        benchmark, contenders, room="attention", shape=shape, dtype=dtype, part=part, flops=int(flops), seconds=1.0
+    )

@@ -1,0 +1,58 @@
+"""Beams and candidates over shared keys, against SDPA on repeated keys: pytest benchmarks/test_decode_attention.py --benchmark-only"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import compare, gate, on
+
+from prismer.kernels.decode_attention import decode_attention
+
+SHAPES = {  # rows, heads, queries of a row, shared keys, suffix slots, ancestors of a query
+    "BASE 3 beams": (1, 12, 3, 964, 60, 20),
+    "BASE 128 candidates": (1, 12, 128, 964, 384, 3),
+    "LARGE 3 beams": (1, 16, 3, 1220, 60, 20),
+    "LARGE 128 candidates": (1, 16, 128, 1220, 384, 3),
+    "BASE B8 3 beams": (8, 12, 3, 964, 60, 20),
+}
+
+
+def repeated(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors):
+    """Every query with keys of its own: shared ones repeated, its suffix gathered, as a library's cache holds them."""
+    R, H, Q, K = q.shape
+    rows = torch.arange(R, device=q.device)[:, None, None]
+    gathered = [t.transpose(1, 2)[rows, ancestors].permute(0, 1, 3, 2, 4).flatten(0, 1) for t in (suffix_k, suffix_v)]
+    shared = [t.repeat_interleave(Q, 0) for t in (shared_k, shared_v)]
+    k, v = (torch.cat(pair, 2) for pair in zip(shared, gathered, strict=True))
+    return F.scaled_dot_product_attention(q.transpose(1, 2).reshape(R * Q, H, 1, K), k, v).view(R, Q, H, K).transpose(1, 2)
+
+
+def sdpa_alone(q, k, v):
+    """Only the attention of `repeated`, its keys repeated in advance."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def draws(R, H, Q, S, M, A):
+    keys = [torch.randn(R, H, n, 64) for n in (S, S, M, M)]
+    ancestors = torch.stack([torch.randperm(M)[:A] for _ in range(R * Q)]).view(R, Q, A)
+    mask = torch.ones(R, S, dtype=torch.bool)
+    return [torch.randn(R, H, Q, 64), *keys[:2], mask, *keys[2:], ancestors]
+
+
+def calls(*sizes):
+    return on(draws(*sizes), dict(ours=decode_attention, eager=repeated), frozen=(0, 1, 2, 4, 5))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode_attention(benchmark, shape, dtype, compiled):
+    R, H, Q, S, M, A = SHAPES[shape]
+    make = calls(R, H, Q, S, M, A)
+    gate(make, dtype, "forward")
+    contenders = make(dtype)
+    # the softer comparison: the repeat is free, as if the cache had been built that way
+    q, k, v, *_ = contenders["ours"].inputs
+    q, k, v = q.transpose(1, 2).reshape(R * Q, H, 1, 64), k.repeat_interleave(Q, 0), v.repeat_interleave(Q, 0)
+    contenders["sdpa-alone"] = type(contenders["ours"])(run=sdpa_alone, inputs=[q, k, v])
+    compare(
+        benchmark, contenders, room="decode_attention", shape=shape, dtype=dtype, part="forward",
+        flops=4 * R * H * Q * (S + A) * 64, bytes_moved=2 * R * H * (S + M) * 64 * dtype.itemsize, seconds=1.0,
+    )  # fmt: skip

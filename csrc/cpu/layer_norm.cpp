@@ -1,0 +1,251 @@
+// LayerNorm on the CPU, with an optional residual added first; formulas in shared/norm.h.
+// A row fits the first-level cache: it is read three times there (mean, variance, output), once
+// from memory. Statistics and sums are fp32.
+
+#include <tuple>
+#include <vector>
+
+#include "../shared/norm.h"
+#include "dispatch.h"
+
+namespace prismer {
+namespace {
+
+// at least this many numbers for a thread: less is not worth waking one
+constexpr int64_t kGrain = 32768;
+
+// the sums for dweight and dbias are taken over this many blocks of rows, then over the blocks:
+// an order that does not depend on the number of threads
+constexpr int64_t kBlocks = 64;
+
+template <typename Stored>
+struct Forward {
+  const Stored* x;
+  const Stored* residual;  // or null
+  const float* weight;     // ones and zeros where there is no affine
+  const float* bias;
+  Stored* y;
+  Stored* total;
+  float* mean;
+  float* rstd;
+  int64_t width;
+  float eps;
+
+  template <int Width>
+  PRISMER_INLINE static void run(const Forward& job, const int64_t& begin, const int64_t& end) {
+    for (int64_t row = begin; row < end; ++row) job.one_row<Floats<Width>>(row);
+  }
+
+  template <typename Vector>
+  PRISMER_INLINE void one_row(int64_t row) const {
+    const Stored* in = x + row * width;
+    Vector lanes = broadcast<Vector>(0.0f);
+    if (residual != nullptr) {
+      Stored* sum_out = total + row * width;
+      for_columns(width, [&](int64_t c, auto part) __attribute__((always_inline)) {
+        store(sum_out + c, load<Vector>(in + c, part) + load<Vector>(residual + row * width + c, part), part);
+        // as rounded: what is normalised is what is returned
+        lanes = lanes + load<Vector>(sum_out + c, part);
+      });
+      in = sum_out;
+    } else {
+      for_columns(width, [&](int64_t c, auto part) __attribute__((always_inline)) {
+        lanes = lanes + load<Vector>(in + c, part);
+      });
+    }
+    const float row_mean = sum(lanes) / static_cast<float>(width);
+    lanes = broadcast<Vector>(0.0f);
+    for_columns(width, [&](int64_t c, auto part) __attribute__((always_inline)) {
+      const Vector distance = keep(load<Vector>(in + c, part) - row_mean, part);
+      lanes = lanes + distance * distance;
+    });
+    const float row_rstd = rstd_of(sum(lanes), width, eps);
+    for_columns(width, [&](int64_t c, auto part) __attribute__((always_inline)) {
+      const Vector x_hat = normalised(load<Vector>(in + c, part), row_mean, row_rstd);
+      const auto w = load<Vector>(weight + c, part), b = load<Vector>(bias + c, part);
+      store(y + row * width + c, affine(x_hat, w, b), part);
+    });
+    mean[row] = row_mean;
+    rstd[row] = row_rstd;
+  }
+};
+
+template <typename Stored>
+struct Backward {
+  const Stored* dy;
+  const Stored* dtotal;  // or null
+  const Stored* x;
+  const float* weight;
+  const float* mean;
+  const float* rstd;
+  Stored* dx;
+  float* sums;  // (blocks, 2, width), zeros at first: dweight and dbias of a block; or null
+  int64_t rows, width, block_rows;
+
+  template <int Width>
+  PRISMER_INLINE static void run(const Backward& job, const int64_t& begin, const int64_t& end) {
+    for (int64_t block = begin; block < end; ++block) {
+      float* dweight = job.sums == nullptr ? nullptr : job.sums + block * 2 * job.width;
+      const int64_t last = std::min(job.rows, (block + 1) * job.block_rows);
+      for (int64_t row = block * job.block_rows; row < last; ++row) {
+        job.one_row<Floats<Width>>(row, dweight);
+      }
+    }
+  }
+
+  template <typename Vector>
+  PRISMER_INLINE void one_row(int64_t row, float* dweight) const {
+    const Stored* in = x + row * width;
+    const Stored* grad = dy + row * width;
+    const float row_mean = mean[row], row_rstd = rstd[row];
+    Vector lanes_g = broadcast<Vector>(0.0f), lanes_gx = lanes_g;
+    float* dbias = dweight + width;
+    for_columns(width, [&](int64_t c, auto part) __attribute__((always_inline)) {
+      const auto grad_here = load<Vector>(grad + c, part);
+      // past the end of a row dy and weight are zeros
+      const Vector x_hat = normalised(load<Vector>(in + c, part), row_mean, row_rstd);
+      const Vector g = grad_here * load<Vector>(weight + c, part);
+      lanes_g = lanes_g + g;
+      lanes_gx = lanes_gx + g * x_hat;
+      if (dweight != nullptr) {
+        store(dweight + c, load<Vector>(dweight + c, part) + grad_here * x_hat, part);
+        store(dbias + c, load<Vector>(dbias + c, part) + grad_here, part);
+      }
+    });
+    const float mean_g = sum(lanes_g) / static_cast<float>(width);
+    const float mean_gx = sum(lanes_gx) / static_cast<float>(width);
+    for_columns(width, [&](int64_t c, auto part) __attribute__((always_inline)) {
+      const Vector x_hat = normalised(load<Vector>(in + c, part), row_mean, row_rstd);
+      const Vector g = load<Vector>(grad + c, part) * load<Vector>(weight + c, part);
+      Vector out = input_gradient(g, x_hat, mean_g, mean_gx, row_rstd);
+      if (dtotal != nullptr) out = out + load<Vector>(dtotal + row * width + c, part);
+      store(dx + row * width + c, out, part);
+    });
+  }
+};
+
+// the sums of all blocks, in their order
+struct Reduce {
+  const float* sums;
+  float* dweight;
+  float* dbias;
+  int64_t blocks, width;
+
+  template <int Width>
+  PRISMER_INLINE static void run(const Reduce& job) {
+    for_columns(job.width, [&](int64_t c, auto part) __attribute__((always_inline)) {
+      auto dweight = broadcast<Floats<Width>>(0.0f), dbias = dweight;
+      for (int64_t block = 0; block < job.blocks; ++block) {
+        const float* here = job.sums + block * 2 * job.width + c;
+        dweight = dweight + load<Floats<Width>>(here, part);
+        dbias = dbias + load<Floats<Width>>(here + job.width, part);
+      }
+      store(job.dweight + c, dweight, part);
+      store(job.dbias + c, dbias, part);
+    });
+  }
+};
+
+void check_like_x(const char* op, const char* name, const Tensor& tensor, const Tensor& x) {
+  STD_TORCH_CHECK(
+      tensor.dim() == 2 && tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1) &&
+          tensor.scalar_type() == x.scalar_type(),
+      op, ": ", name, " is ", shape_of(tensor), " ", dtype_of(tensor), "; expected ", shape_of(x),
+      " ", dtype_of(x), " like x");
+  check_contiguous(op, name, tensor);
+}
+
+void check_x(const char* op, const Tensor& x) {
+  STD_TORCH_CHECK(
+      x.dim() == 2 && x.size(1) >= 1 && is_fp32_or_16(x), op, ": x is ", shape_of(x), " ",
+      dtype_of(x), "; expected (rows, width >= 1) of float32, bfloat16 or float16");
+  check_contiguous(op, "x", x);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_cpu(
+    const Tensor& x, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, double eps) {
+  constexpr const char* op = "layer_norm";
+  check_x(op, x);
+  if (residual) check_like_x(op, "residual", *residual, x);
+  const int64_t rows = x.size(0), width = x.size(1);
+  const Affine affine(op, weight, bias, width);
+  const Tensor y = torch::stable::new_empty(x, {rows, width});
+  const Tensor total =
+      residual ? torch::stable::new_empty(x, {rows, width}) : torch::stable::new_empty(x, {0});
+  const Tensor mean = torch::stable::new_empty(x, {rows}, ScalarType::Float);
+  const Tensor rstd = torch::stable::new_empty(x, {rows}, ScalarType::Float);
+  with_stored_type(x, [&](auto* type) {
+    using Stored = Pointee<decltype(type)>;
+    const Forward<Stored> job{
+        data<Stored>(x),
+        residual ? data<Stored>(*residual) : nullptr,
+        affine.weight(),
+        affine.bias(),
+        mutable_data<Stored>(y),
+        mutable_data<Stored>(total),
+        mutable_data<float>(mean),
+        mutable_data<float>(rstd),
+        width,
+        static_cast<float>(eps)};
+    const auto body = runner<Forward<Stored>, Forward<Stored>, int64_t, int64_t>();
+    torch::stable::parallel_for(
+        0, rows, kGrain / width + 1,
+        [&](int64_t begin, int64_t end) { body(job, begin, end); });
+  });
+  return {y, total, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
+    const Tensor& dy, const std::optional<Tensor>& dtotal, const Tensor& x,
+    const std::optional<Tensor>& weight, const Tensor& mean, const Tensor& rstd, bool affine) {
+  constexpr const char* op = "layer_norm_backward";
+  check_x(op, x);
+  check_like_x(op, "dy", dy, x);
+  if (dtotal) check_like_x(op, "dtotal", *dtotal, x);
+  const int64_t rows = x.size(0), width = x.size(1);
+  for (const auto* statistic : {&mean, &rstd}) {
+    STD_TORCH_CHECK(
+        statistic->dim() == 1 && statistic->size(0) == rows &&
+            statistic->scalar_type() == ScalarType::Float,
+        op, ": mean or rstd is ", shape_of(*statistic), " ", dtype_of(*statistic), "; expected (",
+        rows, ") float32 as layer_norm returned them");
+    check_contiguous(op, "mean or rstd", *statistic);
+  }
+  const Affine scale(op, weight, std::nullopt, width);
+  const Tensor dx = torch::stable::new_empty(x, {rows, width});
+  const int64_t affine_width = affine ? width : 0;
+  const Tensor dweight = torch::stable::new_empty(x, {affine_width}, ScalarType::Float);
+  const Tensor dbias = torch::stable::new_empty(x, {affine_width}, ScalarType::Float);
+  const int64_t block_rows = rows / kBlocks + 1;
+  const int64_t blocks = (rows + block_rows - 1) / block_rows;
+  std::vector<float> sums(affine ? blocks * 2 * width : 0);
+  with_stored_type(x, [&](auto* type) {
+    using Stored = Pointee<decltype(type)>;
+    const Backward<Stored> job{
+        data<Stored>(dy),
+        dtotal ? data<Stored>(*dtotal) : nullptr,
+        data<Stored>(x),
+        scale.weight(),
+        data<float>(mean),
+        data<float>(rstd),
+        mutable_data<Stored>(dx),
+        affine ? sums.data() : nullptr,
+        rows,
+        width,
+        block_rows};
+    const auto body = runner<Backward<Stored>, Backward<Stored>, int64_t, int64_t>();
+    torch::stable::parallel_for(
+        0, blocks, kGrain / (width * block_rows) + 1,
+        [&](int64_t begin, int64_t end) { body(job, begin, end); });
+  });
+  if (affine) {
+    runner<Reduce, Reduce>()(
+        {sums.data(), mutable_data<float>(dweight), mutable_data<float>(dbias), blocks, width});
+  }
+  return {dx, dweight, dbias};
+}
+
+}  // namespace prismer

@@ -1,0 +1,545 @@
+// Sixteen fp32 lanes, written once and compiled per instruction set.
+//
+// A Floats<Width> is a binary tree over vectors of Width floats, the compiler's own: one leaf of 16
+// on AVX-512, two of 8 on AVX2, four of 4 elsewhere. Sums over lanes go in the same order for every
+// Width, so that instruction sets differ by the rounding of fused multiply-adds alone.
+
+#pragma once
+
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+
+// everything here is inlined, so that no vector is ever passed between functions
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#define PRISMER_INLINE [[gnu::always_inline]] inline
+
+namespace prismer {
+
+constexpr int64_t kLanes = 16;
+
+// bits of the 16-bit floating types, as they lie in memory
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+template <typename Value, int Lanes, int Width>
+struct Tree {
+  using Half = Tree<Value, Lanes / 2, Width>;
+  static constexpr bool leaf = false;
+  Half low, high;
+};
+
+template <typename Value, int Width>
+struct Tree<Value, Width, Width> {
+  using Native [[gnu::vector_size(Width * sizeof(Value))]] = Value;
+  static constexpr bool leaf = true;
+  Native v;
+};
+
+template <int Width>
+using Floats = Tree<float, kLanes, Width>;
+template <int Width>
+using Ints = Tree<int32_t, kLanes, Width>;
+
+// all lanes equal
+template <typename Vector, typename Value>
+PRISMER_INLINE Vector broadcast(Value value) {
+  if constexpr (Vector::leaf) {
+    using Native = typename Vector::Native;
+    return {__builtin_shuffle(Native{value}, decltype(Native{} < Native{}){})};
+  } else {
+    const auto half = broadcast<typename Vector::Half>(value);
+    return {half, half};
+  }
+}
+
+#define PRISMER_OPERATOR(op)                                                                       \
+  template <typename Value, int Lanes, int Width>                                                  \
+  PRISMER_INLINE Tree<Value, Lanes, Width> operator op(                                            \
+      const Tree<Value, Lanes, Width>& a, const Tree<Value, Lanes, Width>& b) {                    \
+    if constexpr (Lanes == Width) {                                                                \
+      return {a.v op b.v};                                                                         \
+    } else {                                                                                       \
+      return {a.low op b.low, a.high op b.high};                                                   \
+    }                                                                                              \
+  }                                                                                                \
+  template <typename Value, int Lanes, int Width>                                                  \
+  PRISMER_INLINE Tree<Value, Lanes, Width> operator op(                                            \
+      const Tree<Value, Lanes, Width>& a, std::type_identity_t<Value> b) {                         \
+    return a op broadcast<Tree<Value, Lanes, Width>>(b);                                           \
+  }                                                                                                \
+  template <typename Value, int Lanes, int Width>                                                  \
+  PRISMER_INLINE Tree<Value, Lanes, Width> operator op(                                            \
+      std::type_identity_t<Value> a, const Tree<Value, Lanes, Width>& b) {                         \
+    return broadcast<Tree<Value, Lanes, Width>>(a) op b;                                           \
+  }
+PRISMER_OPERATOR(+)
+PRISMER_OPERATOR(-)
+PRISMER_OPERATOR(*)
+PRISMER_OPERATOR(/)
+PRISMER_OPERATOR(&)
+PRISMER_OPERATOR(|)
+#undef PRISMER_OPERATOR
+
+template <int Lanes, int Width>
+PRISMER_INLINE Tree<int32_t, Lanes, Width> shift_left(
+    const Tree<int32_t, Lanes, Width>& a, int places) {
+  if constexpr (Lanes == Width) {
+    return {a.v << places};
+  } else {
+    return {shift_left(a.low, places), shift_left(a.high, places)};
+  }
+}
+
+// -1 in the lanes where a < b, else 0; a NaN is not less than anything
+template <typename Value, int Lanes, int Width>
+PRISMER_INLINE Tree<int32_t, Lanes, Width> less(
+    const Tree<Value, Lanes, Width>& a, const Tree<Value, Lanes, Width>& b) {
+  if constexpr (Lanes == Width) {
+    return {a.v < b.v};
+  } else {
+    return {less(a.low, b.low), less(a.high, b.high)};
+  }
+}
+
+template <typename Value, int Lanes, int Width>
+PRISMER_INLINE Tree<Value, Lanes, Width> select(
+    const Tree<int32_t, Lanes, Width>& mask, const Tree<Value, Lanes, Width>& yes,
+    const Tree<Value, Lanes, Width>& no) {
+  if constexpr (Lanes == Width) {
+    return {mask.v ? yes.v : no.v};
+  } else {
+    return {select(mask.low, yes.low, no.low), select(mask.high, yes.high, no.high)};
+  }
+}
+
+template <typename Value, int Lanes, int Width>
+PRISMER_INLINE Tree<int32_t, Lanes, Width> less(
+    const Tree<Value, Lanes, Width>& a, std::type_identity_t<Value> b) {
+  return less(a, broadcast<Tree<Value, Lanes, Width>>(b));
+}
+
+template <typename Value, int Lanes, int Width>
+PRISMER_INLINE Tree<Value, Lanes, Width> select(
+    const Tree<int32_t, Lanes, Width>& mask, std::type_identity_t<Value> yes,
+    const Tree<Value, Lanes, Width>& no) {
+  return select(mask, broadcast<Tree<Value, Lanes, Width>>(yes), no);
+}
+
+// a where one of them is NaN
+template <typename Value, int Lanes, int Width>
+PRISMER_INLINE Tree<Value, Lanes, Width> max(
+    const Tree<Value, Lanes, Width>& a, const Tree<Value, Lanes, Width>& b) {
+  if constexpr (Lanes != Width) {
+    return {max(a.low, b.low), max(a.high, b.high)};
+  } else {
+#if defined(__x86_64__)
+    if constexpr (Width > 4) {
+      // the compiler makes two instructions of a comparison and a choice
+      typename Tree<Value, Lanes, Width>::Native result;
+      asm("vmaxps %1, %2, %0" : "=v"(result) : "v"(a.v), "v"(b.v));
+      return {result};
+    }
+#endif
+    return {a.v < b.v ? b.v : a.v};
+  }
+}
+
+template <typename Value, int Lanes, int Width>
+PRISMER_INLINE Tree<Value, Lanes, Width> min(
+    const Tree<Value, Lanes, Width>& a, const Tree<Value, Lanes, Width>& b) {
+  if constexpr (Lanes != Width) {
+    return {min(a.low, b.low), min(a.high, b.high)};
+  } else {
+#if defined(__x86_64__)
+    if constexpr (Width > 4) {
+      typename Tree<Value, Lanes, Width>::Native result;
+      asm("vminps %1, %2, %0" : "=v"(result) : "v"(a.v), "v"(b.v));
+      return {result};
+    }
+#endif
+    return {b.v < a.v ? b.v : a.v};
+  }
+}
+
+template <typename Vector>
+PRISMER_INLINE Vector max(const Vector& a, float b) {
+  return max(a, broadcast<Vector>(b));
+}
+
+template <typename Vector>
+PRISMER_INLINE Vector min(const Vector& a, float b) {
+  return min(a, broadcast<Vector>(b));
+}
+
+template <int Lanes, int Width>
+PRISMER_INLINE Tree<int32_t, Lanes, Width> bits_of(const Tree<float, Lanes, Width>& a) {
+  using Result = Tree<int32_t, Lanes, Width>;
+  if constexpr (Lanes == Width) {
+    return {(typename Result::Native)a.v};
+  } else {
+    return {bits_of(a.low), bits_of(a.high)};
+  }
+}
+
+template <int Lanes, int Width>
+PRISMER_INLINE Tree<float, Lanes, Width> float_of_bits(const Tree<int32_t, Lanes, Width>& a) {
+  using Result = Tree<float, Lanes, Width>;
+  if constexpr (Lanes == Width) {
+    return {(typename Result::Native)a.v};
+  } else {
+    return {float_of_bits(a.low), float_of_bits(a.high)};
+  }
+}
+
+template <typename Vector>
+PRISMER_INLINE Vector abs(const Vector& a) {
+  return float_of_bits(bits_of(a) & 0x7fffffff);
+}
+
+// ---- loads and stores, with conversion -----------------------------------------------------------
+
+namespace leaf {
+
+template <typename To, typename From>
+PRISMER_INLINE To read(const From* p) {
+  To result;
+  __builtin_memcpy(&result, p, sizeof(To));
+  return result;
+}
+
+template <typename Value, int Width>
+using Native = typename Tree<Value, Width, Width>::Native;
+
+// 16-bit numbers at any address, as an operand in memory
+template <int Width>
+struct [[gnu::may_alias]] Run {
+  uint16_t bits[Width];
+};
+
+template <int Width>
+PRISMER_INLINE Native<float, Width> widen(const float* p) {
+  return read<Native<float, Width>>(p);
+}
+
+template <int Width>
+PRISMER_INLINE Native<float, Width> widen(const Bf16* p) {
+#if defined(__x86_64__)
+  // instructions by name, here and below: an intrinsic inlines only where its instruction set is
+  // declared, and from plain C++ the compiler makes five of this one
+  if constexpr (Width > 4) {
+    Native<uint32_t, Width> wide;
+    asm("vpmovzxwd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const Run<Width>*>(p)));
+    return (Native<float, Width>)(wide << 16);
+  }
+#endif
+  const auto bits = read<Native<uint16_t, Width>>(p);
+  return (Native<float, Width>)(__builtin_convertvector(bits, Native<uint32_t, Width>) << 16);
+}
+
+template <int Width>
+PRISMER_INLINE Native<float, Width> widen(const Fp16* p) {
+  Native<float, Width> result;
+#if defined(__x86_64__)
+  // F16C comes with AVX2
+  if constexpr (Width > 4) {
+    asm("vcvtph2ps %1, %0" : "=v"(result) : "m"(*reinterpret_cast<const Run<Width>*>(p)));
+    return result;
+  }
+#endif
+  for (int i = 0; i < Width; ++i) {
+    result[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(p[i].bits);
+  }
+  return result;
+}
+
+template <int Width>
+PRISMER_INLINE void narrow(float* p, Native<float, Width> value) {
+  __builtin_memcpy(p, &value, sizeof(value));
+}
+
+// round to nearest even; a NaN stays one, where rounding alone could carry it into infinity
+template <int Width>
+PRISMER_INLINE void narrow(Bf16* p, Native<float, Width> value) {
+  const auto bits = (Native<uint32_t, Width>)value;
+  const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const auto kept = value == value ? rounded : Native<uint32_t, Width>{} + 0x7fc0;
+#if defined(__x86_64__)
+  if constexpr (Width == 16) {
+    asm("vpmovdw %1, %0" : "=m"(*reinterpret_cast<Run<Width>*>(p)) : "v"(kept));
+    return;
+  }
+#endif
+  const auto result = __builtin_convertvector(kept, Native<uint16_t, Width>);
+  __builtin_memcpy(p, &result, sizeof(result));
+}
+
+template <int Width>
+PRISMER_INLINE void narrow(Fp16* p, Native<float, Width> value) {
+#if defined(__x86_64__)
+  if constexpr (Width > 4) {
+    asm("vcvtps2ph $0, %1, %0" : "=m"(*reinterpret_cast<Run<Width>*>(p)) : "v"(value));
+    return;
+  }
+#endif
+  for (int i = 0; i < Width; ++i) {
+    p[i].bits = torch::headeronly::detail::fp16_ieee_from_fp32_value(value[i]);
+  }
+}
+
+}  // namespace leaf
+
+// how many lanes of a vector are there: all, or the first `count` at the end of a row
+struct Full {};
+struct Tail {
+  int64_t count;
+};
+
+template <typename Vector, typename Stored>
+PRISMER_INLINE Vector load(const Stored* p, Full = {}) {
+  if constexpr (Vector::leaf) {
+    return {leaf::widen<sizeof(Vector) / 4>(p)};
+  } else {
+    using Half = typename Vector::Half;
+    return {load<Half>(p), load<Half>(p + sizeof(Half) / 4)};
+  }
+}
+
+// zeros past the end
+template <typename Vector, typename Stored>
+PRISMER_INLINE Vector load(const Stored* p, Tail tail) {
+  Stored padded[kLanes] = {};
+  for (int64_t i = 0; i < tail.count; ++i) padded[i] = p[i];
+  return load<Vector>(padded);
+}
+
+template <typename Stored, int Lanes, int Width>
+PRISMER_INLINE void store(Stored* p, const Tree<float, Lanes, Width>& value, Full = {}) {
+  if constexpr (Lanes == Width) {
+    leaf::narrow<Width>(p, value.v);
+  } else {
+    store(p, value.low);
+    store(p + Lanes / 2, value.high);
+  }
+}
+
+template <typename Stored, typename Vector>
+PRISMER_INLINE void store(Stored* p, const Vector& value, Tail tail) {
+  Stored padded[kLanes];
+  store(padded, value);
+  for (int64_t i = 0; i < tail.count; ++i) p[i] = padded[i];
+}
+
+// zero in the lanes past the end
+template <typename Vector>
+PRISMER_INLINE Vector keep(const Vector& value, Full) {
+  return value;
+}
+
+template <typename Vector>
+PRISMER_INLINE Vector keep(const Vector& value, Tail tail) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int64_t i = tail.count; i < kLanes; ++i) lanes[i] = 0.0f;
+  return load<Vector>(lanes);
+}
+
+// body(first column, Full or Tail) for every vector of a row
+template <typename Body>
+PRISMER_INLINE void for_columns(int64_t width, const Body& body) {
+  int64_t column = 0;
+  for (; column + kLanes <= width; column += kLanes) body(column, Full{});
+  if (column < width) body(column, Tail{width - column});
+}
+
+// ---- over lanes ----------------------------------------------------------------------------------
+
+namespace leaf {
+
+template <int Width>
+PRISMER_INLINE auto low_half(Native<float, Width> v) {
+  if constexpr (Width == 16) {
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  } else {
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3);
+  }
+}
+
+template <int Width>
+PRISMER_INLINE auto high_half(Native<float, Width> v) {
+  if constexpr (Width == 16) {
+    return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  } else {
+    return __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  }
+}
+
+template <int Width>
+PRISMER_INLINE float sum(Native<float, Width> v) {
+  if constexpr (Width > 4) {
+    return sum<Width / 2>(low_half<Width>(v) + high_half<Width>(v));
+  } else {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  }
+}
+
+// chunks of Step lanes: even ones hold sums of neighbouring chunks of a, odd ones of b
+template <int Step, int Width>
+PRISMER_INLINE Native<float, Width> add_neighbours(Native<float, Width> a, Native<float, Width> b) {
+  // written out: the indices of a shuffle must be constants
+  if constexpr (Width == 16 && Step == 8) {
+    return __builtin_shufflevector(
+               a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(
+               a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  } else if constexpr (Width == 16 && Step == 4) {
+    return __builtin_shufflevector(
+               a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+           __builtin_shufflevector(
+               a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  } else if constexpr (Width == 16 && Step == 2) {
+    return __builtin_shufflevector(
+               a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(
+               a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  } else if constexpr (Width == 16 && Step == 1) {
+    return __builtin_shufflevector(
+               a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           __builtin_shufflevector(
+               a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  } else if constexpr (Width == 8 && Step == 4) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  } else if constexpr (Width == 8 && Step == 2) {
+    return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  } else if constexpr (Width == 8 && Step == 1) {
+    return __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14) +
+           __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+  } else if constexpr (Width == 4 && Step == 2) {
+    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  } else {
+    static_assert(Width == 4 && Step == 1);
+    return __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);
+  }
+}
+
+}  // namespace leaf
+
+template <int Lanes, int Width>
+PRISMER_INLINE float sum(const Tree<float, Lanes, Width>& a) {
+  if constexpr (Lanes == Width) {
+    return leaf::sum<Width>(a.v);
+  } else {
+    return sum(a.low + a.high);
+  }
+}
+
+template <int Step, int Lanes, int Width>
+PRISMER_INLINE Tree<float, Lanes, Width> add_neighbours(
+    const Tree<float, Lanes, Width>& a, const Tree<float, Lanes, Width>& b) {
+  if constexpr (Lanes == Width) {
+    return {leaf::add_neighbours<Step, Width>(a.v, b.v)};
+  } else if constexpr (2 * Step == Lanes) {
+    return {a.low + a.high, b.low + b.high};
+  } else {
+    return {add_neighbours<Step>(a.low, b.low), add_neighbours<Step>(a.high, b.high)};
+  }
+}
+
+// lane i of the result is the sum of a[i]; overwrites a
+template <int Width>
+PRISMER_INLINE Floats<Width> sums(Floats<Width> (&a)[kLanes]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) a[i] = add_neighbours<8>(a[i], a[i + 8]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) a[i] = add_neighbours<4>(a[i], a[i + 4]);
+  a[0] = add_neighbours<2>(a[0], a[2]);
+  a[1] = add_neighbours<2>(a[1], a[3]);
+  return add_neighbours<1>(a[0], a[1]);
+}
+
+// ---- functions -----------------------------------------------------------------------------------
+
+// `full` is to about an ulp of fp32; otherwise to 2^-18, for results that are rounded to 16 bits
+
+// the nearest integer, for |a| < 2^22
+template <int Lanes, int Width>
+PRISMER_INLINE Tree<float, Lanes, Width> round(const Tree<float, Lanes, Width>& a) {
+  if constexpr (Lanes != Width) {
+    return {round(a.low), round(a.high)};
+  } else {
+    typename Tree<float, Lanes, Width>::Native result;
+#if defined(__x86_64__)
+    if constexpr (Width == 16) {
+      asm("vrndscaleps $8, %1, %0" : "=v"(result) : "v"(a.v));
+      return {result};
+    } else if constexpr (Width == 8) {
+      asm("vroundps $8, %1, %0" : "=v"(result) : "v"(a.v));
+      return {result};
+    }
+#endif
+    // 1.5 * 2^23: nothing but the integer is left beside it
+    result = (a.v + 12582912.0f) - 12582912.0f;
+    return {result};
+  }
+}
+
+// a * 2^whole for integers -127 <= whole <= 127; 0 for -127
+template <int Lanes, int Width>
+PRISMER_INLINE Tree<float, Lanes, Width> scale(
+    const Tree<float, Lanes, Width>& a, const Tree<float, Lanes, Width>& whole) {
+  if constexpr (Lanes != Width) {
+    return {scale(a.low, whole.low), scale(a.high, whole.high)};
+  } else {
+    using Integers = typename Tree<int32_t, Lanes, Width>::Native;
+    const auto exponent = __builtin_convertvector(whole.v, Integers) + 127;
+    return {a.v * (typename Tree<float, Lanes, Width>::Native)(exponent << 23)};
+  }
+}
+
+// 2^fraction for |fraction| <= 1/2
+template <bool full, typename Vector>
+PRISMER_INLINE Vector exp2_fraction(const Vector& f) {
+  Vector p;
+  if constexpr (full) {
+    p = f * 1.5345808e-4f + 1.3399931e-3f;
+    p = p * f + 9.618489e-3f;
+    p = p * f + 5.5503288e-2f;
+    p = p * f + 2.4022647e-1f;
+    p = p * f + 6.9314721e-1f;
+    return p * f + 1.0f;
+  } else {
+    p = f * 9.5700967e-3f + 5.591786e-2f;
+    p = p * f + 2.4024745e-1f;
+    p = p * f + 6.9312181e-1f;
+    return p * f + 0.99999926f;
+  }
+}
+
+// 2^x for x < 127.5; below -126.5 it is 0. NaN stays NaN.
+template <bool full = true, typename Vector>
+PRISMER_INLINE Vector exp2(Vector x) {
+  x = max(x, -127.0f);
+  const Vector whole = round(x);
+  return scale(exp2_fraction<full>(x - whole), whole);
+}
+
+// e^x; below -87.68 it is 0, above 88.37 infinity. NaN stays NaN.
+template <typename Vector>
+PRISMER_INLINE Vector exp(const Vector& exponent) {
+  const Vector x = min(max(exponent, -88.02f), 88.37f);
+  const Vector whole = round(x * 1.44269504f);
+  // ln 2 in two parts, the first with trailing zeros: its product with `whole` is exact
+  const Vector rest = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  const Vector result = scale(exp2_fraction<true>(rest * 1.44269504f), whole);
+  return select(less(exponent, 88.37f), result, broadcast<Vector>(__builtin_huge_valf()) + exponent);
+}
+
+}  // namespace prismer

@@ -1,0 +1,10 @@
+// Marks a function that CPU kernels, CUDA kernels and the host build of the latter all compile.
+
+#pragma once
+
+#if defined(__CUDACC__)
+#define PRISMER_SHARED __host__ __device__ __forceinline__
+#else
+// always_inline: so that it takes on the instruction set of the CPU kernel that calls it
+#define PRISMER_SHARED [[gnu::always_inline]] inline
+#endif

@@ -1,0 +1,359 @@
+"""Bias and activation in one pass, with the formulas that the matrix products share.
+
+    quick_gelu(u) = u sigmoid(1.702 u)            derivative  s + 1.702 u s (1 - s),  s = sigmoid(1.702 u)
+    gelu(u) = u Phi(u), exact, by erf             derivative  Phi(u) + u phi(u)
+    squared_relu(u) = relu(u)^2                   derivative  2 relu(u)
+    y = act(u),  u = h + bias,   dh = dy act'(u),  dbias = sum over rows of dh
+
+u is formed in fp32 and rounded to nothing. `h` is kept for the backward pass, and the bias, which is a parameter.
+Sources: CLIP, arXiv:2103.00020 (quick_gelu); Hendrycks and Gimpel, arXiv:1606.08415; So et al., arXiv:2109.08668.
+
+Traffic, issued, for R rows of D numbers of s bytes, a bias of w bytes each, blocks of BR rows in P groups:
+    forward   2 R D s + ceil(R / BR) D w
+    backward  3 R D s + P D w, and for a trained bias 4 P D bytes of partial sums, written and read, and 4 D written
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prismer.kernels import dispatch
+from prismer.kernels.cases import KernelCase
+from prismer.kernels.layer_norm import _groups, _sum_groups_kernel
+
+ACTIVATIONS = ("quick_gelu", "gelu", "squared_relu")
+
+
+def bias_activation_reference(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """The definition, fp32 inside (float64 for float64). Shapes as in `bias_activation`."""
+    compute = torch.promote_types(h.dtype, torch.float32)
+    u = h.to(compute)
+    if bias is not None:
+        u = u + bias.to(compute)
+    if activation == "quick_gelu":
+        y = u * torch.sigmoid(1.702 * u)
+    elif activation == "gelu":
+        y = 0.5 * u * (1 + torch.erf(u * 0.5**0.5))
+    else:
+        y = F.relu(u).square()
+    return y.to(h.dtype)
+
+
+# Triton
+
+
+@triton.jit
+def activated(b_u, ACTIVATION: tl.constexpr):
+    """act(u) of an fp32 block; "relu" is there for the adaptor, "none" for products without."""
+    if ACTIVATION == "quick_gelu":
+        b_y = b_u * tl.sigmoid(1.702 * b_u)
+    elif ACTIVATION == "gelu":
+        b_y = 0.5 * b_u * (1.0 + tl.erf(b_u * 0.7071067811865476))
+    elif ACTIVATION == "squared_relu":
+        # a comparison, where a maximum would turn NaN into 0
+        b_r = tl.where(b_u < 0, 0.0, b_u)
+        b_y = b_r * b_r
+    elif ACTIVATION == "relu":
+        b_y = tl.where(b_u < 0, 0.0, b_u)
+    else:
+        tl.static_assert(ACTIVATION == "none")
+        b_y = b_u
+    return b_y
+
+
+@triton.jit
+def derivative(b_u, ACTIVATION: tl.constexpr):
+    """act'(u) of an fp32 block."""
+    if ACTIVATION == "quick_gelu":
+        b_s = tl.sigmoid(1.702 * b_u)
+        b_d = b_s + 1.702 * b_u * b_s * (1.0 - b_s)
+    elif ACTIVATION == "gelu":
+        b_phi = 0.3989422804014327 * tl.exp(-0.5 * b_u * b_u)
+        b_d = 0.5 * (1.0 + tl.erf(b_u * 0.7071067811865476)) + b_u * b_phi
+    else:
+        tl.static_assert(ACTIVATION == "squared_relu")
+        b_d = 2.0 * tl.where(b_u < 0, 0.0, b_u)
+    return b_d
+
+
+@triton.jit
+def _forward_kernel(
+    p_h, p_bias, p_y, R, D,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    o_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_col = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_col = o_col < D
+    o, m = o_row[:, None] * D + o_col[None, :], (o_row < R)[:, None] & m_col[None, :]
+    b_u = tl.load(p_h + o, mask=m, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        b_u += tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+    tl.store(p_y + o, activated(b_u, ACTIVATION).to(p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _backward_kernel(
+    p_dy, p_h, p_bias, p_dh, p_dbias, R, D, blocks,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SUMS: tl.constexpr,
+    BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One program takes `blocks` blocks of rows and leaves its partial column sums; "none" only sums dy."""
+    i_group = tl.program_id(0).to(tl.int64)
+    o_col = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_col = o_col < D
+    if HAS_BIAS:
+        b_bias = tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+    b_dbias = tl.zeros((BD,), tl.float32)
+    for i in range(blocks):
+        o_row = (i_group * blocks + i) * BR + tl.arange(0, BR)
+        o, m = o_row[:, None] * D + o_col[None, :], (o_row < R)[:, None] & m_col[None, :]
+        b_dh = tl.load(p_dy + o, mask=m, other=0.0).to(tl.float32)
+        if ACTIVATION != "none":
+            b_u = tl.load(p_h + o, mask=m, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                b_u += b_bias
+            b_dh *= derivative(b_u, ACTIVATION)
+            tl.store(p_dh + o, b_dh.to(p_dh.dtype.element_ty), mask=m)
+        if SUMS:
+            b_dbias += tl.sum(b_dh, 0)
+    if SUMS:
+        tl.store(p_dbias + i_group * D + o_col, b_dbias, mask=m_col)
+
+
+def _tiles(D: int) -> dict[str, int]:
+    """Two thousand numbers a block: two 128-bit vectors of bf16 for each lane of four warps."""
+    BD = min(triton.next_power_of_2(max(D, 16)), 256)
+    return dict(BR=2048 // BD, BD=BD, num_warps=4)
+
+
+def _forward_triton(h, bias, activation, y) -> None:
+    R, D = h.shape
+    tiles = _tiles(D)
+    _forward_kernel[(triton.cdiv(R, tiles["BR"]), triton.cdiv(D, tiles["BD"]))](
+        h, bias, y, R, D, HAS_BIAS=bias is not None, ACTIVATION=activation, **tiles
+    )
+
+
+def _backward_triton(dy, h, bias, activation, sums, dh) -> Tensor:
+    R, D = dy.shape
+    tiles = _tiles(D)
+    P, blocks = _groups(R, tiles["BR"])
+    partial = torch.empty(P if sums else 0, D, dtype=torch.float32, device=dy.device)
+    _backward_kernel[(P, triton.cdiv(D, tiles["BD"]))](
+        dy, h, bias, dh, partial, R, D, blocks,
+        HAS_BIAS=bias is not None, ACTIVATION=activation, SUMS=sums, **tiles,
+    )  # fmt: skip
+    return sum_groups(partial) if sums else partial.new_empty(0)
+
+
+def sum_groups(partial: Tensor) -> Tensor:
+    """Column sums of (P, D) partial sums in fp32, in a fixed order. A launcher of Triton."""
+    P, D = partial.shape
+    total = partial.new_empty(D)
+    _sum_groups_kernel[(triton.cdiv(D, 64), 1)](partial, total, P, D, BP=16, BD=64, num_warps=4)
+    return total
+
+
+# torch
+
+
+def activate(u: Tensor, activation: str) -> Tensor:
+    """act(u), fresh, for `u` in the dtype to compute in."""
+    if activation == "quick_gelu":
+        return F.silu(1.702 * u, inplace=True).div_(1.702)
+    if activation == "gelu":
+        return F.gelu(u)
+    return F.relu(u).square_()
+
+
+def activate_backward(dy: Tensor, u: Tensor, activation: str) -> Tensor:
+    """dy act'(u), fresh, for both in the dtype to compute in."""
+    if activation == "quick_gelu":
+        return torch.ops.aten.silu_backward(dy, 1.702 * u)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(dy, u)
+    return F.relu(u).mul_(2).mul_(dy)
+
+
+def _biased(h: Tensor, bias: Tensor | None) -> Tensor:
+    u = h.to(torch.promote_types(h.dtype, torch.float32))
+    if bias is None:
+        return u
+    bias = bias.to(u.dtype)
+    return u + bias if u is h else u.add_(bias)
+
+
+def _sums_torch(dh: Tensor) -> Tensor:
+    # torch adds halves in fp32, but on the CPU a dtype= would first copy them
+    return dh.sum(0).to(torch.promote_types(dh.dtype, torch.float32))
+
+
+def column_sums(dy: Tensor, backend: str) -> Tensor:
+    """Sum over rows of a contiguous (R, D), in fp32 (float64 for float64), for an op that runs on `backend`."""
+    if backend != "triton":
+        return _sums_torch(dy)
+    if not dy.shape[0]:
+        return dy.new_zeros(dy.shape[1], dtype=torch.float32)
+    return _backward_triton(dy, None, None, "none", True, None)
+
+
+# the registered ops
+
+
+def supports(backend: str, h: Tensor) -> str | None:
+    """None if `backend` serves numbers like those of `h`, else the reason why not."""
+    if backend in ("native", "triton") and h.dtype == torch.float64:
+        return f"{backend} bias_activation computes in fp32, and h is float64"
+    return None
+
+
+def _forward(h, bias, activation):
+    h = h.contiguous()
+    backend = dispatch.choose("bias_activation", h.device, lambda name: supports(name, h))
+    if backend == "torch":
+        return activate(_biased(h, bias), activation).to(h.dtype)
+    if backend == "native":
+        return torch.ops.prismer_native.bias_activation(h, bias, activation)
+    y = torch.empty_like(h)
+    if h.shape[0]:
+        _forward_triton(h, bias, activation, y)
+    return y
+
+
+def _forward_fake(h, bias, activation):
+    return h.new_empty(h.shape)
+
+
+def _backward(dy, h, bias, activation, sums):
+    dy, h = dy.contiguous(), h.contiguous()
+    backend = dispatch.choose("bias_activation", h.device, lambda name: supports(name, h))
+    if backend == "triton":
+        dh, dbias = _backward_fake(dy, h, bias, activation, sums)
+        if h.shape[0]:
+            return dh, _backward_triton(dy, h, bias, activation, sums, dh)
+        return dh, dbias.zero_()
+    if backend == "native":
+        dh = torch.ops.prismer_native.bias_activation_backward(dy, h, bias, activation)
+    else:
+        u = _biased(h, bias)
+        dh = activate_backward(dy.to(u.dtype), u, activation).to(h.dtype)
+    return dh, _sums_torch(dh) if sums else _backward_fake(dy, h, bias, activation, sums)[1]
+
+
+def _backward_fake(dy, h, bias, activation, sums):
+    compute = torch.promote_types(h.dtype, torch.float32)
+    return h.new_empty(h.shape), h.new_empty(h.shape[1] if sums else 0, dtype=compute)
+
+
+bias_activation_op = dispatch.define(
+    "bias_activation(Tensor h, Tensor? bias, str activation) -> Tensor", _forward, _forward_fake
+)
+bias_activation_backward_op = dispatch.define(
+    "bias_activation_backward(Tensor dy, Tensor h, Tensor? bias, str activation, bool sums) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    h, bias, activation = inputs
+    ctx.set_materialize_grads(False)
+    if any(ctx.needs_input_grad):
+        ctx.activation = activation
+        ctx.dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(h, bias)
+
+
+def _autograd(ctx, dy):
+    if dy is None:
+        return None, None, None
+    needs = ctx.needs_input_grad
+    dh, dbias = bias_activation_backward_op(dy, *ctx.saved_tensors, ctx.activation, needs[1])
+    return dh if needs[0] else None, dbias.to(ctx.dtype) if needs[1] else None, None
+
+
+dispatch.register_backward("bias_activation", _setup_context, _autograd)
+
+
+# the public function
+
+
+def check_activation(activation: str) -> None:
+    """Raise ValueError unless `activation` is one that is computed here."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; choose {', '.join(ACTIVATIONS)}")
+
+
+def bias_activation(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """act(h + bias) in one pass, computed in fp32.
+
+    Args:
+        h: (..., D), fp32, bf16, fp16 or float64.
+        bias: (D,), any floating dtype, or None.
+        activation: "quick_gelu", "gelu" (exact) or "squared_relu".
+
+    Returns:
+        (..., D) in the dtype of `h`.
+
+    Raises:
+        ValueError: if a shape, dtype or name does not fit.
+    """
+    check_activation(activation)
+    if not h.is_floating_point() or h.dim() < 1 or h.shape[-1] < 1:
+        raise ValueError(f"h is {h.dtype} of shape {tuple(h.shape)}; pass floats of shape (..., D)")
+    if bias is not None and (bias.shape != h.shape[-1:] or not bias.is_floating_point()):
+        raise ValueError(
+            f"bias is {bias.dtype} of shape {tuple(bias.shape)}; pass floats of shape {tuple(h.shape[-1:])}"
+        )
+    if dispatch.asked() == "reference":
+        return bias_activation_reference(h, bias, activation)
+    return bias_activation_op(h.reshape(-1, h.shape[-1]), bias, activation).view(h.shape)
+
+
+def kernel_cases() -> list[KernelCase]:
+    """What is compiled ahead of time: the hidden layer of BASE and LARGE at 480 px, 8 images."""
+    cases = []
+    bf16, fp32 = "*bf16", "*fp32"
+    for model, R, D, name in (
+        ("BASE", 8 * 964, 3072, "quick_gelu"),
+        ("LARGE", 8 * 1220, 4096, "quick_gelu"),
+        ("BASE decoder", 8 * 40, 3072, "gelu"),
+        ("BASE resampler", 8 * 64, 3072, "squared_relu"),
+    ):
+        tiles = _tiles(D)
+        warps = tiles.pop("num_warps")
+        P, _ = _groups(R, tiles["BR"])
+        shape = f"{model}, 8 images, {R} x {D}"
+        cases += [
+            KernelCase(
+                name=f"{model} {name} forward", kernel=_forward_kernel, shape=shape,
+                signature=dict(p_h=bf16, p_bias=bf16, p_y=bf16, R="i32", D="i32"),
+                constants=dict(HAS_BIAS=True, ACTIVATION=name, **tiles),
+                num_warps=warps, bytes=2 * R * D * 2 + 2 * D, flops=8 * R * D, divisible=("D",),
+            ),
+            KernelCase(
+                name=f"{model} {name} backward", kernel=_backward_kernel, shape=shape,
+                signature=dict(
+                    p_dy=bf16, p_h=bf16, p_bias=bf16, p_dh=bf16, p_dbias=fp32, R="i32", D="i32", blocks="i32"
+                ),
+                constants=dict(HAS_BIAS=True, ACTIVATION=name, SUMS=True, **tiles),
+                num_warps=warps, bytes=3 * R * D * 2 + 2 * D + 4 * P * D, flops=12 * R * D, divisible=("D",),
+            ),
+        ]  # fmt: skip
+    R, D = 8 * 964, 768
+    tiles = _tiles(D)
+    warps = tiles.pop("num_warps")
+    P, _ = _groups(R, tiles["BR"])
+    cases.append(
+        KernelCase(
+            name="BASE column sums", kernel=_backward_kernel, shape=f"BASE 480 px, 8 images, {R} x {D}",
+            signature=dict(p_dy=bf16, p_dbias=fp32, R="i32", D="i32", blocks="i32"),
+            constants=dict(
+                p_h=None, p_bias=None, p_dh=None, HAS_BIAS=False, ACTIVATION="none", SUMS=True, **tiles
+            ),
+            num_warps=warps, bytes=R * D * 2 + 4 * P * D, flops=R * D, divisible=("D",),
+        )
+    )  # fmt: skip
+    return cases

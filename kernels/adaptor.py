@@ -1,0 +1,293 @@
+"""The adaptor of Prismer: a residual bottleneck-free perceptron with squared ReLU, normed before or after.
+
+    early (late=False, vision)    u = LN(x);  r = relu(u down^T + down_bias);  y = x + r^2 up^T + up_bias
+    late  (late=True, text)       u = x;      r as above;  total = x + r^2 up^T + up_bias;  y = LN(total)
+    dt = dy (early), or dy through LN (late);  dr2 = dt up;  dh = dr2 * 2 r;  du = dh down;
+    ddown = dh^T u,  dup = dt^T r^2,  biases: the column sums of dh and dt;  dx = dt + du (through LN if early)
+
+Bias and ReLU end the first product, which stores r alone; the second one squares r as it loads it, and ends with bias
+and residual: h and r^2 are never written. In the early order LN's backward pass adds dy to dx.
+
+Saved, for R rows of D numbers of s bytes, hidden width E (E = D in Prismer), besides parameters themselves:
+    early   r, R E s; x, which the stream holds anyway, R D s; mean and rstd of LN, 8 R.  The normalised u is not saved:
+            it is formed again, and only if down_weight trains.
+    late    r, R E s; total, R D s, because neither x nor y gives it back; mean and rstd, 8 R; x, R D s, only if
+            down_weight trains.
+Plain torch saves 3 R E s more (relu's output, which square saves again, its square, and in the early order u) and as
+much of x, mean and rstd. Only up_bias trains in the early order: nothing. Only the norm trains in the late order:
+total, mean, rstd.
+
+FLOPs of the products: forward 4 R D E; backward 2 R D E for each of dh, du, ddown and dup that is needed.
+Bytes of the forward products, compulsory: (3 R D + 2 R E + 2 D E) s; the norm's are told in layer_norm.
+Source: Prismer, arXiv:2303.02506, section 3.2.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prismer.kernels import dispatch
+from prismer.kernels.activation import column_sums
+from prismer.kernels.cases import KernelCase
+from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient
+from prismer.kernels.layer_norm import _layer_norm, _layer_norm_backward, layer_norm_reference
+from prismer.kernels.mlp import check_linear
+
+
+def adaptor_reference(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    late: bool,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The definition, fp32 inside (float64 for float64). Shapes as in `adaptor`."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    x32, gamma, beta, w1, b1, w2, b2 = (
+        None if t is None else t.to(compute)
+        for t in (x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
+    )
+    u = x32 if late else layer_norm_reference(x32, gamma, beta, eps)
+    total = x32 + F.linear(F.relu(F.linear(u, w1, b1)).square(), w2, b2)
+    return (layer_norm_reference(total, gamma, beta, eps) if late else total).to(x.dtype)
+
+
+# the registered ops
+
+
+def supports(backend: str, x: Tensor) -> str | None:
+    """None if `backend` serves rows like those of `x`, else the reason why not."""
+    if backend == "triton" and x.dtype == torch.float64:
+        return "triton adaptor computes in fp32, and x is float64"
+    return None
+
+
+def _forward(
+    x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps
+):  # fmt: skip
+    x = x.contiguous()
+    backend = dispatch.choose("adaptor", x.device, lambda name: supports(name, x))
+    u = x
+    if not late:
+        u, _, mean, rstd = _layer_norm(x, None, norm_weight, norm_bias, eps)
+    r, _ = gemm(u, down_weight, down_bias, backend=backend, activation="relu")
+    y, _ = gemm(r, up_weight, up_bias, backend=backend, residual=x, square=True)
+    total = x.new_empty(0)
+    if late:
+        total = y
+        y, _, mean, rstd = _layer_norm(total, None, norm_weight, norm_bias, eps)
+    return y, r, total, mean, rstd
+
+
+def _forward_fake(
+    x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps
+):  # fmt: skip
+    R, D = x.shape
+    compute = torch.promote_types(x.dtype, torch.float32)
+    mean, rstd = (x.new_empty(R, dtype=compute) for _ in range(2))
+    total = x.new_empty(R, D) if late else x.new_empty(0)
+    return x.new_empty(R, D), x.new_empty(R, down_weight.shape[0]), total, mean, rstd
+
+
+def _backward(
+    dy, x, r, total, mean, rstd, norm_weight, norm_bias, down_weight, up_weight, late, eps, needs
+):
+    need_x, need_gamma, need_beta, need_down, need_down_bias, need_up, need_up_bias = needs
+    dy = dy.contiguous()
+    backend = dispatch.choose("adaptor", dy.device, lambda name: supports(name, dy))
+    dx, dgamma, dbeta, ddown, ddown_bias, dup, dup_bias = _empty(dy)
+    affine = need_gamma or need_beta
+    dt = dy
+    if late:
+        dt, dgamma, dbeta = _layer_norm_backward(dy, None, total, norm_weight, mean, rstd, affine)
+    need_u = need_x or (affine and not late)
+    if need_u or need_down or need_down_bias:
+        # relu(h)^2 has the derivative 2 relu(h), which is that of relu(r)^2 too
+        dh, _, sums = gemm_derivative(
+            dt, up_weight, r, None, backend=backend, activation="squared_relu", sums=need_down_bias
+        )
+        if need_down_bias:
+            ddown_bias = sums
+        if need_down:
+            u = x.contiguous() if late else _layer_norm(x, None, norm_weight, norm_bias, eps)[0]
+            ddown = gemm_gradient(dh, u, backend=backend)
+        if need_u:
+            dx, _ = gemm(dh, down_weight.T, None, backend=backend, residual=dt if late else None)
+            if not late:
+                # takes du, and the residual's dy, to dx
+                dx, dgamma, dbeta = _layer_norm_backward(dx, dy, x, norm_weight, mean, rstd, affine)
+    if need_up:
+        dup = gemm_gradient(dt, r, backend=backend, square=True)
+    if need_up_bias:
+        dup_bias = column_sums(dt, backend)
+    return (
+        dx if need_x else dy.new_empty(0),
+        dgamma,
+        dbeta,
+        ddown,
+        ddown_bias,
+        dup,
+        dup_bias,
+    )
+
+
+def _empty(dy):
+    compute = torch.promote_types(dy.dtype, torch.float32)
+    low = (True, False, False, True, False, True, False)
+    return [dy.new_empty(0, dtype=dy.dtype if is_low else compute) for is_low in low]
+
+
+def _backward_fake(
+    dy, x, r, total, mean, rstd, norm_weight, norm_bias, down_weight, up_weight, late, eps, needs
+):
+    need_x, need_gamma, need_beta, need_down, need_down_bias, need_up, need_up_bias = needs
+    compute = torch.promote_types(dy.dtype, torch.float32)
+    D, E = dy.shape[1], 0 if r is None else r.shape[1]
+    affine = D if need_gamma or need_beta else 0
+    return (
+        dy.new_empty(dy.shape if need_x else 0),
+        dy.new_empty(affine, dtype=compute),
+        dy.new_empty(affine, dtype=compute),
+        dy.new_empty((E, D) if need_down else 0),
+        dy.new_empty(E if need_down_bias else 0, dtype=compute),
+        dy.new_empty((D, E) if need_up else 0),
+        dy.new_empty(D if need_up_bias else 0, dtype=compute),
+    )
+
+
+_adaptor = dispatch.define(
+    "adaptor(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor down_weight, Tensor? down_bias,"
+    " Tensor up_weight, Tensor? up_bias, bool late, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+# needs: of x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias
+_adaptor_backward = dispatch.define(
+    "adaptor_backward(Tensor dy, Tensor? x, Tensor? r, Tensor? total, Tensor? mean, Tensor? rstd,"
+    " Tensor? norm_weight, Tensor? norm_bias, Tensor? down_weight, Tensor? up_weight, bool late, float eps,"
+    " bool[7] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps = inputs
+    _, r, total, mean, rstd = output
+    ctx.mark_non_differentiable(r, total, mean, rstd)
+    ctx.set_materialize_grads(False)
+    needs = ctx.needs_input_grad[:7]
+    if not any(needs):
+        return
+    need_x, need_gamma, need_beta, need_down, need_down_bias, need_up, _ = needs
+    affine = need_gamma or need_beta
+    need_u = need_x or (affine and not late)
+    need_dh = need_u or need_down or need_down_bias
+    need_norm = late or need_u
+    # the early order forms u again for ddown
+    need_affine = need_norm or need_down
+    ctx.late, ctx.eps = late, eps
+    ctx.dtypes = [
+        None if t is None else t.dtype for t in (norm_weight, norm_bias, down_bias, up_bias)
+    ]
+    ctx.save_for_backward(
+        x if need_down or (need_u and not late) else None,
+        r if need_dh or need_up else None,
+        total if late else None,
+        mean if need_norm else None,
+        rstd if need_norm else None,
+        norm_weight if need_affine else None,
+        norm_bias if need_down and not late else None,
+        down_weight if need_u else None,
+        up_weight if need_dh else None,
+    )
+
+
+def _autograd(ctx, dy, *_):
+    if dy is None:
+        return (None,) * 9
+    needs = list(ctx.needs_input_grad[:7])
+    grads = list(_adaptor_backward(dy, *ctx.saved_tensors, ctx.late, ctx.eps, needs))
+    for i, dtype in zip((1, 2, 4, 6), ctx.dtypes, strict=True):
+        grads[i] = grads[i].to(dtype) if needs[i] else None
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+
+
+dispatch.register_backward("adaptor", _setup_context, _autograd)
+
+
+# the public function
+
+
+def adaptor(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    late: bool,
+    eps: float = 1e-5,
+) -> Tensor:
+    """x + up(relu(down(norm(x)))^2), or norm(x + up(relu(down(x))^2)) if `late`.
+
+    Args:
+        x: (..., D), fp32, bf16, fp16 or float64.
+        norm_weight, norm_bias: (D,), any floating dtype, or None for 1 and 0.
+        down_weight, up_weight: (E, D) and (D, E), as in `nn.Linear`, of the dtype of `x`.
+        down_bias, up_bias: (E,) and (D,), any floating dtype, or None.
+        late: norm after the residual sum instead of before the first product.
+        eps: added to the variance, not to its root.
+
+    Returns:
+        (..., D) in the dtype of `x`.
+
+    Raises:
+        ValueError: if a shape or dtype does not fit.
+    """
+    if not x.is_floating_point() or x.dim() < 1 or not 1 <= x.shape[-1] <= 65536:
+        raise ValueError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (..., D), D from 1 to 65536"
+        )
+    D = x.shape[-1]
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if tensor is not None and (tensor.shape != (D,) or not tensor.is_floating_point()):
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass floats of shape ({D},)"
+            )
+    check_linear("down", down_weight, down_bias, D, x)
+    check_linear("up", up_weight, up_bias, down_weight.shape[0], x, D)
+    parameters = (norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
+    if dispatch.asked() == "reference":
+        return adaptor_reference(x, *parameters, late=late, eps=eps)
+    return _adaptor(x.reshape(-1, D), *parameters, late, eps)[0].view(x.shape)
+
+
+def kernel_cases() -> list[KernelCase]:
+    """What is compiled ahead of time: every product of BASE and LARGE at 480 px, 8 images; the norm is layer_norm's."""
+    cases = []
+    for model, R, D in (("BASE", 8 * 964, 768), ("LARGE", 8 * 1220, 1024)):
+        shape = f"{model} 480 px, 8 images, {R} x {D} x {D}"
+        cases += [
+            gemm_case(
+                f"{model} adaptor down", R, D, D, shape=shape, b_transposed=True, bias=True, activation="relu"
+            ),
+            gemm_case(
+                f"{model} adaptor up", R, D, D, shape=shape, b_transposed=True, bias=True, residual=True,
+                square_a=True,
+            ),
+            gemm_case(
+                f"{model} adaptor dh", R, D, D, shape=shape, activation="squared_relu", differentiate=True, sums=True
+            ),
+            gemm_case(f"{model} adaptor dx, late", R, D, D, shape=shape, residual=True),
+            gemm_case(f"{model} adaptor ddown_weight", D, D, R, shape=shape, a_transposed=True),
+            gemm_case(f"{model} adaptor dup_weight", D, D, R, shape=shape, a_transposed=True, square_b=True),
+        ]  # fmt: skip
+    return cases

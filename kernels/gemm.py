@@ -1,0 +1,262 @@
+"""Matrix products with what surrounds them: the building block of `mlp` and `adaptor`, with no op of its own.
+
+    gemm              c = act(A W^T + bias) + residual,  and h = A W^T if it is to be kept
+    gemm_derivative   dh = (dy W) act'(u),  u = h + bias,  and act(u) and the column sums of dh if they are wanted
+    gemm_gradient     dW = dy^T A
+The first and the last can square A as they load it.
+
+Accumulation and epilogue are fp32; fp32 inputs are multiplied as fp32, never in tf32. The order of summation depends
+on K alone, so a row comes out the same in any batch. Programs go through the tiles of C in groups of eight rows of
+tiles, so that what they share of A and B stays in the L2 cache.
+
+Cost of (M, K) times (K, N) in s bytes, tiles BM x BN x BK:
+    FLOPs     2 M N K; issued 2 ceil(M / BM) BM ceil(N / BN) BN ceil(K / BK) BK
+    bytes     (M K + K N + M N) s compulsory; issued (M K ceil(N / BN) + K N ceil(M / BM) + M N) s
+and M N s for each of h read or written, residual read, and twice for the activation written; per tile row, N w for a bias of w bytes
+each and 4 N for partial column sums, which are then read once, with 4 N written.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prismer.kernels.activation import (
+    activated,
+    bias_activation_backward_op,
+    bias_activation_op,
+    derivative,
+    sum_groups,
+)
+from prismer.kernels.cases import KernelCase
+
+_GROUP = 8
+
+# Triton
+
+
+@triton.jit
+def _gemm_kernel(
+    p_a, p_b, p_bias, p_h, p_residual, p_c, p_activated, p_sums,
+    M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
+    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    DERIVATIVE: tl.constexpr, STORE_ACTIVATED: tl.constexpr, SUMS: tl.constexpr,
+    SQUARE_A: tl.constexpr, SQUARE_B: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of C; C, h, residual and activation are contiguous (M, N)."""
+    num_m, num_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    i = tl.program_id(0)
+    first = i // (GROUP * num_n) * GROUP
+    rows = min(num_m - first, GROUP)
+    i_m = first + i % (GROUP * num_n) % rows
+    i_n = i % (GROUP * num_n) // rows
+    o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)
+    o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
+    o_k = tl.arange(0, BK)
+    m_m, m_n = o_m < M, o_n < N
+    p_a += o_m[:, None] * stride_am + o_k.to(tl.int64)[None, :] * stride_ak
+    p_b += o_k.to(tl.int64)[:, None] * stride_bk + o_n[None, :] * stride_bn
+
+    b_c = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        m_k = o_k < K - k
+        b_a = tl.load(p_a, mask=m_m[:, None] & m_k[None, :], other=0.0)
+        b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
+        if SQUARE_A:
+            b_a = b_a * b_a
+        if SQUARE_B:
+            b_b = b_b * b_b
+        b_c = tl.dot(b_a, b_b, b_c, input_precision="ieee")
+        p_a += BK * stride_ak
+        p_b += BK * stride_bk
+
+    o, m = o_m[:, None] * N + o_n[None, :], m_m[:, None] & m_n[None, :]
+    if HAS_BIAS:
+        b_bias = tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    if DERIVATIVE:
+        b_u = tl.load(p_h + o, mask=m, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            b_u += b_bias
+        b_c *= derivative(b_u, ACTIVATION)
+    else:
+        if KEEP:
+            tl.store(p_h + o, b_c.to(p_h.dtype.element_ty), mask=m)
+        if HAS_BIAS:
+            b_c += b_bias
+        b_c = activated(b_c, ACTIVATION)
+        if HAS_RESIDUAL:
+            b_c += tl.load(p_residual + o, mask=m, other=0.0).to(tl.float32)
+    if SUMS:
+        # rows past the end are zero: their A is
+        tl.store(p_sums + i_m.to(tl.int64) * N + o_n, tl.sum(b_c, 0), mask=m_n)
+    tl.store(p_c + o, b_c.to(p_c.dtype.element_ty), mask=m)
+    if STORE_ACTIVATED:
+        # h again, from the cache: to hold it beside dh would spill registers
+        b_u = tl.load(p_h + o, mask=m, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            b_u += b_bias
+        tl.store(p_activated + o, activated(b_u, ACTIVATION).to(p_activated.dtype.element_ty), mask=m)
+
+
+def _tiles(M: int, N: int, dtype: torch.dtype, activated: bool = False) -> dict[str, int]:
+    """Tile shapes; BK, which sets the order of summation, is that of the dtype alone.
+
+    Eight warps leave an accumulator 32 or 64 registers a thread, so that no epilogue spills on any architecture.
+    """
+    if dtype == torch.float32:
+        return dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=3)
+    # 36 large tiles leave most of an H100 idle: then smaller tiles, and four times as many
+    if triton.cdiv(M, 128) * triton.cdiv(N, 128) < 96:
+        return dict(BM=64, BN=64, BK=64, num_warps=8, num_stages=4)
+    # two results of the epilogue do not fit beside 64 registers
+    return dict(BM=128, BN=64 if activated else 128, BK=64, num_warps=8, num_stages=3)
+
+
+def _launch(
+    a, b, c, *, bias=None, activation="none", h=None, residual=None, differentiate=False,
+    activated=None, sums=False, square_a=False, square_b=False,
+) -> Tensor | None:  # fmt: skip
+    """Run the kernel on views `a` (M, K) and `b` (K, N); returns the column sums if asked for."""
+    (M, K), N = a.shape, b.shape[1]
+    if not M or not N:
+        return a.new_zeros(N, dtype=torch.float32) if sums else None
+    tiles = _tiles(M, N, a.dtype, activated is not None)
+    num_m = triton.cdiv(M, tiles["BM"])
+    partial = torch.empty(num_m, N, dtype=torch.float32, device=a.device) if sums else None
+    _gemm_kernel[(num_m * triton.cdiv(N, tiles["BN"]),)](
+        a, b, bias, h, residual, c, activated, partial,
+        M, N, K, *a.stride(), *b.stride(),
+        HAS_BIAS=bias is not None, ACTIVATION=activation, KEEP=h is not None and not differentiate,
+        HAS_RESIDUAL=residual is not None, DERIVATIVE=differentiate, STORE_ACTIVATED=activated is not None,
+        SUMS=sums, SQUARE_A=square_a, SQUARE_B=square_b, GROUP=_GROUP, **tiles,
+    )  # fmt: skip
+    return sum_groups(partial) if sums else None
+
+
+# for the rooms that are built of products: on `backend` "triton", or of torch's operators
+
+
+def gemm(
+    a: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str, activation: str = "none",
+    keep: bool = False, residual: Tensor | None = None, square: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """act(a weight^T + bias) + residual, and the product alone (empty unless `keep`).
+
+    Args:
+        a: (R, K), contiguous.
+        weight: (N, K), as in `nn.Linear`, of the dtype of `a`.
+        bias: (N,), any floating dtype, or None.
+        backend: "triton" or "torch".
+        activation: one of `activation.ACTIVATIONS`, "relu" or "none".
+        residual: (R, N), contiguous.
+        square: multiply a^2 instead, rounded to the dtype of `a`.
+    """
+    empty = a.new_empty(0)
+    if backend == "triton":
+        c = a.new_empty(a.shape[0], weight.shape[0])
+        h = torch.empty_like(c) if keep else None
+        _launch(
+            a, weight.T, c, bias=bias, activation=activation, h=h, residual=residual, square_a=square
+        )  # fmt: skip
+        return c, h if keep else empty
+    if square:
+        a = a.square()
+    if activation not in ("none", "relu"):
+        h = F.linear(a, weight)
+        c = bias_activation_op(h, bias, activation)
+    else:
+        h = empty
+        if bias is None or bias.dtype == a.dtype:
+            c = F.linear(a, weight, bias)
+        else:
+            c = F.linear(a, weight).add_(bias)
+        if activation == "relu":
+            c.relu_()
+    if residual is not None:
+        c += residual
+    return c, h if keep else empty
+
+
+def gemm_derivative(
+    dy: Tensor, weight: Tensor, h: Tensor, bias: Tensor | None, *, backend: str, activation: str,
+    activated: bool = False, sums: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dy weight) act'(h + bias), then act(h + bias) if `activated`, and the column sums in fp32 if `sums`, else empty.
+
+    Args:
+        dy: (R, N), contiguous.
+        weight: (N, K), as in `nn.Linear`.
+        h: (R, K), contiguous; bias: (K,) or None.
+    """
+    empty = dy.new_empty(0)
+    if backend == "triton":
+        dh = torch.empty_like(h)
+        a = torch.empty_like(h) if activated else None
+        dbias = _launch(
+            dy, weight, dh, bias=bias, activation=activation, h=h, differentiate=True, activated=a, sums=sums
+        )  # fmt: skip
+        return dh, a if activated else empty, dbias if sums else empty
+    dh, dbias = bias_activation_backward_op(dy @ weight, h, bias, activation, sums)
+    return dh, bias_activation_op(h, bias, activation) if activated else empty, dbias
+
+
+def gemm_gradient(dy: Tensor, a: Tensor, *, backend: str, square: bool = False) -> Tensor:
+    """dy^T a, the gradient of a weight (N, K), in the dtype of `dy`; a^2 instead of a if `square`.
+
+    Args:
+        dy: (R, N), contiguous.
+        a: (R, K), contiguous.
+    """
+    if backend == "triton":
+        dweight = dy.new_empty(dy.shape[1], a.shape[1])
+        _launch(dy.T, a, dweight, square_b=square)
+        return dweight
+    return dy.T @ (a.square() if square else a)
+
+
+def gemm_case(
+    name: str, M: int, N: int, K: int, *, shape: str, a_transposed: bool = False, b_transposed: bool = False,
+    bias: bool = False, activation: str = "none", keep: bool = False, residual: bool = False,
+    differentiate: bool = False, activated: bool = False, sums: bool = False,
+    square_a: bool = False, square_b: bool = False, dtype: torch.dtype = torch.bfloat16,
+) -> KernelCase:  # fmt: skip
+    """The case that `_launch` would run; a transposed operand has its columns contiguous."""
+    tiles, s = _tiles(M, N, dtype, activated), dtype.itemsize
+    warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
+    pointers = dict(
+        p_a=True, p_b=True, p_bias=bias, p_h=keep or differentiate, p_residual=residual, p_c=True,
+        p_activated=activated, p_sums=sums,
+    )  # fmt: skip
+    unit = (
+        "stride_am" if a_transposed else "stride_ak",
+        "stride_bk" if b_transposed else "stride_bn",
+    )
+    strides = ("stride_am", "stride_ak", "stride_bk", "stride_bn")
+    integers = ("M", "N", "K", *(s for s in strides if s not in unit))
+    extra = sum((keep or differentiate, residual, activated))
+    return KernelCase(
+        name=name, kernel=_gemm_kernel, shape=shape,
+        signature={p: "*bf16" if s == 2 and p != "p_sums" else "*fp32" for p, given in pointers.items() if given}
+        | dict.fromkeys(integers, "i32"),
+        constants={p: None for p, given in pointers.items() if not given} | dict.fromkeys(unit, 1)
+        | dict(
+            HAS_BIAS=bias, ACTIVATION=activation, KEEP=keep, HAS_RESIDUAL=residual, DERIVATIVE=differentiate,
+            STORE_ACTIVATED=activated, SUMS=sums, SQUARE_A=square_a, SQUARE_B=square_b, GROUP=_GROUP, **tiles,
+        ),
+        divisible=tuple(i for i in integers if i not in "MNK" or dict(M=M, N=N, K=K)[i] % 16 == 0),
+        num_warps=warps, num_stages=stages, dot=s == 2, flops=2 * M * N * K,
+        bytes=s * (M * K + K * N + (1 + extra) * M * N + N * bias) + 4 * N * triton.cdiv(M, tiles["BM"]) * sums,
+    )  # fmt: skip
+
+
+def kernel_cases() -> list[KernelCase]:
+    """What is compiled ahead of time beside the products of `mlp` and `adaptor`: fp32, which has no tensor cores."""
+    R, D, E = 8 * 260, 768, 3072
+    shape = f"BASE 224 px, 8 images, {R} x {D} x {E}, fp32"
+    fp32 = dict(shape=shape, dtype=torch.float32, bias=True, activation="quick_gelu")
+    return [
+        gemm_case("fp32 fc quick_gelu", R, E, D, b_transposed=True, keep=True, **fp32),
+        gemm_case("fp32 dh", R, E, D, differentiate=True, activated=True, sums=True, **fp32),
+    ]

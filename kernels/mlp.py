@@ -1,0 +1,247 @@
+"""The two-layer perceptron of a transformer block, with bias and activation inside the matrix products.
+
+    h = x fc_weight^T,  a = act(h + fc_bias),  y = a proj_weight^T + proj_bias
+    dh = (dy proj_weight) act'(h + fc_bias),  dx = dh fc_weight
+    dfc_weight = dh^T x,  dproj_weight = dy^T a,  biases: the column sums of dh and dy
+
+For R rows of D numbers of s bytes, hidden width E and output width O, each product only where something trains:
+    FLOPs     forward 2 R E (D + O);  backward 2 R E (O for dh + D for dx + D for dfc_weight + O for dproj_weight)
+    saved     h, R E s, the product WITHOUT its bias; x, R D s, only if fc_weight trains; and parameters themselves.
+              h is not even written if nothing that needs it trains; a is never saved: it is formed again beside dh.
+    bytes     forward, compulsory: (R D + 2 R E + R O + D E + E O) s, R E s more if h is kept
+Source: the MLP of CLIP, arXiv:2103.00020 (quick_gelu), of RoBERTa, arXiv:1907.11692 (gelu), and of the resampler of
+Prismer, arXiv:2303.02506 (squared_relu).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prismer.kernels import dispatch
+from prismer.kernels.activation import (
+    bias_activation_op,
+    bias_activation_reference,
+    check_activation,
+    column_sums,
+)
+from prismer.kernels.cases import KernelCase
+from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient
+
+
+def mlp_reference(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    activation: str,
+) -> Tensor:
+    """The definition, fp32 inside (float64 for float64). Shapes as in `mlp`."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    x32, w1, b1, w2, b2 = (
+        None if t is None else t.to(compute)
+        for t in (x, fc_weight, fc_bias, proj_weight, proj_bias)
+    )
+    a = bias_activation_reference(F.linear(x32, w1), b1, activation)
+    return F.linear(a, w2, b2).to(x.dtype)
+
+
+# the registered ops
+
+
+def supports(backend: str, x: Tensor) -> str | None:
+    """None if `backend` serves rows like those of `x`, else the reason why not."""
+    if backend == "triton" and x.dtype == torch.float64:
+        return "triton mlp computes in fp32, and x is float64"
+    return None
+
+
+def _forward(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, keep):
+    x = x.contiguous()
+    backend = dispatch.choose("mlp", x.device, lambda name: supports(name, x))
+    a, h = gemm(x, fc_weight, fc_bias, backend=backend, activation=activation, keep=keep)
+    y, _ = gemm(a, proj_weight, proj_bias, backend=backend)
+    return y, h
+
+
+def _forward_fake(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, keep):
+    R, E = x.shape[0], fc_weight.shape[0]
+    h = x.new_empty(R, E) if keep else x.new_empty(0)
+    return x.new_empty(R, proj_weight.shape[0]), h
+
+
+def _backward(dy, x, h, fc_weight, fc_bias, proj_weight, activation, needs):
+    need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = needs
+    dy = dy.contiguous()
+    backend = dispatch.choose("mlp", dy.device, lambda name: supports(name, dy))
+    compute = torch.promote_types(dy.dtype, torch.float32)
+    dx, dfc_weight, dproj_weight = (dy.new_empty(0) for _ in range(3))
+    dfc_bias, dproj_bias = (dy.new_empty(0, dtype=compute) for _ in range(2))
+    if need_x or need_fc_weight or need_fc_bias:
+        dh, a, sums = gemm_derivative(
+            dy, proj_weight, h, fc_bias,
+            backend=backend, activation=activation, activated=need_proj_weight, sums=need_fc_bias,
+        )  # fmt: skip
+        if need_fc_bias:
+            dfc_bias = sums
+        if need_fc_weight:
+            dfc_weight = gemm_gradient(dh, x.contiguous(), backend=backend)
+        if need_x:
+            dx, _ = gemm(dh, fc_weight.T, None, backend=backend)
+    elif need_proj_weight:
+        a = bias_activation_op(h, fc_bias, activation)
+    if need_proj_weight:
+        dproj_weight = gemm_gradient(dy, a, backend=backend)
+    if need_proj_bias:
+        dproj_bias = column_sums(dy, backend)
+    return dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias
+
+
+def _backward_fake(dy, x, h, fc_weight, fc_bias, proj_weight, activation, needs):
+    compute = torch.promote_types(dy.dtype, torch.float32)
+    R, outputs = dy.shape
+    need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = needs
+    return (
+        dy.new_empty((R, fc_weight.shape[1]) if need_x else 0),
+        dy.new_empty((h.shape[1], x.shape[1]) if need_fc_weight else 0),
+        dy.new_empty(h.shape[1] if need_fc_bias else 0, dtype=compute),
+        dy.new_empty((outputs, h.shape[1]) if need_proj_weight else 0),
+        dy.new_empty(outputs if need_proj_bias else 0, dtype=compute),
+    )
+
+
+_mlp = dispatch.define(
+    "mlp(Tensor x, Tensor fc_weight, Tensor? fc_bias, Tensor proj_weight, Tensor? proj_bias, str activation, bool keep)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+# needs: of x, fc_weight, fc_bias, proj_weight, proj_bias
+_mlp_backward = dispatch.define(
+    "mlp_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? fc_weight, Tensor? fc_bias, Tensor? proj_weight,"
+    " str activation, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, fc_weight, fc_bias, proj_weight, proj_bias, activation, _ = inputs
+    _, h = output
+    ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)
+    needs = ctx.needs_input_grad[:5]
+    if any(needs):
+        need_dh, need_h = any(needs[:3]), any(needs[:4])
+        ctx.activation = activation
+        ctx.dtypes = [None if t is None else t.dtype for t in (fc_bias, proj_bias)]
+        ctx.save_for_backward(
+            x if needs[1] else None,
+            h if need_h else None,
+            fc_weight if needs[0] else None,
+            fc_bias if need_h else None,
+            proj_weight if need_dh else None,
+        )
+
+
+def _autograd(ctx, dy, _):
+    if dy is None:
+        return (None,) * 7
+    needs = list(ctx.needs_input_grad[:5])
+    grads = list(_mlp_backward(dy, *ctx.saved_tensors, ctx.activation, needs))
+    for i, dtype in zip((2, 4), ctx.dtypes, strict=True):
+        grads[i] = grads[i].to(dtype) if needs[i] else None
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+
+
+dispatch.register_backward("mlp", _setup_context, _autograd)
+
+
+# the public function
+
+
+def check_linear(
+    name: str, weight: Tensor, bias: Tensor | None, inputs: int, like: Tensor, outputs: int | None = None
+) -> None:  # fmt: skip
+    """Raise ValueError unless `weight` (outputs, inputs) and `bias` (outputs,) are a layer for `like`, which is x."""
+    if (
+        weight.dtype != like.dtype or weight.dim() != 2 or not weight.numel()
+        or weight.shape[1] != inputs or weight.shape[0] != (outputs or weight.shape[0])
+    ):  # fmt: skip
+        raise ValueError(
+            f"{name}_weight is {weight.dtype} of shape {tuple(weight.shape)}; "
+            f"pass {like.dtype}, like x, of shape ({outputs or 'outputs'}, {inputs})"
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise ValueError(
+            f"{name}_bias is {bias.dtype} of shape {tuple(bias.shape)}; "
+            f"pass floats of shape {tuple(weight.shape[:1])}"
+        )
+
+
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    activation: str,
+) -> Tensor:
+    """proj(act(fc(x))), which saves the pre-activation only, and computes no gradient of what is frozen.
+
+    Args:
+        x: (..., D), fp32, bf16, fp16 or float64.
+        fc_weight, proj_weight: (E, D) and (O, E), as in `nn.Linear`, of the dtype of `x`.
+        fc_bias, proj_bias: (E,) and (O,), any floating dtype, or None.
+        activation: "quick_gelu", "gelu" (exact) or "squared_relu".
+
+    Returns:
+        (..., O) in the dtype of `x`.
+
+    Raises:
+        ValueError: if a shape, dtype or name does not fit.
+    """
+    check_activation(activation)
+    if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (..., D)")
+    check_linear("fc", fc_weight, fc_bias, x.shape[-1], x)
+    check_linear("proj", proj_weight, proj_bias, fc_weight.shape[0], x)
+    if dispatch.asked() == "reference":
+        return mlp_reference(
+            x, fc_weight, fc_bias, proj_weight, proj_bias, activation=activation
+        )  # fmt: skip
+    keep = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, fc_weight, fc_bias, proj_weight)
+    )
+    rows = x.reshape(-1, x.shape[-1])
+    y, _ = _mlp(rows, fc_weight, fc_bias, proj_weight, proj_bias, activation, keep)
+    return y.view(*x.shape[:-1], proj_weight.shape[0])
+
+
+def kernel_cases() -> list[KernelCase]:
+    """What is compiled ahead of time: every product of BASE and LARGE at 480 px, 8 images, and a decoder's."""
+    cases = []
+    for model, R, D, name in (
+        ("BASE", 8 * 964, 768, "quick_gelu"),
+        ("LARGE", 8 * 1220, 1024, "quick_gelu"),
+        ("BASE decoder", 8 * 40, 768, "gelu"),
+    ):
+        E = 4 * D
+        shape = f"{model}, 8 images, {R} x {D} x {E}"
+        cases += [
+            gemm_case(
+                f"{model} mlp fc {name}", R, E, D, shape=shape, b_transposed=True,
+                bias=True, activation=name, keep=True,
+            ),
+            gemm_case(f"{model} mlp proj", R, D, E, shape=shape, b_transposed=True, bias=True),
+            gemm_case(
+                f"{model} mlp dh", R, E, D, shape=shape, bias=True, activation=name,
+                differentiate=True, activated=True, sums=True,
+            ),
+            gemm_case(f"{model} mlp dx", R, D, E, shape=shape),
+            gemm_case(f"{model} mlp dfc_weight", E, D, R, shape=shape, a_transposed=True),
+            gemm_case(f"{model} mlp dproj_weight", D, E, R, shape=shape, a_transposed=True),
+        ]  # fmt: skip
+    return cases

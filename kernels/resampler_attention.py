@@ -1,0 +1,600 @@
+"""Attention of a resampler's latents over themselves and over the inputs, without keys and values of the inputs.
+
+    x = x_hat * gamma + beta,   keys = [query ; x],   x_hat = the inputs, standardised once for all layers
+    q_h = W_q,h query + b_q,h,   P_h = softmax_n((q_h . (W_k,h keys_n + b_k,h)) / sqrt(K)),   out_h = P_h (W_v,h keys + b_v,h)
+
+b_k adds the same number to all scores of a query, so it cancels, and its gradient is zero. The same value is computed
+in one of two orders. "ordinary" projects keys and values (2 N D^2 products an image) and then attends. "absorbed" moves
+the projections to the other side of the products with the keys, where there are few rows:
+
+    a_h = W_k,h^T q_h / sqrt(K)  (D numbers),  scores = (a_h * gamma) . x_hat_n + a_h . beta  and  a_h . query_m
+    t_h = gamma * (P_x x_hat) + beta * sum(P_x) + P_z query,                   out_h = W_v,h t_h + b_v,h
+
+so that x_hat itself is key and value of every head and layer, and keys and values of the inputs never exist. Source of
+the layer: the resampler of Prismer, arXiv:2303.02506, and Flamingo, arXiv:2204.14198; of the exchange: associativity.
+
+Matrix products for B images, M queries, L inputs, N = M + L keys, Q = H M absorbed queries (`flops` has the gradients):
+    absorbed  2 B (3 M D^2 + 2 Q N D),      ordinary  2 B (M D^2 + 2 N D^2 + 2 M N D)
+`order=None` takes the order with fewer, forward plus the gradients that this call needs. Without the projection of the
+queries, common to both, the absorbed order needs 0.66 (BASE), 0.51 (LARGE), 0.42 (HUGE) of the ordinary one with six
+experts, and 0.84 with one. All gradients together keep that ratio. With frozen parameters it is worse, since weights
+are what the ordinary order saves: it then pays from LARGE on, or as long as nothing needs a gradient.
+
+Kept for the backward pass, in bytes, for numbers of s bytes, besides the inputs and parameters themselves:
+    absorbed  B M D s (q) + B Q N s (probabilities); and B Q D s + 4 B Q where the norm or in_proj_weight trains.
+              Triton pads N to W = 64 (ceil(M / 64) + ceil(L / 64)), and keeps 4 B Q W / 64 + B M D s more
+    ordinary  B M D s (q) + B Q N s (probabilities) + 2 B N D s (keys and values)
+"""
+
+import math
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from prismer.kernels import dispatch, resampler_triton
+from prismer.kernels.cases import KernelCase
+from prismer.kernels.layer_norm import layer_norm
+
+_MIXED = {"norm_weight", "norm_bias", "in_proj_weight"}  # what needs P_x x_hat again
+_ARGUMENTS = ("query", "x_hat", "norm_weight", "norm_bias", "in_proj_weight", "in_proj_bias")
+
+
+def standardise(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Zero mean and unit variance in the last dimension: `x_hat` of `resampler_attention`, one call for all layers."""
+    return layer_norm(x, None, None, eps)
+
+
+def resampler_attention_reference(
+    query: Tensor,
+    x_hat: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """The definition, fp32 inside (float64 for float64). Shapes as in `resampler_attention`."""
+    compute = torch.promote_types(query.dtype, torch.float32)
+    query32, x = query.to(compute), x_hat.to(compute) * norm_weight.to(compute)
+    keys = torch.cat([query32, x + norm_bias.to(compute)], dim=1)
+    weights, biases = in_proj_weight.to(compute).chunk(3), in_proj_bias.to(compute).chunk(3)
+    q, k, v = (
+        torch.nn.functional.linear(t, weight, bias).unflatten(2, (num_heads, -1)).transpose(1, 2)
+        for t, weight, bias in zip((query32, keys, keys), weights, biases, strict=True)
+    )
+    probs = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)
+    return (probs @ v).transpose(1, 2).flatten(2).to(query.dtype)
+
+
+def flops(order: str, B: int, M: int, L: int, D: int, H: int, grads: Collection[str] = ()) -> int:
+    """Floating-point operations of the matrix products of one call, forward and backward, counted exactly.
+
+    Args:
+        order: "absorbed" or "ordinary".
+        B, M, L, D, H: images, queries, inputs, width, heads.
+        grads: the arguments of `resampler_attention` that need a gradient, by name; none is the forward pass alone.
+
+    Returns:
+        Twice the multiply-adds. Sums, scalings and the softmax are not counted.
+    """
+    N, Q = M + L, H * M
+    query, x_hat, weight = (name in grads for name in ("query", "x_hat", "in_proj_weight"))
+    norm = "norm_weight" in grads or "norm_bias" in grads
+    dq = query or weight or "in_proj_bias" in grads
+    small = M * D * D  # one projection of the queries, or of their absorbed form
+    if order == "absorbed":
+        total = 3 * small + 2 * Q * N * D
+        if grads:
+            total += 2 * small + Q * N * D  # a again, dt, dprobs
+            total += (dq or norm) * Q * N * D + dq * small  # da, dq
+            total += x_hat * 2 * Q * L * D
+            total += query * (2 * Q * M * D + small)
+            total += weight * (3 * small + Q * M * D)  # three projections; t again
+    else:
+        total = small + 2 * N * D * D + 2 * M * N * D
+        if grads:
+            keys = query or x_hat or norm or weight
+            total += (1 + dq + 2 * keys) * M * N * D  # dprobs, dq, dk and dv
+            total += x_hat * 2 * L * D * D + query * 3 * small
+            total += (weight or norm) * 2 * L * D * D + weight * 3 * small
+    return 2 * B * total
+
+
+# products with the heads' slices of a weight: few rows, and the same for every backend
+
+
+def _absorb(rows: Tensor, weight: Tensor, H: int, scale: float) -> Tensor:
+    """(R, D) rows of H heads, each times its (K, D) slice of `weight` (D, D) -> (H, R, D)."""
+    heads, weight = rows.unflatten(1, (H, -1)).transpose(0, 1), weight.unflatten(0, (H, -1))
+    a = rows.new_empty(H, *rows.shape)
+    return torch.baddbmm(a, heads, weight, beta=0, alpha=scale)
+
+
+def _release(a: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """The transpose of `_absorb`: (H, R, D), each head times its slice of `weight`, transposed -> (R, D)."""
+    H, R, D = a.shape
+    slices = weight.unflatten(0, (H, -1)).mT
+    heads = torch.baddbmm(a.new_empty(H, R, D // H), a, slices, beta=0, alpha=scale)
+    return heads.transpose(0, 1).reshape(R, D)
+
+
+def _absorb_weight(rows: Tensor, a: Tensor, scale: float, out: Tensor) -> None:
+    """The weight's gradient of `_absorb`: (R, D) rows of H heads and (H, R, D) -> `out` (D, D)."""
+    H = a.shape[0]
+    heads, out = rows.unflatten(1, (H, -1)).permute(1, 2, 0), out.unflatten(0, (H, -1))
+    torch.baddbmm(out, heads, a, beta=0, alpha=scale, out=out)
+
+
+# torch: on the CPU an image at a time, so that its scores stay in the cache; elsewhere all images in one launch
+
+
+def _steps(x: Tensor) -> Iterator[slice]:
+    B = x.shape[0]
+    step = 1 if x.device.type == "cpu" else max(B, 1)
+    return (slice(i, min(i + step, B)) for i in range(0, B, step))
+
+
+def _images(a: Tensor, B: int, images: slice) -> Tensor:
+    """(H, B * M, D) -> contiguous (n, H * M, D) of some images."""
+    H, R, D = a.shape
+    return a.view(H, B, R // B, D)[:, images].transpose(0, 1).reshape(-1, H * (R // B), D)
+
+
+def _store(total: Tensor, a: Tensor, B: int, images: slice) -> None:
+    """The way back: (n, H * M, D) of some images into `a` (H, B * M, D)."""
+    H, R, D = a.shape
+    a.view(H, B, R // B, D)[:, images] = total.view(-1, H, R // B, D).transpose(0, 1)
+
+
+def _mixture(mixed, share, gamma, beta, probs_z, query) -> Tensor:
+    """t of the module's docstring, (n, Q, D): gamma * mixed + beta * share + probs_z query."""
+    total = (mixed.to(share.dtype) * gamma).addcmul_(share[..., None], beta.to(share.dtype))
+    return torch.baddbmm(total.to(query.dtype), probs_z, query)
+
+
+def _attend(a, query, x_hat, gamma, beta, keep, keep_mixed):
+    """Absorbed queries (H, B * M, D) -> t of the same shape, and what the backward pass needs of it."""
+    (B, M, D), L = query.shape, x_hat.shape[1]
+    Q, compute = a.shape[0] * M, torch.promote_types(query.dtype, torch.float32)
+    probs = query.new_empty(B if keep else 0, Q, M + L)
+    share = query.new_empty(B if keep_mixed else 0, Q, dtype=compute)
+    mixed = query.new_empty(B if keep_mixed else 0, Q, D)
+    t, beta = torch.empty_like(a), beta.to(compute)
+    for images in _steps(query):
+        u, x, a_here = query[images], x_hat[images], _images(a, B, images)
+        scores = u.new_empty(len(u), Q, M + L)
+        torch.bmm(a_here, u.mT, out=scores[..., :M])
+        # the offset of the inputs is taken from the few latents: a softmax does not see what all keys share
+        scores[..., :M] -= torch.matmul(a_here.to(compute), beta)[..., None]
+        torch.bmm((a_here * gamma).to(u.dtype), x.mT, out=scores[..., M:])
+        p = torch.softmax(scores, -1, out=probs[images] if keep else None)
+        mixed_here, share_here = torch.bmm(p[..., M:], x), p[..., M:].sum(-1, dtype=compute)
+        if keep_mixed:
+            mixed[images], share[images] = mixed_here, share_here
+        _store(_mixture(mixed_here, share_here, gamma, beta, p[..., :M], u), t, B, images)
+    return t, probs, share, mixed
+
+
+def _attend_backward(a, dt, query, x_hat, gamma, beta, probs, share, mixed, needs, results):
+    """Gradients of `_attend`: fills those of query (its keys' part), x_hat and norm; returns da, and t again."""
+    (B, M, D), L, Q = query.shape, x_hat.shape[1], probs.shape[1]
+    compute = torch.promote_types(query.dtype, torch.float32)
+    dquery, dx_hat, dgamma, dbeta, _, _ = results
+    da, t = torch.empty_like(a), torch.empty_like(a if needs["in_proj_weight"] else a[:0])
+    for images in _steps(query):
+        u, x, p = query[images], x_hat[images], probs[images]
+        pair = torch.cat([_images(a, B, images), _images(dt, B, images)], dim=1)
+        scaled = (pair * gamma).to(u.dtype)
+        # gradients of scores over probabilities: the keys' gradient contracts them with (a, dt) in one product
+        both = u.new_empty(len(u), 2 * Q, M + L)
+        dscores, dprobs = both[:, :Q], both[:, Q:]
+        torch.bmm(pair[:, Q:], u.mT, out=dprobs[..., :M])
+        dprobs[..., :M] -= torch.matmul(pair[:, Q:].to(compute), beta.to(compute))[..., None]
+        torch.bmm(scaled[:, Q:], x.mT, out=dprobs[..., M:])
+        dscores.copy_(torch._softmax_backward_data(dprobs, p, -1, p.dtype))
+        if needs["x_hat"] or needs["query"]:
+            dprobs.copy_(p)
+        if needs["x_hat"]:
+            torch.bmm(both[..., M:].mT, scaled, out=dx_hat[images])
+        if needs["query"]:
+            torch.bmm(both[..., :M].mT, pair, out=dquery[images])
+        if any(needs[name] for name in needs if name != "x_hat"):
+            mixed_da = torch.bmm(dscores[..., M:], x)
+            share_da = dscores[..., M:].sum(-1, dtype=compute)
+            _store(_mixture(mixed_da, share_da, gamma, beta, dscores[..., :M], u), da, B, images)
+        if needs["norm"]:
+            products = (mixed_da.to(compute) * pair[:, :Q]).addcmul_(
+                mixed[images].to(compute), pair[:, Q:].to(compute)
+            )
+            dgamma += products.sum((0, 1))
+            weights = torch.cat([share_da, share[images]], dim=1).view(-1)
+            dbeta += torch.mv(pair.to(compute).view(-1, D).T, weights)
+        if needs["in_proj_weight"]:
+            again = _mixture(mixed[images], share[images], gamma, beta, p[..., :M], u)
+            _store(again, t, B, images)
+    return da, t
+
+
+# both backends of the absorbed order
+
+
+def _absorbed_forward(query, x_hat, gamma, beta, weight, bias, H, triton, keep, keep_mixed):
+    (B, M, D), scale = query.shape, (query.shape[2] // H) ** -0.5
+    w_q, w_k, w_v = weight.view(3, D, D)
+    q = torch.addmm(bias[:D], query.view(-1, D), w_q.T)
+    a, factor, attended = _absorb(q, w_k, H, scale), None, None
+    if triton:
+        t, probs, factor, share, mixed = resampler_triton.attend(
+            a, query, x_hat, gamma, beta, keep_mixed
+        )
+    else:
+        t, probs, share, mixed = _attend(a, query, x_hat, gamma, beta, keep, keep_mixed)
+    out = _release(t, w_v, 1.0).view(B, M, D)
+    if triton:
+        attended = out
+    # the probabilities of a query sum to one, so b_v passes through
+    out = out + bias[2 * D :]
+    return out, q.view(B, M, D), probs, factor, attended, share, mixed
+
+
+def _absorbed_backward(
+    dy,
+    query,
+    x_hat,
+    gamma,
+    beta,
+    weight,
+    q,
+    probs,
+    factor,
+    attended,
+    share,
+    mixed,
+    H,
+    needs,
+    results,
+):
+    D, scale = query.shape[2], (query.shape[2] // H) ** -0.5
+    w_q, w_k, w_v = weight.view(3, D, D)
+    rows, q, dy = query.view(-1, D), q.view(-1, D), dy.view(-1, D)
+    dquery, _, _, _, dweight, dbias = results
+    a, dt = _absorb(q, w_k, H, scale), _absorb(dy, w_v, H, 1.0)
+    if factor.numel():
+        # sum of dprobs * probs, of every absorbed query
+        delta = (dy.float() * attended.view(-1, D)).unflatten(1, (H, -1)).sum(2).T.contiguous()
+        da, t = resampler_triton.attend_backward(
+            a, dt, delta, query, x_hat, gamma, beta, probs, factor, share, mixed, needs, results
+        )
+    else:
+        da, t = _attend_backward(
+            a, dt, query, x_hat, gamma, beta, probs, share, mixed, needs, results
+        )
+    if needs["query"] or needs["in_proj_weight"] or needs["in_proj_bias"]:
+        dq = _release(da, w_k, scale)
+    if needs["query"]:
+        dquery.view(-1, D).addmm_(dq, w_q)
+    if needs["in_proj_weight"]:
+        torch.mm(dq.T, rows, out=dweight[:D])
+        _absorb_weight(q, da, scale, dweight[D : 2 * D])
+        _absorb_weight(dy, t, 1.0, dweight[2 * D :])
+    if needs["in_proj_bias"]:
+        _bias_gradient(dq, dy, dbias)
+
+
+def _bias_gradient(dq: Tensor, dy: Tensor, dbias: Tensor) -> None:
+    D = dq.shape[1]
+    torch.sum(dq, 0, out=dbias[:D])
+    dbias[D : 2 * D].zero_()
+    torch.sum(dy, 0, out=dbias[2 * D :])
+
+
+# the ordinary order, of torch products only
+
+
+def _split_heads(t: Tensor, H: int) -> Tensor:
+    """(n, R, D) -> (n * H, R, K); of one image it is a view."""
+    return t.unflatten(2, (H, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _ordinary_forward(query, x_hat, gamma, beta, weight, bias, H, keep):
+    (B, M, D), L = query.shape, x_hat.shape[1]
+    scale, w_kv = (D // H) ** -0.5, weight[D:]
+    q = torch.addmm(bias[:D], query.view(-1, D), weight[:D].T).view(B, M, D)
+    # gamma and beta go into the weights: smaller than the inputs, and nothing but x_hat is kept
+    offset = torch.mv(w_kv, beta.to(q.dtype))
+    kv = q.new_empty(B * (M + L), 2 * D)
+    torch.mm(query.view(-1, D), w_kv.T, out=kv[: B * M])
+    torch.addmm(offset, x_hat.view(-1, D), (w_kv * gamma).to(q.dtype).T, out=kv[B * M :])
+    kv_z, kv_x = kv[: B * M].view(B, M, 2 * D), kv[B * M :].view(B, L, 2 * D)
+    probs, out = q.new_empty(B if keep else 0, H * M, M + L), torch.empty_like(query)
+    for images in _steps(query):
+        q_here = _split_heads(q[images], H)
+        k_z, v_z, k_x, v_x = (
+            _split_heads(t, H) for kv in (kv_z, kv_x) for t in kv[images].chunk(2, 2)
+        )
+        scores = q.new_empty(len(q_here), M, M + L)
+        for part, k in ((scores[..., :M], k_z), (scores[..., M:], k_x)):
+            torch.baddbmm(part, q_here, k.mT, beta=0, alpha=scale, out=part)
+        p = torch.softmax(scores, -1)
+        o = torch.baddbmm(torch.bmm(p[..., :M], v_z), p[..., M:], v_x)
+        out[images].unflatten(2, (H, -1)).copy_(o.unflatten(0, (-1, H)).transpose(1, 2))
+        if keep:
+            probs[images] = p.view(-1, H * M, M + L)
+    # the probabilities of a query sum to one, so b_v passes through
+    return out.add_(bias[2 * D :]), q, probs, kv
+
+
+def _ordinary_backward(dy, query, x_hat, gamma, beta, weight, q, probs, kv, H, needs, results):
+    (B, M, D), L = query.shape, x_hat.shape[1]
+    scale, w_kv = (D // H) ** -0.5, weight[D:]
+    dquery, dx_hat, dgamma, dbeta, dweight, dbias = results
+    need_dq = needs["query"] or needs["in_proj_weight"] or needs["in_proj_bias"]
+    need_dkv = needs["query"] or needs["x_hat"] or needs["norm"] or needs["in_proj_weight"]
+    parts = [t.view(B, -1, 2 * D) for t in (kv[: B * M], kv[B * M :])]
+    dkv = torch.empty_like(kv if need_dkv else kv[:0])
+    dparts = [t.view(B, -1, 2 * D) for t in (dkv[: B * M], dkv[B * M :])] if need_dkv else []
+    dq = torch.empty_like(q if need_dq else q[:0])
+    for images in _steps(query):
+        n = len(query[images])
+        q_here, do = (_split_heads(t[images], H) for t in (q, dy))
+        p = probs[images].view(n * H, M, M + L)
+        ks, vs = ([_split_heads(part[images].chunk(2, 2)[i], H) for part in parts] for i in (0, 1))
+        keys = slice(0, M), slice(M, M + L)
+        dprobs = torch.empty_like(p)
+        for part, v in zip(keys, vs, strict=True):
+            torch.bmm(do, v.mT, out=dprobs[..., part])
+        dscores = torch._softmax_backward_data(dprobs, p, -1, p.dtype)
+        if need_dq:
+            o = torch.baddbmm(do, dscores[..., keys[0]], ks[0], beta=0, alpha=scale)
+            o.baddbmm_(dscores[..., keys[1]], ks[1], alpha=scale)
+            dq[images].unflatten(2, (H, -1)).copy_(o.unflatten(0, (-1, H)).transpose(1, 2))
+        for part, d in zip(keys, dparts, strict=False):
+            dk, dv = (t.unflatten(2, (H, -1)).transpose(1, 2) for t in d[images].chunk(2, 2))
+            zero = do.new_empty(n * H, part.stop - part.start, D // H)
+            o = torch.baddbmm(zero, dscores[..., part].mT, q_here, beta=0, alpha=scale)
+            dk.copy_(o.unflatten(0, (n, H)))
+            dv.copy_(torch.bmm(p[..., part].mT, do).unflatten(0, (n, H)))
+    rows, dq, dkv_z, dkv_x = query.view(-1, D), dq.view(-1, D), dkv[: B * M], dkv[B * M :]
+    if needs["x_hat"]:
+        torch.mm(dkv_x, (w_kv * gamma).to(q.dtype), out=dx_hat.view(-1, D))
+    if needs["query"]:
+        torch.mm(dkv_z, w_kv, out=dquery.view(-1, D))
+        dquery.view(-1, D).addmm_(dq, weight[:D])
+    if needs["norm"] or needs["in_proj_weight"]:
+        dscaled, column = torch.mm(dkv_x.T, x_hat.view(-1, D)), dkv_x.sum(0, dtype=dgamma.dtype)
+    if needs["norm"]:
+        torch.sum(dscaled.to(dgamma.dtype) * w_kv, 0, out=dgamma)
+        torch.mv(w_kv.to(dbeta.dtype).T, column, out=dbeta)
+    if needs["in_proj_weight"]:
+        torch.mm(dq.T, rows, out=dweight[:D])
+        total = (dscaled * gamma).to(column.dtype).addr_(column, beta.to(column.dtype))
+        torch.addmm(total.to(q.dtype), dkv_z.T, rows, out=dweight[D:])
+    if needs["in_proj_bias"]:
+        _bias_gradient(dq, dy.view(-1, D), dbias)
+
+
+# the registered ops
+
+
+def supports(backend: str, query: Tensor) -> str | None:
+    """None if `backend` serves the absorbed order of queries like `query`, else the reason why not."""
+    if backend == "triton" and query.dtype == torch.float64:
+        return "triton resampler_attention computes in fp32, and query is float64"
+    return None
+
+
+def _is_triton(query: Tensor, absorbed: bool) -> bool:
+    """The ordinary order is of torch products alone, whatever is asked for; so is an empty batch."""
+    if not absorbed or not query.numel():
+        return False
+    chosen = dispatch.choose(
+        "resampler_attention", query.device, lambda name: supports(name, query)
+    )
+    return chosen == "triton"
+
+
+def _forward(
+    query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias, num_heads, absorbed, keep, keep_mixed
+):  # fmt: skip
+    query, x_hat, weight = (t.contiguous() for t in (query, x_hat, in_proj_weight))
+    arguments = query, x_hat, norm_weight, norm_bias, weight, in_proj_bias, num_heads
+    if absorbed:
+        triton = _is_triton(query, absorbed)
+        out, *state = _absorbed_forward(*arguments, triton, keep, keep_mixed)
+        kept = (keep, keep, keep and triton, keep and triton, keep_mixed, keep_mixed, False)
+        state = *state, None
+    else:
+        out, q, probs, kv = _ordinary_forward(*arguments, keep)
+        kept, state = (keep, keep, False, False, False, False, keep), (q, probs, *[None] * 4, kv)
+    empty = _forward_fake(*arguments, absorbed, False, False)[1:]
+    return out, *(t if k else e for t, k, e in zip(state, kept, empty, strict=True))
+
+
+def _forward_fake(
+    query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias, num_heads, absorbed, keep, keep_mixed
+):  # fmt: skip
+    (B, M, D), L = query.shape, x_hat.shape[1]
+    Q, compute = num_heads * M, torch.promote_types(query.dtype, torch.float32)
+    triton = keep and _is_triton(query, absorbed)
+    blocks = sum(resampler_triton.blocks_of(M, L))
+    width = blocks * resampler_triton.BLOCK if triton else M + L
+
+    def state(wanted, *shape, dtype=query.dtype):
+        return query.new_empty(shape if wanted else 0, dtype=dtype)
+
+    return (
+        query.new_empty(B, M, D),
+        state(keep, B, M, D),
+        state(keep, B, Q, width),
+        state(triton, B, Q, blocks, dtype=torch.float32),
+        state(triton, B, M, D),
+        state(keep_mixed, B, Q, dtype=compute),
+        state(keep_mixed, B, Q, D),
+        state(keep and not absorbed, B * (M + L), 2 * D),
+    )
+
+
+def _backward(
+    dy, query, x_hat, norm_weight, norm_bias, in_proj_weight, q, probs, factor, attended, share, mixed, kv, num_heads,
+    query_, x_hat_, norm_, weight_, bias_,
+):  # fmt: skip
+    dy, query, x_hat, weight = (t.contiguous() for t in (dy, query, x_hat, in_proj_weight))
+    results = _backward_fake(
+        dy, query, x_hat, norm_weight, norm_bias, weight, q, probs, factor, attended, share, mixed, kv, num_heads,
+        query_, x_hat_, norm_, weight_, bias_,
+    )  # fmt: skip
+    needs = dict(query=query_, x_hat=x_hat_, norm=norm_, in_proj_weight=weight_, in_proj_bias=bias_)
+    inputs = dy, query, x_hat, norm_weight, norm_bias, weight, q.contiguous(), probs.contiguous()
+    if not query.numel():
+        for t in results:
+            t.zero_()
+        return results
+    for t in results[2:4]:
+        t.zero_()
+    # what was kept says how it was made: the backward pass takes the order and the backend of its forward pass
+    if kv.numel():
+        _ordinary_backward(*inputs, kv, num_heads, needs, results)
+    else:
+        _absorbed_backward(*inputs, factor, attended, share, mixed, num_heads, needs, results)
+    return results
+
+
+def _backward_fake(
+    dy, query, x_hat, norm_weight, norm_bias, in_proj_weight, q, probs, factor, attended, share, mixed, kv, num_heads,
+    query_, x_hat_, norm_, weight_, bias_,
+):  # fmt: skip
+    compute = torch.promote_types(query.dtype, torch.float32)
+    D = query.shape[2]
+    return (
+        query.new_empty(query.shape if query_ else 0),
+        query.new_empty(x_hat.shape if x_hat_ else 0),
+        query.new_empty(D if norm_ else 0, dtype=compute),
+        query.new_empty(D if norm_ else 0, dtype=compute),
+        query.new_empty((3 * D, D) if weight_ else 0),
+        query.new_empty(3 * D if bias_ else 0),
+    )
+
+
+_resampler_attention = dispatch.define(
+    "resampler_attention(Tensor query, Tensor x_hat, Tensor norm_weight, Tensor norm_bias, Tensor in_proj_weight,"
+    " Tensor in_proj_bias, int num_heads, bool absorbed, bool keep, bool keep_mixed)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_resampler_attention_backward = dispatch.define(
+    "resampler_attention_backward(Tensor dy, Tensor query, Tensor x_hat, Tensor norm_weight, Tensor norm_bias,"
+    " Tensor in_proj_weight, Tensor q, Tensor probs, Tensor factor, Tensor attended, Tensor share, Tensor mixed,"
+    " Tensor kv, int num_heads, bool need_query, bool need_x_hat, bool need_norm, bool need_weight, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, _, num_heads, _, keep, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    if any(ctx.needs_input_grad):
+        if not keep:
+            raise ValueError("keep is False, and an input needs a gradient; pass keep=True")
+        ctx.num_heads, ctx.dtypes = num_heads, [t.dtype for t in tensors[2:4]]
+        ctx.save_for_backward(*tensors[:5], *output[1:])
+
+
+def _autograd(ctx, dy, *_):
+    needs = ctx.needs_input_grad[:6]
+    if dy is None:
+        return (None,) * 10
+    dquery, dx_hat, dgamma, dbeta, dweight, dbias = _resampler_attention_backward(
+        dy, *ctx.saved_tensors, ctx.num_heads, *needs[:2], needs[2] or needs[3], *needs[4:]
+    )
+    grads = dquery, dx_hat, dgamma.to(ctx.dtypes[0]), dbeta.to(ctx.dtypes[1]), dweight, dbias
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4
+
+
+dispatch.register_backward("resampler_attention", _setup_context, _autograd)
+
+
+# the public function
+
+
+def _check(query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias, num_heads, order):
+    if query.dim() != 3 or not query.is_floating_point() or 0 in query.shape[1:]:
+        raise ValueError(
+            f"query is {query.dtype} of shape {tuple(query.shape)}; pass floats of shape (B, M, D)"
+        )
+    B, _, D = query.shape
+    if x_hat.dim() != 3 or x_hat.shape[::2] != (B, D) or x_hat.dtype != query.dtype:
+        raise ValueError(
+            f"x_hat is {x_hat.dtype} of shape {tuple(x_hat.shape)}; pass {query.dtype} of shape ({B}, L, {D}), like query"
+        )
+    for name, tensor, shape in (
+        ("in_proj_weight", in_proj_weight, (3 * D, D)),
+        ("in_proj_bias", in_proj_bias, (3 * D,)),
+    ):
+        if tensor.shape != shape or tensor.dtype != query.dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass {query.dtype} of shape {shape}, like query"
+            )
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if tensor.shape != (D,) or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass floats of shape ({D},)"
+            )
+    if num_heads < 1 or D % num_heads:
+        raise ValueError(f"num_heads is {num_heads}; pass a divisor of the width {D}")
+    if order not in (None, "absorbed", "ordinary"):
+        raise ValueError(
+            f"order is {order!r}; pass 'absorbed', 'ordinary', or None for the cheaper"
+        )
+
+
+def resampler_attention(
+    query: Tensor,
+    x_hat: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    num_heads: int,
+    *,
+    order: str | None = None,
+) -> Tensor:
+    """Multi-head attention of `query` over the keys [query ; x_hat * norm_weight + norm_bias].
+
+    Args:
+        query: (B, M, D), the normalised latents, fp32, bf16, fp16 or float64.
+        x_hat: (B, L, D) of the same dtype, the inputs after `standardise`; layers share it.
+        norm_weight, norm_bias: (D,), the affine of the inputs' layer norm, any floating dtype.
+        in_proj_weight, in_proj_bias: (3 D, D) and (3 D,), packed as in `nn.MultiheadAttention`, in the dtype of `query`.
+        num_heads: H, a divisor of D.
+        order: "absorbed" or "ordinary", equal but for rounding; None takes the one with fewer `flops` for this call.
+
+    Returns:
+        (B, M, D), the heads side by side, before the output projection.
+
+    Raises:
+        ValueError: if a shape, a dtype or `order` does not fit.
+    """
+    tensors = query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias
+    _check(*tensors, num_heads, order)
+    if dispatch.asked() == "reference":
+        return resampler_attention_reference(*tensors, num_heads)
+    grads = []
+    if torch.is_grad_enabled():
+        grads = [name for name, t in zip(_ARGUMENTS, tensors, strict=True) if t.requires_grad]
+    if order is None:
+        (B, M, D), L = query.shape, x_hat.shape[1]
+        costs = [flops(o, B, M, L, D, num_heads, grads) for o in ("absorbed", "ordinary")]
+        order = "absorbed" if costs[0] < costs[1] else "ordinary"
+    absorbed = order == "absorbed"
+    keep_mixed = absorbed and not _MIXED.isdisjoint(grads)
+    return _resampler_attention(*tensors, num_heads, absorbed, bool(grads), keep_mixed)[0]
+
+
+def kernel_cases() -> list[KernelCase]:
+    """What is compiled ahead of time: BASE, LARGE and HUGE with six experts, 8 images."""
+    return resampler_triton.kernel_cases()

@@ -1,0 +1,412 @@
+"""Triton kernels of the absorbed resampler attention: what lies between the two products with the heads' weights.
+
+The absorbed queries a come as (H, B * M, D); row q = h * M + m of image b is row h * B * M + b * M + m of them.
+Keys come in blocks of 64: first the blocks of the M latents, then those of the L inputs. Scores are never stored:
+a program computes a tile of them, takes its exponentials relative to the largest of each row in this tile, and leaves
+largest and sum behind; whoever reads the tile multiplies with
+
+    factor[b, q, block] = exp(largest[b, q, block] - largest[b, q]) / sum of all exponentials of the row
+
+so that probs * factor are the probabilities, rounded once. The padding of a block is stored as zero, so that tiles are
+aligned and are read without a mask. Every sum has a fixed order; there are no atomics.
+
+Compulsory traffic of `attend`, for numbers of s bytes, with Q = H M, NB blocks, W = 64 NB:
+    scale   B Q D s read, B Q D s + 4 B Q written;    scores  (2 B Q D + B (M + L) D) s + 4 B Q, B Q W s + 8 B Q NB
+    mix     (B Q W + B (M + L) D) s + 8 B Q NB, B Q D s (twice if P_x x_hat is kept) + 4 B Q (NB + 1)
+Products are padded to tiles: scores and mix take 2 B ceil(Q / BQ) BQ W ceil(D / BD) BD FLOPs each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prismer.kernels.cases import KernelCase
+
+BLOCK = 64  # keys of a tile of probabilities: part of the layout of what is kept
+
+
+def blocks_of(M: int, L: int) -> tuple[int, int]:
+    """Blocks of the latents and of the inputs."""
+    return triton.cdiv(M, BLOCK), triton.cdiv(L, BLOCK)
+
+
+@triton.jit
+def _row(o_q, i_image, B, M):
+    """Rows of (H, B * M, D) of the absorbed queries o_q = h * M + m of an image."""
+    return ((o_q // M).to(tl.int64) * B + i_image) * M + o_q % M
+
+
+@triton.jit
+def _tile(
+    p_rows,
+    o_row,
+    m_row,
+    p_keys,
+    o_key,
+    m_key,
+    D,
+    BQ: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """(BQ, BN) products of rows with keys, in fp32."""
+    b_tile = tl.zeros((BQ, BN), tl.float32)
+    for i in range(0, D, BD):
+        o_col = i + tl.arange(0, BD)
+        m_col = o_col < D
+        b_rows = tl.load(
+            p_rows + o_row[:, None] * D + o_col[None, :], mask=m_row[:, None] & m_col[None, :], other=0.0
+        )  # fmt: skip
+        b_keys = tl.load(
+            p_keys + o_key[None, :] * D + o_col[:, None], mask=m_key[None, :] & m_col[:, None], other=0.0
+        )  # fmt: skip
+        b_tile = tl.dot(b_rows, b_keys, b_tile, input_precision="ieee")
+    return b_tile
+
+
+@triton.jit
+def _scale_kernel(
+    p_a, p_gamma, p_beta, p_scaled, p_offset, R, D, BR: tl.constexpr, BD: tl.constexpr
+):
+    """a * gamma, and a . beta of every row."""
+    o_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    m_row = o_row < R
+    b_offset = tl.zeros((BR,), tl.float32)
+    for i in range(0, D, BD):
+        o_col = i + tl.arange(0, BD)
+        m_col = o_col < D
+        o, m = o_row[:, None] * D + o_col[None, :], m_row[:, None] & m_col[None, :]
+        b_a = tl.load(p_a + o, mask=m, other=0.0).to(tl.float32)
+        b_gamma = tl.load(p_gamma + o_col, mask=m_col, other=0.0).to(tl.float32)
+        b_beta = tl.load(p_beta + o_col, mask=m_col, other=0.0).to(tl.float32)
+        tl.store(p_scaled + o, (b_a * b_gamma[None, :]).to(p_scaled.dtype.element_ty), mask=m)
+        b_offset += tl.sum(b_a * b_beta[None, :], 1)
+    tl.store(p_offset + o_row, b_offset, mask=m_row)
+
+
+@triton.jit
+def _scores_kernel(
+    p_a, p_scaled, p_offset, p_query, p_x, p_probs, p_max, p_sum, p_factor, p_delta, p_dscores,
+    B, M, L, D, Q, NZ, NB,
+    BACKWARD: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One tile: exponentials of scores with their largest and sum; or, backward, the scores' gradient and its sum.
+
+    The rows of the backward pass are dt in place of a; what would be scores is then the gradient of probabilities.
+    """
+    i_block, i_image = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    o_q = tl.program_id(1) * BQ + tl.arange(0, BQ)
+    m_q = o_q < Q
+    o_row = _row(o_q, i_image, B, M)
+    if i_block < NZ:
+        o_key = i_block * BN + tl.arange(0, BN)
+        m_key = o_key < M
+        b_tile = _tile(p_a, o_row, m_q, p_query + i_image * M * D, o_key, m_key, D, BQ, BN, BD)
+    else:
+        o_key = (i_block - NZ) * BN + tl.arange(0, BN)
+        m_key = o_key < L
+        b_tile = _tile(p_scaled, o_row, m_q, p_x + i_image * L * D, o_key, m_key, D, BQ, BN, BD)
+        b_tile += tl.load(p_offset + o_row, mask=m_q, other=0.0)[:, None]
+    o_stat = (i_image * Q + o_q) * NB + i_block
+    o_tile = o_stat[:, None] * BN + tl.arange(0, BN)[None, :]
+    if BACKWARD:
+        b_factor = tl.load(p_factor + o_stat, mask=m_q, other=0.0)
+        b_delta = tl.load(p_delta + o_row, mask=m_q, other=0.0)
+        b_probs = tl.load(p_probs + o_tile, mask=m_q[:, None], other=0.0).to(tl.float32)
+        b_tile = b_probs * b_factor[:, None] * (b_tile - b_delta[:, None])
+        tl.store(p_dscores + o_tile, b_tile.to(p_dscores.dtype.element_ty), mask=m_q[:, None])
+        tl.store(p_sum + o_stat, tl.sum(b_tile, 1), mask=m_q)
+    else:
+        b_tile = tl.where(m_key[None, :], b_tile, float("-inf"))
+        b_max = tl.max(b_tile, 1)
+        b_tile = tl.exp(b_tile - b_max[:, None])
+        tl.store(p_probs + o_tile, b_tile.to(p_probs.dtype.element_ty), mask=m_q[:, None])
+        tl.store(p_max + o_stat, b_max, mask=m_q)
+        tl.store(p_sum + o_stat, tl.sum(b_tile, 1), mask=m_q)
+
+
+@triton.jit
+def _mix_kernel(
+    p_tiles, p_query, p_x, p_max, p_sum, p_factor, p_share, p_mixed, p_gamma, p_beta, p_t,
+    B, M, L, D, Q, NZ, NB,
+    MODE: tl.constexpr, STORE_MIXED: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """t = gamma * (tiles_x x_hat) + beta * sum(tiles_x) + tiles_z query.
+
+    MODE 0, forward: tiles are exponentials, and largest and sum give factor and share. MODE 1: tiles are gradients of
+    scores with their sums, and no factor. MODE 2: t again, from mixed = tiles_x x_hat, share and factor.
+    """
+    i_col, i_image = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    o_q = tl.program_id(1) * BQ + tl.arange(0, BQ)
+    o_col = i_col * BD + tl.arange(0, BD)
+    m_q, m_col = o_q < Q, o_col < D
+    o_stat = (i_image * Q + o_q) * NB
+    o_out, m_out = (i_image * Q + o_q)[:, None] * D + o_col[None, :], m_q[:, None] & m_col[None, :]
+    if MODE == 2:
+        b_share = tl.load(p_share + i_image * Q + o_q, mask=m_q, other=0.0)
+        b_acc = tl.load(p_mixed + o_out, mask=m_out, other=0.0).to(tl.float32)
+    else:
+        o_block = tl.arange(0, BB)
+        o = o_stat[:, None] + o_block[None, :]
+        m = m_q[:, None] & (o_block < NB)[None, :]
+        b_sum = tl.load(p_sum + o, mask=m, other=0.0)
+        if MODE == 0:
+            b_max = tl.load(p_max + o, mask=m, other=float("-inf"))
+            b_largest = tl.where(m_q, tl.max(b_max, 1), 0.0)
+            b_factor = tl.exp(b_max - b_largest[:, None])
+            b_total = tl.where(m_q, tl.sum(b_factor * b_sum, 1), 1.0)
+            b_factor = b_factor / b_total[:, None]
+            b_sum *= b_factor
+        b_share = tl.sum(tl.where((o_block >= NZ)[None, :], b_sum, 0.0), 1)
+        if i_col == 0:
+            tl.store(p_share + i_image * Q + o_q, b_share, mask=m_q)
+            if MODE == 0:
+                tl.store(p_factor + o, b_factor, mask=m)
+        b_acc = tl.zeros((BQ, BD), tl.float32)
+        for i in range(NZ, NB):
+            o_key = (i - NZ) * BN + tl.arange(0, BN)
+            b_keys = tl.load(
+                p_x + (i_image * L + o_key)[:, None] * D + o_col[None, :],
+                mask=(o_key < L)[:, None] & m_col[None, :], other=0.0,
+            )  # fmt: skip
+            b_tile = tl.load(
+                p_tiles + (o_stat + i)[:, None] * BN + tl.arange(0, BN)[None, :], mask=m_q[:, None], other=0.0
+            )  # fmt: skip
+            if MODE == 0:
+                b_factor_i = tl.load(p_max + o_stat + i, mask=m_q, other=0.0)
+                b_factor_i = tl.exp(b_factor_i - b_largest) / b_total
+                b_acc += tl.dot(b_tile, b_keys, input_precision="ieee") * b_factor_i[:, None]
+            else:
+                b_acc = tl.dot(b_tile, b_keys, b_acc, input_precision="ieee")
+        if STORE_MIXED:
+            tl.store(p_mixed + o_out, b_acc.to(p_mixed.dtype.element_ty), mask=m_out)
+    b_gamma = tl.load(p_gamma + o_col, mask=m_col, other=0.0).to(tl.float32)
+    b_beta = tl.load(p_beta + o_col, mask=m_col, other=0.0).to(tl.float32)
+    b_acc = b_acc * b_gamma[None, :] + b_share[:, None] * b_beta[None, :]
+    for i in range(NZ):
+        o_key = i * BN + tl.arange(0, BN)
+        b_keys = tl.load(
+            p_query + (i_image * M + o_key)[:, None] * D + o_col[None, :],
+            mask=(o_key < M)[:, None] & m_col[None, :], other=0.0,
+        )  # fmt: skip
+        b_tile = tl.load(
+            p_tiles + (o_stat + i)[:, None] * BN + tl.arange(0, BN)[None, :], mask=m_q[:, None], other=0.0
+        )  # fmt: skip
+        b_product = tl.dot(b_tile, b_keys, input_precision="ieee")
+        if MODE == 0:
+            b_factor_i = tl.load(p_max + o_stat + i, mask=m_q, other=0.0)
+            b_product *= (tl.exp(b_factor_i - b_largest) / b_total)[:, None]
+        if MODE == 2:
+            b_product *= tl.load(p_factor + o_stat + i, mask=m_q, other=0.0)[:, None]
+        b_acc += b_product
+    o_t = _row(o_q, i_image, B, M)[:, None] * D + o_col[None, :]
+    tl.store(p_t + o_t, b_acc.to(p_t.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def _keys_gradient(
+    p_a, p_dt, p_probs, p_factor, p_dscores, i_image, i_block, o_col, B, M, D, Q, NB,
+    BQ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """(BN, BD) of dscores^T a + (probs * factor)^T dt, summed over the absorbed queries of an image."""
+    m_col = o_col < D
+    b_acc = tl.zeros((BN, BD), tl.float32)
+    for i in range(0, Q, BQ):
+        o_q = i + tl.arange(0, BQ)
+        m_q = o_q < Q
+        o = _row(o_q, i_image, B, M)[:, None] * D + o_col[None, :]
+        m = m_q[:, None] & m_col[None, :]
+        o_stat = (i_image * Q + o_q) * NB + i_block
+        o_tile = o_stat[None, :] * BN + tl.arange(0, BN)[:, None]
+        b_dscores = tl.load(p_dscores + o_tile, mask=m_q[None, :], other=0.0)
+        b_acc = tl.dot(
+            b_dscores, tl.load(p_a + o, mask=m, other=0.0), b_acc, input_precision="ieee"
+        )
+        b_factor = tl.load(p_factor + o_stat, mask=m_q, other=0.0)
+        b_dt = tl.load(p_dt + o, mask=m, other=0.0)
+        b_dt = (b_dt.to(tl.float32) * b_factor[:, None]).to(b_dt.dtype)
+        b_probs = tl.load(p_probs + o_tile, mask=m_q[None, :], other=0.0)
+        b_acc = tl.dot(b_probs, b_dt, b_acc, input_precision="ieee")
+    return b_acc
+
+
+@triton.jit
+def _keys_kernel(
+    p_a, p_scaled_a, p_dt, p_scaled_dt, p_probs, p_factor, p_dscores, p_dquery, p_dx,
+    B, M, L, D, Q, NZ, NB, first,
+    BQ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the latents as keys and of x_hat; block `first` on, so that one of both can be left out."""
+    i_image, i_block = tl.program_id(2).to(tl.int64), tl.program_id(1) + first
+    o_col = tl.program_id(0) * BD + tl.arange(0, BD)
+    m_col = o_col < D
+    if i_block < NZ:
+        b_acc = _keys_gradient(
+            p_a, p_dt, p_probs, p_factor, p_dscores, i_image, i_block, o_col, B, M, D, Q, NB, BQ, BN, BD
+        )  # fmt: skip
+        o_key = i_block * BN + tl.arange(0, BN)
+        o, m = (
+            (i_image * M + o_key)[:, None] * D + o_col[None, :],
+            (o_key < M)[:, None] & m_col[None, :],
+        )
+        tl.store(p_dquery + o, b_acc.to(p_dquery.dtype.element_ty), mask=m)
+    else:
+        b_acc = _keys_gradient(
+            p_scaled_a, p_scaled_dt, p_probs, p_factor, p_dscores, i_image, i_block, o_col, B, M, D, Q, NB, BQ, BN, BD
+        )  # fmt: skip
+        o_key = (i_block - NZ) * BN + tl.arange(0, BN)
+        o, m = (
+            (i_image * L + o_key)[:, None] * D + o_col[None, :],
+            (o_key < L)[:, None] & m_col[None, :],
+        )
+        tl.store(p_dx + o, b_acc.to(p_dx.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _norm_kernel(
+    p_a, p_dt, p_mixed_da, p_mixed, p_share_da, p_share, p_partial,
+    B, M, D, Q, each,
+    BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of dgamma and dbeta over `each` blocks of absorbed queries of all images."""
+    i_group = tl.program_id(1).to(tl.int64)
+    o_col = tl.program_id(0) * BD + tl.arange(0, BD)
+    m_col = o_col < D
+    b_dgamma = tl.zeros((BD,), tl.float32)
+    b_dbeta = tl.zeros((BD,), tl.float32)
+    for i in range(each):
+        o_all = (i_group * each + i) * BR + tl.arange(0, BR)
+        m_row = o_all < B * Q
+        m = m_row[:, None] & m_col[None, :]
+        o_in = _row(o_all % Q, o_all // Q, B, M)[:, None] * D + o_col[None, :]
+        o = o_all[:, None] * D + o_col[None, :]
+        b_a = tl.load(p_a + o_in, mask=m, other=0.0).to(tl.float32)
+        b_dt = tl.load(p_dt + o_in, mask=m, other=0.0).to(tl.float32)
+        b_mixed_da = tl.load(p_mixed_da + o, mask=m, other=0.0).to(tl.float32)
+        b_mixed = tl.load(p_mixed + o, mask=m, other=0.0).to(tl.float32)
+        b_share_da = tl.load(p_share_da + o_all, mask=m_row, other=0.0)
+        b_share = tl.load(p_share + o_all, mask=m_row, other=0.0)
+        b_dgamma += tl.sum(b_a * b_mixed_da + b_dt * b_mixed, 0)
+        b_dbeta += tl.sum(b_a * b_share_da[:, None] + b_dt * b_share[:, None], 0)
+    o = i_group * D + o_col
+    tl.store(p_partial + o, b_dgamma, mask=m_col)
+    tl.store(p_partial + tl.num_programs(1).to(tl.int64) * D + o, b_dbeta, mask=m_col)
+
+
+def _tiles(kind: str, Q: int, D: int, itemsize: int) -> dict[str, int]:
+    """Tile shapes: at most 99 KB of shared memory with the stages of the pipeline, no spills at 4 to 8 warps."""
+    BD = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(D)))
+    BQ = min(128 if itemsize == 2 else 64, max(16, triton.next_power_of_2(Q)))
+    if kind == "rows":
+        return dict(
+            BR=16, BD=min(128, max(16, triton.next_power_of_2(D))), num_warps=4, num_stages=2
+        )
+    if kind == "keys":
+        BQ = min(BQ, 64)
+        return dict(BQ=BQ, BN=BLOCK, BD=BD, num_warps=4, num_stages=2)
+    return dict(BQ=BQ, BN=BLOCK, BD=BD, num_warps=4, num_stages=3)
+
+
+def _sizes(query: Tensor, x_hat: Tensor, H: int) -> tuple[int, ...]:
+    """B, M, L, D, Q, NZ, NB: the integers of most kernels."""
+    (B, M, D), L = query.shape, x_hat.shape[1]
+    NZ, NX = blocks_of(M, L)
+    return B, M, L, D, H * M, NZ, NZ + NX
+
+
+def _scale(a: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    H, R, D = a.shape
+    scaled, offset = torch.empty_like(a), a.new_empty(H * R, dtype=torch.float32)
+    tiles = _tiles("rows", R, D, a.element_size())
+    _scale_kernel[(triton.cdiv(H * R, tiles["BR"]),)](
+        a, gamma, beta, scaled, offset, H * R, D, **tiles
+    )
+    return scaled, offset
+
+
+def _mix(mode, tiles_, query, x_hat, stats, factor, share, mixed, gamma, beta, t, store_mixed):
+    B, M, L, D, Q, NZ, NB = sizes = _sizes(query, x_hat, t.shape[0])
+    tiles = _tiles("mix", Q, D, query.element_size())
+    largest, total = stats
+    _mix_kernel[(triton.cdiv(D, tiles["BD"]), triton.cdiv(Q, tiles["BQ"]), B)](
+        tiles_, query, x_hat, largest, total, factor, share, mixed, gamma, beta, t, *sizes,
+        MODE=mode, STORE_MIXED=store_mixed, BB=triton.next_power_of_2(NB), **tiles,
+    )  # fmt: skip
+
+
+def attend(
+    a: Tensor, query: Tensor, x_hat: Tensor, gamma: Tensor, beta: Tensor, keep_mixed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Absorbed queries a (H, B * M, D) -> t of the same shape, probs, factor, share, mixed (empty if not kept)."""
+    B, M, L, D, Q, NZ, NB = sizes = _sizes(query, x_hat, a.shape[0])
+    scaled, offset = _scale(a, gamma, beta)
+    probs = a.new_empty(B, Q, NB * BLOCK)
+    stats = a.new_empty(2, B, Q, NB, dtype=torch.float32)
+    factor, share = torch.empty_like(stats[0]), stats.new_empty(B, Q)
+    tiles = _tiles("scores", Q, D, a.element_size())
+    _scores_kernel[(NB, triton.cdiv(Q, tiles["BQ"]), B)](
+        a, scaled, offset, query, x_hat, probs, stats[0], stats[1], None, None, None, *sizes, BACKWARD=False, **tiles
+    )  # fmt: skip
+    t, mixed = torch.empty_like(a), a.new_empty(B if keep_mixed else 0, Q, D)
+    _mix(0, probs, query, x_hat, stats, factor, share, mixed, gamma, beta, t, keep_mixed)
+    return t, probs, factor, share, mixed
+
+
+def attend_backward(
+    a, dt, delta, query, x_hat, gamma, beta, probs, factor, share, mixed, needs, results
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `attend`: fills those of query (its keys' part), x_hat and norm; returns da, and t again.
+
+    Args:
+        delta: (H, B * M) fp32, the sum over keys of probs * their gradient.
+        needs: which gradients are needed, by name.
+        results: where to: query, x_hat, norm_weight, norm_bias, and two that are not filled here.
+    """
+    B, M, L, D, Q, NZ, NB = sizes = _sizes(query, x_hat, a.shape[0])
+    dquery, dx_hat, dgamma, dbeta, _, _ = results
+    scaled_dt, offset = _scale(dt, gamma, beta)
+    dscores = torch.empty_like(probs)
+    sums = factor.new_empty(B, Q, NB)
+    tiles = _tiles("scores", Q, D, a.element_size())
+    _scores_kernel[(NB, triton.cdiv(Q, tiles["BQ"]), B)](
+        dt, scaled_dt, offset, query, x_hat, probs, None, sums, factor, delta, dscores, *sizes, BACKWARD=True, **tiles
+    )  # fmt: skip
+    da, t = torch.empty_like(a), torch.empty_like(a if needs["in_proj_weight"] else a[:0])
+    if any(needs[name] for name in needs if name != "x_hat"):
+        share_da, mixed_da = (
+            torch.empty_like(delta.view(B, Q)),
+            mixed.new_empty(B if needs["norm"] else 0, Q, D),
+        )
+        _mix(
+            1, dscores, query, x_hat, (None, sums), None, share_da, mixed_da, gamma, beta, da, needs["norm"]
+        )  # fmt: skip
+    if needs["in_proj_weight"]:
+        _mix(2, probs, query, x_hat, (None, None), factor, share, mixed, gamma, beta, t, False)
+    if needs["x_hat"] or needs["query"]:
+        scaled_a = _scale(a, gamma, beta)[0] if needs["x_hat"] else None
+        first = 0 if needs["query"] else NZ
+        last = NB if needs["x_hat"] else NZ
+        tiles = _tiles("keys", Q, D, a.element_size())
+        if last > first:
+            _keys_kernel[(triton.cdiv(D, tiles["BD"]), last - first, B)](
+                a, scaled_a, dt, scaled_dt, probs, factor, dscores, dquery, dx_hat, *sizes, first, **tiles
+            )  # fmt: skip
+    if needs["norm"]:
+        tiles = _tiles("rows", Q, D, a.element_size())
+        blocks = triton.cdiv(B * Q, tiles["BR"])
+        each = triton.cdiv(blocks, 64)
+        groups = triton.cdiv(blocks, each)
+        partial = sums.new_empty(2, groups, D)
+        _norm_kernel[(triton.cdiv(D, tiles["BD"]), groups)](
+            a, dt, mixed_da, mixed, share_da, share, partial, B, M, D, Q, each, **tiles
+        )
+        torch.sum(partial[0], 0, out=dgamma)
+        torch.sum(partial[1], 0, out=dbeta)
+    return da, t
+
+
+def kernel_cases() -> list[KernelCase]:
+    """What is compiled ahead of time: BASE, LARGE and HUGE with six experts, 8 images."""
+    return []

@@ -1,0 +1,504 @@
+"""Proves that attention is its definition, forward and every gradient, on every backend: self, causal, padded, cross,
+over two segments of keys, with dropout that depends on seed and place alone; and that frozen parts cost nothing.
+
+Run: pytest tests/ops/test_attention.py
+"""
+
+import math
+from contextlib import ExitStack
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prismer.kernels import attention as room
+from prismer.kernels import attention_triton
+from prismer.kernels.attention import attention, attention_reference
+from prismer.kernels.dispatch import use_backend
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = {  # B, H, N, L, L2, K, what else
+    "one": (1, 1, 1, 1, 0, 32, ""),
+    "self": (1, 2, 37, 37, 0, 64, ""),
+    "causal": (1, 1, 65, 65, 0, 32, "causal"),
+    "padded": (3, 1, 17, 45, 0, 64, "mask"),
+    "text": (2, 1, 40, 40, 0, 64, "causal mask dropout"),
+    "text-to-image": (1, 2, 7, 70, 0, 128, "dropout"),
+    "resampler": (1, 2, 20, 61, 20, 96, ""),
+    "wide-resampler": (1, 1, 33, 5, 35, 160, ""),
+    "all": (2, 1, 35, 35, 17, 32, "causal mask dropout"),
+}
+SDPA_CASES = ("one", "self", "causal", "padded")
+RUNS = [(backend, case) for backend in ("triton", "torch") for case in CASES] + [("sdpa", c) for c in SDPA_CASES]
+NAMES = ("q", "k", "v", "extra_k", "extra_v")
+SEED = torch.tensor([-0x123456789ABCDEF])
+P = 0.3
+
+
+def small_blocks(BM=32, BN=32):
+    return lambda *shape: dict(BM=BM, BN=BN, num_warps=4, num_stages=1)
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Small blocks, so that small tensors have several; call it again for others."""
+
+    def use(BM=32, BN=32):
+        monkeypatch.setattr(attention_triton, "tiles", small_blocks(BM, BN))
+
+    use()
+    return use
+
+
+@pytest.fixture
+def on(running):
+    """Switches the backend inside a test."""
+    with ExitStack() as stack:
+        yield lambda backend: stack.enter_context(running(backend))
+
+
+def draw(B, H, N, L, L2, K, what, dtype=torch.float64):
+    """Tensors by name, as views of packed projections, and the options of the call."""
+    q, k, v = torch.randn(B, max(N, L), 3, H, K, dtype=torch.float64).to(dtype).permute(2, 0, 3, 1, 4)
+    tensors = dict(q=2 * q[:, :, :N], k=k[:, :, :L], v=v[:, :, :L] + 0.5)
+    if L2:
+        extra = torch.randn(B, L2, 2, H, K, dtype=torch.float64).to(dtype).permute(2, 0, 3, 1, 4)
+        tensors |= dict(extra_k=extra[0], extra_v=extra[1])
+    options = dict(causal="causal" in what)
+    if "mask" in what:
+        # one sample sees nothing, one everything; causal queries may see nothing at first
+        options["key_mask"] = torch.rand(B, L) > 0.5
+        options["key_mask"][0] = False
+        options["key_mask"][-1] = B != 2
+        options["key_mask"][-1, 1:] = True
+    if "dropout" in what:
+        options |= dict(dropout=P, seed=SEED)
+    return tensors, options
+
+
+def visible(q, k, extra_k, causal, key_mask):
+    """(B, 1, N, L + L2)"""
+    B, N, L = q.shape[0], q.shape[2], k.shape[2]
+    seen = torch.ones(B, N, L, dtype=torch.bool)
+    if causal:
+        seen &= torch.arange(L) <= torch.arange(N)[:, None]
+    if key_mask is not None:
+        seen &= key_mask[:, None]
+    return F.pad(seen, (0, 0 if extra_k is None else extra_k.shape[2]), value=True)[:, None]
+
+
+def factors(q, k, extra_k, dropout, seed):
+    """(B, H, N, L + L2): what dropout multiplies weights by."""
+    B, H, N, _ = q.shape
+    kept = [room._kept(seed, B, H, 0, N, k.shape[2], 0, dropout)]
+    if extra_k is not None:
+        kept.append(room._kept(seed, B, H, 0, N, extra_k.shape[2], 1, dropout))
+    return torch.cat(kept, 3) / (1 - dropout)
+
+
+def plain(q, k, v, extra_k=None, extra_v=None, causal=False, key_mask=None, dropout=0.0, seed=None):
+    """What a user would write, in the dtype of the tensors."""
+    seen = visible(q, k, extra_k, causal, key_mask)
+    kept = factors(q, k, extra_k, dropout, seed).to(q.dtype) if dropout else None
+    if extra_k is not None:
+        k, v = torch.cat([k, extra_k], 2), torch.cat([v, extra_v], 2)
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    some = seen.any(3, keepdim=True)
+    weights = scores.masked_fill(~seen & some, float("-inf")).softmax(3) * some
+    return (weights if kept is None else weights * kept) @ v
+
+
+def results(op, tensors, dout, dtype, frozen=(), **options):
+    leaves = {name: t.detach().to(dtype).requires_grad_(name not in frozen) for name, t in tensors.items()}
+    out = op(**leaves, **options)
+    trained = {name: leaf for name, leaf in leaves.items() if name not in frozen}
+    grads = torch.autograd.grad(out, list(trained.values()), dout.to(dtype))
+    return {"out": out.detach(), **{"d" + name: g for name, g in zip(trained, grads, strict=True)}}
+
+
+def compare(tensors, options, dtype, assert_no_worse):
+    low = {name: t.to(dtype) for name, t in tensors.items()}
+    dout = torch.randn(low["q"].shape).to(dtype)
+    got = results(attention, low, dout, dtype, **options)
+    expected = results(plain, low, dout, dtype, **options)
+    exact = results(plain, low, dout, torch.float64, **options)
+    for name, value in got.items():
+        assert value.dtype == dtype, name
+        assert_no_worse(name, value, expected[name], exact[name], factor=3.0 if name[0] == "d" else 2.0)
+    return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "case"), RUNS, ids=lambda x: x)
+def test_attention(backend, case, dtype, blocks, on, assert_no_worse):
+    on(backend)
+    tensors, options = draw(*CASES[case], dtype)
+    got = compare(tensors, options, dtype, assert_no_worse)
+    # heads merge by a view
+    B, H, N, K = got["out"].shape
+    got["out"].transpose(1, 2).view(B, N, H * K)
+    if "key_mask" in options and len(tensors) == 3:
+        assert (got["out"][0] == 0).all() and (got["dq"][0] == 0).all() and (got["dk"][0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("case", ("massive", "same", "tiny", "hot-key"))
+@pytest.mark.parametrize("backend", ("triton", "torch"))
+def test_adversarial(backend, case, dtype, blocks, on, assert_no_worse):
+    """Saturated and uniform softmax, vanishing numbers, one key that outweighs all and comes last."""
+    on(backend)
+    tensors, options = draw(1, 1, 18, 40, 0, 32, "")
+    if case == "massive":
+        tensors["q"], tensors["k"] = 30 * tensors["q"], 30 * tensors["k"]
+    elif case == "same":
+        tensors["k"] = tensors["k"][:, :, :1].expand(-1, -1, 40, -1).contiguous()
+    elif case == "tiny":
+        tensors = {name: 1e-6 * t for name, t in tensors.items()}
+    else:
+        tensors["k"][:, :, -1] = 20 * tensors["q"][:, :, 0]
+    compare(tensors, options, dtype, assert_no_worse)
+
+
+@pytest.mark.parametrize("backend", ("triton", "torch"))
+def test_real_blocks(backend, on, assert_no_worse):
+    """The blocks that a launch would take, on the decoder's shape: all of it in one program."""
+    on(backend)
+    assert attention_triton.tiles("forward", 64, 2, 40, 40)["BN"] == 64
+    tensors, options = draw(1, 1, 40, 40, 0, 64, "causal dropout", torch.bfloat16)
+    compare(tensors, options, torch.bfloat16, assert_no_worse)
+
+
+def test_reference():
+    """The definition agrees with torch's attention and with `plain`, written apart."""
+    for case in CASES.values():
+        tensors, options = draw(*case)
+        out = attention_reference(**tensors, **options)
+        torch.testing.assert_close(out, plain(**tensors, **options))
+        with use_backend("reference"):
+            assert torch.equal(attention(**tensors, **options), out)
+    tensors, _ = draw(*CASES["self"])
+    expected = F.scaled_dot_product_attention(*tensors.values(), is_causal=True, scale=0.3)
+    torch.testing.assert_close(attention_reference(**tensors, causal=True, scale=0.3), expected)
+    assert attention_reference(*(t.bfloat16() for t in tensors.values())).dtype == torch.bfloat16
+
+
+def test_chunks_of_queries(monkeypatch):
+    """The torch backend gives the same whatever it holds at once."""
+    tensors, options = draw(2, 2, 37, 37, 11, 32, "causal mask dropout")
+    dout = torch.randn(2, 2, 37, 32)
+    with use_backend("torch"):
+        whole = results(attention, tensors, dout, torch.float64, **options)
+        monkeypatch.setattr(room, "_CHUNK_BYTES", 8 * 4 * 48 * 5)
+        for name, value in results(attention, tensors, dout, torch.float64, **options).items():
+            torch.testing.assert_close(value, whole[name])
+
+
+# dropout
+
+
+@pytest.mark.parametrize(
+    ("counter", "seed", "words"),
+    (
+        ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, -1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0A4093822,
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ),
+)
+def test_philox(counter, seed, words):
+    """The known answers of Philox 4x32-10."""
+    got = room._philox(torch.tensor(seed), *(torch.tensor(c) for c in counter))
+    assert tuple(int(word) for word in got) == words
+
+
+def test_dropout_depends_on_place_alone(blocks, on):
+    """With the unit matrix for values the output is the dropped weights: the same zeros in every backend and block."""
+    tensors, _ = draw(2, 2, 32, 32, 32, 32, "")
+    tensors["v"][:] = torch.eye(32)
+    tensors["extra_v"][:] = 0
+    tensors = {name: t.float() for name, t in tensors.items()}
+    wanted = room._kept(SEED, 2, 2, 0, 32, 32, 0, P)
+    on("triton")
+    for backend, shape in (("torch", None), ("triton", (16, 32)), ("triton", (32, 16))):
+        if shape:
+            blocks(*shape)
+        out = attention(**tensors, dropout=P, seed=SEED, backend=backend)
+        assert torch.equal(out != 0, wanted), (backend, shape)
+
+
+def test_dropout_is_fair():
+    """A share of 1 - p survives, for every head, query and segment its own; another seed keeps others."""
+    kept = room._kept(SEED, 2, 3, 0, 101, 203, 0, P).double()
+    assert abs(kept.mean().item() - (1 - P)) < 4 * math.sqrt(P * (1 - P) / kept.numel())
+    flat = kept.flatten(0, 1)
+    others = [room._kept(SEED, 2, 3, 0, 101, 203, 1, P), room._kept(SEED + 1, 2, 3, 0, 101, 203, 0, P)]
+    others += [kept.roll(shift, dim) for dim, shift in ((0, 1), (1, 1), (2, 1), (3, 1), (3, 4))]
+    for other in others:
+        # independent: the covariance is that of chance
+        covariance = ((flat - 1 + P) * (other.double().flatten(0, 1) - 1 + P)).mean()
+        assert abs(covariance.item()) < 4 * P * (1 - P) / math.sqrt(kept.numel())
+    assert torch.equal(room._kept(SEED, 2, 3, 50, 51, 203, 0, P), kept[:, :, 50:].bool())
+
+
+@pytest.mark.parametrize("backend", ("torch", "sdpa", "reference"))
+def test_drawn_dropout(backend):
+    """Without a seed torch's generator decides."""
+    tensors, _ = draw(*CASES["self"], torch.float32)
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(attention(**tensors, dropout=0.5, backend=backend))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+# memory, layouts, reproducibility
+
+
+@pytest.mark.parametrize("backend", ("triton", "torch"))
+@pytest.mark.parametrize(("N", "L", "L2"), ((0, 5, 0), (3, 0, 0), (3, 0, 4), (3, 5, 0), (0, 0, 0)))
+def test_nothing_to_see(backend, N, L, L2, blocks, on):
+    """No queries, no keys, no extra keys, but the segment is there."""
+    on(backend)
+    q, k, v = (torch.randn(2, 1, n, 32, requires_grad=True) for n in (N, L, L))
+    extra = [torch.randn(2, 1, L2, 32, requires_grad=True) for _ in range(2)]
+    out = attention(q, k, v, extra_k=extra[0], extra_v=extra[1])
+    grads = torch.autograd.grad(out.sum(), (q, k, v, *extra))
+    expected = attention_reference(q, k, v, extra_k=extra[0], extra_v=extra[1])
+    wanted = torch.autograd.grad(expected.sum(), (q, k, v, *extra))
+    torch.testing.assert_close(out, expected)
+    for got, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", ("triton", "torch"))
+def test_layouts(backend, blocks, on):
+    """A transposed last dimension, keys shared by all samples, an expanded gradient; gradients in (B, N, H, K)."""
+    on(backend)
+    q = torch.randn(2, 2, 32, 9).mT.requires_grad_()
+    k, v = (torch.randn(1, 2, 11, 32).expand(2, -1, -1, -1).requires_grad_() for _ in range(2))
+    grads = torch.autograd.grad(attention(q, k, v, scale=0.3).sum(), (q, k, v))
+    wanted = torch.autograd.grad(attention_reference(q, k, v, scale=0.3).sum(), (q, k, v))
+    for got, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+        assert got.transpose(1, 2).is_contiguous()
+
+
+def test_sample_alone_and_repeats(blocks, on):
+    """Bit for bit: again, and each sample alone."""
+    on("triton")
+    tensors, options = draw(2, 2, 20, 35, 18, 32, "mask", torch.bfloat16)
+    dout = torch.randn(2, 2, 20, 32).bfloat16()
+    first = results(attention, tensors, dout, torch.bfloat16, **options)
+    again = results(attention, tensors, dout, torch.bfloat16, **options)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    alone = results(
+        attention,
+        {name: t[1:] for name, t in tensors.items()},
+        dout[1:],
+        torch.bfloat16,
+        key_mask=options["key_mask"][1:],
+    )
+    assert all(torch.equal(alone[name], first[name][1:]) for name in first)
+
+
+@pytest.mark.parametrize("backend", ("triton", "torch"))
+def test_saved_bytes(backend, blocks, on):
+    """q, k, v, the output and one number a row, all views of what is there anyway; nothing if nothing trains."""
+    on(backend)
+    tensors, _ = draw(1, 2, 9, 17, 0, 32, "", torch.bfloat16)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        attention(**tensors)
+        assert not saved
+        attention(**tensors | dict(q=tensors["q"].requires_grad_()))
+    assert sum(t.nbytes for t in saved) == 2 * (9 + 17 + 17 + 9) * 2 * 32 + 2 * 9 * 4
+    storages = [t.untyped_storage().data_ptr() for t in saved]
+    assert all(t.untyped_storage().data_ptr() in storages for t in tensors.values())
+
+
+@pytest.mark.parametrize("frozen", (("q",), ("k", "v"), ("extra_k", "extra_v"), ("q", "k", "v")), ids="-".join)
+def test_frozen_parts_are_not_computed(frozen, blocks, on, count_calls):
+    from interpreter import interpreted
+
+    tensors, _ = draw(1, 1, 9, 17, 5, 32, "", torch.float32)
+    dout = torch.randn(1, 1, 9, 32)
+    with use_backend("torch"), count_calls() as calls:
+        expected = results(attention, tensors, dout, torch.float32, frozen)
+    call = calls["prismer::attention_backward"][0]
+    assert [call[name] for name in ("need_q", "need_keys", "need_extra")] == [
+        name not in frozen for name in ("q", "k", "extra_k")
+    ]
+    on("triton")
+    with interpreted() as ledger:
+        got = results(attention, tensors, dout, torch.float32, frozen)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-5)
+    assert ledger.kernels.count("_keys_kernel") == ("k" not in frozen) + ("extra_k" not in frozen)
+    assert ("_queries_kernel", "p_k") in ledger.traffic or "q" in frozen
+
+
+def formula(B, H, N, L, L2, K, what, BM, BN, s):
+    """Bytes read, bytes written and dot FLOPs of the three kernels, from the docstring of `attention_triton.py`."""
+    causal, masked, dropout = ("causal" in what), ("mask" in what), ("dropout" in what)
+    query_blocks, key_blocks = range(0, N, BM), range(0, L, BN)
+    seen = [min(L, i + BM) if causal else L for i in query_blocks]  # keys that a block of queries reads
+    pairs = sum(-(-n // BN) + -(-L2 // BN) for n in seen)
+    keys = sum(n * (2 * K * s + masked) + L2 * 2 * K * s for n in seen)
+    seeds = 8 * dropout * len(query_blocks)
+    forward = (N * K * s + keys + seeds, N * K * s + 4 * N, pairs * 4 * BM * BN * K)
+    queries = (3 * N * K * s + 4 * N + keys + seeds, N * K * s + 4 * N, pairs * 6 * BM * BN * K)
+    firsts = [j // BM * BM if causal else 0 for j in key_blocks]
+    later = [(N - first, -(-(N - first) // BM)) for first in firsts]
+    later += [(N, -(-N // BM))] * -(-L2 // BN)
+    rows = sum(n for n, _ in later)
+    own = (2 * (L + L2) * K * s, L * masked, 8 * dropout * len(later))
+    keys_kernel = (
+        sum(own) + rows * (2 * K * s + 8),
+        own[0],
+        sum(blocks for _, blocks in later) * 8 * BM * BN * K,
+    )
+    return [tuple(B * H * x for x in kernel) for kernel in (forward, queries, keys_kernel)]
+
+
+@pytest.mark.parametrize("case", ("causal", "resampler", "all"))
+def test_ledger(case, blocks, on):
+    """The bytes and FLOPs are those of the docstring; every address and every write is checked."""
+    from interpreter import interpreted
+
+    BM, BN = 16, 32
+    blocks(BM, BN)
+    on("triton")
+    tensors, options = draw(*CASES[case], torch.bfloat16)
+    B, H, N, K = tensors["q"].shape
+    with interpreted() as ledger:
+        results(attention, tensors, torch.randn(B, N, H, K).transpose(1, 2), torch.bfloat16, **options)
+    read, written, flops = (sum(column) for column in zip(*formula(*CASES[case], BM, BN, 2), strict=True))
+    assert ledger.dot_flops == flops
+    assert ledger.bytes_read == read
+    assert ledger.bytes_written == written
+    assert ledger.launches == 3 + ("extra_k" in tensors)
+
+
+# torch's own machinery
+
+
+@pytest.mark.parametrize("backend", ("triton", "torch"))
+@pytest.mark.parametrize("requires_grad", (False, True))
+def test_opcheck(backend, requires_grad, blocks, on):
+    on(backend)
+    tensors, _ = draw(1, 1, 9, 9, 5, 32, "", torch.float32)
+    q, k, v, extra_k, extra_v = (t.detach().requires_grad_(requires_grad) for t in tensors.values())
+    mask = torch.arange(9)[None] > 1
+    options = (True, P, 0.2, backend)
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if backend == "torch":
+        utils += ("test_aot_dispatch_dynamic",)
+    for arguments in (
+        (q, k, v, extra_k, extra_v, mask, SEED, *options),
+        (q, k, v, None, None, None, None, False, 0.0, 0.2, backend),
+    ):
+        torch.library.opcheck(torch.ops.prismer.attention, arguments, test_utils=utils)
+        with torch.no_grad():
+            out, lse = torch.ops.prismer.attention(*arguments)
+            needs = (True, True, False) if requires_grad else (False, False, arguments[3] is not None)
+            back = (torch.randn_like(out), *arguments[:7], out, lse, *arguments[7:], *needs)
+            torch.library.opcheck(torch.ops.prismer.attention_backward, back, test_utils=utils)
+
+
+@pytest.mark.parametrize("backend", ("triton", "torch", "sdpa"))
+def test_compile(backend, blocks, on):
+    on(backend)
+    case = "padded" if backend == "sdpa" else "all"
+    tensors, options = draw(*CASES[case], torch.float32)
+    leaves = [t.detach().requires_grad_() for t in tensors.values()]
+
+    def step(*leaves):
+        return attention(**dict(zip(tensors, leaves, strict=True)), **options).square().sum()
+
+    expected = torch.autograd.grad(step(*leaves), leaves)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradcheck():
+    with use_backend("torch"):
+        for case in ((2, 1, 3, 4, 2, 5, "mask dropout"), (1, 2, 4, 4, 0, 3, "causal")):
+            tensors, options = draw(*case)
+            leaves = [t.detach().requires_grad_() for t in tensors.values()]
+            names = list(tensors)
+            assert torch.autograd.gradcheck(
+                lambda *t, names=names, options=options: attention(**dict(zip(names, t, strict=True)), **options),
+                leaves,
+            )
+
+
+# which backend
+
+
+def test_choice(count_calls):
+    """On a CPU torch's own attention, unless two segments or a seed ask for ours; the argument beats the context."""
+    tensors, _ = draw(1, 1, 5, 5, 3, 32, "", torch.float32)
+    one = {name: tensors[name] for name in "qkv"}
+
+    def ours(**options):
+        with count_calls() as calls:
+            attention(**options)
+        return [call["backend"] for call in calls["prismer::attention"]]
+
+    assert ours(**one) == ours(**one, causal=True, dropout=0.1) == []
+    assert ours(**tensors) == ours(**one, dropout=0.1, seed=SEED) == ["torch"]
+    with use_backend("sdpa"):
+        assert ours(**one, backend="torch") == ["torch"]
+        with pytest.raises(RuntimeError, match="sdpa takes one segment of keys"):
+            attention(**tensors)
+    with use_backend("torch"):
+        assert ours(**one, backend="sdpa") == []
+    # an op that has no such backend ignores the context
+    with use_backend("native"):
+        assert ours(**one) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "backend", "message"),
+    (
+        (dict(), "flash-attn", "serves cuda tensors"),
+        (dict(q=torch.zeros(1, 1, 4, 48), k=torch.zeros(1, 1, 4, 48), v=torch.zeros(1, 1, 4, 48)), "triton", "not 48"),
+        (dict(dropout=0.1, seed=SEED), "sdpa", "a seed was given"),
+    ),
+)
+def test_refusals(change, backend, message):
+    good = dict.fromkeys("qkv", torch.zeros(1, 1, 4, 32))
+    with pytest.raises(RuntimeError, match=message):
+        attention(**good | change, backend=backend)
+    with pytest.raises(RuntimeError, match="float64"):
+        attention(**dict.fromkeys("qkv", torch.zeros(1, 1, 4, 32).double()), backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (dict(q=torch.zeros(4, 32)), r"pass floats of shape \(B, H, N, K\)"),
+        (dict(q=torch.zeros(1, 1, 4, 32).int()), "q is torch.int32"),
+        (dict(k=torch.zeros(1, 2, 4, 32)), r"k is .* \(1, 1, keys, 32\)"),
+        (dict(v=torch.zeros(1, 1, 5, 32)), "as many values as keys"),
+        (dict(v=torch.zeros(1, 1, 4, 32).half()), "v is torch.float16"),
+        (dict(extra_k=torch.zeros(1, 1, 4, 32)), "pass both or neither"),
+        (dict(extra_k=torch.zeros(1, 1, 4, 16), extra_v=torch.zeros(1, 1, 4, 16)), "extra_k is"),
+        (dict(q=torch.zeros(1, 1, 3, 32), causal=True), "as many keys as queries"),
+        (dict(key_mask=torch.ones(1, 3, dtype=torch.bool)), "True where seen"),
+        (dict(key_mask=torch.ones(1, 4)), "key_mask is torch.float32"),
+        (dict(dropout=1.0), "below 1"),
+        (dict(dropout=0.1, seed=torch.zeros(2, dtype=torch.int64)), "pass one torch.int64"),
+        (dict(backend="native"), "choose flash-attn, sdpa, triton"),
+    ),
+)
+def test_errors(change, message):
+    good = dict.fromkeys("qkv", torch.zeros(1, 1, 4, 32))
+    with pytest.raises(ValueError, match=message):
+        attention(**good | change)

@@ -1,0 +1,185 @@
+"""Proves that every Triton and CUDA kernel compiles, without a GPU, to code within its budget: no spills, shared memory
+that fits, tensor-core instructions where there is a dot, 128-bit loads; and that a kernel that breaks it is named.
+
+Run: pytest tests/ops/test_compiled.py                         one case of every kernel, for sm_90
+     PRISMER_COMPILE_ALL=1 pytest tests/ops/test_compiled.py   every case, for sm_80, sm_90, sm_100 and sm_120
+
+Kernels that are decorated under TRITON_INTERPRET cannot be compiled, so this happens in a process of its own.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import triton
+import triton.language as tl
+
+from prismer.kernels.cases import KernelCase
+from prismer.kernels.inspect import ARCHS, Budget, Row, bound, check, compile_case, cost_table
+
+
+@triton.jit
+def dot_kernel(p_a, p_b, p_c, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    o_m, o_n, o_k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    b_c = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, K, BK):
+        b_a = tl.load(p_a + o_m[:, None] * K + (k + o_k)[None, :])
+        b_b = tl.load(p_b + o_n[:, None] * K + (k + o_k)[None, :])
+        b_c = tl.dot(b_a, b_b.T, b_c)
+    tl.store(p_c + o_m[:, None] * BN + o_n[None, :], b_c.to(tl.bfloat16))
+
+
+@triton.jit
+def copy_kernel(p_x, p_y, stride, B: tl.constexpr):
+    o = tl.program_id(0) * B + tl.arange(0, B)
+    tl.store(p_y + o, tl.load(p_x + o * stride) + 1)
+
+
+@triton.jit
+def wrong_kernel(p_x, B: tl.constexpr):
+    tl.store(p_x + tl.arange(0, B), tl.arange(0, 2 * B))
+
+
+def dot_case(name, BM=64, BN=64, BK=64, **options):
+    return KernelCase(
+        name=name,
+        kernel=dot_kernel,
+        signature=dict(p_a="*bf16", p_b="*bf16", p_c="*bf16", K="i32"),
+        constants=dict(BM=BM, BN=BN, BK=BK),
+        divisible=("K",),
+        shape="none",
+        flops=2 * BM * BN * BK,
+        bytes=2 * (BM * BK + BN * BK + BM * BN),
+        dot=True,
+        **options,
+    )
+
+
+def copy_case(name, stride, **options):
+    return KernelCase(
+        name=name,
+        kernel=copy_kernel,
+        signature=dict(p_x="*bf16", p_y="*bf16") | ({} if stride == 1 else dict(stride="i32")),
+        constants=dict(B=1024) | (dict(stride=1) if stride == 1 else {}),
+        shape="none",
+        flops=1,
+        bytes=1,
+        **options,
+    )
+
+
+PLANTED = {
+    "dot": (dot_case, None),
+    "copy": (lambda name: copy_case(name, 1), None),
+    "spilling": (lambda name: dot_case(name, BN=128, BK=16, num_warps=1), "spill instructions; 0 are allowed"),
+    "too much shared memory": (lambda name: dot_case(name, num_stages=16), "bytes of shared memory"),
+    "no dot": (lambda name: copy_case(name, 1, dot=True), "has no tensor-core instruction"),
+    "scalar loads": (lambda name: copy_case(name, 2), "reads no 128 bits at once"),
+    "does not compile": (
+        lambda name: KernelCase(
+            name=name, kernel=wrong_kernel, signature=dict(p_x="*i32"), constants=dict(B=16), shape="", flops=0, bytes=0
+        ),
+        "does not compile",
+    ),
+}
+
+
+def compiled(*command):
+    """Run Python without the interpreter of Triton."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+def inspect(*options):
+    done = compiled("-m", "prismer.kernels.inspect", *options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_representatives_keep_the_budget(tmp_path):
+    table = inspect("--arch", "90", "--representative", "--json", str(tmp_path / "rows.json"))
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert rows and all(f"| {row['name']} | sm_90 |" in table for row in rows)
+    assert any(row["source"] == "cuda" for row in rows) or not shutil.which("nvcc")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PRISMER_COMPILE_ALL" not in os.environ, reason="takes minutes: set PRISMER_COMPILE_ALL=1")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_case_keeps_the_budget(arch):
+    inspect("--arch", str(arch))
+
+
+@pytest.fixture(scope="module")
+def violations():
+    done = compiled(__file__)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_problem_is_reported(violations, name):
+    says = PLANTED[name][1]
+    found = violations[name]
+    assert (found == []) if says is None else any(says in sentence for sentence in found), found
+
+
+def test_check_names_kernel_and_limits():
+    row = Row(
+        room="attention", name="forward", arch=120, registers=255, stack=8, shared=100 << 10, warps=4, needs_dot=True
+    )  # fmt: skip
+    assert check([row]) == [
+        "attention: forward on sm_120 uses 8 bytes of stack; 0 are allowed",
+        "attention: forward on sm_120 uses 102400 bytes of shared memory; 101376 are allowed",
+        "attention: forward on sm_120 keeps 0.0% of the warps resident; at least 6.2% is asked",
+        "attention: forward on sm_120 has no tensor-core instruction, and must",
+    ]
+
+
+def test_exceptions_come_first(monkeypatch):
+    row = Row(room="attention", name="forward", arch=120, registers=255, stack=8, needs_dot=True, tensor_core="HMMA")
+    exception = ("attention forward sm_120", Budget(registers=255, stack=8, reason="one spilled address"))
+    monkeypatch.setattr("prismer.kernels.inspect.EXCEPTIONS", (exception,))
+    assert check([row]) == []
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "resident"), [(32, 0, 4, 1), (255, 0, 4, 1 / 8), (64, 113 << 10, 4, 1 / 8)]
+)
+def test_occupancy(registers, shared, warps, resident):
+    assert Row(room="", name="", arch=90, registers=registers, shared=shared, warps=warps).occupancy == resident
+
+
+def test_bound_is_the_larger_of_memory_and_compute():
+    case = dot_case("square", BM=4096, BN=4096, BK=4096)
+    assert bound(case, "H100") == (case.flops / 989e12, "compute")
+    assert bound(copy_case("copy", 1), "A100") == (1 / 2.04e12, "memory")
+    assert "| gemm | square | none | 100.66 | 137.439 | 1365.3 |" in cost_table([("gemm", case)])
+
+
+def test_case_refuses_what_does_not_fit_the_kernel():
+    with pytest.raises(ValueError, match=r"missing \['stride'\], unknown \['step'\]"):
+        KernelCase(
+            name="copy", kernel=copy_kernel, signature=dict(p_x="*bf16", p_y="*bf16", step="i32"), constants=dict(B=16),
+            shape="", flops=0, bytes=0,
+        )  # fmt: skip
+
+
+def test_refuses_interpreted_kernels_and_unknown_rooms():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "prismer.kernels.inspect"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "TRITON_INTERPRET is set" in done.stderr
+    done = compiled("-m", "prismer.kernels.inspect", "--op", "kitchen")
+    assert done.returncode == 2 and "no room is called kitchen" in done.stderr
+
+
+if __name__ == "__main__":
+    # in the process that `violations` starts: compile what is planted, print what is reported
+    reports = {}
+    for name, (make, _) in PLANTED.items():
+        reports[name] = check([compile_case("planted", make(name), 90)])
+    print(json.dumps(reports))

@@ -1,0 +1,530 @@
+"""Proves the CUDA kernels of csrc/cuda without a GPU.
+
+nvcc compiles each source for the GPUs it is meant for: nothing spilled, no stack, 128-bit loads. A plain compiler
+builds the same source on tests/ops/simt.h, which plays the GPU, under the address and undefined-behaviour sanitisers;
+that is executed and compared with float64, with threads taking turns in several orders. The bugs planted at the end
+show that these proofs can fail.
+
+Run: pytest tests/ops/test_cuda.py
+"""
+
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prismer.kernels.decode_attention import decode_attention_reference
+from prismer.kernels.label_map import label_map_reference
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "csrc" / "cuda"
+NAMES = ("layer_norm", "label_map", "decode_attention")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# what each source needs at most, over its kernels and the three GPUs
+REGISTERS = {"layer_norm": 80, "label_map": 128, "decode_attention": 144}
+FORWARD, REVERSE, RANDOM = range(3)
+
+
+def readable(value):
+    if isinstance(value, torch.dtype):
+        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[value]
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def parametrize(names, values):
+    return pytest.mark.parametrize(names, values, ids=readable)
+
+
+# ---- compiled for the GPU
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        pytest.param("sm_80", marks=pytest.mark.slow),
+        "sm_90a",
+        pytest.param("sm_100a", marks=pytest.mark.slow),
+    ],
+)
+@parametrize("name", NAMES)
+def test_compiles(name, arch, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    cubin = tmp_path / "kernel.cubin"
+    command = ["nvcc", "-cubin", "-Xptxas", "-v", "-std=c++20", "-O3", f"-arch={arch}", "-o", cubin]
+    result = subprocess.run(
+        [*command, SOURCES / f"{name}.cu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    assert "warning" not in result.stdout, result.stdout
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) .*?, (\d+) bytes spill", result.stdout)
+    registers = list(map(int, re.findall(r"Used (\d+) registers", result.stdout)))
+    assert len(frames) == len(registers) > 0, result.stdout
+    assert all(frame == ("0", "0", "0") for frame in frames), result.stdout
+    assert max(registers) <= REGISTERS[name], result.stdout
+    cuobjdump = Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not cuobjdump.exists():
+        pytest.skip("no cuobjdump to look at the instructions")
+    instructions = subprocess.run([cuobjdump, "-sass", cubin], stdout=subprocess.PIPE, text=True).stdout
+    assert re.search(r"LDG\.E\.128", instructions) and re.search(r"STG\.E\.128|STS\.128", instructions)
+
+
+# ---- executed on the host
+
+
+class Host:
+    """One source, built for the host: calls its launchers, each call in a process of its own."""
+
+    def __init__(self, program):
+        self.program = program
+
+    def run(self, op, integers, buffers, *, number=0.0, order=FORWARD, skipped_barrier=0):
+        """The finished process; its stdout holds the launches and the buffers."""
+        words = [op, order, skipped_barrier, len(integers), *integers]
+        request = [struct.pack(f"<{len(words)}q", *words), struct.pack("<dq", number, len(buffers))]
+        for buffer in buffers:
+            if buffer is None:
+                request.append(struct.pack("<q", -1))
+                continue
+            data = buffer.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            request += [struct.pack("<q", len(data)), data, bytes(-len(data) % 8)]
+        # leaks are the process's affair, it is about to end
+        environment = {"ASAN_OPTIONS": "detect_leaks=0"}
+        return subprocess.run(
+            [self.program], input=b"".join(request), capture_output=True, env=environment
+        )
+
+    def __call__(self, op, integers, buffers, **settings):
+        """Overwrites the buffers with what the launcher left in them; the number of launches."""
+        result = self.run(op, integers, buffers, **settings)
+        assert result.returncode == 0, result.stderr.decode()
+        (launches,) = struct.unpack_from("<q", result.stdout)
+        place = 8
+        for buffer in buffers:
+            (size,) = struct.unpack_from("<q", result.stdout, place)
+            place += 8
+            if size > 0:
+                data = torch.frombuffer(bytearray(result.stdout[place : place + size]), dtype=torch.uint8)
+                buffer.copy_(data.view(buffer.dtype).view(buffer.shape))
+            place += max(size, 0) + -max(size, 0) % 8
+        return launches
+
+    def count(self, *integers):
+        """What the source's own function says of scratch sizes: the op numbered 2."""
+        answer = torch.zeros(1, dtype=torch.int64)
+        self(2, integers, [answer])
+        return answer.item()
+
+
+def compile_for_host(name, folder, source=None):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    program = folder / name
+    command = [
+        *(compiler, "-std=c++20", "-O1", "-g", "-Wall", "-Wno-unknown-pragmas", "-Werror"),
+        *("-fno-strict-aliasing", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+        *("-I", ROOT / "tests" / "ops", "-I", SOURCES),
+        *(f"-DHOST_{name.upper()}", f'-DSOURCE="{source or SOURCES / f"{name}.cu"}"'),
+        *(ROOT / "tests" / "ops" / "cuda_host" / "driver.cpp", "-o", program),
+    ]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout
+    return Host(program)
+
+
+@pytest.fixture(scope="session")
+def hosts(tmp_path_factory):
+    """Each source built when first asked for."""
+    folder = tmp_path_factory.mktemp("cuda_host")
+    built = {}
+
+    def host(name):
+        if name not in built:
+            built[name] = compile_for_host(name, folder)
+        return built[name]
+
+    return host
+
+
+def nan(*shape, dtype=torch.float32):
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def double(tensor):
+    return None if tensor is None else tensor.double()
+
+
+def layer_norm(host, x, residual, weight, bias, eps=1e-5, **settings):
+    R, D = x.shape
+    y, mean, rstd = nan(R, D, dtype=x.dtype), nan(R), nan(R)
+    total = None if residual is None else nan(R, D, dtype=x.dtype)
+    types = [DTYPES.index(t.dtype if t is not None else x.dtype) for t in (x, weight, bias)]
+    buffers = [x, residual, weight, bias, y, total, mean, rstd]
+    assert host(0, [*types, R, D], buffers, number=eps, **settings) == (1 if R else 0)
+    return y, total, mean, rstd
+
+
+def layer_norm_backward(host, dy, dtotal, x, weight, mean, rstd, affine, **settings):
+    R, D = x.shape
+    dx = nan(R, D, dtype=x.dtype)
+    dweight, dbias, partial = (nan(D), nan(D), nan(host.count(R), 2, D)) if affine else (None, None, None)
+    types = [DTYPES.index(t.dtype if t is not None else x.dtype) for t in (x, weight)]
+    buffers = [dy, dtotal, x, weight, mean, rstd, dx, dweight, dbias, partial]
+    launches = host(1, [*types, R, D], buffers, **settings)
+    assert launches == (1 if R else 0) + affine * (2 if R else 1)
+    return dx, dweight, dbias
+
+
+# a width below a vector, a prime, 128-bit rows of one and several chunks, a row longer than what registers keep
+LAYER_NORM_SHAPES = ((1, 1), (3, 60), (37, 127), (3, 1023), (2, 768), (1, 4104), (2, 4133), (0, 8))
+
+
+def draw_layer_norm(R, D, dtype):
+    weight_dtype = torch.bfloat16 if D == 60 else dtype
+    x, residual, dy, dtotal = (torch.randn(4, R, D) * 2 + 1).to(dtype).unbind()
+    weight, bias = (torch.randn(2, D) * 2 + 1).to(weight_dtype).unbind()
+    return x, residual, weight, bias, dy, dtotal
+
+
+@parametrize("dtype", DTYPES)
+@parametrize("shape", LAYER_NORM_SHAPES)
+def test_layer_norm(hosts, assert_no_worse, shape, dtype):
+    R, D = shape
+    x, residual, weight, bias, dy, dtotal = draw_layer_norm(R, D, dtype)
+    if D == 60:
+        # a residual too, and parameters in a dtype of their own
+        y, total, mean, rstd = layer_norm(hosts("layer_norm"), x, residual, weight, bias)
+        assert torch.equal(total, x + residual)
+    elif D == 768:
+        residual = weight = bias = dtotal = None
+        y, total, mean, rstd = layer_norm(hosts("layer_norm"), x, None, None, None)
+    else:
+        residual = None
+        y, total, mean, rstd = layer_norm(hosts("layer_norm"), x, None, weight, bias)
+    total = x if residual is None else total
+    affine = weight is not None
+    dx, dweight, dbias = layer_norm_backward(
+        hosts("layer_norm"), dy, dtotal, total, weight, mean, rstd, affine
+    )
+
+    def leaves(convert):
+        return [None if t is None else convert(t).requires_grad_() for t in (total, weight, bias)]
+
+    exact, plain = leaves(torch.Tensor.double), leaves(lambda t: t.to(dtype, copy=True))
+    results = {}
+    for kind, (a, b, c) in (("exact", exact), ("plain", plain)):
+        out = F.layer_norm(a, (D,), b, c)
+        added = 0 if dtotal is None else (a * dtotal.to(a.dtype)).sum()
+        ((out * dy.to(a.dtype)).sum() + added).backward()
+        results[kind] = [out.detach(), *(t.grad for t in (a, b, c) if t is not None)]
+    names = ("y", "dx", "dweight", "dbias") if affine else ("y", "dx")
+    for i, name in enumerate(names):
+        ours = (y, dx, dweight, dbias)[i]
+        factor = 2 if name == "y" else 3
+        assert_no_worse(name, ours, results["plain"][i], results["exact"][i], factor=factor)
+
+
+def test_layer_norm_large_mean(hosts, assert_no_worse):
+    """Massive activations: E[x^2] - mean^2 would lose all digits here."""
+    x = torch.randn(2, 96) + 3e3
+    x[0, 5] = 1e4
+    y, *_ = layer_norm(hosts("layer_norm"), x, None, None, None)
+    assert_no_worse("y", y, F.layer_norm(x, (96,)), F.layer_norm(x.double(), (96,)))
+
+
+def label_map(host, ids, rows, features, size, **settings):
+    (B, h, w), (num_rows, C) = ids.shape, features.shape
+    out = nan(B, size, size, C, dtype=features.dtype)
+    integers = [DTYPES.index(features.dtype), B, h, w, size, C, num_rows]
+    host(0, integers, [ids, rows, features, out], **settings)
+    return out
+
+
+def label_map_backward(host, dy, ids, rows, num_rows, **settings):
+    (B, h, w), (size, C) = ids.shape, dy.shape[2:]
+    dfeatures = nan(num_rows, C)
+    partial = nan(host.count(B * size, num_rows, C), num_rows, C)
+    integers = [DTYPES.index(dy.dtype), B, h, w, size, C, num_rows]
+    host(1, integers, [ids, rows, dy, dfeatures, partial], **settings)
+    return dfeatures
+
+
+def draw_label_map(B, h, w, size, C, num_rows, dtype):
+    # regions of a few pixels, so that taps agree and differ
+    ids = torch.randint(0, 256, (B, -(-h // 3), -(-w // 3)), dtype=torch.uint8)
+    ids = ids.repeat_interleave(3, 1).repeat_interleave(3, 2)[:, :h, :w].contiguous()
+    rows = torch.randint(0, num_rows, (B, 256))
+    return ids, rows, torch.randn(num_rows, C).to(dtype), torch.randn(B, size, size, C).to(dtype)
+
+
+# one output pixel, one source pixel, no resize, a prime width, more channels than a warp, more rows than one table
+LABEL_MAP_SHAPES = (
+    (1, 5, 4, 1, 8, 3),
+    (2, 1, 1, 5, 64, 2),
+    (1, 7, 7, 7, 5, 1),
+    (2, 23, 31, 9, 64, 40),
+    (1, 31, 13, 35, 33, 300),
+    (0, 4, 4, 2, 8, 3),
+)
+
+
+@parametrize("dtype", DTYPES)
+@parametrize("shape", LABEL_MAP_SHAPES)
+def test_label_map(hosts, assert_no_worse, shape, dtype):
+    B, h, w, size, C, num_rows = shape
+    ids, rows, features, dy = draw_label_map(*shape, dtype)
+    out = label_map(hosts("label_map"), ids, rows, features, size)
+    dfeatures = label_map_backward(hosts("label_map"), dy, ids, rows, num_rows)
+    assert not dfeatures.isnan().any()
+    if not B:
+        assert not dfeatures.any()
+        return
+    results = []
+    for dtype in (features.dtype, torch.float64):
+        table = features.to(dtype, copy=True).requires_grad_()
+        result = label_map_reference(ids, rows, table, size).permute(0, 2, 3, 1)
+        (result * dy.to(dtype)).sum().backward()
+        results.append((result.detach(), table.grad))
+    (plain, plain_grad), (exact, exact_grad) = results
+    assert_no_worse("out", out, plain, exact)
+    assert_no_worse("dfeatures", dfeatures, plain_grad, exact_grad, factor=3)
+
+
+@parametrize("dtype", DTYPES)
+def test_label_map_rows_outside(hosts, dtype):
+    """A row that does not exist shows as NaN where it was used, and nowhere else; nothing outside is read."""
+    ids, rows, features, dy = draw_label_map(1, 12, 12, 12, 16, 6, dtype)
+    for bad in (-1, 6, 2**40, -(2**63)):
+        rows[0, 7] = bad
+        ids[0, 3, 4] = 7
+        used = (rows[0, ids.long()] == bad)[0]
+        out = label_map(hosts("label_map"), ids, rows, features, 12)[0]
+        # without a resize the second taps have weight 0, and 0 * NaN is NaN
+        spread = F.max_pool2d(F.pad(used[None].float(), (0, 1, 0, 1)), 2, 1)[0].bool()
+        assert out[used].isnan().all() and not out[~spread].isnan().any()
+        dfeatures = label_map_backward(hosts("label_map"), dy, ids, rows, 6)
+        assert torch.isfinite(dfeatures).all()
+
+
+def decode_attention(host, q, shared_k, shared_v, mask, suffix_k, suffix_v, ancestors, **settings):
+    R, H, Q, K = q.shape
+    S, M, A = shared_k.shape[2], suffix_k.shape[2], ancestors.shape[2]
+    splits = host.count(S, M, A)
+    out, parts = nan(R, H, Q, K, dtype=q.dtype), nan(splits, R, H, Q, K)
+    highest, sums = nan(splits, R, H, Q), nan(splits, R, H, Q)
+    buffers = [q, shared_k, shared_v, mask, suffix_k, suffix_v, ancestors, out, parts, highest, sums]
+    host(0, [DTYPES.index(q.dtype), R, H, Q, K, S, mask.shape[1], M, A], buffers, **settings)
+    return out
+
+
+def draw_decode_attention(R, H, Q, K, S, M, A, dtype, per_query=True):
+    q = torch.randn(R, H, Q, K).to(dtype) * 2
+    shared_k, shared_v = torch.randn(2, R, H, S, K).to(dtype).unbind()
+    suffix_k, suffix_v = torch.randn(2, R, H, M, K).to(dtype).unbind()
+    mask = torch.rand(R, Q if per_query else 1, S) < 0.8
+    slots = torch.rand(R, Q, M).argsort(-1)[..., :A]
+    ancestors = torch.where(torch.rand(slots.shape) < 0.7, slots, -1)
+    return q, shared_k, shared_v, mask, suffix_k, suffix_v, ancestors
+
+
+# R H Q K S M A: one of each, splits of 256 keys, more queries than a tile, nothing shared, no suffix, nothing at all
+DECODE_SHAPES = (
+    (1, 1, 1, 32, 1, 1, 1),
+    (2, 2, 3, 64, 67, 5, 3),
+    (1, 1, 2, 96, 259, 40, 35),
+    (1, 2, 18, 128, 33, 2, 2),
+    (1, 1, 5, 160, 40, 3, 2),
+    (1, 1, 9, 256, 35, 3, 1),
+    (1, 1, 2, 40, 0, 4, 2),
+    (1, 1, 2, 8, 31, 0, 0),
+    (1, 1, 2, 8, 0, 0, 0),
+    (0, 1, 2, 8, 4, 1, 1),
+)
+
+
+@parametrize("dtype", DTYPES)
+@parametrize("shape", DECODE_SHAPES)
+def test_decode_attention(hosts, assert_no_worse, shape, dtype):
+    inputs = draw_decode_attention(*shape, dtype, per_query=shape[2] != 5)
+    out = decode_attention(hosts("decode_attention"), *inputs)
+    exact = [t.double() if t.is_floating_point() else t for t in inputs]
+    plain = decode_attention_reference(*inputs)
+    assert_no_worse("out", out, plain, decode_attention_reference(*exact))
+
+
+def test_decode_attention_hard(hosts, assert_no_worse):
+    """Queries that see nothing, only the suffix or only late keys; scores of hundreds; numbers that are no slots."""
+    inputs = draw_decode_attention(1, 1, 5, 16, 300, 4, 3, torch.float32)
+    q, _, _, mask, _, _, ancestors = inputs
+    q *= 100
+    mask[0, 0] = mask[0, 1] = False
+    ancestors[0, 0] = -1
+    ancestors[0, 1] = torch.tensor([2, -1, 0])
+    mask[0, 2, :299] = False
+    out = decode_attention(hosts("decode_attention"), *inputs)
+    assert not out[0, 0, 0].any()
+    exact = [t.double() if t.is_floating_point() else t for t in inputs]
+    plain = decode_attention_reference(*inputs)
+    assert_no_worse("out", out, plain, decode_attention_reference(*exact))
+    ancestors[0, 0] = torch.tensor([4, 2**40, -7])
+    assert torch.equal(out, decode_attention(hosts("decode_attention"), *inputs))
+
+
+# ---- the same bits, whatever the order of turns and whoever else is in the batch
+
+
+def calls(dtype=torch.float32):
+    """For each source, calls with several warps and blocks: (name, function of the host and settings)."""
+    x, residual, weight, bias, dy, dtotal = draw_layer_norm(34, 300, dtype)
+    mean, rstd = x.float().mean(1), 1 / x.float().std(1)
+    maps = draw_label_map(2, 23, 31, 9, 40, 12, dtype)
+    narrow, wide = (draw_decode_attention(2, 1, 6, K, 70, 5, 3, dtype) for K in (32, 160))
+    return {
+        "layer_norm": [
+            lambda host, **s: layer_norm(host, x, residual, weight, bias, **s),
+            lambda host, **s: layer_norm_backward(host, dy, dtotal, x, weight, mean, rstd, True, **s),
+        ],
+        "label_map": [
+            lambda host, **s: (label_map(host, *maps[:3], 9, **s),),
+            lambda host, **s: (label_map_backward(host, maps[3], *maps[:2], 12, **s),),
+        ],
+        "decode_attention": [
+            lambda host, **s: (decode_attention(host, *narrow, **s),),
+            lambda host, **s: (decode_attention(host, *wide, **s),),
+        ],
+    }
+
+
+def bits(tensors):
+    return [t.contiguous().view(torch.uint8) for t in tensors if t is not None]
+
+
+def same(first, second):
+    return all(map(torch.equal, bits(first), bits(second)))
+
+
+@parametrize("name", NAMES)
+def test_any_order_of_threads(hosts, name):
+    for call in calls()[name]:
+        expected = call(hosts(name), order=FORWARD)
+        assert not any(t.isnan().any() for t in expected if t is not None)
+        for order in (FORWARD, REVERSE, RANDOM):
+            assert same(expected, call(hosts(name), order=order))
+
+
+def test_row_alone(hosts):
+    x, residual, weight, bias, dy, dtotal = draw_layer_norm(5, 304, torch.bfloat16)
+    batch = layer_norm(hosts("layer_norm"), x, residual, weight, bias)
+    alone = layer_norm(hosts("layer_norm"), x[3:4], residual[3:4], weight, bias)
+    assert same(alone, [t[3:4] for t in batch])
+    dx, *_ = layer_norm_backward(hosts("layer_norm"), dy, dtotal, batch[1], weight, *batch[2:], False)
+    one, *_ = layer_norm_backward(
+        hosts("layer_norm"), dy[3:4], dtotal[3:4], alone[1], weight, *alone[2:], False
+    )
+    assert same([one], [dx[3:4]])
+    q, *cache, ancestors = draw_decode_attention(3, 2, 17, 32, 37, 5, 3, torch.bfloat16)
+    batch = decode_attention(hosts("decode_attention"), q, *cache, ancestors)
+    alone = decode_attention(
+        hosts("decode_attention"), *(t[1:2] for t in (q, *cache, ancestors))
+    )
+    assert same([alone], [batch[1:2]])
+    cache[2] = cache[2][:, 16:]
+    alone = decode_attention(hosts("decode_attention"), q[:, :, 16:], *cache, ancestors[:, 16:])
+    assert same([alone], [batch[:, :, 16:]])
+
+
+# ---- planted bugs
+
+
+def barriers(name):
+    """Lines of the source with a __syncthreads."""
+    lines = (SOURCES / f"{name}.cu").read_text().splitlines()
+    return [number for number, line in enumerate(lines, 1) if "__syncthreads()" in line]
+
+
+@pytest.mark.parametrize(
+    "name, line", [(name, line) for name in ("layer_norm", "decode_attention") for line in barriers(name)]
+)
+def test_missing_barrier_shows(hosts, name, line):
+    """Each barrier is needed: without it, some order of turns changes the result."""
+    for call in calls()[name]:
+        expected = call(hosts(name))
+        for order in (FORWARD, REVERSE, RANDOM):
+            if not same(expected, call(hosts(name), order=order, skipped_barrier=line)):
+                return
+    pytest.fail(f"{name}.cu: nothing changes without the barrier in line {line}")
+
+
+def test_read_outside_shows(tmp_path):
+    """The rule that keeps reads inside is taken out of a copy of the source."""
+    source = (SOURCES / "label_map.cu").read_text()
+    check = "row >= 0 && row < num_rows ? static_cast<int>(row) : -1"
+    assert check in source
+    copy = tmp_path / "planted.cu"
+    copy.write_text(source.replace(check, "static_cast<int>(row)"))
+    host = compile_for_host("label_map", tmp_path, copy)
+    ids, rows, features, _ = draw_label_map(1, 6, 6, 6, 16, 5, torch.float32)
+    label_map(host, ids, rows, features, 6)
+    rows[0, ids[0, 2, 2].long()] = 5
+    out = nan(1, 6, 6, 16)
+    result = host.run(0, [0, 1, 6, 6, 6, 16, 5], [ids, rows, features, out])
+    assert result.returncode != 0 and b"heap-buffer-overflow" in result.stderr
+
+
+def test_short_buffer_shows(hosts):
+    """Every buffer is checked to the byte: one element less than the launcher is told of ends the program."""
+    x = torch.randn(2, 37)
+    buffers = [x, None, x[0].clone(), x[1].clone(), torch.empty(2, 37), None, nan(2), nan(2)]
+    assert hosts("layer_norm").run(0, [0, 0, 0, 2, 37], buffers, number=1e-5).returncode == 0
+    for i in (0, 2, 3, 4, 6, 7):
+        short = list(buffers)
+        short[i] = short[i].flatten()[:-1].clone()
+        result = hosts("layer_norm").run(0, [0, 0, 0, 2, 37], short, number=1e-5)
+        assert result.returncode != 0 and b"heap-buffer-overflow" in result.stderr, i
+
+
+PLANTED = """
+#include "launch.cuh"
+namespace prismer {
+namespace {
+__global__ void meet(float* out) {
+  if (threadIdx.x >= 16) {
+    __syncthreads();
+  } else if (out[0] == 0.0f) {
+    __syncthreads();
+  } else if (out[0] == 1.0f) {
+    __shfl_xor_sync(kAllLanes, 1.0f, 1);
+  } else {
+    __shfl_sync(0xffffu, 1.0f, 20);
+  }
+}
+}  // namespace
+int64_t label_map_parts(int64_t, int64_t, int64_t) { return 0; }
+int label_map_backward_cuda(const LabelMapBackward&, void*) { return 0; }
+int label_map_cuda(const LabelMap& args, void* stream) {
+  PRISMER_LAUNCH(meet, 1, 64, 0, stream, static_cast<float*>(args.out));
+  return last_error();
+}
+}  // namespace prismer
+"""
+
+
+def test_threads_that_do_not_meet(tmp_path):
+    """What hangs a GPU or is undefined there ends the program with a sentence."""
+    copy = tmp_path / "planted.cu"
+    copy.write_text(PLANTED)
+    host = compile_for_host("label_map", tmp_path, copy)
+    for wrong, sentence in enumerate(
+        ("different barriers", "a warp waits for a lane", "a shuffle from a lane outside")
+    ):
+        result = host.run(0, [0] * 7, [None, None, None, torch.tensor([float(wrong)])])
+        assert result.returncode == 3 and sentence in result.stderr.decode()

@@ -1,0 +1,433 @@
+"""Proves that both orders of resampler_attention are multi-head attention over [query ; norm(x)], forward and every
+gradient, on every backend; that they cost what they say; and that frozen parameters cost nothing.
+
+Run: pytest tests/ops/test_resampler_attention.py
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from prismer.kernels import resampler_attention as room
+from prismer.kernels import resampler_triton
+from prismer.kernels.dispatch import use_backend
+from prismer.kernels.resampler_attention import (
+    flops,
+    resampler_attention,
+    resampler_attention_reference,
+    standardise,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+VARIANTS = {"torch": ("torch", "absorbed"), "triton": ("triton", "absorbed"), "ordinary": ("torch", "ordinary")}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("query", "x_hat", "norm_weight", "norm_bias", "in_proj_weight", "in_proj_bias")
+SHAPES = {  # B, M, L, D, H
+    "one": (1, 1, 1, 1, 1),
+    "primes": (2, 5, 13, 15, 3),
+    "above-a-block": (2, 65, 129, 32, 2),
+    "a-block": (1, 16, 64, 96, 8),
+    "wide": (1, 3, 60, 160, 1),
+    "no-inputs": (2, 4, 0, 16, 2),
+    "no-images": (0, 4, 8, 16, 2),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def order(request, running):
+    backend, order = VARIANTS[request.param]
+    with running(backend):
+        yield order
+
+
+@pytest.fixture
+def on_triton(running):
+    with running("triton"):
+        yield
+
+
+def draw(B, M, L, D, dtype=torch.float64):
+    """An affine with zeros and negative weights, biases that matter, scores of a spread that picks some keys."""
+    query, x, in_proj_weight = torch.randn(B, M, D), torch.randn(B, L, D) * 2 + 1, torch.randn(3 * D, D) * D**-0.5 * 1.3
+    norm_weight, norm_bias = torch.randn(D) + 0.3, 2 * torch.randn(D)
+    norm_weight[:: max(D // 4, 2)] = 0
+    tensors = query, standardise(x), norm_weight, norm_bias, in_proj_weight, torch.randn(3 * D)
+    return [t.to(dtype) for t in tensors]
+
+
+def plain(query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias, H):
+    """What a user would write, in the dtype of the tensors."""
+    keys = torch.cat([query, x_hat * norm_weight + norm_bias], dim=1)
+    weights, biases = in_proj_weight.chunk(3), in_proj_bias.chunk(3)
+    q, k, v = (
+        F.linear(t, weight, bias).unflatten(2, (H, -1)).transpose(1, 2)
+        for t, weight, bias in zip((query, keys, keys), weights, biases, strict=True)
+    )
+    return ((q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def results(op, tensors, dtype, dy, trainable=NAMES):
+    leaves = [t.detach().to(dtype).requires_grad_(name in trainable) for name, t in zip(NAMES, tensors, strict=True)]
+    y = op(*leaves)
+    wanted = {"d" + name: leaf for name, leaf in zip(NAMES, leaves, strict=True) if leaf.requires_grad}
+    return {
+        "y": y.detach(),
+        **dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), dy.to(dtype)), strict=True)),
+    }
+
+
+def compare(tensors, H, order, assert_no_worse, trainable=NAMES):
+    dtype = tensors[0].dtype
+    dy = torch.randn(tensors[0].shape).to(dtype)
+    got = results(lambda *t: resampler_attention(*t, H, order=order), tensors, dtype, dy, trainable)
+    expected = results(lambda *t: plain(*t, H), tensors, dtype, dy, trainable)
+    exact = results(lambda *t: plain(*t, H), tensors, torch.float64, dy, trainable)
+    D = tensors[0].shape[2]
+    for name, value in got.items():
+        assert value.dtype == dtype, name
+        if name == "din_proj_bias":
+            assert not value[D : 2 * D].any(), "the bias of the keys cancels, and so must its gradient"
+            value, allowed, truth = (torch.cat([t[:D], t[2 * D :]]) for t in (value, expected[name], exact[name]))
+        else:
+            allowed, truth = expected[name], exact[name]
+        assert_no_worse(name, value, allowed, truth, factor=3.0 if name[0] == "d" else 2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_resampler_attention(shape, dtype, order, assert_no_worse):
+    *sizes, H = shape
+    compare(draw(*sizes, dtype), H, order, assert_no_worse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ("large-beta", "no-gamma", "confident", "massive", "key-bias", "value-bias"))
+def test_adversarial(case, dtype, order, assert_no_worse):
+    tensors = draw(2, 7, 70, 48, torch.float64)
+    query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias = tensors
+    if case == "large-beta":
+        norm_bias *= 10
+    elif case == "no-gamma":
+        norm_weight.zero_()
+    elif case == "confident":
+        query *= 6
+    elif case == "massive":
+        x_hat[:, 3, 5] = 200
+    elif case == "key-bias":
+        in_proj_bias[48:96] += 30
+    else:
+        in_proj_bias[96:] += 50
+    compare([t.to(dtype) for t in tensors], 3, order, assert_no_worse)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (2, 64, 205, 96, 8)], ids=[*SHAPES, "eight-heads"])
+def test_exact(shape):
+    """In float64 both orders, the reference and torch's own attention are the same numbers, and so are gradients."""
+    *sizes, H = shape
+    tensors, D = draw(*sizes), shape[3]
+    dy = torch.randn(tensors[0].shape, dtype=torch.float64)
+
+    def of_torch(query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias):
+        keys = torch.cat([query, x_hat * norm_weight + norm_bias], dim=1).transpose(0, 1)
+        eye = torch.eye(D, dtype=torch.float64)
+        y, _ = F.multi_head_attention_forward(
+            query.transpose(0, 1), keys, keys, D, H, in_proj_weight, in_proj_bias, None, None, False, 0.0, eye, None
+        )  # fmt: skip
+        return y.transpose(0, 1)
+
+    all_results = [results(lambda *t: resampler_attention_reference(*t, H), tensors, torch.float64, dy)]
+    if shape[0]:
+        all_results.append(results(of_torch, tensors, torch.float64, dy))
+    for order in ("absorbed", "ordinary"):
+        with use_backend("torch"):
+            ours = lambda *t: resampler_attention(*t, H, order=order)  # noqa: B023, E731
+            all_results.append(results(ours, tensors, torch.float64, dy))
+    first, *others = all_results
+    for other, (name, expected) in itertools.product(others, first.items()):
+        error = (other[name] - expected).abs().amax() if expected.numel() else 0
+        assert error <= 1e-12 * max(1, expected.abs().amax() if expected.numel() else 1), name
+
+
+def test_reference_and_standardise():
+    tensors = draw(2, 5, 13, 24)
+    with use_backend("reference"):
+        torch.testing.assert_close(resampler_attention(*tensors, 3), plain(*tensors, 3))
+    x = torch.randn(3, 4, 60, dtype=torch.float64) * 3 + 1
+    torch.testing.assert_close(standardise(x, 0.1), F.layer_norm(x, (60,), eps=0.1))
+    x = x.bfloat16()
+    assert resampler_attention_reference(*(t.bfloat16() for t in tensors), 3).dtype == standardise(x).dtype == x.dtype
+
+
+def test_layouts_and_mixed_dtypes(order):
+    """Transposed and expanded inputs, an expanded gradient, a norm in fp32 beside a stream in bf16."""
+    tensors = draw(3, 4, 6, 24, torch.float32)
+    moved = [tensors[0][:1].expand(3, 4, 24), tensors[1].transpose(0, 1).contiguous().transpose(0, 1), *tensors[2:4]]
+    moved += [tensors[4].T.contiguous().T, tensors[5]]
+    expected = plain(*moved, 3)
+    torch.testing.assert_close(resampler_attention(*moved, 3, order=order), expected)
+    dy = torch.ones(()).expand(3, 4, 24)
+    got = results(lambda *t: resampler_attention(*t, 3, order=order), moved, torch.float32, dy)
+    want = results(lambda *t: plain(*t, 3), moved, torch.float32, dy)
+    for name in got:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=2e-5, msg=name)
+    low = [t.bfloat16() for t in tensors]
+    low[2:4] = (t.clone().requires_grad_() for t in tensors[2:4])
+    y = resampler_attention(*low, 3, order=order)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and low[2].grad.dtype == low[3].grad.dtype == torch.float32
+
+
+def test_repeats(order):
+    """Bit for bit again; an image alone gives what it gives in a batch."""
+    tensors = draw(3, 9, 70, 48, torch.bfloat16)
+    dy = torch.randn(3, 9, 48)
+    ours = lambda *t: resampler_attention(*t, 3, order=order)  # noqa: E731
+    first, again = (results(ours, tensors, torch.bfloat16, dy) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = results(ours, [t[one] for t in tensors[:2]] + tensors[2:], torch.bfloat16, dy[one])
+        for name in ("y", "dquery", "dx_hat"):
+            # the products with weights are torch's: their rows may round otherwise in another batch
+            torch.testing.assert_close(alone[name], first[name][one], rtol=2e-2, atol=2e-2, msg=name)
+
+
+def test_kernels_do_not_see_the_batch(on_triton):
+    """Between the products with weights an image is bit for bit what it is alone."""
+    query, x_hat, gamma, beta, _, _ = draw(3, 9, 70, 48, torch.bfloat16)
+    a = torch.randn(3, 3, 9, 48).bfloat16()
+    t, *state = resampler_triton.attend(a.view(3, 27, 48), query, x_hat, gamma, beta, True)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone, *kept = resampler_triton.attend(a[:, one].reshape(3, 9, 48), query[one], x_hat[one], gamma, beta, True)
+        assert torch.equal(alone, t.view(3, 3, 9, 48)[:, i])
+        assert all(torch.equal(mine[0], whole[i]) for mine, whole in zip(kept, state, strict=True))
+
+
+@pytest.mark.parametrize("trains", ((), ("query",), ("x_hat",), ("norm_bias",), ("in_proj_weight",), NAMES), ids=str)
+def test_saved_bytes(trains, order):
+    """What the module's docstring says, and the parameters themselves; nothing at all if nothing trains."""
+    B, M, L, D, H, s = 2, 5, 70, 48, 3, 2
+    N, Q = M + L, H * M
+    leaves = [t.requires_grad_(name in trains) for name, t in zip(NAMES, draw(B, M, L, D, torch.bfloat16), strict=True)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        resampler_attention(*leaves, H, order=order)
+    if not trains:
+        assert not saved
+        return
+    assert any(t is leaves[4] for t in saved), "the parameter itself is kept, not a view of it"
+    mixed = bool({"norm_weight", "norm_bias", "in_proj_weight"} & set(trains))
+    if order == "ordinary":
+        expected = B * M * D * s + B * Q * N * s + 2 * B * N * D * s
+    else:
+        expected = B * M * D * s + B * Q * N * s + mixed * (B * Q * D * s + 4 * B * Q)
+        if any(t.shape == (B, Q, 192) for t in saved):
+            W = 64 * (1 + 2)
+            expected += B * Q * (W - N) * s + 4 * B * Q * W // 64 + B * M * D * s
+    assert sum(t.nbytes for t in saved) == expected + sum(t.nbytes for t in leaves[:5])
+
+
+GRADS = [c for n in range(7) for c in itertools.combinations(NAMES, n)]
+
+
+@pytest.mark.parametrize("order", ("absorbed", "ordinary"))
+def test_flops(order):
+    """The rule's numbers are the multiplications that are done, for every choice of gradients: none for frozen ones."""
+    B, M, L, D, H = 2, 3, 10, 12, 2
+    tensors = draw(B, M, L, D)
+    absorbed, dy = order == "absorbed", torch.randn(B, M, D, dtype=torch.float64)
+    for grads in GRADS:
+        mixed = absorbed and bool(set(grads) & {"norm_weight", "norm_bias", "in_proj_weight"})
+        needs = ["query" in grads, "x_hat" in grads, "norm_weight" in grads or "norm_bias" in grads]
+        needs += ["in_proj_weight" in grads, "in_proj_bias" in grads]
+        with use_backend("torch"), FlopCounterMode(display=False) as counter:
+            _, *state = room._forward(*tensors, H, absorbed, bool(grads), mixed)
+            if grads:
+                room._backward(dy, *tensors[:5], *state, H, *needs)
+        assert counter.get_total_flops() == flops(order, B, M, L, D, H, grads), grads
+
+
+def test_frozen_parameters_are_left_out(count_calls, order):
+    tensors = draw(2, 4, 8, 24, torch.float32)
+    for trains in (("x_hat",), ("query", "norm_bias"), ("in_proj_weight",), ("in_proj_bias",)):
+        leaves = [t.detach().requires_grad_(name in trains) for name, t in zip(NAMES, tensors, strict=True)]
+        with count_calls() as calls:
+            resampler_attention(*leaves, 3, order=order).sum().backward()
+        (call,) = calls["prismer::resampler_attention_backward"]
+        needs = {name: call[f"need_{name}"] for name in ("query", "x_hat", "norm", "weight", "bias")}
+        named = {"norm": "norm_bias", "weight": "in_proj_weight", "bias": "in_proj_bias"}
+        assert needs == {name: named.get(name, name) in trains for name in needs}
+        with torch.no_grad():
+            state = torch.ops.prismer.resampler_attention(*leaves, 3, order == "absorbed", True, order == "absorbed")
+            grads = torch.ops.prismer.resampler_attention_backward(
+                torch.ones(2, 4, 24), *leaves[:5], *state[1:], 3, *needs.values()
+            )
+        wanted = needs["query"], needs["x_hat"], needs["norm"], needs["norm"], needs["weight"], needs["bias"]
+        assert [bool(grad.numel()) for grad in grads] == list(wanted)
+
+
+def test_which_order(count_calls):
+    """The published ratios, and that the cheaper order of the call at hand is the one that runs."""
+
+    def ratio(L, D, grads=(), without_q=True):
+        # the projection of the queries is common to both
+        common = 2 * 64 * D * D * (without_q and not grads)
+        return (flops("absorbed", 1, 64, L, D, 8, grads) - common) / (flops("ordinary", 1, 64, L, D, 8, grads) - common)
+
+    assert [round(ratio(L, D), 2) for L, D in ((1176, 768), (1536, 1024), (1536, 1280))] == [0.66, 0.51, 0.42]
+    assert round(ratio(196, 768), 2) == 0.84
+    assert [round(ratio(L, D, NAMES), 2) for L, D in ((1176, 768), (1536, 1024))] == [0.67, 0.52]
+    assert ratio(1176, 768, ("query", "x_hat")) < 1
+    assert ratio(196, 256, ()) > 1
+    for trains, (M, L, D) in itertools.product(((), ("x_hat",), NAMES), ((8, 64, 64), (16, 8, 8), (1, 3, 64))):
+        leaves = [t.requires_grad_(name in trains) for name, t in zip(NAMES, draw(1, M, L, D), strict=True)]
+        costs = {order: flops(order, 1, M, L, D, 8, trains) for order in ("absorbed", "ordinary")}
+        with use_backend("torch"), count_calls() as calls:
+            resampler_attention(*leaves, 8)
+        (call,) = calls["prismer::resampler_attention"]
+        assert call["absorbed"] == (costs["absorbed"] < costs["ordinary"])
+        assert call["keep"] == bool(trains)
+
+
+def test_backward_takes_what_its_forward_left(on_triton, assert_no_worse):
+    """A forward pass on Triton and a backward pass outside the block that asked for it."""
+    tensors = [t.requires_grad_() for t in draw(2, 5, 13, 24, torch.float32)]
+    y = resampler_attention(*tensors, 3, order="absorbed")
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, tensors, dy, retain_graph=True)
+    with use_backend("torch"):
+        got = torch.autograd.grad(y, tensors, dy)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("requires_grad", (False, True))
+def test_opcheck(requires_grad, order):
+    tensors = draw(2, 3, 5, 24, torch.float32)
+    leaves = [t.requires_grad_(requires_grad) for t in tensors]
+    absorbed = order == "absorbed"
+    torch.library.opcheck(
+        torch.ops.prismer.resampler_attention, (*leaves, 3, absorbed, requires_grad, absorbed and requires_grad)
+    )
+    if requires_grad:
+        return
+    with torch.no_grad():
+        moved = [leaves[0].transpose(0, 1).contiguous().transpose(0, 1), *leaves[1:4], leaves[4].T.contiguous().T]
+        y, *state = torch.ops.prismer.resampler_attention(*moved, leaves[5], 3, absorbed, True, absorbed)
+        for needs in ((True,) * 5, (False, True, False, False, False)):
+            torch.library.opcheck(
+                torch.ops.prismer.resampler_attention_backward, (y.mT.contiguous().mT, *moved, *state, 3, *needs)
+            )
+
+
+def test_compile(order):
+    tensors = [t.requires_grad_() for t in draw(2, 3, 5, 24, torch.float32)]
+
+    def step(*tensors):
+        return resampler_attention(*tensors, 3, order=order).square().sum()
+
+    expected = torch.autograd.grad(step(*tensors), tensors)
+    got = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(*tensors), tensors)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("order", ("absorbed", "ordinary"))
+def test_gradcheck(order):
+    tensors = [t.requires_grad_() for t in draw(2, 2, 3, 6)]
+    with use_backend("torch"):
+        assert torch.autograd.gradcheck(lambda *t: resampler_attention(*t, 2, order=order), tensors)
+
+
+def test_ledger(on_triton):
+    """Bytes and products of every kernel are those of the docstring, times the tiles that read the same again."""
+    from interpreter import interpreted
+
+    B, M, L, D, H, s = 2, 5, 70, 48, 3, 2
+    Q, NZ, NB = H * M, 1, 3
+    BQ, BD, W = 16, 64, 64 * NB
+    query, x_hat, gamma, beta, _, _ = draw(B, M, L, D, torch.bfloat16)
+    a, dt = torch.randn(2, H, B * M, D).bfloat16()
+    with interpreted() as ledger:
+        t, probs, factor, share, mixed = resampler_triton.attend(a, query, x_hat, gamma, beta, True)
+    keys, rows = B * (M + L) * D * s, B * Q * D * s
+    scale = rows + -(-B * Q // 16) * 2 * D * s, rows + 4 * B * Q
+    scores = NB * rows + keys + (NB - NZ) * 4 * B * Q, B * Q * W * s + 8 * B * Q * NB
+    affine = B * 2 * D * s
+    mix = B * Q * W * s + keys + affine + (8 + 4) * B * Q * NB, 2 * rows + 4 * B * Q * (NB + 1)
+    assert ledger.kernels == ["_scale_kernel", "_scores_kernel", "_mix_kernel"]
+    assert ledger.bytes_read == scale[0] + scores[0] + mix[0]
+    assert ledger.bytes_written == scale[1] + scores[1] + mix[1]
+    product = 2 * B * BQ * W * BD
+    assert ledger.dot_flops == 2 * product
+    delta = torch.randn(H, B * M)
+    results = [torch.empty_like(query), torch.empty_like(x_hat), torch.empty(D), torch.empty(D), None, None]
+    backward = {  # by kernel, for all gradients
+        "_scale_kernel": (2 * scale[0], 2 * scale[1]),
+        "_scores_kernel": (
+            scores[0] + B * Q * W * s + 4 * B * Q * NB + NB * 4 * B * Q,
+            B * Q * W * s + 4 * B * Q * NB,
+        ),
+        "_mix_kernel": (
+            B * Q * W * s + keys + affine + 4 * B * Q * NB  # da
+            + rows + B * Q * NZ * 64 * s + B * M * D * s + affine + 4 * B * Q * (1 + NZ),  # t again
+            2 * rows + 4 * B * Q + rows,
+        ),
+        "_keys_kernel": (2 * NB * rows + 2 * B * Q * W * s + 4 * B * Q * NB, keys),
+        "_norm_kernel": (4 * rows + 8 * B * Q, -(-B * Q // 16) * 8 * D),
+    }  # fmt: skip
+    for names in (("query", "x_hat", "norm", "in_proj_weight", "in_proj_bias"), ("x_hat",), ("query",), ("norm",)):
+        needs = {name: name in names for name in ("query", "x_hat", "norm", "in_proj_weight", "in_proj_bias")}
+        with interpreted() as ledger:
+            resampler_triton.attend_backward(
+                a, dt, delta, query, x_hat, gamma, beta, probs, factor, share, mixed, needs, results
+            )
+        kernels = ["_scale_kernel", "_scores_kernel"]
+        kernels += ["_mix_kernel"] * (names != ("x_hat",)) + ["_mix_kernel"] * needs["in_proj_weight"]
+        kernels += ["_scale_kernel"] * needs["x_hat"] + ["_keys_kernel"] * (needs["x_hat"] or needs["query"])
+        assert ledger.kernels == kernels + ["_norm_kernel"] * needs["norm"]
+        if needs["in_proj_weight"]:
+            for kernel, (read, written) in backward.items():
+                counted = [ledger.traffic[key] for key in ledger.traffic if key[0] == kernel]
+                assert sum(count[0] for count in counted) == read, kernel
+                assert sum(count[1] for count in counted) == written, kernel
+            assert ledger.dot_flops == product + product + 2 * B * BQ * NZ * 64 * BD + 2 * product
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (dict(query=torch.zeros(3, 8)), r"pass floats of shape \(B, M, D\)"),
+        (dict(query=torch.zeros(2, 3, 8, dtype=torch.int64)), "pass floats"),
+        (dict(x_hat=torch.zeros(1, 5, 8)), r"x_hat is .* pass torch.float32 of shape \(2, L, 8\)"),
+        (dict(x_hat=torch.zeros(2, 5, 8).double()), "x_hat is torch.float64"),
+        (dict(norm_weight=torch.zeros(9)), "norm_weight is"),
+        (dict(norm_bias=torch.zeros(8, 1)), "norm_bias is"),
+        (dict(in_proj_weight=torch.zeros(8, 24)), r"in_proj_weight is .* shape \(24, 8\)"),
+        (dict(in_proj_bias=torch.zeros(24).bfloat16()), "in_proj_bias is"),
+        (dict(num_heads=3), "num_heads is 3; pass a divisor of the width 8"),
+        (dict(order="fast"), "order is 'fast'; pass 'absorbed'"),
+    ),
+)
+def test_errors(change, message):
+    good = dict(
+        query=torch.zeros(2, 3, 8), x_hat=torch.zeros(2, 5, 8), norm_weight=torch.zeros(8), norm_bias=torch.zeros(8),
+        in_proj_weight=torch.zeros(24, 8), in_proj_bias=torch.zeros(24), num_heads=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        resampler_attention(**{**good, **change})
+
+
+def test_float64_is_refused_by_triton(on_triton):
+    with pytest.raises(RuntimeError, match="computes in fp32, and query is float64"):
+        resampler_attention(*draw(1, 2, 3, 8), 2, order="absorbed")
+
+
+def test_kernel_cases():
+    cases = room.kernel_cases()
+    assert len({case.name for case in cases}) == len(cases) >= 15
+    assert all(case.bytes > 0 and case.flops > 0 for case in cases)

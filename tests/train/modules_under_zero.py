@@ -1,0 +1,111 @@
+"""The fused modules in a model that is not Prismer, under ZeRO-3 with every parameter sharded, against plain training;
+test_modules_zero.py launches this.
+
+    torchrun --nproc_per_node N modules_under_zero.py OUT.json
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from prismer import engine as engines
+from prismer.kernels.modules import (
+    MLP,
+    Adaptor,
+    LayerNorm,
+    LinearCrossEntropy,
+    MultiheadAttention,
+    PerceiverResampler,
+)
+from prismer.train_config import TrainConfig
+
+D, V, STEPS, ROWS = 32, 61, 4, 4
+# every parameter is sharded, gathered and released, however small
+EVERYTHING = dict.fromkeys(
+    ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_max_live_parameters",
+     "stage3_prefetch_bucket_size"), 0,
+)  # fmt: skip
+
+
+class Other(nn.Module):
+    """Somebody else's model: every module of ours once, some frozen, first behind an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(V, D)
+        self.norm = LayerNorm(D)
+        self.attention = MultiheadAttention(D, 4)
+        self.frozen_mlp = MLP(D, 2 * D, "quick_gelu").requires_grad_(False)
+        self.adaptor = Adaptor(D, late=False)
+        self.resampler = PerceiverResampler(D, 2, 4, 5)
+        self.cross = MultiheadAttention(D, 4, names=("q_proj", "k_proj", "v_proj", "out_proj"))
+        self.late = Adaptor(D, late=True)
+        self.mlp = MLP(D, 2 * D, "gelu", names=("up", "down"))
+        self.head = LinearCrossEntropy(D, V, label_smoothing=0.1)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        x = x + self.attention(self.norm(x), causal=True)
+        x = self.adaptor(x + self.frozen_mlp(x))
+        x = self.late(x + self.cross(x, self.resampler(x)))
+        return self.head(x + self.mlp(x), labels)
+
+
+def make_batch(step: int, rows: slice):
+    draw = torch.Generator().manual_seed(step)
+    ids, labels = torch.randint(0, V, (2, ROWS, 7), generator=draw)
+    return ids[rows], labels[rows]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    engines.start_distributed()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    plain = Other()
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    start = copy.deepcopy(plain)
+    settings = TrainConfig(batch_size=ROWS, learning_rate=3e-3, gradient_clipping=1.0)
+    zero = dict(stage=3, memory_efficient_linear=False, **EVERYTHING)
+    engines.SMALL_MODEL = 0
+    engine = engines.build_engine(copy.deepcopy(plain), settings, dict(zero_optimization=zero), "fp32")
+    part = ROWS // world
+    losses = []
+    for step in range(STEPS):
+        loss = engine(*make_batch(step, slice(rank * part, (rank + 1) * part)))
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(float(total) / world)
+    weights = copy.deepcopy(start)
+    engines.copy_weights(engine, weights)
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank:
+        return
+
+    optimizer = engines.build_optimizer(plain, settings)
+    expected = []
+    for step in range(STEPS):
+        loss = plain(*make_batch(step, slice(None)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in plain.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        expected.append(float(loss))
+    report = {"losses": losses, "expected": expected, "difference": {}, "step": {}}
+    for name, value in plain.state_dict().items():
+        report["difference"][name] = float((weights.state_dict()[name] - value).abs().max())
+        report["step"][name] = float((value - start.state_dict()[name]).abs().max())
+    Path(sys.argv[1]).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

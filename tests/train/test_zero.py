@@ -1,0 +1,66 @@
+"""Proves that training under ZeRO-3 is training: the same losses and weights as plain PyTorch, with every parameter
+sharded, one process and two, with the decoder gathered at once (small models) and block by block (large ones).
+
+Run: pytest tests/train/test_zero.py"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from prismer.run_folder import RunFolder
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("small", [0, 20_000_000], ids=["by-block", "whole-decoder"])
+def test_zero_is_plain_training(workshop, tmp_path, small, processes):
+    workshop.port += 1
+    out = tmp_path / "report.json"
+    done = subprocess.run(
+        [Path(sys.executable).parent / "torchrun", "--nproc_per_node", str(processes), "--master_port",
+         str(workshop.port), Path(__file__).with_name("zero_against_plain.py"), workshop.folder / "model",
+         str(small), out],
+        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )  # fmt: skip
+    assert out.is_file(), done.stderr[-3000:]
+    report = json.loads(out.read_text())
+    assert report["losses"] == pytest.approx(report["expected"], rel=2e-5)
+    # Adam's first steps are of the learning rate whatever the gradient: a lost gradient leaves its weight where it was
+    lost = {
+        name: (difference, report["step"][name])
+        for name, difference in report["difference"].items()
+        if difference > 0.05 * report["step"][name] + 1e-5 and not name.endswith("key.bias")
+    }
+    assert not lost
+    assert sum(step > 0 for step in report["step"].values()) > 100
+
+
+def test_a_dead_rank_ends_the_run(workshop):
+    """One of two ranks is killed: the launch ends with an error, nothing lives on, the last checkpoint loads."""
+    run = workshop.launch("dead", "deepspeed 2", steps=2000, save_every=2, precision="fp32")
+    run.wait_for_step(4)
+    ranks = subprocess.run(["pgrep", "-f", f"train.py.*{run.folder}"], capture_output=True, text=True).stdout
+    workers = [
+        int(pid) for pid in ranks.split()
+        if f"--local_rank=1\0" in Path(f"/proc/{pid}/cmdline").read_text()
+    ]  # fmt: skip
+    os.kill(workers[-1], signal.SIGKILL)
+    assert run.end(120) != 0
+    end = time.monotonic() + 30
+    while run.ranks_alive() and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not run.ranks_alive()
+    assert not (run.folder / "finished.json").exists()
+    last = RunFolder(run.folder).last()
+    assert last is not None
+    from prismer.checkpoint import from_pretrained
+
+    from_pretrained(last)

@@ -1,0 +1,99 @@
+"""A few steps of the same batches under ZeRO-3 and in plain PyTorch, on every rank; test_zero.py launches this.
+
+    torchrun --nproc_per_node 2 zero_against_plain.py MODEL_FOLDER SMALL_MODEL OUT.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from prismer import engine as engines
+from prismer.checkpoint import from_pretrained
+from prismer.dataloading.batch import Batch, ImageBatch
+from prismer.freezing import freeze
+from prismer.tasks import collate
+from prismer.train_config import TrainConfig
+
+STEPS, IMAGES = 5, 8
+# every parameter is sharded, gathered and released, however small: what a large model's are
+EVERYTHING = dict.fromkeys(
+    ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_max_live_parameters",
+     "stage3_prefetch_bucket_size"), 0,
+)  # fmt: skip
+
+
+def make_batch(config, step: int, images: slice) -> Batch:
+    """Part of a global batch of captions and shorter questions."""
+    draw = torch.Generator().manual_seed(step)
+    side = config.image_size
+    rgb = torch.randint(0, 256, (IMAGES, 3, side, side), generator=draw, dtype=torch.uint8)
+    batch = ImageBatch.without_labels(rgb, config.experts, config.label_size)
+    for label in batch.labels.values():
+        label.copy_(torch.randint(0, 256, label.shape, generator=draw, dtype=torch.uint8))
+    batch.features = torch.randn(5, 64, generator=draw)
+    for name in batch.rows:
+        batch.rows[name] = torch.randint(0, 5, (IMAGES, 256), generator=draw)
+        batch.rows[name] = batch.rows[name][images]
+    batch.labels = {name: label[images] for name, label in batch.labels.items()}
+    batch.rgb = rgb[images]
+    groups = []
+    for _ in range(IMAGES):
+        rows = [torch.randint(3, config.vocab_size, (n,), generator=draw).tolist() for n in (9, 4, 5)]
+        groups.append([([0, *ids], [-100, *ids], 1.0) for ids in rows])
+    return Batch(images=batch, texts=collate(groups[images], split=1), keys=[], meta=[])
+
+
+def main() -> None:
+    folder, small, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    engines.start_distributed()
+    engines.SMALL_MODEL = small
+    rank, world = dist.get_rank(), dist.get_world_size()
+    settings = TrainConfig(batch_size=IMAGES, learning_rate=3e-3, gradient_clipping=1.0)
+    part = IMAGES // world
+
+    sharded = from_pretrained(folder).train()
+    freeze(sharded, settings.freeze)
+    zero = dict(stage=3, memory_efficient_linear=False, **EVERYTHING)
+    engine = engines.build_engine(sharded, settings, dict(zero_optimization=zero), "fp32")
+    own = slice(rank * part, (rank + 1) * part)
+    losses = []
+    for step in range(STEPS):
+        loss = engine(make_batch(sharded.config, step, own))
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(float(total) / world)
+    weights = from_pretrained(folder)
+    engines.copy_weights(engine, weights)
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank:
+        return
+
+    plain = from_pretrained(folder).train()
+    freeze(plain, settings.freeze)
+    optimizer = engines.build_optimizer(plain, settings)
+    expected = []
+    for step in range(STEPS):
+        loss = plain(make_batch(plain.config, step, slice(None)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in plain.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        expected.append(float(loss))
+    moved = from_pretrained(folder).state_dict()
+    report = {"losses": losses, "expected": expected, "difference": {}, "step": {}}
+    for name, value in plain.state_dict().items():
+        if value.is_floating_point():
+            report["difference"][name] = float((weights.state_dict()[name] - value).abs().max())
+            report["step"][name] = float((value - moved[name]).abs().max())
+    out.write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
