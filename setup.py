@@ -31,7 +31,7 @@ def skipped(reason: str) -> None:
 def find_nvcc() -> str | None:
     """The CUDA compiler on the path, or where CUDA_HOME or the usual place has it."""
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    return shutil.which("nvcc") or shutil.which(home / "bin" / "nvcc")
+    return shutil.which("nvcc") or shutil.which(str(home / "bin" / "nvcc"))
 
 
 def cuda_missing(torch: Path) -> str | None:

@@ -136,7 +136,7 @@ def _forward_triton(h, bias, activation, y) -> None:
     )
 
 
-def _backward_triton(dy, h, bias, activation, sums, dh) -> Tensor:
+def _backward_triton(dy, h, bias, activation, sums, dh, dtype=torch.float32) -> Tensor:
     R, D = dy.shape
     tiles = _tiles(D)
     P, blocks = _groups(R, tiles["BR"])
@@ -145,13 +145,13 @@ def _backward_triton(dy, h, bias, activation, sums, dh) -> Tensor:
         dy, h, bias, dh, partial, R, D, blocks,
         HAS_BIAS=bias is not None, ACTIVATION=activation, SUMS=sums, **tiles,
     )  # fmt: skip
-    return sum_groups(partial) if sums else partial.new_empty(0)
+    return sum_groups(partial, dtype) if sums else partial.new_empty(0)
 
 
-def sum_groups(partial: Tensor) -> Tensor:
-    """Column sums of (P, D) partial sums in fp32, in a fixed order. A launcher of Triton."""
+def sum_groups(partial: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Column sums of (P, D) partial sums in fp32, in a fixed order, stored in `dtype`. A launcher of Triton."""
     P, D = partial.shape
-    total = partial.new_empty(D)
+    total = partial.new_empty(D, dtype=dtype)
     _sum_groups_kernel[(triton.cdiv(D, 64), 1)](partial, total, P, D, BP=16, BD=64, num_warps=4)
     return total
 
@@ -190,13 +190,13 @@ def _sums_torch(dh: Tensor) -> Tensor:
     return dh.sum(0).to(torch.promote_types(dh.dtype, torch.float32))
 
 
-def column_sums(dy: Tensor, backend: str) -> Tensor:
-    """Sum over rows of a contiguous (R, D), in fp32 (float64 for float64), for an op that runs on `backend`."""
+def column_sums(dy: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """Sum over rows of a contiguous (R, D), formed in fp32, as `dtype`, for an op that runs on `backend`."""
     if backend != "triton":
-        return _sums_torch(dy)
+        return _sums_torch(dy).to(dtype)
     if not dy.shape[0]:
-        return dy.new_zeros(dy.shape[1], dtype=torch.float32)
-    return _backward_triton(dy, None, None, "none", True, None)
+        return dy.new_zeros(dy.shape[1], dtype=dtype)
+    return _backward_triton(dy, None, None, "none", True, None, dtype)
 
 
 # the registered ops

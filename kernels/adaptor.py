@@ -95,12 +95,12 @@ def _forward_fake(
 
 
 def _backward(
-    dy, x, r, total, mean, rstd, norm_weight, norm_bias, down_weight, up_weight, late, eps, needs
-):
+    dy, x, r, total, mean, rstd, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps, needs
+):  # fmt: skip
     need_x, need_gamma, need_beta, need_down, need_down_bias, need_up, need_up_bias = needs
     dy = dy.contiguous()
     backend = dispatch.choose("adaptor", dy.device, lambda name: supports(name, dy))
-    dx, dgamma, dbeta, ddown, ddown_bias, dup, dup_bias = _empty(dy)
+    dx, dgamma, dbeta, ddown, ddown_bias, dup, dup_bias = (dy.new_empty(0) for _ in range(7))
     affine = need_gamma or need_beta
     dt = dy
     if late:
@@ -109,8 +109,9 @@ def _backward(
     if need_u or need_down or need_down_bias:
         # relu(h)^2 has the derivative 2 relu(h), which is that of relu(r)^2 too
         dh, _, sums = gemm_derivative(
-            dt, up_weight, r, None, backend=backend, activation="squared_relu", sums=need_down_bias
-        )
+            dt, up_weight, r, None,
+            backend=backend, activation="squared_relu", sums=down_bias.dtype if need_down_bias else None,
+        )  # fmt: skip
         if need_down_bias:
             ddown_bias = sums
         if need_down:
@@ -124,11 +125,11 @@ def _backward(
     if need_up:
         dup = gemm_gradient(dt, r, backend=backend, square=True)
     if need_up_bias:
-        dup_bias = column_sums(dt, backend)
+        dup_bias = column_sums(dt, up_bias.dtype, backend)
     return (
         dx if need_x else dy.new_empty(0),
-        dgamma,
-        dbeta,
+        dgamma.to(norm_weight.dtype) if need_gamma else dy.new_empty(0),
+        dbeta.to(norm_bias.dtype) if need_beta else dy.new_empty(0),
         ddown,
         ddown_bias,
         dup,
@@ -136,27 +137,23 @@ def _backward(
     )
 
 
-def _empty(dy):
-    compute = torch.promote_types(dy.dtype, torch.float32)
-    low = (True, False, False, True, False, True, False)
-    return [dy.new_empty(0, dtype=dy.dtype if is_low else compute) for is_low in low]
-
-
 def _backward_fake(
-    dy, x, r, total, mean, rstd, norm_weight, norm_bias, down_weight, up_weight, late, eps, needs
-):
-    need_x, need_gamma, need_beta, need_down, need_down_bias, need_up, need_up_bias = needs
-    compute = torch.promote_types(dy.dtype, torch.float32)
+    dy, x, r, total, mean, rstd, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps, needs
+):  # fmt: skip
+    need_x, _, _, need_down, _, need_up, _ = needs
     D, E = dy.shape[1], 0 if r is None else r.shape[1]
-    affine = D if need_gamma or need_beta else 0
+    dgamma, dbeta, ddown_bias, dup_bias = (
+        t.new_empty(t.shape) if need else dy.new_empty(0)
+        for t, need in zip((norm_weight, norm_bias, down_bias, up_bias), (*needs[1:3], needs[4], needs[6]), strict=True)
+    )  # fmt: skip
     return (
         dy.new_empty(dy.shape if need_x else 0),
-        dy.new_empty(affine, dtype=compute),
-        dy.new_empty(affine, dtype=compute),
+        dgamma,
+        dbeta,
         dy.new_empty((E, D) if need_down else 0),
-        dy.new_empty(E if need_down_bias else 0, dtype=compute),
+        ddown_bias,
         dy.new_empty((D, E) if need_up else 0),
-        dy.new_empty(D if need_up_bias else 0, dtype=compute),
+        dup_bias,
     )
 
 
@@ -169,8 +166,8 @@ _adaptor = dispatch.define(
 # needs: of x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias
 _adaptor_backward = dispatch.define(
     "adaptor_backward(Tensor dy, Tensor? x, Tensor? r, Tensor? total, Tensor? mean, Tensor? rstd,"
-    " Tensor? norm_weight, Tensor? norm_bias, Tensor? down_weight, Tensor? up_weight, bool late, float eps,"
-    " bool[7] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? norm_weight, Tensor? norm_bias, Tensor? down_weight, Tensor? down_bias, Tensor? up_weight,"
+    " Tensor? up_bias, bool late, float eps, bool[7] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -184,27 +181,25 @@ def _setup_context(ctx, inputs, output) -> None:
     needs = ctx.needs_input_grad[:7]
     if not any(needs):
         return
-    need_x, need_gamma, need_beta, need_down, need_down_bias, need_up, _ = needs
+    need_x, need_gamma, need_beta, need_down, need_down_bias, need_up, need_up_bias = needs
     affine = need_gamma or need_beta
     need_u = need_x or (affine and not late)
     need_dh = need_u or need_down or need_down_bias
     need_norm = late or need_u
-    # the early order forms u again for ddown
-    need_affine = need_norm or need_down
     ctx.late, ctx.eps = late, eps
-    ctx.dtypes = [
-        None if t is None else t.dtype for t in (norm_weight, norm_bias, down_bias, up_bias)
-    ]
     ctx.save_for_backward(
         x if need_down or (need_u and not late) else None,
         r if need_dh or need_up else None,
         total if late else None,
         mean if need_norm else None,
         rstd if need_norm else None,
-        norm_weight if need_affine else None,
-        norm_bias if need_down and not late else None,
+        # the early order forms u again for ddown; a bias tells its gradient's dtype
+        norm_weight if need_norm or need_down else None,
+        norm_bias if need_beta or (need_down and not late) else None,
         down_weight if need_u else None,
+        down_bias if need_down_bias else None,
         up_weight if need_dh else None,
+        up_bias if need_up_bias else None,
     )
 
 
@@ -212,9 +207,7 @@ def _autograd(ctx, dy, *_):
     if dy is None:
         return (None,) * 9
     needs = list(ctx.needs_input_grad[:7])
-    grads = list(_adaptor_backward(dy, *ctx.saved_tensors, ctx.late, ctx.eps, needs))
-    for i, dtype in zip((1, 2, 4, 6), ctx.dtypes, strict=True):
-        grads[i] = grads[i].to(dtype) if needs[i] else None
+    grads = _adaptor_backward(dy, *ctx.saved_tensors, ctx.late, ctx.eps, needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 

@@ -8,12 +8,13 @@
 A query that sees no key gives zeros and has no gradient. The second segment (the latents of the resampler beside its
 inputs) joins the same softmax without a concatenation. Kept is a matter of the seed and of (sample, head, i, j) alone:
 Philox 4x32-10 decides, in the forward and again in the backward pass, whatever the blocks or the backend.
-q, k, v, out and lse (in base 2) are saved; no N x L tensor is. dq, dk and dv are each summed by one owner in a fixed order.
+q, k, v, out and lse (in base 2) are saved; no N x L tensor is. dq, dk and dv are summed by one owner in a fixed order.
 Source: Dao, arXiv:2307.08691; Milakov and Gimelshein, arXiv:1805.02867; Salmon et al., "Parallel random numbers: as
 easy as 1, 2, 3", 2011. Kernels, traffic and FLOPs: `attention_triton.py`. Other libraries: `attention_peers.py`.
 """
 
 import math
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -419,11 +420,13 @@ def attention(
         RuntimeError: if the backend asked for cannot run this call.
     """
     _check(q, k, v, causal, key_mask, dropout, seed, extra_k, extra_v, backend)
-    K = q.shape[3]
+    # torch.compile is to take these for constants, where it leaves the other sizes open
+    K = operator.index(q.shape[3])
+    empty = True if q.numel() == 0 or k.numel() == 0 else False
+    drops = True if dropout > 0 else False
     scale = K**-0.5 if scale is None else float(scale)
     facts = (
-        q.device, q.dtype, K, causal, key_mask is not None, dropout > 0, seed is not None, extra_k is not None,
-        q.numel() == 0 or k.numel() == 0,
+        q.device, q.dtype, K, causal, key_mask is not None, drops, seed is not None, extra_k is not None, empty,
     )  # fmt: skip
     backend = _choose(backend or dispatch.asked(), *facts, torch.compiler.is_compiling())
     if backend == "sdpa":
@@ -432,7 +435,7 @@ def attention(
         return peers.flash_attn(q, k, v, causal, dropout, scale, _call(*facts))
     if backend == "xformers":
         return peers.xformers(q, k, v, causal, dropout, scale)
-    if not dropout:
+    if not drops:
         seed = None
     elif seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)

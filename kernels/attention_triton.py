@@ -1,9 +1,10 @@
 """Flash attention in Triton, forward and backward: the kernels and launchers of `attention.py`, where the maths is.
 
 Scores never reach memory. A program of the forward pass owns a block of queries and streams the keys of the main
-segment, then those of the extra one, through one online softmax; it leaves the output and the log-sum-exp of its rows, in base 2.
-Backward, a program of the first kernel owns a block of queries: delta = sum over K of dout * out, then dq. A program of
-the second owns a block of keys: dk and dv. Nothing is added atomically, so that a repeated call gives the same bits.
+segment, then those of the extra one, through one online softmax; it leaves the output and the log-sum-exp of its rows,
+in base 2. Backward, a program of the first kernel owns a block of queries: delta = sum over K of dout * out, then dq.
+A program of the second owns a block of keys: dk and dv. Nothing is added atomically: a repeated call gives the same
+bits.
 
 Head dims 96 and 160 are computed as 64 + 32 and 128 + 32, not padded to a power of two. fp32 is multiplied in full
 precision unless torch.backends.cuda.matmul.allow_tf32 is set.

@@ -12,8 +12,8 @@ tiles, so that what they share of A and B stays in the L2 cache.
 Cost of (M, K) times (K, N) in s bytes, tiles BM x BN x BK:
     FLOPs     2 M N K; issued 2 ceil(M / BM) BM ceil(N / BN) BN ceil(K / BK) BK
     bytes     (M K + K N + M N) s compulsory; issued (M K ceil(N / BN) + K N ceil(M / BM) + M N) s
-and M N s for each of h read or written, residual read, and twice for the activation written; per tile row, N w for a bias of w bytes
-each and 4 N for partial column sums, which are then read once, with 4 N written.
+and M N s for each of h read or written and residual read, and twice for act(u): h is read again to form it; per row of
+tiles, N w for a bias of w bytes each, and 4 N for partial column sums, which are then read once, with 4 N written.
 """
 
 import torch
@@ -97,7 +97,9 @@ def _gemm_kernel(
         b_u = tl.load(p_h + o, mask=m, other=0.0).to(tl.float32)
         if HAS_BIAS:
             b_u += b_bias
-        tl.store(p_activated + o, activated(b_u, ACTIVATION).to(p_activated.dtype.element_ty), mask=m)
+        tl.store(
+            p_activated + o, activated(b_u, ACTIVATION).to(p_activated.dtype.element_ty), mask=m
+        )
 
 
 def _tiles(M: int, N: int, dtype: torch.dtype, activated: bool = False) -> dict[str, int]:
@@ -116,12 +118,12 @@ def _tiles(M: int, N: int, dtype: torch.dtype, activated: bool = False) -> dict[
 
 def _launch(
     a, b, c, *, bias=None, activation="none", h=None, residual=None, differentiate=False,
-    activated=None, sums=False, square_a=False, square_b=False,
+    activated=None, sums=None, square_a=False, square_b=False,
 ) -> Tensor | None:  # fmt: skip
-    """Run the kernel on views `a` (M, K) and `b` (K, N); returns the column sums if asked for."""
+    """Run the kernel on views `a` (M, K) and `b` (K, N); returns the column sums if a dtype is given for them."""
     (M, K), N = a.shape, b.shape[1]
     if not M or not N:
-        return a.new_zeros(N, dtype=torch.float32) if sums else None
+        return a.new_zeros(N, dtype=sums) if sums else None
     tiles = _tiles(M, N, a.dtype, activated is not None)
     num_m = triton.cdiv(M, tiles["BM"])
     partial = torch.empty(num_m, N, dtype=torch.float32, device=a.device) if sums else None
@@ -130,9 +132,9 @@ def _launch(
         M, N, K, *a.stride(), *b.stride(),
         HAS_BIAS=bias is not None, ACTIVATION=activation, KEEP=h is not None and not differentiate,
         HAS_RESIDUAL=residual is not None, DERIVATIVE=differentiate, STORE_ACTIVATED=activated is not None,
-        SUMS=sums, SQUARE_A=square_a, SQUARE_B=square_b, GROUP=_GROUP, **tiles,
+        SUMS=sums is not None, SQUARE_A=square_a, SQUARE_B=square_b, GROUP=_GROUP, **tiles,
     )  # fmt: skip
-    return sum_groups(partial) if sums else None
+    return sum_groups(partial, sums) if sums else None
 
 
 # for the rooms that are built of products: on `backend` "triton", or of torch's operators
@@ -181,14 +183,15 @@ def gemm(
 
 def gemm_derivative(
     dy: Tensor, weight: Tensor, h: Tensor, bias: Tensor | None, *, backend: str, activation: str,
-    activated: bool = False, sums: bool = False,
+    activated: bool = False, sums: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dy weight) act'(h + bias), then act(h + bias) if `activated`, and the column sums in fp32 if `sums`, else empty.
+    """dh = (dy weight) act'(h + bias); then act(h + bias) if `activated`, and dh's column sums if `sums`, else empty.
 
     Args:
         dy: (R, N), contiguous.
         weight: (N, K), as in `nn.Linear`.
         h: (R, K), contiguous; bias: (K,) or None.
+        sums: the dtype for the sums, which are formed in fp32.
     """
     empty = dy.new_empty(0)
     if backend == "triton":
@@ -198,8 +201,9 @@ def gemm_derivative(
             dy, weight, dh, bias=bias, activation=activation, h=h, differentiate=True, activated=a, sums=sums
         )  # fmt: skip
         return dh, a if activated else empty, dbias if sums else empty
-    dh, dbias = bias_activation_backward_op(dy @ weight, h, bias, activation, sums)
-    return dh, bias_activation_op(h, bias, activation) if activated else empty, dbias
+    dh, dbias = bias_activation_backward_op(dy @ weight, h, bias, activation, sums is not None)
+    a = bias_activation_op(h, bias, activation) if activated else empty
+    return dh, a, dbias.to(sums) if sums else empty
 
 
 def gemm_gradient(dy: Tensor, a: Tensor, *, backend: str, square: bool = False) -> Tensor:

@@ -20,12 +20,12 @@ An entry of `rows` outside the table: `native` and `torch` raise on the CPU; on 
 
 Traffic of the Triton kernels, for P = B * size * size pixels, E of which blend, C <= 64 numbers of s bytes each:
     forward   reads 36 P (4 ids of 1 byte and their rows of 8) + C s (P + 3 E), writes C s P
-    backward  a program owns 64 rows of the table and a part of the pixels, which it takes 32 at a time. Let N be the
-              tiles that hold one of the program's rows, summed over programs, and T their pixels: it multiplies a
-              (64, 32) matrix of weights by such a tile of dy, 2 * 64 * 32 * 64 FLOPs, and passes over the others. In
-              all it reads 36 P for each 64 rows and C s T, and writes 4 C F for each of G parts, which are then read
-              and added up in order (nothing of this if G is 1). No atomics and no sort; ids are read once for every
-              64 rows of the table. G is at most 64, and G F C at most 4 M, by shapes alone.
+    backward  a program owns 64 rows of the table and a part of the pixels, which it takes 32 at a time. It multiplies a
+              (64, 32) matrix of weights by the (32, 64) of dy where a pixel names one of its rows and passes over the
+              tile where none does. With N such tiles of T pixels, summed over programs: 2 * 64 * 32 * 64 N FLOPs;
+              reads 36 P for every 64 rows of the table + C s T, writes 4 C F for each of G parts, which are then read
+              and added up in order, and 4 C F (if G is 1, only the last). No atomics and no sort. G is at most 64, and
+              G F C at most 4 M, by shapes alone.
 Above 64 numbers per row, ids and rows are read once for every 64.
 """
 
@@ -164,7 +164,7 @@ def _sum_parts_kernel(p_partial, p_sum, G, N, BG: tl.constexpr, BN: tl.constexpr
 
 
 _BACKWARD_TILES = dict(BF=64, BP=32, num_warps=8)
-# a product in fp32 runs on the ordinary units and keeps its operands in registers: 79 of them here on sm_90, all 255 and
+# a product in fp32 runs on the ordinary units and keeps its operands in registers: 79 here on sm_90, but all 255 and
 # spills with 64 pixels and 4 warps
 _SUM_TILES = dict(BG=8, BN=128)
 

@@ -244,21 +244,24 @@ def _backward(dy, dtotal, x, weight, mean, rstd, affine):
     dtotal = None if dtotal is None else dtotal.contiguous()
     backend = dispatch.choose("layer_norm", x.device, lambda name: supports(name, x))
     if backend == "torch":
-        return _backward_torch(dy, dtotal, x, weight, mean, rstd, affine)
-    if backend == "native":
-        return torch.ops.prismer_native.layer_norm_backward(
+        dx, *sums = _backward_torch(dy, dtotal, x, weight, mean, rstd, affine)
+    elif backend == "native":
+        dx, *sums = torch.ops.prismer_native.layer_norm_backward(
             dy, dtotal, x, weight, mean, rstd, affine
         )
-    dx, dweight, dbias = _backward_fake(dy, dtotal, x, weight, mean, rstd, affine)
-    if x.shape[0]:
-        dweight, dbias = _backward_triton(dy, dtotal, x, weight, mean, rstd, affine, dx)
-        # an op's outputs may not share memory
-        return dx, dweight.clone(), dbias.clone()
-    return dx, dweight.zero_(), dbias.zero_()
+    else:
+        dx = torch.empty_like(x)
+        sums = torch.zeros(2, x.shape[1] if affine else 0, device=x.device)
+        if x.shape[0]:
+            sums = _backward_triton(dy, dtotal, x, weight, mean, rstd, affine, dx)
+    # rounded once, here; an op's outputs may not share memory
+    dtype = x.dtype if weight is None else weight.dtype
+    return dx, *(part.to(dtype, copy=True) for part in sums)
 
 
 def _backward_fake(dy, dtotal, x, weight, mean, rstd, affine):
-    dweight, dbias = (mean.new_empty(x.shape[1] if affine else 0) for _ in range(2))
+    dtype = x.dtype if weight is None else weight.dtype
+    dweight, dbias = (mean.new_empty(x.shape[1] if affine else 0, dtype=dtype) for _ in range(2))
     return x.new_empty(x.shape), dweight, dbias
 
 
@@ -285,7 +288,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     if any(ctx.needs_input_grad):
         ctx.has_residual = residual is not None
-        ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
 
 
@@ -301,8 +304,8 @@ def _autograd(ctx, dy, dtotal, *_):
     return (
         dx if needs[0] else None,
         dx if needs[1] else None,
-        dweight.to(ctx.dtypes[0]) if needs[2] else None,
-        dbias.to(ctx.dtypes[1]) if needs[3] else None,
+        dweight if needs[2] else None,
+        dbias.to(ctx.bias_dtype) if needs[3] else None,
         None,
     )
 

@@ -71,17 +71,15 @@ def _forward_fake(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, kee
     return x.new_empty(R, proj_weight.shape[0]), h
 
 
-def _backward(dy, x, h, fc_weight, fc_bias, proj_weight, activation, needs):
+def _backward(dy, x, h, fc_weight, fc_bias, proj_weight, proj_bias, activation, needs):
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = needs
     dy = dy.contiguous()
     backend = dispatch.choose("mlp", dy.device, lambda name: supports(name, dy))
-    compute = torch.promote_types(dy.dtype, torch.float32)
-    dx, dfc_weight, dproj_weight = (dy.new_empty(0) for _ in range(3))
-    dfc_bias, dproj_bias = (dy.new_empty(0, dtype=compute) for _ in range(2))
+    dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias = (dy.new_empty(0) for _ in range(5))
     if need_x or need_fc_weight or need_fc_bias:
         dh, a, sums = gemm_derivative(
             dy, proj_weight, h, fc_bias,
-            backend=backend, activation=activation, activated=need_proj_weight, sums=need_fc_bias,
+            backend=backend, activation=activation, activated=need_proj_weight, sums=fc_bias.dtype if need_fc_bias else None,
         )  # fmt: skip
         if need_fc_bias:
             dfc_bias = sums
@@ -94,20 +92,19 @@ def _backward(dy, x, h, fc_weight, fc_bias, proj_weight, activation, needs):
     if need_proj_weight:
         dproj_weight = gemm_gradient(dy, a, backend=backend)
     if need_proj_bias:
-        dproj_bias = column_sums(dy, backend)
+        dproj_bias = column_sums(dy, proj_bias.dtype, backend)
     return dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias
 
 
-def _backward_fake(dy, x, h, fc_weight, fc_bias, proj_weight, activation, needs):
-    compute = torch.promote_types(dy.dtype, torch.float32)
+def _backward_fake(dy, x, h, fc_weight, fc_bias, proj_weight, proj_bias, activation, needs):
     R, outputs = dy.shape
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = needs
     return (
         dy.new_empty((R, fc_weight.shape[1]) if need_x else 0),
         dy.new_empty((h.shape[1], x.shape[1]) if need_fc_weight else 0),
-        dy.new_empty(h.shape[1] if need_fc_bias else 0, dtype=compute),
+        fc_bias.new_empty(fc_bias.shape) if need_fc_bias else dy.new_empty(0),
         dy.new_empty((outputs, h.shape[1]) if need_proj_weight else 0),
-        dy.new_empty(outputs if need_proj_bias else 0, dtype=compute),
+        proj_bias.new_empty(proj_bias.shape) if need_proj_bias else dy.new_empty(0),
     )
 
 
@@ -120,7 +117,7 @@ _mlp = dispatch.define(
 # needs: of x, fc_weight, fc_bias, proj_weight, proj_bias
 _mlp_backward = dispatch.define(
     "mlp_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? fc_weight, Tensor? fc_bias, Tensor? proj_weight,"
-    " str activation, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? proj_bias, str activation, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -135,13 +132,13 @@ def _setup_context(ctx, inputs, output) -> None:
     if any(needs):
         need_dh, need_h = any(needs[:3]), any(needs[:4])
         ctx.activation = activation
-        ctx.dtypes = [None if t is None else t.dtype for t in (fc_bias, proj_bias)]
         ctx.save_for_backward(
             x if needs[1] else None,
             h if need_h else None,
             fc_weight if needs[0] else None,
             fc_bias if need_h else None,
             proj_weight if need_dh else None,
+            proj_bias if needs[4] else None,
         )
 
 
@@ -149,9 +146,7 @@ def _autograd(ctx, dy, _):
     if dy is None:
         return (None,) * 7
     needs = list(ctx.needs_input_grad[:5])
-    grads = list(_mlp_backward(dy, *ctx.saved_tensors, ctx.activation, needs))
-    for i, dtype in zip((2, 4), ctx.dtypes, strict=True):
-        grads[i] = grads[i].to(dtype) if needs[i] else None
+    grads = _mlp_backward(dy, *ctx.saved_tensors, ctx.activation, needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 

@@ -25,6 +25,7 @@ from prismer.kernels.adaptor import adaptor
 from prismer.kernels.attention import attention
 from prismer.kernels.cross_entropy import linear_cross_entropy
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
+from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
 from prismer.kernels.resampler_attention import resampler_attention, standardise
 
@@ -163,22 +164,27 @@ class MultiheadAttention(nn.Module):
 
     def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `x` (B, N, D), keys and values of `context` (B, L, ...) or of `x`: (B, H, N or L, K) each."""
+        D = x.shape[-1]
         if self.names is not None:
-            context = x if context is None else context
-            linears = [self.get_submodule(name) for name in self.names[:3]]
-            parts = [linear(t) for linear, t in zip(linears, (x, context, context), strict=True)]
+            layers = [self.get_submodule(name) for name in self.names[:3]]
+            q, k, v = [(layer.weight, layer.bias) for layer in layers]
+            if context is None:
+                parts = linears(x, [q, k, v])
+            else:
+                parts = [*linears(x, [q]), *linears(context, [k, v])]
         elif context is None:
-            parts = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            (packed,) = linears(x, [(self.in_proj_weight, self.in_proj_bias)])
+            parts = packed.chunk(3, dim=-1)
         else:
-            D = x.shape[-1]
-            q = F.linear(x, self.in_proj_weight[:D], self.in_proj_bias[:D])
-            parts = q, *F.linear(context, self.in_proj_weight[D:], self.in_proj_bias[D:]).chunk(2, dim=-1)
+            (q,) = linears(x, [(self.in_proj_weight[:D], self.in_proj_bias[:D])])
+            (packed,) = linears(context, [(self.in_proj_weight[D:], self.in_proj_bias[D:])])
+            parts = q, *packed.chunk(2, dim=-1)
         return tuple(self._heads(part) for part in parts)
 
     def merge(self, out: Tensor) -> Tensor:
         """The output projection of (B, H, N, K): (B, N, D)."""
-        linear = self.out_proj if self.names is None else self.get_submodule(self.names[3])
-        return linear(rearrange(out, "b h n k -> b n (h k)"))
+        layer = self.out_proj if self.names is None else self.get_submodule(self.names[3])
+        return linears(rearrange(out, "b h n k -> b n (h k)"), [(layer.weight, layer.bias)])[0]
 
     def forward(
         self,
@@ -224,7 +230,9 @@ class ResamplerBlock(nn.Module):
             self.ln_1(z), x_hat, self.ln_2.weight, self.ln_2.bias, attn.in_proj_weight, attn.in_proj_bias,
             attn.num_heads,
         )  # fmt: skip
-        y, z = self.ln_ff.add(attn.out_proj(out), z)
+        out_proj = attn.out_proj
+        (out,) = linears(out, [(out_proj.weight, out_proj.bias)])
+        y, z = self.ln_ff.add(out, z)
         return z + self.mlp(y)
 
 

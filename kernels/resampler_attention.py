@@ -1,7 +1,8 @@
 """Attention of a resampler's latents over themselves and over the inputs, without keys and values of the inputs.
 
     x = x_hat * gamma + beta,   keys = [query ; x],   x_hat = the inputs, standardised once for all layers
-    q_h = W_q,h query + b_q,h,   P_h = softmax_n((q_h . (W_k,h keys_n + b_k,h)) / sqrt(K)),   out_h = P_h (W_v,h keys + b_v,h)
+    q_h = W_q,h query + b_q,h,   P_h = softmax over n of q_h . (W_k,h keys_n + b_k,h) / sqrt(K)
+    out_h = P_h (W_v,h keys + b_v,h)
 
 b_k adds the same number to all scores of a query, so it cancels, and its gradient is zero. The same value is computed
 in one of two orders. "ordinary" projects keys and values (2 N D^2 products an image) and then attends. "absorbed" moves
@@ -22,7 +23,7 @@ are what the ordinary order saves: it then pays from LARGE on, or as long as not
 
 Kept for the backward pass, in bytes, for numbers of s bytes, besides the inputs and parameters themselves:
     absorbed  B M D s (q) + B Q N s (probabilities); and B Q D s + 4 B Q where the norm or in_proj_weight trains.
-              Triton pads N to W = 64 (ceil(M / 64) + ceil(L / 64)), and keeps 4 B Q W / 64 + B M D s more
+              Triton pads N to W = 64 (ceil(M / 64) + ceil(L / 64)), and keeps 4 B Q W / 64 more
     ordinary  B M D s (q) + B Q N s (probabilities) + 2 B N D s (keys and values)
 """
 
@@ -223,19 +224,16 @@ def _absorbed_forward(query, x_hat, gamma, beta, weight, bias, H, triton, keep, 
     (B, M, D), scale = query.shape, (query.shape[2] // H) ** -0.5
     w_q, w_k, w_v = weight.view(3, D, D)
     q = torch.addmm(bias[:D], query.view(-1, D), w_q.T)
-    a, factor, attended = _absorb(q, w_k, H, scale), None, None
+    a, factor = _absorb(q, w_k, H, scale), None
     if triton:
         t, probs, factor, share, mixed = resampler_triton.attend(
             a, query, x_hat, gamma, beta, keep_mixed
         )
     else:
         t, probs, share, mixed = _attend(a, query, x_hat, gamma, beta, keep, keep_mixed)
-    out = _release(t, w_v, 1.0).view(B, M, D)
-    if triton:
-        attended = out
     # the probabilities of a query sum to one, so b_v passes through
-    out = out + bias[2 * D :]
-    return out, q.view(B, M, D), probs, factor, attended, share, mixed
+    out = _release(t, w_v, 1.0).add_(bias[2 * D :])
+    return out.view(B, M, D), q.view(B, M, D), probs, factor, share, mixed
 
 
 def _absorbed_backward(
@@ -248,7 +246,6 @@ def _absorbed_backward(
     q,
     probs,
     factor,
-    attended,
     share,
     mixed,
     H,
@@ -261,10 +258,8 @@ def _absorbed_backward(
     dquery, _, _, _, dweight, dbias = results
     a, dt = _absorb(q, w_k, H, scale), _absorb(dy, w_v, H, 1.0)
     if factor.numel():
-        # sum of dprobs * probs, of every absorbed query
-        delta = (dy.float() * attended.view(-1, D)).unflatten(1, (H, -1)).sum(2).T.contiguous()
         da, t = resampler_triton.attend_backward(
-            a, dt, delta, query, x_hat, gamma, beta, probs, factor, share, mixed, needs, results
+            a, dt, query, x_hat, gamma, beta, probs, factor, share, mixed, needs, results
         )
     else:
         da, t = _attend_backward(
@@ -273,7 +268,8 @@ def _absorbed_backward(
     if needs["query"] or needs["in_proj_weight"] or needs["in_proj_bias"]:
         dq = _release(da, w_k, scale)
     if needs["query"]:
-        dquery.view(-1, D).addmm_(dq, w_q)
+        dquery = dquery.view(-1, D)
+        torch.addmm(dquery, dq, w_q, out=dquery)
     if needs["in_proj_weight"]:
         torch.mm(dq.T, rows, out=dweight[:D])
         _absorb_weight(q, da, scale, dweight[D : 2 * D])
@@ -347,7 +343,7 @@ def _ordinary_backward(dy, query, x_hat, gamma, beta, weight, q, probs, kv, H, n
         dscores = torch._softmax_backward_data(dprobs, p, -1, p.dtype)
         if need_dq:
             o = torch.baddbmm(do, dscores[..., keys[0]], ks[0], beta=0, alpha=scale)
-            o.baddbmm_(dscores[..., keys[1]], ks[1], alpha=scale)
+            torch.baddbmm(o, dscores[..., keys[1]], ks[1], alpha=scale, out=o)
             dq[images].unflatten(2, (H, -1)).copy_(o.unflatten(0, (-1, H)).transpose(1, 2))
         for part, d in zip(keys, dparts, strict=False):
             dk, dv = (t.unflatten(2, (H, -1)).transpose(1, 2) for t in d[images].chunk(2, 2))
@@ -359,8 +355,9 @@ def _ordinary_backward(dy, query, x_hat, gamma, beta, weight, q, probs, kv, H, n
     if needs["x_hat"]:
         torch.mm(dkv_x, (w_kv * gamma).to(q.dtype), out=dx_hat.view(-1, D))
     if needs["query"]:
-        torch.mm(dkv_z, w_kv, out=dquery.view(-1, D))
-        dquery.view(-1, D).addmm_(dq, weight[:D])
+        dquery = dquery.view(-1, D)
+        torch.mm(dkv_z, w_kv, out=dquery)
+        torch.addmm(dquery, dq, weight[:D], out=dquery)
     if needs["norm"] or needs["in_proj_weight"]:
         dscaled, column = torch.mm(dkv_x.T, x_hat.view(-1, D)), dkv_x.sum(0, dtype=dgamma.dtype)
     if needs["norm"]:
@@ -402,11 +399,11 @@ def _forward(
     if absorbed:
         triton = _is_triton(query, absorbed)
         out, *state = _absorbed_forward(*arguments, triton, keep, keep_mixed)
-        kept = (keep, keep, keep and triton, keep and triton, keep_mixed, keep_mixed, False)
+        kept = (keep, keep, keep and triton, keep_mixed, keep_mixed, False)
         state = *state, None
     else:
         out, q, probs, kv = _ordinary_forward(*arguments, keep)
-        kept, state = (keep, keep, False, False, False, False, keep), (q, probs, *[None] * 4, kv)
+        kept, state = (keep, keep, False, False, False, keep), (q, probs, *[None] * 3, kv)
     empty = _forward_fake(*arguments, absorbed, False, False)[1:]
     return out, *(t if k else e for t, k, e in zip(state, kept, empty, strict=True))
 
@@ -428,7 +425,6 @@ def _forward_fake(
         state(keep, B, M, D),
         state(keep, B, Q, width),
         state(triton, B, Q, blocks, dtype=torch.float32),
-        state(triton, B, M, D),
         state(keep_mixed, B, Q, dtype=compute),
         state(keep_mixed, B, Q, D),
         state(keep and not absorbed, B * (M + L), 2 * D),
@@ -436,12 +432,12 @@ def _forward_fake(
 
 
 def _backward(
-    dy, query, x_hat, norm_weight, norm_bias, in_proj_weight, q, probs, factor, attended, share, mixed, kv, num_heads,
+    dy, query, x_hat, norm_weight, norm_bias, in_proj_weight, q, probs, factor, share, mixed, kv, num_heads,
     query_, x_hat_, norm_, weight_, bias_,
 ):  # fmt: skip
     dy, query, x_hat, weight = (t.contiguous() for t in (dy, query, x_hat, in_proj_weight))
     results = _backward_fake(
-        dy, query, x_hat, norm_weight, norm_bias, weight, q, probs, factor, attended, share, mixed, kv, num_heads,
+        dy, query, x_hat, norm_weight, norm_bias, weight, q, probs, factor, share, mixed, kv, num_heads,
         query_, x_hat_, norm_, weight_, bias_,
     )  # fmt: skip
     needs = dict(query=query_, x_hat=x_hat_, norm=norm_, in_proj_weight=weight_, in_proj_bias=bias_)
@@ -456,12 +452,12 @@ def _backward(
     if kv.numel():
         _ordinary_backward(*inputs, kv, num_heads, needs, results)
     else:
-        _absorbed_backward(*inputs, factor, attended, share, mixed, num_heads, needs, results)
+        _absorbed_backward(*inputs, factor, share, mixed, num_heads, needs, results)
     return results
 
 
 def _backward_fake(
-    dy, query, x_hat, norm_weight, norm_bias, in_proj_weight, q, probs, factor, attended, share, mixed, kv, num_heads,
+    dy, query, x_hat, norm_weight, norm_bias, in_proj_weight, q, probs, factor, share, mixed, kv, num_heads,
     query_, x_hat_, norm_, weight_, bias_,
 ):  # fmt: skip
     compute = torch.promote_types(query.dtype, torch.float32)
@@ -479,13 +475,13 @@ def _backward_fake(
 _resampler_attention = dispatch.define(
     "resampler_attention(Tensor query, Tensor x_hat, Tensor norm_weight, Tensor norm_bias, Tensor in_proj_weight,"
     " Tensor in_proj_bias, int num_heads, bool absorbed, bool keep, bool keep_mixed)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 _resampler_attention_backward = dispatch.define(
     "resampler_attention_backward(Tensor dy, Tensor query, Tensor x_hat, Tensor norm_weight, Tensor norm_bias,"
-    " Tensor in_proj_weight, Tensor q, Tensor probs, Tensor factor, Tensor attended, Tensor share, Tensor mixed,"
+    " Tensor in_proj_weight, Tensor q, Tensor probs, Tensor factor, Tensor share, Tensor mixed,"
     " Tensor kv, int num_heads, bool need_query, bool need_x_hat, bool need_norm, bool need_weight, bool need_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
@@ -529,7 +525,8 @@ def _check(query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias, n
     B, _, D = query.shape
     if x_hat.dim() != 3 or x_hat.shape[::2] != (B, D) or x_hat.dtype != query.dtype:
         raise ValueError(
-            f"x_hat is {x_hat.dtype} of shape {tuple(x_hat.shape)}; pass {query.dtype} of shape ({B}, L, {D}), like query"
+            f"x_hat is {x_hat.dtype} of shape {tuple(x_hat.shape)}; "
+            f"pass {query.dtype} of shape ({B}, L, {D}), like query"
         )
     for name, tensor, shape in (
         ("in_proj_weight", in_proj_weight, (3 * D, D)),
@@ -537,7 +534,8 @@ def _check(query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias, n
     ):
         if tensor.shape != shape or tensor.dtype != query.dtype:
             raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass {query.dtype} of shape {shape}, like query"
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                f"pass {query.dtype} of shape {shape}, like query"
             )
     for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if tensor.shape != (D,) or not tensor.is_floating_point():
@@ -569,7 +567,7 @@ def resampler_attention(
         query: (B, M, D), the normalised latents, fp32, bf16, fp16 or float64.
         x_hat: (B, L, D) of the same dtype, the inputs after `standardise`; layers share it.
         norm_weight, norm_bias: (D,), the affine of the inputs' layer norm, any floating dtype.
-        in_proj_weight, in_proj_bias: (3 D, D) and (3 D,), packed as in `nn.MultiheadAttention`, in the dtype of `query`.
+        in_proj_weight, in_proj_bias: (3 D, D) and (3 D,), packed as in `nn.MultiheadAttention`, like `query` in dtype.
         num_heads: H, a divisor of D.
         order: "absorbed" or "ordinary", equal but for rounding; None takes the one with fewer `flops` for this call.
 

@@ -16,6 +16,8 @@ Compulsory traffic of `attend`, for numbers of s bytes, with Q = H M, NB blocks,
 Products are padded to tiles: scores and mix take 2 B ceil(Q / BQ) BQ W ceil(D / BD) BD FLOPs each.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -87,13 +89,14 @@ def _scale_kernel(
 
 @triton.jit
 def _scores_kernel(
-    p_a, p_scaled, p_offset, p_query, p_x, p_probs, p_max, p_sum, p_factor, p_delta, p_dscores,
+    p_a, p_scaled, p_offset, p_query, p_x, p_probs, p_factor, p_max, p_sum, p_dprobs,
     B, M, L, D, Q, NZ, NB,
     BACKWARD: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """One tile: exponentials of scores with their largest and sum; or, backward, the scores' gradient and its sum.
+    """One tile: exponentials of scores with their largest and sum.
 
-    The rows of the backward pass are dt in place of a; what would be scores is then the gradient of probabilities.
+    Backward, the rows are dt in place of a, and what would be scores is the gradient of probabilities: it is stored
+    with its sum over the tile, weighted with the probabilities.
     """
     i_block, i_image = tl.program_id(0), tl.program_id(2).to(tl.int64)
     o_q = tl.program_id(1) * BQ + tl.arange(0, BQ)
@@ -111,12 +114,11 @@ def _scores_kernel(
     o_stat = (i_image * Q + o_q) * NB + i_block
     o_tile = o_stat[:, None] * BN + tl.arange(0, BN)[None, :]
     if BACKWARD:
-        b_factor = tl.load(p_factor + o_stat, mask=m_q, other=0.0)
-        b_delta = tl.load(p_delta + o_row, mask=m_q, other=0.0)
-        b_probs = tl.load(p_probs + o_tile, mask=m_q[:, None], other=0.0).to(tl.float32)
-        b_tile = b_probs * b_factor[:, None] * (b_tile - b_delta[:, None])
-        tl.store(p_dscores + o_tile, b_tile.to(p_dscores.dtype.element_ty), mask=m_q[:, None])
-        tl.store(p_sum + o_stat, tl.sum(b_tile, 1), mask=m_q)
+        # the sum is of the rounded numbers that dscores is made of: a confident row then cancels exactly
+        b_dprobs = b_tile.to(p_dprobs.dtype.element_ty)
+        tl.store(p_dprobs + o_tile, b_dprobs, mask=m_q[:, None])
+        b_probs = _probs(p_probs, p_factor, o_tile, o_stat, m_q)
+        tl.store(p_sum + o_stat, tl.sum(b_probs * b_dprobs.to(tl.float32), 1), mask=m_q)
     else:
         b_tile = tl.where(m_key[None, :], b_tile, float("-inf"))
         b_max = tl.max(b_tile, 1)
@@ -127,114 +129,134 @@ def _scores_kernel(
 
 
 @triton.jit
+def _probs(p_probs, p_factor, o_tile, o_stat, m_q):
+    """(BQ, BN) probabilities in fp32, zero where a block is padded."""
+    b_probs = tl.load(p_probs + o_tile, mask=m_q[:, None], other=0.0).to(tl.float32)
+    return b_probs * tl.load(p_factor + o_stat, mask=m_q, other=0.0)[:, None]
+
+
+@triton.jit
+def _dscores(p_probs, p_factor, p_dprobs, o_tile, o_stat, m_q, b_delta):
+    """(BQ, BN) gradients of scores in fp32."""
+    b_dprobs = tl.load(p_dprobs + o_tile, mask=m_q[:, None], other=0.0).to(tl.float32)
+    return _probs(p_probs, p_factor, o_tile, o_stat, m_q) * (b_dprobs - b_delta[:, None])
+
+
+@triton.jit
+def _keys(p_keys, o_key, m_key, o_col, m_col, D):
+    return tl.load(
+        p_keys + o_key.to(tl.int64)[:, None] * D + o_col[None, :], mask=m_key[:, None] & m_col[None, :], other=0.0
+    )  # fmt: skip
+
+
+@triton.jit
 def _mix_kernel(
-    p_tiles, p_query, p_x, p_max, p_sum, p_factor, p_share, p_mixed, p_gamma, p_beta, p_t,
+    p_probs, p_factor, p_max, p_sum, p_dprobs, p_delta, p_query, p_x, p_gamma, p_beta, p_share, p_mixed, p_t,
     B, M, L, D, Q, NZ, NB,
     MODE: tl.constexpr, STORE_MIXED: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """t = gamma * (tiles_x x_hat) + beta * sum(tiles_x) + tiles_z query.
 
-    MODE 0, forward: tiles are exponentials, and largest and sum give factor and share. MODE 1: tiles are gradients of
-    scores with their sums, and no factor. MODE 2: t again, from mixed = tiles_x x_hat, share and factor.
+    MODE 0, forward: tiles are probabilities; largest and sum of the exponentials give factor and share. MODE 1: tiles
+    are gradients of scores, and t is da. MODE 2: t of the forward pass again, from mixed = tiles_x x_hat and share.
     """
     i_col, i_image = tl.program_id(0), tl.program_id(2).to(tl.int64)
     o_q = tl.program_id(1) * BQ + tl.arange(0, BQ)
-    o_col = i_col * BD + tl.arange(0, BD)
+    o_col, o_n = i_col * BD + tl.arange(0, BD), tl.arange(0, BN)
     m_q, m_col = o_q < Q, o_col < D
-    o_stat = (i_image * Q + o_q) * NB
-    o_out, m_out = (i_image * Q + o_q)[:, None] * D + o_col[None, :], m_q[:, None] & m_col[None, :]
+    o_row = i_image * Q + o_q
+    o_stat = o_row * NB
+    o_out, m_out = o_row[:, None] * D + o_col[None, :], m_q[:, None] & m_col[None, :]
+    p_query += i_image * M * D
+    p_x += i_image * L * D
+    if MODE == 1:
+        b_delta = tl.load(p_delta + o_row, mask=m_q, other=0.0)
+        b_share = tl.zeros((BQ,), tl.float32)
     if MODE == 2:
-        b_share = tl.load(p_share + i_image * Q + o_q, mask=m_q, other=0.0)
+        b_share = tl.load(p_share + o_row, mask=m_q, other=0.0)
         b_acc = tl.load(p_mixed + o_out, mask=m_out, other=0.0).to(tl.float32)
     else:
-        o_block = tl.arange(0, BB)
-        o = o_stat[:, None] + o_block[None, :]
-        m = m_q[:, None] & (o_block < NB)[None, :]
-        b_sum = tl.load(p_sum + o, mask=m, other=0.0)
         if MODE == 0:
+            o_block = tl.arange(0, BB)
+            o, m = o_stat[:, None] + o_block[None, :], m_q[:, None] & (o_block < NB)[None, :]
+            b_sum = tl.load(p_sum + o, mask=m, other=0.0)
             b_max = tl.load(p_max + o, mask=m, other=float("-inf"))
             b_largest = tl.where(m_q, tl.max(b_max, 1), 0.0)
             b_factor = tl.exp(b_max - b_largest[:, None])
             b_total = tl.where(m_q, tl.sum(b_factor * b_sum, 1), 1.0)
             b_factor = b_factor / b_total[:, None]
-            b_sum *= b_factor
-        b_share = tl.sum(tl.where((o_block >= NZ)[None, :], b_sum, 0.0), 1)
-        if i_col == 0:
-            tl.store(p_share + i_image * Q + o_q, b_share, mask=m_q)
-            if MODE == 0:
+            b_share = tl.sum(tl.where((o_block >= NZ)[None, :], b_factor * b_sum, 0.0), 1)
+            if i_col == 0:
                 tl.store(p_factor + o, b_factor, mask=m)
         b_acc = tl.zeros((BQ, BD), tl.float32)
         for i in range(NZ, NB):
-            o_key = (i - NZ) * BN + tl.arange(0, BN)
-            b_keys = tl.load(
-                p_x + (i_image * L + o_key)[:, None] * D + o_col[None, :],
-                mask=(o_key < L)[:, None] & m_col[None, :], other=0.0,
-            )  # fmt: skip
-            b_tile = tl.load(
-                p_tiles + (o_stat + i)[:, None] * BN + tl.arange(0, BN)[None, :], mask=m_q[:, None], other=0.0
-            )  # fmt: skip
+            o_key = (i - NZ) * BN + o_n
+            b_keys = _keys(p_x, o_key, o_key < L, o_col, m_col, D)
+            o_tile = (o_stat + i)[:, None] * BN + o_n[None, :]
             if MODE == 0:
-                b_factor_i = tl.load(p_max + o_stat + i, mask=m_q, other=0.0)
-                b_factor_i = tl.exp(b_factor_i - b_largest) / b_total
+                b_tile = tl.load(p_probs + o_tile, mask=m_q[:, None], other=0.0)
+                b_max_i = tl.load(p_max + o_stat + i, mask=m_q, other=0.0)
+                b_factor_i = tl.exp(b_max_i - b_largest) / b_total
                 b_acc += tl.dot(b_tile, b_keys, input_precision="ieee") * b_factor_i[:, None]
             else:
-                b_acc = tl.dot(b_tile, b_keys, b_acc, input_precision="ieee")
+                b_dscores = _dscores(p_probs, p_factor, p_dprobs, o_tile, o_stat + i, m_q, b_delta)
+                b_share += tl.sum(b_dscores, 1)
+                b_acc = tl.dot(b_dscores.to(b_keys.dtype), b_keys, b_acc, input_precision="ieee")
+        if i_col == 0:
+            tl.store(p_share + o_row, b_share, mask=m_q)
         if STORE_MIXED:
             tl.store(p_mixed + o_out, b_acc.to(p_mixed.dtype.element_ty), mask=m_out)
     b_gamma = tl.load(p_gamma + o_col, mask=m_col, other=0.0).to(tl.float32)
     b_beta = tl.load(p_beta + o_col, mask=m_col, other=0.0).to(tl.float32)
     b_acc = b_acc * b_gamma[None, :] + b_share[:, None] * b_beta[None, :]
     for i in range(NZ):
-        o_key = i * BN + tl.arange(0, BN)
-        b_keys = tl.load(
-            p_query + (i_image * M + o_key)[:, None] * D + o_col[None, :],
-            mask=(o_key < M)[:, None] & m_col[None, :], other=0.0,
-        )  # fmt: skip
-        b_tile = tl.load(
-            p_tiles + (o_stat + i)[:, None] * BN + tl.arange(0, BN)[None, :], mask=m_q[:, None], other=0.0
-        )  # fmt: skip
-        b_product = tl.dot(b_tile, b_keys, input_precision="ieee")
-        if MODE == 0:
-            b_factor_i = tl.load(p_max + o_stat + i, mask=m_q, other=0.0)
-            b_product *= (tl.exp(b_factor_i - b_largest) / b_total)[:, None]
-        if MODE == 2:
-            b_product *= tl.load(p_factor + o_stat + i, mask=m_q, other=0.0)[:, None]
-        b_acc += b_product
+        o_key = i * BN + o_n
+        b_keys = _keys(p_query, o_key, o_key < M, o_col, m_col, D)
+        o_tile = (o_stat + i)[:, None] * BN + o_n[None, :]
+        if MODE == 1:
+            b_dscores = _dscores(p_probs, p_factor, p_dprobs, o_tile, o_stat + i, m_q, b_delta)
+            b_acc = tl.dot(b_dscores.to(b_keys.dtype), b_keys, b_acc, input_precision="ieee")
+        else:
+            b_tile = tl.load(p_probs + o_tile, mask=m_q[:, None], other=0.0)
+            if MODE == 0:
+                b_max_i = tl.load(p_max + o_stat + i, mask=m_q, other=0.0)
+                b_factor_i = tl.exp(b_max_i - b_largest) / b_total
+            else:
+                b_factor_i = tl.load(p_factor + o_stat + i, mask=m_q, other=0.0)
+            b_acc += tl.dot(b_tile, b_keys, input_precision="ieee") * b_factor_i[:, None]
     o_t = _row(o_q, i_image, B, M)[:, None] * D + o_col[None, :]
     tl.store(p_t + o_t, b_acc.to(p_t.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
-def _keys_gradient(
-    p_a, p_dt, p_probs, p_factor, p_dscores, i_image, i_block, o_col, B, M, D, Q, NB,
+def _keys_tile(
+    p_a, p_dt, p_probs, p_factor, p_dprobs, p_delta, i_image, i_block, o_col, B, M, D, Q, NB,
     BQ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """(BN, BD) of dscores^T a + (probs * factor)^T dt, summed over the absorbed queries of an image."""
+    """(BN, BD) of dscores^T a + probs^T dt, summed over the absorbed queries of an image."""
     m_col = o_col < D
     b_acc = tl.zeros((BN, BD), tl.float32)
     for i in range(0, Q, BQ):
         o_q = i + tl.arange(0, BQ)
         m_q = o_q < Q
-        o = _row(o_q, i_image, B, M)[:, None] * D + o_col[None, :]
-        m = m_q[:, None] & m_col[None, :]
-        o_stat = (i_image * Q + o_q) * NB + i_block
-        o_tile = o_stat[None, :] * BN + tl.arange(0, BN)[:, None]
-        b_dscores = tl.load(p_dscores + o_tile, mask=m_q[None, :], other=0.0)
-        b_acc = tl.dot(
-            b_dscores, tl.load(p_a + o, mask=m, other=0.0), b_acc, input_precision="ieee"
-        )
-        b_factor = tl.load(p_factor + o_stat, mask=m_q, other=0.0)
+        o, m = _row(o_q, i_image, B, M)[:, None] * D + o_col[None, :], m_q[:, None] & m_col[None, :]
+        b_a = tl.load(p_a + o, mask=m, other=0.0)
         b_dt = tl.load(p_dt + o, mask=m, other=0.0)
-        b_dt = (b_dt.to(tl.float32) * b_factor[:, None]).to(b_dt.dtype)
-        b_probs = tl.load(p_probs + o_tile, mask=m_q[None, :], other=0.0)
-        b_acc = tl.dot(b_probs, b_dt, b_acc, input_precision="ieee")
+        b_delta = tl.load(p_delta + i_image * Q + o_q, mask=m_q, other=0.0)
+        o_stat = (i_image * Q + o_q) * NB + i_block
+        o_tile = o_stat[:, None] * BN + tl.arange(0, BN)[None, :]
+        b_probs = _probs(p_probs, p_factor, o_tile, o_stat, m_q)
+        b_dprobs = tl.load(p_dprobs + o_tile, mask=m_q[:, None], other=0.0).to(tl.float32)
+        b_dscores = (b_probs * (b_dprobs - b_delta[:, None])).to(b_a.dtype)
+        b_acc = tl.dot(tl.trans(b_dscores), b_a, b_acc, input_precision="ieee")
+        b_acc = tl.dot(tl.trans(b_probs.to(b_a.dtype)), b_dt, b_acc, input_precision="ieee")
     return b_acc
 
 
 @triton.jit
 def _keys_kernel(
-    p_a, p_scaled_a, p_dt, p_scaled_dt, p_probs, p_factor, p_dscores, p_dquery, p_dx,
+    p_a, p_scaled_a, p_dt, p_scaled_dt, p_probs, p_factor, p_dprobs, p_delta, p_dquery, p_dx,
     B, M, L, D, Q, NZ, NB, first,
     BQ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -243,8 +265,8 @@ def _keys_kernel(
     o_col = tl.program_id(0) * BD + tl.arange(0, BD)
     m_col = o_col < D
     if i_block < NZ:
-        b_acc = _keys_gradient(
-            p_a, p_dt, p_probs, p_factor, p_dscores, i_image, i_block, o_col, B, M, D, Q, NB, BQ, BN, BD
+        b_acc = _keys_tile(
+            p_a, p_dt, p_probs, p_factor, p_dprobs, p_delta, i_image, i_block, o_col, B, M, D, Q, NB, BQ, BN, BD
         )  # fmt: skip
         o_key = i_block * BN + tl.arange(0, BN)
         o, m = (
@@ -253,8 +275,9 @@ def _keys_kernel(
         )
         tl.store(p_dquery + o, b_acc.to(p_dquery.dtype.element_ty), mask=m)
     else:
-        b_acc = _keys_gradient(
-            p_scaled_a, p_scaled_dt, p_probs, p_factor, p_dscores, i_image, i_block, o_col, B, M, D, Q, NB, BQ, BN, BD
+        b_acc = _keys_tile(
+            p_scaled_a, p_scaled_dt, p_probs, p_factor, p_dprobs, p_delta,
+            i_image, i_block, o_col, B, M, D, Q, NB, BQ, BN, BD,
         )  # fmt: skip
         o_key = (i_block - NZ) * BN + tl.arange(0, BN)
         o, m = (
@@ -309,6 +332,13 @@ def _tiles(kind: str, Q: int, D: int, itemsize: int) -> dict[str, int]:
     return dict(BQ=BQ, BN=BLOCK, BD=BD, num_warps=4, num_stages=3)
 
 
+def _groups(R: int) -> tuple[int, int]:
+    """Groups of rows that are summed apart in the norm's gradient, at most 64, and blocks of 16 rows of each."""
+    blocks = triton.cdiv(R, 16)
+    each = triton.cdiv(blocks, 64)
+    return triton.cdiv(blocks, each), each
+
+
 def _sizes(query: Tensor, x_hat: Tensor, H: int) -> tuple[int, ...]:
     """B, M, L, D, Q, NZ, NB: the integers of most kernels."""
     (B, M, D), L = query.shape, x_hat.shape[1]
@@ -326,13 +356,23 @@ def _scale(a: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     return scaled, offset
 
 
-def _mix(mode, tiles_, query, x_hat, stats, factor, share, mixed, gamma, beta, t, store_mixed):
-    B, M, L, D, Q, NZ, NB = sizes = _sizes(query, x_hat, t.shape[0])
-    tiles = _tiles("mix", Q, D, query.element_size())
-    largest, total = stats
-    _mix_kernel[(triton.cdiv(D, tiles["BD"]), triton.cdiv(Q, tiles["BQ"]), B)](
-        tiles_, query, x_hat, largest, total, factor, share, mixed, gamma, beta, t, *sizes,
-        MODE=mode, STORE_MIXED=store_mixed, BB=triton.next_power_of_2(NB), **tiles,
+def _scores(a, scaled, offset, query, x_hat, probs, factor, largest, sums, dprobs) -> None:
+    sizes = _sizes(query, x_hat, a.shape[0])
+    tiles = _tiles("scores", sizes[4], sizes[3], a.element_size())
+    _scores_kernel[(sizes[-1], triton.cdiv(sizes[4], tiles["BQ"]), sizes[0])](
+        a, scaled, offset, query, x_hat, probs, factor, largest, sums, dprobs, *sizes,
+        BACKWARD=dprobs is not None, **tiles,
+    )  # fmt: skip
+
+
+def _mix(
+    mode, probs, factor, largest, sums, dprobs, delta, query, x_hat, gamma, beta, share, mixed, t
+) -> None:
+    sizes = _sizes(query, x_hat, t.shape[0])
+    tiles = _tiles("mix", sizes[4], sizes[3], t.element_size())
+    _mix_kernel[(triton.cdiv(sizes[3], tiles["BD"]), triton.cdiv(sizes[4], tiles["BQ"]), sizes[0])](
+        probs, factor, largest, sums, dprobs, delta, query, x_hat, gamma, beta, share, mixed, t, *sizes,
+        MODE=mode, STORE_MIXED=mode < 2 and mixed.numel() > 0, BB=triton.next_power_of_2(sizes[-1]), **tiles,
     )  # fmt: skip
 
 
@@ -340,65 +380,52 @@ def attend(
     a: Tensor, query: Tensor, x_hat: Tensor, gamma: Tensor, beta: Tensor, keep_mixed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Absorbed queries a (H, B * M, D) -> t of the same shape, probs, factor, share, mixed (empty if not kept)."""
-    B, M, L, D, Q, NZ, NB = sizes = _sizes(query, x_hat, a.shape[0])
+    B, M, L, D, Q, NZ, NB = _sizes(query, x_hat, a.shape[0])
     scaled, offset = _scale(a, gamma, beta)
     probs = a.new_empty(B, Q, NB * BLOCK)
-    stats = a.new_empty(2, B, Q, NB, dtype=torch.float32)
-    factor, share = torch.empty_like(stats[0]), stats.new_empty(B, Q)
-    tiles = _tiles("scores", Q, D, a.element_size())
-    _scores_kernel[(NB, triton.cdiv(Q, tiles["BQ"]), B)](
-        a, scaled, offset, query, x_hat, probs, stats[0], stats[1], None, None, None, *sizes, BACKWARD=False, **tiles
-    )  # fmt: skip
+    largest, sums, factor = (a.new_empty(B, Q, NB, dtype=torch.float32) for _ in range(3))
+    _scores(a, scaled, offset, query, x_hat, probs, None, largest, sums, None)
     t, mixed = torch.empty_like(a), a.new_empty(B if keep_mixed else 0, Q, D)
-    _mix(0, probs, query, x_hat, stats, factor, share, mixed, gamma, beta, t, keep_mixed)
+    share = sums.new_empty(B, Q)
+    _mix(0, probs, factor, largest, sums, None, None, query, x_hat, gamma, beta, share, mixed, t)
     return t, probs, factor, share, mixed
 
 
 def attend_backward(
-    a, dt, delta, query, x_hat, gamma, beta, probs, factor, share, mixed, needs, results
+    a, dt, query, x_hat, gamma, beta, probs, factor, share, mixed, needs, results
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `attend`: fills those of query (its keys' part), x_hat and norm; returns da, and t again.
 
     Args:
-        delta: (H, B * M) fp32, the sum over keys of probs * their gradient.
         needs: which gradients are needed, by name.
         results: where to: query, x_hat, norm_weight, norm_bias, and two that are not filled here.
     """
     B, M, L, D, Q, NZ, NB = sizes = _sizes(query, x_hat, a.shape[0])
     dquery, dx_hat, dgamma, dbeta, _, _ = results
     scaled_dt, offset = _scale(dt, gamma, beta)
-    dscores = torch.empty_like(probs)
-    sums = factor.new_empty(B, Q, NB)
-    tiles = _tiles("scores", Q, D, a.element_size())
-    _scores_kernel[(NB, triton.cdiv(Q, tiles["BQ"]), B)](
-        dt, scaled_dt, offset, query, x_hat, probs, None, sums, factor, delta, dscores, *sizes, BACKWARD=True, **tiles
-    )  # fmt: skip
+    dprobs, sums = torch.empty_like(probs), torch.empty_like(factor)
+    _scores(dt, scaled_dt, offset, query, x_hat, probs, factor, None, sums, dprobs)
+    delta = sums.sum(2)
     da, t = torch.empty_like(a), torch.empty_like(a if needs["in_proj_weight"] else a[:0])
     if any(needs[name] for name in needs if name != "x_hat"):
-        share_da, mixed_da = (
-            torch.empty_like(delta.view(B, Q)),
-            mixed.new_empty(B if needs["norm"] else 0, Q, D),
-        )
+        share_da, mixed_da = torch.empty_like(delta), a.new_empty(B if needs["norm"] else 0, Q, D)
         _mix(
-            1, dscores, query, x_hat, (None, sums), None, share_da, mixed_da, gamma, beta, da, needs["norm"]
+            1, probs, factor, None, None, dprobs, delta, query, x_hat, gamma, beta, share_da, mixed_da, da
         )  # fmt: skip
     if needs["in_proj_weight"]:
-        _mix(2, probs, query, x_hat, (None, None), factor, share, mixed, gamma, beta, t, False)
+        _mix(2, probs, factor, None, None, None, None, query, x_hat, gamma, beta, share, mixed, t)
     if needs["x_hat"] or needs["query"]:
         scaled_a = _scale(a, gamma, beta)[0] if needs["x_hat"] else None
-        first = 0 if needs["query"] else NZ
-        last = NB if needs["x_hat"] else NZ
+        first, last = 0 if needs["query"] else NZ, NB if needs["x_hat"] else NZ
         tiles = _tiles("keys", Q, D, a.element_size())
         if last > first:
             _keys_kernel[(triton.cdiv(D, tiles["BD"]), last - first, B)](
-                a, scaled_a, dt, scaled_dt, probs, factor, dscores, dquery, dx_hat, *sizes, first, **tiles
+                a, scaled_a, dt, scaled_dt, probs, factor, dprobs, delta, dquery, dx_hat, *sizes, first, **tiles
             )  # fmt: skip
     if needs["norm"]:
-        tiles = _tiles("rows", Q, D, a.element_size())
-        blocks = triton.cdiv(B * Q, tiles["BR"])
-        each = triton.cdiv(blocks, 64)
-        groups = triton.cdiv(blocks, each)
+        groups, each = _groups(B * Q)
         partial = sums.new_empty(2, groups, D)
+        tiles = _tiles("rows", Q, D, a.element_size())
         _norm_kernel[(triton.cdiv(D, tiles["BD"]), groups)](
             a, dt, mixed_da, mixed, share_da, share, partial, B, M, D, Q, each, **tiles
         )
@@ -407,6 +434,80 @@ def attend_backward(
     return da, t
 
 
+def _case(
+    cases, model, shape, widths, all_integers, name, kernel, kind, kinds, constants, flops, bytes, integers=None, **options
+) -> None:  # fmt: skip
+    """One line of `kernel_cases`: pointers that are not in `kinds` are None, as this launch leaves them."""
+    tiles, integers = _tiles(kind, *widths, 2), integers or all_integers
+    warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
+    left_out = {n: None for n in kernel.arg_names if n.startswith("p_") and n not in kinds}
+    case = KernelCase(
+        name=f"{model} {name}", kernel=kernel, signature=kinds | integers, flops=flops, bytes=bytes, shape=shape,
+        constants=left_out | constants | tiles, num_warps=warps, num_stages=stages,
+        divisible=tuple(n for n in integers if n in ("D", "M", "Q")), **options,
+    )  # fmt: skip
+    cases.append(case)
+
+
 def kernel_cases() -> list[KernelCase]:
-    """What is compiled ahead of time: BASE, LARGE and HUGE with six experts, 8 images."""
-    return []
+    """What is compiled ahead of time: BASE, LARGE and HUGE with six experts, 8 images, all gradients."""
+    cases = []
+    for model, L, D in (("BASE", 1176, 768), ("LARGE", 1536, 1024), ("HUGE", 1536, 1280)):
+        B, M, H = 8, 64, 8
+        Q, (NZ, NX) = H * M, blocks_of(M, L)
+        NB, bf16, fp32 = NZ + NX, "*bf16", "*fp32"
+        rows, keys, number = B * Q * D * 2, B * (M + L) * D * 2, 4 * B * Q
+        tiles, product = B * Q * NB * BLOCK * 2, 2 * B * Q * (M + L) * D
+        groups, _ = _groups(B * Q)
+        integers = {name: "i32" for name in ("B", "M", "L", "D", "Q", "NZ", "NB")}
+
+        shape = f"{model}, 8 images, 512 absorbed queries x {M + L} keys x {D}, bf16"
+        case = partial(_case, cases, model, shape, (Q, D), integers)
+        inputs = dict(p_query=bf16, p_x=bf16)
+        affine = dict(p_gamma=bf16, p_beta=bf16)
+        case(
+            "scale", _scale_kernel, "rows",
+            dict(p_a=bf16, **affine, p_scaled=bf16, p_offset=fp32), {}, 2 * rows, 2 * rows + 4 * D + number,
+            integers=dict(R="i32", D="i32"),
+        )  # fmt: skip
+        forward = dict(p_a=bf16, p_scaled=bf16, p_offset=fp32, **inputs, p_probs=bf16, p_sum=fp32)
+        case(
+            "scores", _scores_kernel, "scores", forward | dict(p_max=fp32), dict(BACKWARD=False), product,
+            2 * rows + keys + tiles + (1 + 2 * NB) * number, dot=True,
+        )  # fmt: skip
+        case(
+            "scores backward", _scores_kernel, "scores", forward | dict(p_factor=fp32, p_dprobs=bf16),
+            dict(BACKWARD=True), product, 2 * rows + keys + 2 * tiles + (1 + 2 * NB) * number, dot=True,
+        )  # fmt: skip
+        mix = dict(p_probs=bf16, **inputs, **affine, p_share=fp32, p_mixed=bf16, p_t=bf16)
+        block = dict(BB=triton.next_power_of_2(NB))
+        case(
+            "mix", _mix_kernel, "mix", mix | dict(p_factor=fp32, p_max=fp32, p_sum=fp32),
+            dict(MODE=0, STORE_MIXED=True, **block), product,
+            tiles + keys + 4 * D + (3 * NB + 1) * number + 2 * rows, dot=True,
+        )  # fmt: skip
+        case(
+            "mix backward", _mix_kernel, "mix", mix | dict(p_factor=fp32, p_dprobs=bf16, p_delta=fp32),
+            dict(MODE=1, STORE_MIXED=True, **block), product,
+            2 * tiles + keys + 4 * D + (NB + 2) * number + 2 * rows, dot=True,
+        )  # fmt: skip
+        case(
+            "mix again", _mix_kernel, "mix", mix | dict(p_factor=fp32), dict(MODE=2, STORE_MIXED=False, **block),
+            2 * B * Q * M * D, tiles * NZ // NB + B * M * D * 2 + 4 * D + (NZ + 1) * number + 2 * rows, dot=True,
+        )  # fmt: skip
+        gradient = dict(
+            p_a=bf16, p_dt=bf16, p_probs=bf16, p_factor=fp32, p_dprobs=bf16, p_delta=fp32
+        )
+        case(
+            "keys", _keys_kernel, "keys",
+            gradient | dict(p_scaled_a=bf16, p_scaled_dt=bf16, p_dquery=bf16, p_dx=bf16), {},
+            2 * product, 4 * rows + 2 * tiles + (NB + 1) * number + keys,
+            integers=integers | dict(first="i32"), dot=True,
+        )  # fmt: skip
+        case(
+            "norm", _norm_kernel, "rows",
+            dict(p_a=bf16, p_dt=bf16, p_mixed_da=bf16, p_mixed=bf16, p_share_da=fp32, p_share=fp32, p_partial=fp32), {},
+            4 * rows, 4 * rows + 2 * number + 8 * groups * D,
+            integers={name: "i32" for name in ("B", "M", "D", "Q", "each")},
+        )  # fmt: skip
+    return cases

@@ -69,22 +69,3 @@ def resize_positions(table: Tensor, grid: int) -> Tensor:
     image = table.T.reshape(1, -1, side, side)
     resized = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
     return resized[0].flatten(1).T
-
-
-def instance_tokens(ids: Tensor, table: Tensor, rows: Tensor | None, grid: int) -> Tensor:
-    """The instance row of every cell of an object map.
-
-    Args:
-        ids: (B, s, s) uint8 object ids, 255 the background (which has a row like any other id).
-        table: (I, D) instance embeddings.
-        rows: (256,) int64 row of each id, or None for the fixed default id % I.
-        grid: cells per side; cell i shows pixel floor(i * s / grid).
-
-    Returns:
-        (B, grid*grid, D).
-    """
-    size = ids.shape[-1]
-    pick = torch.arange(grid, device=ids.device) * size // grid
-    cells = ids[:, pick][:, :, pick].flatten(1).long()
-    cells = cells % table.shape[0] if rows is None else rows.to(ids.device)[cells]
-    return F.embedding(cells, table)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from prismer.config import PrismerConfig
 from prismer.kernels.activation import bias_activation
 from prismer.kernels.attention import attention
+from prismer.kernels.linear import linears
 from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -45,6 +46,9 @@ def packed_attend(keeps: list[Tensor], dropout: float = 0.0) -> Attend:
         keeps: (B, G, T) bool, the real tokens of G texts; several of them lie behind one another in a row.
     """
     attends = [causal_attend(keep.flatten(0, 1), dropout) for keep in keeps]
+    if len(keeps) == 1 and keeps[0].shape[1] == 1:
+        # one text an image: there is nothing to take apart
+        return attends[0]
     sizes = [keep.shape[1] * keep.shape[2] for keep in keeps]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,6 +64,15 @@ def packed_attend(keeps: list[Tensor], dropout: float = 0.0) -> Attend:
     return attend
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout` as one operator, where torch's own are four on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return torch.native_dropout(x, self.p, True)[0]
+
+
 _PROJECTIONS = ("query", "key", "value", "output")
 # RoBERTa's names
 
@@ -70,7 +83,7 @@ class SelfAttention(MultiheadAttention):
     def __init__(self, config: PrismerConfig):
         super().__init__(config.text_width, config.text_heads, names=_PROJECTIONS)
         self.norm = LayerNorm(config.text_width)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
         """x: (R, Q, D)."""
@@ -90,19 +103,24 @@ class CrossAttention(MultiheadAttention):
             dropout=config.dropout,
         )
         self.norm = LayerNorm(config.text_width)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(B, N, vision width) -> keys and values (B, H, N, K)."""
-        return self._heads(self.key(context)), self._heads(self.value(context))
+        pair = [(layer.weight, layer.bias) for layer in (self.key, self.value)]
+        return tuple(self._heads(part) for part in linears(context, pair))
 
     def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """x: (R, Q, D); context: image tokens (B, N, vision width), or what `project_context` made of them."""
         k, v = self.project_context(context) if isinstance(context, Tensor) else context
         R, B = x.shape[0], k.shape[0]
-        q = rearrange(self.query(x), "(b g) q (h k) -> b h (g q) k", b=B, h=self.num_heads)
+        (q,) = linears(x, [(self.query.weight, self.query.bias)])
+        q = rearrange(q, "(b g) q (h k) -> b h (g q) k", b=B, h=self.num_heads)
         out = attention(q, k, v, dropout=self.dropout if self.training else 0.0)
-        out = self.output(rearrange(out, "b h (g q) k -> (b g) q (h k)", g=R // B))
+        (out,) = linears(
+            rearrange(out, "b h (g q) k -> (b g) q (h k)", g=R // B),
+            [(self.output.weight, self.output.bias)],
+        )
         return self.norm.add(self.drop(out), x)[0]
 
 
@@ -114,7 +132,7 @@ class PostNormMLP(MLP):
             config.text_width, config.text_mlp_width, "gelu", names=("intermediate", "output")
         )
         self.norm = LayerNorm(config.text_width)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm.add(self.drop(super().forward(x)), x)[0]
@@ -169,7 +187,7 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_positions, width, padding_idx=config.pad_id)
         self.token_type = nn.Embedding(1, width)
         self.norm = LayerNorm(width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         x = self.word(ids) + self.token_type.weight[0] + self.position(positions)
@@ -189,8 +207,8 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        dense = self.dense
-        return self.norm(bias_activation(F.linear(x, dense.weight), dense.bias, "gelu"))
+        (h,) = linears(x, [(self.dense.weight, None)])
+        return self.norm(bias_activation(h, self.dense.bias, "gelu"))
 
 
 class TextDecoder(nn.Module):

@@ -6,8 +6,9 @@ from torch.utils.checkpoint import checkpoint
 
 from prismer.config import PrismerConfig
 from prismer.dataloading.batch import ImageBatch
+from prismer.kernels.instance_rows import add_instance_rows
 from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention, PerceiverResampler
-from prismer.stems import ExpertStem, instance_tokens, normalise_rgb, resize_positions
+from prismer.stems import ExpertStem, normalise_rgb, resize_positions
 
 
 class VisionBlock(nn.Module):
@@ -71,8 +72,12 @@ class VisionEncoder(nn.Module):
             label = images.labels[expert]
             x = self.stems[expert](label, images.rows.get(expert), images.features).flatten(2).mT
             if expert == "obj_detection":
-                x = x + instance_tokens(label[:, 0], self.instance_embedding, images.instance_rows, grid)
-            tokens.append(x + positions)
+                rows = images.instance_rows
+                rows = None if rows is None else rows.to(x.device)
+                x = add_instance_rows(x, label[:, 0], self.instance_embedding, rows, grid, positions)
+            else:
+                x = x + positions
+            tokens.append(x)
         return torch.cat(tokens, dim=1)
 
     def forward(self, images: ImageBatch) -> Tensor:

@@ -150,13 +150,18 @@ Stored* mutable_data(const Tensor& tensor) {
 template <typename Pointer>
 using Pointee = std::remove_pointer_t<Pointer>;
 
-// body(a null pointer to float, Bf16 or Fp16)
+// body(a null pointer to float, Bf16, FastBf16 or Fp16)
 template <typename Body>
 void with_stored_type(const Tensor& tensor, const Body& body) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return body(static_cast<float*>(nullptr));
     case ScalarType::BFloat16:
+#if defined(__x86_64__)
+      if (isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) {
+        return body(static_cast<FastBf16*>(nullptr));
+      }
+#endif
       return body(static_cast<Bf16*>(nullptr));
     default:
       return body(static_cast<Fp16*>(nullptr));

@@ -27,6 +27,8 @@ struct Bf16 {
 struct Fp16 {
   uint16_t bits;
 };
+// the same as Bf16, for processors that can round to it in one instruction (AVX512-BF16)
+struct FastBf16 : Bf16 {};
 
 template <typename Value, int Lanes, int Width>
 struct Tree {
@@ -51,8 +53,16 @@ using Ints = Tree<int32_t, kLanes, Width>;
 template <typename Vector, typename Value>
 PRISMER_INLINE Vector broadcast(Value value) {
   if constexpr (Vector::leaf) {
-    using Native = typename Vector::Native;
-    return {__builtin_shuffle(Native{value}, decltype(Native{} < Native{}){})};
+    typename Vector::Native result{};
+    if (__builtin_constant_p(value) && value == 0) return {result};
+#if defined(__x86_64__)
+    // from plain C++ the compiler inserts lane after lane
+    if constexpr (sizeof(Vector) > 16) {
+      asm("vbroadcastss %1, %0" : "=v"(result) : "vm"(value));
+      return {result};
+    }
+#endif
+    return {value - result};
   } else {
     const auto half = broadcast<typename Vector::Half>(value);
     return {half, half};
@@ -244,6 +254,11 @@ PRISMER_INLINE Native<float, Width> widen(const Bf16* p) {
 }
 
 template <int Width>
+PRISMER_INLINE Native<float, Width> widen(const FastBf16* p) {
+  return widen<Width>(static_cast<const Bf16*>(p));
+}
+
+template <int Width>
 PRISMER_INLINE Native<float, Width> widen(const Fp16* p) {
   Native<float, Width> result;
 #if defined(__x86_64__)
@@ -267,9 +282,11 @@ PRISMER_INLINE void narrow(float* p, Native<float, Width> value) {
 // round to nearest even; a NaN stays one, where rounding alone could carry it into infinity
 template <int Width>
 PRISMER_INLINE void narrow(Bf16* p, Native<float, Width> value) {
+  using Bits = Tree<uint32_t, Width, Width>;
   const auto bits = (Native<uint32_t, Width>)value;
-  const auto rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const auto kept = value == value ? rounded : Native<uint32_t, Width>{} + 0x7fc0;
+  const auto odd = (bits >> 16) & broadcast<Bits>(1u).v;
+  const auto rounded = (bits + broadcast<Bits>(0x7fffu).v + odd) >> 16;
+  const auto kept = value == value ? rounded : broadcast<Bits>(0x7fc0u).v;
 #if defined(__x86_64__)
   if constexpr (Width == 16) {
     asm("vpmovdw %1, %0" : "=m"(*reinterpret_cast<Run<Width>*>(p)) : "v"(kept));
@@ -278,6 +295,25 @@ PRISMER_INLINE void narrow(Bf16* p, Native<float, Width> value) {
 #endif
   const auto result = __builtin_convertvector(kept, Native<uint16_t, Width>);
   __builtin_memcpy(p, &result, sizeof(result));
+}
+
+template <int Width>
+PRISMER_INLINE void narrow(FastBf16* p, Native<float, Width> value) {
+#if defined(__x86_64__)
+  if constexpr (Width == 16) {
+    // the instruction makes zeros of denormals: those are rounded by hand, so that every
+    // instruction set gives the same
+    uint16_t denormal;
+    asm("vfpclassps $0x20, %1, %0" : "=k"(denormal) : "v"(value));
+    if (__builtin_expect(denormal == 0, 1)) {
+      Native<uint16_t, Width> bits;
+      asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(value));
+      __builtin_memcpy(p, &bits, sizeof(bits));
+      return;
+    }
+  }
+#endif
+  narrow<Width>(static_cast<Bf16*>(p), value);
 }
 
 template <int Width>
@@ -491,13 +527,20 @@ PRISMER_INLINE Tree<float, Lanes, Width> round(const Tree<float, Lanes, Width>& 
   }
 }
 
-// a * 2^whole for integers -127 <= whole <= 127; 0 for -127
+// a * 2^whole for integers -127 <= whole <= 127; for -127 it may be 0
 template <int Lanes, int Width>
 PRISMER_INLINE Tree<float, Lanes, Width> scale(
     const Tree<float, Lanes, Width>& a, const Tree<float, Lanes, Width>& whole) {
   if constexpr (Lanes != Width) {
     return {scale(a.low, whole.low), scale(a.high, whole.high)};
   } else {
+#if defined(__x86_64__)
+    if constexpr (Width == 16) {
+      typename Tree<float, Lanes, Width>::Native result;
+      asm("vscalefps %2, %1, %0" : "=v"(result) : "v"(a.v), "v"(whole.v));
+      return {result};
+    }
+#endif
     using Integers = typename Tree<int32_t, Lanes, Width>::Native;
     const auto exponent = __builtin_convertvector(whole.v, Integers) + 127;
     return {a.v * (typename Tree<float, Lanes, Width>::Native)(exponent << 23)};
@@ -523,7 +566,7 @@ PRISMER_INLINE Vector exp2_fraction(const Vector& f) {
   }
 }
 
-// 2^x for x < 127.5; below -126.5 it is 0. NaN stays NaN.
+// 2^x for x < 127.5; below -126.5 it may be 0. NaN stays NaN.
 template <bool full = true, typename Vector>
 PRISMER_INLINE Vector exp2(Vector x) {
   x = max(x, -127.0f);
@@ -531,7 +574,7 @@ PRISMER_INLINE Vector exp2(Vector x) {
   return scale(exp2_fraction<full>(x - whole), whole);
 }
 
-// e^x; below -87.68 it is 0, above 88.37 infinity. NaN stays NaN.
+// e^x; below -87.68 it may be 0, above 88.37 infinity. NaN stays NaN.
 template <typename Vector>
 PRISMER_INLINE Vector exp(const Vector& exponent) {
   const Vector x = min(max(exponent, -88.02f), 88.37f);

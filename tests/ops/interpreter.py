@@ -31,7 +31,7 @@ _ARITHMETIC = (
 ).split()
 _COMPARISONS = [
     f"fcmp{order}{name}" for order in "OU" for name in ("LT", "GT", "LE", "GE", "EQ", "NE")
-] + [f"icmp{name}" for name in ("SLE", "SLT", "SGE", "SGT", "ULE", "ULT", "UGE", "UGT", "EQ", "NE")]
+]
 _POINTER_MOVES = "addptr splat unsplat broadcast expand_dims reshape trans bitcast".split()
 
 
@@ -139,17 +139,13 @@ def _arithmetic(original: Callable) -> Callable:
 
 def _comparison(original: Callable) -> Callable:
     def compare(self, *args):
-        # Triton's own handle keeps the dtype of the operands, so that a later cast decodes truth values as floats
-        result = original(self, *map(_as_fp32, args))
-        return triton_interpreter.TensorHandle(result.data, tl.int1)
+        return original(self, *map(_as_fp32, args))
 
     return compare
 
 
 def _cast(original: Callable) -> Callable:
     def cast(self, src, dst_type):
-        if src.data.dtype == np.bool_:
-            src = triton_interpreter.TensorHandle(src.data, tl.int1)
         if dst_type.scalar != tl.bfloat16 or _is_bf16(src):
             return (
                 src if dst_type.scalar == tl.bfloat16 else original(self, _as_fp32(src), dst_type)

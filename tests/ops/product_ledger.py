@@ -15,25 +15,25 @@ class Cost:
         return Cost(read=self.read + other.read, written=self.written + other.written, dot=self.dot + other.dot)
 
 
-def product(M, N, K, dtype, *, bias=0, read=0, written=0, sums=False) -> Cost:
-    """The issued cost of (M, K) times (K, N); `read` and `written` count the further (M, N) tensors, `bias` bytes each."""
+def product(M, N, K, dtype, *, bias=0, read=0, written=0, sums=0) -> Cost:
+    """The issued cost of (M, K) times (K, N), with `read` and `written` more (M, N) tensors; `bias`, `sums` in bytes each."""
     tiles, s = _tiles(M, N, dtype), dtype.itemsize
     num_m, num_n, num_k = (-(-size // tiles[block]) for size, block in ((M, "BM"), (N, "BN"), (K, "BK")))
     partial = 4 * N * num_m if sums else 0
     return Cost(
         read=M * K * s * num_n + K * N * s * num_m + read * M * N * s + num_m * N * bias + partial,
-        written=(1 + written) * M * N * s + (partial + 4 * N if sums else 0),
+        written=(1 + written) * M * N * s + (partial + sums * N if sums else 0),
         dot=2 * num_m * tiles["BM"] * num_n * tiles["BN"] * num_k * tiles["BK"],
     )
 
 
 def column_sums(R, D, dtype) -> Cost:
-    """The issued cost of kernels/activation.py's column sums."""
+    """The issued cost of kernels/activation.py's column sums, for a bias of the dtype of what is summed."""
     from prismer.kernels.activation import _tiles
     from prismer.kernels.layer_norm import _groups
 
     P, _ = _groups(R, _tiles(D)["BR"])
-    return Cost(read=R * D * dtype.itemsize + 4 * P * D, written=4 * P * D + 4 * D)
+    return Cost(read=R * D * dtype.itemsize + 4 * P * D, written=4 * P * D + dtype.itemsize * D)
 
 
 def check(ledger, *costs: Cost) -> None:

@@ -118,15 +118,21 @@ def results(op, tensors, dout, dtype, frozen=(), **options):
     return {"out": out.detach(), **{"d" + name: g for name, g in zip(trained, grads, strict=True)}}
 
 
-def compare(tensors, options, dtype, assert_no_worse):
+def compare(tensors, options, dtype, assert_no_worse, saturated=False):
     low = {name: t.to(dtype) for name, t in tensors.items()}
     dout = torch.randn(low["q"].shape).to(dtype)
     got = results(attention, low, dout, dtype, **options)
     expected = results(plain, low, dout, dtype, **options)
-    exact = results(plain, low, dout, torch.float64, **options)
+    exact = results(attention_reference, low, dout, torch.float64, **options)
     for name, value in got.items():
         assert value.dtype == dtype, name
-        assert_no_worse(name, value, expected[name], exact[name], factor=3.0 if name[0] == "d" else 2.0)
+        if saturated and name in ("dq", "dk"):
+            # dout . v and dout . out cancel where one key has all the weight: to a rounding, in every flash attention
+            terms = (dout.double().abs() @ low["v"].double().abs().mT).amax()
+            cancelled = terms * low["q" if name == "dk" else "k"].abs().amax()
+            assert (value.double() - exact[name]).abs().amax() <= 2 * torch.finfo(dtype).eps * cancelled, name
+        else:
+            assert_no_worse(name, value, expected[name], exact[name], factor=3.0 if name[0] == "d" else 2.0)
     return got
 
 
@@ -135,7 +141,7 @@ def compare(tensors, options, dtype, assert_no_worse):
 def test_attention(backend, case, dtype, blocks, on, assert_no_worse):
     on(backend)
     tensors, options = draw(*CASES[case], dtype)
-    got = compare(tensors, options, dtype, assert_no_worse)
+    got = compare(tensors, options, dtype, assert_no_worse, case == "one")
     # heads merge by a view
     B, H, N, K = got["out"].shape
     got["out"].transpose(1, 2).view(B, N, H * K)
@@ -158,7 +164,7 @@ def test_adversarial(backend, case, dtype, blocks, on, assert_no_worse):
         tensors = {name: 1e-6 * t for name, t in tensors.items()}
     else:
         tensors["k"][:, :, -1] = 20 * tensors["q"][:, :, 0]
-    compare(tensors, options, dtype, assert_no_worse)
+    compare(tensors, options, dtype, assert_no_worse, case == "massive")
 
 
 @pytest.mark.parametrize("backend", ("triton", "torch"))
@@ -421,7 +427,7 @@ def test_compile(backend, blocks, on):
         return attention(**dict(zip(tensors, leaves, strict=True)), **options).square().sum()
 
     expected = torch.autograd.grad(step(*leaves), leaves)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
         torch.testing.assert_close(a, b)
 

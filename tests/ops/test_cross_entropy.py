@@ -1,5 +1,6 @@
-"""Proves that linear_cross_entropy is the smoothed loss of F.cross_entropy, in value and every gradient, and that it
-keeps its promises about memory: no logits beyond a chunk, no work and no saved tensors for frozen weights.
+"""Proves that linear_cross_entropy is the smoothed loss of F.cross_entropy, in value and every gradient, on every
+backend and for every reduction, and that it keeps its promises about memory and work: no logits beyond a chunk, formed
+once where they can be, and nothing at all for frozen weights.
 
 Run: pytest tests/ops/test_cross_entropy.py
 """
@@ -7,23 +8,47 @@ Run: pytest tests/ops/test_cross_entropy.py
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from live_bytes import peak_bytes
 
 import prismer.kernels.cross_entropy as room
+import prismer.kernels.cross_entropy_triton as room_triton
 from prismer.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from prismer.kernels.dispatch import use_backend
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "on_backend")
 
-SHAPES = {  # R, D, V, chunk in elements
-    "one-row": (1, 60, 33, 2**24),
-    "primes": (23, 17, 101, 2**24),
-    "row-by-row": (7, 5, 13, 1),
-    "ragged-chunks": (65, 24, 1023, 10 * 1023),
-    "roberta": (9, 16, 50265, 4 * 50265),
-    "no-rows": (0, 4, 5, 2**24),
+BACKENDS = ("triton", "torch")
+SHAPES = {  # R, D, V
+    "one-row": (1, 60, 33),
+    "one-word": (5, 8, 1),
+    "primes": (23, 17, 101),
+    "above-a-block": (130, 24, 1030),
+    "no-rows": (0, 4, 5),
 }
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("x", "weight", "bias")
+ALL = (True, True, True)
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def on_backend(request, running):
+    with running(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Several chunks of rows and of vocabulary on every backend, and gradients that are not formed in one of them."""
+    monkeypatch.setattr(room, "_CHUNK_ELEMENTS", 7 * 11)
+    monkeypatch.setattr(room, "_ROW_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(room, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(room_triton, "_BUFFER_BYTES", 1)
+
+
+@pytest.fixture
+def formed(monkeypatch):
+    """Gradients of a sum are formed in the forward pass, however many chunks that takes: as on a GPU."""
+    monkeypatch.setattr(room, "_formed_in_forward", lambda x, V, reduce, needs: any(needs) and reduce)
 
 
 def draw(R, D, V, dtype=torch.float64, scale=1.0, bias_scale=3.0):
@@ -36,19 +61,25 @@ def draw(R, D, V, dtype=torch.float64, scale=1.0, bias_scale=3.0):
     return x.to(dtype), weight.to(dtype), bias.to(dtype), labels
 
 
-def plain_torch(x, weight, bias, labels, label_smoothing=0.1):
+def plain_torch(x, weight, bias, labels, label_smoothing=0.1, reduction="none", row_weights=None):
     """What a user would write: logits in the dtype of the model, the loss in fp32."""
     logits = F.linear(x, weight, bias)
-    logits = logits.float() if x.dtype == torch.bfloat16 else logits
-    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    logits = logits.float() if x.dtype in (torch.bfloat16, torch.float16) else logits
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    if row_weights is not None:
+        losses = losses * row_weights
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / max((labels != -100).sum(), 1)
 
 
-def gradients(op, tensors, labels, dy, trainable=(True, True, True), **settings):
+def gradients(op, tensors, labels, dy, trainable=ALL, **settings):
     """Losses, and the gradients of what is trainable, by name."""
     tensors = [t.detach().requires_grad_(flag) for t, flag in zip(tensors, trainable, strict=True)]
     losses = op(*tensors, labels, **settings)
     wanted = [t for t, flag in zip(tensors, trainable, strict=True) if flag]
     names = ["d" + name for name, flag in zip(NAMES, trainable, strict=True) if flag]
+    dy = dy if losses.dim() else torch.tensor(1.7)
     return losses.detach(), dict(zip(names, torch.autograd.grad(losses, wanted, dy.to(losses.dtype)), strict=True))
 
 
@@ -73,195 +104,447 @@ def compare(tensors, labels, dtype, assert_no_worse, **settings):
         assert_no_worse(name, value, plain_grads[name], exact_grads[name], factor=3.0)
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+def weights_of(R):
+    return torch.rand(R) + 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_linear_cross_entropy(shape, dtype, assert_no_worse, monkeypatch):
-    R, D, V, chunk = shape
-    monkeypatch.setattr(room, "_CHUNK_ELEMENTS", chunk)
-    *tensors, labels = draw(R, D, V)
-    compare(tensors, labels, dtype, assert_no_worse)
+def test_linear_cross_entropy(shape, reduction, dtype, assert_no_worse):
+    *tensors, labels = draw(*shape)
+    compare(tensors, labels, dtype, assert_no_worse, reduction=reduction, row_weights=weights_of(shape[0]))
 
 
+@pytest.mark.parametrize("on_backend", ("torch",), indirect=True)
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_float64(shape, reduction, assert_no_worse):
+    *tensors, labels = draw(*shape)
+    compare(tensors, labels, torch.float64, assert_no_worse, reduction=reduction, row_weights=weights_of(shape[0]))
+
+
+@pytest.mark.parametrize("on_backend", ("torch",), indirect=True)
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("reduction", ("none", "sum"))
+def test_vocabulary_of_roberta(reduction, dtype, assert_no_worse, monkeypatch):
+    monkeypatch.setattr(room, "_CHUNK_ELEMENTS", 2**15)
+    *tensors, labels = draw(9, 16, 50265)
+    compare(tensors, labels, dtype, assert_no_worse, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("reduction", ("none", "sum"))
+@pytest.mark.usefixtures("small_chunks")
+def test_chunks(reduction, dtype, assert_no_worse):
+    *tensors, labels = draw(150, 17, 101)
+    compare(tensors, labels, dtype, assert_no_worse, reduction=reduction)
+    compare(tensors, labels, dtype, assert_no_worse, reduction=reduction, trainable=(True, False, False))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.usefixtures("small_chunks", "formed")
+def test_chunks_formed_in_forward(dtype, assert_no_worse):
+    *tensors, labels = draw(150, 17, 101)
+    compare(tensors, labels, dtype, assert_no_worse, reduction="sum", row_weights=weights_of(150))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("reduction", ("none", "sum"))
 @pytest.mark.parametrize(
     "trainable",
     ((True, False, False), (True, False, True), (False, True, False), (False, False, True)),
     ids=("x", "x-bias", "weight", "bias"),
 )
-def test_frozen_parts(trainable, dtype, assert_no_worse, monkeypatch):
-    monkeypatch.setattr(room, "_CHUNK_ELEMENTS", 5 * 101)
+def test_frozen_parts(trainable, reduction, dtype, assert_no_worse):
     *tensors, labels = draw(23, 17, 101)
-    compare(tensors, labels, dtype, assert_no_worse, trainable=trainable)
+    compare(tensors, labels, dtype, assert_no_worse, trainable=trainable, reduction=reduction)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("reduction", ("none", "sum"))
 @pytest.mark.parametrize("frozen", (True, False))
-def test_confident_targets(dtype, frozen, assert_no_worse):
-    """p_y is almost 1, so p_y - 1 must not be formed from rounded numbers."""
+def test_confident_targets(frozen, reduction, dtype, assert_no_worse):
+    """p_y is almost 1, so p_y - 1 must not be formed from rounded numbers, nor from two roundings of one logit."""
     x, weight, bias, labels = draw(12, 16, 40)
     labels = labels.clamp(min=0)
     x = 10 * F.normalize(weight[labels])
     tensors = (x, 3 * weight, bias / 10)
-    compare(tensors, labels, dtype, assert_no_worse, trainable=(True, not frozen, not frozen), label_smoothing=0.0)
-    compare(tensors, labels, dtype, assert_no_worse, trainable=(True, not frozen, not frozen))
+    settings = dict(trainable=(True, not frozen, not frozen), reduction=reduction)
+    compare(tensors, labels, dtype, assert_no_worse, label_smoothing=0.0, **settings)
+    compare(tensors, labels, dtype, assert_no_worse, **settings)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_big_values(dtype, assert_no_worse):
+@pytest.mark.parametrize("reduction", ("none", "sum"))
+def test_big_values(reduction, dtype, assert_no_worse):
     """Logits of thousands neither overflow nor lose the row's differences."""
     *tensors, labels = draw(11, 8, 50, scale=50.0, bias_scale=1000.0)
-    compare(tensors, labels, dtype, assert_no_worse)
+    compare(tensors, labels, dtype, assert_no_worse, reduction=reduction)
 
 
-@pytest.mark.parametrize("trainable", ((True, True, True), (True, False, False)), ids=("all", "x"))
-def test_all_rows_ignored(trainable):
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@pytest.mark.parametrize("trainable", (ALL, (True, False, False)), ids=("all", "x"))
+def test_all_rows_ignored(trainable, reduction):
     *tensors, labels = draw(6, 4, 9, torch.float32)
     labels = torch.full_like(labels, -100)
-    losses, grads = gradients(linear_cross_entropy, tensors, labels, torch.ones(6), trainable)
+    losses, grads = gradients(linear_cross_entropy, tensors, labels, torch.ones(6), trainable, reduction=reduction)
     for name, value in {"losses": losses, **grads}.items():
         assert torch.equal(value, torch.zeros_like(value)), name
 
 
-def test_ignored_rows_are_not_read():
-    """Whatever stands in an ignored row, its gradient included, changes nothing."""
-    x, weight, bias, labels = draw(9, 4, 11)
-    dy = torch.randn(9)
-    expected = gradients(linear_cross_entropy, (x, weight, bias), labels, dy)
-    x[1::3], dy[1::3] = torch.nan, torch.inf
-    losses, grads = gradients(linear_cross_entropy, (x, weight, bias), labels, dy)
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@pytest.mark.parametrize("trainable", (ALL, (True, False, False)), ids=("all", "x"))
+def test_ignored_rows_are_not_read(trainable, reduction):
+    """Whatever stands in an ignored row, its weight and its gradient included, changes nothing."""
+    x, weight, bias, labels = draw(9, 4, 11, torch.float32)
+    dy, row_weights = torch.randn(9), weights_of(9)
+    settings = dict(trainable=trainable, reduction=reduction)
+    expected = gradients(linear_cross_entropy, (x, weight, bias), labels, dy, row_weights=row_weights, **settings)
+    x[1::3], dy[1::3], row_weights[1::3] = torch.nan, torch.inf, torch.inf
+    losses, grads = gradients(linear_cross_entropy, (x, weight, bias), labels, dy, row_weights=row_weights, **settings)
     for name, value in {"losses": losses, **grads}.items():
         assert torch.equal(value, {"losses": expected[0], **expected[1]}[name]), name
 
 
 def test_other_ignore_index():
-    x, weight, bias, labels = draw(6, 4, 9)
+    x, weight, bias, labels = draw(6, 4, 9, torch.float32)
     changed = labels.masked_fill(labels == -100, 3)
     losses = linear_cross_entropy(x, weight, bias, changed, ignore_index=3)
     expected = plain_torch(x, weight, bias, changed).masked_fill(changed == 3, 0)
     torch.testing.assert_close(losses, expected)
+    mean = linear_cross_entropy(x, weight, bias, changed, ignore_index=3, reduction="mean")
+    torch.testing.assert_close(mean, expected.sum() / (changed != 3).sum())
 
 
 def test_reference_is_the_loss_of_torch():
     x, weight, bias, labels = draw(23, 17, 101)
+    row_weights = weights_of(23).double()
     for smoothing in (0.0, 0.1, 0.7):
-        with use_backend("reference"):
-            losses = linear_cross_entropy(x, weight, bias, labels, label_smoothing=smoothing)
-        torch.testing.assert_close(losses, plain_torch(x, weight, bias, labels, smoothing))
+        for reduction in ("none", "sum", "mean"):
+            settings = dict(label_smoothing=smoothing, reduction=reduction, row_weights=row_weights)
+            with use_backend("reference"):
+                losses = linear_cross_entropy(x, weight, bias, labels, **settings)
+            torch.testing.assert_close(losses, plain_torch(x, weight, bias, labels, **settings))
     assert linear_cross_entropy_reference(x.float(), weight.float(), bias.float(), labels).dtype == torch.float32
 
 
-def test_row_alone_equals_row_in_batch(monkeypatch):
-    monkeypatch.setattr(room, "_CHUNK_ELEMENTS", 4 * 101)
-    x, weight, bias, labels = draw(23, 17, 101)
-    losses, grads = gradients(linear_cross_entropy, (x, weight, bias), labels, torch.ones(23))
-    for row in (0, 1, 22):
+@pytest.mark.parametrize("smoothing", (0.0, 0.7))
+def test_smoothing(smoothing, assert_no_worse):
+    *tensors, labels = draw(9, 17, 101)
+    for reduction in ("none", "sum"):
+        compare(tensors, labels, torch.float32, assert_no_worse, label_smoothing=smoothing, reduction=reduction)
+
+
+def test_layouts_and_dtypes():
+    """Transposed inputs, an expanded gradient, an fp32 bias and fp64 row weights over a bf16 model."""
+    x, weight, bias, labels = draw(12, 16, 40, torch.float32)
+    expected = linear_cross_entropy(x, weight, bias, labels)
+    got = linear_cross_entropy(x.T.contiguous().T, weight.T.contiguous().T, bias.repeat_interleave(2)[::2], labels)
+    assert torch.equal(got, expected)
+    leaf = bias.clone().requires_grad_()
+    value = linear_cross_entropy(
+        x.bfloat16(), weight.bfloat16(), leaf, labels, reduction="sum", row_weights=torch.ones(12).double()
+    )
+    value.backward()
+    assert value.dtype == leaf.grad.dtype == torch.float32
+    sum_of_dz = plain_torch(x.bfloat16().double(), weight.bfloat16().double(), leaf.double(), labels).sum()
+    torch.testing.assert_close(leaf.grad, torch.autograd.grad(sum_of_dz, leaf)[0], rtol=0.02, atol=0.02)
+
+
+def test_row_alone_equals_row_in_batch(on_backend):
+    """Triton's losses bit for bit; where a library multiplies, to rounding."""
+    *tensors, labels = draw(140, 17, 1100, torch.float32)
+    x, weight, bias = tensors
+    losses, grads = gradients(linear_cross_entropy, tensors, labels, torch.ones(140))
+    for row in (0, 1, 139):
         one = slice(row, row + 1)
         alone, alone_grads = gradients(linear_cross_entropy, (x[one], weight, bias), labels[one], torch.ones(1))
-        torch.testing.assert_close(alone, losses[one], rtol=1e-13, atol=1e-14)
-        torch.testing.assert_close(alone_grads["dx"], grads["dx"][one], rtol=1e-12, atol=1e-15)
+        if on_backend == "triton":
+            assert torch.equal(alone, losses[one])
+        torch.testing.assert_close(alone, losses[one])
+        torch.testing.assert_close(alone_grads["dx"], grads["dx"][one])
 
 
-def test_repeats_are_bit_equal():
+@pytest.mark.parametrize("reduction", ("none", "sum"))
+def test_repeats_are_bit_equal(reduction):
     *tensors, labels = draw(33, 24, 1023, torch.float32)
     dy = torch.randn(33)
-    first, first_grads = gradients(linear_cross_entropy, tensors, labels, dy)
-    for _ in range(3):
-        losses, grads = gradients(linear_cross_entropy, tensors, labels, dy)
+    first, first_grads = gradients(linear_cross_entropy, tensors, labels, dy, reduction=reduction)
+    for _ in range(2):
+        losses, grads = gradients(linear_cross_entropy, tensors, labels, dy, reduction=reduction)
         assert torch.equal(losses, first)
         assert all(torch.equal(value, first_grads[name]) for name, value in grads.items())
 
 
-def test_many_chunks_do_not_drift(monkeypatch):
-    """1000 equal contributions, one chunk each: a bf16 sum would stop growing after a quarter of them."""
-    monkeypatch.setattr(room, "_CHUNK_ELEMENTS", 1)
-    tensors = [t.bfloat16() for t in (torch.ones(1000, 2), torch.zeros(4, 2), torch.zeros(4))]
-    _, grads = gradients(linear_cross_entropy, tensors, torch.zeros(1000, dtype=torch.int64), torch.ones(1000))
-    expected = 1000 * (0.25 - 0.025 - 0.9 * F.one_hot(torch.tensor(0), 4)).bfloat16()
-    torch.testing.assert_close(grads["dbias"], expected, rtol=0.01, atol=0)
-    torch.testing.assert_close(grads["dweight"], expected[:, None].expand(4, 2), rtol=0.01, atol=0)
+@pytest.mark.parametrize("reduction", ("none", "sum"))
+@pytest.mark.usefixtures("small_chunks", "formed")
+def test_many_chunks_do_not_drift(reduction, monkeypatch):
+    """Equal contributions, many chunks: a bf16 sum would stop growing after a quarter of them."""
+    monkeypatch.setattr(room, "_BLOCK_ROWS", 1)
+    monkeypatch.setattr(room_triton, "_tiles", lambda *_, **__: dict(BR=16, BV=16, BD=16, num_warps=4, num_stages=1))
+    tensors = [t.bfloat16() for t in (torch.ones(600, 2), torch.zeros(4, 2), torch.zeros(4))]
+    labels = torch.zeros(600, dtype=torch.int64)
+    _, grads = gradients(linear_cross_entropy, tensors, labels, 1.7 * torch.ones(600), reduction=reduction)
+    expected = 1.7 * 600 * (0.25 - 0.025 - 0.9 * F.one_hot(torch.tensor(0), 4)).bfloat16()
+    torch.testing.assert_close(grads["dbias"], expected.bfloat16(), rtol=0.01, atol=0)
+    torch.testing.assert_close(grads["dweight"], expected.bfloat16()[:, None].expand(4, 2), rtol=0.01, atol=0)
 
 
-def test_gradcheck(monkeypatch):
-    monkeypatch.setattr(room, "_CHUNK_ELEMENTS", 2 * 6)
+@pytest.mark.parametrize("on_backend", ("torch",), indirect=True)
+@pytest.mark.parametrize("chunks", ("one", "many"))
+def test_gradcheck(chunks, request):
+    if chunks == "many":
+        request.getfixturevalue("small_chunks")
     x, weight, bias, labels = draw(5, 3, 6)
-    for trainable in ((True, True, True), (True, False, False)):
+    row_weights = weights_of(5).double()
+    for trainable in (ALL, (True, False, False)):
         tensors = [t.detach().requires_grad_(flag) for t, flag in zip((x, weight, bias), trainable, strict=True)]
         assert torch.autograd.gradcheck(lambda *t: linear_cross_entropy(*t, labels), tensors)
         # sum() hands back one number expanded to all rows
         assert torch.autograd.gradcheck(lambda *t: linear_cross_entropy(*t, labels).sum(), tensors)
+        for reduction in ("sum", "mean"):
+            settings = dict(reduction=reduction, row_weights=row_weights)
+            assert torch.autograd.gradcheck(lambda *t: linear_cross_entropy(*t, labels, **settings), tensors)  # noqa: B023
 
 
-class Watch(TorchDispatchMode):
-    """Records the shapes of what every operator makes."""
+@pytest.mark.parametrize("on_backend", ("torch",), indirect=True)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("trainable", (ALL, (True, False, False)), ids=("all", "x"))
+def test_memory(trainable, dtype, monkeypatch):
+    """Beyond inputs and gradients: a chunk of logits, in fp32 and in the dtype of the product, and some rows."""
+    R, D, V = 256, 16, 5003
+    monkeypatch.setattr(room, "_CHUNK_ELEMENTS", 2**16)
+    monkeypatch.setattr(room, "_ROW_CHUNK_ELEMENTS", 2**16)
+    *tensors, labels = draw(R, D, V, dtype)
+    tensors = [t.requires_grad_(flag) for t, flag in zip(tensors, trainable, strict=True)]
 
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
+    def step(op):
+        for t in tensors:
+            t.grad = None
+        op(*tensors, labels, reduction="sum").backward()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        leaves = torch.utils._pytree.tree_leaves(out)
-        self.shapes += [tuple(t.shape) for t in leaves if isinstance(t, torch.Tensor)]
-        return out
-
-
-@pytest.mark.parametrize("trainable", ((True, True, True), (True, False, False)), ids=("all", "x"))
-def test_logits_stay_within_a_chunk(trainable, monkeypatch):
-    R, D, V = 64, 8, 1000
-    monkeypatch.setattr(room, "_CHUNK_ELEMENTS", 5 * V)
-    *tensors, labels = draw(R, D, V, torch.float32)
-    with Watch() as watch:
-        gradients(linear_cross_entropy, tensors, labels, torch.ones(R), trainable)
-    rows = {shape[0] for shape in watch.shapes if len(shape) == 2 and shape[1] == V and shape[0] != D}
-    assert max(rows) <= 5, f"logits of {max(rows)} rows exist at once"
-    with Watch() as watch:
-        gradients(plain_torch, tensors, labels, torch.ones(R), trainable)
-    assert (R, V) in watch.shapes, "the measurement does not see plain torch's logits"
+    grads = sum(t.nbytes for t in tensors if t.requires_grad)
+    chunk = 2**16 * (4 + (dtype != torch.float32) * dtype.itemsize)
+    rows = 2 * R * D * (4 + dtype.itemsize) + 16 * 4 * R
+    assert peak_bytes(lambda: step(linear_cross_entropy)) - grads < chunk + rows + 8 * V
+    assert peak_bytes(lambda: step(plain_torch)) > 2 * R * V * 4, "the measurement does not see plain torch's logits"
 
 
-def test_frozen_weight_costs_nothing():
-    """No tensor of the weight's shape is made, and dx alone is saved; thawing it brings its gradient back."""
+@pytest.mark.parametrize("reduction", ("none", "sum"))
+def test_frozen_weight_costs_nothing(reduction, count_calls):
+    """dx alone is saved, and nothing formed again or for the weight; thawing the weight brings its gradient back."""
     x, weight, bias, labels = draw(12, 8, 50, torch.float32)
     x.requires_grad_()
 
     def run():
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), Watch() as watch:
-            linear_cross_entropy(x, weight, bias, labels).sum().backward()
-        return saved, watch.shapes
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            value = linear_cross_entropy(x, weight, bias, labels, reduction=reduction)
+        with count_calls() as calls:
+            value.sum().backward()
+        return saved, calls
 
-    saved, shapes = run()
+    saved, calls = run()
     assert sum(t.nbytes for t in saved) == x.nbytes
-    assert (50, 8) not in shapes
+    assert not calls["prismer::linear_cross_entropy_backward"]
     weight.requires_grad_()
-    saved, shapes = run()
-    assert weight.grad is not None and (50, 8) in shapes
-    # ZeRO-3 partitions the parameter again after forward: what is saved must be it, and not a view or copy
-    assert any(t is weight for t in saved)
+    saved, calls = run()
+    assert weight.grad is not None
+    if reduction == "sum":
+        # the logits exist once: the gradients are there when the forward pass ends
+        assert sum(t.nbytes for t in saved) == x.nbytes + weight.nbytes
+        assert not calls["prismer::linear_cross_entropy_backward"]
+    else:
+        # ZeRO-3 partitions the parameter again after forward: what is saved must be it, and not a view or copy
+        assert any(t is weight for t in saved)
+        (call,) = calls["prismer::linear_cross_entropy_backward"]
+        assert (call["need_x"], call["need_weight"], call["need_bias"]) == (True, True, False)
     weight.requires_grad_(False)
-    assert (50, 8) not in run()[1]
+    saved, calls = run()
+    assert sum(t.nbytes for t in saved) == x.nbytes and not calls["prismer::linear_cross_entropy_backward"]
 
 
-def test_no_grad_saves_nothing():
+def test_no_grad_forms_nothing(count_calls):
     x, weight, bias, labels = draw(12, 8, 50, torch.float32)
     x.requires_grad_(), weight.requires_grad_()
-    with torch.no_grad(), Watch() as watch:
-        losses = linear_cross_entropy(x, weight, bias, labels)
-    assert not losses.requires_grad and losses.grad_fn is None
-    assert (12, 8) not in watch.shapes, "dx was computed for nobody"
-    torch.testing.assert_close(losses, linear_cross_entropy(x, weight, bias, labels).detach())
+    for reduction in ("none", "sum"):
+        with torch.no_grad(), count_calls() as calls:
+            losses = linear_cross_entropy(x, weight, bias, labels, reduction=reduction)
+        (call,) = calls["prismer::linear_cross_entropy"]
+        assert not (call["form_x"] or call["form_weight"] or call["form_bias"])
+        assert not losses.requires_grad and losses.grad_fn is None
+        expected = linear_cross_entropy(x, weight, bias, labels, reduction=reduction).detach()
+        torch.testing.assert_close(losses, expected)
 
 
+def test_formed_gradients_are_handed_over(monkeypatch):
+    """The backward pass makes no second dweight: it scales the first in place, unless the graph is kept for more."""
+    x, weight, bias, labels = draw(12, 8, 50, torch.float32)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        value = linear_cross_entropy(*leaves, labels, reduction="sum")
+    first = torch.autograd.grad(value, leaves, torch.tensor(3.0), retain_graph=True)
+    second = torch.autograd.grad(value, leaves, torch.tensor(3.0), retain_graph=True)
+    (2 * value).backward()
+    for leaf, a, b, own in zip(leaves, first, second, saved, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(leaf.grad * 1.5, a)
+        assert leaf.grad.data_ptr() == own.data_ptr() and a.data_ptr() != own.data_ptr()
+    # a torch that cannot tell whether the graph is kept gets copies
+    monkeypatch.setattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    value = linear_cross_entropy(*leaves, labels, reduction="sum")
+    for a, b in zip(torch.autograd.grad(value, leaves, torch.tensor(3.0)), first, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_second_derivative():
+    x, weight, bias, labels = draw(5, 4, 9, torch.float32)
+    for reduction in ("none", "sum"):
+        value = linear_cross_entropy(x.requires_grad_(), weight, bias, labels, reduction=reduction).sum()
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(value, x, create_graph=True)
+
+
+@pytest.mark.parametrize("requires_grad", (False, True))
+def test_opcheck(requires_grad):
+    x, weight, bias, labels = draw(6, 8, 21, torch.float32)
+    x, weight = x.requires_grad_(requires_grad), weight.requires_grad_(requires_grad)
+    row_weights = weights_of(6)
+    for factor, reduce, form in (
+        (None, False, (False, False, False)),
+        (row_weights, True, (False, False, False)),
+        (None, False, (True, False, False)),
+        (row_weights, True, (True, True, False)),
+    ):
+        arguments = (x, weight, bias, labels, factor, 0.1, -100, reduce, *form)
+        if requires_grad and form == (True, False, False):
+            arguments = (x, weight.detach(), *arguments[2:])
+        torch.library.opcheck(torch.ops.prismer.linear_cross_entropy, arguments)
+    with torch.no_grad():
+        _, stats, *_ = torch.ops.prismer.linear_cross_entropy(*arguments)
+        transposed = x.detach().T.contiguous().T
+        for needs in ((True, True, True), (False, True, False)):
+            arguments = (torch.randn(6), stats, transposed, weight, bias, labels, 0.1, -100, *needs)
+            torch.library.opcheck(torch.ops.prismer.linear_cross_entropy_backward, arguments)
+    torch.library.opcheck(torch.ops.prismer.linear_cross_entropy_scale_, (torch.randn(7, 5), torch.tensor(2.0)))
+
+
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@pytest.mark.parametrize("trainable", (ALL, (True, False, False)), ids=("all", "x"))
+def test_compile(trainable, reduction):
+    """Rows that are ignored included: compiled code must not read what nobody wrote."""
+    *tensors, labels = draw(13, 8, 50, torch.float32)
+    row_weights = weights_of(13)
+    tensors = [t.requires_grad_(flag) for t, flag in zip(tensors, trainable, strict=True)]
+    wanted = [t for t in tensors if t.requires_grad]
+
+    def step(x, weight, bias):
+        value = linear_cross_entropy(x, weight, bias, labels, reduction=reduction, row_weights=row_weights)
+        return (value * 1.7).sum()
+
+    expected = step(*tensors)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got = compiled(*tensors)
+    torch.testing.assert_close(got, expected)
+    grads = torch.autograd.grad(got, wanted)
+    for a, b in zip(grads, torch.autograd.grad(expected, wanted), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_ledger(dtype):
+    """What the kernels move and multiply is the docstring's; every address and every write is checked."""
+    from interpreter import interpreted
+
+    R, D, V = 150, 40, 1100
+    x, weight, bias, labels = draw(R, D, V, dtype)
+    labels = labels.clamp(min=0)
+    s = dtype.itemsize
+    tiles = room_triton._tiles(dtype)
+    Rb, Vb, Db = -(-R // tiles["BR"]), -(-V // tiles["BV"]), -(-D // tiles["BD"])
+    S = -(-V // 1024)
+    dot = 2 * Rb * tiles["BR"] * Vb * tiles["BV"] * Db * tiles["BD"]
+    products = (R * Vb + V * Rb) * D * s + Rb * V * s
+    logits = s * R * Vb * tiles["BV"]
+    op = torch.ops.prismer.linear_cross_entropy
+
+    with interpreted() as ledger:
+        _, stats, *_ = op(x, weight, bias, labels, None, 0.1, -100, False, False, False, False)
+    assert ledger.dot_flops == dot
+    assert ledger.bytes_read == products + 8 * S * R + 16 * S * R + 8 * R
+    assert ledger.bytes_written == 16 * S * R + 12 * R
+    statistics = ledger
+
+    with interpreted() as ledger:
+        torch.ops.prismer.linear_cross_entropy_backward(
+            torch.randn(R), stats, x, weight, bias, labels, 0.1, -100, True, True, True
+        )
+    assert ledger.dot_flops == dot and ledger.launches == 1
+    assert ledger.bytes_read == products + 20 * R * Vb
+    assert ledger.bytes_written == logits + 4 * Rb * V
+
+    Rb = -(-R // room_triton._tiles(dtype, dot=False)["BR"])
+    with interpreted() as ledger:
+        op(x, weight, bias, labels, torch.ones(R), 0.1, -100, True, True, True, True)
+    assert ledger.dot_flops == dot, "logits are formed once"
+    assert ledger.bytes_read == statistics.bytes_read + logits + 20 * R * Vb
+    assert ledger.bytes_written == statistics.bytes_written + 2 * logits + 4 * Rb * V
+
+
+@pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
+def test_ledger_of_scaling():
+    """By 1, the usual gradient of a loss, nothing is moved but the factor itself."""
+    from interpreter import interpreted
+
+    for factor in (1.0, 0.5):
+        gradient = torch.randn(5000)
+        expected = gradient * factor
+        with interpreted() as ledger:
+            torch.ops.prismer.linear_cross_entropy_scale_(gradient, torch.tensor(factor))
+        assert torch.equal(gradient, expected)
+        assert ledger.bytes_written == (factor != 1) * 4 * 5000
+        assert ledger.bytes_read == (factor != 1) * 4 * 5000 + 2 * 4
+
+
+@pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
+def test_blocks_of_ignored_rows_are_skipped():
+    from interpreter import interpreted
+
+    x, weight, bias, labels = draw(200, 16, 40, torch.float32)
+    labels[64:192] = -100
+    with interpreted() as ledger:
+        linear_cross_entropy(x, weight, bias, labels)
+    assert ledger.dot_flops == 2 * 2 * 64 * 64 * 32
+
+
+@pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
+def test_triton_refuses_float64():
+    x, weight, bias, labels = draw(3, 4, 7)
+    with pytest.raises(RuntimeError, match="x is float64"):
+        linear_cross_entropy(x, weight, bias, labels)
+
+
+@pytest.mark.parametrize("on_backend", ("torch",), indirect=True)
 @pytest.mark.parametrize(
     ("change", "message"),
     (
         (dict(x=torch.zeros(2, 3, 4)), "do not fit"),
         (dict(x=torch.zeros(3, 5)), "do not fit"),
         (dict(bias=torch.zeros(8)), "do not fit"),
+        (dict(weight=torch.zeros(0, 4), bias=torch.zeros(0)), "V at least 1"),
         (dict(labels=torch.zeros(2, dtype=torch.int64)), r"pass int64 of shape \(3,\)"),
         (dict(labels=torch.zeros(3, dtype=torch.int32)), "pass int64"),
         (dict(x=torch.zeros(3, 4, dtype=torch.bfloat16)), "same float"),
+        (dict(bias=torch.zeros(7, dtype=torch.int64)), "bias is torch.int64; pass floats"),
         (dict(label_smoothing=1.0), r"\[0, 1\)"),
+        (dict(reduction="batchmean"), "'batchmean'; choose none, sum, mean"),
+        (dict(row_weights=torch.zeros(2)), r"pass floats of shape \(3,\)"),
+        (dict(row_weights=torch.zeros(3, dtype=torch.int64)), "row_weights are torch.int64"),
+        (dict(row_weights=torch.zeros(3, requires_grad=True)), r"pass row_weights.detach\(\)"),
     ),
 )
 def test_errors(change, message):

@@ -8,10 +8,13 @@ show that these proofs can fail.
 Run: pytest tests/ops/test_cuda.py
 """
 
+import importlib.util
+import os
 import re
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +78,73 @@ def test_compiles(name, arch, tmp_path):
         pytest.skip("no cuobjdump to look at the instructions")
     instructions = subprocess.run([cuobjdump, "-sass", cubin], stdout=subprocess.PIPE, text=True).stdout
     assert re.search(r"LDG\.E\.128", instructions) and re.search(r"STG\.E\.128|STS\.128", instructions)
+
+
+LOAD = """
+import importlib.util, sys, torch
+import prismer._C
+spec = importlib.util.spec_from_file_location("prismer._C_cuda", sys.argv[1])
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+for op in ("layer_norm", "layer_norm_backward", "label_map", "label_map_backward", "decode_attention"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"prismer_native::{op}", "CUDA"), op
+"""
+
+
+@pytest.mark.slow
+def test_extension(tmp_path):
+    """PRISMER_CUDA=1 builds prismer._C_cuda without a GPU, and it loads and registers its ops there."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    if torch.version.cuda is None or importlib.util.find_spec("prismer._C") is None:
+        pytest.skip("torch is built without CUDA, or prismer._C is not built")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "prismer"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    # the extension for the CPU is no affair of this test
+    shutil.rmtree(tmp_path / "csrc" / "cpu")
+    for built in (tmp_path / "prismer").glob("*.so"):
+        built.unlink()
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env={**os.environ, "PRISMER_CUDA": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    library = tmp_path / "prismer" / "_C_cuda.abi3.so"
+    assert result.returncode == 0 and library.exists(), result.stdout
+    subprocess.run([sys.executable, "-c", LOAD, library], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    "asked, reason",
+    [("0", "PRISMER_CUDA=0"), ("", "nvcc is not installed"), ("yes", "set it to 0 or 1")],
+)
+def test_extension_not_built(tmp_path, asked, reason):
+    """One line says why there are no CUDA kernels, and the rest is built."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    # a torch to be found, of which only the version is read; nothing to compile
+    torch_folder = tmp_path / "torch"
+    torch_folder.mkdir()
+    (torch_folder / "__init__.py").touch()
+    (torch_folder / "version.py").write_text("from typing import Optional\ncuda: Optional[str] = '13.0'\n")
+    environment = {
+        "PATH": str(tmp_path),
+        "CUDA_HOME": str(tmp_path),
+        "PYTHONPATH": str(tmp_path),
+        "PRISMER_CUDA": asked,
+    }
+    printed = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    lines = [line for line in printed.splitlines() if "CUDA kernels not built" in line]
+    assert len(lines) == 1 and reason in lines[0], printed
 
 
 # ---- executed on the host
@@ -204,6 +274,9 @@ def test_layer_norm(hosts, assert_no_worse, shape, dtype):
         # a residual too, and parameters in a dtype of their own
         y, total, mean, rstd = layer_norm(hosts("layer_norm"), x, residual, weight, bias)
         assert torch.equal(total, x + residual)
+        # what is normalised is the sum as it is stored
+        again = layer_norm(hosts("layer_norm"), total, None, weight, bias)
+        assert torch.equal(y, again[0]) and torch.equal(mean, again[2])
     elif D == 768:
         residual = weight = bias = dtotal = None
         y, total, mean, rstd = layer_norm(hosts("layer_norm"), x, None, None, None)

@@ -134,8 +134,11 @@ def chosen_kernel(p_a, p_b, p_y, B: tl.constexpr, SHIFT: tl.constexpr):
 def every_float(step: int = 997) -> torch.Tensor:
     """fp32 numbers across the whole range of bit patterns: both signs, subnormals, ties, infinities, NaN."""
     bits = torch.arange(-(2**31), 2**31, step * 4096, dtype=torch.int64)
-    ties = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 0x7F800000, 0x7FC00001, 1])
-    return torch.cat([bits, ties, ties - 2**31]).to(torch.int32).view(torch.float32)
+    ties = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 1]
+    # the payloads of NaN that rounding would carry into infinity or into the sign
+    specials = [0x7F800000, 0x7FC00001, 0x7F800001, 0x7FFFFFFF]
+    odd = torch.tensor(ties + specials)
+    return torch.cat([bits, odd, odd - 2**31]).to(torch.int32).view(torch.float32)
 
 
 def test_cast_rounds_to_nearest_even():

@@ -63,9 +63,10 @@ def plain(x, fc_weight, fc_bias, proj_weight, proj_bias, *, activation):
 
 def results(op, tensors, activation, dtype, dy, trains=(True,) * 5):
     """Output and gradients by name."""
-    leaves = [
-        None if t is None else t.detach().to(dtype).requires_grad_(bool(f)) for t, f in zip(tensors, trains, strict=True)
-    ]
+    leaves = [None if t is None else t.detach().to(dtype) for t in tensors]
+    for t, f in zip(leaves, trains, strict=True):
+        if t is not None:
+            t.requires_grad_(bool(f))
     y = op(*leaves, activation=activation)
     wanted = {"d" + name: t for name, t in zip(NAMES, leaves, strict=True) if t is not None and t.requires_grad}
     grads = torch.autograd.grad(y, list(wanted.values()), dy.to(dtype))
@@ -84,23 +85,29 @@ def compare(tensors, activation, assert_no_worse):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_mlp(shape, activation, dtype, assert_no_worse):
-    compare(draw(*shape, dtype), activation, assert_no_worse)
+def test_mlp(shape, dtype, assert_no_worse):
+    compare(draw(*shape, dtype), "quick_gelu", assert_no_worse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation, dtype, assert_no_worse):
+    compare(draw(9, 61, 60, 31, dtype), activation, assert_no_worse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ("massive", "large-bias", "tiny"))
 def test_adversarial(case, dtype, assert_no_worse):
-    x, w1, b1, w2, b2 = draw(9, 60, 96, 60, torch.float32)
+    x, w1, b1, w2, b2 = draw(9, 60, 64, 60, torch.float32)
     if case == "massive":
         x[:, 7] = 100
     elif case == "large-bias":
         b1, b2 = 8 * b1, 30 * b2
     else:
         x, b1 = x * 1e-3, b1 * 1e-3
-    for activation in ACTIVATIONS:
+    # of the three, what loses most to a rounded product: squaring, and the tail of an exponential
+    for activation in ("quick_gelu", "squared_relu"):
         compare([t.to(dtype) for t in (x, w1, b1, w2, b2)], activation, assert_no_worse)
 
 
@@ -149,12 +156,12 @@ def test_layouts():
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
 def test_row_alone_and_repeats():
     """Bit for bit: a row alone, in a batch, and again; every weight's gradient again."""
-    tensors = draw(130, 60, 70, 61, torch.bfloat16)
+    tensors = draw(130, 60, 64, 61, torch.bfloat16)
     dy = torch.randn(130, 61).bfloat16()
     first = results(mlp, tensors, "quick_gelu", torch.bfloat16, dy)
     again = results(mlp, tensors, "quick_gelu", torch.bfloat16, dy)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    for row in (0, 64, 129):
+    for row in (0, 129):
         one = slice(row, row + 1)
         alone = results(mlp, [tensors[0][one], *tensors[1:]], "quick_gelu", torch.bfloat16, dy[one])
         assert torch.equal(alone["y"], first["y"][one]) and torch.equal(alone["dx"], first["dx"][one])
@@ -193,8 +200,8 @@ def test_frozen(trains, on_backend, count_calls):
     need_dh = any(trains[:3])
     products = need_dh + trains[0] + trains[1] + trains[3]
     arguments = [
-        dy, x if trains[1] else None, torch.randn(R, E).bfloat16(), fc_weight, fc_bias, proj_weight, "gelu",
-        [bool(f) for f in trains],
+        dy, x if trains[1] else None, torch.randn(R, E).bfloat16(), fc_weight, fc_bias, proj_weight, proj_bias,
+        "gelu", [bool(f) for f in trains],
     ]  # fmt: skip
     with torch.no_grad(), count_calls() as calls:
         room._backward(*arguments)
@@ -235,15 +242,13 @@ def test_flipping(assert_no_worse):
 def test_opcheck(requires_grad):
     tensors = [t.requires_grad_(requires_grad) for t in draw(6, 20, 40, 24, torch.float32)]
     torch.library.opcheck(torch.ops.prismer.mlp, (*tensors, "quick_gelu", requires_grad))
-    x, fc_weight, fc_bias, proj_weight, _ = (t.detach() for t in tensors)
+    x, fc_weight, fc_bias, proj_weight, proj_bias = (t.detach() for t in tensors)
     permuted = (x.T.contiguous().T, fc_weight.T.contiguous().T, None, proj_weight, None, "gelu", False)
     torch.library.opcheck(torch.ops.prismer.mlp, permuted)
     dy, h = torch.randn(24, 6).T, torch.randn(6, 40)
-    if requires_grad:
-        return
-    for trains in FROZEN.values():
+    for trains in (FROZEN["all"], FROZEN["proj-bias"]) if requires_grad else ():
         needs = [bool(f) for f in trains]
-        arguments = (dy, x if trains[1] else None, h, fc_weight, fc_bias, proj_weight, "gelu", needs)
+        arguments = (dy, x if trains[1] else None, h, fc_weight, fc_bias, proj_weight, proj_bias, "gelu", needs)
         torch.library.opcheck(
             torch.ops.prismer.mlp_backward, arguments, test_utils=("test_schema", "test_faketensor")
         )  # fmt: skip
@@ -285,10 +290,12 @@ def test_ledger(dtype):
         )  # fmt: skip
     dy = torch.randn(R, outputs).to(dtype)
     with interpreted() as ledger:
-        torch.ops.prismer.mlp_backward(dy, x, h, fc_weight, fc_bias, proj_weight, "gelu", [True] * 5)
+        torch.ops.prismer.mlp_backward(
+            dy, x, h, fc_weight, fc_bias, proj_weight, proj_bias, "gelu", [True] * 5
+        )  # fmt: skip
     check(
         ledger,
-        product(R, E, outputs, dtype, bias=s, read=2, written=1, sums=True),  # dh, and a beside it
+        product(R, E, outputs, dtype, bias=s, read=2, written=1, sums=s),  # dh, and a beside it
         product(R, D, E, dtype),  # dx
         product(E, D, R, dtype),  # dfc_weight
         product(outputs, E, R, dtype),  # dproj_weight

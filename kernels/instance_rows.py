@@ -1,0 +1,352 @@
+"""Instance rows: every cell of a grid of tokens gets the row of the object that it shows, and its position.
+
+    out[b, i * grid + j] = x[b, i * grid + j] + table[row] + positions[i * grid + j]
+    row = rows[id], or id % F without `rows`;   id = ids[b, i * s // grid, j * s // grid]
+    dx = dy,  dtable[r] = sum of dy over cells whose row is r,  dpositions = sum of dy over the batch
+
+One pass instead of four (gather ids, gather rows, add, add). dx is dy itself, not a copy. dtable and dpositions are
+added up in fp32 and in a fixed order, without atomics. An entry of `rows` outside the table: `torch` raises on the CPU;
+on a GPU, where raising means to wait, nothing is read, the cell becomes NaN, and it adds to no gradient of the table.
+Source: Prismer, arXiv:2303.02506, section 3.2 (instance embeddings of detected objects).
+
+Traffic of the Triton kernels, for N = B * grid * grid cells of D numbers of s bytes and a table of F rows:
+    forward   reads 2 N D s (3 N D s with positions) and, for every 128 columns, 9 N of ids and rows (N without `rows`);
+              writes N D s
+    backward  a program owns 32 rows and 64 columns of the table and takes all cells, 32 at a time. It multiplies a
+              (32, 32) matrix of zeros and ones by the (32, 64) of dy where a cell shows one of its rows, and passes
+              over the tile where none does. With M such tiles of T cells, summed over the blocks of rows:
+              2 * 32 * 32 * 64 M FLOPs for every 64 columns; reads D s T and, in every program, 9 N (N); writes 4 F D.
+dpositions are added up by torch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prismer.kernels import dispatch
+from prismer.kernels.cases import KernelCase
+
+
+def _cell_rows(ids: Tensor, rows: Tensor | None, num_rows: int, grid: int) -> Tensor:
+    """(B, grid * grid) row of each cell."""
+    pick_y, pick_x = (torch.arange(grid, device=ids.device) * s // grid for s in ids.shape[1:])
+    cells = ids[:, pick_y][:, :, pick_x].flatten(1).long()
+    return cells % num_rows if rows is None else rows[cells]
+
+
+def add_instance_rows_reference(
+    x: Tensor,
+    ids: Tensor,
+    table: Tensor,
+    rows: Tensor | None,
+    grid: int,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """The definition, summed in fp32 (float64 for float64). Arguments as in `add_instance_rows`."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    out = x.to(compute) + table[_cell_rows(ids, rows, len(table), grid)].to(compute)
+    if positions is not None:
+        out = out + positions.to(compute)
+    return out.to(x.dtype)
+
+
+# Triton
+
+
+@triton.jit
+def _rows_of_cells(p_ids, p_rows, o_cell, m_cell, s, F, grid, HAS_ROWS: tl.constexpr):
+    """The row of each cell of (B, grid, grid); -1 if the table has no such row, or there is no such cell."""
+    o_image = (o_cell // (grid * grid)).to(tl.int64)
+    y = o_cell // grid % grid * s // grid
+    x = o_cell % grid * s // grid
+    b_row = tl.load(p_ids + (o_image * s + y) * s + x, mask=m_cell, other=0).to(tl.int64)
+    if HAS_ROWS:
+        b_row = tl.load(p_rows + b_row, mask=m_cell, other=-1)
+    else:
+        b_row = b_row % F
+    return tl.where(m_cell & (b_row >= 0) & (b_row < F), b_row, -1)
+
+
+@triton.jit
+def _forward_kernel(
+    p_x, p_ids, p_table, p_rows, p_positions, p_out, N, s, F, D, grid,
+    HAS_ROWS: tl.constexpr, HAS_POSITIONS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    o_cell = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_col = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_cell, m_col = o_cell < N, o_col < D
+    m = m_cell[:, None] & m_col[None, :]
+    b_row = _rows_of_cells(p_ids, p_rows, o_cell, m_cell, s, F, grid, HAS_ROWS)
+    o = o_cell.to(tl.int64)[:, None] * D + o_col[None, :]
+    b_out = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
+    m_row = (b_row >= 0)[:, None] & m_col[None, :]
+    o_table = b_row[:, None] * D + o_col[None, :]
+    b_out += tl.load(p_table + o_table, mask=m_row, other=float("nan")).to(tl.float32)
+    if HAS_POSITIONS:
+        o_position = (o_cell % (grid * grid)).to(tl.int64)[:, None] * D + o_col[None, :]
+        b_out += tl.load(p_positions + o_position, mask=m, other=0.0).to(tl.float32)
+    tl.store(p_out + o, b_out.to(p_out.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _table_kernel(
+    p_dy, p_ids, p_rows, p_dtable, N, s, F, D, grid,
+    HAS_ROWS: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Program (i, d) owns BF rows and BD columns of dtable and takes all cells in order."""
+    first = tl.program_id(0) * BF
+    o_row = first + tl.arange(0, BF)
+    o_col = tl.program_id(1) * BD + tl.arange(0, BD)
+    m_col = o_col < D
+    b_sum = tl.zeros((BF, BD), tl.float32)
+    for start in range(0, N, BN):
+        o_cell = start + tl.arange(0, BN)
+        m_cell = o_cell < N
+        b_row = _rows_of_cells(p_ids, p_rows, o_cell, m_cell, s, F, grid, HAS_ROWS)
+        m_mine = (b_row >= first) & (b_row < first + BF)
+        if tl.max(m_mine.to(tl.int32), 0) > 0:
+            o = o_cell.to(tl.int64)[:, None] * D + o_col[None, :]
+            b_dy = tl.load(p_dy + o, mask=m_cell[:, None] & m_col[None, :], other=0.0)
+            # zeros and ones are exact in every dtype, so products are, and sums are in fp32
+            b_pick = (o_row[:, None] == b_row[None, :]).to(b_dy.dtype)
+            b_sum = tl.dot(b_pick, b_dy, b_sum, input_precision="ieee")
+    o = o_row.to(tl.int64)[:, None] * D + o_col[None, :]
+    tl.store(p_dtable + o, b_sum, mask=(o_row < F)[:, None] & m_col[None, :])
+
+
+_FORWARD_TILES = dict(BN=16, BD=128)
+_TABLE_TILES = dict(BF=32, BN=32, BD=64)
+
+
+def _forward_triton(x, ids, table, rows, positions, grid, out) -> None:
+    (B, cells, D), tiles = x.shape, _FORWARD_TILES
+    N = B * cells
+    _forward_kernel[(triton.cdiv(N, tiles["BN"]), triton.cdiv(D, tiles["BD"]))](
+        x, ids, table, rows, positions, out, N, ids.shape[1], len(table), D, grid,
+        HAS_ROWS=rows is not None, HAS_POSITIONS=positions is not None, **tiles,
+    )  # fmt: skip
+
+
+def _table_triton(dy, ids, rows, num_rows, grid, dtable) -> None:
+    (B, cells, D), tiles = dy.shape, _TABLE_TILES
+    _table_kernel[(triton.cdiv(num_rows, tiles["BF"]), triton.cdiv(D, tiles["BD"]))](
+        dy, ids, rows, dtable, B * cells, ids.shape[1], num_rows, D, grid, HAS_ROWS=rows is not None, **tiles
+    )  # fmt: skip
+
+
+# torch
+
+
+def _forward_torch(x, ids, table, rows, positions, grid):
+    index = _cell_rows(ids, rows, len(table), grid)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    # x first: the order of the definition, so that fp32 agrees with it bit for bit
+    out = x.to(compute) + torch.embedding(table, index)
+    if positions is not None:
+        out += positions
+    return out.to(x.dtype)
+
+
+def _table_torch(dy, ids, rows, num_rows, grid):
+    index = _cell_rows(ids, rows, num_rows, grid)
+    compute = torch.promote_types(dy.dtype, torch.float32)
+    # adds up in a fixed order on every device, where index_add uses atomics on CUDA
+    return torch.ops.aten.embedding_dense_backward(dy.to(compute), index, num_rows, -1, False)
+
+
+# the registered ops
+
+
+def supports(backend: str, x: Tensor) -> str | None:
+    """None if `backend` serves tokens like `x`, else the reason why not."""
+    if backend == "triton" and x.dtype == torch.float64:
+        return "triton instance_rows computes in fp32, and x is float64"
+    if backend == "triton" and x.shape[0] * x.shape[1] >= 2**31:
+        return "triton instance_rows counts cells in 32 bits, and these are too many"
+    return None
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def _forward(x, ids, table, rows, positions, grid):
+    x, ids, table, rows, positions = _contiguous(x, ids, table, rows, positions)
+    backend = dispatch.choose("instance_rows", x.device, lambda name: supports(name, x))
+    if backend == "torch":
+        return _forward_torch(x, ids, table, rows, positions, grid)
+    out = _forward_fake(x, ids, table, rows, positions, grid)
+    if out.numel():
+        _forward_triton(x, ids, table, rows, positions, grid, out)
+    return out
+
+
+def _forward_fake(x, ids, table, rows, positions, grid):
+    return x.new_empty(x.shape)
+
+
+def _backward(dy, ids, rows, num_rows, grid, table, positions):
+    dy, ids, rows = _contiguous(dy, ids, rows)
+    backend = dispatch.choose("instance_rows", dy.device, lambda name: supports(name, dy))
+    dtable, dpositions = _backward_fake(dy, ids, rows, num_rows, grid, table, positions)
+    if positions:
+        # torch adds in a fixed order too, and in fp32
+        torch.sum(dy, 0, dtype=dpositions.dtype, out=dpositions)
+    if not dtable.numel():
+        return dtable, dpositions
+    if not dy.numel():
+        return dtable.zero_(), dpositions
+    if backend == "torch":
+        return _table_torch(dy, ids, rows, num_rows, grid), dpositions
+    _table_triton(dy, ids, rows, num_rows, grid, dtable)
+    return dtable, dpositions
+
+
+def _backward_fake(dy, ids, rows, num_rows, grid, table, positions):
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    dtable = dy.new_empty((num_rows, dy.shape[2]) if table else (0,), dtype=dtype)
+    dpositions = dy.new_empty(dy.shape[1:] if positions else (0,), dtype=dtype)
+    return dtable, dpositions
+
+
+_instance_rows = dispatch.define(
+    "instance_rows(Tensor x, Tensor ids, Tensor table, Tensor? rows, Tensor? positions, int grid) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+_instance_rows_backward = dispatch.define(
+    "instance_rows_backward(Tensor dy, Tensor ids, Tensor? rows, int num_rows, int grid, bool table, bool positions)"
+    " -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, ids, table, rows, positions, grid = inputs
+    ctx.set_materialize_grads(False)
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[4]:
+        ctx.num_rows, ctx.grid = table.shape[0], grid
+        ctx.dtypes = table.dtype, None if positions is None else positions.dtype
+        # the gradient of the positions asks for nothing but dy
+        ctx.save_for_backward(ids, rows)
+
+
+def _autograd(ctx, dy):
+    needs = ctx.needs_input_grad
+    if dy is None or not (needs[2] or needs[4]):
+        return dy, None, None, None, None, None
+    dtable, dpositions = _instance_rows_backward(
+        dy, *ctx.saved_tensors, ctx.num_rows, ctx.grid, needs[2], needs[4]
+    )
+    return (
+        dy if needs[0] else None,
+        None,
+        dtable.to(ctx.dtypes[0]) if needs[2] else None,
+        None,
+        dpositions.to(ctx.dtypes[1]) if needs[4] else None,
+        None,
+    )
+
+
+dispatch.register_backward("instance_rows", _setup_context, _autograd)
+
+
+# the public function
+
+
+def add_instance_rows(
+    x: Tensor,
+    ids: Tensor,
+    table: Tensor,
+    rows: Tensor | None,
+    grid: int,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """Add to each token the row of the object that its cell shows and, if given, the token's position.
+
+    Args:
+        x: (B, grid*grid, D), fp32, bf16, fp16 or float64; summed in fp32 (float64 for float64), rounded once.
+        ids: (B, s, s) uint8 object ids, 255 the background (which has a row like any other id).
+        table: (F, D) instance embeddings, any floating dtype.
+        rows: (256,) int64 row of each id, every entry within the table, or None for the fixed default id % F.
+        grid: cells per side; cell i shows pixel floor(i * s / grid).
+        positions: (grid*grid, D), any floating dtype, or None.
+
+    Returns:
+        (B, grid*grid, D) in the dtype of `x`.
+
+    Raises:
+        ValueError: if a shape, dtype or device does not fit.
+    """
+    _check(x, ids, table, rows, grid, positions)
+    if dispatch.asked() == "reference":
+        return add_instance_rows_reference(x, ids, table, rows, grid, positions)
+    return _instance_rows(x, ids, table, rows, positions, grid)
+
+
+def _check(x, ids, table, rows, grid, positions) -> None:
+    cells = grid * grid
+    if not x.is_floating_point() or x.dim() != 3 or grid < 1 or x.shape[1] != cells:
+        raise ValueError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (B, {cells}, D) for a grid of {grid}"
+        )
+    B, _, D = x.shape
+    square = ids.dim() == 3 and len(ids) == B and ids.shape[1] == ids.shape[2] >= 1
+    if ids.dtype != torch.uint8 or not square:
+        raise ValueError(
+            f"ids are {ids.dtype} of shape {tuple(ids.shape)}; pass uint8 of shape ({B}, s, s)"
+        )
+    if (
+        not table.is_floating_point()
+        or table.dim() != 2
+        or table.shape[1] != D
+        or not table.shape[0]
+    ):
+        raise ValueError(
+            f"table is {table.dtype} of shape {tuple(table.shape)}; pass floats of shape (F, {D}), F at least 1"
+        )
+    if rows is not None and (rows.shape != (256,) or rows.dtype != torch.int64):
+        raise ValueError(
+            f"rows are {rows.dtype} of shape {tuple(rows.shape)}; pass int64 of shape (256,)"
+        )
+    if positions is not None and (
+        positions.shape != (cells, D) or not positions.is_floating_point()
+    ):
+        raise ValueError(
+            f"positions are {positions.dtype} of shape {tuple(positions.shape)}; pass floats of shape ({cells}, {D})"
+        )
+    others = [tensor for tensor in (ids, table, rows, positions) if tensor is not None]
+    if any(tensor.device != x.device for tensor in others):
+        raise ValueError(
+            f"x is on {x.device}, the others on {', '.join(str(t.device) for t in others)}; move them to one device"
+        )
+
+
+def kernel_cases() -> list[KernelCase]:
+    """What is compiled ahead of time: BASE and LARGE, 8 images at 224 px, 128 instances."""
+    cases = []
+    B, side, num_rows = 8, 224, 128
+    for model, grid, D in (("BASE", 14, 768), ("LARGE", 16, 1024)):
+        N = B * grid * grid
+        integers = dict(N="i32", s="i32", F="i32", D="i32", grid="i32")
+        inputs = dict(p_ids="*u8", p_rows="*i64")
+        shape = f"{model}, {B} maps of {side} px, {grid} x {grid} x {D} each, {num_rows} rows"
+        cases += [
+            KernelCase(
+                name=f"{model} instance_rows forward", kernel=_forward_kernel, shape=shape,
+                signature=inputs | dict(p_x="*bf16", p_table="*bf16", p_positions="*bf16", p_out="*bf16") | integers,
+                constants=dict(HAS_ROWS=True, HAS_POSITIONS=True, **_FORWARD_TILES), num_warps=4,
+                bytes=N + 2048 + 2 * D * (2 * N + num_rows + grid * grid), flops=2 * N * D,
+                divisible=("N", "s", "F", "D"),
+            ),
+            KernelCase(
+                name=f"{model} instance_rows table", kernel=_table_kernel, shape=shape,
+                signature=inputs | dict(p_dy="*bf16", p_dtable="*fp32") | integers,
+                constants=dict(HAS_ROWS=True, **_TABLE_TILES), num_warps=4,
+                bytes=N + 2048 + 2 * N * D + 4 * num_rows * D, flops=N * D, dot=True,
+                divisible=("N", "s", "F", "D"),
+            ),
+        ]  # fmt: skip
+    return cases

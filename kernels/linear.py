@@ -1,0 +1,130 @@
+"""Up to three linear layers of one input as one op: the projections of attention.
+
+    y_i = x W_i^T + b_i
+    dx = sum over i of dy_i W_i,   dW_i = dy_i^T x,   db_i = sum over rows of dy_i
+
+The gradient of the input is accumulated inside the matrix products, where separate layers would add tensors that they
+first wrote; what is frozen is neither computed nor kept. The products themselves are the platform's library.
+Source: query, key and value of Vaswani et al., arXiv:1706.03762, section 3.2.
+
+FLOPs 2 R D N forward for N outputs in all; as much again for dx, and for the weights that train.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prismer.kernels import dispatch
+
+_MOST = 3
+
+
+def linears_reference(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """The definition. Arguments as in `linears`."""
+    return [F.linear(x, weight, bias) for weight, bias in layers]
+
+
+def _pairs(tensors) -> list[tuple[Tensor, Tensor | None]]:
+    return [(tensors[i], tensors[i + 1]) for i in range(0, len(tensors), 2) if tensors[i] is not None]
+
+
+def _forward(x, *tensors):
+    outputs = [F.linear(x, weight, bias) for weight, bias in _pairs(tensors)]
+    return *outputs, *(x.new_empty(0) for _ in range(_MOST - len(outputs)))
+
+
+def _forward_fake(x, *tensors):
+    outputs = [x.new_empty(x.shape[0], weight.shape[0]) for weight, _ in _pairs(tensors)]
+    return *outputs, *(x.new_empty(0) for _ in range(_MOST - len(outputs)))
+
+
+def _backward(x, dy1, dy2, dy3, w1, w2, w3, needs):
+    """`needs`: dx, then weight and bias of each layer. `x` is there if a weight trains, weights are if dx is needed."""
+    dx = None
+    grads = []
+    empty = next(dy for dy in (dy1, dy2, dy3) if dy is not None).new_empty
+    for i, (dy, weight) in enumerate(((dy1, w1), (dy2, w2), (dy3, w3))):
+        if dy is not None and needs[0]:
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        grads.append(dy.mT @ x if needs[1 + 2 * i] else empty(0))
+        grads.append(dy.sum(0) if needs[2 + 2 * i] else empty(0))
+    return (empty(0) if dx is None else dx), *grads
+
+
+def _backward_fake(x, dy1, dy2, dy3, w1, w2, w3, needs):
+    grads = []
+    empty = next(dy for dy in (dy1, dy2, dy3) if dy is not None).new_empty
+    for i, dy in enumerate((dy1, dy2, dy3)):
+        grads.append(empty((dy.shape[1], x.shape[1]) if needs[1 + 2 * i] else 0))
+        grads.append(empty(dy.shape[1] if needs[2 + 2 * i] else 0))
+    rows = next(dy for dy in (dy1, dy2, dy3) if dy is not None).shape[0]
+    return empty((rows, w1.shape[1]) if needs[0] else 0), *grads
+
+
+_linears = dispatch.define(
+    "linears(Tensor x, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? w3, Tensor? b3)"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_linears_backward = dispatch.define(
+    "linears_backward(Tensor? x, Tensor? dy1, Tensor? dy2, Tensor? dy3, Tensor? w1, Tensor? w2, Tensor? w3,"
+    " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, *tensors = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(y for y, w in zip(output, tensors[::2], strict=True) if w is None))
+    needs = ctx.needs_input_grad
+    if any(needs):
+        weights_train = any(needs[1::2])
+        weights = [w if needs[0] else None for w in tensors[::2]]
+        ctx.save_for_backward(x if weights_train else None, *weights)
+
+
+def _autograd(ctx, *dys):
+    if all(dy is None for dy in dys):
+        return (None,) * (1 + 2 * _MOST)
+    x, *weights = ctx.saved_tensors
+    needs = [
+        bool(need) and (i == 0 or dys[(i - 1) // 2] is not None)
+        for i, need in enumerate(ctx.needs_input_grad)
+    ]
+    grads = _linears_backward(x, *dys, *weights, needs)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+dispatch.register_backward("linears", _setup_context, _autograd)
+
+
+def linears(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """One to three linear layers of the same input.
+
+    Args:
+        x: (..., D), any floating dtype.
+        layers: weight (N, D) and bias (N,) or None of each, in the dtype of `x`.
+
+    Returns:
+        A (..., N) tensor for each layer.
+
+    Raises:
+        ValueError: if there are none or more than three layers, or a shape or dtype does not fit.
+    """
+    if not 1 <= len(layers) <= _MOST:
+        raise ValueError(f"{len(layers)} layers were given; pass one to {_MOST}")
+    for weight, bias in layers:
+        fits = weight.dim() == 2 and weight.shape[1] == x.shape[-1] and weight.dtype == x.dtype
+        if not fits or (bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype)):
+            raise ValueError(
+                f"weight {tuple(weight.shape)} {weight.dtype} and bias {None if bias is None else tuple(bias.shape)} "
+                f"do not fit x {tuple(x.shape)} {x.dtype}; pass (N, {x.shape[-1]}) and (N,) of {x.dtype}"
+            )
+    if dispatch.asked() == "reference":
+        return linears_reference(x, layers)
+    flat = [t for layer in layers for t in layer] + [None, None] * (_MOST - len(layers))
+    outputs = _linears(x.reshape(-1, x.shape[-1]), *flat)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[: len(layers)]]

@@ -1,0 +1,268 @@
+"""Proves that attention lent by other libraries is called as they publish it, and only for what they serve.
+
+Their GPU code does not run here. What is kept is the signature of each, read from the published package; a stand-in
+with that very signature, which computes by torch's attention, must give the right result through our adapter; and
+where a package is installed, its signature must still be the one kept.
+
+Run: pytest tests/ops/test_attention_peers.py
+"""
+
+import importlib
+import inspect
+import sys
+import types
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prismer.kernels import attention_peers as peers
+from prismer.kernels import dispatch
+from prismer.kernels.attention import attention_reference, supports
+
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Published:
+    """A function as its package declares it: (name, default) of every parameter, "-" where there is none."""
+
+    package: str
+    source: str
+    module: str
+    function: str
+    parameters: tuple[tuple[str, object], ...]
+    keyword_only: int = 0  # of these, the last ones
+    gives: str = "out"  # or "out, lse"
+
+    @property
+    def signature(self) -> inspect.Signature:
+        first = len(self.parameters) - self.keyword_only
+        kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+        return inspect.Signature(
+            [
+                inspect.Parameter(name, kinds[i >= first], default=inspect.Parameter.empty if value == "-" else value)
+                for i, (name, value) in enumerate(self.parameters)
+            ]
+        )
+
+
+_QKV = (("q", "-"), ("k", "-"), ("v", "-"))
+FLASH2 = Published(
+    "flash-attn 2.8.3.post2",
+    "flash_attn/flash_attn_interface.py",
+    "flash_attn",
+    "flash_attn_func",
+    (
+        *_QKV,
+        *(("dropout_p", 0.0), ("softmax_scale", None), ("causal", False), ("window_size", (-1, -1))),
+        *(("softcap", 0.0), ("alibi_slopes", None), ("deterministic", False), ("return_attn_probs", False)),
+    ),
+)
+FLASH3 = Published(
+    "flash-attn 2.8.3.post2",
+    "hopper/flash_attn_interface.py",
+    "flash_attn_interface",
+    "flash_attn_func",
+    (
+        *_QKV,
+        *(("softmax_scale", None), ("causal", False), ("qv", None)),
+        *(("q_descale", None), ("k_descale", None), ("v_descale", None)),
+        *(("window_size", (-1, -1)), ("attention_chunk", 0), ("softcap", 0.0), ("num_splits", 1)),
+        *(("pack_gqa", None), ("deterministic", False), ("sm_margin", 0)),
+    ),
+)
+FLASH4 = Published(
+    "flash-attn-4 4.0.0b36",
+    "flash_attn/cute/interface.py",
+    "flash_attn.cute",
+    "flash_attn_func",
+    (
+        *_QKV,
+        *(("qv", None), ("gather_kv_indices", None), ("softmax_scale", None), ("causal", False)),
+        *(("window_size", (None, None)), ("learnable_sink", None), ("softcap", 0.0), ("num_splits", 1)),
+        *(("pack_gqa", None), ("deterministic", False), ("score_mod", None), ("score_mod_bwd", None)),
+        *(("mask_mod", None), ("aux_tensors", None), ("aux_scalars", None), ("block_sparse_tensors", None)),
+        *(("block_sparse_tensors_bwd", None), ("return_lse", False), ("gather_bwd_recompute_p", False)),
+        ("gather_bwd_token_chunk", None),
+    ),
+    gives="out, lse",
+)
+XFORMERS = Published(
+    "xformers 0.0.35",
+    "xformers/ops/fmha/__init__.py",
+    "xformers.ops",
+    "memory_efficient_attention",
+    (
+        *(("query", "-"), ("key", "-"), ("value", "-"), ("attn_bias", None), ("p", 0.0), ("scale", None)),
+        *(("op", None), ("output_dtype", None)),
+    ),
+    keyword_only=2,
+)
+FLASH = {2: FLASH2, 3: FLASH3, 4: FLASH4}
+RECORDS = {"flash-attn 2": FLASH2, "flash-attn 3": FLASH3, "flash-attn 4": FLASH4, "xformers": XFORMERS}
+
+
+class LowerTriangularMask:
+    """Stands for the class of that name in xformers.ops."""
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Puts stand-ins for packages where imports find them; returns the arguments of every call by parameter name."""
+    names = ("flash_attn", "flash_attn.cute", "flash_attn_interface", "xformers", "xformers.ops")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+    dispatch.module_missing.cache_clear()
+    calls = []
+
+    def add(record):
+        def function(*args, **kwargs):
+            given = record.signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            given = given.arguments
+            calls.append(given)
+            q, k, v = (x.transpose(1, 2) for x in list(given.values())[:3])
+            causal = given.get("causal", False) or isinstance(given.get("attn_bias"), LowerTriangularMask)
+            scale = given["scale" if "scale" in given else "softmax_scale"]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
+            return (out, None) if record.gives == "out, lse" else out
+
+        parts = record.module.split(".")
+        for i in range(len(parts)):
+            name = ".".join(parts[: i + 1])
+            if sys.modules[name] is None:
+                module = types.ModuleType(name)
+                module.__path__, module.__spec__ = [], importlib.machinery.ModuleSpec(name, None)
+                monkeypatch.setitem(sys.modules, name, module)
+        setattr(sys.modules[record.module], record.function, function)
+        if record is XFORMERS:
+            sys.modules[record.module].LowerTriangularMask = LowerTriangularMask
+        dispatch.module_missing.cache_clear()
+        return calls
+
+    yield add
+    dispatch.module_missing.cache_clear()
+
+
+def a_call(capability=(9, 0), **changes):
+    given = dict(device=torch.device("cuda"), dtype=BF16, head_dim=64, capability=capability)
+    return peers.Call(**given | changes)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("name", RECORDS)
+def test_adapter(name, causal, install):
+    """Arguments bind to the published signature, and layout, causality and scale arrive as they are meant."""
+    calls = install(RECORDS[name])
+    q, k, v = torch.randn(2, 9, 3, 4, 64).permute(2, 0, 3, 1, 4)
+    if name == "xformers":
+        out = peers.xformers(q, k, v, causal, 0.1, 0.3)
+        assert calls[0]["p"] == 0.1
+    else:
+        dropout = 0.1 if name == "flash-attn 2" else 0.0
+        call = a_call((10, 0) if name == "flash-attn 4" else (9, 0), deterministic=True, dropout=dropout > 0)
+        assert peers.supports("flash-attn", call) is None
+        out = peers.flash_attn(q, k, v, causal, dropout, 0.3, call)
+        assert calls[0]["deterministic"] is True and calls[0].get("dropout_p", dropout) == dropout
+    torch.testing.assert_close(out, attention_reference(q, k, v, causal=causal, scale=0.3))
+    assert out.transpose(1, 2).is_contiguous()
+    # (B, N, H, K) with the last dimension contiguous, without a copy
+    assert calls[0]["query" if name == "xformers" else "q"].data_ptr() == q.data_ptr()
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_published_signature(name):
+    """An installed package still declares what is kept here."""
+    record = RECORDS[name]
+    module = pytest.importorskip(record.module, exc_type=Exception)
+    if not hasattr(module, record.function):
+        pytest.skip(f"another generation than {name} is installed")
+    parameters = inspect.signature(getattr(module, record.function)).parameters.values()
+    got = tuple((p.name, "-" if p.default is p.empty else p.default) for p in parameters)
+    assert got == record.parameters, f"{record.function} of {record.module} is no longer that of {record.package}"
+
+
+def test_xformers_names():
+    """The other names that the adapter takes from xFormers."""
+    ops = pytest.importorskip("xformers.ops", exc_type=Exception)
+    assert ops.LowerTriangularMask() is not None
+
+
+@pytest.mark.parametrize(
+    ("installed", "call", "generation"),
+    (
+        ((2, 3, 4), a_call((9, 0)), 3),
+        ((2, 4), a_call((9, 0)), 4),
+        ((2, 3, 4), a_call((10, 0)), 4),
+        ((2, 3, 4), a_call((10, 0), head_dim=160), 2),
+        ((4,), a_call((9, 0), head_dim=160), 4),
+        ((2, 3, 4), a_call((8, 0)), 2),
+        ((2, 3, 4), a_call((12, 0)), 2),
+        ((2, 3, 4), a_call((9, 0), dropout=True), 2),
+        ((3, 4), a_call((9, 0), dropout=True), None),
+        ((4,), a_call((10, 0), head_dim=160), None),
+        ((3,), a_call((8, 0)), None),
+        ((2, 3, 4), a_call((7, 5)), None),
+        ((2, 3, 4), a_call((9, 0), head_dim=36), None),
+        ((2, 3, 4), a_call((9, 0), head_dim=264), None),
+        ((), a_call((9, 0)), None),
+    ),
+)
+def test_generation(installed, call, generation, install):
+    """The best generation that is installed and serves the call, or none, with reasons."""
+    for number in installed:
+        install(FLASH[number])
+    found = peers._generation(call)
+    assert (found and found.number) == generation
+    assert (peers.supports("flash-attn", call) is None) == (generation is not None)
+
+
+@pytest.mark.parametrize(
+    ("backend", "call", "reason"),
+    (
+        ("flash-attn", a_call(extra=True), "one segment"),
+        ("flash-attn", a_call(masked=True), "no key mask"),
+        ("flash-attn", a_call(dtype=torch.float32), "not torch.float32"),
+        ("flash-attn", a_call(dropout=True, seeded=True), "a seed was given"),
+        ("flash-attn", a_call(empty=True), "without elements"),
+        ("flash-attn", a_call(compiling=True), "torch.compile does not see"),
+        ("flash-attn", a_call((10, 0), head_dim=160), "flash-attn 4 serves head dims up to 128"),
+        ("flash-attn", a_call(dropout=True), "flash-attn 3 has no dropout"),
+        ("flash-attn", a_call((8, 0)), "flash_attn is not installed"),
+        ("xformers", a_call(), None),
+        ("xformers", a_call(dtype=torch.float32, dropout=True, causal=True), None),
+        ("xformers", a_call(dtype=torch.float64), "not torch.float64"),
+        ("xformers", a_call(masked=True), "no key mask"),
+        ("xformers", a_call(head_dim=36), "multiples of 8"),
+        ("xformers", a_call(deterministic=True), "no deterministic backward"),
+        ("sdpa", a_call(dropout=True, causal=True, head_dim=36, dtype=torch.float64), None),
+        ("sdpa", a_call(masked=True), "does not promise zeros on cuda"),
+        ("sdpa", a_call(masked=True, device=torch.device("cpu"), capability=None), None),
+        ("sdpa", a_call(extra=True), "one segment"),
+        ("triton", a_call(head_dim=48), "32, 64, 96, 128, 160, not 48"),
+        ("triton", a_call(head_dim=160, masked=True, extra=True, dropout=True, seeded=True), None),
+        ("torch", a_call(head_dim=48, dtype=torch.float64, extra=True), None),
+    ),
+)
+def test_supports(backend, call, reason, install):
+    found = supports(backend, call)
+    assert found is None if reason is None else reason in found
+
+
+def test_packages(install, monkeypatch):
+    """Absent, there, and broken in its own way."""
+    assert "flash_attn.cute is not installed" in dispatch.package_missing("flash-attn")
+    assert "xformers.ops is not installed" in dispatch.package_missing("xformers")
+    install(FLASH4)
+    # only an empty namespace beside generation 4
+    assert dispatch.module_missing("flash_attn", "flash_attn_func") == "flash_attn has no flash_attn_func"
+    assert dispatch.package_missing("flash-attn") is None
+    dispatch.module_missing.cache_clear()
+
+    def broken(name, *_):
+        raise OSError("undefined symbol")
+
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", broken)
+    assert "does not import here (OSError: undefined symbol)" in dispatch.package_missing("xformers")
