@@ -167,7 +167,8 @@ _adaptor = dispatch.define(
 _adaptor_backward = dispatch.define(
     "adaptor_backward(Tensor dy, Tensor? x, Tensor? r, Tensor? total, Tensor? mean, Tensor? rstd,"
     " Tensor? norm_weight, Tensor? norm_bias, Tensor? down_weight, Tensor? down_bias, Tensor? up_weight,"
-    " Tensor? up_bias, bool late, float eps, bool[7] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? up_bias, bool late, float eps, bool[7] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

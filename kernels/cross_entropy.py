@@ -374,9 +374,12 @@ def _graph_is_kept() -> bool:
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """A gradient of the scalar times that of the scalar: the saved tensor itself, unless it is wanted again."""
+    """A gradient of the scalar times that of the scalar: in place, unless the saved tensor is wanted again."""
+    if type(gradient) is not Tensor or _graph_is_kept():
+        # a compiler traces with subclasses, and sees better for itself whose memory is free
+        return (gradient * factor).to(gradient.dtype)
     # another tensor over the same memory: autograd copies a gradient that someone else still holds
-    gradient = gradient.clone() if _graph_is_kept() else gradient.detach()
+    gradient = gradient.detach()
     _scale_(gradient, factor)
     return gradient
 
@@ -502,9 +505,9 @@ def linear_cross_entropy(
     reduce = reduction != "none"
     factor = row_weights if reduce else None
     if reduction == "mean":
-        count = (labels != ignore_index).sum().clamp(min=1)
-        share = 1 / count.to(torch.promote_types(x.dtype, torch.float32))
-        factor = share.expand(labels.shape) if factor is None else factor * share
+        compute = torch.promote_types(x.dtype, torch.float32)
+        share = 1 / (labels != ignore_index).sum().clamp(min=1).to(compute)
+        factor = share.expand(labels.shape) if factor is None else factor.to(compute) * share
     needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in (x, weight, bias))
     form = needs if _formed_in_forward(x, weight.shape[0], reduce, needs) else (False,) * 3
     value, *_ = _linear_cross_entropy(

@@ -172,9 +172,9 @@ def _tiles(dtype: torch.dtype, dot: bool = True) -> dict[str, int]:
     if dtype == torch.float32:
         return dict(BR=64, BV=64, BD=32, num_warps=4, num_stages=3)
     if not dot:
-        return dict(BR=64, BV=128, BD=32, num_warps=8, num_stages=3)
-    # a depth of 64 needs more registers than there are, for addresses
-    return dict(BR=128, BV=128, BD=32, num_warps=8, num_stages=4)
+        return dict(BR=64, BV=64, BD=32, num_warps=4, num_stages=3)
+    # of 128 x 128 the statistics would need more registers than there are
+    return dict(BR=128, BV=64, BD=64, num_warps=8, num_stages=3)
 
 
 def _split_tiles(BV: int) -> int:

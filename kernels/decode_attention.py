@@ -204,7 +204,7 @@ def _tiles(Q: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         # fp32 products keep their operands in registers
         return dict(K1=K1, K2=K2, BQ=16, BN=32 if K <= 64 else 16, num_warps=4, num_stages=2)
-    BQ = min(64 if K <= 96 else 32, max(16, triton.next_power_of_2(Q)))
+    BQ = min(64 if K <= 64 else 32, max(16, triton.next_power_of_2(Q)))
     return dict(K1=K1, K2=K2, BQ=BQ, BN=64 if K <= 128 else 32, num_warps=4, num_stages=2)
 
 
@@ -416,6 +416,8 @@ def _check(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors) ->
         raise ValueError(
             f"q has shape {tuple(q.shape)}; expected (rows, heads, queries, head size)"
         )
+    if not q.is_floating_point():
+        raise ValueError(f"q is {q.dtype}; pass floats")
     R, H, Q, K = q.shape
     S, M = shared_k.shape[-2], suffix_k.shape[-2]
     for name, tensor, shape in (
@@ -436,6 +438,11 @@ def _check(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors) ->
     if ancestors.dim() != 3 or ancestors.shape[:2] != (R, Q) or ancestors.dtype != torch.int64:
         raise ValueError(
             f"ancestors is {tuple(ancestors.shape)} {ancestors.dtype}; expected ({R}, {Q}, any) of torch.int64"
+        )
+    others = (shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors)
+    if any(tensor.device != q.device for tensor in others):
+        raise ValueError(
+            f"q is on {q.device}, the others on {', '.join(str(t.device) for t in others)}; move them to one device"
         )
 
 

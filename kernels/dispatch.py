@@ -163,6 +163,15 @@ def package_missing(backend: str) -> str | None:
     return None if None in reasons else f"{backend} is not there: {'; '.join(reasons)}"
 
 
+def _has_native(op: str, device_type: str) -> bool:
+    # the first look-up of an unknown name raises, so ask for the schema before the kernel
+    return hasattr(torch.ops.prismer_native, op) and (
+        torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"prismer_native::{op}", device_type.upper()
+        )
+    )
+
+
 def _why_not(op: str, backend: str, device_type: str) -> str | None:
     """None if `backend` can serve `op` on this kind of device, else the reason."""
     if backend == "triton":
@@ -175,7 +184,7 @@ def _why_not(op: str, backend: str, device_type: str) -> str | None:
         return f"{backend} {op} serves {' and '.join(served)} tensors, not {device_type}"
     if backend == "native":
         reason = native_missing(device_type)
-        if reason is None and not hasattr(torch.ops.prismer_native, op):
+        if reason is None and not _has_native(op, device_type):
             reason = f"prismer._C was built from older sources, without {op}; {_BUILD}"
         return reason
     if backend in ("flash-attn", "xformers"):

@@ -79,7 +79,8 @@ def _backward(dy, x, h, fc_weight, fc_bias, proj_weight, proj_bias, activation, 
     if need_x or need_fc_weight or need_fc_bias:
         dh, a, sums = gemm_derivative(
             dy, proj_weight, h, fc_bias,
-            backend=backend, activation=activation, activated=need_proj_weight, sums=fc_bias.dtype if need_fc_bias else None,
+            backend=backend, activation=activation, activated=need_proj_weight,
+            sums=fc_bias.dtype if need_fc_bias else None,
         )  # fmt: skip
         if need_fc_bias:
             dfc_bias = sums

@@ -150,16 +150,33 @@ def _keys(p_keys, o_key, m_key, o_col, m_col, D):
 
 
 @triton.jit
+def _factor_kernel(
+    p_max, p_sum, p_factor, p_share, R, NZ, NB, BR: tl.constexpr, BB: tl.constexpr
+):
+    """What makes exponentials probabilities, tile by tile, and the share of the inputs in every row."""
+    o_row, o_block = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BB)
+    m_row = o_row < R
+    o, m = o_row[:, None] * NB + o_block[None, :], m_row[:, None] & (o_block < NB)[None, :]
+    b_max = tl.load(p_max + o, mask=m, other=float("-inf"))
+    b_sum = tl.load(p_sum + o, mask=m, other=0.0)
+    b_factor = tl.exp(b_max - tl.where(m_row, tl.max(b_max, 1), 0.0)[:, None])
+    b_factor /= tl.where(m_row, tl.sum(b_factor * b_sum, 1), 1.0)[:, None]
+    tl.store(p_factor + o, b_factor, mask=m)
+    b_share = tl.sum(tl.where((o_block >= NZ)[None, :], b_factor * b_sum, 0.0), 1)
+    tl.store(p_share + o_row, b_share, mask=m_row)
+
+
+@triton.jit
 def _mix_kernel(
-    p_probs, p_factor, p_max, p_sum, p_dprobs, p_delta, p_query, p_x, p_gamma, p_beta, p_share, p_mixed, p_t,
+    p_probs, p_factor, p_dprobs, p_delta, p_query, p_x, p_gamma, p_beta, p_share, p_mixed, p_t,
     B, M, L, D, Q, NZ, NB,
     MODE: tl.constexpr, STORE_MIXED: tl.constexpr,
-    BQ: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """t = gamma * (tiles_x x_hat) + beta * sum(tiles_x) + tiles_z query.
 
-    MODE 0, forward: tiles are probabilities; largest and sum of the exponentials give factor and share. MODE 1: tiles
-    are gradients of scores, and t is da. MODE 2: t of the forward pass again, from mixed = tiles_x x_hat and share.
+    MODE 0, forward: tiles are probabilities. MODE 1: tiles are gradients of scores, t is da, and their sums are stored
+    as share. MODE 2: t of the forward pass again, from mixed = tiles_x x_hat as it was kept.
     """
     i_col, i_image = tl.program_id(0), tl.program_id(2).to(tl.int64)
     o_q = tl.program_id(1) * BQ + tl.arange(0, BQ)
@@ -173,22 +190,11 @@ def _mix_kernel(
     if MODE == 1:
         b_delta = tl.load(p_delta + o_row, mask=m_q, other=0.0)
         b_share = tl.zeros((BQ,), tl.float32)
-    if MODE == 2:
+    else:
         b_share = tl.load(p_share + o_row, mask=m_q, other=0.0)
+    if MODE == 2:
         b_acc = tl.load(p_mixed + o_out, mask=m_out, other=0.0).to(tl.float32)
     else:
-        if MODE == 0:
-            o_block = tl.arange(0, BB)
-            o, m = o_stat[:, None] + o_block[None, :], m_q[:, None] & (o_block < NB)[None, :]
-            b_sum = tl.load(p_sum + o, mask=m, other=0.0)
-            b_max = tl.load(p_max + o, mask=m, other=float("-inf"))
-            b_largest = tl.where(m_q, tl.max(b_max, 1), 0.0)
-            b_factor = tl.exp(b_max - b_largest[:, None])
-            b_total = tl.where(m_q, tl.sum(b_factor * b_sum, 1), 1.0)
-            b_factor = b_factor / b_total[:, None]
-            b_share = tl.sum(tl.where((o_block >= NZ)[None, :], b_factor * b_sum, 0.0), 1)
-            if i_col == 0:
-                tl.store(p_factor + o, b_factor, mask=m)
         b_acc = tl.zeros((BQ, BD), tl.float32)
         for i in range(NZ, NB):
             o_key = (i - NZ) * BN + o_n
@@ -196,15 +202,15 @@ def _mix_kernel(
             o_tile = (o_stat + i)[:, None] * BN + o_n[None, :]
             if MODE == 0:
                 b_tile = tl.load(p_probs + o_tile, mask=m_q[:, None], other=0.0)
-                b_max_i = tl.load(p_max + o_stat + i, mask=m_q, other=0.0)
-                b_factor_i = tl.exp(b_max_i - b_largest) / b_total
-                b_acc += tl.dot(b_tile, b_keys, input_precision="ieee") * b_factor_i[:, None]
+                b_factor = tl.load(p_factor + o_stat + i, mask=m_q, other=0.0)
+                b_acc += tl.dot(b_tile, b_keys, input_precision="ieee") * b_factor[:, None]
             else:
                 b_dscores = _dscores(p_probs, p_factor, p_dprobs, o_tile, o_stat + i, m_q, b_delta)
                 b_share += tl.sum(b_dscores, 1)
                 b_acc = tl.dot(b_dscores.to(b_keys.dtype), b_keys, b_acc, input_precision="ieee")
-        if i_col == 0:
-            tl.store(p_share + o_row, b_share, mask=m_q)
+        if MODE == 1:
+            if i_col == 0:
+                tl.store(p_share + o_row, b_share, mask=m_q)
         if STORE_MIXED:
             tl.store(p_mixed + o_out, b_acc.to(p_mixed.dtype.element_ty), mask=m_out)
     b_gamma = tl.load(p_gamma + o_col, mask=m_col, other=0.0).to(tl.float32)
@@ -219,12 +225,8 @@ def _mix_kernel(
             b_acc = tl.dot(b_dscores.to(b_keys.dtype), b_keys, b_acc, input_precision="ieee")
         else:
             b_tile = tl.load(p_probs + o_tile, mask=m_q[:, None], other=0.0)
-            if MODE == 0:
-                b_max_i = tl.load(p_max + o_stat + i, mask=m_q, other=0.0)
-                b_factor_i = tl.exp(b_max_i - b_largest) / b_total
-            else:
-                b_factor_i = tl.load(p_factor + o_stat + i, mask=m_q, other=0.0)
-            b_acc += tl.dot(b_tile, b_keys, input_precision="ieee") * b_factor_i[:, None]
+            b_factor = tl.load(p_factor + o_stat + i, mask=m_q, other=0.0)
+            b_acc += tl.dot(b_tile, b_keys, input_precision="ieee") * b_factor[:, None]
     o_t = _row(o_q, i_image, B, M)[:, None] * D + o_col[None, :]
     tl.store(p_t + o_t, b_acc.to(p_t.dtype.element_ty), mask=m_out)
 
@@ -319,7 +321,7 @@ def _norm_kernel(
 
 
 def _tiles(kind: str, Q: int, D: int, itemsize: int) -> dict[str, int]:
-    """Tile shapes: at most 99 KB of shared memory with the stages of the pipeline, no spills at 4 to 8 warps."""
+    """Tile shapes: at most 99 KB of shared memory with the stages of the pipeline, no spills."""
     BD = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(D)))
     BQ = min(128 if itemsize == 2 else 64, max(16, triton.next_power_of_2(Q)))
     if kind == "rows":
@@ -329,7 +331,9 @@ def _tiles(kind: str, Q: int, D: int, itemsize: int) -> dict[str, int]:
     if kind == "keys":
         BQ = min(BQ, 64)
         return dict(BQ=BQ, BN=BLOCK, BD=BD, num_warps=4, num_stages=2)
-    return dict(BQ=BQ, BN=BLOCK, BD=BD, num_warps=4, num_stages=3)
+    # the sums of all blocks and two tiles at once: four warps spill
+    num_warps = 8 if kind == "mix" and BQ > 64 else 4
+    return dict(BQ=BQ, BN=BLOCK, BD=BD, num_warps=num_warps, num_stages=3)
 
 
 def _groups(R: int) -> tuple[int, int]:
@@ -365,14 +369,12 @@ def _scores(a, scaled, offset, query, x_hat, probs, factor, largest, sums, dprob
     )  # fmt: skip
 
 
-def _mix(
-    mode, probs, factor, largest, sums, dprobs, delta, query, x_hat, gamma, beta, share, mixed, t
-) -> None:
+def _mix(mode, probs, factor, dprobs, delta, query, x_hat, gamma, beta, share, mixed, t) -> None:
     sizes = _sizes(query, x_hat, t.shape[0])
     tiles = _tiles("mix", sizes[4], sizes[3], t.element_size())
     _mix_kernel[(triton.cdiv(sizes[3], tiles["BD"]), triton.cdiv(sizes[4], tiles["BQ"]), sizes[0])](
-        probs, factor, largest, sums, dprobs, delta, query, x_hat, gamma, beta, share, mixed, t, *sizes,
-        MODE=mode, STORE_MIXED=mode < 2 and mixed.numel() > 0, BB=triton.next_power_of_2(sizes[-1]), **tiles,
+        probs, factor, dprobs, delta, query, x_hat, gamma, beta, share, mixed, t, *sizes,
+        MODE=mode, STORE_MIXED=mode < 2 and mixed.numel() > 0, **tiles,
     )  # fmt: skip
 
 
@@ -387,7 +389,10 @@ def attend(
     _scores(a, scaled, offset, query, x_hat, probs, None, largest, sums, None)
     t, mixed = torch.empty_like(a), a.new_empty(B if keep_mixed else 0, Q, D)
     share = sums.new_empty(B, Q)
-    _mix(0, probs, factor, largest, sums, None, None, query, x_hat, gamma, beta, share, mixed, t)
+    _factor_kernel[(triton.cdiv(B * Q, 16),)](
+        largest, sums, factor, share, B * Q, NZ, NB, BR=16, BB=triton.next_power_of_2(NB), num_warps=4
+    )
+    _mix(0, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
     return t, probs, factor, share, mixed
 
 
@@ -409,11 +414,9 @@ def attend_backward(
     da, t = torch.empty_like(a), torch.empty_like(a if needs["in_proj_weight"] else a[:0])
     if any(needs[name] for name in needs if name != "x_hat"):
         share_da, mixed_da = torch.empty_like(delta), a.new_empty(B if needs["norm"] else 0, Q, D)
-        _mix(
-            1, probs, factor, None, None, dprobs, delta, query, x_hat, gamma, beta, share_da, mixed_da, da
-        )  # fmt: skip
+        _mix(1, probs, factor, dprobs, delta, query, x_hat, gamma, beta, share_da, mixed_da, da)
     if needs["in_proj_weight"]:
-        _mix(2, probs, factor, None, None, None, None, query, x_hat, gamma, beta, share, mixed, t)
+        _mix(2, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
     if needs["x_hat"] or needs["query"]:
         scaled_a = _scale(a, gamma, beta)[0] if needs["x_hat"] else None
         first, last = 0 if needs["query"] else NZ, NB if needs["x_hat"] else NZ
@@ -435,7 +438,8 @@ def attend_backward(
 
 
 def _case(
-    cases, model, shape, widths, all_integers, name, kernel, kind, kinds, constants, flops, bytes, integers=None, **options
+    cases, model, shape, widths, all_integers, name, kernel, kind, kinds, constants, flops, bytes,
+    integers=None, **options,
 ) -> None:  # fmt: skip
     """One line of `kernel_cases`: pointers that are not in `kinds` are None, as this launch leaves them."""
     tiles, integers = _tiles(kind, *widths, 2), integers or all_integers
@@ -483,16 +487,16 @@ def kernel_cases() -> list[KernelCase]:
         block = dict(BB=triton.next_power_of_2(NB))
         case(
             "mix", _mix_kernel, "mix", mix | dict(p_factor=fp32, p_max=fp32, p_sum=fp32),
-            dict(MODE=0, STORE_MIXED=True, **block), product,
+            dict(MODE=0, STORE_MIXED=True), product,
             tiles + keys + 4 * D + (3 * NB + 1) * number + 2 * rows, dot=True,
         )  # fmt: skip
         case(
             "mix backward", _mix_kernel, "mix", mix | dict(p_factor=fp32, p_dprobs=bf16, p_delta=fp32),
-            dict(MODE=1, STORE_MIXED=True, **block), product,
+            dict(MODE=1, STORE_MIXED=True), product,
             2 * tiles + keys + 4 * D + (NB + 2) * number + 2 * rows, dot=True,
         )  # fmt: skip
         case(
-            "mix again", _mix_kernel, "mix", mix | dict(p_factor=fp32), dict(MODE=2, STORE_MIXED=False, **block),
+            "mix again", _mix_kernel, "mix", mix | dict(p_factor=fp32), dict(MODE=2, STORE_MIXED=False),
             2 * B * Q * M * D, tiles * NZ // NB + B * M * D * 2 + 4 * D + (NZ + 1) * number + 2 * rows, dot=True,
         )  # fmt: skip
         gradient = dict(

@@ -16,7 +16,10 @@ class Cost:
 
 
 def product(M, N, K, dtype, *, bias=0, read=0, written=0, sums=0) -> Cost:
-    """The issued cost of (M, K) times (K, N), with `read` and `written` more (M, N) tensors; `bias`, `sums` in bytes each."""
+    """The issued cost of (M, K) times (K, N), with `read` and `written` more (M, N) tensors.
+
+    `bias` and `sums` are the bytes of one of their numbers, 0 without.
+    """
     tiles, s = _tiles(M, N, dtype), dtype.itemsize
     num_m, num_n, num_k = (-(-size // tiles[block]) for size, block in ((M, "BM"), (N, "BN"), (K, "BK")))
     partial = 4 * N * num_m if sums else 0

@@ -83,22 +83,29 @@ def gradients(op, tensors, labels, dy, trainable=ALL, **settings):
     return losses.detach(), dict(zip(names, torch.autograd.grad(losses, wanted, dy.to(losses.dtype)), strict=True))
 
 
-def compare(tensors, labels, dtype, assert_no_worse, **settings):
+def compare(tensors, labels, dtype, assert_no_worse, trainable=ALL, **settings):
     """Ours and plain torch in `dtype` against plain torch in float64, forward and backward."""
     dy = torch.randn(labels.shape[0])
     dy[::4] = 0
     low = [t.to(dtype) for t in tensors]
     high = [t.double() for t in low]
-    ours, ours_grads = gradients(linear_cross_entropy, low, labels, dy, **settings)
-    plain, plain_grads = gradients(plain_torch, low, labels, dy, **settings)
-    exact, exact_grads = gradients(plain_torch, high, labels, dy, **settings)
+    ours, ours_grads = gradients(linear_cross_entropy, low, labels, dy, trainable, **settings)
+    plain, plain_grads = gradients(plain_torch, low, labels, dy, trainable, **settings)
+    exact, exact_grads = gradients(plain_torch, high, labels, dy, trainable, **settings)
     assert ours.dtype == torch.promote_types(dtype, torch.float32)
     if dtype == torch.float64:
         for name, value in {"losses": ours, **ours_grads}.items():
             expected = {"losses": exact, **exact_grads}[name]
             torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-12, msg=lambda m: f"{name}: {m}")  # noqa: B023
         return
-    assert_no_worse("losses", ours, plain, exact)
+    if ours.dim():
+        assert_no_worse("losses", ours, plain, exact)
+    else:
+        # errors of rows may cancel in plain torch's sum by chance: it is held against the sum of their sizes
+        rows = [plain_torch(*t, labels, **settings | dict(reduction="none")).double() for t in (low, high)]
+        allowed = 2 * (rows[0] - rows[1]).abs().sum() + torch.finfo(torch.float32).eps * rows[1].abs().sum()
+        share = max((labels != -100).sum(), 1) if settings["reduction"] == "mean" else 1
+        assert (ours - exact).abs() <= allowed / share, f"sum is off by {ours - exact:.3g} (allowed {allowed / share:.3g})"
     for name, value in ours_grads.items():
         assert value.dtype == dtype
         assert_no_worse(name, value, plain_grads[name], exact_grads[name], factor=3.0)
@@ -326,7 +333,8 @@ def test_memory(trainable, dtype, monkeypatch):
 
     grads = sum(t.nbytes for t in tensors if t.requires_grad)
     chunk = 2**16 * (4 + (dtype != torch.float32) * dtype.itemsize)
-    rows = 2 * R * D * (4 + dtype.itemsize) + 16 * 4 * R
+    # the product of torch may pack its operands: W in bf16
+    rows = 2 * R * D * (4 + dtype.itemsize) + 32 * 4 * R + tensors[1].nbytes
     assert peak_bytes(lambda: step(linear_cross_entropy)) - grads < chunk + rows + 8 * V
     assert peak_bytes(lambda: step(plain_torch)) > 2 * R * V * 4, "the measurement does not see plain torch's logits"
 

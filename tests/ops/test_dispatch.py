@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-import types
 
 import pytest
 import torch
@@ -26,7 +25,8 @@ def machine(request, monkeypatch):
     monkeypatch.setattr(dispatch, "native_missing", lambda device="cpu": missing.get(f"native {device}"))
     monkeypatch.setattr(dispatch, "triton_missing", lambda: missing.get("triton"))
     monkeypatch.setattr(dispatch, "package_missing", lambda name: missing.get(name, f"{name} is not installed"))
-    monkeypatch.setattr(dispatch.torch.ops, "prismer_native", types.SimpleNamespace(label_map=0, bias_activation=0))
+    built = ("label_map", "bias_activation")
+    monkeypatch.setattr(dispatch, "_has_native", lambda op, device: op in built)
     dispatch._log_once.cache_clear()
 
 
@@ -136,6 +136,12 @@ def test_broken_extension_warns(monkeypatch, tmp_path):
         assert "does not load" in native_missing()
     assert "does not load" in native_missing()
     native_missing.cache_clear()
+
+
+def test_native_kernels_are_looked_up():
+    if native_missing() is not None:
+        pytest.skip(native_missing())
+    assert dispatch._has_native("layer_norm", "cpu") and not dispatch._has_native("mlp", "cpu")
 
 
 def test_every_op_has_torch_and_a_definition():
