@@ -6,16 +6,16 @@
     ddown = dh^T u,  dup = dt^T r^2,  biases: the column sums of dh and dt;  dx = dt + du (through LN if early)
 
 Bias and ReLU end the first product, which stores r alone; the second one squares r as it loads it, and ends with bias
-and residual: h and r^2 are never written. In the early order LN's backward pass adds dy to dx.
+and residual: Triton writes neither h nor r^2, torch's operators drop r^2 at once. In the early order LN's backward pass
+adds dy to dx.
 
 Saved, for R rows of D numbers of s bytes, hidden width E (E = D in Prismer), besides parameters themselves:
     early   r, R E s; x, which the stream holds anyway, R D s; mean and rstd of LN, 8 R.  The normalised u is not saved:
             it is formed again, and only if down_weight trains.
     late    r, R E s; total, R D s, because neither x nor y gives it back; mean and rstd, 8 R; x, R D s, only if
             down_weight trains.
-Plain torch saves 3 R E s more (relu's output, which square saves again, its square, and in the early order u) and as
-much of x, mean and rstd. Only up_bias trains in the early order: nothing. Only the norm trains in the late order:
-total, mean, rstd.
+Less trains, less is saved: in the early order nothing at all if only up_bias trains, in the late order no r if only the
+norm does. Plain torch saves r^2 as well, R E s, and in the early order u, R D s.
 
 FLOPs of the products: forward 4 R D E; backward 2 R D E for each of dh, du, ddown and dup that is needed.
 Bytes of the forward products, compulsory: (3 R D + 2 R E + 2 D E) s; the norm's are told in layer_norm.

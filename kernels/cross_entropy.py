@@ -11,12 +11,12 @@ logit and log sum; or the finished gradients, where they are formed in the forwa
 One unit is the 2 R D V FLOPs of a product with W. What is trained, and where its gradient is formed:
     nothing (no_grad)                            1 unit
     x alone, any reduction                       2 units, all in the forward pass; the backward pass scales dx
-    W or b too, reduction "sum" or "mean"        3 units, all in the forward pass; the backward pass scales in place,
-        on a GPU, or a chunk that holds R V      and does not even read the gradients where the factor is 1
+    W or b too, reduction "sum" or "mean":       3 units, all in the forward pass; the backward pass scales in place,
+        on a GPU; in fp32; where R V is small    and does not even read the gradients where the factor is 1
     W or b too, otherwise                        1 unit forward, 3 backward: the logits are formed again
 
 Extra memory, for numbers of s bytes, beyond what is returned or saved:
-    torch, logits once      a chunk of rows: (4 + s) bytes for each of 2^23 logits at most (4 where x is fp32)
+    torch, logits once      a chunk of rows: (4 + s) bytes for each of 12 * 2^20 logits at most (4 where x is fp32)
     torch, logits again     a chunk of vocabulary: (4 + s) bytes for each of 2^21 logits at most, and 4 R D for dx;
                             a chunk's rows of W see all of x, so that no copy of dW is summed over chunks
     triton                  statistics: 16 R bytes for every 1024 entries of the vocabulary. Where a gradient is formed,
@@ -34,8 +34,8 @@ from prismer.kernels.cross_entropy_triton import add_product, pieces
 _REDUCTIONS = ("none", "sum", "mean")
 _CHUNK_ELEMENTS = 2**21
 # logits of a chunk of vocabulary: in fp32 they stay in the cache of a CPU, and exp costs what it computes, not moves
-_ROW_CHUNK_ELEMENTS = 2**23
-# logits of a chunk of rows, each row whole: 166 rows of RoBERTa's vocabulary, fewer would wait for W from memory
+_ROW_CHUNK_ELEMENTS = 12 * 2**20
+# logits of a chunk of rows, each row whole: 250 rows of RoBERTa's vocabulary; fewer would wait for W from memory
 _BLOCK_ROWS = 2048
 
 
@@ -421,8 +421,9 @@ def _formed_in_forward(x: Tensor, V: int, reduce: bool, needs: tuple[bool, bool,
     """Are the gradients that are needed formed together with the loss, so that its logits exist once?"""
     if needs == (True, False, False):
         return True
-    # on a CPU a dW that is summed over many chunks of rows costs more memory, and W's way from it, than one unit
-    return any(needs) and reduce and (x.is_cuda or x.shape[0] * V <= _ROW_CHUNK_ELEMENTS)
+    # summed over chunks of rows, a low-precision dW needs a copy in fp32: on a CPU larger than the logits once were
+    in_place = x.dtype in (torch.float32, torch.float64) or x.shape[0] * V <= _ROW_CHUNK_ELEMENTS
+    return any(needs) and reduce and (x.is_cuda or in_place)
 
 
 def _check(x, weight, bias, labels, label_smoothing, reduction, row_weights) -> None:

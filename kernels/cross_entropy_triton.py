@@ -108,9 +108,8 @@ def _combine_kernel(
     o = o_split[:, None] * R + o_row[None, :]
     m = (o_split < splits)[:, None] & m_in[None, :]
     m_row = tl.load(p_labels + o_row, mask=m_in, other=ignore_index) != ignore_index
-    b_tops = tl.load(p_top + o, mask=m, other=float("-inf"))
-    b_top = tl.max(b_tops, 0)
-    b_top = tl.where(m_row, b_top, 0.0)
+    b_tops = tl.load(p_top + o, mask=m & m_row[None, :], other=float("-inf"))
+    b_top = tl.where(m_row, tl.max(b_tops, 0), 0.0)
     b_sum = tl.sum(tl.load(p_sum + o, mask=m, other=0.0) * tl.exp(b_tops - b_top[None, :]), 0)
     b_log_sum = tl.where(m_row, tl.log(tl.where(m_row, b_sum, 1.0)), 0.0)
     b_target = tl.sum(tl.load(p_target + o, mask=m, other=0.0), 0)

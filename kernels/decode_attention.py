@@ -175,14 +175,15 @@ def _combine_kernel(
     b_max = tl.full((BR,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BR,), tl.float32)
     b_out = tl.zeros((BR, BK), tl.float32)
-    for i in range(parts):
-        o = i.to(tl.int64) * N + o_row
+    o = o_row
+    for _ in range(parts):
         b_part_max = tl.load(p_max + o, mask=m_row, other=float("-inf"))
         b_max, b_shift, b_rescale = _raise_max(b_max, b_part_max)
         b_scale = tl.exp2(b_part_max - b_shift)
         b_sum = b_sum * b_rescale + tl.load(p_sum + o, mask=m_row, other=0.0) * b_scale
         b_part = tl.load(p_part + o[:, None] * K + o_col[None, :], mask=m, other=0.0)
         b_out = b_out * b_rescale[:, None] + b_part * b_scale[:, None]
+        o += N
     # a query that saw nothing: 0 / 1
     b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
     tl.store(p_out + o_row[:, None] * K + o_col[None, :], b_out.to(p_out.dtype.element_ty), mask=m)
@@ -205,7 +206,7 @@ def _tiles(Q: int, K: int, dtype: torch.dtype) -> dict[str, int]:
         # fp32 products keep their operands in registers
         return dict(K1=K1, K2=K2, BQ=16, BN=32 if K <= 64 else 16, num_warps=4, num_stages=2)
     BQ = min(64 if K <= 64 else 32, max(16, triton.next_power_of_2(Q)))
-    return dict(K1=K1, K2=K2, BQ=BQ, BN=64 if K <= 128 else 32, num_warps=4, num_stages=2)
+    return dict(K1=K1, K2=K2, BQ=BQ, BN=64 if K <= 64 else 32, num_warps=4, num_stages=2)
 
 
 def _combine_tiles(K: int) -> dict[str, int]:

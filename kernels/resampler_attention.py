@@ -97,8 +97,8 @@ def flops(order: str, B: int, M: int, L: int, D: int, H: int, grads: Collection[
         if grads:
             keys = query or x_hat or norm or weight
             total += (1 + dq + 2 * keys) * M * N * D  # dprobs, dq, dk and dv
-            total += x_hat * 2 * L * D * D + query * 3 * small
-            total += (weight or norm) * 2 * L * D * D + weight * 3 * small
+            total += (x_hat or norm) * 2 * L * D * D + query * 3 * small
+            total += weight * (2 * L * D * D + 3 * small)
     return 2 * B * total
 
 
@@ -293,15 +293,18 @@ def _split_heads(t: Tensor, H: int) -> Tensor:
     return t.unflatten(2, (H, -1)).transpose(1, 2).flatten(0, 1)
 
 
+def _normed(x_hat: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """What is projected; not kept, since x_hat is."""
+    return torch.addcmul(beta, x_hat, gamma).to(x_hat.dtype)
+
+
 def _ordinary_forward(query, x_hat, gamma, beta, weight, bias, H, keep):
     (B, M, D), L = query.shape, x_hat.shape[1]
     scale, w_kv = (D // H) ** -0.5, weight[D:]
     q = torch.addmm(bias[:D], query.view(-1, D), weight[:D].T).view(B, M, D)
-    # gamma and beta go into the weights: smaller than the inputs, and nothing but x_hat is kept
-    offset = torch.mv(w_kv, beta.to(q.dtype))
     kv = q.new_empty(B * (M + L), 2 * D)
     torch.mm(query.view(-1, D), w_kv.T, out=kv[: B * M])
-    torch.addmm(offset, x_hat.view(-1, D), (w_kv * gamma).to(q.dtype).T, out=kv[B * M :])
+    torch.mm(_normed(x_hat, gamma, beta).view(-1, D), w_kv.T, out=kv[B * M :])
     kv_z, kv_x = kv[: B * M].view(B, M, 2 * D), kv[B * M :].view(B, L, 2 * D)
     probs, out = q.new_empty(B if keep else 0, H * M, M + L), torch.empty_like(query)
     for images in _steps(query):
@@ -352,21 +355,24 @@ def _ordinary_backward(dy, query, x_hat, gamma, beta, weight, q, probs, kv, H, n
             dk.copy_(o.unflatten(0, (n, H)))
             dv.copy_(torch.bmm(p[..., part].mT, do).unflatten(0, (n, H)))
     rows, dq, dkv_z, dkv_x = query.view(-1, D), dq.view(-1, D), dkv[: B * M], dkv[B * M :]
+    if needs["x_hat"] or needs["norm"]:
+        dx = torch.mm(dkv_x, w_kv)
+    if needs["norm"]:
+        # in chunks of an image, so that the products in fp32 stay small
+        for images in _steps(query):
+            dx_here = dx.view(B, L, D)[images].to(dgamma.dtype)
+            dgamma += (dx_here * x_hat[images]).sum((0, 1))
+            dbeta += dx_here.sum((0, 1))
     if needs["x_hat"]:
-        torch.mm(dkv_x, (w_kv * gamma).to(q.dtype), out=dx_hat.view(-1, D))
+        torch.mul(dx.view(B, L, D), gamma, out=dx_hat)
     if needs["query"]:
         dquery = dquery.view(-1, D)
         torch.mm(dkv_z, w_kv, out=dquery)
         torch.addmm(dquery, dq, weight[:D], out=dquery)
-    if needs["norm"] or needs["in_proj_weight"]:
-        dscaled, column = torch.mm(dkv_x.T, x_hat.view(-1, D)), dkv_x.sum(0, dtype=dgamma.dtype)
-    if needs["norm"]:
-        torch.sum(dscaled.to(dgamma.dtype) * w_kv, 0, out=dgamma)
-        torch.mv(w_kv.to(dbeta.dtype).T, column, out=dbeta)
     if needs["in_proj_weight"]:
         torch.mm(dq.T, rows, out=dweight[:D])
-        total = (dscaled * gamma).to(column.dtype).addr_(column, beta.to(column.dtype))
-        torch.addmm(total.to(q.dtype), dkv_z.T, rows, out=dweight[D:])
+        torch.mm(dkv_x.T, _normed(x_hat, gamma, beta).view(-1, D), out=dweight[D:])
+        torch.addmm(dweight[D:], dkv_z.T, rows, out=dweight[D:])
     if needs["in_proj_bias"]:
         _bias_gradient(dq, dy.view(-1, D), dbias)
 

@@ -10,9 +10,11 @@ largest and sum behind; whoever reads the tile multiplies with
 so that probs * factor are the probabilities, rounded once. The padding of a block is stored as zero, so that tiles are
 aligned and are read without a mask. Every sum has a fixed order; there are no atomics.
 
-Compulsory traffic of `attend`, for numbers of s bytes, with Q = H M, NB blocks, W = 64 NB:
-    scale   B Q D s read, B Q D s + 4 B Q written;    scores  (2 B Q D + B (M + L) D) s + 4 B Q, B Q W s + 8 B Q NB
-    mix     (B Q W + B (M + L) D) s + 8 B Q NB, B Q D s (twice if P_x x_hat is kept) + 4 B Q (NB + 1)
+Compulsory traffic of `attend` in bytes read and written, for numbers of s bytes, with Q = H M, NB blocks, W = 64 NB:
+    scale   B Q D s + 4 D;                    B Q D s + 4 B Q
+    scores  (2 B Q D + B (M + L) D) s + 4 B Q;    B Q W s + 8 B Q NB
+    factor  8 B Q NB;                         4 B Q (NB + 1)
+    mix     (B Q W + B (M + L) D) s + 4 D + 4 B Q (NB + 1);    B Q D s, and B Q D s more if P_x x_hat is kept
 Products are padded to tiles: scores and mix take 2 B ceil(Q / BQ) BQ W ceil(D / BD) BD FLOPs each.
 """
 
@@ -150,9 +152,7 @@ def _keys(p_keys, o_key, m_key, o_col, m_col, D):
 
 
 @triton.jit
-def _factor_kernel(
-    p_max, p_sum, p_factor, p_share, R, NZ, NB, BR: tl.constexpr, BB: tl.constexpr
-):
+def _factor_kernel(p_max, p_sum, p_factor, p_share, R, NZ, NB, BR: tl.constexpr, BB: tl.constexpr):
     """What makes exponentials probabilities, tile by tile, and the share of the inputs in every row."""
     o_row, o_block = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BB)
     m_row = o_row < R
@@ -324,6 +324,8 @@ def _tiles(kind: str, Q: int, D: int, itemsize: int) -> dict[str, int]:
     """Tile shapes: at most 99 KB of shared memory with the stages of the pipeline, no spills."""
     BD = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(D)))
     BQ = min(128 if itemsize == 2 else 64, max(16, triton.next_power_of_2(Q)))
+    if kind == "factor":
+        return dict(BR=16, num_warps=4, num_stages=1)
     if kind == "rows":
         return dict(
             BR=16, BD=min(128, max(16, triton.next_power_of_2(D))), num_warps=4, num_stages=2
@@ -389,8 +391,9 @@ def attend(
     _scores(a, scaled, offset, query, x_hat, probs, None, largest, sums, None)
     t, mixed = torch.empty_like(a), a.new_empty(B if keep_mixed else 0, Q, D)
     share = sums.new_empty(B, Q)
-    _factor_kernel[(triton.cdiv(B * Q, 16),)](
-        largest, sums, factor, share, B * Q, NZ, NB, BR=16, BB=triton.next_power_of_2(NB), num_warps=4
+    tiles = _tiles("factor", Q, D, a.element_size())
+    _factor_kernel[(triton.cdiv(B * Q, tiles["BR"]),)](
+        largest, sums, factor, share, B * Q, NZ, NB, BB=triton.next_power_of_2(NB), **tiles
     )
     _mix(0, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
     return t, probs, factor, share, mixed
@@ -483,12 +486,15 @@ def kernel_cases() -> list[KernelCase]:
             "scores backward", _scores_kernel, "scores", forward | dict(p_factor=fp32, p_dprobs=bf16),
             dict(BACKWARD=True), product, 2 * rows + keys + 2 * tiles + (1 + 2 * NB) * number, dot=True,
         )  # fmt: skip
-        mix = dict(p_probs=bf16, **inputs, **affine, p_share=fp32, p_mixed=bf16, p_t=bf16)
-        block = dict(BB=triton.next_power_of_2(NB))
         case(
-            "mix", _mix_kernel, "mix", mix | dict(p_factor=fp32, p_max=fp32, p_sum=fp32),
-            dict(MODE=0, STORE_MIXED=True), product,
-            tiles + keys + 4 * D + (3 * NB + 1) * number + 2 * rows, dot=True,
+            "factor", _factor_kernel, "factor", dict(p_max=fp32, p_sum=fp32, p_factor=fp32, p_share=fp32),
+            dict(BB=triton.next_power_of_2(NB)), 6 * B * Q * NB, (3 * NB + 1) * number,
+            integers=dict(R="i32", NZ="i32", NB="i32"), vector_loads=False,
+        )  # fmt: skip
+        mix = dict(p_probs=bf16, **inputs, **affine, p_share=fp32, p_mixed=bf16, p_t=bf16)
+        case(
+            "mix", _mix_kernel, "mix", mix | dict(p_factor=fp32), dict(MODE=0, STORE_MIXED=True), product,
+            tiles + keys + 4 * D + (NB + 1) * number + 2 * rows, dot=True,
         )  # fmt: skip
         case(
             "mix backward", _mix_kernel, "mix", mix | dict(p_factor=fp32, p_dprobs=bf16, p_delta=fp32),

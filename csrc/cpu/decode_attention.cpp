@@ -7,7 +7,6 @@
 // queries of the chunk, four at a time: their scores fill one vector of 16 = 4 keys x 4 queries.
 
 #include <algorithm>
-#include <vector>
 
 #include "../shared/attention.h"
 #include "dispatch.h"
@@ -15,11 +14,16 @@
 namespace prismer {
 namespace {
 
-constexpr int64_t kBlock = 32;     // keys at a time: with their values 16 KB at head size 64
-constexpr int64_t kSplit = 512;    // keys of a task
-constexpr int64_t kChunk = 32;     // queries of a task
-constexpr int64_t kTile = 4;       // queries at a time
-constexpr int64_t kGroup = kLanes / kTile;  // keys whose scores fill a vector
+constexpr int64_t kBlock = 32;  // keys at a time: with their values 16 KB at head size 64
+constexpr int64_t kSplit = 512;  // keys of a task
+constexpr int64_t kChunk = 32;   // queries of a task
+constexpr int64_t kTile = 4;     // queries at a time
+
+// shared/attention.h for the lanes of a vector
+template <typename Vector>
+PRISMER_INLINE Vector shifts(const Vector& max) {
+  return select(less(broadcast<Vector>(kMasked), max), max, broadcast<Vector>(0.0f));
+}
 
 template <typename Stored>
 struct Attend {
@@ -27,26 +31,43 @@ struct Attend {
   const Stored* shared_k;  // (R, H, S, K)
   const Stored* shared_v;
   const uint8_t* shared_mask;  // (R, Q or 1, S), 0 or 1
-  const Stored* suffix_k;   // (R, H, M, K)
+  const Stored* suffix_k;      // (R, H, M, K)
   const Stored* suffix_v;
   const int64_t* ancestors;  // (R, Q, A)
-  float* partial;            // (R * H, Q, splits, padded + 2): accumulator, maximum, sum
+  float* partial;  // (R * H, Q, splits, padded + kLanes): accumulator, then maximum and sum
   int64_t heads, queries, mask_queries, keys, slots, listed, width;
   int64_t padded;  // width rounded up to whole vectors
   int64_t chunks, splits;
   float scale;
 
-  // what a task works on, in fp32: queries, a block of keys and values, scores
+  // what a task works on
   struct Scratch {
-    std::vector<float> q, k, v, scores;
-    std::vector<int64_t> seen;
+    Buffer q, k, v;            // fp32 rows of `padded`: the queries, a block of keys and values
+    Buffer nobody;             // accumulator of the queries that a tile lacks
+    Buffer max, sum;           // of the softmax, a vector per tile
+    Buffer scores;             // of a block for a tile, key by key
+    const float* k_at[kBlock];  // the rows of a block
+    const float* v_at[kBlock];
+    int64_t seen[kSplit];
 
     explicit Scratch(int64_t padded)
         : q(kChunk * padded),
           k(kBlock * padded),
           v(kBlock * padded),
-          scores(kBlock * kTile),
-          seen(std::max(kSplit, kBlock)) {}
+          nobody(padded),
+          max(kChunk / kTile * kLanes),
+          sum(kChunk / kTile * kLanes),
+          scores(kBlock * kTile) {
+      std::fill_n(nobody.data(), padded, 0.0f);
+    }
+  };
+
+  // the queries of a tile; those it lacks repeat the last one and accumulate into nobody
+  template <int64_t Tile>
+  struct Queries {
+    const float* q[Tile];
+    float* accumulator[Tile];
+    const uint8_t* mask[Tile];  // null where all see all keys of the chunk
   };
 
   template <int Width>
@@ -59,8 +80,8 @@ struct Attend {
     }
   }
 
-  float* partial_of(int64_t head, int64_t query, int64_t split) const {
-    return partial + ((head * queries + query) * splits + split) * (padded + 2);
+  PRISMER_INLINE float* partial_of(int64_t head, int64_t query, int64_t split) const {
+    return partial + ((head * queries + query) * splits + split) * (padded + kLanes);
   }
 
   template <typename Vector>
@@ -68,20 +89,64 @@ struct Attend {
     const int64_t row = head / heads, count = std::min(kChunk, queries - first);
     for (int64_t i = 0; i < count; ++i) {
       widen_row<Vector>(s.q.data() + i * padded, q + (head * queries + first + i) * width, scale);
-      float* state = partial_of(head, first + i, split);
-      std::fill_n(state, padded, 0.0f);
-      state[padded] = kMasked;
-      state[padded + 1] = 0.0f;
+      std::fill_n(partial_of(head, first + i, split), padded, 0.0f);
     }
+    std::fill_n(s.max.data(), kChunk / kTile * kLanes, kMasked);
+    std::fill_n(s.sum.data(), kChunk / kTile * kLanes, 0.0f);
+
     const int64_t start = split * kSplit, stop = std::min(keys, start + kSplit);
-    const uint8_t* mask = shared_mask + row * mask_queries * keys;
     const int64_t mask_step = mask_queries == 1 ? 0 : keys;
-    const int64_t masks = mask_step == 0 ? 1 : count;
-    mask += first * mask_step;
-    // by some query of the chunk, by all of them
+    const uint8_t* mask = shared_mask + row * mask_queries * keys + first * mask_step;
+    bool differ = false;
+    const int64_t seen = keys_seen(s, mask, mask_step, count, start, stop, differ);
+    const Stored* k = shared_k + head * keys * width;
+    const Stored* v = shared_v + head * keys * width;
+    for (int64_t block = 0; block < seen; block += kBlock) {
+      const int64_t size = std::min(kBlock, seen - block);
+      fetch<Vector>(s, k, v, s.seen + block, size);
+      int64_t ahead = std::min(kBlock, seen - block - size);
+      for (int64_t i = 0; i < count; i += kTile) {
+        const int64_t tile = std::min(kTile, count - i);
+        const auto one = [&](auto wide) __attribute__((always_inline)) {
+          constexpr int64_t Tile = decltype(wide)::value;
+          Queries<Tile> who;
+          for (int64_t j = 0; j < Tile; ++j) {
+            const int64_t here = i + std::min(j, tile - 1);
+            who.q[j] = s.q.data() + here * padded;
+            who.accumulator[j] =
+                j < tile ? partial_of(head, first + here, split) : s.nobody.data();
+            who.mask[j] = differ ? mask + here * mask_step : nullptr;
+          }
+          meet<Vector>(s, who, i / kTile, s.seen + block, size, k, v, ahead);
+        };
+        if (tile == 1) {
+          one(std::integral_constant<int64_t, 1>{});
+        } else {
+          one(std::integral_constant<int64_t, kTile>{});
+        }
+        // the first tile has asked for the next block
+        ahead = 0;
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const float* max = s.max.data() + i / kTile * kLanes;
+      const float* sum = s.sum.data() + i / kTile * kLanes;
+      const int64_t step = count - i / kTile * kTile == 1 ? 1 : kTile;
+      float* state = partial_of(head, first + i, split) + padded;
+      state[0] = max[i % kTile];
+      state[1] = 0.0f;
+      for (int64_t lane = i % kTile; lane < kLanes; lane += step) state[1] += sum[lane];
+    }
+    if (split == 0) suffix<Vector>(head, row, first, count, s);
+  }
+
+  // the keys of [start, stop) that some query of the chunk sees, and whether some do not see them
+  PRISMER_INLINE int64_t keys_seen(
+      Scratch& s, const uint8_t* mask, int64_t mask_step, int64_t count, int64_t start,
+      int64_t stop, bool& differ) const {
     uint8_t any[kSplit] = {}, all[kSplit];
     std::fill_n(all, kSplit, 1);
-    for (int64_t i = 0; i < masks; ++i) {
+    for (int64_t i = 0; i < (mask_step == 0 ? 1 : count); ++i) {
       const uint8_t* here = mask + i * mask_step + start;
       for (int64_t key = 0; key < stop - start; ++key) {
         any[key] |= here[key];
@@ -89,48 +154,39 @@ struct Attend {
       }
     }
     int64_t seen = 0;
-    bool differ = false;
     for (int64_t key = 0; key < stop - start; ++key) {
       s.seen[seen] = start + key;
       seen += any[key];
       differ = differ || any[key] != all[key];
     }
-    for (int64_t block = 0; block < seen; block += kBlock) {
-      const int64_t* listed_keys = s.seen.data() + block;
-      const int64_t size = std::min(kBlock, seen - block);
-      fetch<Vector>(s, shared_k + head * keys * width, shared_v + head * keys * width, listed_keys,
-                    size);
-      for (int64_t i = 0; i < count; i += kTile) {
-        const int64_t tile = std::min(kTile, count - i);
-        const uint8_t* tile_mask = differ ? mask + i * mask_step : nullptr;
-        float* state = partial_of(head, first + i, split);
-        const float* tile_q = s.q.data() + i * padded;
-        if (tile == 1) {
-          meet<Vector, 1>(s, tile_q, state, tile, size, listed_keys, tile_mask, mask_step);
-        } else {
-          meet<Vector, kTile>(s, tile_q, state, tile, size, listed_keys, tile_mask, mask_step);
-        }
-      }
-    }
-    if (split == 0) suffix<Vector>(head, row, first, count, s);
+    return seen;
   }
 
   // each query with its own slots
   template <typename Vector>
   PRISMER_INLINE void suffix(
       int64_t head, int64_t row, int64_t first, int64_t count, Scratch& s) const {
+    const Stored* k = suffix_k + head * slots * width;
+    const Stored* v = suffix_v + head * slots * width;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t* slot = ancestors + (row * queries + first + i) * listed;
+      float* state = partial_of(head, first + i, 0);
+      std::fill_n(s.max.data(), kLanes, state[padded]);
+      std::fill_n(s.sum.data(), kLanes, 0.0f);
+      s.sum.data()[0] = state[padded + 1];
+      const Queries<1> who{{s.q.data() + i * padded}, {state}, {nullptr}};
       for (int64_t a = 0; a < listed;) {
         int64_t size = 0;
         for (; a < listed && size < kBlock; ++a) {
-          if (slot[a] >= 0) s.seen[size++] = slot[a];
+          s.seen[size] = slot[a];
+          size += slot[a] >= 0;
         }
-        fetch<Vector>(s, suffix_k + head * slots * width, suffix_v + head * slots * width,
-                      s.seen.data(), size);
-        meet<Vector, 1>(s, s.q.data() + i * padded, partial_of(head, first + i, 0), 1, size,
-                        nullptr, nullptr, 0);
+        if (size == 0) continue;
+        fetch<Vector>(s, k, v, s.seen, size);
+        meet<Vector>(s, who, 0, s.seen, size, k, v, 0);
       }
+      state[padded] = s.max.data()[0];
+      state[padded + 1] = sum(load<Vector>(s.sum.data()));
     }
   }
 
@@ -142,58 +198,74 @@ struct Attend {
     });
   }
 
+  // k_at and v_at of the listed keys, as fp32 rows; past the block they repeat its first key
   template <typename Vector>
   PRISMER_INLINE void fetch(
-      Scratch& s, const Stored* k, const Stored* v, const int64_t* listed_keys,
-      int64_t size) const {
+      Scratch& s, const Stored* k, const Stored* v, const int64_t* chosen, int64_t size) const {
     for (int64_t i = 0; i < size; ++i) {
-      widen_row<Vector>(s.k.data() + i * padded, k + listed_keys[i] * width, 1.0f);
-      widen_row<Vector>(s.v.data() + i * padded, v + listed_keys[i] * width, 1.0f);
+      const int64_t at = chosen[i] * width;
+      if constexpr (std::is_same_v<Stored, float>) {
+        if (width == padded) {
+          s.k_at[i] = k + at;
+          s.v_at[i] = v + at;
+          continue;
+        }
+      }
+      s.k_at[i] = s.k.data() + i * padded;
+      s.v_at[i] = s.v.data() + i * padded;
+      widen_row<Vector>(s.k.data() + i * padded, k + at, 1.0f);
+      widen_row<Vector>(s.v.data() + i * padded, v + at, 1.0f);
+    }
+    for (int64_t i = size; i < kBlock; ++i) s.k_at[i] = s.k_at[0];
+  }
+
+  // a row of the next block, on its way to the cache while this one is worked on: blocks are too
+  // short for the processor to see the pattern
+  PRISMER_INLINE void prefetch_row(const Stored* p) const {
+    const char* line = reinterpret_cast<const char*>(p);
+    for (int64_t i = 0; i < width * static_cast<int64_t>(sizeof(Stored)); i += 64) {
+      __builtin_prefetch(line + i);
     }
   }
 
-  // Tile queries, of which `tile` are there, take in the block of keys: scores, softmax, values
+  // a tile of queries takes in a block of keys: scores, softmax, values
   template <typename Vector, int64_t Tile>
   PRISMER_INLINE void meet(
-      Scratch& s, const float* tile_q, float* state, int64_t tile, int64_t size,
-      const int64_t* listed_keys, const uint8_t* mask, int64_t mask_step) const {
-    constexpr int64_t group = kLanes / Tile;
-    const int64_t step = splits * (padded + 2);  // from one query's state to the next
+      Scratch& s, const Queries<Tile>& who, int64_t index, const int64_t* chosen, int64_t size,
+      const Stored* k, const Stored* v, int64_t ahead) const {
+    constexpr int64_t group = kLanes / Tile;  // keys whose scores fill a vector
     float* scores = s.scores.data();
-    // a query that is not there repeats the last
-    const float* queries_at[Tile];
-    for (int64_t i = 0; i < Tile; ++i) queries_at[i] = tile_q + std::min(i, tile - 1) * padded;
-
     Vector highest = broadcast<Vector>(kMasked);
     for (int64_t key = 0; key < size; key += group) {
+      for (int64_t j = key; j < std::min(key + group, ahead); ++j) {
+        prefetch_row(k + chosen[size + j] * width);
+        prefetch_row(v + chosen[size + j] * width);
+      }
       Vector products[kLanes];
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kLanes; ++i) products[i] = broadcast<Vector>(0.0f);
       for (int64_t c = 0; c < padded; c += kLanes) {
         Vector query[Tile];
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < Tile; ++i) query[i] = load<Vector>(queries_at[i] + c);
+        for (int64_t i = 0; i < Tile; ++i) query[i] = load<Vector>(who.q[i] + c);
 #pragma GCC unroll 16
-        for (int64_t k = 0; k < group; ++k) {
-          // past the end of the block lie older keys or zeros, masked below
-          const Vector here = load<Vector>(s.k.data() + (key + k) * padded + c);
+        for (int64_t j = 0; j < group; ++j) {
+          const Vector here = load<Vector>(s.k_at[key + j] + c);
 #pragma GCC unroll 4
           for (int64_t i = 0; i < Tile; ++i) {
-            products[k * Tile + i] = products[k * Tile + i] + query[i] * here;
+            products[j * Tile + i] = products[j * Tile + i] + query[i] * here;
           }
         }
       }
       Vector score = sums(products);
-      if (key + group > size || mask != nullptr) {
+      if (key + group > size || who.mask[0] != nullptr) {
         float lanes[kLanes];
         store(lanes, score);
-        for (int64_t k = 0; k < group; ++k) {
+        for (int64_t j = 0; j < group; ++j) {
           for (int64_t i = 0; i < Tile; ++i) {
-            const bool there = key + k < size;
-            if (!there || (mask != nullptr &&
-                           !mask[std::min(i, tile - 1) * mask_step + listed_keys[key + k]])) {
-              lanes[k * Tile + i] = kMasked;
-            }
+            const bool sees = key + j < size &&
+                              (who.mask[i] == nullptr || who.mask[i][chosen[key + j]] != 0);
+            if (!sees) lanes[j * Tile + i] = kMasked;
           }
         }
         score = load<Vector>(lanes);
@@ -202,80 +274,65 @@ struct Attend {
       highest = max(score, highest);
     }
 
-    float lanes[kLanes], rescale[Tile];
-    store(lanes, highest);
-    Softmax softmax[Tile];
-    for (int64_t i = 0; i < Tile; ++i) {
-      const float* old = state + std::min(i, tile - 1) * step + padded;
-      softmax[i] = {old[0], old[1]};
-      float top = lanes[i];
-      for (int64_t k = 1; k < group; ++k) {
-        const float other = lanes[k * Tile + i];
-        // a NaN stays
-        top = other > top || other != other ? other : top;
-      }
-      rescale[i] = raise_max(softmax[i], top);
-      for (int64_t k = 0; k < group; ++k) lanes[k * Tile + i] = shift(softmax[i].max);
-    }
-    const Vector off = load<Vector>(lanes);
-    Vector total = broadcast<Vector>(0.0f);
+    float* max_at = s.max.data() + index * kLanes;
+    float* sum_at = s.sum.data() + index * kLanes;
+    const auto old_max = load<Vector>(max_at);
+    const auto larger = [](const Vector& a, const Vector& b) __attribute__((always_inline)) {
+      return max(a, b);
+    };
+    const Vector new_max = max(old_max, across<Tile>(highest, larger));
+    const Vector off = shifts(new_max);
+    const Vector rescale = exp(old_max - off);
+    Vector sum = load<Vector>(sum_at) * rescale;
     for (int64_t key = 0; key < size; key += group) {
       const Vector weights = exp(load<Vector>(scores + key * Tile) - off);
       store(scores + key * Tile, weights);
-      total = total + weights;
+      sum = sum + weights;
     }
-    store(lanes, total);
-    for (int64_t i = 0; i < tile; ++i) {
-      float sum = lanes[i];
-      for (int64_t k = 1; k < group; ++k) sum += lanes[k * Tile + i];
-      float* new_state = state + i * step + padded;
-      new_state[0] = softmax[i].max;
-      new_state[1] = softmax[i].sum + sum;
-    }
+    store(max_at, new_max);
+    store(sum_at, sum);
+    float factor[kLanes];
+    store(factor, rescale);
 
     // accumulators of as many columns as stay in registers
-    constexpr int64_t columns = sizeof(Vector) == 64 && Vector::leaf ? 4 : 1;
+    constexpr int64_t columns = Vector::leaf && sizeof(Vector) == 64 ? 4 : 1;
     int64_t c = 0;
     for (; c + columns * kLanes <= padded; c += columns * kLanes) {
-      add_values<Vector, Tile, columns>(s, state + c, tile, step, size, rescale, c);
+      add_values<Vector, Tile, columns>(s, who, size, factor, c);
     }
-    for (; c < padded; c += kLanes) {
-      add_values<Vector, Tile, 1>(s, state + c, tile, step, size, rescale, c);
-    }
+    for (; c < padded; c += kLanes) add_values<Vector, Tile, 1>(s, who, size, factor, c);
   }
 
   template <typename Vector, int64_t Tile, int64_t Columns>
   PRISMER_INLINE void add_values(
-      const Scratch& s, float* accumulator, int64_t tile, int64_t step, int64_t size,
-      const float* rescale, int64_t c) const {
+      const Scratch& s, const Queries<Tile>& who, int64_t size, const float* factor,
+      int64_t c) const {
     Vector sum[Tile][Columns];
 #pragma GCC unroll 4
     for (int64_t i = 0; i < Tile; ++i) {
 #pragma GCC unroll 4
       for (int64_t j = 0; j < Columns; ++j) {
-        sum[i][j] =
-            load<Vector>(accumulator + std::min(i, tile - 1) * step + j * kLanes) * rescale[i];
+        sum[i][j] = load<Vector>(who.accumulator[i] + c + j * kLanes) * factor[i];
       }
     }
-    for (int64_t key = 0; key < size; ++key) {
-      const float* values = s.v.data() + key * padded + c;
+    const float* weights = s.scores.data();
+    for (int64_t key = 0; key < size; ++key, weights += Tile) {
+      const float* values = s.v_at[key] + c;
       Vector value[Columns];
 #pragma GCC unroll 4
       for (int64_t j = 0; j < Columns; ++j) value[j] = load<Vector>(values + j * kLanes);
 #pragma GCC unroll 4
       for (int64_t i = 0; i < Tile; ++i) {
-        const Vector weight = broadcast<Vector>(s.scores[key * Tile + i]);
+        const Vector weight = broadcast<Vector>(weights[i]);
 #pragma GCC unroll 4
         for (int64_t j = 0; j < Columns; ++j) sum[i][j] = sum[i][j] + weight * value[j];
       }
     }
 #pragma GCC unroll 4
     for (int64_t i = 0; i < Tile; ++i) {
-      if (i < tile) {
 #pragma GCC unroll 4
-        for (int64_t j = 0; j < Columns; ++j) {
-          store(accumulator + i * step + j * kLanes, sum[i][j]);
-        }
+      for (int64_t j = 0; j < Columns; ++j) {
+        store(who.accumulator[i] + c + j * kLanes, sum[i][j]);
       }
     }
   }
@@ -284,14 +341,14 @@ struct Attend {
 // the splits of a query, merged in their order
 template <typename Stored>
 struct Merge {
-  const float* partial;  // (queries, splits, padded + 2)
+  const float* partial;  // (queries, splits, padded + kLanes)
   Stored* out;           // (queries, width)
   int64_t splits, padded, width;
 
   template <int Width>
   PRISMER_INLINE static void run(const Merge& job, const int64_t& begin, const int64_t& end) {
     using Vector = Floats<Width>;
-    const int64_t step = job.padded + 2;
+    const int64_t step = job.padded + kLanes;
     for (int64_t query = begin; query < end; ++query) {
       const float* first = job.partial + query * job.splits * step;
       Softmax all;
@@ -366,7 +423,7 @@ Tensor decode_attention_cpu(
   const int64_t padded = (width + kLanes - 1) / kLanes * kLanes;
   const int64_t chunks = (queries + kChunk - 1) / kChunk;
   const int64_t splits = std::max<int64_t>(1, (keys + kSplit - 1) / kSplit);
-  std::vector<float> partial(rows * heads * queries * splits * (padded + 2));
+  const Buffer partial(rows * heads * queries * splits * (padded + kLanes));
   with_stored_type(q, [&](auto* type) {
     using Stored = Pointee<decltype(type)>;
     const Attend<Stored> job{

@@ -7,13 +7,15 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <memory>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <string>
 #include <string_view>
 #include <type_traits>
-#include <vector>
 
 #include "vector.h"
 
@@ -168,6 +170,22 @@ void with_stored_type(const Tensor& tensor, const Body& body) {
   }
 }
 
+// fp32 numbers that begin on a cache line, so that no vector lies on two
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<float*>(::operator new(count * sizeof(float), kLine))) {}
+
+  float* data() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(float* data) const { ::operator delete(data, kLine); }
+  };
+  std::unique_ptr<float, Free> data_;
+};
+
 struct Widen {
   template <int Width, typename Stored>
   PRISMER_INLINE static void run(float* out, const Stored* in, int64_t count) {
@@ -190,11 +208,14 @@ class Affine {
   const float* bias() const { return bias_.data(); }
 
  private:
-  static std::vector<float> widened(
+  static Buffer widened(
       const char* op, const char* name, const std::optional<Tensor>& given, int64_t width,
       float otherwise) {
-    std::vector<float> result(width, otherwise);
-    if (!given) return result;
+    Buffer result(width);
+    if (!given) {
+      std::fill_n(result.data(), width, otherwise);
+      return result;
+    }
     STD_TORCH_CHECK(
         given->dim() == 1 && given->size(0) == width && is_fp32_or_16(*given), op, ": ", name,
         " is ", shape_of(*given), " ", dtype_of(*given), "; expected (", width,
@@ -207,7 +228,7 @@ class Affine {
     return result;
   }
 
-  std::vector<float> weight_, bias_;
+  Buffer weight_, bias_;
 };
 
 }  // namespace prismer

@@ -3,7 +3,6 @@
 // from memory. Statistics and sums are fp32.
 
 #include <tuple>
-#include <vector>
 
 #include "../shared/norm.h"
 #include "dispatch.h"
@@ -221,7 +220,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
   const Tensor dbias = torch::stable::new_empty(x, {affine_width}, ScalarType::Float);
   const int64_t block_rows = rows / kBlocks + 1;
   const int64_t blocks = (rows + block_rows - 1) / block_rows;
-  std::vector<float> sums(affine ? blocks * 2 * width : 0);
+  const Buffer sums(affine ? blocks * 2 * width : 0);
+  std::fill_n(sums.data(), affine ? blocks * 2 * width : 0, 0.0f);
   with_stored_type(x, [&](auto* type) {
     using Stored = Pointee<decltype(type)>;
     const Backward<Stored> job{

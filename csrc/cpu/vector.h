@@ -425,10 +425,9 @@ PRISMER_INLINE float sum(Native<float, Width> v) {
   }
 }
 
-// chunks of Step lanes: even ones hold sums of neighbouring chunks of a, odd ones of b
+// a step of sums() below; the indices of a shuffle must be written out
 template <int Step, int Width>
-PRISMER_INLINE Native<float, Width> add_neighbours(Native<float, Width> a, Native<float, Width> b) {
-  // written out: the indices of a shuffle must be constants
+PRISMER_INLINE Native<float, Width> fold(Native<float, Width> a, Native<float, Width> b) {
   if constexpr (Width == 16 && Step == 8) {
     return __builtin_shufflevector(
                a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
@@ -436,37 +435,90 @@ PRISMER_INLINE Native<float, Width> add_neighbours(Native<float, Width> a, Nativ
                a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   } else if constexpr (Width == 16 && Step == 4) {
     return __builtin_shufflevector(
-               a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
            __builtin_shufflevector(
-               a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+               a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
   } else if constexpr (Width == 16 && Step == 2) {
     return __builtin_shufflevector(
                a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
            __builtin_shufflevector(
                a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  } else if constexpr (Width == 16 && Step == 1) {
+  } else if constexpr (Width == 16) {
     return __builtin_shufflevector(
-               a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+               a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
            __builtin_shufflevector(
-               a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+               a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
   } else if constexpr (Width == 8 && Step == 4) {
     return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
            __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
   } else if constexpr (Width == 8 && Step == 2) {
     return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
            __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-  } else if constexpr (Width == 8 && Step == 1) {
-    return __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14) +
-           __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
-  } else if constexpr (Width == 4 && Step == 2) {
+  } else if constexpr (Width == 8) {
+    return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+  } else if constexpr (Step == 2) {
     return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
   } else {
     static_assert(Width == 4 && Step == 1);
-    return __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
   }
 }
 
 }  // namespace leaf
+
+namespace leaf {
+
+// lanes i and i ^ Step change places
+template <int Step, int Width>
+PRISMER_INLINE Native<float, Width> swap(Native<float, Width> v) {
+  if constexpr (Width == 16 && Step == 8) {
+    return __builtin_shufflevector(
+        v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  } else if constexpr (Width == 16 && Step == 4) {
+    return __builtin_shufflevector(
+        v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  } else if constexpr (Width == 16 && Step == 2) {
+    return __builtin_shufflevector(
+        v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  } else if constexpr (Width == 16) {
+    return __builtin_shufflevector(
+        v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  } else if constexpr (Width == 8 && Step == 4) {
+    return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  } else if constexpr (Width == 8 && Step == 2) {
+    return __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  } else if constexpr (Width == 8) {
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+  } else if constexpr (Step == 2) {
+    return __builtin_shufflevector(v, v, 2, 3, 0, 1);
+  } else {
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+  }
+}
+
+}  // namespace leaf
+
+template <int Step, int Lanes, int Width>
+PRISMER_INLINE Tree<float, Lanes, Width> swap(const Tree<float, Lanes, Width>& a) {
+  if constexpr (Lanes == Width) {
+    return {leaf::swap<Step, Width>(a.v)};
+  } else if constexpr (2 * Step == Lanes) {
+    return {a.high, a.low};
+  } else {
+    return {swap<Step>(a.low), swap<Step>(a.high)};
+  }
+}
+
+// over all lanes whose number is the same modulo Period, in each of them
+template <int Period, typename Vector, typename Operation>
+PRISMER_INLINE Vector across(Vector a, const Operation& operation) {
+  a = operation(a, swap<8>(a));
+  if constexpr (Period <= 4) a = operation(a, swap<4>(a));
+  if constexpr (Period <= 2) a = operation(a, swap<2>(a));
+  if constexpr (Period <= 1) a = operation(a, swap<1>(a));
+  return a;
+}
 
 template <int Lanes, int Width>
 PRISMER_INLINE float sum(const Tree<float, Lanes, Width>& a) {
@@ -477,28 +529,31 @@ PRISMER_INLINE float sum(const Tree<float, Lanes, Width>& a) {
   }
 }
 
+// Step 8 adds the halves of a, and those of b; step 4 neighbouring chunks of four lanes, first of a,
+// then of b; steps 2 and 1 pairs within chunks of four
 template <int Step, int Lanes, int Width>
-PRISMER_INLINE Tree<float, Lanes, Width> add_neighbours(
+PRISMER_INLINE Tree<float, Lanes, Width> fold(
     const Tree<float, Lanes, Width>& a, const Tree<float, Lanes, Width>& b) {
   if constexpr (Lanes == Width) {
-    return {leaf::add_neighbours<Step, Width>(a.v, b.v)};
+    return {leaf::fold<Step, Width>(a.v, b.v)};
   } else if constexpr (2 * Step == Lanes) {
     return {a.low + a.high, b.low + b.high};
+  } else if constexpr (4 * Step == Lanes) {
+    return {fold<Step>(a.low, a.high), fold<Step>(b.low, b.high)};
   } else {
-    return {add_neighbours<Step>(a.low, b.low), add_neighbours<Step>(a.high, b.high)};
+    return {fold<Step>(a.low, b.low), fold<Step>(a.high, b.high)};
   }
 }
 
-// lane i of the result is the sum of a[i]; overwrites a
+// lane i of the result is the sum of a[i], in the order of sum()
 template <int Width>
-PRISMER_INLINE Floats<Width> sums(Floats<Width> (&a)[kLanes]) {
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) a[i] = add_neighbours<8>(a[i], a[i + 8]);
+PRISMER_INLINE Floats<Width> sums(const Floats<Width> (&a)[kLanes]) {
+  Floats<Width> quarter[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) a[i] = add_neighbours<4>(a[i], a[i + 4]);
-  a[0] = add_neighbours<2>(a[0], a[2]);
-  a[1] = add_neighbours<2>(a[1], a[3]);
-  return add_neighbours<1>(a[0], a[1]);
+  for (int i = 0; i < 4; ++i) {
+    quarter[i] = fold<4>(fold<8>(a[i], a[i + 4]), fold<8>(a[i + 8], a[i + 12]));
+  }
+  return fold<1>(fold<2>(quarter[0], quarter[1]), fold<2>(quarter[2], quarter[3]));
 }
 
 // ---- functions -----------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def test_adversarial(backend, case, dtype, blocks, on, assert_no_worse):
 def test_real_blocks(backend, on, assert_no_worse):
     """The blocks that a launch would take, on the decoder's shape: all of it in one program."""
     on(backend)
-    assert attention_triton.tiles("forward", 64, 2, 40, 40)["BN"] == 64
+    assert attention_triton.tiles("forward", 64, 2, 40, 40, True)["BN"] == 64
     tensors, options = draw(1, 1, 40, 40, 0, 64, "causal dropout", torch.bfloat16)
     compare(tensors, options, torch.bfloat16, assert_no_worse)
 

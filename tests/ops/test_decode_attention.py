@@ -54,11 +54,11 @@ def dtype(request, on_backend):
     return request.param
 
 
-def draw(shape, dtype=torch.float64, per_query=False, scale=2.0):
+def draw(shape, dtype=torch.float64, per_query=False):
     """Inputs in which every query sees a key if there is one, and every -1 and every mask entry matters."""
     R, H, Q, K, S, M, A = shape
 
-    def normal(*size):
+    def normal(*size, scale=1.0):
         return (scale * torch.randn(*size, dtype=torch.float64)).to(dtype)
 
     mask = torch.rand(R, Q, S) < 0.7
@@ -78,7 +78,7 @@ def draw(shape, dtype=torch.float64, per_query=False, scale=2.0):
     shared_v, suffix_v = normal(R, H, S, K) + 1, normal(R, H, M, K) - 1
     if not per_query:
         mask = mask[:, 0] if Q else torch.ones(R, S, dtype=torch.bool)
-    return [normal(R, H, Q, K), shared_k, shared_v, mask, suffix_k, suffix_v, ancestors]
+    return [normal(R, H, Q, K, scale=1.5), shared_k, shared_v, mask, suffix_k, suffix_v, ancestors]
 
 
 def plain(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors):
@@ -95,15 +95,31 @@ def plain(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors):
     return out
 
 
+def with_mask(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors):
+    """What a user would write: all keys side by side, and a mask over them; every query sees something."""
+    k, v = torch.cat((shared_k, suffix_k), 2), torch.cat((shared_v, suffix_v), 2)
+    shared_mask = shared_mask if shared_mask.dim() == 3 else shared_mask[:, None].expand(-1, q.shape[2], -1)
+    listed = torch.zeros(*ancestors.shape[:2], suffix_k.shape[2] + 1, dtype=torch.bool)
+    listed.scatter_(2, ancestors % listed.shape[2], True)
+    mask = torch.cat((shared_mask, listed[..., :-1]), 2)[:, None]
+    scores = ((q * q.shape[3] ** -0.5) @ k.mT).masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
 def double(arguments):
     return [a.double() if a.is_floating_point() else a for a in arguments]
 
 
 def compare(arguments, assert_no_worse):
-    out = decode_attention(*arguments)
+    out, exact = decode_attention(*arguments), plain(*double(arguments))
     assert out.dtype == arguments[0].dtype and out.is_contiguous()
-    assert_no_worse("out", out, plain(*arguments), plain(*double(arguments)))
-    return out
+    if out.dtype == torch.float64:
+        torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-12)
+    else:
+        # fp32 against the same matrix products, which add up in an order of their own; halves against the fused op,
+        # since torch would round scores
+        judge = with_mask if out.dtype == torch.float32 and exact.any() else plain
+        assert_no_worse("out", out, judge(*arguments), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str, indirect=True)
@@ -111,9 +127,8 @@ def compare(arguments, assert_no_worse):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_decode_attention(shape, per_query, dtype, assert_no_worse):
     arguments = draw(shape, dtype, per_query)
-    out = compare(arguments, assert_no_worse)
+    compare(arguments, assert_no_worse)
     if dtype == torch.float64:
-        torch.testing.assert_close(out, plain(*arguments), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(
             decode_attention_reference(*arguments), plain(*arguments), rtol=1e-12, atol=1e-12
         )
@@ -123,7 +138,7 @@ def test_decode_attention(shape, per_query, dtype, assert_no_worse):
 @pytest.mark.parametrize("case", ("confident", "large-scores", "offset", "late-maximum"))
 def test_adversarial(case, dtype, assert_no_worse):
     """One key takes all, scores that overflow exp without a maximum, a common offset, a maximum that comes last."""
-    arguments = draw((1, 2, 5, 32, 300, 12, 3), dtype, scale=1.0)
+    arguments = draw((1, 2, 5, 32, 300, 12, 3), dtype)
     q, shared_k = arguments[0], arguments[1]
     arguments[3][:] = True
     if case == "confident":
@@ -136,7 +151,7 @@ def test_adversarial(case, dtype, assert_no_worse):
         arguments[0] = q + 2
     else:
         ramp = torch.linspace(0, 30, 300)[None, None, :, None].to(dtype)
-        arguments[1] = ramp * q[:, :, :1] / 4
+        arguments[1] = ramp * q[:, :, :1] / 20
     compare(arguments, assert_no_worse)
 
 
@@ -161,8 +176,8 @@ def test_chunks(monkeypatch, per_query):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str, indirect=True)
-def test_strides(dtype):
-    """Layouts as the decoder makes them, (R, Q, H, K) in memory, a cache read up to a step, tables of one row for all."""
+def test_strides(dtype, on_backend):
+    """Layouts as the decoder makes them, (R, Q, H, K) in memory; a cache read up to a step; one table for all rows."""
     arguments = draw(SHAPES["beams"], dtype)
     arguments[6] = arguments[6][:1].expand(2, -1, -1).contiguous()
     expected = decode_attention(*arguments)
@@ -174,7 +189,10 @@ def test_strides(dtype):
     arguments[0] = arguments[0].mT.contiguous().mT
     arguments[3] = arguments[3].T.contiguous().T
     arguments[6] = arguments[6][:1].expand(2, -1, -1)
-    torch.testing.assert_close(decode_attention(*arguments), expected, rtol=1e-6, atol=1e-6)
+    if on_backend == "torch":
+        torch.testing.assert_close(decode_attention(*arguments), expected)
+    else:
+        assert torch.equal(decode_attention(*arguments), expected)
 
 
 def test_unseen_values_do_not_leak():

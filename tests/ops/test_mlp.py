@@ -207,12 +207,14 @@ def test_frozen(trains, on_backend, count_calls):
         room._backward(*arguments)
     if on_backend == "torch":
         assert len(calls["aten::mm"]) == products and not calls["aten::addmm"]
+        assert len(calls["prismer::bias_activation"]) == trains[3]
         return
     with torch.no_grad(), interpreted() as ledger:
         room._backward(*arguments)
     assert ledger.kernels.count("_gemm_kernel") == products
     # the sums of each bias take a kernel for the last stage, and that of proj one for the first
     recomputed = trains[3] and not need_dh
+    assert (("_gemm_kernel", "p_activated") in ledger.traffic) == (trains[3] and need_dh)
     assert ledger.launches == products + trains[2] + 2 * trains[4] + recomputed
 
 

@@ -1,0 +1,71 @@
+"""Proves how many operators one training step of BASE issues, forward and backward, in bf16, with the fused modules and
+without: a fine-tuning batch of a few images is bound by what the host issues, not by arithmetic.
+
+Counted on tensors without data, as a GPU would be sent them (the Triton ops are opaque; views and allocations launch
+nothing and do not count). Run: pytest tests/model/test_op_count.py -s
+"""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prismer.config import preset
+from prismer.dataloading.batch import Batch, ImageBatch, TextBatch
+from prismer.freezing import freeze
+from prismer.kernels.dispatch import use_backend
+from prismer.model import Prismer
+
+LIMIT = 1200
+NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operators that do something."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func._schema.name.removeprefix("aten::") not in NO_LAUNCH:
+            self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_step(mode: str, side: int) -> Counter:
+    """The operators of one step of BASE: two images, one text of 30 tokens each."""
+    config = dataclasses.replace(preset("base"), image_size=side)
+    with torch.device("meta"):
+        model = Prismer(config).bfloat16().train()
+        freeze(model, mode)
+        rgb = torch.empty(2, 3, side, side, dtype=torch.uint8)
+        ids = torch.empty(2, 1, 30, dtype=torch.int64)
+        texts = TextBatch(ids=ids, labels=ids.clone(), weights=torch.empty(2, 1))
+        batch = Batch(
+            images=ImageBatch.without_labels(rgb, config.experts, config.label_size), texts=texts, keys=[], meta=[]
+        )
+        with Counting() as counting:
+            model(batch).backward()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing, f"no gradient reached {missing[:3]}: the count is of half a step"
+    return counting.counts
+
+
+@pytest.mark.parametrize(
+    ("mode", "side"),
+    (("freeze_lang_vision", 224), ("freeze_vision", 480)),
+    ids=("pretrain-224", "finetune-480"),
+)
+def test_ops_of_a_training_step(mode, side):
+    with use_backend("triton"):
+        fused = count_step(mode, side)
+    with use_backend("reference"):
+        plain = count_step(mode, side)
+    print(f"\n{mode} {side} px: {fused.total()} operators fused, {plain.total()} in plain torch")
+    print(fused.most_common(60))
+    assert fused.total() < LIMIT
+    # the count sees what the fused ops hide: their definitions, dropout's random numbers included, are all torch
+    assert plain.total() > 2800 and not any(name.startswith("prismer::attention") for name in plain)
