@@ -163,7 +163,7 @@ def _forward_kernel(
         )  # fmt: skip
     nothing = b_sum == 0
     b_sum = tl.where(nothing, 1.0, b_sum)
-    # infinite where no key is seen: the backward pass then finds weights of zero
+    # plus infinity where no key is seen: minus infinity would make NaN of weights that are zero
     b_lse = tl.where(nothing, float("inf"), b_max + tl.log2(b_sum))
     b_norm = unkept / b_sum
     tl.store(p_lse + i_bh.to(tl.int64) * N + i_m + o_m, b_lse, mask=m_m)

@@ -16,7 +16,7 @@ One unit is the 2 R D V FLOPs of a product with W. What is trained, and where it
     W or b too, otherwise                        1 unit forward, 3 backward: the logits are formed again
 
 Extra memory, for numbers of s bytes, beyond what is returned or saved:
-    torch, logits once      a chunk of rows: (4 + s) bytes for each of 12 * 2^20 logits at most (4 where x is fp32)
+    torch, logits once      a chunk of rows: (4 + s) bytes for each of 2^23 logits at most (4 where x is fp32)
     torch, logits again     a chunk of vocabulary: (4 + s) bytes for each of 2^21 logits at most, and 4 R D for dx;
                             a chunk's rows of W see all of x, so that no copy of dW is summed over chunks
     triton                  statistics: 16 R bytes for every 1024 entries of the vocabulary. Where a gradient is formed,
@@ -34,8 +34,8 @@ from prismer.kernels.cross_entropy_triton import add_product, pieces
 _REDUCTIONS = ("none", "sum", "mean")
 _CHUNK_ELEMENTS = 2**21
 # logits of a chunk of vocabulary: in fp32 they stay in the cache of a CPU, and exp costs what it computes, not moves
-_ROW_CHUNK_ELEMENTS = 12 * 2**20
-# logits of a chunk of rows, each row whole: 250 rows of RoBERTa's vocabulary; fewer would wait for W from memory
+_ROW_CHUNK_ELEMENTS = 2**23
+# logits of a chunk of rows, each row whole: 166 rows of RoBERTa's vocabulary; fewer would wait for W from memory
 _BLOCK_ROWS = 2048
 
 

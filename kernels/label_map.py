@@ -167,6 +167,7 @@ _BACKWARD_TILES = dict(BF=64, BP=32, num_warps=8)
 # a product in fp32 runs on the ordinary units and keeps its operands in registers: 79 here on sm_90, but all 255 and
 # spills with 64 pixels and 4 warps
 _SUM_TILES = dict(BG=8, BN=128)
+_MAX_PARTS = 64
 
 
 def _columns(C: int) -> int:
@@ -176,7 +177,7 @@ def _columns(C: int) -> int:
 def _parts(P: int, F: int, C: int) -> tuple[int, int]:
     """Parts G of the pixels and tiles of each: a function of the shapes alone, so that sums repeat anywhere."""
     tiles = triton.cdiv(P, _BACKWARD_TILES["BP"])
-    parts = max(1, min(64, 2**22 // (F * C)))
+    parts = max(1, min(_MAX_PARTS, 2**22 // (F * C)))
     each = triton.cdiv(tiles, parts)
     return triton.cdiv(tiles, each), each
 

@@ -333,8 +333,8 @@ def _tiles(kind: str, Q: int, D: int, itemsize: int) -> dict[str, int]:
     if kind == "keys":
         BQ = min(BQ, 64)
         return dict(BQ=BQ, BN=BLOCK, BD=BD, num_warps=4, num_stages=2)
-    # the sums of all blocks and two tiles at once: four warps spill
-    num_warps = 8 if kind == "mix" and BQ > 64 else 4
+    # four warps spill: a mix has two tiles at once, and products exact to fp32 leave their tiles in plain registers
+    num_warps = 8 if itemsize == 4 or kind == "mix" and BQ > 64 else 4
     return dict(BQ=BQ, BN=BLOCK, BD=BD, num_warps=num_warps, num_stages=3)
 
 
@@ -421,7 +421,7 @@ def attend_backward(
     if needs["in_proj_weight"]:
         _mix(2, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
     if needs["x_hat"] or needs["query"]:
-        scaled_a = _scale(a, gamma, beta)[0] if needs["x_hat"] else None
+        scaled_a = _scale(a, gamma, beta)[0] if needs["x_hat"] else a  # or not read
         first, last = 0 if needs["query"] else NZ, NB if needs["x_hat"] else NZ
         tiles = _tiles("keys", Q, D, a.element_size())
         if last > first:

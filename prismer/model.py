@@ -82,7 +82,9 @@ class Prismer(nn.Module):
         shares = batch.texts.weights.float() / batch.texts.weights.numel()
         # each position weighs what its text does; one sum, so that its logits are formed once
         pieces = shares.split([t.shape[1] for t in targets], dim=1)
-        rows = [w[:, :, None].expand(t.shape).flatten(1) for w, t in zip(pieces, targets, strict=True)]
+        rows = [
+            w[:, :, None].expand(t.shape).flatten(1) for w, t in zip(pieces, targets, strict=True)
+        ]
         weights = torch.cat(rows, dim=1).flatten()
         return self._token_losses(hidden, targets, reduction="sum", row_weights=weights)
 

@@ -14,7 +14,7 @@
 namespace prismer {
 namespace {
 
-constexpr int64_t kBlock = 32;  // keys at a time: with their values 16 KB at head size 64
+constexpr int64_t kBlock = 16;  // keys at a time: with their values 16 KB at head size 64
 constexpr int64_t kSplit = 512;  // keys of a task
 constexpr int64_t kChunk = 32;   // queries of a task
 constexpr int64_t kTile = 4;     // queries at a time
@@ -224,7 +224,7 @@ struct Attend {
   PRISMER_INLINE void prefetch_row(const Stored* p) const {
     const char* line = reinterpret_cast<const char*>(p);
     for (int64_t i = 0; i < width * static_cast<int64_t>(sizeof(Stored)); i += 64) {
-      __builtin_prefetch(line + i);
+      __builtin_prefetch(line + i, 0, 2);
     }
   }
 

@@ -536,9 +536,9 @@ PRISMER_INLINE Tree<float, Lanes, Width> fold(
     const Tree<float, Lanes, Width>& a, const Tree<float, Lanes, Width>& b) {
   if constexpr (Lanes == Width) {
     return {leaf::fold<Step, Width>(a.v, b.v)};
-  } else if constexpr (2 * Step == Lanes) {
+  } else if constexpr (Step >= 4 && 2 * Step == Lanes) {
     return {a.low + a.high, b.low + b.high};
-  } else if constexpr (4 * Step == Lanes) {
+  } else if constexpr (Step == 4 && Lanes == 16) {
     return {fold<Step>(a.low, a.high), fold<Step>(b.low, b.high)};
   } else {
     return {fold<Step>(a.low, b.low), fold<Step>(a.high, b.high)};

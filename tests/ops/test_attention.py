@@ -60,9 +60,14 @@ def on(running):
 
 
 def draw(B, H, N, L, L2, K, what, dtype=torch.float64):
-    """Tensors by name, as views of packed projections, and the options of the call."""
-    q, k, v = torch.randn(B, max(N, L), 3, H, K, dtype=torch.float64).to(dtype).permute(2, 0, 3, 1, 4)
-    tensors = dict(q=2 * q[:, :, :N], k=k[:, :, :L], v=v[:, :, :L] + 0.5)
+    """Tensors by name, views of a packed projection (in cross-attention v is apart), and the options of the call."""
+    packed = torch.randn(B, max(N, L), 3, H, K, dtype=torch.float64)
+    packed *= torch.tensor([2.0, 1.0, 1.0]).view(3, 1, 1)
+    packed += torch.tensor([0.0, 0.0, 0.5]).view(3, 1, 1)
+    q, k, v = packed.to(dtype).permute(2, 0, 3, 1, 4)
+    tensors = dict(q=q[:, :, :N], k=k[:, :, :L], v=v[:, :, :L])
+    if N != L:
+        tensors["v"] = tensors["v"].contiguous()
     if L2:
         extra = torch.randn(B, L2, 2, H, K, dtype=torch.float64).to(dtype).permute(2, 0, 3, 1, 4)
         tensors |= dict(extra_k=extra[0], extra_v=extra[1])

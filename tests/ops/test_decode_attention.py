@@ -292,7 +292,7 @@ def test_ledger(shape, per_query):
         arguments[i] = torch.cat((arguments[i], arguments[i]), 2)[:, :, : arguments[i].shape[2]]
     with interpreted() as ledger:
         decode_attention(*arguments)
-    BQ, BN, K_tile = (16, 64, 64) if Q == 3 else (32, 64, 64 + 32)
+    BQ, BN, K_tile = (16, 64, 64) if Q == 3 else (32, 32, 64 + 32)
     tiles, parts, N = -(-Q // BQ), -(-S // 256) + 1, R * H * Q
     listed = int((arguments[6] >= 0).sum())
     mask = R * H * Q * S if per_query else R * H * S * tiles

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import prismer.kernels.label_map as room
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.label_map import label_map, label_map_reference
 
@@ -164,6 +165,31 @@ def test_adversarial(case, dtype, assert_no_worse):
         )
         assert_no_worse("dfeatures", ours, plain, exact, factor=3.0)
     compare(ids, rows, features.to(dtype), 19, assert_no_worse)
+
+
+@pytest.mark.parametrize("tap", ((1, 1), (1, 2), (2, 1), (2, 2)), ids=str)
+def test_gradient_of_one_tap(tap):
+    """By hand: a 4 x 4 map at size 3 reads its middle pixels once each, for the output in the middle."""
+    ids = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    ids[0][tap] = 9
+    rows = torch.zeros(1, 256, dtype=torch.int64)
+    # in a block of the table of its own, which nothing else names
+    rows[0, 9] = 69
+    dy = torch.randn(1, 8, 3, 3)
+    grad = results(label_map, ids, rows, torch.randn(70, 8), 3, dy)["dfeatures"]
+    torch.testing.assert_close(grad[69], dy[0, :, 1, 1] / 4)
+    torch.testing.assert_close(grad[0], dy.sum((0, 2, 3)) - dy[0, :, 1, 1] / 4)
+    assert not grad[1:69].any()
+
+
+@pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
+@pytest.mark.parametrize("most", (1, 2, 9))
+def test_parts(most, monkeypatch, assert_no_worse):
+    """However many parts the pixels are summed in: one, several tiles each, one more than are added at a time."""
+    monkeypatch.setattr(room, "_MAX_PARTS", most)
+    shape = (2, 23, 17, 12, 70, 20)
+    assert room._parts(2 * 12 * 12, 70, 20) == (most, -(-9 // most))
+    compare(*draw(shape, torch.float32), 12, assert_no_worse)
 
 
 @pytest.mark.parametrize("on_backend", ("torch",), indirect=True)
