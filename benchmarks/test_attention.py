@@ -1,4 +1,7 @@
-"""Attention of encoder and decoder, against SDPA, xFormers and flash-attn: pytest benchmarks/test_attention.py --benchmark-only"""
+"""Attention of encoder and decoder, against SDPA, xFormers and flash-attn.
+
+Run: pytest benchmarks/test_attention.py --benchmark-only
+"""
 
 import pytest
 import torch

@@ -9,7 +9,6 @@ from shapes import LOSS_ROWS, VOCABULARY
 from prismer.kernels.cross_entropy import linear_cross_entropy
 
 
-
 def eager(x, weight, bias, labels):
     logits = F.linear(x, weight, bias)
     logits = logits if x.dtype == torch.float64 else logits.float()

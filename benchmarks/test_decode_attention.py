@@ -1,4 +1,7 @@
-"""Beams and candidates over shared keys, against SDPA on repeated keys: pytest benchmarks/test_decode_attention.py --benchmark-only"""
+"""Beams and candidates over shared keys, against SDPA on repeated keys.
+
+Run: pytest benchmarks/test_decode_attention.py --benchmark-only
+"""
 
 import pytest
 import torch
@@ -23,7 +26,8 @@ def repeated(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors):
     gathered = [t.transpose(1, 2)[rows, ancestors].permute(0, 1, 3, 2, 4).flatten(0, 1) for t in (suffix_k, suffix_v)]
     shared = [t.repeat_interleave(Q, 0) for t in (shared_k, shared_v)]
     k, v = (torch.cat(pair, 2) for pair in zip(shared, gathered, strict=True))
-    return F.scaled_dot_product_attention(q.transpose(1, 2).reshape(R * Q, H, 1, K), k, v).view(R, Q, H, K).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2).reshape(R * Q, H, 1, K), k, v)
+    return out.view(R, Q, H, K).transpose(1, 2)
 
 
 def sdpa_alone(q, k, v):

@@ -1,4 +1,7 @@
-"""The resampler: absorbed against ordinary order, and the whole module: pytest benchmarks/test_resampler_attention.py --benchmark-only"""
+"""The resampler: absorbed against ordinary order, and the whole module.
+
+Run: pytest benchmarks/test_resampler_attention.py --benchmark-only
+"""
 
 import pytest
 import torch

@@ -62,6 +62,7 @@ STABLE_TORCH_LIBRARY_IMPL(prismer_native, CPU, m) {
   m.impl("bias_activation", TORCH_BOX(&prismer::bias_activation_cpu));
   m.impl("bias_activation_backward", TORCH_BOX(&prismer::bias_activation_backward_cpu));
   m.impl("label_map", TORCH_BOX(&prismer::label_map_cpu));
+  m.impl("label_map_backward", TORCH_BOX(&prismer::label_map_backward_cpu));
   m.impl("decode_attention", TORCH_BOX(&prismer::decode_attention_cpu));
 }
 

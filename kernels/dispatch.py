@@ -177,7 +177,10 @@ def _why_not(op: str, backend: str, device_type: str) -> str | None:
     if backend == "triton":
         reason = triton_missing()
         if reason is None and device_type != "cuda" and not interpreting():
-            reason = f"triton {op} serves cuda tensors, not {device_type}; TRITON_INTERPRET=1 runs it on the CPU, slowly"
+            reason = (
+                f"triton {op} serves cuda tensors, not {device_type}; "
+                "TRITON_INTERPRET=1 runs it on the CPU, slowly"
+            )
         return reason
     served = _OPS[op][backend]
     if served is not None and device_type not in served:

@@ -15,7 +15,6 @@ and for a trained affine 8 D bytes of partial sums for each of the P row groups,
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -409,7 +408,8 @@ def kernel_cases() -> list[KernelCase]:
             KernelCase(
                 name=f"{model} layer_norm affine sums", kernel=_sum_groups_kernel, shape=shape,
                 signature=dict(p_partial=fp32, p_sum=fp32, P="i32", D="i32"),
-                constants=dict(BP=16, BD=64), num_warps=4, bytes=8 * P * D + 8 * D, flops=2 * P * D, divisible=("D",), vector_loads=False,
+                constants=dict(BP=16, BD=64), num_warps=4, bytes=8 * P * D + 8 * D, flops=2 * P * D,
+                divisible=("D",), vector_loads=False,
             ),
         ]  # fmt: skip
     return cases

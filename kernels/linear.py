@@ -10,7 +10,6 @@ Source: query, key and value of Vaswani et al., arXiv:1706.03762, section 3.2.
 FLOPs 2 R D N forward for N outputs in all; as much again for dx, and for the weights that train.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

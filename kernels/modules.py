@@ -5,7 +5,7 @@
 | `LayerNorm` | `nn.LayerNorm` | weight, bias |
 | `MLP` | the feed-forward of CLIP and others | c_fc.*, c_proj.*, or the two names you give |
 | `Adaptor` | Prismer's residual adaptors (arXiv:2303.02506, section 3.2) | norm.*, down.*, up.* |
-| `MultiheadAttention` | `nn.MultiheadAttention`, batch first; or four separate projections | in_proj_*, out_proj.*; or your names |
+| `MultiheadAttention` | `nn.MultiheadAttention`, batch first | in_proj_*, out_proj.*; or four names of yours |
 | `PerceiverResampler` | Flamingo's and Prismer's resampler (arXiv:2204.14198, section 3.1.1) | latents, blocks.i.* |
 | `LinearCrossEntropy` | an LM head and its loss | weight, bias |
 

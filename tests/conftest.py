@@ -66,7 +66,7 @@ def assert_no_worse():
 
 @pytest.fixture
 def running():
-    """A context in which ops run on the named backend; Triton's interpreter, where there is no GPU, with correct bf16."""
+    """A context in which ops run on the named backend; where there is no GPU, Triton's interpreter has correct bf16."""
     from prismer.kernels.dispatch import use_backend
 
     @contextmanager

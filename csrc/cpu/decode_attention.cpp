@@ -3,7 +3,7 @@
 //
 // A task is (row, head, chunk of queries, split of the keys), all sizes fixed, so that results do
 // not depend on the number of threads; splits are merged afterwards, in their order. Within a task
-// a block of keys and values is taken into the first-level cache as fp32 and met there by all
+// a block of keys and values is read into the nearest caches, as fp32, and met there by all
 // queries of the chunk, four at a time: their scores fill one vector of 16 = 4 keys x 4 queries.
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace prismer {
 namespace {
 
-constexpr int64_t kBlock = 16;  // keys at a time: with their values 16 KB at head size 64
+constexpr int64_t kBlock = 64;  // keys at a time: with their values 32 KB at head size 64
 constexpr int64_t kSplit = 512;  // keys of a task
 constexpr int64_t kChunk = 32;   // queries of a task
 constexpr int64_t kTile = 4;     // queries at a time

@@ -1,222 +1,272 @@
-// Forward of label_map on the CPU, as defined in kernels/label_map.py:
-//   out[b, i, j, :] = sum over 4 taps of weight * features[rows[b, ids[b, y, x]], :]
-// The loops over a pixel's numbers are plain, for the compiler to vectorise; they are compiled once
-// per instruction set and the best one is chosen at run time.
+// label_map on the CPU, forward and backward, as defined in kernels/label_map.py; formulas in
+// shared/label_map.h. Most pixels lie inside one region: their four taps name one row, which is
+// copied as it is stored, or added to as it comes, with nothing to blend.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
+#include "../shared/label_map.h"
 
-#include <bit>
-#include <cstdint>
-#include <type_traits>
+#include <cstring>
 #include <vector>
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+#include "dispatch.h"
 
+namespace prismer {
 namespace {
 
-// where one output line or column reads: two source positions and the weight of the second
-template <typename Value>
-struct Tap {
-  int64_t low;
-  int64_t high;
-  Value upper;
-};
+constexpr int64_t kIds = 256;   // that a byte can tell apart
+constexpr int64_t kLines = 16;  // of an image, whose gradients are summed together
 
-template <typename Value>
-std::vector<Tap<Value>> taps(int64_t source, int64_t size) {
-  std::vector<Tap<Value>> result(size);
-  const int64_t steps = size > 1 ? size - 1 : 1;
-  for (int64_t i = 0; i < size; ++i) {
-    // integers: exact, where a float position may land just below a whole pixel
-    const int64_t scaled = i * (source - 1);
-    const int64_t low = scaled / steps;
-    const int64_t high = low + 1 < source ? low + 1 : low;
-    result[i] = {low, high, static_cast<Value>(scaled - low * steps) / static_cast<Value>(steps)};
+// where the output reads the ids of its image
+struct Source {
+  const uint8_t* ids;   // (B, h, w)
+  const int64_t* rows;  // (B, kIds)
+  int64_t h, w, size;
+  const Tap<float, int64_t>* taps_y;
+  const Tap<float, int64_t>* taps_x;
+
+  // body(column, ids of the four taps, their rows, their weights) along an output line of image b
+  template <typename Body>
+  PRISMER_INLINE void along(int64_t b, int64_t line, const Body& body) const {
+    const Tap<float, int64_t> y = taps_y[line];
+    const uint8_t* top = ids + (b * h + y.low) * w;
+    const uint8_t* bottom = ids + (b * h + y.high) * w;
+    const int64_t* row_of = rows + b * kIds;
+    for (int64_t j = 0; j < size; ++j) {
+      const Tap<float, int64_t> x = taps_x[j];
+      const uint8_t id[4] = {top[x.low], top[x.high], bottom[x.low], bottom[x.high]};
+      const int64_t row[4] = {row_of[id[0]], row_of[id[1]], row_of[id[2]], row_of[id[3]]};
+      body(j, id, row, y.upper, x.upper);
+    }
   }
-  return result;
-}
-
-template <typename Out, typename Value>
-[[gnu::always_inline]] inline Out store(Value value) {
-  return static_cast<Out>(value);
-}
-
-// round to nearest even on integers: vectorises, unlike the header's branch on NaN
-template <>
-[[gnu::always_inline]] inline uint16_t store<uint16_t, float>(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
-}
-
-template <typename Value, typename Out>
-struct Job {
-  const uint8_t* ids;        // (B, h, w)
-  const int64_t* rows;       // (B, 256)
-  const Value* features;     // (F, width)
-  Out* out;                  // (B, size, size, width)
-  int64_t h, w, size, width;
-  const Tap<Value>* taps_y;
-  const Tap<Value>* taps_x;
 };
 
-// output lines [begin, end) of B * size
-template <int64_t Width, typename Value, typename Out>
-[[gnu::always_inline]] inline void lines(const Job<Value, Out>& job, int64_t begin, int64_t end) {
-  const int64_t width = Width ? Width : job.width;
-  for (int64_t line = begin; line < end; ++line) {
-    const int64_t b = line / job.size;
-    const Tap<Value> y = job.taps_y[line % job.size];
-    const uint8_t* top = job.ids + (b * job.h + y.low) * job.w;
-    const uint8_t* bottom = job.ids + (b * job.h + y.high) * job.w;
-    const int64_t* rows = job.rows + b * 256;
-    Out* __restrict out = job.out + line * job.size * width;
-    for (int64_t j = 0; j < job.size; ++j, out += width) {
-      const Tap<Value> x = job.taps_x[j];
-      const int64_t r00 = rows[top[x.low]], r01 = rows[top[x.high]];
-      const int64_t r10 = rows[bottom[x.low]], r11 = rows[bottom[x.high]];
-      const Value* __restrict t00 = job.features + r00 * width;
-      // most pixels lie inside one region of a label map: nothing to blend
-      if (r00 == r01 && r00 == r10 && r00 == r11) {
-        for (int64_t c = 0; c < width; ++c) out[c] = store<Out>(t00[c]);
-        continue;
-      }
-      const Value* __restrict t01 = job.features + r01 * width;
-      const Value* __restrict t10 = job.features + r10 * width;
-      const Value* __restrict t11 = job.features + r11 * width;
-      const Value w00 = (1 - y.upper) * (1 - x.upper), w01 = (1 - y.upper) * x.upper;
-      const Value w10 = y.upper * (1 - x.upper), w11 = y.upper * x.upper;
-      for (int64_t c = 0; c < width; ++c) {
-        out[c] = store<Out>(w00 * t00[c] + w01 * t01[c] + w10 * t10[c] + w11 * t11[c]);
+PRISMER_INLINE bool one_region(const int64_t (&row)[4]) {
+  return row[0] == row[1] && row[0] == row[2] && row[0] == row[3];
+}
+
+template <typename Stored>
+struct Forward {
+  Source source;
+  const Stored* features;  // (F, width)
+  const float* widened;    // the same
+  Stored* out;             // (B, size, size, width)
+  int64_t width;
+
+  // output lines [begin, end) of B * size
+  template <int Width>
+  PRISMER_INLINE static void run(const Forward& job, const int64_t& begin, const int64_t& end) {
+    for (int64_t line = begin; line < end; ++line) {
+      if (job.width == 64) {
+        job.one_line<Floats<Width>, 64>(line);
+      } else {
+        job.one_line<Floats<Width>, 0>(line);
       }
     }
   }
-}
 
-template <typename Value, typename Out>
-[[gnu::always_inline]] inline void lines_any(
-    const Job<Value, Out>& job, int64_t begin, int64_t end) {
-  if (job.width == 64) {
-    lines<64>(job, begin, end);
-  } else {
-    lines<0>(job, begin, end);
+  template <typename Vector, int64_t Known>
+  PRISMER_INLINE void one_line(int64_t line) const {
+    const int64_t C = Known ? Known : width, size = source.size;
+    const Stored* const stored = features;
+    const float* const table = widened;
+    Stored* const pixels = out + line * size * C;
+    source.along(line / size, line % size, [=](
+        int64_t j, const uint8_t (&)[4], const int64_t (&row)[4], float upper_y, float upper_x)
+        __attribute__((always_inline)) {
+      Stored* const pixel = pixels + j * C;
+      if (one_region(row)) {
+        std::memcpy(pixel, stored + row[0] * C, C * sizeof(Stored));
+        return;
+      }
+      const auto weights = tap_weights(upper_y, upper_x);
+      for_columns(C, [=](int64_t c, auto part) __attribute__((always_inline)) {
+        store(pixel + c,
+              blend(weights, load<Vector>(table + row[0] * C + c, part),
+                    load<Vector>(table + row[1] * C + c, part),
+                    load<Vector>(table + row[2] * C + c, part),
+                    load<Vector>(table + row[3] * C + c, part)),
+              part);
+      });
+    });
   }
-}
+};
 
-template <typename Value, typename Out>
-void lines_baseline(const Job<Value, Out>& job, int64_t begin, int64_t end) {
-  lines_any(job, begin, end);
-}
+template <typename Stored>
+struct Backward {
+  Source source;
+  const Stored* dy;   // (B, size, size, width)
+  float* sums;        // (blocks, kIds, width): of the gradients of each id
+  uint8_t* touched;   // (blocks, kIds), zeros at first: the sums that there are
+  int64_t width, blocks_of_image;
 
-#if defined(__x86_64__)
-template <typename Value, typename Out>
-[[gnu::target("avx2,fma")]] void lines_avx2(
-    const Job<Value, Out>& job, int64_t begin, int64_t end) {
-  lines_any(job, begin, end);
-}
-
-template <typename Value, typename Out>
-[[gnu::target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]] void lines_avx512(
-    const Job<Value, Out>& job, int64_t begin, int64_t end) {
-  lines_any(job, begin, end);
-}
-#endif
-
-template <typename Value, typename Out>
-auto best_lines() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return &lines_avx512<Value, Out>;
+  // blocks of kLines output lines
+  template <int Width>
+  PRISMER_INLINE static void run(const Backward& job, const int64_t& begin, const int64_t& end) {
+    for (int64_t block = begin; block < end; ++block) {
+      if (job.width == 64) {
+        job.one_block<Floats<Width>, 64>(block);
+      } else {
+        job.one_block<Floats<Width>, 0>(block);
+      }
+    }
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return &lines_avx2<Value, Out>;
+
+  template <typename Vector, int64_t Known>
+  PRISMER_INLINE void one_block(int64_t block) const {
+    const int64_t C = Known ? Known : width, size = source.size;
+    const int64_t b = block / blocks_of_image, first = block % blocks_of_image * kLines;
+    float* const table = sums + block * kIds * C;
+    uint8_t* const seen = touched + block * kIds;
+    const auto add = [=](uint8_t id, float weight, const Stored* grad)
+        __attribute__((always_inline)) {
+      float* const sum = table + id * C;
+      if (!seen[id]) {
+        seen[id] = 1;
+        std::fill_n(sum, C, 0.0f);
+      }
+      for_columns(C, [=](int64_t c, auto part) __attribute__((always_inline)) {
+        store(sum + c,
+              load<Vector>(sum + c, part) + weight * load<Vector>(grad + c, part), part);
+      });
+    };
+    for (int64_t line = first; line < std::min(size, first + kLines); ++line) {
+      const Stored* const pixels = dy + (b * size + line) * size * C;
+      source.along(b, line, [=](
+          int64_t j, const uint8_t (&id)[4], const int64_t (&row)[4], float upper_y,
+          float upper_x) __attribute__((always_inline)) {
+        const Stored* const grad = pixels + j * C;
+        if (one_region(row)) return add(id[0], 1.0f, grad);
+        const auto weights = tap_weights(upper_y, upper_x);
+        // a tap without weight gets nothing, not even a NaN
+        if (weights.w00 != 0.0f) add(id[0], weights.w00, grad);
+        if (weights.w01 != 0.0f) add(id[1], weights.w01, grad);
+        if (weights.w10 != 0.0f) add(id[2], weights.w10, grad);
+        if (weights.w11 != 0.0f) add(id[3], weights.w11, grad);
+      });
+    }
   }
-#endif
-  return &lines_baseline<Value, Out>;
+};
+
+// the sums of all blocks, in their order and in the order of ids, to the rows of the table
+struct Scatter {
+  const float* sums;
+  const uint8_t* touched;
+  const int64_t* rows;
+  float* dfeatures;
+  int64_t blocks, blocks_of_image, width;
+
+  template <int Width>
+  PRISMER_INLINE static void run(const Scatter& job) {
+    using Vector = Floats<Width>;
+    for (int64_t at = 0; at < job.blocks * kIds; ++at) {
+      if (!job.touched[at]) continue;
+      const int64_t b = at / kIds / job.blocks_of_image;
+      const float* sum = job.sums + at * job.width;
+      float* total = job.dfeatures + job.rows[b * kIds + at % kIds] * job.width;
+      for_columns(job.width, [=](int64_t c, auto part) __attribute__((always_inline)) {
+        store(total + c, load<Vector>(total + c, part) + load<Vector>(sum + c, part), part);
+      });
+    }
+  }
+};
+
+// the taps of one image axis
+std::vector<Tap<float, int64_t>> taps_along(int64_t source, int64_t size) {
+  std::vector<Tap<float, int64_t>> taps(size);
+  for (int64_t i = 0; i < size; ++i) taps[i] = tap<float, int64_t>(i, source, size);
+  return taps;
 }
 
-// Stored is the type of the tensors, Out what holds its bits here, Value the type of the arithmetic
-template <typename Stored, typename Out, typename Value>
-void run(const Tensor& ids, const Tensor& rows, const Tensor& features, const Tensor& out) {
-  const int64_t size = out.size(1), h = ids.size(1), w = ids.size(2), width = features.size(1);
-  const auto* stored = static_cast<const Stored*>(features.const_data_ptr());
-  std::vector<Value> widened;
-  const Value* table;
-  if constexpr (std::is_same_v<Stored, Value>) {
-    table = stored;
-  } else {
-    widened.assign(stored, stored + features.numel());
-    table = widened.data();
+void check_map(
+    const char* op, const Tensor& ids, const Tensor& rows, int64_t size, int64_t num_rows) {
+  STD_TORCH_CHECK(
+      ids.dim() == 3 && ids.size(1) >= 1 && ids.size(2) >= 1 &&
+          ids.scalar_type() == ScalarType::Byte,
+      op, ": ids are ", shape_of(ids), " ", dtype_of(ids),
+      "; expected (B, h, w) uint8 with at least one pixel");
+  STD_TORCH_CHECK(
+      rows.dim() == 2 && rows.size(0) == ids.size(0) && rows.size(1) == kIds &&
+          rows.scalar_type() == ScalarType::Long,
+      op, ": rows are ", shape_of(rows), " ", dtype_of(rows), "; expected (", ids.size(0),
+      ", 256) int64");
+  STD_TORCH_CHECK(size >= 1, op, ": size is ", size, "; expected at least one pixel");
+  check_contiguous(op, "ids", ids);
+  check_contiguous(op, "rows", rows);
+  const auto* row = data<int64_t>(rows);
+  for (int64_t i = 0; i < rows.numel(); ++i) {
+    STD_TORCH_CHECK(
+        row[i] >= 0 && row[i] < num_rows, op, ": rows hold ", row[i], " but features have ",
+        num_rows, " rows; build both from the same class table");
   }
-  const auto taps_y = taps<Value>(h, size);
-  const auto taps_x = taps<Value>(w, size);
-  const Job<Value, Out> job{
-      static_cast<const uint8_t*>(ids.const_data_ptr()),
-      static_cast<const int64_t*>(rows.const_data_ptr()),
-      table,
-      static_cast<Out*>(out.mutable_data_ptr()),
-      h,
-      w,
-      size,
-      width,
-      taps_y.data(),
-      taps_x.data()};
-  const auto body = best_lines<Value, Out>();
-  // at least 64 K numbers for a thread: less is not worth waking one
-  const int64_t grain = 65536 / (size * width + 1) + 1;
-  torch::stable::parallel_for(
-      0, ids.size(0) * size, grain, [&](int64_t begin, int64_t end) { body(job, begin, end); });
 }
 
 }  // namespace
 
-namespace prismer {
-
-// (B, h, w) uint8, (B, 256) int64, (F, C) floating -> (B, size, size, C)
+// (B, h, w) uint8, (B, 256) int64, (F, C) -> (B, size, size, C)
 Tensor label_map_cpu(
-    const Tensor& ids_any, const Tensor& rows_any, const Tensor& features_any, int64_t size) {
+    const Tensor& ids, const Tensor& rows, const Tensor& features, int64_t size) {
+  constexpr const char* op = "label_map";
   STD_TORCH_CHECK(
-      ids_any.dim() == 3 && rows_any.dim() == 2 && features_any.dim() == 2 && size >= 1 &&
-          ids_any.size(1) >= 1 && ids_any.size(2) >= 1 && rows_any.size(0) == ids_any.size(0) &&
-          rows_any.size(1) == 256 && ids_any.scalar_type() == ScalarType::Byte &&
-          rows_any.scalar_type() == ScalarType::Long,
-      "label_map wants uint8 ids (B, h, w), int64 rows (B, 256), features (F, C), size >= 1");
-  const Tensor ids = torch::stable::contiguous(ids_any);
-  const Tensor rows = torch::stable::contiguous(rows_any);
-  const Tensor features = torch::stable::contiguous(features_any);
-  const auto* row = static_cast<const int64_t*>(rows.const_data_ptr());
-  for (int64_t i = 0; i < rows.numel(); ++i) {
-    STD_TORCH_CHECK(
-        row[i] >= 0 && row[i] < features.size(0), "rows hold ", row[i], " but features have ",
-        features.size(0), " rows; build both from the same class table");
-  }
-  const Tensor out =
-      torch::stable::new_empty(features, {ids.size(0), size, size, features.size(1)});
-  switch (features.scalar_type()) {
-    case ScalarType::Float:
-      run<float, float, float>(ids, rows, features, out);
-      break;
-    case ScalarType::BFloat16:
-      run<c10::BFloat16, uint16_t, float>(ids, rows, features, out);
-      break;
-    case ScalarType::Half:
-      run<c10::Half, c10::Half, float>(ids, rows, features, out);
-      break;
-    case ScalarType::Double:
-      run<double, double, double>(ids, rows, features, out);
-      break;
-    default:
-      STD_TORCH_CHECK(false, "prismer::label_map features must be float32, 64, 16 or bfloat16");
-  }
+      features.dim() == 2 && is_fp32_or_16(features), op, ": features are ", shape_of(features),
+      " ", dtype_of(features), "; expected (F, C) of float32, bfloat16 or float16");
+  check_contiguous(op, "features", features);
+  check_map(op, ids, rows, size, features.size(0));
+  const int64_t B = ids.size(0), h = ids.size(1), w = ids.size(2), width = features.size(1);
+  const Tensor out = torch::stable::new_empty(features, {B, size, size, width});
+  if (out.numel() == 0) return out;
+  const auto taps_y = taps_along(h, size), taps_x = taps_along(w, size);
+  const Source source{
+      data<uint8_t>(ids), data<int64_t>(rows), h, w, size, taps_y.data(), taps_x.data()};
+  with_stored_type(features, [&](auto* type) {
+    using Stored = Pointee<decltype(type)>;
+    const auto* stored = data<Stored>(features);
+    const Buffer widened(features.numel());
+    runner<Widen, float*, const Stored*, int64_t>()(widened.data(), stored, features.numel());
+    const Forward<Stored> job{source, stored, widened.data(), mutable_data<Stored>(out), width};
+    const auto body = runner<Forward<Stored>, Forward<Stored>, int64_t, int64_t>();
+    // at least 64 K numbers for a thread: less is not worth waking one
+    torch::stable::parallel_for(
+        0, B * size, 65536 / (size * width) + 1,
+        [&](int64_t begin, int64_t end) { body(job, begin, end); });
+  });
   return out;
+}
+
+// (B, size, size, C), (B, h, w) uint8, (B, 256) int64 -> (num_rows, C) fp32
+Tensor label_map_backward_cpu(
+    const Tensor& dy, const Tensor& ids, const Tensor& rows, int64_t num_rows) {
+  constexpr const char* op = "label_map_backward";
+  STD_TORCH_CHECK(
+      dy.dim() == 4 && dy.size(0) == ids.size(0) && dy.size(1) == dy.size(2) &&
+          is_fp32_or_16(dy),
+      op, ": dy is ", shape_of(dy), " ", dtype_of(dy),
+      "; expected (B, size, size, C) of float32, bfloat16 or float16, B as in ids ",
+      shape_of(ids));
+  check_contiguous(op, "dy", dy);
+  check_map(op, ids, rows, dy.size(1), num_rows);
+  const int64_t B = ids.size(0), h = ids.size(1), w = ids.size(2);
+  const int64_t size = dy.size(1), width = dy.size(3);
+  const Tensor dfeatures = torch::stable::new_empty(dy, {num_rows, width}, ScalarType::Float);
+  std::fill_n(mutable_data<float>(dfeatures), dfeatures.numel(), 0.0f);
+  if (dy.numel() == 0) return dfeatures;
+  const auto taps_y = taps_along(h, size), taps_x = taps_along(w, size);
+  const Source source{
+      data<uint8_t>(ids), data<int64_t>(rows), h, w, size, taps_y.data(), taps_x.data()};
+  const int64_t blocks_of_image = (size + kLines - 1) / kLines, blocks = B * blocks_of_image;
+  const Buffer sums(blocks * kIds * width);
+  std::vector<uint8_t> touched(blocks * kIds);
+  with_stored_type(dy, [&](auto* type) {
+    using Stored = Pointee<decltype(type)>;
+    const Backward<Stored> job{
+        source, data<Stored>(dy), sums.data(), touched.data(), width, blocks_of_image};
+    const auto body = runner<Backward<Stored>, Backward<Stored>, int64_t, int64_t>();
+    torch::stable::parallel_for(
+        0, blocks, 65536 / (kLines * size * width) + 1,
+        [&](int64_t begin, int64_t end) { body(job, begin, end); });
+  });
+  runner<Scatter, Scatter>()(
+      {sums.data(), touched.data(), source.rows, mutable_data<float>(dfeatures), blocks,
+       blocks_of_image, width});
+  return dfeatures;
 }
 
 }  // namespace prismer

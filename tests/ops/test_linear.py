@@ -16,8 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def draw(count, dtype=torch.float64, bias=True, D=12):
     x = torch.randn(3, 5, D, dtype=torch.float64).to(dtype)
     layers = [
-        (torch.randn(n, D, dtype=torch.float64).to(dtype), torch.randn(n, dtype=torch.float64).to(dtype) if bias else None)
-        for n in (8, 7, 12)[:count]
+        (torch.randn(n, D).to(dtype), torch.randn(n).to(dtype) if bias else None) for n in (8, 7, 12)[:count]
     ]
     return x, layers
 
@@ -30,7 +29,7 @@ def step(op, x, layers, trained, dys):
     """Outputs, then the gradients of x and of what trains."""
     x = x.detach().requires_grad_("x" in trained)
     layers = [
-        (w.detach().requires_grad_(f"w{i}" in trained), None if b is None else b.detach().requires_grad_(f"b{i}" in trained))
+        (w.detach().requires_grad_(f"w{i}" in trained), b.detach().requires_grad_(f"b{i}" in trained))
         for i, (w, b) in enumerate(layers)
     ]
     outputs = op(x, layers)

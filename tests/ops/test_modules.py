@@ -64,9 +64,8 @@ class PlainSeparate(nn.Module):
         self.key, self.value = nn.Linear(24, D), nn.Linear(24, D)
 
     def forward(self, x, context):
-        q, k, v = (
-            t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (self.query(x), self.key(context), self.value(context))
-        )
+        parts = self.query(x), self.key(context), self.value(context)
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in parts)
         out = (q @ k.mT / (D // HEADS) ** 0.5).softmax(-1) @ v
         return self.output(out.transpose(1, 2).flatten(2))
 
@@ -139,7 +138,7 @@ def pair(name):
     """Ours and the plain module with the same large weights, in float64."""
     ours, plain = (make().double() for make in PAIRS[name])
     # biases and norms so large that forgetting one shows
-    state = {key: torch.randn_like(value) * (0.3 if value.dim() > 1 else 1.0) for key, value in ours.state_dict().items()}
+    state = {k: torch.randn_like(v) * (0.3 if v.dim() > 1 else 1.0) for k, v in ours.state_dict().items()}
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     ours.load_state_dict(state)
     plain.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Proves that every fused module survives ZeRO-3 in a model that is not Prismer: the losses and weights of plain training.
+"""Proves that every fused module survives ZeRO-3 in a model that is not Prismer: losses and weights of plain training.
 
 Run: pytest tests/train/test_modules_zero.py
 """

@@ -50,7 +50,7 @@ def test_a_dead_rank_ends_the_run(workshop):
     ranks = subprocess.run(["pgrep", "-f", f"train.py.*{run.folder}"], capture_output=True, text=True).stdout
     workers = [
         int(pid) for pid in ranks.split()
-        if f"--local_rank=1\0" in Path(f"/proc/{pid}/cmdline").read_text()
+        if "--local_rank=1\0" in Path(f"/proc/{pid}/cmdline").read_text()
     ]  # fmt: skip
     os.kill(workers[-1], signal.SIGKILL)
     assert run.end(120) != 0
