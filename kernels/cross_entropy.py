@@ -466,7 +466,7 @@ def _check(x, weight, bias, labels, label_smoothing, reduction, row_weights) -> 
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     labels: Tensor,
     *,
     label_smoothing: float = 0.1,
@@ -483,7 +483,7 @@ def linear_cross_entropy(
     Args:
         x: (R, D), any floating dtype.
         weight: (V, D), the dtype of `x`.
-        bias: (V,), any floating dtype; it is added in fp32.
+        bias: (V,), any floating dtype, added in fp32; or None, as in most causal language models.
         labels: (R,) int64 in [0, V), or `ignore_index`, whose rows give 0 and no gradient.
         label_smoothing: share of the target spread evenly over the vocabulary, in [0, 1).
         ignore_index: the label of a row that takes no part.
@@ -497,6 +497,8 @@ def linear_cross_entropy(
         ValueError: if a shape, dtype or setting does not fit.
         RuntimeError: in the backward pass, if a second derivative is asked for.
     """
+    if bias is None:
+        bias = weight.new_zeros(weight.shape[:1])
     _check(x, weight, bias, labels, label_smoothing, reduction, row_weights)
     if dispatch.asked() == "reference":
         return linear_cross_entropy_reference(

@@ -267,6 +267,7 @@ class LinearCrossEntropy(nn.Module):
     Args:
         width: D.
         vocabulary: V.
+        bias: whether the head has one.
         label_smoothing, ignore_index, reduction: as in `linear_cross_entropy`.
         device, dtype: of the parameters.
     """
@@ -276,6 +277,7 @@ class LinearCrossEntropy(nn.Module):
         width: int,
         vocabulary: int,
         *,
+        bias: bool = True,
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         reduction: str = "mean",
@@ -284,14 +286,16 @@ class LinearCrossEntropy(nn.Module):
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, width, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(vocabulary, device=device, dtype=dtype))
+        offset = torch.empty(vocabulary, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if offset is None else nn.Parameter(offset))
         self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """N(0, 0.02) matrix, zero bias."""
         nn.init.normal_(self.weight, std=0.02)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, labels: Tensor, row_weights: Tensor | None = None) -> Tensor:
         """The loss of hidden states.

@@ -227,11 +227,16 @@ PRISMER_INLINE To read(const From* p) {
 template <typename Value, int Width>
 using Native = typename Tree<Value, Width, Width>::Native;
 
-// 16-bit numbers at any address, as an operand in memory
-template <int Width>
-struct [[gnu::may_alias]] Run {
-  uint16_t bits[Width];
+// 16-bit numbers at any address, as an operand in memory. No templates: those lose the attribute,
+// and the compiler then drops what was stored there as another type.
+struct [[gnu::may_alias]] Run8 {
+  uint16_t bits[8];
 };
+struct [[gnu::may_alias]] Run16 {
+  uint16_t bits[16];
+};
+template <int Width>
+using Run = std::conditional_t<Width == 16, Run16, Run8>;
 
 template <int Width>
 PRISMER_INLINE Native<float, Width> widen(const float* p) {

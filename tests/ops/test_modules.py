@@ -96,8 +96,8 @@ class PlainResampler(nn.Module):
 
 
 class PlainHead(nn.Linear):
-    def __init__(self):
-        super().__init__(D, V)
+    def __init__(self, bias=True):
+        super().__init__(D, V, bias)
 
     def forward(self, x, labels):
         return F.cross_entropy(super().forward(x).flatten(0, -2), labels.flatten(), label_smoothing=0.1)
@@ -105,7 +105,7 @@ class PlainHead(nn.Linear):
 
 def inputs(name):
     x = torch.randn(B, N, D, dtype=torch.float64) + 0.3
-    if name == "head":
+    if name.startswith("head"):
         labels = torch.randint(0, V, (B, N))
         labels[0, ::3] = -100
         return (x, labels), {}
@@ -131,6 +131,7 @@ PAIRS = {
     "separate": (lambda: MultiheadAttention(D, HEADS, context_width=24, names=NAMES), PlainSeparate),
     "resampler": (lambda: PerceiverResampler(D, 2, HEADS, 5), PlainResampler),
     "head": (lambda: LinearCrossEntropy(D, V, label_smoothing=0.1), PlainHead),
+    "head_alone": (lambda: LinearCrossEntropy(D, V, bias=False, label_smoothing=0.1), lambda: PlainHead(False)),
 }
 
 
