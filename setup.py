@@ -69,6 +69,7 @@ def native_extensions() -> list[Extension]:
         Extension(
             "prismer._C",
             sources=["csrc/ops.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],
+            depends=[*map(str, Path("csrc").glob("*/*.h"))],
             language="c++",
             include_dirs=[str(torch / "include")],
             library_dirs=[str(torch / "lib")],

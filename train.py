@@ -38,6 +38,8 @@ def main() -> int:
     """Train; returns 0 when finished, 2 if the settings are wrong, 128 + signal number if stopped and saved."""
     arguments = parse_arguments()
     # imported late, so that --help and a mistyped flag answer at once
+    import torch.distributed as dist
+
     from prismer.train_config import read_config
     from prismer.trainer import Trainer
 
@@ -51,6 +53,9 @@ def main() -> int:
         # every rank fails alike, one says so
         if os.environ.get("RANK", "0") == "0":
             print(f"train.py: {error}", file=sys.stderr)
+        # the group's threads, left alone, may abort the interpreter's exit and hide the code
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return 2
     return trainer.fit()
 

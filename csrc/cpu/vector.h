@@ -587,7 +587,11 @@ PRISMER_INLINE Tree<float, Lanes, Width> round(const Tree<float, Lanes, Width>& 
   }
 }
 
-// a * 2^whole for integers -127 <= whole <= 127; for -127 it may be 0
+// the power of 2 that scale() below makes 0 of
+template <typename Vector>
+constexpr float kVanishes = Vector::leaf && sizeof(Vector) == 64 ? -250.0f : -127.0f;
+
+// a * 2^whole for integers kVanishes <= whole <= 127
 template <int Lanes, int Width>
 PRISMER_INLINE Tree<float, Lanes, Width> scale(
     const Tree<float, Lanes, Width>& a, const Tree<float, Lanes, Width>& whole) {
@@ -626,18 +630,19 @@ PRISMER_INLINE Vector exp2_fraction(const Vector& f) {
   }
 }
 
-// 2^x for x < 127.5; below -126.5 it may be 0. NaN stays NaN.
+// 2^x for x < 127.5; denormal results may be 0. NaN stays NaN.
 template <bool full = true, typename Vector>
 PRISMER_INLINE Vector exp2(Vector x) {
-  x = max(x, -127.0f);
+  x = max(x, kVanishes<Vector>);
   const Vector whole = round(x);
   return scale(exp2_fraction<full>(x - whole), whole);
 }
 
-// e^x; below -87.68 it may be 0, above 88.37 infinity. NaN stays NaN.
+// e^x; denormal results may be 0, above 88.37 infinity. NaN stays NaN.
 template <typename Vector>
 PRISMER_INLINE Vector exp(const Vector& exponent) {
-  const Vector x = min(max(exponent, -88.02f), 88.37f);
+  // a little more than ln 2 times it: that rounds to it
+  const Vector x = min(max(exponent, kVanishes<Vector> * 0.69306f), 88.37f);
   const Vector whole = round(x * 1.44269504f);
   // ln 2 in two parts, the first with trailing zeros: its product with `whole` is exact
   const Vector rest = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
