@@ -39,6 +39,7 @@ ROOMS = (
     "resampler_attention",
     "cross_entropy",
     "label_map",
+    "instance_rows",
     "decode_attention",
 )
 _HERE = Path(__file__).resolve().parent

@@ -19,6 +19,9 @@ constexpr int64_t kSplit = 512;  // keys of a task
 constexpr int64_t kChunk = 32;   // queries of a task
 constexpr int64_t kTile = 4;     // queries at a time
 
+template <int64_t value>
+using Constant = std::integral_constant<int64_t, value>;
+
 // shared/attention.h for the lanes of a vector
 template <typename Vector>
 PRISMER_INLINE Vector shifts(const Vector& max) {
@@ -62,12 +65,12 @@ struct Attend {
     }
   };
 
-  // the queries of a tile; those it lacks repeat the last one and accumulate into nobody
-  template <int64_t Tile>
+  // the queries of a tile, `There` of them at their places among the lanes of Tile
+  template <int64_t Tile, int64_t There>
   struct Queries {
-    const float* q[Tile];
-    float* accumulator[Tile];
-    const uint8_t* mask[Tile];  // null where all see all keys of the chunk
+    const float* q[There];
+    float* accumulator[There];
+    const uint8_t* mask[There];  // null where all see all keys of the chunk
   };
 
   template <int Width>
@@ -107,10 +110,10 @@ struct Attend {
       int64_t ahead = std::min(kBlock, seen - block - size);
       for (int64_t i = 0; i < count; i += kTile) {
         const int64_t tile = std::min(kTile, count - i);
-        const auto one = [&](auto wide) __attribute__((always_inline)) {
-          constexpr int64_t Tile = decltype(wide)::value;
-          Queries<Tile> who;
-          for (int64_t j = 0; j < Tile; ++j) {
+        const auto all_of = [&](auto lanes, auto there) __attribute__((always_inline)) {
+          Queries<decltype(lanes)::value, decltype(there)::value> who;
+          for (int64_t j = 0; j < there; ++j) {
+            // the last one twice where two of three are there
             const int64_t here = i + std::min(j, tile - 1);
             who.q[j] = s.q.data() + here * padded;
             who.accumulator[j] =
@@ -120,9 +123,11 @@ struct Attend {
           meet<Vector>(s, who, i / kTile, s.seen + block, size, k, v, ahead);
         };
         if (tile == 1) {
-          one(std::integral_constant<int64_t, 1>{});
+          all_of(Constant<1>{}, Constant<1>{});
+        } else if (tile < kTile) {
+          all_of(Constant<kTile>{}, Constant<kTile - 1>{});
         } else {
-          one(std::integral_constant<int64_t, kTile>{});
+          all_of(Constant<kTile>{}, Constant<kTile>{});
         }
         // the first tile has asked for the next block
         ahead = 0;
@@ -174,7 +179,7 @@ struct Attend {
       std::fill_n(s.max.data(), kLanes, state[padded]);
       std::fill_n(s.sum.data(), kLanes, 0.0f);
       s.sum.data()[0] = state[padded + 1];
-      const Queries<1> who{{s.q.data() + i * padded}, {state}, {nullptr}};
+      const Queries<1, 1> who{{s.q.data() + i * padded}, {state}, {nullptr}};
       for (int64_t a = 0; a < listed;) {
         int64_t size = 0;
         for (; a < listed && size < kBlock; ++a) {
@@ -229,9 +234,9 @@ struct Attend {
   }
 
   // a tile of queries takes in a block of keys: scores, softmax, values
-  template <typename Vector, int64_t Tile>
+  template <typename Vector, int64_t Tile, int64_t There>
   PRISMER_INLINE void meet(
-      Scratch& s, const Queries<Tile>& who, int64_t index, const int64_t* chosen, int64_t size,
+      Scratch& s, const Queries<Tile, There>& who, int64_t index, const int64_t* chosen, int64_t size,
       const Stored* k, const Stored* v, int64_t ahead) const {
     constexpr int64_t group = kLanes / Tile;  // keys whose scores fill a vector
     float* scores = s.scores.data();
@@ -239,20 +244,19 @@ struct Attend {
     for (int64_t key = 0; key < size; key += group) {
       for (int64_t j = key; j < std::min(key + group, ahead); ++j) {
         prefetch_row(k + chosen[size + j] * width);
-        prefetch_row(v + chosen[size + j] * width);
       }
       Vector products[kLanes];
 #pragma GCC unroll 16
       for (int64_t i = 0; i < kLanes; ++i) products[i] = broadcast<Vector>(0.0f);
       for (int64_t c = 0; c < padded; c += kLanes) {
-        Vector query[Tile];
+        Vector query[There];
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < Tile; ++i) query[i] = load<Vector>(who.q[i] + c);
+        for (int64_t i = 0; i < There; ++i) query[i] = load<Vector>(who.q[i] + c);
 #pragma GCC unroll 16
         for (int64_t j = 0; j < group; ++j) {
           const Vector here = load<Vector>(s.k_at[key + j] + c);
 #pragma GCC unroll 4
-          for (int64_t i = 0; i < Tile; ++i) {
+          for (int64_t i = 0; i < There; ++i) {
             products[j * Tile + i] = products[j * Tile + i] + query[i] * here;
           }
         }
@@ -262,7 +266,7 @@ struct Attend {
         float lanes[kLanes];
         store(lanes, score);
         for (int64_t j = 0; j < group; ++j) {
-          for (int64_t i = 0; i < Tile; ++i) {
+          for (int64_t i = 0; i < There; ++i) {
             const bool sees = key + j < size &&
                               (who.mask[i] == nullptr || who.mask[i][chosen[key + j]] != 0);
             if (!sees) lanes[j * Tile + i] = kMasked;
@@ -298,18 +302,22 @@ struct Attend {
     constexpr int64_t columns = Vector::leaf && sizeof(Vector) == 64 ? 4 : 1;
     int64_t c = 0;
     for (; c + columns * kLanes <= padded; c += columns * kLanes) {
-      add_values<Vector, Tile, columns>(s, who, size, factor, c);
+      const Stored* next = c == 0 ? v : nullptr;
+      add_values<Vector, columns>(s, who, size, factor, c, next, chosen + size, ahead);
     }
-    for (; c < padded; c += kLanes) add_values<Vector, Tile, 1>(s, who, size, factor, c);
+    for (; c < padded; c += kLanes) {
+      const Stored* next = c == 0 ? v : nullptr;
+      add_values<Vector, 1>(s, who, size, factor, c, next, chosen + size, ahead);
+    }
   }
 
-  template <typename Vector, int64_t Tile, int64_t Columns>
+  template <typename Vector, int64_t Columns, int64_t Tile, int64_t There>
   PRISMER_INLINE void add_values(
-      const Scratch& s, const Queries<Tile>& who, int64_t size, const float* factor,
-      int64_t c) const {
-    Vector sum[Tile][Columns];
+      const Scratch& s, const Queries<Tile, There>& who, int64_t size, const float* factor,
+      int64_t c, const Stored* next, const int64_t* coming, int64_t ahead) const {
+    Vector sum[There][Columns];
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < Tile; ++i) {
+    for (int64_t i = 0; i < There; ++i) {
 #pragma GCC unroll 4
       for (int64_t j = 0; j < Columns; ++j) {
         sum[i][j] = load<Vector>(who.accumulator[i] + c + j * kLanes) * factor[i];
@@ -317,19 +325,20 @@ struct Attend {
     }
     const float* weights = s.scores.data();
     for (int64_t key = 0; key < size; ++key, weights += Tile) {
+      if (next != nullptr && key < ahead) prefetch_row(next + coming[key] * width);
       const float* values = s.v_at[key] + c;
       Vector value[Columns];
 #pragma GCC unroll 4
       for (int64_t j = 0; j < Columns; ++j) value[j] = load<Vector>(values + j * kLanes);
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < Tile; ++i) {
+      for (int64_t i = 0; i < There; ++i) {
         const Vector weight = broadcast<Vector>(weights[i]);
 #pragma GCC unroll 4
         for (int64_t j = 0; j < Columns; ++j) sum[i][j] = sum[i][j] + weight * value[j];
       }
     }
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < Tile; ++i) {
+    for (int64_t i = 0; i < There; ++i) {
 #pragma GCC unroll 4
       for (int64_t j = 0; j < Columns; ++j) {
         store(who.accumulator[i] + c + j * kLanes, sum[i][j]);

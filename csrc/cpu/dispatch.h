@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -147,6 +148,24 @@ const Stored* data(const Tensor& tensor) {
 template <typename Stored>
 Stored* mutable_data(const Tensor& tensor) {
   return static_cast<Stored*>(tensor.mutable_data_ptr());
+}
+
+// Small outputs (n,), past torch's dispatcher: that takes longer than to normalise a row.
+inline Tensor new_small(int64_t n, int32_t dtype) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      1, &n, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor new_floats(int64_t n) { return new_small(n, aoti_torch_dtype_float32()); }
+
+// what an op returns for an optional output that was not asked for
+inline Tensor nothing_like(const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return new_small(0, dtype);
 }
 
 template <typename Pointer>

@@ -173,9 +173,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_cpu(
   const Affine affine(op, weight, bias, width);
   const Tensor y = torch::stable::new_empty(x, {rows, width});
   const Tensor total =
-      residual ? torch::stable::new_empty(x, {rows, width}) : torch::stable::new_empty(x, {0});
-  const Tensor mean = torch::stable::new_empty(x, {rows}, ScalarType::Float);
-  const Tensor rstd = torch::stable::new_empty(x, {rows}, ScalarType::Float);
+      residual ? torch::stable::new_empty(x, {rows, width}) : nothing_like(x);
+  const Tensor mean = new_floats(rows);
+  const Tensor rstd = new_floats(rows);
   with_stored_type(x, [&](auto* type) {
     using Stored = Pointee<decltype(type)>;
     const Forward<Stored> job{
@@ -216,8 +216,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
   const Affine scale(op, weight, std::nullopt, width);
   const Tensor dx = torch::stable::new_empty(x, {rows, width});
   const int64_t affine_width = affine ? width : 0;
-  const Tensor dweight = torch::stable::new_empty(x, {affine_width}, ScalarType::Float);
-  const Tensor dbias = torch::stable::new_empty(x, {affine_width}, ScalarType::Float);
+  const Tensor dweight = new_floats(affine_width);
+  const Tensor dbias = new_floats(affine_width);
   const int64_t block_rows = rows / kBlocks + 1;
   const int64_t blocks = (rows + block_rows - 1) / block_rows;
   const Buffer sums(affine ? blocks * 2 * width : 0);

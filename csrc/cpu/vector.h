@@ -587,67 +587,61 @@ PRISMER_INLINE Tree<float, Lanes, Width> round(const Tree<float, Lanes, Width>& 
   }
 }
 
-// the power of 2 that scale() below makes 0 of
-template <typename Vector>
-constexpr float kVanishes = Vector::leaf && sizeof(Vector) == 64 ? -250.0f : -127.0f;
-
-// a * 2^whole for integers kVanishes <= whole <= 127
+// a * 2^whole for integers |whole| < 2^22; 0 or infinity beyond the range of fp32, 0 for denormals
+// on some instruction sets
 template <int Lanes, int Width>
 PRISMER_INLINE Tree<float, Lanes, Width> scale(
     const Tree<float, Lanes, Width>& a, const Tree<float, Lanes, Width>& whole) {
   if constexpr (Lanes != Width) {
     return {scale(a.low, whole.low), scale(a.high, whole.high)};
   } else {
+    using Vector = Tree<float, Lanes, Width>;
 #if defined(__x86_64__)
     if constexpr (Width == 16) {
-      typename Tree<float, Lanes, Width>::Native result;
+      typename Vector::Native result;
       asm("vscalefps %2, %1, %0" : "=v"(result) : "v"(a.v), "v"(whole.v));
       return {result};
     }
 #endif
-    using Integers = typename Tree<int32_t, Lanes, Width>::Native;
-    const auto exponent = __builtin_convertvector(whole.v, Integers) + 127;
-    return {a.v * (typename Tree<float, Lanes, Width>::Native)(exponent << 23)};
+    // the field of the exponent: 0 makes zero of the factor, 255 infinity
+    const Vector within = min(max(whole, -127.0f), 128.0f);
+    const auto exponent =
+        __builtin_convertvector(within.v, typename Tree<int32_t, Lanes, Width>::Native) + 127;
+    return {a.v * (typename Vector::Native)(exponent << 23)};
   }
 }
 
 // 2^fraction for |fraction| <= 1/2
 template <bool full, typename Vector>
 PRISMER_INLINE Vector exp2_fraction(const Vector& f) {
-  Vector p;
   if constexpr (full) {
-    p = f * 1.5345808e-4f + 1.3399931e-3f;
+    Vector p = f * 1.5345808e-4f + 1.3399931e-3f;
     p = p * f + 9.618489e-3f;
     p = p * f + 5.5503288e-2f;
     p = p * f + 2.4022647e-1f;
     p = p * f + 6.9314721e-1f;
     return p * f + 1.0f;
   } else {
-    p = f * 9.5700967e-3f + 5.591786e-2f;
-    p = p * f + 2.4024745e-1f;
-    p = p * f + 6.9312181e-1f;
-    return p * f + 0.99999926f;
+    const Vector high = f * (f * 9.5700967e-3f + 5.591786e-2f) + 2.4024745e-1f;
+    return high * (f * f) + (f * 6.9312181e-1f + 0.99999926f);
   }
 }
 
-// 2^x for x < 127.5; denormal results may be 0. NaN stays NaN.
+// 2^x for |x| < 2^22; see scale() for the ends. NaN stays NaN.
 template <bool full = true, typename Vector>
-PRISMER_INLINE Vector exp2(Vector x) {
-  x = max(x, kVanishes<Vector>);
+PRISMER_INLINE Vector exp2(const Vector& x) {
   const Vector whole = round(x);
   return scale(exp2_fraction<full>(x - whole), whole);
 }
 
-// e^x; denormal results may be 0, above 88.37 infinity. NaN stays NaN.
+// e^x for any x; infinity from 88.37 on
 template <typename Vector>
 PRISMER_INLINE Vector exp(const Vector& exponent) {
-  // a little more than ln 2 times it: that rounds to it
-  const Vector x = min(max(exponent, kVanishes<Vector> * 0.69306f), 88.37f);
+  const Vector x = min(max(exponent, -200.0f), 200.0f);
   const Vector whole = round(x * 1.44269504f);
   // ln 2 in two parts, the first with trailing zeros: its product with `whole` is exact
   const Vector rest = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
-  const Vector result = scale(exp2_fraction<true>(rest * 1.44269504f), whole);
-  return select(less(exponent, 88.37f), result, broadcast<Vector>(__builtin_huge_valf()) + exponent);
+  return scale(exp2_fraction<true>(rest * 1.44269504f), whole);
 }
 
 }  // namespace prismer

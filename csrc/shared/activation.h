@@ -1,5 +1,5 @@
 // Arithmetic of the activations and their derivatives. Vector is a vector of floats with the
-// functions exp, exp2, abs, min, less and select of cpu/vector.h. Not `full` is for results
+// functions exp2, abs, min, max, less and select of cpu/vector.h. Not `full` is for results
 // that are rounded to 16 bits.
 
 #pragma once
@@ -8,12 +8,13 @@
 
 namespace prismer {
 
-// P(normal variable < -distance) for distance >= 0: 2 to a polynomial, which follows the tail where a sum cancels.
-// Coefficients by weighted minimax over 0..14, within 4e-8 (full) or 2e-6.
+// beyond this distance from the mean there is less than any fp32
+constexpr float kFar = 15.0f;
+
+// P(normal variable < -t) for 0 <= t <= kFar: 2 to a polynomial, which follows the tail where a sum
+// cancels. Coefficients by weighted minimax over 0..14, within 4e-8 (full) or 2e-6.
 template <bool full, typename Vector>
-PRISMER_SHARED Vector normal_tail(const Vector& distance) {
-  // beyond 14 it is less than any fp32
-  const Vector t = min(distance, 14.0f);
+PRISMER_SHARED Vector normal_tail(const Vector& t) {
   Vector p;
   if constexpr (full) {
     p = t * 4.4959752e-10f - 2.57151941e-08f;
@@ -28,54 +29,61 @@ PRISMER_SHARED Vector normal_tail(const Vector& distance) {
     p = p * t - 1.15110808f;
     p = p * t - 0.999999929f;
   } else {
-    p = t * 2.14683044e-05f - 0.00064000266f;
-    p = p * t + 0.00756771617f;
-    p = p * t - 0.0525173847f;
-    p = p * t - 0.459449923f;
-    p = p * t - 1.15101176f;
-    p = p * t - 1.00000469f;
+    // pairs first: in one chain of multiply-adds each waits for the one before it
+    const Vector t2 = t * t;
+    const Vector low = (t * -0.0525173847f - 0.459449923f) * t2 + (t * -1.15101176f - 1.00000469f);
+    const Vector high = t2 * 2.14683044e-05f + (t * -0.00064000266f + 0.00756771617f);
+    p = high * (t2 * t2) + low;
   }
   return exp2<full>(p);
 }
 
-// P(normal variable < x)
-template <bool full, typename Vector>
-PRISMER_SHARED Vector normal_cdf(const Vector& x) {
-  const Vector tail = normal_tail<full>(abs(x));
-  return select(less(x, 0.0f), tail, 1.0f - tail);
-}
-
-template <typename Vector>
-PRISMER_SHARED Vector sigmoid(const Vector& x) {
-  return 1.0f / (1.0f + exp(0.0f - x));
-}
-
-// x * sigmoid(1.702 x)
+// x / (1 + e^(-1.702 x)), which is x * sigmoid(1.702 x)
 struct QuickGelu {
   template <bool full, typename Vector>
   PRISMER_SHARED static Vector value(const Vector& x) {
-    return x * sigmoid(1.702f * x);
+    return x / (1.0f + power<full>(x));
   }
 
   template <bool full, typename Vector>
   PRISMER_SHARED static Vector derivative(const Vector& x) {
-    const Vector s = sigmoid(1.702f * x);
+    const Vector s = 1.0f / (1.0f + power<full>(x));
     return s * (1.0f + 1.702f * x * (1.0f - s));
+  }
+
+  // e^(-1.702 x) as a power of two
+  template <bool full, typename Vector>
+  PRISMER_SHARED static Vector power(const Vector& x) {
+    return exp2<full>(min(max(x * -2.45546696f, -200.0f), 200.0f));
   }
 };
 
-// x * normal_cdf(x)
+// x * P(normal variable < x)
 struct Gelu {
   template <bool full, typename Vector>
   PRISMER_SHARED static Vector value(const Vector& x) {
-    return x * normal_cdf<full>(x);
+    const Vector t = min(abs(x), kFar);
+    return max(x, 0.0f) - t * normal_tail<full>(t);
   }
 
+  // P(normal variable < x) + x times the density there; at -x it is 1 minus that
   template <bool full, typename Vector>
   PRISMER_SHARED static Vector derivative(const Vector& x) {
-    // e^(-x^2 / 2) / sqrt(2 pi), as a power of two
-    const Vector density = 0.39894228f * exp2<full>(x * x * -0.72134752f);
-    return normal_cdf<full>(x) + x * density;
+    const Vector t = min(abs(x), kFar);
+    // e^(-t^2 / 2) / sqrt(2 pi) as a power of two
+    const Vector density = exp2<full>(t * t * -0.72134752f - 1.32574806f);
+    Vector below;
+    if constexpr (full) {
+      below = normal_tail<full>(t) - t * density;
+    } else {
+      // saves the second power: tail / density - t by minimax over 0..6, product within 3e-5
+      const Vector u = min(t, 6.0f), u2 = u * u;
+      const Vector low = (u * -0.288595376f + 0.609646461f) * u2 + (u * -1.99754473f + 1.25325634f);
+      const Vector high =
+          (u * -0.000122202172f + 0.00249912555f) * u2 + (u * -0.0210539491f + 0.0976807788f);
+      below = density * (high * (u2 * u2) + low);
+    }
+    return select(less(x, 0.0f), below, 1.0f - below);
   }
 };
 
