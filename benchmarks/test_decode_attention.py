@@ -49,9 +49,8 @@ def calls(*sizes):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decode_attention(benchmark, shape, dtype, compiled):
     R, H, Q, S, M, A = SHAPES[shape]
-    make = calls(R, H, Q, S, M, A)
-    gate(make, dtype, "forward")
-    contenders = make(dtype)
+    gate(calls(R, 2, min(Q, 5), 150, M, A), dtype, "forward")
+    contenders = calls(R, H, Q, S, M, A)(dtype)
     # the softer comparison: the repeat is free, as if the cache had been built that way
     q, k, v, *_ = contenders["ours"].inputs
     q, k, v = q.transpose(1, 2).reshape(R * Q, H, 1, 64), k.repeat_interleave(Q, 0), v.repeat_interleave(Q, 0)

@@ -163,6 +163,7 @@ def package_missing(backend: str) -> str | None:
     return None if None in reasons else f"{backend} is not there: {'; '.join(reasons)}"
 
 
+@functools.cache
 def _has_native(op: str, device_type: str) -> bool:
     # the first look-up of an unknown name raises, so ask for the schema before the kernel
     return hasattr(torch.ops.prismer_native, op) and (

@@ -253,9 +253,9 @@ def _backward(dy, dtotal, x, weight, mean, rstd, affine):
         sums = torch.zeros(2, x.shape[1] if affine else 0, device=x.device)
         if x.shape[0]:
             sums = _backward_triton(dy, dtotal, x, weight, mean, rstd, affine, dx)
-    # rounded once, here; an op's outputs may not share memory
+    # rounded once, here; the halves of Triton's one tensor are copied, since an op's outputs may not share memory
     dtype = x.dtype if weight is None else weight.dtype
-    return dx, *(part.to(dtype, copy=True) for part in sums)
+    return dx, *(part.to(dtype, copy=backend == "triton") for part in sums)
 
 
 def _backward_fake(dy, dtotal, x, weight, mean, rstd, affine):
