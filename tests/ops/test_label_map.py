@@ -306,7 +306,8 @@ def test_row_outside_the_table(on_backend):
     for bad in (-1, len(features), 2**40):
         wrong = torch.full_like(rows, bad)
         if on_backend != "triton":
-            with pytest.raises(RuntimeError, match=f"{bad}"):
+            # what torch's own look-up says differs by the number of its threads
+            with pytest.raises(RuntimeError, match=f"{bad}" if on_backend == "native" else "index|range"):
                 label_map(ids, wrong, features, 4)
             continue
         from interpreter import interpreted

@@ -47,7 +47,7 @@ def order(request, running):
 @pytest.fixture
 def draws(order):
     """How many problems a comparison pools: the interpreter is slow."""
-    return 2 if asked() == "triton" else 8
+    return 4 if asked() == "triton" else 8
 
 
 @pytest.fixture
