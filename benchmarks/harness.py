@@ -201,7 +201,8 @@ def compare(
         function()
         synchronize()
         spent += time.perf_counter() - start
-    rounds = min(max(int(seconds / max(spent, 1e-6)), 5), 300)
+    # a round of the loss takes seconds, and needs few
+    rounds = min(max(int(seconds / max(spent, 1e-6)), 3 if spent > 1 else 5), 100)
     times: dict[str, list[float]] = {name: [] for name in others}
     order = list(others)
 

@@ -38,5 +38,5 @@ def test_bias_activation(benchmark, shape, dtype, part, compiled):
     streams = 2 if part == "forward" else 5
     compare(
         benchmark, contenders, room=f"bias_{activation}", shape=shape, dtype=dtype, part=part,
-        bytes_moved=streams * R * D * dtype.itemsize, seconds=0.4,
+        bytes_moved=streams * R * D * dtype.itemsize, seconds=0.2,
     )  # fmt: skip

@@ -51,5 +51,5 @@ def test_attention(benchmark, shape, dtype, part, compiled):
         contenders = {name: call for name, call in contenders.items() if name not in ("flash-attn", "xformers")}
     flops = 4 * B * H * N * L * 64 * (1 if part == "forward" else 3.5)
     compare(
-        benchmark, contenders, room="attention", shape=shape, dtype=dtype, part=part, flops=int(flops), seconds=1.0
+        benchmark, contenders, room="attention", shape=shape, dtype=dtype, part=part, flops=int(flops), seconds=0.5
     )

@@ -39,5 +39,5 @@ def test_layer_norm(benchmark, shape, add, dtype, part, compiled):
     streams = (2 + 2 * add) + (3 if part == "forward+backward" else 0)
     compare(
         benchmark, compiled(calls(R, D, add)(dtype), shape == "BASE-480 B2"), room="add_layer_norm" if add else
-        "layer_norm", shape=shape, dtype=dtype, part=part, bytes_moved=streams * R * D * dtype.itemsize, seconds=0.4,
+        "layer_norm", shape=shape, dtype=dtype, part=part, bytes_moved=streams * R * D * dtype.itemsize, seconds=0.2,
     )  # fmt: skip

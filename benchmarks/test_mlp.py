@@ -52,5 +52,5 @@ def test_mlp(benchmark, room, model, dtype, part, compiled):
     contenders = compiled(calls(R, D)(dtype), model.name == "BASE-480")
     compare(
         benchmark, contenders, room=room, shape=model.name, dtype=dtype, part=part, flops=flops(R, D, part),
-        seconds=1.5,
+        seconds=0.6,
     )  # fmt: skip

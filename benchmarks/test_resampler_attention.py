@@ -47,7 +47,7 @@ def test_resampler_attention(benchmark, size, experts, dtype, part, compiled):
     gate(calls(1, 60, 96), dtype, part)
     contenders = compiled(calls(1, L, model.width)(dtype), False)
     compare(
-        benchmark, contenders, room="resampler_attention", shape=f"{size} {experts}", dtype=dtype, part=part, seconds=2
+        benchmark, contenders, room="resampler_attention", shape=f"{size} {experts}", dtype=dtype, part=part, seconds=0.8
     )
 
 
@@ -108,5 +108,5 @@ def test_resampler(benchmark, size, dtype, part, compiled):
     model = SIZES[size]
     contenders = compiled(module_calls(model.expert_tokens, model.width)(dtype), False)
     compare(
-        benchmark, contenders, room="PerceiverResampler", shape=f"{size} 6 experts", dtype=dtype, part=part, seconds=3
+        benchmark, contenders, room="PerceiverResampler", shape=f"{size} 6 experts", dtype=dtype, part=part, seconds=1.5
     )
