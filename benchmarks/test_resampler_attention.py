@@ -47,8 +47,9 @@ def test_resampler_attention(benchmark, size, experts, dtype, part, compiled):
     gate(calls(1, 60, 96), dtype, part)
     contenders = compiled(calls(1, L, model.width)(dtype), False)
     compare(
-        benchmark, contenders, room="resampler_attention", shape=f"{size} {experts}", dtype=dtype, part=part, seconds=0.8
-    )
+        benchmark, contenders, room="resampler_attention", shape=f"{size} {experts}", dtype=dtype, part=part,
+        seconds=0.8,
+    )  # fmt: skip
 
 
 class PlainBlock(nn.Module):
