@@ -236,8 +236,8 @@ struct Attend {
   // a tile of queries takes in a block of keys: scores, softmax, values
   template <typename Vector, int64_t Tile, int64_t There>
   PRISMER_INLINE void meet(
-      Scratch& s, const Queries<Tile, There>& who, int64_t index, const int64_t* chosen, int64_t size,
-      const Stored* k, const Stored* v, int64_t ahead) const {
+      Scratch& s, const Queries<Tile, There>& who, int64_t index, const int64_t* chosen,
+      int64_t size, const Stored* k, const Stored* v, int64_t ahead) const {
     constexpr int64_t group = kLanes / Tile;  // keys whose scores fill a vector
     float* scores = s.scores.data();
     Vector highest = broadcast<Vector>(kMasked);
@@ -261,7 +261,7 @@ struct Attend {
           }
         }
       }
-      Vector score = sums(products);
+      Vector score = sums<Tile == kTile ? There : 4>(products);
       if (key + group > size || who.mask[0] != nullptr) {
         float lanes[kLanes];
         store(lanes, score);

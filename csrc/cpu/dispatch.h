@@ -25,7 +25,7 @@ namespace prismer {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// ---- instruction sets ----------------------------------------------------------------------------
+// ---- instruction sets ---------------------------------------------------------------------------
 
 enum class Isa { baseline, avx2, avx512 };
 
@@ -98,7 +98,7 @@ Runner<Kernel, Args...> runner() {
   return &run_baseline<Kernel, Args...>;
 }
 
-// ---- tensors -------------------------------------------------------------------------------------
+// ---- tensors ------------------------------------------------------------------------------------
 
 inline std::string shape_of(const Tensor& tensor) {
   std::ostringstream text;

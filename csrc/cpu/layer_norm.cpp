@@ -38,27 +38,28 @@ struct Forward {
   template <typename Vector>
   PRISMER_INLINE void one_row(int64_t row) const {
     const Stored* in = x + row * width;
-    Vector lanes = broadcast<Vector>(0.0f);
+    Vector lanes[2] = {broadcast<Vector>(0.0f), broadcast<Vector>(0.0f)};
     if (residual != nullptr) {
-      Stored* sum_out = total + row * width;
-      for_columns(width, [&](int64_t c, auto part) __attribute__((always_inline)) {
-        store(sum_out + c, load<Vector>(in + c, part) + load<Vector>(residual + row * width + c, part), part);
+      const Stored* added = residual + row * width;
+      Stored* out = total + row * width;
+      for_columns_in_two(width, [&](int64_t c, auto part, int i) __attribute__((always_inline)) {
+        store(out + c, load<Vector>(in + c, part) + load<Vector>(added + c, part), part);
         // as rounded: what is normalised is what is returned
-        lanes = lanes + load<Vector>(sum_out + c, part);
+        lanes[i] = lanes[i] + load<Vector>(out + c, part);
       });
-      in = sum_out;
+      in = out;
     } else {
-      for_columns(width, [&](int64_t c, auto part) __attribute__((always_inline)) {
-        lanes = lanes + load<Vector>(in + c, part);
+      for_columns_in_two(width, [&](int64_t c, auto part, int i) __attribute__((always_inline)) {
+        lanes[i] = lanes[i] + load<Vector>(in + c, part);
       });
     }
-    const float row_mean = sum(lanes) / static_cast<float>(width);
-    lanes = broadcast<Vector>(0.0f);
-    for_columns(width, [&](int64_t c, auto part) __attribute__((always_inline)) {
+    const float row_mean = sum(lanes[0] + lanes[1]) / static_cast<float>(width);
+    lanes[0] = lanes[1] = broadcast<Vector>(0.0f);
+    for_columns_in_two(width, [&](int64_t c, auto part, int i) __attribute__((always_inline)) {
       const Vector distance = keep(load<Vector>(in + c, part) - row_mean, part);
-      lanes = lanes + distance * distance;
+      lanes[i] = lanes[i] + distance * distance;
     });
-    const float row_rstd = rstd_of(sum(lanes), width, eps);
+    const float row_rstd = rstd_of(sum(lanes[0] + lanes[1]), width, eps);
     for_columns(width, [&](int64_t c, auto part) __attribute__((always_inline)) {
       const Vector x_hat = normalised(load<Vector>(in + c, part), row_mean, row_rstd);
       const auto w = load<Vector>(weight + c, part), b = load<Vector>(bias + c, part);
@@ -97,25 +98,27 @@ struct Backward {
     const Stored* in = x + row * width;
     const Stored* grad = dy + row * width;
     const float row_mean = mean[row], row_rstd = rstd[row];
-    Vector lanes_g = broadcast<Vector>(0.0f), lanes_gx = lanes_g;
+    const Vector zero = broadcast<Vector>(0.0f);
+    Vector lanes_g[2] = {zero, zero}, lanes_gx[2] = {zero, zero};
     float* dbias = dweight + width;
-    for_columns(width, [&](int64_t c, auto part) __attribute__((always_inline)) {
+    for_columns_in_two(width, [&](int64_t c, auto part, int i) __attribute__((always_inline)) {
       const auto grad_here = load<Vector>(grad + c, part);
       // past the end of a row dy and weight are zeros
       const Vector x_hat = normalised(load<Vector>(in + c, part), row_mean, row_rstd);
       const Vector g = grad_here * load<Vector>(weight + c, part);
-      lanes_g = lanes_g + g;
-      lanes_gx = lanes_gx + g * x_hat;
+      lanes_g[i] = lanes_g[i] + g;
+      lanes_gx[i] = lanes_gx[i] + g * x_hat;
       if (dweight != nullptr) {
         store(dweight + c, load<Vector>(dweight + c, part) + grad_here * x_hat, part);
         store(dbias + c, load<Vector>(dbias + c, part) + grad_here, part);
       }
     });
-    const float mean_g = sum(lanes_g) / static_cast<float>(width);
-    const float mean_gx = sum(lanes_gx) / static_cast<float>(width);
+    const float mean_g = sum(lanes_g[0] + lanes_g[1]) / static_cast<float>(width);
+    const float mean_gx = sum(lanes_gx[0] + lanes_gx[1]) / static_cast<float>(width);
     for_columns(width, [&](int64_t c, auto part) __attribute__((always_inline)) {
       const Vector x_hat = normalised(load<Vector>(in + c, part), row_mean, row_rstd);
-      const Vector g = load<Vector>(grad + c, part) * load<Vector>(weight + c, part);
+      // the mean of g is one of rounded numbers: where all are equal, their difference is 0
+      const Vector g = rounded(load<Vector>(grad + c, part) * load<Vector>(weight + c, part));
       Vector out = input_gradient(g, x_hat, mean_g, mean_gx, row_rstd);
       if (dtotal != nullptr) out = out + load<Vector>(dtotal + row * width + c, part);
       store(dx + row * width + c, out, part);

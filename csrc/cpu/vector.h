@@ -213,7 +213,20 @@ PRISMER_INLINE Vector abs(const Vector& a) {
   return float_of_bits(bits_of(a) & 0x7fffffff);
 }
 
-// ---- loads and stores, with conversion -----------------------------------------------------------
+// a itself, as a rounded number: its product is not fused with what is added to it afterwards
+template <int Lanes, int Width>
+PRISMER_INLINE Tree<float, Lanes, Width> rounded(Tree<float, Lanes, Width> a) {
+  if constexpr (Lanes == Width) {
+#if defined(__x86_64__)
+    asm("" : "+v"(a.v));
+#endif
+    return a;
+  } else {
+    return {rounded(a.low), rounded(a.high)};
+  }
+}
+
+// ---- loads and stores, with conversion ----------------------------------------------------------
 
 namespace leaf {
 
@@ -399,7 +412,22 @@ PRISMER_INLINE void for_columns(int64_t width, const Body& body) {
   if (column < width) body(column, Tail{width - column});
 }
 
-// ---- over lanes ----------------------------------------------------------------------------------
+// the same, telling also which of two accumulators to use: one alone would wait for itself
+template <typename Body>
+PRISMER_INLINE void for_columns_in_two(int64_t width, const Body& body) {
+  int64_t column = 0;
+  for (; column + 2 * kLanes <= width; column += 2 * kLanes) {
+    body(column, Full{}, 0);
+    body(column + kLanes, Full{}, 1);
+  }
+  if (column + kLanes <= width) {
+    body(column, Full{}, 0);
+    column += kLanes;
+  }
+  if (column < width) body(column, Tail{width - column}, 1);
+}
+
+// ---- over lanes ---------------------------------------------------------------------------------
 
 namespace leaf {
 
@@ -534,7 +562,7 @@ PRISMER_INLINE float sum(const Tree<float, Lanes, Width>& a) {
   }
 }
 
-// Step 8 adds the halves of a, and those of b; step 4 neighbouring chunks of four lanes, first of a,
+// Step 8 adds the halves of a, and those of b; step 4 neighbouring chunks of four lanes, of a and
 // then of b; steps 2 and 1 pairs within chunks of four
 template <int Step, int Lanes, int Width>
 PRISMER_INLINE Tree<float, Lanes, Width> fold(
@@ -550,18 +578,19 @@ PRISMER_INLINE Tree<float, Lanes, Width> fold(
   }
 }
 
-// lane i of the result is the sum of a[i], in the order of sum()
-template <int Width>
+// lane i of the result is the sum of a[i], in the order of sum(); 0 for those i that are not less
+// than Used modulo 4
+template <int Used = 4, int Width>
 PRISMER_INLINE Floats<Width> sums(const Floats<Width> (&a)[kLanes]) {
-  Floats<Width> quarter[4];
+  Floats<Width> quarter[4] = {};
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < Used; ++i) {
     quarter[i] = fold<4>(fold<8>(a[i], a[i + 4]), fold<8>(a[i + 8], a[i + 12]));
   }
   return fold<1>(fold<2>(quarter[0], quarter[1]), fold<2>(quarter[2], quarter[3]));
 }
 
-// ---- functions -----------------------------------------------------------------------------------
+// ---- functions ----------------------------------------------------------------------------------
 
 // `full` is to about an ulp of fp32; otherwise to 2^-18, for results that are rounded to 16 bits
 

@@ -38,23 +38,21 @@ PRISMER_SHARED Vector normal_tail(const Vector& t) {
   return exp2<full>(p);
 }
 
-// x / (1 + e^(-1.702 x)), which is x * sigmoid(1.702 x)
+// x / (1 + e^(-1.702 x)), which is x * sigmoid(1.702 x); the power is one of two
 struct QuickGelu {
   template <bool full, typename Vector>
   PRISMER_SHARED static Vector value(const Vector& x) {
-    return x / (1.0f + power<full>(x));
+    return x / (1.0f + exp2<full>(min(max(x * -2.45546696f, -200.0f), 200.0f)));
   }
 
   template <bool full, typename Vector>
   PRISMER_SHARED static Vector derivative(const Vector& x) {
-    const Vector s = 1.0f / (1.0f + power<full>(x));
-    return s * (1.0f + 1.702f * x * (1.0f - s));
-  }
-
-  // e^(-1.702 x) as a power of two
-  template <bool full, typename Vector>
-  PRISMER_SHARED static Vector power(const Vector& x) {
-    return exp2<full>(min(max(x * -2.45546696f, -200.0f), 200.0f));
+    // beyond 50 it is 0 or 1; within, no power overflows
+    const Vector near = min(max(x, -50.0f), 50.0f);
+    const Vector power = exp2<full>(near * -2.45546696f);
+    const Vector s = 1.0f / (1.0f + power);
+    // power * s is 1 - s, without the cancellation
+    return s * (1.0f + 1.702f * near * (power * s));
   }
 };
 

@@ -210,22 +210,22 @@ def test_bias_activation(isa, R, D, dtype, activation, assert_no_worse):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_bias_activation_ulps(isa, activation):
-    """fp32 over the whole range: within two ulps of the result, or of the largest summand where terms cancel."""
-    x = torch.cat((torch.linspace(-15, 15, 60001), torch.randn(99) * 1e-20, torch.zeros(1)))[:, None]
+    """fp32 over the whole range: two ulps, more in tails where the exponent of a power has been rounded."""
+    x = torch.cat((torch.linspace(-13, 13, 60001), torch.randn(99) * 1e-20, torch.zeros(1)))[:, None]
     ulp = 2**-23
     leaf = x.double().requires_grad_()
     exact = ACTIVATIONS[activation](leaf)
     slope = torch.autograd.grad(exact.sum(), leaf)[0]
-    out = ops.bias_activation(x, None, activation)
-    # 1.702 x is rounded before it goes into the exponential: an error of the tail that grows with x
-    steep = 1 + x.double().abs()
-    error = (out.double() - exact.detach()).abs()
-    assert (error <= 2 * ulp * torch.maximum(exact.detach().abs() * steep, torch.tensor(1e-30))).all() or (
-        # the tail of the polynomial, far below an ulp of 1
-        activation == "gelu" and error.max() <= 2 * ulp * 15 and error[x.abs() < 3].max() <= 3 * ulp
-    )
+    exact, size = exact.detach().abs(), leaf.detach().abs()
+    tail = 5e-8 if activation == "gelu" else 0.0  # of the polynomial, absolute
+    error = (ops.bias_activation(x, None, activation).double() - ACTIVATIONS[activation](x.double())).abs()
+    assert (error <= 2 * ulp * exact * (1 + size) + tail * size + 1e-45).all()
+    if activation == "gelu":
+        # the tail is followed, where torch's 1 + erf has cancelled: F.gelu is 4e-5 off at -3, all at -6
+        down = (x < 0) & (x > -5)
+        assert (error[down] <= 2e-5 * exact[down]).all()
     dx = ops.bias_activation_backward(torch.ones_like(x), x, None, activation)
-    assert ((dx.double() - slope).abs() <= 2 * ulp * torch.maximum(slope.abs(), steep)).all()
+    assert ((dx.double() - slope).abs() <= 2 * ulp * slope.abs().clamp(min=1)).all()
 
 
 def test_bias_activation_limits(isa):
@@ -239,7 +239,7 @@ def test_bias_activation_limits(isa):
             assert 0 <= out[4] <= 1e-42 and out[7] == inf and out[8].isnan() and dx[8].isnan()
             square = activation == "squared_relu"
             expected = 2 * x.to(dtype) if square else torch.ones_like(x, dtype=dtype)
-            assert torch.equal(dx[5:7], expected[0, 5:7]) and (dx[:2] == 0).all()
+            assert torch.equal(dx[5:7], expected[0, 5:7]) and (dx[:2].abs() < 1e-30).all()
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=name_of)
@@ -283,8 +283,10 @@ def test_denormals_are_kept(isa):
 
 
 def draw_map(B, h, w, F_, C, dtype):
+    """Regions of 4 x 4 pixels, and single pixels in them, so that any of the four taps may be the odd one out."""
     ids = torch.randint(0, 255, (B, h // 4 + 1, w // 4 + 1), dtype=torch.uint8)
     ids = ids.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :h, :w].contiguous()
+    ids = torch.where(torch.rand(ids.shape) < 0.1, 255, ids)
     return ids, torch.randint(0, F_, (B, 256)), (3 * torch.randn(F_, C)).to(dtype)
 
 
