@@ -190,6 +190,59 @@ def test_packed_parts_have_the_losses_of_the_padded_whole(tiny, split):
         torch.testing.assert_close(ours, found[1][name], rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("split", [0, 1])
+def test_training_loss_is_the_weighted_mean_of_the_texts(tiny, split):
+    """The loss that forms its logits once is mean(weight * summed loss), in value and every gradient."""
+    from prismer.dataloading.batch import Batch
+    from prismer.tasks import collate
+
+    draw = torch.Generator().manual_seed(4)
+    groups = [
+        [
+            ([0, *ids], [-100, *ids], weight)
+            for length, weight in row
+            for ids in [torch.randint(3, 40, (length,), generator=draw).tolist()]
+        ]
+        for row in (((9, 0.3), (4, 2.0), (5, 0.0)), ((12, 1.0), (3, 0.7)))
+    ]
+    batch = Batch(images=make_images(tiny.config), texts=collate(groups, split=split), keys=["a", "b"], meta=[{}, {}])
+    found = []
+    for loss in (
+        lambda: tiny(batch),
+        lambda: (batch.texts.weights * tiny.text_losses(tiny.encode(batch.images), batch.texts)).mean(),
+    ):
+        tiny.zero_grad()
+        value = loss()
+        value.backward()
+        found.append({"loss": value.detach(), **{n: p.grad for n, p in tiny.named_parameters()}})
+    for name, ours in found[0].items():
+        torch.testing.assert_close(ours, found[1][name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_dropout_is_where_roberta_has_it(tiny):
+    """In training every dropout of the decoder acts, at its rate; in evaluation none does."""
+    from prismer.text import Dropout
+
+    drop = Dropout(0.25).train()
+    x = torch.ones(40_000)
+    y = drop(x)
+    assert set(y.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+    assert y.eq(0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(drop.eval()(x), x)
+    config = tiny.config.replace(dropout=0.5)
+    decoder = Prismer(config).decoder
+    drops = [module for module in decoder.modules() if isinstance(module, Dropout)]
+    # embeddings; self-attention, cross-attention and MLP of each layer; self-attention and MLP of the extra one
+    assert len(drops) == 1 + 3 * config.text_depth + 2
+    ids, context = torch.randint(3, 40, (2, 1, 6)), torch.randn(2, 5, config.vision_width)
+    assert not torch.equal(decoder.train()([ids], context), decoder([ids], context))
+    # with those gone, what is left is dropout of attention's probabilities
+    for module in drops:
+        module.p = 0.0
+    assert not torch.equal(decoder([ids], context), decoder([ids], context))
+    assert torch.equal(decoder.eval()([ids], context), decoder([ids], context))
+
+
 def test_wrong_input_is_one_sentence(tiny):
     images = make_images(tiny.config)
     del images.labels["depth"]

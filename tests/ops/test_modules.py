@@ -258,6 +258,21 @@ def test_frozen_modules_save_little(name, expected):
     assert per_number <= expected + 8 / D, f"{per_number} bytes"
 
 
+def test_head_rows_and_logits():
+    """Losses of single positions keep their shape, weights reach their rows, and generation sees the same head."""
+    head = LinearCrossEntropy(D, V, label_smoothing=0.1, reduction="none").double()
+    torch.nn.init.normal_(head.bias)
+    (x, labels), _ = inputs("head")
+    losses = head(x, labels)
+    logits = F.linear(x, head.weight, head.bias)
+    expected = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(losses, expected.view(labels.shape))
+    torch.testing.assert_close(head.logits(x), logits)
+    weights = torch.rand(labels.shape, dtype=torch.float64)
+    head.reduction = "sum"
+    torch.testing.assert_close(head(x, labels, weights), (weights * losses).sum())
+
+
 def test_errors():
     with pytest.raises(ValueError, match="width 30 does not divide into 4 heads"):
         MultiheadAttention(30, 4)
