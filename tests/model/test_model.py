@@ -219,28 +219,40 @@ def test_training_loss_is_the_weighted_mean_of_the_texts(tiny, split):
         torch.testing.assert_close(ours, found[1][name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_dropout_is_where_roberta_has_it(tiny):
-    """In training every dropout of the decoder acts, at its rate; in evaluation none does."""
-    from prismer.text import Dropout
+def test_dropout_is_where_roberta_has_it(tiny, monkeypatch):
+    """In training every dropout of the decoder acts, at its rate, on states and probabilities; in evaluation none."""
+    import prismer.text
 
-    drop = Dropout(0.25).train()
+    drop = prismer.text.Dropout(0.25).train()
     x = torch.ones(40_000)
     y = drop(x)
-    assert set(y.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+    torch.testing.assert_close(y.unique(), torch.tensor([0, 4 / 3]))
     assert y.eq(0).float().mean().item() == pytest.approx(0.25, abs=0.02)
     assert torch.equal(drop.eval()(x), x)
+
     config = tiny.config.replace(dropout=0.5)
     decoder = Prismer(config).decoder
-    drops = [module for module in decoder.modules() if isinstance(module, Dropout)]
     # embeddings; self-attention, cross-attention and MLP of each layer; self-attention and MLP of the extra one
+    drops = {name: m for name, m in decoder.named_modules() if isinstance(m, prismer.text.Dropout)}
     assert len(drops) == 1 + 3 * config.text_depth + 2
+    called, rates = [], []
+    for name, module in drops.items():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    attention = prismer.text.attention
+
+    def recording(*tensors, dropout, **options):
+        rates.append(dropout)
+        return attention(*tensors, dropout=dropout, **options)
+
+    monkeypatch.setattr(prismer.text, "attention", recording)
     ids, context = torch.randint(3, 40, (2, 1, 6)), torch.randn(2, 5, config.vision_width)
-    assert not torch.equal(decoder.train()([ids], context), decoder([ids], context))
-    # with those gone, what is left is dropout of attention's probabilities
-    for module in drops:
-        module.p = 0.0
-    assert not torch.equal(decoder([ids], context), decoder([ids], context))
+    first = decoder.train()([ids], context)
+    assert sorted(called) == sorted(drops)
+    assert rates == [0.5] * (2 * config.text_depth + 1)
+    assert not torch.equal(first, decoder([ids], context))
+    rates.clear()
     assert torch.equal(decoder.eval()([ids], context), decoder([ids], context))
+    assert set(rates) == {0.0}
 
 
 def test_wrong_input_is_one_sentence(tiny):
