@@ -1,0 +1,1 @@
+"""The expert networks and the engine that labels images with them."""
