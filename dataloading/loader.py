@@ -20,8 +20,9 @@ from torch import Tensor
 from prismer.config import PrismerConfig
 from prismer.dataloading.augment import AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
 from prismer.dataloading.batch import IGNORE_INDEX, Batch, ImageBatch
+from prismer.dataloading.dali import UndecodableImages
 from prismer.dataloading.features import FeatureTables, Meanings, Semantics
-from prismer.dataloading.pipeline import ImagePipeline, UndecodableImages
+from prismer.dataloading.pipeline import ImagePipeline
 from prismer.dataloading.shards import CorruptSample, Sample, ShardDataset
 from prismer.tasks import ChooseTexts, Text, collate
 

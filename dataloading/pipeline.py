@@ -10,19 +10,9 @@ import torch
 from torch import Tensor
 
 from prismer.config import PrismerConfig
+from prismer.dataloading import dali
 from prismer.dataloading.augment import AugmentParams
 from prismer.experts import EXPERTS
-
-
-class UndecodableImages(ValueError):
-    """Images of a batch that DALI cannot decode; `reasons` maps their positions in the batch to what it says."""
-
-    def __init__(self, reasons: dict[int, str]):
-        super().__init__(reasons)
-        self.reasons = reasons
-
-    def __str__(self) -> str:
-        return "; ".join(f"image {i}: {reason}" for i, reason in sorted(self.reasons.items()))
 
 
 class ImagePipeline:
@@ -47,11 +37,11 @@ class ImagePipeline:
     ):
         self.experts = config.experts
         self.image_size, self.label_size = config.image_size, config.label_size
-        self.batch_size, self.augmented, self.threads = batch_size, augmented, threads
-        self.device = torch.device(device)
-        # a stream of its own: waiting for the copies below must not wait for the model's kernels
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._pipeline = self._build(batch_size)
+        self.augmented, self.device = augmented, torch.device(device)
+        self._graph = dali.Graph(
+            self._define, batch_size=batch_size, threads=threads, device=device
+        )
+        self.stream = self._graph.stream
 
     def __call__(
         self,
@@ -76,23 +66,13 @@ class ImagePipeline:
             raise ValueError(
                 "give augmentation parameters exactly if the pipeline was made with augmented=True"
             )
-        feeds = {"image": [np.frombuffer(image, np.uint8) for image in images]}
+        feeds = {"image": dali.image_feed(images)}
         if self.experts:
             feeds["maps"] = [_stack_maps(maps, self.experts) for maps in labels]
         if params is not None:
             feeds |= _parameter_feeds(params, self.image_size, self.label_size, bool(self.experts))
-        try:
-            outputs = self._run(self._pipeline, feeds)
-        except RuntimeError as error:
-            # after an error DALI's pipeline object is no longer valid
-            self._pipeline = self._build(self.batch_size)
-            reasons = self._find_undecodable(feeds)
-            if not reasons:
-                raise
-            raise UndecodableImages(reasons) from error
+        rgb, *maps = self._graph.run(feeds)
         with torch.cuda.stream(self.stream):
-            # copies: DALI reuses a buffer once it is let go, whatever kernels have yet to read it
-            rgb, *maps = (torch.from_dlpack(output.as_tensor()).clone() for output in outputs)
             named = self._split_maps(maps[0]) if maps else {}
             if params is not None and "normal" in named:
                 matrices = torch.from_numpy(np.stack([p.normal_matrix() for p in params]))
@@ -101,21 +81,16 @@ class ImagePipeline:
                 self.stream.synchronize()
         return rgb, named
 
-    def _graph(self) -> tuple:
+    def _define(self) -> tuple:
         """The DALI graph; the names of its inputs are those of the feeds."""
         from nvidia.dali import fn, types
         from nvidia.dali.auto_aug import augmentations
 
-        on_gpu = self.device.type == "cuda"
         augmented, has_maps = self.augmented, bool(self.experts)
-        image_side, label_side = [self.image_size] * 2, [self.label_size] * 2
-
-        image = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
-        rgb = fn.decoders.image(image, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
-        maps = None
+        rgb, maps = dali.decode(self.device), None
         if has_maps:
             maps = fn.external_source(name="maps", dtype=types.UINT8, layout="HWC")
-        if has_maps and on_gpu:
+        if has_maps and self.device.type == "cuda":
             maps = maps.gpu()
         window = {}
         if augmented:
@@ -124,11 +99,9 @@ class ImagePipeline:
                 roi_end=fn.external_source(name="end", dtype=types.FLOAT, ndim=1),
                 roi_relative=True,
             )
-        # cubic with antialias is what Pillow's BICUBIC does, to the bit
-        rgb = fn.resize(
-            rgb, size=image_side, interp_type=types.INTERP_CUBIC, antialias=True, **window
-        )
+        rgb = dali.resize(rgb, self.image_size, **window)
         if has_maps:
+            label_side = [self.label_size] * 2
             maps = fn.resize(maps, size=label_side, interp_type=types.INTERP_NN, **window)
         if augmented:
             flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
@@ -152,38 +125,7 @@ class ImagePipeline:
                         maps, matrix=matrix, fill_value=0, interp_type=types.INTERP_NN
                     )
         outputs = [rgb, maps] if has_maps else [rgb]
-        return tuple(fn.transpose(output, perm=[2, 0, 1]) for output in outputs)
-
-    def _build(self, batch_size: int):
-        # here and not above: importing DALI takes seconds and is needed by this class alone
-        from nvidia.dali import pipeline_def
-
-        device_id = None
-        if self.device.type == "cuda":
-            device_id = self.device.index
-            if device_id is None:
-                device_id = torch.cuda.current_device()
-        return pipeline_def(self._graph, enable_conditionals=True)(
-            batch_size=batch_size,
-            num_threads=self.threads,
-            device_id=device_id,
-            prefetch_queue_depth=1,
-        )
-
-    def _run(self, pipeline, feeds: dict[str, list[np.ndarray]]) -> tuple:
-        for name, arrays in feeds.items():
-            pipeline.feed_input(name, arrays)
-        return pipeline.run()
-
-    def _find_undecodable(self, feeds: dict[str, list[np.ndarray]]) -> dict[int, str]:
-        reasons, single = {}, self._build(1)
-        for i in range(len(feeds["image"])):
-            try:
-                self._run(single, {name: arrays[i : i + 1] for name, arrays in feeds.items()})
-            except RuntimeError as error:
-                reasons[i] = f"the image does not decode ({_last_words(error)})"
-                single = self._build(1)
-        return reasons
+        return tuple(dali.planes_first(output) for output in outputs)
 
     def _split_maps(self, maps: Tensor) -> dict[str, Tensor]:
         named = {}
@@ -257,9 +199,3 @@ def _stack_maps(maps: dict[str, np.ndarray], experts: tuple[str, ...]) -> np.nda
 
 def _nearest(size: int, source_size: int) -> np.ndarray:
     return (2 * np.arange(size) + 1) * source_size // (2 * size)
-
-
-def _last_words(error: Exception) -> str:
-    # DALI's message is a page; what the decoder said stands alone after "encountered:"
-    lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines()]
-    return next((line for line in lines if line), str(error).strip().splitlines()[0])

@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 
 from prismer.config import prismer_tiny
 from prismer.dataloading.augment import AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
-from prismer.dataloading.pipeline import ImagePipeline, UndecodableImages, rotate_normals
+from prismer.dataloading.dali import UndecodableImages
+from prismer.dataloading.pipeline import ImagePipeline, rotate_normals
 from prismer.experts import EXPERTS
 
 R, L = 96, 64
