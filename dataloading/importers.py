@@ -130,10 +130,15 @@ def import_records(
     return report
 
 
-def to_jpeg(data: bytes) -> tuple[bytes, tuple[int, int], int]:
+def to_jpeg(data: bytes, whole: bool = True) -> tuple[bytes, tuple[int, int], int]:
     """Any encoded image as an upright 8-bit RGB JPEG; one that is that already is returned byte for byte.
 
     Transparency is laid over white, 16-bit greys are scaled to 8 bit, of several frames the first is taken.
+
+    Args:
+        data: the encoded image.
+        whole: whether to decode also an image that needs no change, to see that it is whole; leave it out if it is
+            decoded right afterwards anyway.
 
     Returns:
         The JPEG, (height, width) of it, and the EXIF orientation that was undone (1: none).
@@ -143,7 +148,8 @@ def to_jpeg(data: bytes) -> tuple[bytes, tuple[int, int], int]:
     """
     try:
         image = Image.open(io.BytesIO(data))
-        image.load()
+        if whole:
+            image.load()
         turn = _turn_of(image)
         if image.format == "JPEG" and image.mode == "RGB" and turn == 1:
             return data, (image.height, image.width), 1

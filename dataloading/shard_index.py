@@ -71,6 +71,8 @@ class Sidecar:
                 raise ValueError("another format, version or shard")
             self.shard, self.size, self.sha256 = shard, int(fields["size"]), fields["sha256"]
             self.fingerprint, self.experts = fields["fingerprint"], fields["experts"]
+            # what a labelling job left out of this shard
+            self.skipped: list[dict[str, str]] = fields.get("skipped", [])
             self.keys: list[str] = fields["keys"]
             self.members = np.array(fields["members"], dtype=np.int64).reshape(
                 len(self.keys), len(MEMBERS), 3

@@ -70,7 +70,7 @@ class ShardWriter:
         notes = to_json([classes, source, self.about])
         self._fingerprint = hashlib.sha256(notes).hexdigest()[:16]
         self._shards: dict[int, dict] = {}
-        self._open: _OpenShard | None = None
+        self._open: OpenShard | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         if resume:
@@ -102,7 +102,7 @@ class ShardWriter:
             raise ValueError(f"sample {sample.key} cannot be written: {error}") from error
         if self._open is None:
             number = next(n for n in range(len(self._shards) + 1) if n not in self._shards)
-            self._open = _OpenShard(self.folder, number)
+            self._open = OpenShard(self.folder, number)
         self._open.append(sample.key, members, sample.labels)
         self.written_keys.add(sample.key)
         if len(self._open.keys) == self.samples_per_shard:
@@ -113,20 +113,7 @@ class ShardWriter:
         if self._open is not None:
             self._finish_shard()
         shards = [self._shards[number] for number in sorted(self._shards)]
-        experts = sum((Counter(shard["experts"]) for shard in shards), Counter())
-        index = {
-            "format": FORMAT,
-            "version": VERSION,
-            "count": sum(shard["count"] for shard in shards),
-            "source": self.source,
-            "classes": self.classes,
-            "experts": {name: experts[name] for name in EXPERTS if experts[name]},
-            "about": self.about,
-            "shards": shards,
-        }
-        write_atomically(
-            self.folder / "index.json", json.dumps(index, indent=1, ensure_ascii=False).encode()
-        )
+        write_index(self.folder, shards, self.classes, self.source, self.about)
         self._release()
 
     def __enter__(self) -> "ShardWriter":
@@ -149,12 +136,7 @@ class ShardWriter:
         # a record lock: it dies with this process and is not inherited by worker processes that outlive it
         path = self.folder / ".writer.lock"
         lock = open(path, "wb", buffering=0)  # held until close
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the holder before us may have removed the file between our open and our lock
-            alone = os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
-        except (BlockingIOError, PermissionError, FileNotFoundError):
-            alone = False
+        alone = _lock(lock, path)
         if not alone:
             lock.close()
             raise ValueError(
@@ -202,8 +184,51 @@ class ShardWriter:
             path.unlink()
 
 
-class _OpenShard:
-    """The tar being written, under a temporary name."""
+def write_index(
+    folder: Path, shards: list[dict], classes: dict[str, list[str]], source: str, about: dict
+) -> None:
+    """Write `index.json`, which makes a dataset of finished shards.
+
+    Args:
+        shards: their entries (see `Sidecar.entry`) in order.
+        classes, source, about: see `ShardWriter`.
+    """
+    experts = sum((Counter(shard["experts"]) for shard in shards), Counter())
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "count": sum(shard["count"] for shard in shards),
+        "source": source,
+        "classes": classes,
+        "experts": {name: experts[name] for name in EXPERTS if experts[name]},
+        "about": about,
+        "shards": shards,
+    }
+    write_atomically(folder / "index.json", json.dumps(index, indent=1, ensure_ascii=False).encode())
+
+
+def finished_shard(
+    folder: Path, number: int, fingerprint: str
+) -> tuple[dict, list[dict[str, str]]] | None:
+    """The entry of a shard that is whole and was written under `fingerprint`, and what was skipped; else None."""
+    path = folder / f"shard-{number:06d}.index.json"
+    try:
+        data = path.read_bytes()
+        sidecar = Sidecar(data, path.name)
+        whole = (folder / sidecar.shard).stat().st_size == sidecar.size
+    except (CorruptSample, FileNotFoundError):
+        return None
+    if not whole or sidecar.fingerprint != fingerprint:
+        return None
+    return sidecar.entry(data), sidecar.skipped
+
+
+class OpenShard:
+    """A tar being written, under a temporary name that no other process can take meanwhile.
+
+    Raises:
+        ValueError: if another process writes it.
+    """
 
     def __init__(self, folder: Path, number: int):
         self.number = number
@@ -214,9 +239,17 @@ class _OpenShard:
         self.experts: Counter = Counter()
         self.sha256 = hashlib.sha256()
         self.size = 0
-        self.file = open(self.partial, "wb")  # closed by finish or abandon
+        # emptied only once it is ours; closed by finish or abandon
+        self.file = open(self.partial, "ab")
+        if not _lock(self.file, self.partial):
+            self.file.close()
+            raise ValueError(
+                f"another process is writing {self.path}; wait for it or choose another folder"
+            )
+        self.file.truncate(0)
 
     def append(self, key: str, members: tuple[bytes, ...], labels: dict) -> None:
+        """Add a sample: its encoded members, and the experts that it has maps of."""
         row = []
         for extension, data in zip(MEMBERS, members, strict=True):
             header = tarfile.TarInfo(f"{key}.{extension}")
@@ -229,8 +262,16 @@ class _OpenShard:
         self.members.append(row)
         self.experts.update(labels.keys())
 
-    def finish(self, fingerprint: str) -> dict:
-        """Tar first, then its sidecar: a tar without one counts as torn."""
+    def finish(self, fingerprint: str, skipped: list[dict[str, str]] | None = None) -> dict:
+        """Tar first, then its sidecar: a tar without one counts as torn.
+
+        Args:
+            fingerprint: of the settings that the samples were made with.
+            skipped: what a job left out, to be kept with the shard.
+
+        Returns:
+            The shard's entry for `index.json`.
+        """
         self._put(bytes(2 * _BLOCK))
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -249,6 +290,7 @@ class _OpenShard:
                 "keys": self.keys,
                 # per sample (offset, size, crc32) of each member, in the order of MEMBERS
                 "members": self.members,
+                **({"skipped": skipped} if skipped else {}),
             }
         )
         name = self.path.name.replace(".tar", ".index.json")
@@ -256,6 +298,7 @@ class _OpenShard:
         return Sidecar(data, name).entry(data)
 
     def abandon(self) -> None:
+        """Remove the unfinished file."""
         self.file.close()
         self.partial.unlink(missing_ok=True)
 
@@ -263,3 +306,13 @@ class _OpenShard:
         self.file.write(data)
         self.sha256.update(data)
         self.size += len(data)
+
+
+def _lock(file: io.IOBase, path: Path) -> bool:
+    """Take a record lock on an open file; False if another process holds it or has moved the file meanwhile."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # the holder before us may have renamed or removed the file between our open and our lock
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        return False

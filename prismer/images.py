@@ -276,7 +276,7 @@ def image_batch(
         if experts is None:
             continue
         for name in set(config.experts) & set(experts.planes):
-            plane = torch.from_numpy(_resize_nearest(experts.planes[name], config.label_size))
+            plane = torch.from_numpy(resize_nearest(experts.planes[name], config.label_size))
             batch.labels[name][b] = plane if plane.ndim == 2 else plane.permute(2, 0, 1)
         if ids_are_used:
             rows, more = _look_up(experts, config, semantics)
@@ -302,7 +302,7 @@ def _look_up(
     return {name: table[0] for name, table in rows.items()}, features[1:]
 
 
-def _resize_nearest(plane: np.ndarray, size: int) -> np.ndarray:
+def resize_nearest(plane: np.ndarray, size: int) -> np.ndarray:
     """(h, w, ...) -> (size, size, ...): pixel i shows the source pixel under its centre."""
     rows, columns = ((2 * np.arange(size) + 1) * side // (2 * size) for side in plane.shape[:2])
     return plane[rows[:, None], columns]

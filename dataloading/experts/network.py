@@ -32,7 +32,8 @@ class Card:
         side: images arrive as (side, side).
         keep_aspect: whether an image is fitted into that square, top left, and padded with grey 114; otherwise it is
             stretched to it.
-        reads: experts whose maps it looks at; they come first when they are asked for too.
+        reads: experts whose findings it looks at; they come first when they are asked for too.
+        needs: those of `reads` without which it cannot work.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Card:
     side: int
     keep_aspect: bool = False
     reads: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
 
 @dataclass
@@ -111,6 +113,9 @@ class Network(ABC):
             MissingWeights: if they are not here.
             ValueError: if `source` holds something else.
         """
+
+    def follow(self, network: "Network") -> None:  # noqa: B027 - most networks need not know
+        """Called once, before the first batch, with each network whose expert is in `card.reads`."""
 
     @abstractmethod
     def predict(self, images: Images, known: dict[str, list[Found]]) -> list[Found]:

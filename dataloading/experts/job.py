@@ -1,0 +1,412 @@
+"""The labelling job: records of any kind -> a dataset folder with expert maps, by any number of processes.
+
+Shard k holds the records k n .. (k + 1) n - 1 of the source, whoever writes it: process r of w takes the shards k with
+k mod w = r. A shard appears whole, with the names of what was skipped in its sidecar, so a job that was killed goes on
+at the first shard that is absent, also with another number of processes, and ends with the same bytes. Who finds
+all shards present writes `index.json` and `report.json`.
+"""
+
+import hashlib
+import io
+import json
+from array import array
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from prismer.dataloading.dali import UndecodableImages
+from prismer.dataloading.experts.labeller import Labeller
+from prismer.dataloading.importers import to_jpeg
+from prismer.dataloading.labels import pack_labels, unpack_labels
+from prismer.dataloading.places import Record, Records, Source, read_json
+from prismer.dataloading.shard_index import Sample, check_classes, to_json, write_atomically
+from prismer.dataloading.shard_writer import OpenShard, finished_shard, write_index
+from prismer.images import ExpertLabels, resize_nearest
+
+JOB_FILE, REPORT_FILE = "job.json", "report.json"
+_SHOWN = 8
+# samples on a contact sheet
+
+
+@dataclass
+class LabelReport:
+    """What became of the records: `records` = `labelled` + len(`skipped`) once `shards_missing` is 0.
+
+    Attributes:
+        records: in the source.
+        labelled: samples in the dataset.
+        skipped: {"key", "image", "reason"} of what was left out.
+        shards_missing: shards that other processes have yet to write.
+    """
+
+    records: int = 0
+    labelled: int = 0
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    shards_missing: int = 0
+
+
+@dataclass
+class _Ready:
+    """A record whose image is known to be a JPEG that can be stored."""
+
+    record: Record
+    jpeg: bytes
+    size: tuple[int, int]
+    planes: dict[str, np.ndarray]
+
+
+def label_records(
+    records: Records,
+    out: str | Path,
+    labeller: Labeller,
+    *,
+    source: str,
+    licence: str = "",
+    classes: dict[str, list[str]] | None = None,
+    samples_per_shard: int = 1000,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 4,
+    preview: bool = False,
+    progress: bool = True,
+) -> LabelReport:
+    """Label every record that can be read; start it again to resume.
+
+    Args:
+        records: what a function of `records.py` returned; maps that they bring along are kept for the experts that
+            are not at work.
+        out: the dataset folder.
+        labeller: the experts.
+        source, licence: where the images come from; kept with every sample.
+        classes: class tables of the maps that records bring along.
+        samples_per_shard: records per shard; what is skipped leaves a shard smaller.
+        rank, world: this process and how many there are.
+        workers: threads that read and pack.
+        preview: write a contact sheet of each shard's first samples to `out/preview/`.
+        progress: show a bar with images per second of each network and the time left.
+
+    Returns:
+        The report; of the whole job if every shard is there, which is then also in `out/report.json`.
+
+    Raises:
+        ValueError: if `out` holds another job's dataset, or another process writes the same shards.
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank is {rank} of {world}; ranks count from 0")
+    if samples_per_shard < 1 or workers < 1:
+        raise ValueError(
+            f"samples_per_shard is {samples_per_shard}, workers {workers}; both must be at least 1"
+        )
+    job = _Job(records, Path(out), labeller, source, licence, classes or {}, samples_per_shard)
+    shards = range(rank, job.num_shards, world)
+    waiting = [k for k in shards if finished_shard(job.folder, k, job.fingerprint) is None]
+    count = sum(job.count_of(k) for k in waiting)
+    bar = tqdm(total=count, desc="labelling", unit="image", disable=not progress)
+    with bar, ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as ahead:
+        for number, part in _parts(records, samples_per_shard, set(waiting)):
+            first = job.write_shard(number, part, pool, ahead, bar)
+            if preview and first:
+                job.draw(number, first)
+    return job.finish()
+
+
+class _Job:
+    """What is the same for all shards, and the writing of one."""
+
+    def __init__(
+        self,
+        records: Records,
+        folder: Path,
+        labeller: Labeller,
+        source: str,
+        licence: str,
+        classes: dict[str, list[str]],
+        samples_per_shard: int,
+    ):
+        self.folder, self.labeller, self.source, self.licence = folder, labeller, source, licence
+        self.experts = {network.card.expert for network in labeller.networks}
+        kept = {name: table for name, table in classes.items() if name not in self.experts}
+        self.classes = {**kept, **labeller.classes}
+        if records.class_names:
+            self.classes["class"] = records.class_names
+        check_classes(self.classes)
+        self.samples_per_shard = samples_per_shard
+        self.count, listing, self.repeated = _survey(records)
+        self.num_shards = -(-self.count // samples_per_shard)
+        self.about = {**labeller.about, "samples_per_shard": samples_per_shard}
+        notes = {
+            "classes": self.classes,
+            "source": source,
+            "licence": licence,
+            "about": self.about,
+            "records": self.count,
+            "listing": listing,
+        }
+        self.fingerprint = hashlib.sha256(to_json(notes)).hexdigest()[:16]
+        self._begin(notes)
+
+    def count_of(self, number: int) -> int:
+        """Records of a shard."""
+        return min(self.samples_per_shard, self.count - number * self.samples_per_shard)
+
+    def write_shard(
+        self,
+        number: int,
+        records: Iterator[Record],
+        pool: ThreadPoolExecutor,
+        ahead: ThreadPoolExecutor,
+        bar: tqdm,
+    ) -> list[Sample]:
+        """Label the records of one shard, write it, and return its first samples."""
+        first: list[Sample] = []
+        shard = OpenShard(self.folder, number)
+        try:
+            skipped: list[dict[str, str]] = []
+            for ready, decoded in self._decoded(records, pool, ahead, skipped, bar):
+                labels = self.labeller.label(decoded)
+                for sample in map(self._sample, ready, labels):
+                    members = sample.jpeg, to_json(sample.meta), pack_labels(sample.labels)
+                    shard.append(sample.key, members, sample.labels)
+                    if len(first) < _SHOWN:
+                        first.append(sample)
+                bar.update(len(ready))
+                speeds = (f"{name} {speed:.3g}/s" for name, speed in self.labeller.speeds().items())
+                bar.set_postfix_str(", ".join(speeds), refresh=False)
+            shard.finish(self.fingerprint, skipped)
+        except BaseException:
+            shard.abandon()
+            raise
+        return first
+
+    def finish(self) -> LabelReport:
+        """The report; writes index and report if nothing is missing."""
+        report = LabelReport(records=self.count)
+        entries = []
+        for number in range(self.num_shards):
+            found = finished_shard(self.folder, number, self.fingerprint)
+            if found is None:
+                report.shards_missing += 1
+                continue
+            entry, skipped = found
+            entries.append(entry)
+            report.labelled += entry["count"]
+            report.skipped += skipped
+        if report.shards_missing:
+            return report
+        if report.labelled + len(report.skipped) != report.records:
+            raise RuntimeError(
+                f"{report.records} records became {report.labelled} samples and {len(report.skipped)} skipped; "
+                f"this is a fault of the job, keep {self.folder} and report it"
+            )
+        write_index(self.folder, entries, self.classes, self.source, self.about)
+        text = {"records": report.records, "labelled": report.labelled, "skipped": report.skipped}
+        write_atomically(
+            self.folder / REPORT_FILE, json.dumps(text, indent=1, ensure_ascii=False).encode()
+        )
+        return report
+
+    def draw(self, number: int, samples: list[Sample]) -> None:
+        """Write the contact sheet of a shard."""
+        # matplotlib and fonts, for those who look
+        from prismer.dataloading.sheet import contact_sheet
+
+        file = io.BytesIO()
+        contact_sheet(samples, self.classes).save(file, "JPEG", quality=90)
+        path = self.folder / "preview" / f"shard-{number:06d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, file.getvalue())
+
+    def _begin(self, notes: dict) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / JOB_FILE
+        if not path.exists():
+            if any(self.folder.glob("shard-*")) or (self.folder / "index.json").exists():
+                raise ValueError(
+                    f"{self.folder} holds a dataset that no labelling job began; choose another folder"
+                )
+            write_atomically(path, json.dumps(notes, indent=1, ensure_ascii=False).encode())
+        before = read_json(path)
+        if before == notes:
+            return
+        changed = [name for name in notes if before.get(name) != notes[name]]
+        if "listing" in changed:
+            raise ValueError(
+                f"{self.folder} was begun with {before.get('records')} records, the source now lists {self.count} "
+                f"(or others); label the new ones into another folder"
+            )
+        raise ValueError(
+            f"{self.folder} was begun with other {', '.join(changed)}; give the same options or choose another folder"
+        )
+
+    def _decoded(
+        self,
+        records: Iterator[Record],
+        pool: ThreadPoolExecutor,
+        ahead: ThreadPoolExecutor,
+        skipped: list[dict[str, str]],
+        bar: tqdm,
+    ) -> Iterator[tuple[list[_Ready], dict]]:
+        """Batches of readable records with their pixels; the next is read and decoded while one is labelled."""
+
+        def skip(record: Record, reason: str) -> None:
+            image = str(record.image.path) if record.image else ""
+            skipped.append({"key": record.key, "image": image, "reason": reason})
+            bar.update()
+
+        def batches() -> Iterator[list[_Ready]]:
+            reading = _ahead(pool, self._prepare, records, 2 * self.labeller.batch_size)
+            batch: list[_Ready] = []
+            for record, future in reading:
+                try:
+                    batch.append(future.result())
+                except ValueError as error:
+                    skip(record, str(error))
+                if len(batch) == self.labeller.batch_size:
+                    yield batch
+                    batch = []
+            if batch:
+                yield batch
+
+        def decode(batch: list[_Ready]) -> tuple[list[_Ready], dict, list[tuple[Record, str]]]:
+            faults = []
+            while batch:
+                try:
+                    return batch, self.labeller.decode([ready.jpeg for ready in batch]), faults
+                except UndecodableImages as error:
+                    faults += [(batch[i].record, why) for i, why in sorted(error.reasons.items())]
+                    batch = [ready for i, ready in enumerate(batch) if i not in error.reasons]
+            return [], {}, faults
+
+        def give(future: Future) -> Iterator[tuple[list[_Ready], dict]]:
+            ready, decoded, faults = future.result()
+            for record, reason in faults:
+                skip(record, reason)
+            if ready:
+                yield ready, decoded
+
+        coming: Future | None = None
+        for batch in batches():
+            # submitted before the one in hand is labelled: the two overlap
+            before, coming = coming, ahead.submit(decode, batch)
+            if before is not None:
+                yield from give(before)
+        if coming is not None:
+            yield from give(coming)
+
+    def _prepare(self, record: Record) -> _Ready:
+        """Runs in a thread.
+
+        Raises:
+            ValueError: with the reason, if the record cannot be labelled.
+        """
+        if record.fault:
+            raise ValueError(record.fault)
+        if self.repeated.get(record.key, record.image) != record.image:
+            raise ValueError(f"another image has the key {record.key} too; rename one")
+        try:
+            jpeg, size, _ = to_jpeg(record.image.read(), whole=False)
+            planes = unpack_labels(record.packed.read()) if record.packed else {}
+        except (OSError, EOFError) as error:
+            raise ValueError(f"it cannot be read ({error})") from None
+        to_json(record.meta)
+        side = self.labeller.label_size
+        planes = {
+            name: resize_nearest(plane, side)
+            for name, plane in planes.items()
+            if name not in self.experts
+        }
+        return _Ready(record, jpeg, size, planes)
+
+    def _sample(self, ready: _Ready, labels: ExpertLabels) -> Sample:
+        notes = {"size": list(ready.size), "source": self.source, "licence": self.licence}
+        # what the record itself says of its licence counts more than what was said of all
+        meta = {**notes, **ready.record.meta, **labels.meta, "size": list(ready.size)}
+        kept = ready.record.meta.get("boxes", {})
+        boxes = {name: kept[name] for name in kept if name not in self.experts}
+        if boxes:
+            meta["boxes"] = {**boxes, **labels.meta.get("boxes", {})}
+        return Sample(ready.record.key, ready.jpeg, {**ready.planes, **labels.planes}, meta)
+
+
+def source_records(
+    source: str | Path, images: str | Path | None = None
+) -> tuple[Records, dict[str, list[str]]]:
+    """The records of a folder of images, an img2dataset folder, a list of the COCO kind or shards.
+
+    Args:
+        source: a folder of images (with captions beside them or without), a folder of WebDataset tars, a dataset of
+            ours, or a JSON list of images and captions.
+        images: the folder that a list's images lie in.
+
+    Returns:
+        The records, and the class tables of the maps that they bring along.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    from prismer.dataloading.records import caption_records, folder_records, tar_records
+    from prismer.dataloading.shards import ShardDataset
+
+    path = Path(source)
+    if path.is_file():
+        if images is None:
+            raise ValueError(f"{path} is a list; name the folder of its images with --images")
+        return caption_records(path, images), {}
+    if not path.is_dir():
+        raise ValueError(f"there is no {path}; give a folder of images or shards, or a JSON list")
+    if (path / "index.json").is_file():
+        return tar_records(path), ShardDataset(path).classes
+    if any(path.glob("*.tar")):
+        return tar_records(path), {}
+    return folder_records(path), {}
+
+
+def _survey(records: Records) -> tuple[int, str, dict[str, Source | None]]:
+    """How many records there are, a digest of their keys in order, and the first image of each repeated key."""
+    digest, hashes = hashlib.sha256(), array("Q")
+    for record in records:
+        key = record.key.encode()
+        digest.update(key + b"\n")
+        # eight bytes for each of ten million keys; the keys themselves would take a gigabyte
+        hashes.append(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little"))
+    values, counts = np.unique(np.frombuffer(hashes, np.uint64), return_counts=True)
+    suspects = set(values[counts > 1].tolist())
+    first: dict[str, Source | None] = {}
+    if suspects:
+        for record, value in zip(records, hashes, strict=True):
+            if value in suspects:
+                first.setdefault(record.key, record.image)
+    return len(hashes), digest.hexdigest()[:16], first
+
+
+def _parts(
+    records: Records, size: int, wanted: set[int]
+) -> Iterator[tuple[int, Iterator[Record]]]:
+    """The records of each wanted shard, in one pass."""
+    iterator, number = iter(records), 0
+    while wanted:
+        part = islice(iterator, size)
+        if number in wanted:
+            yield number, part
+            wanted = wanted - {number}
+        # what is not wanted, or was not taken, is passed over
+        for _ in part:
+            pass
+        number += 1
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, work, items: Iterator, limit: int
+) -> Iterator[tuple[Record, Future]]:
+    """(item, future of work(item)) in order, at most `limit` begun ahead."""
+    waiting: list[tuple[Record, Future]] = []
+    for item in items:
+        waiting.append((item, pool.submit(work, item)))
+        if len(waiting) > limit:
+            yield waiting.pop(0)
+    yield from waiting
