@@ -102,7 +102,7 @@ class Graph:
             try:
                 self._run(single, {name: arrays[i : i + 1] for name, arrays in feeds.items()})
             except RuntimeError as error:
-                reasons[i] = f"the image does not decode ({_last_words(error)})"
+                reasons[i] = _reason(error)
                 single = self._build(1)
         return reasons
 
@@ -141,7 +141,10 @@ def planes_first(pixels):
     return fn.transpose(pixels, perm=[2, 0, 1])
 
 
-def _last_words(error: Exception) -> str:
-    # DALI's message is a page; what the decoder said stands alone after "encountered:"
+def _reason(error: Exception) -> str:
+    # DALI's message is a page; what the decoder said stands alone after "encountered:", if it said anything
     lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines()]
-    return next((line for line in lines if line), str(error).strip().splitlines()[0])
+    words = next((line for line in lines if line), str(error).strip().splitlines()[0])
+    if words.startswith("Failed to decode sample"):
+        return "the image does not decode; it is damaged or cut short"
+    return f"the image does not decode ({words})"

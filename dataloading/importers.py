@@ -144,8 +144,11 @@ def to_jpeg(data: bytes, whole: bool = True) -> tuple[bytes, tuple[int, int], in
         The JPEG, (height, width) of it, and the EXIF orientation that was undone (1: none).
 
     Raises:
-        ValueError: if the image cannot be decoded to its end or has no 8-bit meaning.
+        ValueError: if the image is empty, cannot be decoded to its end, has more pixels than Pillow allows, or no
+            8-bit meaning.
     """
+    if not data:
+        raise ValueError("the image is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data))
         if whole:

@@ -24,7 +24,7 @@ TITLES = {
 }
 """The columns that a sheet can have, with what is written above them."""
 
-_INK, _GREY, _RULE, _EMPTY = (32, 34, 40), (120, 124, 134), (222, 224, 230), (241, 242, 245)
+INK, GREY, RULE, EMPTY = (32, 34, 40), (120, 124, 134), (222, 224, 230), (241, 242, 245)
 _MARGIN, _GAP = 24, 8
 
 
@@ -77,26 +77,26 @@ def contact_sheet(
         raise ValueError(f"unknown column {unknown[0]!r}; choose from {', '.join(TITLES)}")
     width = 2 * _MARGIN + len(columns) * (tile + _GAP) - _GAP
     texts = [_text_lines(s, width - 2 * _MARGIN, num_captions, num_questions) for s in samples]
-    line = _font(15).size + 7
+    line = font_of(15).size + 7
     heights = [tile + 14 + line * len(lines) + 22 for lines in texts]
     sheet = Image.new("RGB", (width, 44 + sum(heights) + 4), "white")
     draw = ImageDraw.Draw(sheet)
     for number, column in enumerate(columns):
         x = _MARGIN + number * (tile + _GAP)
-        draw.text((x, 16), TITLES[column], font=_font(15, bold=True), fill=_INK)
+        draw.text((x, 16), TITLES[column], font=font_of(15, bold=True), fill=INK)
     top = 44
     for sample, lines, height in zip(samples, texts, heights, strict=True):
         photo = _decode(sample)
         for number, column in enumerate(columns):
-            picture = _fit(_picture(column, sample, photo, classes, tile), tile)
+            picture = fit(draw_column(column, sample, photo, classes, tile), tile)
             sheet.paste(picture, (_MARGIN + number * (tile + _GAP), top))
         y = top + tile + 10
         for text, colour in lines:
-            draw.text((_MARGIN, y), text, font=_font(15), fill=colour)
+            draw.text((_MARGIN, y), text, font=font_of(15), fill=colour)
             y += line
         top += height
         if top < sheet.height - 4:
-            draw.line((_MARGIN, top - 12, width - _MARGIN, top - 12), fill=_RULE)
+            draw.line((_MARGIN, top - 12, width - _MARGIN, top - 12), fill=RULE)
     return sheet
 
 
@@ -111,7 +111,7 @@ def colour_map(expert: str, plane: np.ndarray) -> np.ndarray:
         return plane
     if expert == "edge":
         return np.repeat(plane[..., None], 3, axis=-1)
-    return _depth_colours()[plane] if expert == "depth" else _id_colours()[plane]
+    return _depth_colours()[plane] if expert == "depth" else id_colours()[plane]
 
 
 @lru_cache
@@ -120,7 +120,7 @@ def _depth_colours() -> np.ndarray:
 
 
 @lru_cache
-def _id_colours() -> np.ndarray:
+def id_colours() -> np.ndarray:
     """(256, 3) uint8: neighbouring ids far apart in hue; the background is paper."""
     golden = 0.618034
     colours = [
@@ -128,12 +128,13 @@ def _id_colours() -> np.ndarray:
         for i in range(256)
     ]
     table = (np.array(colours) * 255).round().astype(np.uint8)
-    table[BACKGROUND] = _EMPTY
+    table[BACKGROUND] = EMPTY
     return table
 
 
 @lru_cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font_of(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """The sheet's font at a size in px."""
     # matplotlib brings the font along, so that the sheet looks the same everywhere
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
@@ -146,10 +147,10 @@ def _decode(sample: Sample) -> Image.Image:
         raise ValueError(f"the image of {sample.key} does not decode ({error})") from None
 
 
-def _picture(
+def draw_column(
     column: str, sample: Sample, photo: Image.Image, classes: dict[str, list[str]], tile: int
 ) -> Image.Image | None:
-    """One cell in the proportions of the photo; None for an expert that the sample does not have."""
+    """One column of a sample in the proportions of the photo, at most `tile` px; None where the sample has no map."""
     scale = tile / max(photo.size)
     size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
     photo = photo.resize(size, Image.Resampling.LANCZOS)
@@ -179,7 +180,7 @@ def _names(column: str, sample: Sample, classes: dict[str, list[str]]) -> dict[i
 
 def _name_regions(picture: Image.Image, ids: np.ndarray, names: dict[int, str]) -> Image.Image:
     """Write each class where most of its name lies on its own region; small regions stay without."""
-    draw, font = ImageDraw.Draw(picture), _font(13, bold=True)
+    draw, font = ImageDraw.Draw(picture), font_of(13, bold=True)
     for i in np.unique(ids).tolist():
         mask = ids == i
         if i == BACKGROUND or mask.mean() < 0.015:
@@ -190,7 +191,7 @@ def _name_regions(picture: Image.Image, ids: np.ndarray, names: dict[int, str]) 
         height = min(26, mask.shape[0])
         x, y = _best_spot(mask, width, height)
         centre = x + width / 2, y + height / 2
-        style = dict(font=font, fill="white", stroke_width=2, stroke_fill=_INK, anchor="mm")
+        style = dict(font=font, fill="white", stroke_width=2, stroke_fill=INK, anchor="mm")
         draw.text(centre, name, **style)
     return picture
 
@@ -218,10 +219,10 @@ def _mark_instances(photo: Image.Image, ids: np.ndarray, names: dict[int, str]) 
         Image.blend(photo.convert("L").convert("RGB"), Image.new("RGB", photo.size, "white"), 0.55)
     )
     painted = (ids != BACKGROUND)[..., None]
-    mixed = np.where(painted, 0.45 * faded + 0.55 * _id_colours()[ids], faded)
-    mixed[_borders(ids)] = _id_colours()[ids[_borders(ids)]] * 0.75
+    mixed = np.where(painted, 0.45 * faded + 0.55 * id_colours()[ids], faded)
+    mixed[_borders(ids)] = id_colours()[ids[_borders(ids)]] * 0.75
     picture = Image.fromarray(mixed.round().astype(np.uint8))
-    draw, font = ImageDraw.Draw(picture), _font(12, bold=True)
+    draw, font = ImageDraw.Draw(picture), font_of(12, bold=True)
     for i in np.unique(ids).tolist():
         if i == BACKGROUND:
             continue
@@ -230,7 +231,7 @@ def _mark_instances(photo: Image.Image, ids: np.ndarray, names: dict[int, str]) 
         length, height = draw.textlength(name, font=font) + 6, 16
         x = min(int(columns.min()), max(0, picture.width - int(length) - 1))
         y = max(0, int(rows.min()) - height) if rows.min() >= height else int(rows.min())
-        tag = tuple(int(value * 0.6) for value in _id_colours()[i])
+        tag = tuple(int(value * 0.6) for value in id_colours()[i])
         draw.rectangle((x, y, x + length, y + height), fill=tag)
         draw.text((x + 3, y + 1), name, font=font, fill="white")
     return picture
@@ -243,18 +244,19 @@ def _borders(ids: np.ndarray) -> np.ndarray:
     return (ids != BACKGROUND) & np.logical_or.reduce([ids != other for other in around])
 
 
-def _fit(picture: Image.Image | None, tile: int) -> Image.Image:
-    cell = Image.new("RGB", (tile, tile), _EMPTY)
+def fit(picture: Image.Image | None, tile: int) -> Image.Image:
+    """A picture in the middle of a square cell; "no map" in place of None."""
+    cell = Image.new("RGB", (tile, tile), EMPTY)
     if picture is None:
-        text, font = "no map", _font(13)
+        text, font = "no map", font_of(13)
         draw = ImageDraw.Draw(cell)
-        draw.text((tile / 2, tile / 2), text, font=font, fill=_GREY, anchor="mm")
+        draw.text((tile / 2, tile / 2), text, font=font, fill=GREY, anchor="mm")
     else:
         x, y = (tile - picture.width) // 2, (tile - picture.height) // 2
         cell.paste(picture, (x, y))
         # white edges on white paper need a frame
         ImageDraw.Draw(cell).rectangle(
-            (x, y, x + picture.width - 1, y + picture.height - 1), outline=_RULE
+            (x, y, x + picture.width - 1, y + picture.height - 1), outline=RULE
         )
     return cell
 
@@ -264,20 +266,21 @@ def _text_lines(
 ) -> list[tuple[str, tuple[int, int, int]]]:
     """(text, colour) of each line, wrapped to `width` px."""
     meta = sample.meta
-    texts = [(str(caption), _INK) for caption in meta.get("captions", [])[:num_captions]]
+    texts = [(str(caption), INK) for caption in meta.get("captions", [])[:num_captions]]
     if "class" in meta:
-        texts.append((f"class: {meta['class']}", _INK))
+        texts.append((f"class: {meta['class']}", INK))
     for question in meta.get("questions", [])[:num_questions]:
         answers = " / ".join(answer["answer"] for answer in question.get("answers", []))
         texts.append(
-            (f"{question['question']}  \N{RIGHTWARDS ARROW}  {answers or 'no answer given'}", _GREY)
+            (f"{question['question']}  \N{RIGHTWARDS ARROW}  {answers or 'no answer given'}", GREY)
         )
-    texts.append((sample.key, _GREY))
-    return [(line, colour) for text, colour in texts for line in _wrap(text, width)]
+    texts.append((sample.key, GREY))
+    return [(line, colour) for text, colour in texts for line in wrap(text, width, font_of(15))]
 
 
-def _wrap(text: str, width: int) -> list[str]:
-    lines, font = [""], _font(15)
+def wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    """A text in lines of at most `width` px."""
+    lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(longer) > width:

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from prismer.cli_experts import add_experts_option, make_labeller
+
 _BATCH = {"cpu": 8, "cuda": 32}
 # pictures at a time
 _QUIET = 8
@@ -61,6 +63,7 @@ def add_ask_commands(commands) -> None:
             metavar="FILE",
             help="KEY.labels of each picture, in order",
         )
+        add_experts_option(command)
         command.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 
@@ -100,17 +103,24 @@ class _Asked:
             raise ValueError(
                 f"there are {len(self.paths)} pictures and {len(args.labels)} --labels; give one for each"
             )
+        if args.labels and args.experts:
+            raise ValueError("--labels and --experts both give expert maps; choose one of them")
         # torch comes with it: a mistyped path should not wait for that
         from prismer.images import ExpertLabels
 
         self.labels = [ExpertLabels.from_file(path) for path in args.labels] or [None] * len(
             self.paths
         )
-        self.folder = _model_folder(args.model)
+        self.folder = model_folder(args.model)
         self.model, self.semantics = load_model(args.model, self.folder, args.device)
-        if args.labels and not self.model.config.experts:
+        if (args.labels or args.experts) and not self.model.config.experts:
             raise ValueError(
-                f"the model {args.model} has no experts and reads no labels; leave --labels out"
+                f"the model {args.model} has no experts and reads no labels; leave --labels and --experts out"
+            )
+        self.labeller = None
+        if args.experts:
+            self.labeller = make_labeller(
+                args.experts, args.device, label_size=self.model.config.label_size
             )
 
     def print_each(self, kind: str, ask: Callable) -> int:
@@ -175,6 +185,8 @@ class _Asked:
                     else:
                         paths.append(self.paths[i])
                         labels.append(self.labels[i])
+                if self.labeller is not None and paths:
+                    labels = self.labeller(paths)
                 yield (
                     paths,
                     image_batch(pictures, config, labels, self.semantics) if paths else None,
@@ -289,7 +301,8 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"no image file {path}; check the path")
 
 
-def _model_folder(source: str) -> Path:
+def model_folder(source: str) -> Path:
+    """The folder of a model: `source` itself, or where a shipped model of that name lies."""
     from prismer.checkpoint import SHIPPED, shipped_folder
 
     return (

@@ -61,7 +61,7 @@ def load_image(source: ImageSource, size: int) -> Tensor:
     if size < 1:
         raise ValueError(f"image size {size} is not positive; give the side in pixels")
     if isinstance(source, Tensor | np.ndarray):
-        return _to_square(_from_array(source), size, "the array")
+        return _to_square(from_array(source), size, "the array")
     if isinstance(source, Image.Image):
         return _to_square(ImageOps.exif_transpose(source), size, "the image")
     if isinstance(source, bytes):
@@ -137,7 +137,12 @@ def _to_square(image: Image.Image, size: int, name: str) -> Tensor:
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
-def _from_array(array: np.ndarray | Tensor) -> Image.Image:
+def from_array(array: np.ndarray | Tensor) -> Image.Image:
+    """An array or tensor of `ImageSource` as a PIL image.
+
+    Raises:
+        ValueError: if it has another dtype or shape.
+    """
     if isinstance(array, Tensor):
         if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[0] != 3:
             raise ValueError(

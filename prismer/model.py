@@ -88,41 +88,55 @@ class Prismer(nn.Module):
         weights = torch.cat(rows, dim=1).flatten()
         return self._token_losses(hidden, targets, reduction="sum", row_weights=weights)
 
-    def caption(self, images, **options) -> list[str]:
+    def caption(self, images, *, labels=None, semantics=None, **options) -> list[str]:
         """One caption per image.
 
         Args:
             images: an ImageBatch, or one or a list of what `prismer.images.load_image` opens (paths, PIL images, ...).
+            labels, semantics: what the experts say about each, and features of names, see
+                `prismer.images.image_batch`; `prismer.dataloading.experts.labeller.Labeller` makes labels.
             options: as in `prismer.inference.caption`.
         """
         from prismer.inference import caption
 
-        return caption(self, self._as_batch(images), **options)
+        return caption(self, self._as_batch(images, labels, semantics), **options)
 
-    def answer(self, images, questions, answers: list[str] | None = None, **options):
+    def answer(
+        self, images, questions, answers=None, *, labels=None, semantics=None, **options
+    ):
         """Answer questions about images, freely or from a list.
 
         Args:
-            images: as in `caption`.
+            images, labels, semantics: as in `caption`.
             questions: one per image, or a list of them per image; an image is encoded once for all of its questions.
             answers, options: as in `prismer.inference.answer`.
         """
         from prismer.inference import answer
 
-        return answer(self, self._as_batch(images), questions, answers, **options)
+        return answer(
+            self, self._as_batch(images, labels, semantics), questions, answers, **options
+        )
 
-    def classify(self, images, class_names: list[str], **options):
-        """The best of `class_names` per image; `images` as in `caption`, options as in `prismer.inference.classify`."""
+    def classify(self, images, class_names, *, labels=None, semantics=None, **options):
+        """The best of `class_names` per image.
+
+        Args:
+            images, labels, semantics: as in `caption`.
+            class_names, options: as in `prismer.inference.classify`.
+        """
         from prismer.inference import classify
 
-        return classify(self, self._as_batch(images), class_names, **options)
+        return classify(self, self._as_batch(images, labels, semantics), class_names, **options)
 
-    def _as_batch(self, images) -> ImageBatch:
+    def _as_batch(self, images, labels=None, semantics=None) -> ImageBatch:
         if isinstance(images, ImageBatch):
+            if labels is not None:
+                raise ValueError("an ImageBatch holds its labels already; leave labels out")
             return images
         from prismer.images import image_batch
 
-        return image_batch(images if isinstance(images, (list, tuple)) else [images], self.config)
+        images = images if isinstance(images, (list, tuple)) else [images]
+        return image_batch(images, self.config, labels, semantics)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and the tokenizer to `folder`, aside first, then renamed."""

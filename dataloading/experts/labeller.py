@@ -5,7 +5,7 @@
     model.caption("photo.jpg", labels=labels)
 """
 
-import os
+import io
 import time
 import warnings
 from collections import Counter
@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from prismer.dataloading.experts.catalogue import load_networks
 from prismer.dataloading.experts.decode import ExpertPipeline, Geometry
 from prismer.dataloading.experts.network import Found, Images, Network
 from prismer.dataloading.importers import to_jpeg
-from prismer.images import ExpertLabels
+from prismer.dataloading.pixels import to_rgb
+from prismer.images import ExpertLabels, ImageSource, from_array
 
 _BATCH = {"cpu": 4, "cuda": 32}
 Decoded = dict[Geometry, tuple[torch.Tensor, list[tuple[int, int]]]]
@@ -110,11 +113,11 @@ class Labeller:
             warnings.warn(sentence, stacklevel=2)
         return cls(networks, device=device, **options)
 
-    def __call__(self, images: Sequence[str | os.PathLike | bytes]) -> list[ExpertLabels]:
+    def __call__(self, images: Sequence[ImageSource]) -> list[ExpertLabels]:
         """What the experts say about pictures.
 
         Args:
-            images: files, or encoded bytes, in any number and format that Pillow reads.
+            images: any number of what `prismer.images.load_image` opens.
 
         Returns:
             One ExpertLabels for each.
@@ -195,12 +198,21 @@ class Labeller:
         return nullcontext()
 
 
-def _jpeg(image: str | os.PathLike | bytes) -> bytes:
+def _jpeg(image: ImageSource) -> bytes:
+    if isinstance(image, Image.Image | np.ndarray | torch.Tensor):
+        if not isinstance(image, Image.Image):
+            image = from_array(image)
+        file = io.BytesIO()
+        # as exact as a JPEG can be: full colour resolution
+        to_rgb(ImageOps.exif_transpose(image), "the image").save(
+            file, "JPEG", quality=95, subsampling=0
+        )
+        return file.getvalue()
     name = f"the image of {len(image)} bytes" if isinstance(image, bytes) else str(image)
     try:
         return to_jpeg(image if isinstance(image, bytes) else Path(image).read_bytes())[0]
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{name} cannot be labelled: {error}") from None
 
 
 def _as_sample(found: dict[str, Found]) -> tuple[dict, dict]:

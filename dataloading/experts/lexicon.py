@@ -1,0 +1,146 @@
+"""The nearest word of a lexicon by edit distance, for words that a reader of photos is not sure of.
+
+Entries lie sorted by length. A look-up takes the slice whose lengths are near enough, drops the entries whose sets of
+letters differ too much, and measures the few that are left all at once, one letter per step, with the bit-parallel
+recurrence of Myers (A fast bit-vector algorithm for approximate string matching, 1999) on columns of numpy.
+"""
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+MAX_LENGTH = 64
+"""Letters of the longest word that a look-up can measure: one bit each."""
+
+_VOCABULARY = Path(__file__).parents[2] / "prismer" / "assets" / "roberta" / "vocab.json"
+
+_TWO_LETTERS = (
+    "ad ah am an as at be by do eh er ex go ha he hi ho id if in is it la lo ma me mr ms my no of oh ok on or ox pa "
+    "pi so to tv uk up us we"
+).split()
+"""Words of two letters: among the vocabulary's tokens of that length most are pieces of words."""
+
+
+class Lexicon:
+    """Words, and the nearest of them to any other; upper and lower case are one.
+
+    Args:
+        words: the entries; of entries equally near, the earlier wins.
+
+    Raises:
+        ValueError: if there is none, or an entry is empty or longer than 64 letters.
+    """
+
+    def __init__(self, words: Iterable[str]):
+        entries = list(dict.fromkeys(word.lower() for word in words))
+        if not entries:
+            raise ValueError("the lexicon holds no word; write one per line")
+        for entry in entries:
+            if not 0 < len(entry) <= MAX_LENGTH:
+                raise ValueError(
+                    f"the lexicon's entry {entry[:80]!r} has {len(entry)} letters, expected 1 to {MAX_LENGTH}; "
+                    f"write one word per line"
+                )
+        self._known = frozenset(entries)
+        # a stable sort: entries of one length stay in their order of preference
+        order = sorted(range(len(entries)), key=lambda index: len(entries[index]))
+        self._entries = [entries[index] for index in order]
+        self._rank = np.array(order)
+        self._lengths = np.array([len(entry) for entry in self._entries])
+        letters = sorted(set("".join(entries)))
+        # 0 is no letter: it ends short entries, and stands for letters that no entry has
+        self._codes = {letter: number for number, letter in enumerate(letters, 1)}
+        self._letters = np.zeros((len(entries), self._lengths[-1]), np.int32)
+        for row, entry in zip(self._letters, self._entries, strict=True):
+            row[: len(entry)] = [self._codes[letter] for letter in entry]
+        self._sets = np.array([_letter_set(entry) for entry in self._entries], np.uint64)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, word: str) -> bool:
+        return word.lower() in self._known
+
+    def nearest(self, word: str, limit: int) -> tuple[str, int] | None:
+        """The entry at the least edit distance (insert, remove or replace a letter), if that is at most `limit`.
+
+        Args:
+            word: any text; one longer than 64 letters has no nearest entry.
+            limit: the greatest distance looked for.
+
+        Returns:
+            The entry, in lower case, and its distance; or None.
+        """
+        word = word.lower()
+        if word in self._known:
+            return word, 0
+        if not 0 < len(word) <= MAX_LENGTH or limit < 1:
+            return None
+        start = np.searchsorted(self._lengths, len(word) - limit, "left")
+        stop = np.searchsorted(self._lengths, len(word) + limit, "right")
+        # one edit mends at most one letter that only the word has, and one that only the entry has
+        own, theirs = np.uint64(_letter_set(word)), self._sets[start:stop]
+        differ = np.maximum(np.bitwise_count(own & ~theirs), np.bitwise_count(theirs & ~own))
+        near = start + np.flatnonzero(differ <= limit)
+        if not len(near):
+            return None
+        distances = self._distances(word, near)
+        least = distances.min()
+        if least > limit:
+            return None
+        ties = near[distances == least]
+        return self._entries[ties[self._rank[ties].argmin()]], int(least)
+
+    def _distances(self, word: str, rows: np.ndarray) -> np.ndarray:
+        """Edit distances (rows,) int64 between `word` and the entries of those rows."""
+        one, top = np.uint64(1), np.uint64(len(word) - 1)
+        where = np.zeros(len(self._codes) + 1, np.uint64)
+        for place, letter in enumerate(word):
+            if letter in self._codes:
+                where[self._codes[letter]] |= one << np.uint64(place)
+        lengths = self._lengths[rows]
+        # bit i of `up` / `down`: the distance grows / falls by one from prefix i to prefix i + 1 of the word
+        up, down = np.full(len(rows), ~np.uint64(0)), np.zeros(len(rows), np.uint64)
+        distance = np.full(len(rows), len(word))
+        result = distance.copy()
+        for column in range(lengths.max()):
+            equal = where[self._letters[rows, column]]
+            vertical = equal | down
+            horizontal = (((equal & up) + up) ^ up) | equal
+            grows, falls = down | ~(horizontal | up), up & horizontal
+            distance = distance + ((grows >> top) & one).astype(np.int64) - ((falls >> top) & one).astype(np.int64)
+            result[lengths == column + 1] = distance[lengths == column + 1]
+            grows, falls = (grows << one) | one, falls << one
+            up, down = falls | ~(vertical | grows), grows & vertical
+        return result
+
+
+def read_lexicon(path: Path) -> Lexicon:
+    """The lexicon of a text file in UTF-8 with one word per line, the commoner first; empty lines count for nothing.
+
+    Raises:
+        ValueError: as `Lexicon`.
+    """
+    return Lexicon(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+
+
+@cache
+def english_lexicon() -> Lexicon:
+    """The words of three letters and more that RoBERTa's vocabulary has whole, commoner ones first, and 45 of two.
+
+    24,116 entries: tokens of ASCII letters that begin with a blank. Some are pieces of words.
+    """
+    tokens = json.loads(_VOCABULARY.read_text("utf-8"))
+    whole = [token[1:] for token in tokens if token[0] == "Ġ"]
+    return Lexicon(_TWO_LETTERS + [w for w in whole if len(w) >= 3 and w.isascii() and w.isalpha()])
+
+
+def _letter_set(word: str) -> int:
+    """A bit per letter that occurs; some letters share one, which can only hide a difference."""
+    bits = 0
+    for letter in word:
+        bits |= 1 << (ord(letter) % 64)
+    return bits
