@@ -14,7 +14,7 @@ from pathlib import Path
 from prismer.dataloading.places import Place, Record, Records, Source, read_json, safe_key
 from prismer.dataloading.shard_index import is_key
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VQA_FOLDERS = {"vqa": "vqav2", "vg": "vg"}
 """The field 'dataset' of a question list -> the folder that its images and labels lie in."""
 VG_WEIGHT = 0.2

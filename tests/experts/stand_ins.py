@@ -1,4 +1,4 @@
-"""Networks without weights for tests of the engine: their maps are plain functions of the pixels that they were given."""
+"""Networks without weights for tests of the engine: their maps are plain functions of the pixels they are given."""
 
 import numpy as np
 

@@ -1,0 +1,91 @@
+"""Labelling jobs in processes of their own, for tests that kill and measure them.
+
+They are forked from a server that has imported everything and started nothing, so that one begins within milliseconds.
+"""
+
+import multiprocessing
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from stand_ins import Brightness, Halves
+
+from prismer.dataloading.experts.job import label_records
+from prismer.dataloading.experts.labeller import Labeller
+from prismer.dataloading.records import folder_records
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["jobs", "nvidia.dali.fn", "nvidia.dali.auto_aug.augmentations"])
+
+
+def write_photos(folder: Path, count: int, side: int = 40, seed: int = 0) -> Path:
+    """JPEGs of random colours and proportions, photo-00000.jpg and so on."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        height, width = rng.integers(side // 2, side, 2)
+        pixels = rng.integers(0, 255, (2, 2, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+        image.save(folder / f"photo-{i:05d}.jpg", quality=90)
+    return folder
+
+
+class Slow(Brightness):
+    """Takes some milliseconds, so that a kill finds it at work."""
+
+    def predict(self, images, known):
+        time.sleep(0.004)
+        return super().predict(images, known)
+
+
+def run_job(photos: Path, out: Path, rank: int = 0, world: int = 1, per_shard: int = 8, started=None):
+    """One labelling job of two stand-in networks."""
+    labeller = Labeller([Slow(), Halves()], label_size=32, batch_size=4, threads=1)
+    if started is not None:
+        started.set()
+    return label_records(
+        folder_records(photos),
+        out,
+        labeller,
+        source="photos",
+        samples_per_shard=per_shard,
+        rank=rank,
+        world=world,
+        workers=2,
+        progress=False,
+    )
+
+
+def run_watched(photos: Path, out: Path, sizes) -> None:
+    """A job that puts (images labelled, resident bytes) into the queue `sizes` while it runs."""
+    labeller = Labeller([Brightness(), Halves()], label_size=32, batch_size=16, threads=1)
+    done = threading.Event()
+
+    def watch():
+        page = os.sysconf("SC_PAGE_SIZE")
+        while not done.wait(0.05):
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
+            sizes.put((labeller.images, resident))
+        sizes.put(None)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    label_records(
+        folder_records(photos),
+        out,
+        labeller,
+        source="photos",
+        samples_per_shard=500,
+        workers=2,
+        progress=False,
+    )
+    done.set()
+    watcher.join()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a dataset folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
