@@ -1,12 +1,19 @@
 """Class names and words as 64 numbers each: what a high-level label map becomes on the device.
 
 Two sources: `from_table` reads numbers prepared elsewhere (CLIP text features after PCA, as in Prismer,
-arXiv:2303.02506), `spelling` derives them from the letters and needs no files, so that a model can be trained, and can
-read any word, without a CLIP text tower.
+arXiv:2303.02506; `prismer semantics` makes the table), `spelling` derives them from the letters and needs no files, so
+that a model can be trained, and can read any word, without a CLIP text tower.
+
+A table never holds every word that a photo may show. A word without features is entered as background: its region then
+looks like a place without words, which the model has seen, and one warning names it (`Semantics.known_words`). A class
+name without features is an error, because every map of its expert would lose that class.
 """
 
 import json
 import os
+import threading
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,12 +37,25 @@ class Semantics:
 
     Attributes:
         background: (64,) fp32, the features of "nothing here".
+        unknown_words: words that `known_words` left out -> how often, in lower case.
     """
 
-    def __init__(self, lookup: Callable[[str], np.ndarray], background: np.ndarray):
+    def __init__(
+        self, lookup: Callable[[str], np.ndarray | None], background: np.ndarray, folder: str = ""
+    ):
+        """
+        Args:
+            lookup: normalised text -> (64,), or None if it has no features.
+            background: (64,) fp32.
+            folder: where the table lies, for messages.
+        """
         # words repeat from image to image
         self._lookup = lru_cache(maxsize=_CACHED_WORDS)(lookup)
         self.background = background
+        self.unknown_words: Counter[str] = Counter()
+        self._folder = folder
+        # samples are looked up in several threads
+        self._counting = threading.Lock()
 
     def rows(self, texts: list[str]) -> np.ndarray:
         """(len(texts), 64) fp32, one row for each text.
@@ -45,8 +65,36 @@ class Semantics:
         """
         rows = np.empty((len(texts), FEATURE_WIDTH), np.float32)
         for row, text in zip(rows, texts, strict=True):
-            row[:] = self._lookup(_normalise(text))
+            found = self._lookup(normalise(text))
+            if found is None:
+                raise ValueError(
+                    f"{text!r} is not in the semantics table in {self._folder}; "
+                    f"add it with `prismer semantics add {self._folder} --texts FILE`"
+                )
+            row[:] = found
         return rows
+
+    def known_words(self, words: dict[int, str]) -> dict[int, str]:
+        """The `words` of one sample that have features; the others are counted, and the first ones warned of.
+
+        Args:
+            words: id in the ocr_detection map -> word.
+        """
+        known = {i: word for i, word in words.items() if self._lookup(normalise(word)) is not None}
+        missing = Counter(normalise(words[i]) for i in words.keys() - known.keys())
+        if missing:
+            with self._counting:
+                is_first = not self.unknown_words
+                self.unknown_words.update(missing)
+            if is_first:
+                named = ", ".join(f"{word!r} ({n})" for word, n in sorted(missing.items()))
+                warnings.warn(
+                    f"words without features enter as background: {named}; list them in a file and run `prismer "
+                    f"semantics add {self._folder} --texts FILE`; further ones are only counted, in "
+                    f"Semantics.unknown_words",
+                    stacklevel=2,
+                )
+        return known
 
     @classmethod
     def spelling(cls) -> "Semantics":
@@ -65,37 +113,9 @@ class Semantics:
         Raises:
             ValueError: if a file is absent or damaged, or their sizes disagree.
         """
-        tensors_path, names_path = (Path(folder) / name for name in TABLE_FILES)
-        try:
-            tensors = load_file(tensors_path)
-            names = json.loads(names_path.read_text())
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise ValueError(f"{names_path.name} is not a list of texts")
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{folder} holds no semantics table ({error.filename or tensors_path} is missing); "
-                f'name the folder of one, or choose semantics="spelling"'
-            ) from None
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"the semantics table in {folder} is damaged: {error}") from None
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        expected = {"features": (len(names), FEATURE_WIDTH), "background": (FEATURE_WIDTH,)}
-        if shapes != expected:
-            raise ValueError(
-                f"the semantics table in {folder} has {shapes} for {len(names)} names; expected {expected}"
-            )
-        features = tensors["features"].astype(np.float32)
-        table = dict(zip(map(_normalise, names), features, strict=True))
-
-        def look_up(text: str) -> np.ndarray:
-            if text not in table:
-                raise ValueError(
-                    f"{text!r} is not among the {len(table)} names of the semantics table in {folder}; "
-                    f"add its features to the table"
-                )
-            return table[text]
-
-        return cls(look_up, tensors["background"].astype(np.float32))
+        names, features, background = read_table(folder)
+        table = dict(zip(map(normalise, names), features, strict=True))
+        return cls(table.get, background, str(folder))
 
     @classmethod
     def for_config(cls, config: PrismerConfig, folder: str | Path | None = None) -> "Semantics":
@@ -119,7 +139,7 @@ class Meanings:
 
     Attributes:
         rows: seg and obj_detection -> (256,) int64, for each id its row of the class features; 0 is the background.
-        words: id of the ocr_detection map -> word.
+        words: id of the ocr_detection map -> word that has features; other ids are background.
     """
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
@@ -149,14 +169,14 @@ class FeatureTables:
         self._features = np.concatenate([semantics.background[None], semantics.rows(names)])
 
     def look_up(self, labels: dict[str, np.ndarray], meta: dict) -> Meanings:
-        """The meanings of the ids in use.
+        """The meanings of the ids in use; a word without features has none and stays background.
 
         Args:
             labels: expert -> uint8 map.
             meta: the sample's JSON, with `instances` and `words`.
 
         Raises:
-            ValueError: if an id has no entry, a class is not in its table, or a word has no features.
+            ValueError: if an id has no entry, or a class is not in its table.
         """
         meanings = Meanings()
         for expert in self.experts:
@@ -165,8 +185,8 @@ class FeatureTables:
             used = np.flatnonzero(np.bincount(labels[expert].ravel(), minlength=256)).tolist()
             used = [i for i in used if i != BACKGROUND]
             if expert == "ocr_detection":
-                meanings.words = {i: _entry(meta, "words", i, str) for i in used}
-                self.semantics.rows(list(meanings.words.values()))
+                words = {i: _entry(meta, "words", i, str) for i in used}
+                meanings.words = self.semantics.known_words(words)
                 continue
             rows = np.zeros(256, np.int64)
             for i in used:
@@ -197,6 +217,34 @@ class FeatureTables:
         return rows, np.concatenate([self._features, self.semantics.rows(list(row_of_word))])
 
 
+def read_table(folder: str | Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The n names, features (n, 64) and background (64,), fp32, of the table in `folder`.
+
+    Raises:
+        ValueError: if a file is absent or damaged, or their sizes disagree.
+    """
+    tensors_path, names_path = (Path(folder) / name for name in TABLE_FILES)
+    try:
+        tensors = load_file(tensors_path)
+        names = json.loads(names_path.read_text())
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{names_path.name} is not a list of texts")
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} holds no semantics table ({error.filename or tensors_path} is missing); "
+            f'name the folder of one, or choose semantics="spelling"'
+        ) from None
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"the semantics table in {folder} is damaged: {error}") from None
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    expected = {"features": (len(names), FEATURE_WIDTH), "background": (FEATURE_WIDTH,)}
+    if shapes != expected:
+        raise ValueError(
+            f"the semantics table in {folder} has {shapes} for {len(names)} names; expected {expected}"
+        )
+    return names, *(tensors[name].astype(np.float32) for name in ("features", "background"))
+
+
 def write_table(
     folder: str | Path, names: list[str], features: np.ndarray, background: np.ndarray
 ) -> None:
@@ -216,7 +264,7 @@ def write_table(
             f"features {features.shape} and background {background.shape} do not fit {len(names)} names; "
             f"expected ({len(names)}, {FEATURE_WIDTH}) and ({FEATURE_WIDTH},)"
         )
-    if len(set(map(_normalise, names))) < len(names):
+    if len(set(map(normalise, names))) < len(names):
         raise ValueError("two names differ in case or blanks alone; give each text once")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,16 +279,17 @@ def write_table(
     os.replace(f"{names_path}.partial", names_path)
 
 
+def normalise(text: str) -> str:
+    """The form in which texts are compared: lower case, single blanks."""
+    return " ".join(text.lower().split())
+
+
 def _entry(meta: dict, table: str, i: int, kind: type):
     entries = meta.get(table, {})
     entry = entries.get(str(i)) if isinstance(entries, dict) else None
     if not isinstance(entry, kind):
         raise ValueError(f"id {i} of its map has no entry in {table!r}; label the sample again")
     return entry
-
-
-def _normalise(text: str) -> str:
-    return " ".join(text.lower().split())
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""The command `prismer`: caption, answer, classify, show, label, experts, data, export, info.
+"""The command `prismer`: caption, answer, classify, show, label, experts, semantics, data, export, info.
 
 Parsing imports nothing heavy, so that `prismer --help` answers at once; each sub-command imports what it runs.
 """
@@ -15,6 +15,7 @@ from prismer import __version__
 from prismer.cli_ask import add_ask_commands
 from prismer.cli_data import add_data_commands
 from prismer.cli_experts import add_experts_commands
+from prismer.cli_semantics import add_semantics_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_ask_commands(commands)
     add_data_commands(commands)
     add_experts_commands(commands)
+    add_semantics_commands(commands)
 
     export = commands.add_parser("export", help="turn a training run into a model folder")
     export.add_argument(

@@ -61,7 +61,9 @@ def test_table_round_trip(tmp_path):
     semantics = Semantics.for_config(prismer_base(), tmp_path)
     assert semantics.rows(["stop", "traffic light"]) == pytest.approx(np.float32(features[[2, 1]]))
     assert semantics.background == pytest.approx(np.float32(background))
-    with pytest.raises(ValueError, match="'zebra' is not among the 3 names"):
+    with pytest.raises(
+        ValueError, match="'zebra' is not in the semantics table in .* `prismer semantics add"
+    ):
         semantics.rows(["stop", "zebra"])
     assert not list(tmp_path.glob("*.partial"))
 
@@ -139,6 +141,32 @@ def test_feature_tables_without_labels():
     )
     # experts that the model lacks are not looked at, whatever their maps hold
     tables.look_up(maps(seg=[99]), {})
+
+
+def test_words_without_features_are_background(tmp_path):
+    rng = np.random.default_rng(0)
+    names = ["cube", "sky", "sphere", "stop"]
+    write_table(tmp_path, names, rng.normal(size=(4, 64)), rng.normal(size=64))
+    semantics = Semantics.from_table(tmp_path)
+    tables = FeatureTables(prismer_tiny(), CLASSES, semantics)
+    labels = maps(seg=[0, 1, 255, 255], ocr_detection=[0, 1, 2, 3])
+    meta = {"words": {"0": "Stop", "1": "zebra", "2": "qux", "3": "Zebra "}}
+    with pytest.warns(
+        UserWarning, match=r"as background: 'qux' \(1\), 'zebra' \(2\); .* add "
+    ) as seen:
+        meanings = [tables.look_up(labels, meta)]
+        # of another sample: counted, not told
+        meanings.append(tables.look_up(labels, {"words": dict.fromkeys("0123", "new")}))
+    assert len(seen) == 1
+    assert semantics.unknown_words == {"zebra": 2, "qux": 1, "new": 4}
+    rows, features = tables.collate(meanings)
+    assert len(features) == 1 + 4 + 1
+    assert np.array_equal(features[rows["ocr_detection"][0, 0]], semantics.rows(["stop"])[0])
+    assert not rows["ocr_detection"][0, 1:4].any() and not rows["ocr_detection"][1].any()
+    assert np.array_equal(features[rows["seg"][1, [0, 1]]], semantics.rows(["cube", "sky"]))
+    # a class is no word
+    with pytest.raises(ValueError, match="'cone' is not in the semantics table"):
+        FeatureTables(prismer_tiny(), {"seg": ["cube", "cone"]}, semantics)
 
 
 @pytest.mark.parametrize(
