@@ -1,0 +1,3 @@
+"""Rules for the head and loss of causal language models of transformers."""
+
+RULES = ()

@@ -1,0 +1,3 @@
+"""Rules for perceiver resamplers and Q-Formers of transformers, flamingo-pytorch and open_flamingo."""
+
+RULES = ()
