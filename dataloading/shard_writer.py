@@ -204,7 +204,27 @@ def write_index(
         "about": about,
         "shards": shards,
     }
-    write_atomically(folder / "index.json", json.dumps(index, indent=1, ensure_ascii=False).encode())
+    write_together(folder / "index.json", json.dumps(index, indent=1, ensure_ascii=False).encode())
+
+
+def write_together(path: Path, data: bytes) -> None:
+    """As `write_atomically`, where several processes may write the same bytes at the same time."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "ab") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        try:
+            moved = not os.path.samestat(os.fstat(file.fileno()), os.stat(partial))
+        except FileNotFoundError:
+            moved = True
+        if moved:
+            # while we waited another process has put its bytes in place, which are ours too
+            return
+        file.truncate(0)
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(partial, path)
+    sync_folder(path.parent)
 
 
 def finished_shard(

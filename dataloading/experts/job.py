@@ -25,7 +25,7 @@ from prismer.dataloading.importers import to_jpeg
 from prismer.dataloading.labels import pack_labels, unpack_labels
 from prismer.dataloading.places import Record, Records, Source, read_json
 from prismer.dataloading.shard_index import Sample, check_classes, to_json, write_atomically
-from prismer.dataloading.shard_writer import OpenShard, finished_shard, write_index
+from prismer.dataloading.shard_writer import OpenShard, finished_shard, write_index, write_together
 from prismer.images import ExpertLabels, resize_nearest
 
 JOB_FILE, REPORT_FILE = "job.json", "report.json"
@@ -205,7 +205,7 @@ class _Job:
             )
         write_index(self.folder, entries, self.classes, self.source, self.about)
         text = {"records": report.records, "labelled": report.labelled, "skipped": report.skipped}
-        write_atomically(
+        write_together(
             self.folder / REPORT_FILE, json.dumps(text, indent=1, ensure_ascii=False).encode()
         )
         return report
@@ -229,7 +229,7 @@ class _Job:
                 raise ValueError(
                     f"{self.folder} holds a dataset that no labelling job began; choose another folder"
                 )
-            write_atomically(path, json.dumps(notes, indent=1, ensure_ascii=False).encode())
+            write_together(path, json.dumps(notes, indent=1, ensure_ascii=False).encode())
         before = read_json(path)
         if before == notes:
             return

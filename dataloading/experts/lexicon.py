@@ -8,14 +8,13 @@ recurrence of Myers (A fast bit-vector algorithm for approximate string matching
 import json
 from collections.abc import Iterable
 from functools import cache
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
 MAX_LENGTH = 64
 """Letters of the longest word that a look-up can measure: one bit each."""
-
-_VOCABULARY = Path(__file__).parents[2] / "prismer" / "assets" / "roberta" / "vocab.json"
 
 _TWO_LETTERS = (
     "ad ah am an as at be by do eh er ex go ha he hi ho id if in is it la lo ma me mr ms my no of oh ok on or ox pa "
@@ -111,8 +110,9 @@ class Lexicon:
             vertical = equal | down
             horizontal = (((equal & up) + up) ^ up) | equal
             grows, falls = down | ~(horizontal | up), up & horizontal
-            distance = distance + ((grows >> top) & one).astype(np.int64) - ((falls >> top) & one).astype(np.int64)
-            result[lengths == column + 1] = distance[lengths == column + 1]
+            distance = distance + (grows >> top & one).astype(int) - (falls >> top & one).astype(int)
+            ended = lengths == column + 1
+            result[ended] = distance[ended]
             grows, falls = (grows << one) | one, falls << one
             up, down = falls | ~(vertical | grows), grows & vertical
         return result
@@ -133,7 +133,8 @@ def english_lexicon() -> Lexicon:
 
     24,116 entries: tokens of ASCII letters that begin with a blank. Some are pieces of words.
     """
-    tokens = json.loads(_VOCABULARY.read_text("utf-8"))
+    vocabulary = resources.files("prismer") / "assets" / "roberta" / "vocab.json"
+    tokens = json.loads(vocabulary.read_text("utf-8"))
     whole = [token[1:] for token in tokens if token[0] == "Ġ"]
     return Lexicon(_TWO_LETTERS + [w for w in whole if len(w) >= 3 and w.isascii() and w.isalpha()])
 

@@ -151,7 +151,8 @@ def intensities(maps: Tensor, images: Images, expert: str) -> list[Found]:
         part = one[:, : max(1, round(height * scale_h)), : max(1, round(width * scale_w))]
         size = (images.label_size, images.label_size)
         square = F.interpolate(part[None], size, mode="bilinear", align_corners=True)[0]
-        plane = (square.clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        # interpolated ones may fall short of 1 by a rounding
+        plane = (square.clamp(0, 1) * 255 + 1e-3).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         found.append(Found(np.ascontiguousarray(plane if EXPERTS[expert].planes == 3 else plane[..., 0])))
     return found
 

@@ -57,7 +57,9 @@ def test_label_writes_a_dataset_and_goes_on(tmp_path, capsys):
         (["label", ".", "--out", "x", "--experts", "taste"], "unknown expert 'taste'"),
         (["label", ".", "--out", "x", "--experts", ","], "no expert was asked for"),
         (["show", "nowhere.jpg"], "no image file nowhere.jpg"),
-        (["experts", "fetch", "gradient"], "gradient is in no package registry"),
+        (["experts", "fetch", "gradient"], "gradient needs no weights"),
+        (["experts", "fetch", "rapidocr"], "run `pip install 'prismer-vlm[experts]'`"),
+        (["experts", "fetch", "dpt-hybrid"], "--experts depth=dpt-hybrid@SOURCE"),
         (["experts", "fetch", "taste"], "unknown network 'taste'; choose from"),
     ],
 )
