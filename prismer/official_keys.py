@@ -84,6 +84,27 @@ _TIED = {
 IGNORED = "text_decoder.roberta.embeddings.position_ids"
 """A buffer of old transformers versions that holds 0..513 and means nothing."""
 
+_CLIP: list[tuple[str, str]] = [
+    ("encoder.stems.rgb.weight", "visual.conv1.weight"),
+    ("encoder.positional_embedding", "visual.positional_embedding"),
+    *(
+        (f"encoder.blocks.{{i}}.{name}", f"visual.transformer.resblocks.{{i}}.{name}")
+        for name in (
+            "ln_1.{leaf}", "ln_2.{leaf}", "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.{leaf}",
+            "mlp.c_fc.{leaf}", "mlp.c_proj.{leaf}",
+        )
+    ),
+    ("encoder.ln_pre.{leaf}", "visual.ln_pre.{leaf}"),
+    ("encoder.ln_post.{leaf}", "visual.ln_post.{leaf}"),
+]  # fmt: skip
+
+# a masked-LM RoBERTa has the published names, but for the sub-index of its layers; what was added to it has no source
+_ROBERTA: list[tuple[str, str]] = [
+    (ours, theirs.removeprefix("text_decoder.").replace("layer.{i}.0.", "layer.{i}."))
+    for ours, theirs in _RULES
+    if ours.startswith("decoder.") and not re.search(r"layer\.\{i\}\.[12]\.|output_layer", theirs)
+]
+
 _GROUPS = {"i": r"(\d+)", "e": r"(\w+)", "leaf": _LEAF, "norm": _STEM_NORM}
 
 
@@ -98,6 +119,8 @@ def _compile(source: str, target: str) -> tuple[re.Pattern, str]:
 
 _TO = [_compile(ours, theirs) for ours, theirs in _RULES]
 _FROM = [_compile(theirs, ours) for ours, theirs in _RULES]
+_FROM_CLIP = [_compile(theirs, ours) for ours, theirs in _CLIP]
+_FROM_ROBERTA = [_compile(theirs, ours) for ours, theirs in _ROBERTA]
 
 
 def _translate(key: str, table: list[tuple[re.Pattern, str]]) -> str | None:
@@ -126,3 +149,19 @@ def from_official(key: str) -> str | None:
         if key in others:
             return ours
     return _translate(key, _FROM)
+
+
+def from_clip(key: str) -> str | None:
+    """Our name of a tensor of CLIP (OpenAI's or open_clip's names), or None for one that Prismer does not take.
+
+    CLIP's positional table has a first row for the class token, which ours lacks.
+    """
+    return _translate(key, _FROM_CLIP)
+
+
+def from_roberta(key: str) -> str | None:
+    """Our name of a tensor of RoBERTa with a language-model head (transformers' names), or None for one not taken."""
+    for ours, others in _TIED.items():
+        if f"text_decoder.{key}" in others:
+            return ours
+    return _translate(key, _FROM_ROBERTA)
