@@ -1,8 +1,13 @@
-"""Weights on disk: safetensors folders, positional tables of another resolution, and shipped models."""
+"""Weights on disk: model folders, published checkpoints, the hub, positional tables of another resolution."""
 
+import logging
 import os
+import pickle
+import re
 import shutil
 import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -12,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prismer.config import PrismerConfig
+from prismer.load_report import Misfit, Report
+from prismer.official import BIN, is_official, official_config, to_ours
 from prismer.stems import resize_positions
 from prismer.tokenizer import Tokenizer
 
@@ -19,6 +26,14 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 POSITIONS = "encoder.positional_embedding"
 SHIPPED = ("tiny",)
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
+
+ROBERTA_VOCABULARY = 50265
+# a published checkpoint brings no tokenizer: its is RoBERTa's
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)+")
+_STEM = re.compile(r"encoder\.stems\.(\w+)\.(convs|norms|project)\.")
+
+_log = logging.getLogger(__name__)
 
 
 def save_pretrained(model, folder: str | Path) -> None:
@@ -57,42 +72,68 @@ def shipped_folder(name: str) -> Path:
     return Path(str(resources.files("prismer"))) / "assets" / name
 
 
-def from_pretrained(source: str | Path, *, image_size: int | None = None, device: str = "cpu", dtype=None):
-    """Load a model folder.
+def from_pretrained(
+    source: str | Path,
+    *,
+    image_size: int | None = None,
+    experts: Sequence[str] | None = None,
+    config: PrismerConfig | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    on_report: Callable[[Report], object] | None = None,
+):
+    """Load a model.
 
     Args:
-        source: a folder with config.json and model.safetensors, or "tiny", the model that ships with the package.
+        source: one of
+            a folder with config.json and model.safetensors, as `save_pretrained` writes it;
+            "tiny", the model that ships with the package;
+            a published checkpoint: its folder or its file, pytorch_model.bin;
+            "owner/name" on the Hugging Face hub, with a folder inside if the model lies in one
+            ("owner/name/folder"). The hub is asked only for what is no path here, and only for the files needed.
         image_size: RGB side to use instead of the stored one; the positional table is resized bicubically.
+        experts: the experts that the model must have; None takes those that it has.
+        config: of a published checkpoint that is of no preset's sizes; else it is read off the tensors.
         device, dtype: where and as what the weights go; the stored dtype if None.
+        on_report: called with the loading report; by default it is logged (level INFO) if there is something to tell.
 
     Raises:
-        ValueError: if the folder lacks a file, a file is broken, or the tensors do not fit the config.
+        ValueError: if the files are not there or broken, the tensors do not fit the config (`Misfit`, with the table
+            of them), or the experts are others.
     """
     from prismer.model import Prismer
 
-    folder = Path(source)
-    if not folder.is_dir() and str(source) in SHIPPED:
-        folder = shipped_folder(str(source))
-    if not folder.is_dir():
-        raise ValueError(
-            f"no model folder {source}; give a folder written by `prismer export` or {' or '.join(SHIPPED)}"
-        )
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}; export the model again with `prismer export`")
-    config = PrismerConfig.from_file(folder / CONFIG)
+    folder, weights = _locate(source)
+    if config is None and folder is not None and (folder / CONFIG).is_file():
+        config = PrismerConfig.from_file(folder / CONFIG)
+    tokenizer = None
+    if folder is not None and has_tokenizer(folder):
+        tokenizer = Tokenizer.from_folder(folder)
+    tensors, ignored = read_tensors(weights), []
+    if is_official(tensors):
+        config = config or official_config(tensors, source=str(weights))
+        tensors, ignored = to_ours(tensors, source=str(weights))
+        if tokenizer is None and config.vocab_size == ROBERTA_VOCABULARY:
+            tokenizer = Tokenizer.roberta()
+    elif config is None:
+        raise ValueError(f"{weights.parent} has no {CONFIG}; export the model again with `prismer export`")
+    if experts is not None and set(experts) != set(config.experts):
+        raise ValueError(_other_experts(str(weights), config.experts, experts))
     if image_size is not None:
         config = config.replace(image_size=image_size)
-    tokenizer = Tokenizer.from_folder(folder) if has_tokenizer(folder) else None
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is not a whole safetensors file ({error}); export it again") from None
-    model = Prismer(config, tokenizer)
-    load_tensors(model, tensors, source=str(folder / WEIGHTS))
-    if dtype is None:
+
+    # no memory is filled twice: the tensors are the first that the weights hold
+    with torch.device("meta"):
+        model = Prismer(config, tokenizer)
+    if dtype is None and POSITIONS in tensors:
         dtype = tensors[POSITIONS].dtype
-    return model.to(device=device, dtype=dtype).eval()
+    model = model.to(dtype=dtype or torch.float32).to_empty(device=device)
+    report = load_tensors(model, tensors, source=str(weights), ignored=ignored)
+    if on_report is not None:
+        on_report(report)
+    elif not report.plain:
+        _log.info("%s", report)
+    return model.eval()
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -100,27 +141,145 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
 
 
-def load_tensors(model, tensors: dict[str, Tensor], source: str) -> None:
-    """Fill every tensor of `model`; the positional table may come from another resolution.
+def _locate(source: str | Path) -> tuple[Path | None, Path]:
+    """The folder whose config and tokenizer count, or None for a single published file; and the file of weights."""
+    path = Path(source)
+    if path.is_file():
+        return (path.parent if path.name == WEIGHTS else None), path
+    if path.is_dir():
+        return path, _weights_in(path)
+    if str(source) in SHIPPED:
+        path = shipped_folder(str(source))
+        return path, _weights_in(path)
+    if _HUB_ID.fullmatch(str(source)) and not path.parent.is_dir():
+        path = _download(str(source))
+        return path, _weights_in(path)
+    raise ValueError(
+        f"no model folder {source}; give a folder written by `prismer export`, a published checkpoint, "
+        f"owner/name on the hub, or {' or '.join(SHIPPED)}"
+    )
+
+
+def _weights_in(folder: Path) -> Path:
+    for name in (WEIGHTS, BIN):
+        if (folder / name).is_file():
+            # a model folder of which only the weights arrived is told apart from a published checkpoint by its tensors
+            return folder / name
+    name = WEIGHTS if (folder / CONFIG).is_file() else CONFIG
+    raise ValueError(f"{folder} has no {name}; export the model again with `prismer export`")
+
+
+def _download(source: str) -> Path:
+    """The folder on this machine that holds a hub model's files; asked of the hub only as far as they are not here."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    owner, name, *inside = source.split("/")
+    prefix = "".join(f"{part}/" for part in inside)
+    files = [CONFIG, WEIGHTS, *TOKENIZER_FILES, "answers.json"]
+    if inside:
+        # the published checkpoints are folders of one repository
+        files.append(BIN)
+    try:
+        root = snapshot_download(f"{owner}/{name}", allow_patterns=[prefix + file for file in files])
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise ValueError(
+            f"there is no folder {source}, and {owner}/{name} cannot be had from the hub ({reason}); "
+            "check the name and the connection, or give a folder"
+        ) from None
+    folder = Path(root, *inside)
+    if not any((folder / file).is_file() for file in (WEIGHTS, BIN)):
+        raise ValueError(
+            f"{owner}/{name} on the hub holds no {prefix}{WEIGHTS}; name the folder in it, as owner/name/folder"
+        )
+    return folder
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file by name; nothing in it is executed.
 
     Raises:
-        ValueError: naming the first missing, unexpected or misshapen tensors.
+        ValueError: if the file is cut, or holds something else.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}); export it again") from None
+    try:
+        # the pages of a zip are read as they are copied, so that memory holds the weights once
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a whole file of tensors ({reason}); get it again") from None
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{path} does not hold tensors by name; give a file that holds a state dict alone")
+    return found
+
+
+def load_tensors(model, tensors: dict[str, Tensor], source: str, ignored: Sequence[str] = ()) -> Report:
+    """Fill every tensor of `model`; the positional table may come from another resolution.
+
+    Counters of batch norms that are missing start at 0: they have no effect.
+
+    Args:
+        tensors: by our names, of any floating dtype.
+        source: names them in the report.
+        ignored: tensors already left out, for the report.
+
+    Returns:
+        What was found, with nothing missing, unexpected or misshapen.
+
+    Raises:
+        Misfit: a ValueError with the table of what is missing, unexpected or misshapen; `model` is as it was.
     """
     tensors = dict(tensors)
     own = model.state_dict()
-    if POSITIONS in tensors and tensors[POSITIONS].shape != own[POSITIONS].shape:
-        tensors[POSITIONS] = resize_positions(tensors[POSITIONS].float(), model.config.grid)
-    missing = sorted(set(own) - set(tensors))
-    unexpected = sorted(set(tensors) - set(own))
-    misfit = sorted(k for k in set(own) & set(tensors) if own[k].shape != tensors[k].shape)
-    problems = []
-    for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misfit)):
-        if keys:
-            problems.append(f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})")
-    if problems:
-        raise ValueError(
-            f"{source} does not fit the config: tensors {'; '.join(problems)}; "
-            "use the config.json that was saved beside these weights"
+    loaded = len(set(own) & set(tensors))
+    for key in own:
+        if key.endswith("num_batches_tracked") and key not in tensors:
+            tensors[key] = torch.zeros_like(own[key])
+    resized = {}
+    table = tensors.get(POSITIONS)
+    if table is not None and table.shape != own[POSITIONS].shape and _is_table(table, own[POSITIONS]):
+        resized[POSITIONS] = (table.shape, own[POSITIONS].shape)
+        tensors[POSITIONS] = resize_positions(table.float(), model.config.grid)
+    report = Report(
+        source=source,
+        loaded=loaded,
+        missing={k: own[k].shape for k in own if k not in tensors},
+        unexpected={k: t.shape for k, t in tensors.items() if k not in own},
+        misfit={k: (t.shape, own[k].shape) for k, t in tensors.items() if k in own and own[k].shape != t.shape},
+        resized=resized,
+        ignored=tuple(ignored),
+    )
+    if not report.fits:
+        stored = _stems_in(tensors)
+        if stored != set(model.config.experts):
+            raise Misfit(_other_experts(source, sorted(stored), model.config.experts), report)
+        raise Misfit(
+            f"{source} does not fit the config; use the config.json that was saved beside these weights", report
         )
     with torch.no_grad():
         model.load_state_dict(tensors, strict=True)
+    return report
+
+
+def _is_table(table: Tensor, own: Tensor) -> bool:
+    """Whether a positional table is one of a square grid, of the model's width."""
+    return table.dim() == 2 and table.shape[1] == own.shape[1] and round(table.shape[0] ** 0.5) ** 2 == len(table)
+
+
+def _stems_in(tensors: dict[str, Tensor]) -> set[str]:
+    return {m[1] for key in tensors if (m := _STEM.match(key))}
+
+
+def _other_experts(source: str, stored: Sequence[str], asked: Sequence[str]) -> str:
+    has, wants = (", ".join(names) or "no experts" for names in (stored, asked))
+    new = ", ".join(name for name in asked if name not in stored)
+    train = f"; to train parts for {new}, start from Prismer.from_backbones(..., experts=...)" if new else ""
+    return (
+        f"the experts of {source} are {has}, and {wants} is asked for: a model works with the experts that it was "
+        f"trained with; set experts to {list(stored)}{train}"
+    )

@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         if not _is_a_sentence(error):
             raise
-        print(f"prismer: {error}", file=sys.stderr)
+        # weights that do not fit come with a table before their sentence
+        for line in str(error).splitlines():
+            print(f"prismer: {line}", file=sys.stderr)
         return 2
 
 
@@ -66,11 +68,19 @@ def build_parser() -> argparse.ArgumentParser:
     add_experts_commands(commands)
     add_semantics_commands(commands)
 
-    export = commands.add_parser("export", help="turn a training run into a model folder")
-    export.add_argument(
-        "source", metavar="RUN", type=Path, help="run folder, or one of its checkpoints"
+    export = commands.add_parser(
+        "export", help="turn a training run, or a published checkpoint, into a model folder, or back"
     )
-    export.add_argument("--out", required=True, type=Path, metavar="FOLDER")
+    export.add_argument(
+        "source",
+        metavar="RUN",
+        help="run folder, one of its checkpoints, or anything that --model takes",
+    )
+    where = export.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, metavar="FOLDER", help="model folder to write")
+    where.add_argument(
+        "--official", type=Path, metavar="FILE", help="write the weights as published Prismers are"
+    )
     export.set_defaults(run=_export)
 
     info = commands.add_parser(
@@ -88,13 +98,39 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _export(args: argparse.Namespace) -> None:
+    if args.official is not None:
+        from prismer.checkpoint import from_pretrained
+        from prismer.official import save_official
+
+        found = _checkpoint(args.source) or args.source
+        save_official(from_pretrained(found), args.official)
+        print(f"{found} -> {args.official}")
+        return
     # the export replaces the whole folder: never one that holds something else
     empty = args.out.is_dir() and not any(args.out.iterdir())
     if args.out.exists() and not empty and not (args.out / "model.safetensors").is_file():
         raise ValueError(f"{args.out} exists and is not a model folder; choose another --out")
+    from prismer.checkpoint import from_pretrained
     from prismer.run_folder import export_checkpoint
 
-    print(f"{export_checkpoint(args.source, args.out)} -> {args.out}")
+    source = Path(args.source)
+    if _checkpoint(args.source) is None and (source.is_file() or _holds_weights(source)):
+        from_pretrained(source, on_report=print).save_pretrained(args.out)
+        print(f"{source} -> {args.out}")
+    else:
+        print(f"{export_checkpoint(source, args.out)} -> {args.out}")
+
+
+def _checkpoint(source: str) -> Path | None:
+    """The checkpoint to export of a run folder, or `source` if it is one; None for anything else."""
+    from prismer.run_folder import STATE, RunFolder
+
+    path = Path(source)
+    return path if (path / STATE).is_file() else RunFolder(path).best()
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -222,17 +222,19 @@ def _import(args: argparse.Namespace) -> None:
         progress=_watched(),
     )
     print(f"{args.out}: {report.imported} of {report.records} images imported")
-    for skipped in report.skipped[:5]:
-        print(f"skipped {skipped['image'] or skipped['key']}: {skipped['reason']}", file=sys.stderr)
-    if len(report.skipped) > 5:
-        print(
-            f"... and {len(report.skipped) - 5} more, all in {args.out / REPORT_FILE}",
-            file=sys.stderr,
-        )
+    print_skipped(report.skipped, args.out / REPORT_FILE)
     if not report.imported:
         raise ValueError(
             f"none of the {report.records} images could be imported; see {args.out / REPORT_FILE}"
         )
+
+
+def print_skipped(skipped: list[dict[str, str]], path: Path) -> None:
+    """Name the first images that were left out, on stderr; all of them are in the report at `path`."""
+    for entry in skipped[:5]:
+        print(f"skipped {entry['image'] or entry['key']}: {entry['reason']}", file=sys.stderr)
+    if len(skipped) > 5:
+        print(f"... and {len(skipped) - 5} more, all in {path}", file=sys.stderr)
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -79,6 +79,7 @@ def make_labeller(asked: str, device_name: str, **options):
 
 def _label(args: argparse.Namespace) -> int:
     rank, world = _place()
+    from prismer.cli_data import print_skipped
     from prismer.dataloading.experts.job import REPORT_FILE, label_records, source_records
 
     records, classes = source_records(args.source, args.images)
@@ -122,13 +123,7 @@ def _label(args: argparse.Namespace) -> int:
     print(
         f"{args.out}: {report.labelled} of {report.records} images labelled, {len(report.skipped)} skipped"
     )
-    for skipped in report.skipped[:5]:
-        print(f"skipped {skipped['image'] or skipped['key']}: {skipped['reason']}", file=sys.stderr)
-    if len(report.skipped) > 5:
-        print(
-            f"... and {len(report.skipped) - 5} more, all in {args.out / REPORT_FILE}",
-            file=sys.stderr,
-        )
+    print_skipped(report.skipped, args.out / REPORT_FILE)
     if not report.labelled:
         raise ValueError(
             f"none of the {report.records} images could be labelled; see {args.out / REPORT_FILE}"

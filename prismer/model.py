@@ -146,7 +146,22 @@ class Prismer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options) -> "Prismer":
-        """Load a folder written by `save_pretrained`, or the shipped model "tiny"."""
+        """Load a model folder, "tiny", a published checkpoint, or "owner/name" of the hub.
+
+        Args:
+            source, options: as in `prismer.checkpoint.from_pretrained`.
+        """
         from prismer.checkpoint import from_pretrained
 
         return from_pretrained(source, **options)
+
+    @classmethod
+    def from_backbones(cls, vision: str, text: str | Path, **options) -> "Prismer":
+        """New trainable parts around a pre-trained CLIP of open_clip and a RoBERTa of transformers.
+
+        Args:
+            vision, text, options: as in `prismer.backbones.from_backbones`.
+        """
+        from prismer.backbones import from_backbones
+
+        return from_backbones(vision, text, **options)
