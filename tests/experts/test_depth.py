@@ -346,9 +346,27 @@ def test_convert_refuses_another_graph(tmp_path):
         vit_trunk.convert({"a": tmp_path / "a.onnx"}, tmp_path)
 
 
-@pytest.mark.skipif(
+needs_trunk = pytest.mark.skipif(
     not (weights_home() / vit_trunk.NAME).is_dir(), reason="no trunk; run `prismer experts fetch vit-s-depth`"
 )
+
+
+@needs_trunk
+def test_fetched_trunk_is_the_graph_of_the_package():
+    """What onnxruntime 1.32 gave for the package's own graph: four features of row 3, column 12, and the RMS."""
+    r, c = torch.meshgrid(torch.arange(224), torch.arange(224), indexing="ij")
+    pixels = torch.stack([r, c, (r * c) % 256]).to(torch.uint8)[None]
+    expected = (
+        ([-0.05989, 0.00915, -0.00741, -0.01125], 0.0545787),
+        ([-0.07496, 0.65745, -0.40824, 0.22083], 0.4811866),
+    )
+    maps = Trunk.load(vit_trunk.trunk_folder(), (3, 11)).features(pixels)
+    for found, (some, rms) in zip(maps, expected, strict=True):
+        assert (found[0, :4, 3, 12] - torch.tensor(some)).abs().max() < 5e-5
+        assert abs(found.square().mean().sqrt().item() - rms) < 1e-5
+
+
+@needs_trunk
 def test_fetched_trunk_tells_a_floor_from_a_horizon():
     from prismer.dataloading.scenes import render_scene, scene_seed
 
