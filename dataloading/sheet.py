@@ -83,7 +83,11 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for number, column in enumerate(columns):
         x = _MARGIN + number * (tile + _GAP)
-        draw.text((x, 16), TITLES[column], font=font_of(15, bold=True), fill=INK)
+        title, font = TITLES[column], font_of(15, bold=True)
+        if font.getlength(title) > tile:
+            # what stands in brackets does not fit above a small column
+            title = title.partition(" (")[0]
+        draw.text((x, 16), title, font=font, fill=INK)
     top = 44
     for sample, lines, height in zip(samples, texts, heights, strict=True):
         photo = _decode(sample)
