@@ -18,7 +18,7 @@ from prismer.dataloading.experts.vit_trunk import (
     HEAD_SIDE,
     HEAD_TRAINED_ON,
     PACKAGE,
-    Geometry,
+    GeometryNetwork,
     convert,
 )
 
@@ -48,12 +48,12 @@ class VitSNormal(Network):
     package = PACKAGE
     convert = staticmethod(convert)
 
-    def __init__(self, geometry: Geometry):
+    def __init__(self, geometry: GeometryNetwork):
         self._geometry, self.version = geometry, geometry.version
 
     @classmethod
     def load(cls, source: str | Path | None = None, device: str | torch.device = "cpu") -> "VitSNormal":
-        return cls(Geometry.load(source, device))
+        return cls(GeometryNetwork.load(source, device))
 
     def predict(self, images: Images, known: dict[str, list[Found]]) -> list[Found]:
         _, normals = self._geometry(images.pixels)

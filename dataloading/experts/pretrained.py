@@ -25,8 +25,7 @@ def load_pretrained(
         MissingWeights: if the files are not found.
         ValueError: if it is another kind of model, or lacks weights.
     """
-    import transformers
-
+    transformers = quiet_transformers()
     where = str(source or card.weights)
     kind = from_hub(_kind, card, source)
     if kind not in kinds:
@@ -55,6 +54,14 @@ def _kind(where: str, local_files_only: bool) -> str | None:
     if not config:
         raise OSError("there is no config.json")
     return config.get("model_type")
+
+
+def quiet_transformers():
+    """The package transformers without its progress bars, which would tear ours."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
 def _version(where: str, local_files_only: bool) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prismer.checkpoint import shipped_folder
 from prismer.dataloading.experts.network import MissingWeights
+from prismer.dataloading.experts.pretrained import quiet_transformers
 from prismer.dataloading.experts.weights import Package, file_version, weights_home
 
 NAME = "vit-s-focus"
@@ -149,8 +150,6 @@ class Trunk:
             MissingWeights: if the folder lacks a file.
             ValueError: if it holds another model, or too few layers.
         """
-        from transformers import Dinov2Model
-
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
@@ -162,7 +161,7 @@ class Trunk:
         kind = json.loads((folder / CONFIG).read_text()).get("model_type")
         if kind != "dinov2":
             raise ValueError(f"{folder} holds a {kind} model, expected dinov2; name the folder of a DINOv2 ViT")
-        model, report = Dinov2Model.from_pretrained(
+        model, report = quiet_transformers().Dinov2Model.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
         )
         if absent := sorted(report["missing_keys"]):
@@ -238,7 +237,7 @@ class GeometryHead(nn.Module):
         return depth, F.normalize(normal, dim=1)
 
 
-class Geometry:
+class GeometryNetwork:
     """Trunk and head at work.
 
     Attributes:
@@ -249,7 +248,7 @@ class Geometry:
         self.trunk, self.head, self.version = trunk, head, version
 
     @classmethod
-    def load(cls, folder: str | Path | None = None, device: str | torch.device = "cpu") -> "Geometry":
+    def load(cls, folder: str | Path | None = None, device: str | torch.device = "cpu") -> "GeometryNetwork":
         """The trunk from `folder` (None: what was fetched), with the head that lies in it, else the one that ships.
 
         Raises:
