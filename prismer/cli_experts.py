@@ -150,7 +150,9 @@ def _show(args: argparse.Namespace) -> None:
 
     names = {name: entry["network"] for name, entry in labeller.about["experts"].items()}
     if caption:
-        names["caption"] = args.model
+        # a reader of the slide must not take its word for a photo's
+        known = ", which has only seen rendered scenes" if args.model == "tiny" else ""
+        names["caption"] = f"{args.model}{known}"
     out = args.out or args.image.with_name(f"{args.image.stem}-experts.png")
     write_atomically(out, draw_slide(jpeg, labels, caption=caption, networks=names))
     print(f"{out}{f': {caption}' if caption else ''}")
