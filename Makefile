@@ -13,8 +13,9 @@ SOURCES := $(sort $(shell find csrc -type f))
 train: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed train.py --config zero3.json
 
+# each file in one of as many processes as there are cores, one thread each: most tests wait for the interpreter
 test: install
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

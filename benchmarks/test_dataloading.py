@@ -7,7 +7,7 @@ of `workers=1` shares the core with its collator). They run in turn, round by ro
 the core worked for them, workers included, so that other load on the machine does not. All read the same 32 pictures of
 640 x 480, enlarged renderings with the noise of a camera as JPEGs of quality 90, with 2, 8 or 20 ids in each label map
 of that size: as JPEG, PNG, JSON and .pt files on one side, imported to a shard on the other. Files are in the page
-cache; texts are not asked for.
+cache; texts are not asked for. --full adds more settings.
 """
 
 import csv
@@ -61,16 +61,19 @@ class Setting:
 
 SETTINGS = [
     Setting(part="loader", image_size=224, labels_per_map=8),
-    Setting(part="loader", image_size=480, labels_per_map=2),
     Setting(part="loader", image_size=480, labels_per_map=8),
+    Setting(part="photo", image_size=480, labels_per_map=8),
+    Setting(part="labels", image_size=224, labels_per_map=8),
+]
+ON_REQUEST = [
+    Setting(part="loader", image_size=480, labels_per_map=2),
     Setting(part="loader", image_size=480, labels_per_map=20),
     Setting(part="photo", image_size=224, labels_per_map=8),
-    Setting(part="photo", image_size=480, labels_per_map=8),
     Setting(part="labels", image_size=224, labels_per_map=2),
-    Setting(part="labels", image_size=224, labels_per_map=8),
     Setting(part="labels", image_size=224, labels_per_map=20),
     Setting(part="packing", image_size=224, labels_per_map=8),
 ]
+"""With --full alone: a CPU takes minutes for all."""
 WITH_WORKER = Setting(part="loader", image_size=480, labels_per_map=8)
 """A worker adds one copy of each batch, whatever is loaded: measured once."""
 
@@ -286,9 +289,10 @@ def nbytes(value) -> int:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> tuple[Path, dict[str, int]]:
+def corpus(tmp_path_factory, request) -> tuple[Path, dict[str, int]]:
     folder = tmp_path_factory.mktemp("corpus")
-    return folder, write_corpus(folder, (2, 8, 20))
+    full = request.config.getoption("--full")
+    return folder, write_corpus(folder, (2, 8, 20) if full else (8,))
 
 
 @pytest.fixture(scope="module")
@@ -325,10 +329,12 @@ def report(request, corpus):
 
 
 @pytest.mark.parametrize(
-    "setting", SETTINGS, ids=lambda s: f"{s.part}-{s.image_size}px-{s.labels_per_map}ids"
+    "setting", SETTINGS + ON_REQUEST, ids=lambda s: f"{s.part}-{s.image_size}px-{s.labels_per_map}ids"
 )
-def test_dataloading(benchmark, contenders, corpus, setting):
+def test_dataloading(benchmark, contenders, corpus, request, setting):
     """Upload bytes are asserted, they are exact; speeds are reported, they are this machine's."""
+    if setting in ON_REQUEST and not request.config.getoption("--full"):
+        pytest.skip("to keep the run short; --full has it")
     names = [n for n in CONTENDERS if n != "workers=1" or setting == WITH_WORKER]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
 

@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace prismer {
 
@@ -32,6 +33,15 @@ Tensor label_map_backward_cpu(
 Tensor decode_attention_cpu(
     const Tensor& q, const Tensor& shared_k, const Tensor& shared_v, const Tensor& shared_mask,
     const Tensor& suffix_k, const Tensor& suffix_v, const Tensor& ancestors);
+void augment_photo_cpu(
+    const Tensor& pixels, const std::optional<Tensor>& matrix, bool flip, bool autocontrast,
+    bool equalized, Tensor out);
+void augment_maps_cpu(
+    std::vector<Tensor> maps, std::vector<int64_t> fills, const Tensor& window,
+    const std::optional<Tensor>& matrix, bool flip, const std::optional<Tensor>& turn,
+    std::vector<Tensor> out);
+void undifference_cpu(Tensor rows);
+Tensor values_in_use_cpu(const Tensor& values);
 std::string cpu_capability();
 
 }  // namespace prismer
@@ -52,6 +62,15 @@ STABLE_TORCH_LIBRARY(prismer_native, m) {
   m.def(
       "decode_attention(Tensor q, Tensor shared_k, Tensor shared_v, Tensor shared_mask, "
       "Tensor suffix_k, Tensor suffix_v, Tensor ancestors) -> Tensor");
+  // the loader's, see dataloading/native_pixels.py
+  m.def(
+      "augment_photo(Tensor pixels, Tensor? matrix, bool flip, bool autocontrast, bool equalize, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "augment_maps(Tensor[] maps, int[] fills, Tensor window, Tensor? matrix, bool flip, "
+      "Tensor? turn, Tensor(a!)[] out) -> ()");
+  m.def("undifference(Tensor(a!) rows) -> ()");
+  m.def("values_in_use(Tensor values) -> Tensor");
   // the instruction set that CPU ops use: baseline, avx2 or avx512
   m.def("cpu_capability() -> str");
 }
@@ -64,6 +83,10 @@ STABLE_TORCH_LIBRARY_IMPL(prismer_native, CPU, m) {
   m.impl("label_map", TORCH_BOX(&prismer::label_map_cpu));
   m.impl("label_map_backward", TORCH_BOX(&prismer::label_map_backward_cpu));
   m.impl("decode_attention", TORCH_BOX(&prismer::decode_attention_cpu));
+  m.impl("augment_photo", TORCH_BOX(&prismer::augment_photo_cpu));
+  m.impl("augment_maps", TORCH_BOX(&prismer::augment_maps_cpu));
+  m.impl("undifference", TORCH_BOX(&prismer::undifference_cpu));
+  m.impl("values_in_use", TORCH_BOX(&prismer::values_in_use_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(prismer_native, CompositeExplicitAutograd, m) {

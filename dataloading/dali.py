@@ -49,6 +49,7 @@ class Graph:
         # a stream of its own: waiting for the copies below must not wait for the model's kernels
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pipeline = self._build(batch_size)
+        self._shown = None
 
     def run(self, feeds: dict[str, list[np.ndarray]]) -> list[Tensor]:
         """The outputs for one batch, in the order of the graph, as tensors that DALI will not touch again.
@@ -59,8 +60,30 @@ class Graph:
         Raises:
             UndecodableImages: if DALI fails on some images; the graph stays usable.
         """
+        outputs = self._outputs(feeds)
+        with torch.cuda.stream(self.stream):
+            # copies: DALI reuses a buffer once it is let go, whatever kernels have yet to read it
+            tensors = [torch.from_dlpack(output.as_tensor()).clone() for output in outputs]
+            if self.stream is not None:
+                self.stream.synchronize()
+        return tensors
+
+    def run_views(self, feeds: dict[str, list[np.ndarray]]) -> list[Tensor]:
+        """The only output of a graph on the CPU, image by image, of any sizes; it holds until the next call.
+
+        Args:
+            feeds: as above.
+
+        Raises:
+            UndecodableImages: as above.
+        """
+        self._shown = None
+        (self._shown,) = self._outputs(feeds)
+        return [torch.from_dlpack(self._shown[i]) for i in range(len(self._shown))]
+
+    def _outputs(self, feeds: dict[str, list[np.ndarray]]) -> tuple:
         try:
-            outputs = self._run(self._pipeline, feeds)
+            return self._run(self._pipeline, feeds)
         except RuntimeError as error:
             # after an error DALI's pipeline object is no longer valid
             self._pipeline = self._build(self.batch_size)
@@ -68,12 +91,6 @@ class Graph:
             if not reasons:
                 raise
             raise UndecodableImages(reasons) from error
-        with torch.cuda.stream(self.stream):
-            # copies: DALI reuses a buffer once it is let go, whatever kernels have yet to read it
-            tensors = [torch.from_dlpack(output.as_tensor()).clone() for output in outputs]
-            if self.stream is not None:
-                self.stream.synchronize()
-        return tensors
 
     def _build(self, batch_size: int):
         # here and not above: importing DALI takes seconds and is needed by this class alone
@@ -84,11 +101,14 @@ class Graph:
             device_id = self.device.index
             if device_id is None:
                 device_id = torch.cuda.current_device()
+        # on a CPU the dynamic executor takes new memory for each batch: its pages cost a third of the decoding
+        executor = {"exec_dynamic": False} if self.device.type == "cpu" else {}
         return pipeline_def(self.define, enable_conditionals=True)(
             batch_size=batch_size,
             num_threads=self.threads,
             device_id=device_id,
             prefetch_queue_depth=1,
+            **executor,
         )
 
     def _run(self, pipeline, feeds: dict[str, list[np.ndarray]]) -> tuple:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from prismer.config import PrismerConfig
+from prismer.dataloading.native_pixels import values_in_use
 from prismer.experts import BACKGROUND, EXPERTS, FEATURE_WIDTH
 
 TABLE_FILES = ("semantics.safetensors", "semantics.json")
@@ -182,8 +183,7 @@ class FeatureTables:
         for expert in self.experts:
             if expert not in labels:
                 continue
-            used = np.flatnonzero(np.bincount(labels[expert].ravel(), minlength=256)).tolist()
-            used = [i for i in used if i != BACKGROUND]
+            used = [i for i in values_in_use(labels[expert]) if i != BACKGROUND]
             if expert == "ocr_detection":
                 words = {i: _entry(meta, "words", i, str) for i in used}
                 meanings.words = self.semantics.known_words(words)

@@ -20,6 +20,7 @@ import zlib
 import numpy as np
 import zstandard
 
+from prismer.dataloading import native_pixels
 from prismer.experts import EXPERTS
 
 MAGIC = b"PLBL"
@@ -108,9 +109,11 @@ def unpack_labels(data: bytes) -> dict[str, np.ndarray]:
     for (code, _, height, width), size in zip(entries, sizes, strict=True):
         expert = _NAMES[code]
         plane = raw[start : start + size].reshape(_shape(expert, height, width))
-        planes[expert] = (
-            np.add.accumulate(plane, axis=0, dtype=np.uint8) if expert in _DIFFERENCED else plane
-        )
+        if expert in _DIFFERENCED and native_pixels.is_built():
+            native_pixels.undifference(plane)
+        elif expert in _DIFFERENCED:
+            plane = np.add.accumulate(plane, axis=0, dtype=np.uint8)
+        planes[expert] = plane
         start += size
     return planes
 
@@ -119,18 +122,23 @@ def _decompress(frame: memoryview, size: int) -> np.ndarray:
     try:
         # the promised size is compared before memory is taken for it
         promised = zstandard.frame_content_size(frame)
-        raw = b""
-        if promised == size:
-            raw = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+        if promised != size:
+            raise ValueError(
+                f"packed labels hold {promised} bytes, their table says {size}; label the sample again"
+            )
+        # straight to where it stays writable; what comes after the frame is read too, to refuse it
+        raw = np.empty(size, np.uint8)
+        reader = zstandard.ZstdDecompressor().stream_reader(frame, read_across_frames=True)
+        if (held := reader.readinto(raw)) != size or reader.read(1):
+            raise ValueError(
+                f"packed labels hold {'more' if held == size else held} bytes, their table says {size}; "
+                f"label the sample again"
+            )
     except zstandard.ZstdError as error:
         raise ValueError(
             f"packed labels do not decompress ({error}); label the sample again"
         ) from None
-    if promised != size or len(raw) != size:
-        raise ValueError(
-            f"packed labels hold {promised} bytes, their table says {size}; label the sample again"
-        )
-    return np.frombuffer(bytearray(raw), np.uint8)
+    return raw
 
 
 def _known(expert: str):

@@ -1,16 +1,24 @@
-"""Encoded images and label maps -> uint8 tensors of one size, through DALI: decode, crop, resize, flip, warp.
+"""Encoded images and label maps -> uint8 tensors of one size: decode, crop, resize, flip, warp.
 
-All random numbers come from outside (`AugmentParams`); DALI only computes. The maps of a sample travel as one array of
-several channels, each value XOR the expert's `fill`: so 0 means "nothing here" for all of them, and one fill value
-serves every warp. Surface normals are turned along with the pixels they belong to.
+All random numbers come from outside (`AugmentParams`). DALI decodes, and on a GPU it does the rest too. On a CPU its
+operators are slow: there native ops follow the decoder (`native_pixels`), and DALI's serve where those were not built.
+The two differ by rounding, and in the crop: native ops move its edges to the nearest edges of the picture's pixels,
+for photo and maps alike, and crop before they resize, where DALI cuts through pixels and its filter sees beyond.
+
+In DALI's graph the maps of a sample travel as one array of several channels, each value XOR the expert's `fill`: so 0
+means "nothing here" for all of them, and one fill value serves every warp. Surface normals are turned along with the
+pixels they belong to.
 """
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from prismer.config import PrismerConfig
-from prismer.dataloading import dali
+from prismer.dataloading import dali, native_pixels
 from prismer.dataloading.augment import AugmentParams
 from prismer.experts import EXPERTS
 
@@ -22,8 +30,11 @@ class ImagePipeline:
         config: gives the experts, the image size R and the label size L.
         batch_size: of the largest batch.
         augmented: whether calls bring `AugmentParams`; otherwise images and maps are only resized.
-        threads: CPU threads that DALI decodes with.
+        threads: CPU threads that DALI decodes with, and as many that run the native ops.
         device: "cpu", or a CUDA device: then the GPU decodes and the outputs are born there.
+
+    Attributes:
+        native: whether native ops do what follows the decoder.
     """
 
     def __init__(
@@ -38,9 +49,17 @@ class ImagePipeline:
         self.experts = config.experts
         self.image_size, self.label_size = config.image_size, config.label_size
         self.augmented, self.device = augmented, torch.device(device)
+        self.native = self.device.type == "cpu" and native_pixels.is_built()
         self._graph = dali.Graph(
-            self._define, batch_size=batch_size, threads=threads, device=device
+            partial(_decode_only, self.device) if self.native else self._define,
+            batch_size=batch_size,
+            threads=threads,
+            device=device,
         )
+        if self.native:
+            # each with one thread of torch's own: see Loader
+            self._threads = threads
+            self._pool = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1))
         self.stream = self._graph.stream
 
     def __call__(
@@ -67,6 +86,8 @@ class ImagePipeline:
                 "give augmentation parameters exactly if the pipeline was made with augmented=True"
             )
         feeds = {"image": dali.image_feed(images)}
+        if self.native:
+            return self._run_native(self._graph.run_views(feeds), labels, params)
         if self.experts:
             feeds["maps"] = [_stack_maps(maps, self.experts) for maps in labels]
         if params is not None:
@@ -79,6 +100,34 @@ class ImagePipeline:
                 named["normal"] = rotate_normals(named["normal"], matrices)
             if self.stream is not None:
                 self.stream.synchronize()
+        return rgb, named
+
+    def _run_native(
+        self,
+        pictures: list[Tensor],
+        labels: list[dict[str, np.ndarray]],
+        params: list[AugmentParams] | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        B, L = len(pictures), self.label_size
+        rgb = torch.empty(B, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        named = {
+            name: torch.empty(B, EXPERTS[name].planes, L, L, dtype=torch.uint8)
+            for name in self.experts
+        }
+        if params is None:
+            params = [AugmentParams()] * B
+
+        def process(first: int) -> None:
+            for b in range(first, B, self._threads):
+                height, width = pictures[b].shape[:2]
+                box = native_pixels.whole_pixels(params[b].window, height, width)
+                native_pixels.augment_photo(pictures[b], box, params[b], rgb[b])
+                window = box[0] / width, box[1] / height, box[2] / width, box[3] / height
+                outputs = {name: maps[b] for name, maps in named.items()}
+                native_pixels.augment_maps(labels[b], window, params[b], outputs)
+
+        # a list, so that exceptions come out
+        list(self._pool.map(process, range(self._threads)))
         return rgb, named
 
     def _define(self) -> tuple:
@@ -134,6 +183,10 @@ class ImagePipeline:
         ):
             named[name] = part.bitwise_xor(EXPERTS[name].fill).contiguous()
         return named
+
+
+def _decode_only(device: torch.device) -> tuple:
+    return (dali.decode(device),)
 
 
 def rotate_normals(maps: Tensor, matrices: Tensor) -> Tensor:

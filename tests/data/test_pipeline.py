@@ -1,5 +1,7 @@
 """Proves that images and maps come out right, aligned with each other, and that a broken image stays alone.
 
+Everything holds for the native ops and for DALI's operators alike.
+
 python -m pytest tests/data/test_pipeline.py
 """
 
@@ -13,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from prismer.config import prismer_tiny
+from prismer.dataloading import native_pixels
 from prismer.dataloading.augment import AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
 from prismer.dataloading.dali import UndecodableImages
 from prismer.dataloading.pipeline import ImagePipeline, rotate_normals
@@ -23,9 +26,25 @@ CONFIG = prismer_tiny(image_size=R, label_size=L)
 
 
 @cache
-def make_pipeline(experts=CONFIG.experts, augmented=True):
+def shared_pipeline(native: bool, experts: tuple[str, ...], augmented: bool) -> ImagePipeline:
     # shared: the pipeline promises to keep nothing from batch to batch
-    return ImagePipeline(CONFIG.replace(experts=experts), batch_size=8, augmented=augmented)
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr(native_pixels, "is_built", lambda: False)
+        pipeline = ImagePipeline(CONFIG.replace(experts=experts), batch_size=8, augmented=augmented)
+    assert pipeline.native == native
+    return pipeline
+
+
+@pytest.fixture(params=["native", "dali"])
+def make_pipeline(request):
+    if request.param == "native" and not native_pixels.is_built():
+        pytest.skip("prismer._C was not built")
+
+    def make(experts=CONFIG.experts, augmented=True):
+        return shared_pipeline(request.param == "native", experts, augmented)
+
+    return make
 
 
 def encode(pixels: np.ndarray, kind: str = "JPEG", mode: str | None = None, **options) -> bytes:
@@ -62,7 +81,7 @@ def as_image(rgb: torch.Tensor) -> np.ndarray:
     return rgb.permute(1, 2, 0).numpy().astype(int)
 
 
-def test_evaluation_only_resizes():
+def test_evaluation_only_resizes(make_pipeline):
     jpeg, seg = encode(gradient(), quality=95), blocks(120)
     rgb, maps = make_pipeline(augmented=False)([jpeg], [{"seg": seg}])
     expected = np.asarray(decoded(jpeg).resize((R, R), Image.BICUBIC)).astype(int)
@@ -72,21 +91,29 @@ def test_evaluation_only_resizes():
     assert np.array_equal(maps["seg"][0, 0].numpy(), nearest)
 
 
-def test_crop_is_that_of_pillow():
+# the right edge of the first one lies within a pixel of the picture: native ops take the nearest pixel edge
+@pytest.mark.parametrize("window", [(0.1, 0.25, 0.73, 0.95), (0.1, 0.25, 0.75, 0.95)])
+def test_crop_is_that_of_pillow(make_pipeline, window):
     jpeg, seg = encode(gradient(), quality=95), blocks(120)
-    params = AugmentParams(window=(0.1, 0.25, 0.73, 0.95))
-    rgb, maps = make_pipeline()([jpeg], [{"seg": seg}], [params])
-    box = np.array(params.window) * [160, 120, 160, 120]
-    expected = np.asarray(decoded(jpeg).resize((R, R), Image.BICUBIC, box=tuple(box))).astype(int)
-    assert np.abs(as_image(rgb[0]) - expected).max() <= 1
-    nearest = Image.fromarray(seg).resize(
-        (L, L), Image.NEAREST, box=tuple(np.array(params.window) * 120)
-    )
+    pipeline = make_pipeline()
+    rgb, maps = pipeline([jpeg], [{"seg": seg}], [AugmentParams(window=window)])
+    box = np.array(window) * [160, 120, 160, 120]
+    box = tuple(box.round() if pipeline.native else box)
+    expected = np.asarray(decoded(jpeg).resize((R, R), Image.BICUBIC, box=box)).astype(int)
+    difference = np.abs(as_image(rgb[0]) - expected)
+    if pipeline.native:
+        # the crop comes first: the filter, two pixels wide on each side, sees nothing beyond it
+        cropped = np.asarray(decoded(jpeg).crop(box).resize((R, R), Image.BICUBIC)).astype(int)
+        assert np.abs(as_image(rgb[0]) - cropped).max() <= 1
+        difference = difference[3:-3, 3:-3]
+    assert difference.max() <= 1
+    box = np.array(box) / [160, 120, 160, 120] * 120
+    nearest = Image.fromarray(seg).resize((L, L), Image.NEAREST, box=tuple(box))
     assert (maps["seg"][0, 0].numpy() == np.asarray(nearest)).mean() > 0.98
 
 
 @pytest.mark.parametrize("label_size", [60, 130, 240])
-def test_image_and_map_stay_aligned(label_size):
+def test_image_and_map_stay_aligned(make_pipeline, label_size):
     """The red channel shows the ids of the map: after any augmentation both still agree."""
     ids = blocks(240, cells=3)
     jpeg = encode(np.stack([ids * 25, 0 * ids + 128, 0 * ids + 128], -1), quality=95, subsampling=0)
@@ -108,7 +135,7 @@ def test_image_and_map_stay_aligned(label_size):
             assert abs(black) < 0.02, f"image and map are filled in different places under {p}"
 
 
-def test_warp_moves_pixels_as_the_matrix_says():
+def test_warp_moves_pixels_as_the_matrix_says(make_pipeline):
     jpeg = encode(gradient(R, R), quality=95)
     params = draws(8, min_area=1, flip=0)
     for p in params:
@@ -123,7 +150,7 @@ def test_warp_moves_pixels_as_the_matrix_says():
         assert np.median(difference) <= 1 and (difference > 8).mean() < 0.03
 
 
-def test_photometric_ops_touch_the_flagged_images_alone():
+def test_photometric_ops_touch_the_flagged_images_alone(make_pipeline):
     jpeg, labels = encode(gradient(), quality=95), {"depth": blocks(60) * 20}
     params = [AugmentParams(), AugmentParams(autocontrast=True), AugmentParams(equalize=True)]
     rgb, maps = make_pipeline()([jpeg] * 3, [labels] * 3, params)
@@ -134,7 +161,7 @@ def test_photometric_ops_touch_the_flagged_images_alone():
         assert not torch.equal(rgb[i], rgb[0]) and torch.equal(maps["depth"][i], maps["depth"][0])
 
 
-def test_a_sample_does_not_depend_on_its_batch():
+def test_a_sample_does_not_depend_on_its_batch(make_pipeline):
     jpegs = [encode(gradient(90 + i, 150 - i)) for i in range(8)]
     labels = [{"seg": blocks(60, seed=i), "normal": sphere(40 + i)} for i in range(8)]
     params = draws(8)
@@ -164,7 +191,7 @@ TURN = np.array([[math.cos(ANGLE), -math.sin(ANGLE), 0], [math.sin(ANGLE), math.
 @pytest.mark.parametrize(
     "affine", [np.eye(2, 3), TURN, TURN @ np.diag([1, 1, 0]) + [[0, 0, 0.1], [0, 0, 0]]]
 )
-def test_normals_turn_with_the_image(flip, affine):
+def test_normals_turn_with_the_image(make_pipeline, flip, affine):
     """A sphere stays a sphere: its map after the augmentation is that of a sphere drawn where it has moved to."""
     centre = np.array([0.4, 0.6])
     params = AugmentParams(flip=flip, affine=affine)
@@ -208,7 +235,7 @@ def test_rotate_normals_keeps_what_it_should():
         ("PNG", "P", {}),
     ],
 )
-def test_other_encodings_become_rgb(name, mode, options):
+def test_other_encodings_become_rgb(make_pipeline, name, mode, options):
     pixels = gradient()
     pixels[..., 2] = 90
     data = encode(pixels, name, mode, **options)
@@ -218,7 +245,7 @@ def test_other_encodings_become_rgb(name, mode, options):
     assert np.abs(as_image(rgb[0]) - expected).mean() < (12 if mode == "CMYK" else 2)
 
 
-def test_absent_experts_are_filled():
+def test_absent_experts_are_filled(make_pipeline):
     jpeg = encode(gradient())
     seg = blocks(30)
     _, maps = make_pipeline()([jpeg] * 2, [{}, {"seg": seg}], draws(2))
@@ -232,7 +259,7 @@ def test_absent_experts_are_filled():
     assert none == {}
 
 
-def test_maps_of_one_sample_may_differ_in_size():
+def test_maps_of_one_sample_may_differ_in_size(make_pipeline):
     labels = {"seg": blocks(60), "obj_detection": blocks(120), "normal": sphere(30)}
     _, maps = make_pipeline(augmented=False)([encode(gradient())], [labels])
     assert torch.equal(maps["seg"], maps["obj_detection"])
@@ -251,7 +278,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("augmented", [False, True])
-def test_undecodable_images_are_named(augmented):
+def test_undecodable_images_are_named(make_pipeline, augmented):
     good = encode(gradient())
     images = [good, *(breaks(good) for breaks in BROKEN.values()), good]
     pipeline = make_pipeline(augmented=augmented)
@@ -266,13 +293,13 @@ def test_undecodable_images_are_named(augmented):
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 700), (700, 2), (3, 5)])
-def test_images_of_any_shape(height, width):
+def test_images_of_any_shape(make_pipeline, height, width):
     image = encode(np.full((height, width, 3), 200, np.uint8))
     params = draw_params(AugmentConfig(num_ops=0), keyed_rng(Draw.AUGMENT, 0, 0, 0), width / height)
     rgb, _ = make_pipeline()([image], [{"seg": blocks(6)}], [params])
     assert (rgb.int() - 200).abs().max() <= 2
 
 
-def test_parameters_belong_to_an_augmented_pipeline():
+def test_parameters_belong_to_an_augmented_pipeline(make_pipeline):
     with pytest.raises(ValueError, match="exactly if"):
         make_pipeline()([encode(gradient())], [{}])
