@@ -24,11 +24,17 @@ from prismer.tokenizer import Tokenizer
 
 _NOT_TAKEN = ("visual.class_embedding", "visual.proj")
 _ROBERTA = {
-    "roberta-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
-    "roberta-large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+    "roberta-base": dict(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
+    ),
+    "roberta-large": dict(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    ),
 }
 # their sizes are known without asking the hub
-_ROBERTA_COMMON = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
+_ROBERTA_COMMON = dict(
+    vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
+)
 _FREE = ("image_size", "dropout")
 # what a preset may be given otherwise
 _log = logging.getLogger(__name__)
@@ -67,26 +73,41 @@ def from_backbones(
     """
     from prismer.model import Prismer
 
-    # what is quick to read comes first
-    text_sizes, words, tokenizer = _read_roberta(str(text), text_weights)
-    vision_sizes, pixels = _read_clip(vision, vision_weights)
-    sizes = {**vision_sizes, **text_sizes}
-    if image_size is not None:
-        sizes["image_size"] = image_size
-    named = {"name": _preset_of(sizes, experts), **sizes, "experts": tuple(experts), **changes}
-    config = PrismerConfig(**named)
+    # the libraries draw initial weights too, before they load others over them
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        # what is quick to read comes first
+        text_sizes, words, tokenizer = _read_roberta(str(text), text_weights)
+        vision_sizes, pixels = _read_clip(vision, vision_weights)
+        sizes = {**vision_sizes, **text_sizes}
+        if image_size is not None:
+            sizes["image_size"] = image_size
+        named = {"name": _preset_of(sizes, experts), **sizes, "experts": tuple(experts), **changes}
+        config = PrismerConfig(**named)
+        torch.default_generator.manual_seed(seed)
         model = Prismer(config, tokenizer)
     pixels[POSITIONS] = resize_positions(pixels[POSITIONS], config.grid)
     encoder, decoder = model.encoder, model.decoder
-    towers = [encoder.stems["rgb"], encoder.ln_pre, encoder.ln_post, decoder.embeddings, decoder.head]
-    towers += [module for stack in (encoder.blocks, decoder.layers) for block in stack for module in block.pretrained]
+    towers = [
+        encoder.stems["rgb"],
+        encoder.ln_pre,
+        encoder.ln_post,
+        decoder.embeddings,
+        decoder.head,
+    ]
+    towers += [
+        module
+        for stack in (encoder.blocks, decoder.layers)
+        for block in stack
+        for module in block.pretrained
+    ]
     inside = {id(tensor) for module in towers for tensor in module.parameters()}
     inside.add(id(encoder.positional_embedding))
     own = {key: tensor for key, tensor in model.named_parameters() if id(tensor) in inside}
     _fill({k: t for k, t in own.items() if k.startswith("encoder.")}, pixels, vision)
-    _fill({k: t for k, t in own.items() if k.startswith("decoder.")}, words, str(text_weights or text))
+    _fill(
+        {k: t for k, t in own.items() if k.startswith("decoder.")}, words, str(text_weights or text)
+    )
     new = sum(1 for _ in model.parameters()) - len(own)
     _log.info("%d tensors come from %s and %s, %d are new", len(own), vision, text, new)
     return model.eval()
@@ -113,7 +134,9 @@ def _fill(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> No
 def _preset_of(sizes: dict, experts: Sequence[str]) -> str:
     for name, make in PRESETS.items():
         config = make()
-        if all(getattr(config, field) == value for field, value in sizes.items() if field not in _FREE):
+        if all(
+            getattr(config, field) == value for field, value in sizes.items() if field not in _FREE
+        ):
             return name if experts else f"{name}-z"
     return "custom"
 
@@ -123,7 +146,9 @@ def _read_clip(name: str, weights: str | Path | None) -> tuple[dict, dict[str, T
     try:
         import open_clip
     except ImportError:
-        raise RuntimeError("open_clip reads CLIP and is not installed; run pip install open_clip_torch") from None
+        raise RuntimeError(
+            "open_clip reads CLIP and is not installed; run pip install open_clip_torch"
+        ) from None
 
     known = open_clip.list_models()
     if name not in known:
@@ -137,13 +162,21 @@ def _read_clip(name: str, weights: str | Path | None) -> tuple[dict, dict[str, T
     elif not Path(weights).is_file():
         tags = open_clip.list_pretrained_tags_by_model(name)
         if str(weights) not in tags:
+            listed = ", ".join(tags) or "none"
             raise ValueError(
-                f"vision_weights {weights} is neither a file nor a tag of {name}; its tags are {', '.join(tags) or 'none'}"
+                f"vision_weights {weights} is neither a file nor a tag of {name}; its tags are {listed}"
             )
     try:
         pretrained = None if weights is None else str(weights)
         model = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
-    except (RuntimeError, OSError, KeyError, AttributeError, pickle.UnpicklingError, SafetensorError) as error:
+    except (
+        RuntimeError,
+        OSError,
+        KeyError,
+        AttributeError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
         # of load_state_dict's message the second line says what is wrong first
         lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
         raise ValueError(
@@ -162,7 +195,9 @@ def _read_clip(name: str, weights: str | Path | None) -> tuple[dict, dict[str, T
 
 def _clip_sizes(open_clip, name: str, visual: nn.Module) -> dict:
     def refuse(why: str) -> ValueError:
-        return ValueError(f"{name} {why}; Prismer takes a plain CLIP ViT, such as ViT-B-16-quickgelu or ViT-H-14")
+        return ValueError(
+            f"{name} {why}; Prismer takes a plain CLIP ViT, such as ViT-B-16-quickgelu or ViT-H-14"
+        )
 
     if not isinstance(visual, open_clip.transformer.VisionTransformer):
         raise refuse(f"is a {type(visual).__name__}")
@@ -183,7 +218,9 @@ def _clip_sizes(open_clip, name: str, visual: nn.Module) -> dict:
         raise refuse(f"reads images of {height} x {width} in patches of {visual.patch_size}")
     if not all(
         math.isclose(a, b, abs_tol=1e-4)
-        for a, b in zip((*visual.image_mean, *visual.image_std), (*CLIP_MEAN, *CLIP_STD), strict=True)
+        for a, b in zip(
+            (*visual.image_mean, *visual.image_std), (*CLIP_MEAN, *CLIP_STD), strict=True
+        )
     ):
         raise refuse("was trained on images of another mean or standard deviation than CLIP's")
     return dict(
@@ -196,13 +233,17 @@ def _clip_sizes(open_clip, name: str, visual: nn.Module) -> dict:
     )
 
 
-def _read_roberta(source: str, weights: str | Path | None) -> tuple[dict, dict[str, Tensor], Tokenizer | None]:
+def _read_roberta(
+    source: str, weights: str | Path | None
+) -> tuple[dict, dict[str, Tensor], Tokenizer | None]:
     """The sizes of a RoBERTa as fields of PrismerConfig, its tensors by our names, and its tokenizer."""
     import transformers
 
     local = Path(source).is_dir()
     if weights is not None and not Path(weights).is_file():
-        raise ValueError(f"text_weights {weights} is no file; give one, or leave it out to read those of {source}")
+        raise ValueError(
+            f"text_weights {weights} is no file; give one, or leave it out to read those of {source}"
+        )
     known = _ROBERTA.get(source.split("/")[-1]) if weights is not None and not local else None
     if known is not None:
         config = transformers.RobertaConfig(**known, **_ROBERTA_COMMON)
@@ -221,10 +262,14 @@ def _read_roberta(source: str, weights: str | Path | None) -> tuple[dict, dict[s
         )
         if loading["missing_keys"] or loading["mismatched_keys"]:
             first = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))[0]
-            raise ValueError(f"{source} lacks {first}; give a RoBERTa saved with its masked-LM head")
+            raise ValueError(
+                f"{source} lacks {first}; give a RoBERTa saved with its masked-LM head"
+            )
         stored = model.state_dict()
     # under its second name a tied tensor comes again; the pooler and position_ids have no place
-    tensors = {ours: tensor for key, tensor in stored.items() if (ours := from_roberta(key)) is not None}
+    tensors = {
+        ours: tensor for key, tensor in stored.items() if (ours := from_roberta(key)) is not None
+    }
     if local and has_tokenizer(Path(source)):
         return sizes, tensors, Tokenizer.from_folder(source)
     if sizes["vocab_size"] == ROBERTA_VOCABULARY:
@@ -250,7 +295,9 @@ def _roberta_sizes(source: str, config) -> dict:
     for field, value in required.items():
         found = getattr(config, field, None)
         if found != value:
-            raise ValueError(f"{source} has {field} {found!r}, Prismer's decoder has {value!r}; give a RoBERTa")
+            raise ValueError(
+                f"{source} has {field} {found!r}, Prismer's decoder has {value!r}; give a RoBERTa"
+            )
     return dict(
         text_width=config.hidden_size,
         text_depth=config.num_hidden_layers,

@@ -30,7 +30,7 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
 
 ROBERTA_VOCABULARY = 50265
 # a published checkpoint brings no tokenizer: its is RoBERTa's
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)+")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 _STEM = re.compile(r"encoder\.stems\.(\w+)\.(convs|norms|project)\.")
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,9 @@ def save_pretrained(model, folder: str | Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+        tensors = {
+            key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()
+        }
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         (aside / CONFIG).write_text(model.config.to_json())
         # safetensors makes files for their owner alone
@@ -116,7 +118,9 @@ def from_pretrained(
         if tokenizer is None and config.vocab_size == ROBERTA_VOCABULARY:
             tokenizer = Tokenizer.roberta()
     elif config is None:
-        raise ValueError(f"{weights.parent} has no {CONFIG}; export the model again with `prismer export`")
+        raise ValueError(
+            f"{weights.parent} has no {CONFIG}; export the model again with `prismer export`"
+        )
     if experts is not None and set(experts) != set(config.experts):
         raise ValueError(_other_experts(str(weights), config.experts, experts))
     if image_size is not None:
@@ -181,7 +185,9 @@ def _download(source: str) -> Path:
         # the published checkpoints are folders of one repository
         files.append(BIN)
     try:
-        root = snapshot_download(f"{owner}/{name}", allow_patterns=[prefix + file for file in files])
+        root = snapshot_download(
+            f"{owner}/{name}", allow_patterns=[prefix + file for file in files]
+        )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0][:120]
         raise ValueError(
@@ -206,19 +212,31 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}); export it again") from None
+            raise ValueError(
+                f"{path} is not a whole safetensors file ({error}); export it again"
+            ) from None
     try:
         # the pages of a zip are read as they are copied, so that memory holds the weights once
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        found = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a whole file of tensors ({reason}); get it again") from None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{path} does not hold tensors by name; give a file that holds a state dict alone")
+        raise ValueError(
+            f"{path} is not a whole file of tensors ({reason}); get it again"
+        ) from None
+    if not isinstance(found, dict) or not all(
+        isinstance(value, Tensor) for value in found.values()
+    ):
+        raise ValueError(
+            f"{path} does not hold tensors by name; give a file that holds a state dict alone"
+        )
     return found
 
 
-def load_tensors(model, tensors: dict[str, Tensor], source: str, ignored: Sequence[str] = ()) -> Report:
+def load_tensors(
+    model, tensors: dict[str, Tensor], source: str, ignored: Sequence[str] = ()
+) -> Report:
     """Fill every tensor of `model`; the positional table may come from another resolution.
 
     Counters of batch norms that are missing start at 0: they have no effect.
@@ -238,11 +256,17 @@ def load_tensors(model, tensors: dict[str, Tensor], source: str, ignored: Sequen
     own = model.state_dict()
     loaded = len(set(own) & set(tensors))
     for key in own:
-        if key.endswith("num_batches_tracked") and key not in tensors:
+        norm, _, name = key.rpartition(".")
+        # of a norm that is there; where all of it is missing, so is the counter
+        if name == "num_batches_tracked" and key not in tensors and f"{norm}.weight" in tensors:
             tensors[key] = torch.zeros_like(own[key])
     resized = {}
     table = tensors.get(POSITIONS)
-    if table is not None and table.shape != own[POSITIONS].shape and _is_table(table, own[POSITIONS]):
+    if (
+        table is not None
+        and table.shape != own[POSITIONS].shape
+        and _is_table(table, own[POSITIONS])
+    ):
         resized[POSITIONS] = (table.shape, own[POSITIONS].shape)
         tensors[POSITIONS] = resize_positions(table.float(), model.config.grid)
     report = Report(
@@ -250,7 +274,11 @@ def load_tensors(model, tensors: dict[str, Tensor], source: str, ignored: Sequen
         loaded=loaded,
         missing={k: own[k].shape for k in own if k not in tensors},
         unexpected={k: t.shape for k, t in tensors.items() if k not in own},
-        misfit={k: (t.shape, own[k].shape) for k, t in tensors.items() if k in own and own[k].shape != t.shape},
+        misfit={
+            k: (t.shape, own[k].shape)
+            for k, t in tensors.items()
+            if k in own and own[k].shape != t.shape
+        },
         resized=resized,
         ignored=tuple(ignored),
     )
@@ -259,7 +287,8 @@ def load_tensors(model, tensors: dict[str, Tensor], source: str, ignored: Sequen
         if stored != set(model.config.experts):
             raise Misfit(_other_experts(source, sorted(stored), model.config.experts), report)
         raise Misfit(
-            f"{source} does not fit the config; use the config.json that was saved beside these weights", report
+            f"{source} does not fit the config; use the config.json that was saved beside these weights",
+            report,
         )
     with torch.no_grad():
         model.load_state_dict(tensors, strict=True)
@@ -268,7 +297,11 @@ def load_tensors(model, tensors: dict[str, Tensor], source: str, ignored: Sequen
 
 def _is_table(table: Tensor, own: Tensor) -> bool:
     """Whether a positional table is one of a square grid, of the model's width."""
-    return table.dim() == 2 and table.shape[1] == own.shape[1] and round(table.shape[0] ** 0.5) ** 2 == len(table)
+    return (
+        table.dim() == 2
+        and table.shape[1] == own.shape[1]
+        and round(table.shape[0] ** 0.5) ** 2 == len(table)
+    )
 
 
 def _stems_in(tensors: dict[str, Tensor]) -> set[str]:
@@ -276,10 +309,15 @@ def _stems_in(tensors: dict[str, Tensor]) -> set[str]:
 
 
 def _other_experts(source: str, stored: Sequence[str], asked: Sequence[str]) -> str:
-    has, wants = (", ".join(names) or "no experts" for names in (stored, asked))
+    has = f"the experts {', '.join(stored)}" if stored else "no experts"
+    wants = ", ".join(asked) or "none"
     new = ", ".join(name for name in asked if name not in stored)
-    train = f"; to train parts for {new}, start from Prismer.from_backbones(..., experts=...)" if new else ""
+    train = (
+        f"; parts for {new} must be trained: start from Prismer.from_backbones(..., experts=...)"
+        if new
+        else ""
+    )
     return (
-        f"the experts of {source} are {has}, and {wants} is asked for: a model works with the experts that it was "
-        f"trained with; set experts to {list(stored)}{train}"
+        f"{source} has {has}, but asked for {'are' if asked else 'is'} {wants}: a model works with the experts "
+        f"that it was trained with; set experts to {list(stored)}{train}"
     )

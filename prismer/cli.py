@@ -69,7 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_semantics_commands(commands)
 
     export = commands.add_parser(
-        "export", help="turn a training run, or a published checkpoint, into a model folder, or back"
+        "export",
+        help="turn a training run, or a published checkpoint, into a model folder, or back",
     )
     export.add_argument(
         "source",

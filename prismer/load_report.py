@@ -42,16 +42,20 @@ class Report:
         return self.fits and not self.resized and not self.ignored
 
     def __str__(self) -> str:
-        rows: dict[tuple[str, str, str, str], int] = {}
+        rows: dict[tuple[str, str], list[tuple[str, str]]] = {}
         for kind, name, stored, own in self._entries():
             # the layers of a stack differ in a number
-            key = (kind, re.sub(r"\.\d+(?=\.)", ".*", name), stored, own)
-            rows[key] = rows.get(key, 0) + 1
-        lines = [
-            (kind, name + (f"  x{count}" if count > 1 else ""), stored, own)
-            for (kind, name, stored, own), count in rows.items()
-        ]
-        table = [("", "tensor", "in the file", "in the model"), *lines[:_MOST_ROWS]] if lines else []
+            rows.setdefault((kind, re.sub(r"\.\d+(?=\.)", ".*", name)), []).append((stored, own))
+        lines = []
+        for (kind, name), shapes in rows.items():
+            shown = [
+                column[0] if len(set(column)) == 1 else "various"
+                for column in zip(*shapes, strict=True)
+            ]
+            lines.append((kind, name + (f"  x{len(shapes)}" if len(shapes) > 1 else ""), *shown))
+        table = (
+            [("", "tensor", "in the file", "in the model"), *lines[:_MOST_ROWS]] if lines else []
+        )
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         text = [f"{self.source}: {self.loaded} tensors loaded"]
         for row in table:

@@ -156,7 +156,9 @@ class Prismer(nn.Module):
         return from_pretrained(source, **options)
 
     @classmethod
-    def from_backbones(cls, vision: str, text: str | Path, **options) -> "Prismer":
+    def from_backbones(
+        cls, vision: str = "ViT-B-16-quickgelu", text: str | Path = "roberta-base", **options
+    ) -> "Prismer":
         """New trainable parts around a pre-trained CLIP of open_clip and a RoBERTa of transformers.
 
         Args:

@@ -40,7 +40,9 @@ def official_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfig
     differing = {}
     for name, make in PRESETS.items():
         config = make(**({} if experts else {"name": f"{name}-z"}), experts=experts)
-        differing[name] = [field for field, value in found.items() if getattr(config, field) != value]
+        differing[name] = [
+            field for field, value in found.items() if getattr(config, field) != value
+        ]
         if not differing[name]:
             patch = config.patch_size
             side = next((side for side in _SIZES if side // patch == grid), grid * patch)
@@ -59,7 +61,9 @@ def official_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfig
 def _sizes(tensors: Mapping[str, Tensor], source: str) -> dict:
     def shape(name: str) -> torch.Size:
         if name not in tensors:
-            raise ValueError(f"{source} lacks {name}, so it is no whole Prismer checkpoint; get it again")
+            raise ValueError(
+                f"{source} lacks {name}, so it is no whole Prismer checkpoint; get it again"
+            )
         return tensors[name].shape
 
     def count(pattern: str) -> int:
@@ -70,7 +74,9 @@ def _sizes(tensors: Mapping[str, Tensor], source: str) -> dict:
     word = f"{TEXT}roberta.embeddings.word_embeddings.weight"
     if word not in tensors:
         word = f"{TEXT}lm_head.decoder.weight"
-    stems = {m[1] for name in tensors if (m := re.match(rf"{VISION}conv1\.(\w+)\.", name))} - {"rgb"}
+    stems = {m[1] for name in tensors if (m := re.match(rf"{VISION}conv1\.(\w+)\.", name))} - {
+        "rgb"
+    }
     unknown = sorted(stems - set(EXPERTS))
     if unknown:
         raise ValueError(

@@ -1,0 +1,414 @@
+"""Proves that a new Prismer takes its towers over exactly: open_clip's CLIPs and transformers' RoBERTas with random
+weights give the same tokens and logits inside it, everything else is new and initialised as it should be, the result
+trains, and what does not fit is one sentence. Run: pytest tests/model/test_backbones.py"""
+
+import json
+import shutil
+import warnings
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from plain_published import bicubic, randomise
+
+import prismer.backbones as backbones
+from prismer.config import ALL_EXPERTS, prismer_base, prismer_huge, prismer_large
+from prismer.freezing import freeze
+from prismer.model import Prismer
+from prismer.start import start_model
+from prismer.tokenizer import Tokenizer
+
+CLIPS = {
+    # name: vision settings, whether QuickGELU
+    "prismer-test-b": (dict(image_size=64, layers=2, width=64, head_width=16, patch_size=16), True),
+    "prismer-test-h": (dict(image_size=70, layers=3, width=80, head_width=40, patch_size=14), False),
+    "prismer-test-wide": (dict(image_size=64, layers=1, width=64, head_width=16, patch_size=16, mlp_ratio=2.0), True),
+    "prismer-test-scale": (
+        dict(image_size=64, layers=1, width=64, head_width=16, patch_size=16, ls_init_value=1e-5), True,
+    ),
+    "prismer-test-nopre": (
+        dict(image_size=64, layers=1, width=64, head_width=16, patch_size=16, no_ln_pre=True), True,
+    ),
+    "prismer-test-tanh": (
+        dict(image_size=64, layers=1, width=64, head_width=16, patch_size=16, act_kwargs={"approximate": "tanh"}),
+        False,
+    ),
+    "prismer-test-pool": (
+        dict(image_size=64, layers=1, width=64, head_width=16, patch_size=16, attentional_pool=True), True,
+    ),
+}  # fmt: skip
+NEW = dict(resampler_heads=4, resampler_depth=1, num_latents=4, label_size=64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for name, (vision, quick) in CLIPS.items():
+        text = dict(context_length=8, vocab_size=20, width=16, heads=2, layers=1)
+        config = dict(embed_dim=16, quick_gelu=quick, vision_cfg=vision, text_cfg=text)
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+
+
+def make_clip(name, path, seed=0, dtype=torch.float32):
+    clip = randomise(open_clip.create_model(name), seed)
+    torch.save({key: tensor.to(dtype) for key, tensor in clip.state_dict().items()}, path)
+    return clip.visual
+
+
+def make_roberta(folder, seed=1, tokenizer=True, cls=transformers.RobertaForMaskedLM, **changes):
+    """A small RoBERTa saved in the layout of the hub, and the same as a causal model."""
+    words = Tokenizer.train(
+        ["a red cube on the ground"] * 3 + ["Is there a sphere?"] * 2, vocab_size=270
+    )
+    settings = dict(
+        vocab_size=words.vocab_size, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=72,
+        max_position_embeddings=40, type_vocab_size=1, layer_norm_eps=1e-5, hidden_dropout_prob=0.2,
+    )  # fmt: skip
+    config = transformers.RobertaConfig(**{**settings, **changes})
+    model = randomise(cls(config), seed)
+    model.save_pretrained(folder)
+    if tokenizer:
+        words.save(folder)
+    return model
+
+
+def open_clip_tokens(visual, images):
+    """Patch tokens of open_clip's tower as if there were no class token: the one difference to Prismer's encoder.
+
+    The tower runs as it is; its attention is masked so that no query sees the class token's key.
+    """
+    x = visual._embeds(images)
+    mask = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype)
+    mask[:, 0] = float("-inf")
+    return visual.ln_post(visual.transformer(x, attn_mask=mask))[:, 1:]
+
+
+def encode_without_adaptors(model, images):
+    """Our encoder's blocks, adaptors zeroed, on normalised pixels."""
+    for block in model.encoder.blocks:
+        torch.nn.init.zeros_(block.adaptor.up.weight)
+        torch.nn.init.zeros_(block.adaptor.up.bias)
+    encoder = model.encoder
+    x = encoder.ln_pre(encoder.stems["rgb"](images).flatten(2).mT + encoder.positional_embedding)
+    for block in encoder.blocks:
+        x = block(x)
+    return encoder.ln_post(x)
+
+
+def close(name, ours, theirs, relative=1e-5):
+    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    assert error <= relative, f"{name} is off by {error:.2g} of the largest entry"
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    visual = make_clip("prismer-test-b", folder / "clip.pt")
+    roberta = make_roberta(folder / "roberta")
+    return folder, visual, roberta
+
+
+@pytest.mark.parametrize("name", ["prismer-test-b", "prismer-test-h"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_vision_tower(tmp_path, parts, name, dtype):
+    """QuickGELU at 16 wide heads, exact GELU at 40 wide ones, from files in fp32 and fp16."""
+    visual = make_clip(name, tmp_path / "clip.pt", dtype=dtype)
+    visual.load_state_dict(
+        {key: tensor.to(dtype).float() for key, tensor in visual.state_dict().items()}
+    )
+    model = Prismer.from_backbones(
+        name, parts[0] / "roberta", vision_weights=tmp_path / "clip.pt", experts=(), **NEW
+    )
+    settings, quick = CLIPS[name]
+    assert model.config.vision_heads == settings["width"] // settings["head_width"]
+    assert model.config.vision_activation == ("quick_gelu" if quick else "gelu")
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+    images = torch.randn(2, 3, settings["image_size"], settings["image_size"])
+    close("tokens", encode_without_adaptors(model, images), open_clip_tokens(visual, images))
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_positional_table_is_resized(parts, size):
+    folder, visual, _ = parts
+    model = Prismer.from_backbones(
+        "prismer-test-b",
+        folder / "roberta",
+        vision_weights=folder / "clip.pt",
+        image_size=size,
+        experts=(),
+        **NEW,
+    )
+    expected = bicubic(visual.positional_embedding[1:], size // 16)
+    torch.testing.assert_close(
+        model.encoder.positional_embedding.detach(), expected, rtol=0, atol=1e-6
+    )
+    assert model.config.image_size == size
+
+
+@pytest.mark.parametrize("where", ["folder", "file", "safetensors"])
+def test_text_tower(parts, tmp_path, where):
+    """Embeddings, layers and head: with all that is new taken out, the logits of transformers' causal RoBERTa."""
+    folder, _, roberta = parts
+    options = {}
+    if where == "file":
+        torch.save(roberta.state_dict(), tmp_path / "words.bin")
+        options["text_weights"] = tmp_path / "words.bin"
+    if where == "safetensors":
+        options["text_weights"] = folder / "roberta" / "model.safetensors"
+    model = build(parts, **options)
+    causal = transformers.RobertaForCausalLM.from_pretrained(
+        folder / "roberta", is_decoder=True
+    ).eval()
+    decoder = model.decoder
+    for layer in decoder.layers:
+        layer.cross.forward = lambda x, context: x
+        layer.adaptor.forward = lambda x: x
+    decoder.extra.forward = lambda x, *_: x
+    ids = torch.randint(3, model.config.vocab_size, (2, 9))
+    ids[0, 6:] = 1
+    hidden = decoder([ids[:, None]], torch.zeros(2, 1, 64))
+    ours = F.linear(hidden, decoder.head_weight, decoder.head_bias)
+    close("logits", ours, causal(ids, attention_mask=(ids != 1).long()).logits)
+    assert model.config.dropout == 0.2 and model.config.text_mlp_width == 72
+    assert model.tokenizer.decode(model.tokenizer.encode("a red cube")) == "a red cube"
+
+
+def build(parts, **options):
+    options = {"vision_weights": parts[0] / "clip.pt", **NEW, **options}
+    return Prismer.from_backbones("prismer-test-b", parts[0] / "roberta", **options)
+
+
+def test_only_the_towers_come_from_elsewhere(parts):
+    """Copied are what can be frozen, the ends of the encoder, embeddings and head; the rest depends on the seed."""
+    one, again, other = build(parts), build(parts), build(parts, seed=1)
+    freeze(one, "freeze_lang_vision")
+    ends = ("decoder.embeddings.", "decoder.head.")
+    copied = {n for n, p in one.named_parameters() if not p.requires_grad or n.startswith(ends)} | {
+        "encoder.positional_embedding", "encoder.stems.rgb.weight",
+        *(f"encoder.{norm}.{leaf}" for norm in ("ln_pre", "ln_post") for leaf in ("weight", "bias")),
+    }  # fmt: skip
+    _, visual, roberta = parts
+    # without class token and projection; without the second name of the tied matrix and bias
+    assert len(copied) == len(list(visual.parameters())) - 2 + len(list(roberta.parameters()))
+    for (name, p), q, r in zip(
+        one.named_parameters(), again.parameters(), other.parameters(), strict=True
+    ):
+        assert torch.equal(p, q), name
+        # biases of zero and norms of one are the same at any seed
+        assert torch.equal(p, r) == (name in copied or p.std() == 0), name
+    assert not one.training and one.config.name == "custom"
+
+
+def test_new_parts_are_initialised(parts):
+    """Text: N(0, 0.02) and zeros. Vision: the framework's uniform draws. Norms: 1 and 0 (spec 1.8)."""
+    model = build(parts)
+    for layer in model.decoder.layers:
+        new = [layer.cross.query, layer.cross.key, layer.cross.value, layer.cross.output]
+        for linear in [*new, layer.adaptor.down, layer.adaptor.up]:
+            assert (
+                linear.weight.std().item() == pytest.approx(0.02, rel=0.15)
+                and not linear.bias.any()
+            )
+        for norm in (layer.cross.norm, layer.adaptor.norm):
+            assert (norm.weight == 1).all() and not norm.bias.any()
+    extra = model.decoder.extra
+    assert extra.mlp.intermediate.weight.std().item() == pytest.approx(0.02, rel=0.15)
+    for block in model.encoder.blocks:
+        bound = 64**-0.5
+        for linear in (block.adaptor.down, block.adaptor.up):
+            assert (
+                0.95 * bound < linear.weight.abs().max() <= bound
+                and linear.bias.abs().max() <= bound
+            )
+    attention = model.encoder.resampler.blocks[0].attn
+    bound = (6 / (4 * 64)) ** 0.5
+    assert (
+        0.95 * bound < attention.in_proj_weight.abs().max() <= bound
+        and not attention.in_proj_bias.any()
+    )
+    assert model.encoder.resampler.latents.std().item() == pytest.approx(64**-0.5, rel=0.2)
+
+
+def test_callers_random_numbers_are_not_touched(parts):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    build(parts)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_all_experts_and_training(parts, tmp_path):
+    """Six experts around the towers, saved, started from as train.py does, a few steps of training."""
+    model = build(parts, experts=ALL_EXPERTS)
+    assert list(model.encoder.stems) == ["rgb", *ALL_EXPERTS]
+    model.save_pretrained(tmp_path / "start")
+    started = start_model(str(tmp_path / "start"))
+    assert started.tokenizer is not None and started.config == model.config
+    before = model.state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in started.state_dict().items())
+    freeze(started, "freeze_lang_vision")
+    from test_model import make_images
+
+    from prismer.dataloading.batch import Batch, TextBatch
+
+    ids = torch.randint(3, 200, (2, 1, 7))
+    texts = TextBatch(ids=ids, labels=ids, weights=torch.ones(2, 1))
+    batch = Batch(images=make_images(started.config), texts=texts, keys=["a", "b"], meta=[{}, {}])
+    trainable = [p for p in started.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-3)
+    losses = []
+    for _ in range(8):
+        losses.append(started(batch))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("ViT-B-16-quickgelu", prismer_base()),
+        ("ViT-L-14-336-quickgelu", prismer_large(image_size=336)),
+        ("ViT-H-14", prismer_huge()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_presets_are_what_open_clip_has(name, config):
+    """Heads, activation and sizes of the three published towers, huge with 16 heads and exact GELU."""
+    with torch.device("meta"):
+        visual = open_clip.create_model(name, device="meta").visual
+    sizes = backbones._clip_sizes(open_clip, name, visual)
+    assert sizes == {field: getattr(config, field) for field in sizes} and len(sizes) == 6
+    text = transformers.RobertaConfig(
+        **backbones._ROBERTA["roberta-base" if config.name == "base" else "roberta-large"],
+        **backbones._ROBERTA_COMMON,
+    )
+    sizes |= backbones._roberta_sizes("roberta", text)
+    assert backbones._preset_of(sizes, ALL_EXPERTS) == config.name
+    assert backbones._preset_of(sizes, ()) == f"{config.name}-z"
+
+
+def test_a_random_tower_warns(parts):
+    with pytest.warns(UserWarning, match="vision tower prismer-test-b is random"):
+        build(parts, vision_weights=None)
+
+
+def test_local_parts_are_quiet(parts, tmp_path):
+    """No warning of ours or of the libraries; a folder without a model is not looked up elsewhere."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(parts)
+    with pytest.raises(ValueError, match="transformers cannot load .*empty .*give the folder"):
+        (tmp_path / "empty").mkdir()
+        Prismer.from_backbones("prismer-test-b", tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(vision="ViT-B-61"), "open_clip knows no model 'ViT-B-61'; did you mean ViT-B-"),
+        (dict(vision="RN50"), "RN50 is a ModifiedResNet; Prismer takes a plain CLIP ViT"),
+        (dict(vision="prismer-test-tanh"), "has the activation GELU.approximate='tanh'"),
+        (dict(vision="prismer-test-pool"), "pools by attention"),
+        (dict(vision="prismer-test-wide"), r"c_fc.weight of shape \(128, 64\)|c_fc.bias of shape \(128,\)"),
+        (dict(vision="prismer-test-scale"), "has a visual.transformer.resblocks.0.ls_1.gamma"),
+        (dict(vision="prismer-test-nopre"), "has no encoder.ln_pre.bias"),
+        (dict(vision_weights="openay"), "neither a file nor a tag of prismer-test-b; its tags are none"),
+        (dict(vision="ViT-B-16-quickgelu", vision_weights="openay"), "its tags are .*openai"),
+        (dict(vision_weights="h"), "does not load as open_clip's prismer-test-b .*name the model"),
+        (dict(vision_weights="garbage"), "does not load as open_clip's prismer-test-b"),
+        (dict(text_weights="none.bin"), "text_weights none.bin is no file"),
+        (dict(text_weights="h"), "has no decoder.embeddings"),
+        (dict(image_size=8), "image_size 8 is smaller than patch_size 16"),
+        (dict(experts=("smell",)), "unknown expert 'smell'"),
+        (dict(resampler_heads=5), "vision_width 64 is not a multiple of resampler_heads 5"),
+    ],
+    ids=lambda value: "-".join(map(str, next(iter(value.items())))) if isinstance(value, dict) else "",
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:the vision tower")
+def test_one_sentence(parts, tmp_path, options, message):
+    make_clip("prismer-test-h", tmp_path / "h")
+    (tmp_path / "garbage").write_bytes(b"not weights")
+    files = {"h": tmp_path / "h", "garbage": tmp_path / "garbage"}
+    options = {
+        key: files.get(value, value) if key.endswith("weights") else value
+        for key, value in options.items()
+    }
+    options = {"vision": "prismer-test-b", **NEW, **options}
+    with pytest.raises(ValueError, match=message) as caught:
+        Prismer.from_backbones(text=parts[0] / "roberta", **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(layer_norm_eps=1e-12), "has layer_norm_eps 1e-12, Prismer's decoder has 1e-05"),
+        (dict(type_vocab_size=2), "has type_vocab_size 2"),
+        (dict(hidden_act="relu"), "has hidden_act 'relu'"),
+        (dict(cls=transformers.RobertaModel), "lacks lm_head"),
+        (dict(tokenizer=False), "and no tokenizer files; put them there"),
+    ],
+    ids=["eps", "types", "activation", "no head", "no tokenizer"],
+)
+@pytest.mark.filterwarnings("ignore:the vision tower")
+def test_other_text_models(tmp_path, changes, message):
+    make_roberta(tmp_path / "r", **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        Prismer.from_backbones("prismer-test-b", tmp_path / "r", **NEW)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:the vision tower")
+def test_bert_and_other_sizes(tmp_path, parts):
+    folder = tmp_path / "bert"
+    sizes = dict(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=30,
+    )
+    transformers.BertForMaskedLM(transformers.BertConfig(**sizes)).save_pretrained(folder)
+    with pytest.raises(ValueError, match="has model_type 'bert'"):
+        Prismer.from_backbones("prismer-test-b", folder, **NEW)
+    # weights of other sizes than the config beside them
+    shutil.copytree(parts[0] / "roberta", tmp_path / "r")
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    (tmp_path / "r" / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    with pytest.raises(ValueError, match="transformers cannot load|lacks"):
+        Prismer.from_backbones("prismer-test-b", tmp_path / "r", **NEW)
+
+
+@pytest.mark.filterwarnings("ignore:the vision tower")
+def test_known_names_need_no_hub(tmp_path, monkeypatch, parts):
+    """With a file of weights "roberta-base" asks nothing of the hub; without one and without connection, a sentence."""
+
+    def offline(source, local_files_only, **_):
+        assert not local_files_only
+        raise OSError(f"We couldn't connect\nto load {source}")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    with pytest.raises(
+        ValueError, match=r"transformers cannot load roberta-base \(We couldn't connect\); give"
+    ):
+        Prismer.from_backbones("prismer-test-b", **NEW)
+    monkeypatch.setitem(
+        backbones._ROBERTA,
+        "roberta-base",
+        dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=72),
+    )
+    monkeypatch.setattr(
+        backbones, "_ROBERTA_COMMON", backbones._ROBERTA_COMMON | dict(max_position_embeddings=40)
+    )
+    roberta = make_roberta(tmp_path / "r", vocab_size=50265, tokenizer=False)
+    torch.save(roberta.state_dict(), tmp_path / "words.bin")
+    model = Prismer.from_backbones("prismer-test-b", text_weights=tmp_path / "words.bin", **NEW)
+    assert torch.equal(
+        model.decoder.embeddings.word.weight, roberta.roberta.embeddings.word_embeddings.weight
+    )
+    assert model.tokenizer.vocab_size == 50265
