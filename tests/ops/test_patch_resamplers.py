@@ -1,19 +1,18 @@
-"""Proves that resamplers of transformers, flamingo-pytorch and open_flamingo give the same numbers on the fused ops, forward
-and every gradient, in fewer than half the operators and three quarters of the saved bytes, and when they are kept.
+"""Proves that resamplers of transformers, flamingo-pytorch and open_flamingo give the same numbers on fused ops,
+forward and every gradient, with half the operators and three quarters of the saved bytes, and says when they are kept.
 
 Run: pytest tests/ops/test_patch_resamplers.py -s   (-s shows the counts)
 """
 
 import copy
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prismer.kernels.patch import apply_to
+from prismer.kernels.patch import apply_to, is_patched
 
 D, LATENTS = 48, 6
 NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
@@ -134,6 +133,10 @@ def assert_equal(ours, plain, forward=1e-5, gradient=1e-4):
     assert ours.keys() == plain.keys()
     for name, expected in plain.items():
         assert ours[name].dtype == expected.dtype and ours[name].shape == expected.shape
+        if name.endswith("k_layer_norm.bias"):
+            # it adds the same to all scores of a query: both gradients are rounding
+            assert max(t[name].abs().max() for t in (ours, plain)) < 1e-4 * plain["y"].abs().max()
+            continue
         error = (ours[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
         assert error <= (forward if name == "y" else gradient), f"{name}: relative error {error:.2e}"
         assert name == "y" or expected.abs().max() > 1e-3, f"{name} hardly has a gradient: the test is blind to it"
@@ -153,16 +156,21 @@ def test_resampler(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if "3d" not in case and "all" not in case])
 def test_resampler_in_bf16(case, assert_no_worse):
-    module, x, more = make(case)
-    module, x = module.bfloat16(), x.bfloat16()
-    # transformers' RMS norm computes in fp32 at most, so that its float64 is that
-    exact = step(copy.deepcopy(module).double(), x.double(), more)
-    dy = torch.randn(exact["y"].shape, generator=torch.Generator().manual_seed(2)).bfloat16()
-    exact = step(copy.deepcopy(module).double(), x.double(), more, dy.double())
-    plain = step(module, x, more, dy)
-    apply_to(module, "resampler", strict=True)
-    for name, ours in step(module, x, more, dy).items():
-        assert_no_worse(name, ours, plain[name], exact[name], factor=2.0 if name == "y" else 3.0)
+    # a sharp softmax makes one draw's error a matter of luck, of the original as of ours: many are judged together
+    found = {"ours": [], "plain": [], "exact": []}
+    for _ in range(8):
+        module, x, more = make(case)
+        module, x = module.bfloat16(), x.bfloat16()
+        high = copy.deepcopy(module).double()
+        dy = torch.randn(high(x.double(), *more).shape).bfloat16()
+        # transformers' RMS norm computes in fp32 at most, which is exact enough here
+        found["exact"].append(step(high, x.double(), more, dy.double()))
+        found["plain"].append(step(module, x, more, dy))
+        apply_to(module, "resampler", strict=True)
+        found["ours"].append(step(module, x, more, dy))
+    for name in found["ours"][0]:
+        pooled = {kind: torch.stack([t[name] for t in steps]) for kind, steps in found.items()}
+        assert_no_worse(name, factor=2.0 if name == "y" else 3.0, **pooled)
 
 
 @pytest.mark.parametrize("case", ("flamingo-pytorch", "open-flamingo-times", "idefics-qk-norms", "idefics2-masked"))
@@ -246,3 +254,215 @@ def test_operators_and_saved_bytes(case, trained):
     )
     assert fused.total() <= plain.total() / 2
     assert fused_bytes <= 0.75 * plain_bytes
+
+
+# the parts alone, and calls that the fused forward gives back
+
+
+def attention_of(case):
+    module, x, _ = make(case)
+    attn = module.layers[0][0] if "flamingo" in case else module.blocks[0][0]
+    x = x.unsqueeze(1) if "3d" in case else x.flatten(2, 3) if x.dim() == 5 else x
+    return attn, x, torch.randn(*x.shape[:-2], LATENTS, x.shape[-1])
+
+
+@pytest.mark.parametrize("case", ("flamingo-pytorch", "open-flamingo", "idefics", "idefics-qk-norms"))
+def test_attention_alone(case):
+    attn, x, latents = attention_of(case)
+    plain = step(attn, x, [latents])
+    apply_to(attn, "attention", strict=True)
+    assert_equal(step(attn, x, [latents]), plain)
+
+
+@pytest.mark.parametrize("case", ("flamingo-pytorch", "open-flamingo", "idefics"))
+def test_attentions_are_patched_where_the_resampler_is_not(case):
+    module, x, more = make(case)
+    plain = step(module, x, more)
+    report = apply_to(module, ("attention", "layer_norm"))
+    assert len(report.replaced) == 2 + 3  # attentions with their norms; norms of the feed-forwards, and the last
+    assert_equal(step(module, x, more), plain)
+
+
+def locations(B, N, media):
+    """Media tokens: one sample begins with text, one has more media tokens than media."""
+    at = torch.zeros(B, N, dtype=torch.bool)
+    at[0, 3] = at[0, 6] = True
+    at[1, 0] = at[1, 4] = at[1, 5] = at[1, 8] = True
+    return at[:, :N] if media is None else at
+
+
+@pytest.mark.parametrize("located", (True, False, "cached"))
+@pytest.mark.parametrize("immediate", (True, False), ids=("immediate", "all-before"))
+@pytest.mark.parametrize("package", ("flamingo_pytorch", "open_flamingo"))
+def test_cross_attention_to_media(package, immediate, located):
+    options = {"dim_visual": 40} if package == "open_flamingo" else {}
+    if located == "cached" and not options:
+        pytest.skip("flamingo-pytorch has no cached media")
+    if not located and options:
+        pytest.skip("open_flamingo always has media locations")
+    module = large_parameters(
+        flamingo_module(package).MaskedCrossAttention(
+            dim=D, dim_head=8, heads=4, only_attend_immediate_media=immediate, **options
+        )
+    )
+    x = torch.randn(2, 10 if located != "cached" else 3, D)
+    media = torch.randn(2, 3, 5, options.get("dim_visual", D), requires_grad=True)
+    more = [media, locations(2, 10, 3) if located else None] + [True] * (located == "cached")
+
+    def run():
+        media.grad = None
+        return step(module, x, more) | {"dmedia": media.grad}
+
+    plain = run()
+    apply_to(module, "attention", strict=True)
+    assert_equal(run(), plain)
+
+
+@pytest.mark.parametrize("case", ("flamingo-pytorch", "open-flamingo", "idefics", "idefics2"))
+def test_frozen_parts_and_inference(case):
+    module, x, more = make(case)
+    for name, p in module.named_parameters():
+        trained = "latents", "to_q", "context_layer_norm", "norm_media", "k_proj"
+        p.requires_grad_(any(part in name for part in trained))
+    results = []
+    for patched in (False, True):
+        if patched:
+            apply_to(module, "resampler", strict=True)
+        module.zero_grad()
+        module(x, *more).square().mean().backward()
+        with torch.no_grad():
+            y = module(x, *more)
+        results.append({"y": y} | {n: p.grad for n, p in module.named_parameters() if p.grad is not None})
+    assert_equal(results[1], results[0])
+
+
+@pytest.mark.parametrize("case", ("flamingo-pytorch", "idefics", "idefics2"))
+def test_calls_that_are_given_back(case):
+    module, x, more = make(case)
+    # another dtype than the weights', and a batch of none, which Idefics2 does not take itself
+    others = (x.bfloat16(), x[:0])[: 1 if case == "idefics2" else 2]
+
+    def results():
+        with torch.autocast("cpu", torch.bfloat16):
+            yield module(x, *more)
+        for other in others:
+            yield module(other, *[m[: len(other)] for m in more])
+
+    plain = list(results())
+    apply_to(module, "resampler", strict=True)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(results(), plain, strict=True))
+
+
+def test_idefics2_takes_keywords_and_gives_dropout_back():
+    module, x, (mask,) = make("idefics2-masked")
+    plain = module(context=x, attention_mask=mask)
+    apply_to(module, "resampler", strict=True)
+    fused = module(context=x, attention_mask=mask.bool())
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+    for layer in module.layers:
+        layer.self_attn.attention_dropout = 0.5
+    module.train()
+    torch.manual_seed(3)
+    dropped = module(x, mask)
+    torch.manual_seed(3)
+    assert torch.equal(dropped, module.prismer_class.forward(module, x, mask))
+    module.eval()
+    torch.testing.assert_close(module(x, mask), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_under_compile():
+    module, x, more = make("open-flamingo-times")
+    plain = step(module, x, more)
+    apply_to(module, "resampler", strict=True)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = x.requires_grad_()
+    module.zero_grad()
+    y = compiled(x, *more)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
+    assert_equal({"y": y.detach(), "dx": x.grad} | {n: p.grad for n, p in module.named_parameters()}, plain)
+
+
+# when a resampler is kept
+
+
+class Quantised(nn.Linear):
+    """Stands for a layer of bitsandbytes or peft."""
+
+
+def biased(module):
+    module.layers[1][0].to_q = nn.Linear(D, 32)
+
+
+def quantised(module):
+    module.layers[0][0].to_kv = Quantised(D, 64, bias=False)
+
+
+def tanh_gelu(module):
+    module.layers[0][1][2] = nn.GELU("tanh")
+
+
+def longer(module):
+    module.layers[0][1].append(nn.Dropout(0.1))
+
+
+def other_eps(module):
+    module.layers[1][0].norm_media.eps = 1e-3
+
+
+def hooked(module):
+    module.layers[1][0].to_out.register_forward_hook(lambda *a: None)
+
+
+def mixed(module):
+    module.layers[1][0].to_out.bfloat16()
+
+
+def no_layers(module):
+    module.layers = nn.ModuleList()
+
+
+REASONS = {
+    biased: "layers.1.0.to_q has a bias",
+    quantised: "layers.0.0.to_kv is a Quantised",
+    tanh_gelu: "layers.0.1.2 is the tanh approximation",
+    longer: "layers.0.1 has 5 parts",
+    other_eps: "different eps",
+    hooked: "layers.1.0.to_out has hooks",
+    mixed: "2 dtypes",
+    no_layers: "no layers",
+}
+
+
+@pytest.mark.parametrize("change", REASONS, ids=lambda f: f.__name__)
+def test_kept_with_a_reason(change):
+    module, _, _ = make("open-flamingo")
+    change(module)
+    before = {name: type(m) for name, m in module.named_modules()}
+    with pytest.raises(ValueError, match=REASONS[change]):
+        apply_to(module, "resampler", strict=True)
+    assert {name: type(m) for name, m in module.named_modules()} == before
+    report = apply_to(module, "resampler")
+    assert report.replaced == [] and REASONS[change] in str(report)
+
+
+def test_other_families_are_kept_with_a_reason():
+    module, _, _ = make("idefics")
+    module.blocks[0][1].act = nn.GELU()
+    assert "blocks.0.1.act is a GELU" in str(apply_to(module, "resampler"))
+    module, _, _ = make("idefics2")
+    module.layers[0].mlp.up_proj = Quantised(D, 4 * D, bias=False)
+    assert "layers.0.mlp.up_proj is a Quantised" in str(apply_to(module, "resampler"))
+    module, _, _ = make("idefics2")
+    module.layers[1].input_context_norm.variance_epsilon = 1e-3
+    assert "different eps" in str(apply_to(module, "resampler"))
+
+
+def test_keys_and_copies():
+    module, x, more = make("idefics-qk-norms")
+    keys = list(module.state_dict())
+    report = apply_to(module, "resampler")
+    assert list(module.state_dict()) == keys
+    twin = copy.deepcopy(module)
+    assert torch.equal(twin(x, *more), module(x, *more))
+    report.undo()
+    assert is_patched(twin) and not is_patched(module)
