@@ -7,35 +7,49 @@
 A module is patched by giving it another class: a subclass of its own whose `forward` calls the fused op. Parameters,
 state-dict keys, hooks, devices, optimizers and `isinstance` stay as they are, before or after `.to()`, and
 undoing gives the old class back. What families are known, and when a module of one is kept as it is, is said by the
-rules of `patch_towers.py`, `patch_resamplers.py` and `patch_loss.py`.
+rules of `patch_towers.py`, `patch_text.py`, `patch_resamplers.py` and `patch_loss.py`. For ZeRO-3, patch before the
+engine is built: its hooks on every layer would keep most modules.
+
+Three things follow. A fused forward does not call the layers that it covers, so hooks that are put on them afterwards
+stay silent: put them on before, and the module is kept. Under `torch.autocast` every module runs its own forward: cast
+the model (`model.bfloat16()`) to have the fused ops. And the fused ops have no second derivative.
 """
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from fnmatch import fnmatchcase
 from importlib import import_module
 
+import torch
 from torch import nn
 
 PARTS = ("layer_norm", "mlp", "attention", "resampler", "loss")
 """What `which` selects."""
 
-_RULE_FILES = ("patch_towers", "patch_resamplers", "patch_loss")
+_RULE_FILES = ("patch_towers", "patch_text", "patch_resamplers", "patch_loss")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
 class Rule:
     """How modules of one class are replaced.
 
+    A method replaces the one of its name. It finds the class that it stands in for in `self.prismer_class`, so that
+    `self.prismer_class.forward(self, ...)` is the way back for a call that the fused op does not serve.
+
     Attributes:
         part: one of PARTS.
-        target: the class, "package.module.Name"; exactly this class, since a subclass may have another forward.
+        target: the class, "package.module.Name", or a pattern of such names with `*`; exactly this class, since a
+            subclass may have another forward.
         methods: what the subclass gets: "forward" and whatever else its callers use.
         check: why an instance has to be kept, one clause, or None if it can be replaced.
         children: names of the sub-modules whose parameters `forward` reads without calling them, as
             `get_submodule` takes them. They must be plain linears or norms without hooks, or the module is kept.
-        covers: whether the sub-modules are part of the fused forward, so that they are not patched themselves.
+        covers: which sub-modules are part of the fused forward, so that they are not patched themselves: all, none, or
+            these, with everything inside. Hooks on one of them keep the module.
+        inner: names the sub-modules that get a subclass of their own too, from the module; and its methods.
     """
 
     part: str
@@ -43,7 +57,17 @@ class Rule:
     methods: dict[str, Callable]
     check: Callable[[nn.Module], str | None] = lambda module: None
     children: tuple[str, ...] = ()
-    covers: bool = True
+    covers: bool | tuple[str, ...] = True
+    inner: tuple[Callable[[nn.Module], list[str]], dict[str, Callable]] | None = None
+
+    def covered(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Names and modules inside `module` that the fused forward stands in for."""
+        if self.covers is False:
+            return []
+        every = [(name, child) for name, child in module.named_modules() if name]
+        if self.covers is True:
+            return every
+        return [pair for pair in every if any(f"{pair[0]}.".startswith(f"{c}.") for c in self.covers)]
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,7 @@ class Report:
     """
 
     rows: list[Row]
-    _changed: list[tuple[nn.Module, type]] = field(default_factory=list, repr=False)
+    _changed: list[nn.Module] = field(default_factory=list, repr=False)
 
     @property
     def replaced(self) -> list[str]:
@@ -74,8 +98,8 @@ class Report:
 
     def undo(self) -> None:
         """Give every module its own class back; a second time does nothing."""
-        for module, original in self._changed:
-            module.__class__ = original
+        for module in self._changed:
+            _restore(module)
         self._changed.clear()
 
     def __str__(self) -> str:
@@ -93,7 +117,7 @@ def apply_to(
     """Replace the modules of a model that are known here.
 
     Args:
-        model: any; on any device, before or after `.to()`, `torch.compile` or ZeRO-3.
+        model: any; on any device, before or after `.to()` and `torch.compile`, before ZeRO-3's engine is built.
         which: parts to replace, of PARTS.
         strict: whether a module that has to be kept is an error.
 
@@ -101,29 +125,33 @@ def apply_to(
         The report; its `undo` restores the model.
 
     Raises:
+        TypeError: if `model` is no module.
         ValueError: if a part is unknown, nothing in the model is known here, the model is patched already, or
             `strict` and a module has to be kept. The model is left as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; pass the nn.Module itself")
     wanted = (which,) if isinstance(which, str) else tuple(which)
     for part in wanted:
         if part not in PARTS:
             raise ValueError(f"unknown part {part!r}; choose from {', '.join(PARTS)}")
-    rules = {rule.target: rule for rule in all_rules() if rule.part in wanted}
+    rules = [rule for rule in all_rules() if rule.part in wanted]
     rows, changes, covered = [], [], set()
     for name, module in model.named_modules():
-        if getattr(type(module), "prismer_rule", None) is not None:
+        if is_patched(module):
             raise ValueError(
-                f"{name or 'the model'} runs on fused ops already; call undo() of its report first"
+                f"{name or 'the model'} runs on fused ops already; call undo() of its report first, or restore(model)"
             )
-        rule = rules.get(qualified_name(type(module)))
+        rule = find_rule(type(module), rules)
         if rule is None or id(module) in covered:
             continue
         reason = reason_to_keep(rule, module)
         rows.append(Row(name, type(module).__name__, rule.part, reason))
         if reason is None:
-            changes.append((module, type(module), fused_class(type(module), rule.target)))
-            if rule.covers:
-                covered.update(id(child) for child in module.modules() if child is not module)
+            changes.append((module, fused_class(type(module), rule.target, False)))
+            covered.update(id(child) for _, child in rule.covered(module))
+            for inner in _inner(rule, module):
+                changes.append((inner, fused_class(type(inner), rule.target, True)))
     kept = [row for row in rows if row.reason is not None]
     if not rows:
         raise ValueError(
@@ -136,9 +164,38 @@ def apply_to(
             f"{first.name or first.kind} ({first.kind}) has to be kept: {first.reason}; {len(kept)} modules in all; "
             f"leave strict out to replace the other {len(rows) - len(kept)}"
         )
-    for module, _, fused in changes:
-        module.__class__ = fused
-    return Report(rows, [(module, original) for module, original, _ in changes])
+    done = []
+    try:
+        for module, fused in changes:
+            module.__class__ = fused
+            done.append(module)
+    except Exception:  # a module may guard its attributes: then none is changed
+        for module in done:
+            _restore(module)
+        raise
+    return Report(rows, done)
+
+
+def restore(model: nn.Module) -> int:
+    """Give every patched module of a model its own class back, where the report is not at hand: a copy, a pickle.
+
+    Returns:
+        How many modules were patched.
+    """
+    patched = [module for module in model.modules() if is_patched(module)]
+    for module in patched:
+        _restore(module)
+    return len(patched)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether this module runs on fused ops."""
+    return getattr(type(module), "prismer_class", None) is not None
+
+
+def _restore(module: nn.Module) -> None:
+    if is_patched(module):
+        module.__class__ = type(module).prismer_class
 
 
 def qualified_name(kind: type) -> str:
@@ -146,7 +203,7 @@ def qualified_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-@cache
+@functools.cache
 def all_rules() -> tuple[Rule, ...]:
     """The rules of every family."""
     return tuple(
@@ -154,20 +211,53 @@ def all_rules() -> tuple[Rule, ...]:
     )
 
 
-@cache
-def fused_class(original: type, target: str) -> type:
-    """The subclass of `original` that runs on fused ops, made once."""
+def find_rule(kind: type, rules: Sequence[Rule]) -> Rule | None:
+    """The rule for a class: that of its name, or else the first whose pattern fits."""
+    name = qualified_name(kind)
+    exact = next((rule for rule in rules if rule.target == name), None)
+    return exact or next(
+        (rule for rule in rules if "*" in rule.target and fnmatchcase(name, rule.target)), None
+    )
+
+
+@functools.cache
+def fused_class(original: type, target: str, inner: bool) -> type:
+    """The subclass of `original` that runs on fused ops, made once; `inner` for a rule's inner modules."""
     (rule,) = (rule for rule in all_rules() if rule.target == target)
+    methods = rule.inner[1] if inner else rule.methods
     # ZeRO-3 gathers the whole module on entry: forward reads its children's parameters without calling them
-    extra = {"_z3_leaf": True} if rule.children else {}
+    extra = {"_z3_leaf": True} if rule.children and not inner else {}
     body = {
-        **rule.methods,
+        **_outside_autocast(methods, original),
         **extra,
-        "prismer_rule": rule.target,
+        "prismer_class": original,
+        "_prismer_origin": (target, inner),
         "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
         "__reduce_ex__": _reduce,
     }
     return type(original.__name__, (original,), body)
+
+
+def _outside_autocast(methods: Mapping[str, Callable], original: type) -> dict[str, Callable]:
+    """The methods, each giving way to the original's under autocast: the ops take dtypes as they come."""
+    wrapped = dict(methods)
+    for name, method in methods.items():
+        plain = getattr(original, name, None)
+        if callable(method) and callable(plain):
+            wrapped[name] = _unless_autocast(method, plain)
+    return wrapped
+
+
+def _unless_autocast(method: Callable, plain: Callable) -> Callable:
+    @functools.wraps(plain)
+    def call(self, *args, **kwargs):
+        if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+            return plain(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return call
 
 
 def reason_to_keep(rule: Rule, module: nn.Module) -> str | None:
@@ -177,13 +267,18 @@ def reason_to_keep(rule: Rule, module: nn.Module) -> str | None:
             child = module.get_submodule(name)
         except AttributeError:
             return f"it has no {name}"
-        if type(child) not in (nn.Linear, nn.LayerNorm) and not _is_norm(child):
+        if not isinstance(child, nn.Module) or not (_is_linear(child) or _is_norm(child)):
             return f"its {name} is a {type(child).__name__} (quantised, adapted or wrapped), not a plain layer"
         if has_hooks(child):
             return f"its {name} has hooks, which a fused forward would not call"
+        if _is_norm(child) and len(child.normalized_shape) != 1:
+            return f"its {name} normalises {len(child.normalized_shape)} dimensions, the fused one the last alone"
+    for name, child in rule.covered(module):
+        if has_hooks(child):
+            return f"its {name} has hooks, which a fused forward would not call"
     for name, parameter in module.named_parameters():
-        if not parameter.is_floating_point():
-            return f"its {name} is {parameter.dtype}, not floating point"
+        if parameter.dtype not in _DTYPES:
+            return f"its {name} is {parameter.dtype}, and the fused ops take fp32, bf16, fp16 or float64"
     return rule.check(module)
 
 
@@ -200,17 +295,30 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def _inner(rule: Rule, module: nn.Module) -> list[nn.Module]:
+    names = rule.inner[0](module) if rule.inner else []
+    return [module.get_submodule(name) for name in names]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # the second is nn.MultiheadAttention's own name for its output projection
+    return type(module) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
 def _is_norm(module: nn.Module) -> bool:
-    rule = next((r for r in all_rules() if r.target == qualified_name(type(module))), None)
-    return rule is not None and rule.part == "layer_norm"
+    if type(module) is nn.LayerNorm:
+        return True
+    rule = find_rule(type(module), all_rules())
+    return rule is not None and rule.part == "layer_norm" and isinstance(module, nn.LayerNorm)
 
 
 def _reduce(self, protocol):
     # copies and pickles: a class made here has no name that pickle could find it by
-    original = type(self).__mro__[1]
-    return _rebuild, (original, type(self).prismer_rule), self.__dict__.copy()
+    kind = type(self)
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    return _rebuild, (kind.prismer_class, *kind._prismer_origin), dict(state)
 
 
-def _rebuild(original: type, target: str) -> nn.Module:
-    fused = fused_class(original, target)
+def _rebuild(original: type, target: str, inner: bool) -> nn.Module:
+    fused = fused_class(original, target, inner)
     return fused.__new__(fused)

@@ -1,7 +1,7 @@
-"""The fused modules in a model that is not Prismer, under ZeRO-3 with every parameter sharded, against plain training;
-test_modules_zero.py launches this.
+"""The fused modules in a model that is not Prismer, and patched modules of open_clip and transformers, under ZeRO-3
+with every parameter sharded, against plain training without patches; test_modules_zero.py launches this.
 
-    torchrun --nproc_per_node N modules_under_zero.py OUT.json
+    torchrun --nproc_per_node N modules_under_zero.py OUT.json modules|patched
 """
 
 import copy
@@ -9,8 +9,10 @@ import json
 import sys
 from pathlib import Path
 
+import open_clip
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 
 from prismer import engine as engines
@@ -22,6 +24,7 @@ from prismer.kernels.modules import (
     MultiheadAttention,
     PerceiverResampler,
 )
+from prismer.kernels.patch import apply_to
 from prismer.train_config import TrainConfig
 
 D, V, STEPS, ROWS = 32, 61, 4, 4
@@ -56,6 +59,33 @@ class Other(nn.Module):
         return self.head(x + self.mlp(x), labels)
 
 
+class Patched(nn.Module):
+    """Layers of open_clip and transformers, and a causal LM with tied weights, whose loss they share."""
+
+    def __init__(self):
+        super().__init__()
+        config = transformers.RobertaConfig(
+            vocab_size=V, hidden_size=D, intermediate_size=2 * D, num_attention_heads=4, num_hidden_layers=1,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="sdpa",
+        )  # fmt: skip
+        clip = transformers.CLIPVisionConfig(
+            hidden_size=D, intermediate_size=2 * D, num_attention_heads=4, attn_implementation="sdpa"
+        )
+        gpt2 = transformers.GPT2Config(
+            vocab_size=V, n_embd=D, n_layer=1, n_head=4, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, use_cache=False,
+        )  # fmt: skip
+        self.embed = nn.Embedding(V, D)
+        self.block = open_clip.transformer.ResidualAttentionBlock(D, 4, ls_init_value=0.5)
+        self.frozen = transformers.models.clip.modeling_clip.CLIPEncoderLayer(clip).requires_grad_(False)
+        self.layer = transformers.models.roberta.modeling_roberta.RobertaLayer(config)
+        self.gpt2 = transformers.GPT2LMHeadModel(gpt2)
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.layer(self.frozen(self.block(self.embed(ids)), None))
+        return self.gpt2(inputs_embeds=x, labels=labels).loss
+
+
 def make_batch(step: int, rows: slice):
     draw = torch.Generator().manual_seed(step)
     ids, labels = torch.randint(0, V, (2, ROWS, 7), generator=draw)
@@ -67,14 +97,16 @@ def main() -> None:
     engines.start_distributed()
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    plain = Other()
+    plain = dict(modules=Other, patched=Patched)[sys.argv[2]]()
     for parameter in plain.parameters():
         nn.init.normal_(parameter, std=0.3)
-    start = copy.deepcopy(plain)
+    start, sharded = copy.deepcopy(plain), copy.deepcopy(plain)
+    if sys.argv[2] == "patched":
+        apply_to(sharded, strict=True)
     settings = TrainConfig(batch_size=ROWS, learning_rate=3e-3, gradient_clipping=1.0)
     zero = dict(stage=3, memory_efficient_linear=False, **EVERYTHING)
     engines.SMALL_MODEL = 0
-    engine = engines.build_engine(copy.deepcopy(plain), settings, dict(zero_optimization=zero), "fp32")
+    engine = engines.build_engine(sharded, settings, dict(zero_optimization=zero), "fp32")
     part = ROWS // world
     losses = []
     for step in range(STEPS):
