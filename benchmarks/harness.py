@@ -178,7 +178,7 @@ def compare(
     part: str,
     bytes_moved: int = 0,
     flops: int = 0,
-    seconds: float = 1.0,
+    seconds: float = 0.5,
 ) -> dict[str, Row]:
     """Time the contenders in turn and record a row of each.
 
@@ -202,7 +202,7 @@ def compare(
         synchronize()
         spent += time.perf_counter() - start
     # a round of the loss takes seconds, and needs few
-    rounds = min(max(int(seconds / max(spent, 1e-6)), 3 if spent > 1 else 5), 100)
+    rounds = min(max(int(seconds / max(spent, 1e-6)), 3 if spent > 0.4 else 5), 100)
     times: dict[str, list[float]] = {name: [] for name in others}
     order = list(others)
 
