@@ -190,7 +190,7 @@ def call(module: nn.Module, inputs: list[Tensor], run: Callable, dtype: torch.dt
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 def test_drop_in(benchmark, family, dtype, part, everything):
-    if not everything and (family not in (clip, open_flamingo) or dtype != torch.float32 or part == "forward"):
+    if not everything and (family not in (clip, flamingo_pytorch) or dtype != torch.float32 or part == "forward"):
         pytest.skip("on a CPU a training step of two families in fp32, to keep the run short: --full has the rest")
     compare(
         benchmark, calls(family, dtype), room="drop_in", shape=family.__name__, dtype=dtype, part=part, seconds=0.6
