@@ -12,13 +12,11 @@ from prismer.dataloading.experts.vit_trunk import (
     HEAD_LICENCE,
     HEAD_SIDE,
     HEAD_TRAINED_ON,
-    PACKAGE,
-    GeometryNetwork,
-    convert,
+    GeometryExpert,
 )
 
 
-class VitSDepth(Network):
+class VitSDepth(GeometryExpert):
     """A small head of our own over a frozen ViT-S, both to be had without a model hub: a stand-in for DPT, and weaker.
 
     Against the measured disparity of two photographs its rank correlation is 0.76 (motorcycle of Middlebury) and 0.79
@@ -35,15 +33,6 @@ class VitSDepth(Network):
         weights="fetched",
         side=HEAD_SIDE,
     )
-    package = PACKAGE
-    convert = staticmethod(convert)
-
-    def __init__(self, geometry: GeometryNetwork):
-        self._geometry, self.version = geometry, geometry.version
-
-    @classmethod
-    def load(cls, source: str | Path | None = None, device: str | torch.device = "cpu") -> "VitSDepth":
-        return cls(GeometryNetwork.load(source, device))
 
     def predict(self, images: Images, known: dict[str, list[Found]]) -> list[Found]:
         depth, _ = self._geometry(images.pixels)

@@ -17,9 +17,7 @@ from prismer.dataloading.experts.vit_trunk import (
     HEAD_LICENCE,
     HEAD_SIDE,
     HEAD_TRAINED_ON,
-    PACKAGE,
-    GeometryNetwork,
-    convert,
+    GeometryExpert,
 )
 
 
@@ -28,7 +26,7 @@ def normal_maps(normals: Tensor, images: Images) -> list[Found]:
     return intensities((F.normalize(normals.float(), dim=1) + 1) / 2, images, "normal")
 
 
-class VitSNormal(Network):
+class VitSNormal(GeometryExpert):
     """The normals of the head that makes vit-s-depth, over the same trunk: one forward pass serves both.
 
     A stand-in for a network trained on scans of real rooms. On held-out rendered scenes half of the pixels are within 9
@@ -45,15 +43,6 @@ class VitSNormal(Network):
         weights="fetched",
         side=HEAD_SIDE,
     )
-    package = PACKAGE
-    convert = staticmethod(convert)
-
-    def __init__(self, geometry: GeometryNetwork):
-        self._geometry, self.version = geometry, geometry.version
-
-    @classmethod
-    def load(cls, source: str | Path | None = None, device: str | torch.device = "cpu") -> "VitSNormal":
-        return cls(GeometryNetwork.load(source, device))
 
     def predict(self, images: Images, known: dict[str, list[Found]]) -> list[Found]:
         _, normals = self._geometry(images.pixels)

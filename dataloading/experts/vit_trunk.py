@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prismer.checkpoint import shipped_folder
-from prismer.dataloading.experts.network import MissingWeights
+from prismer.dataloading.experts.network import MissingWeights, Network
 from prismer.dataloading.experts.pretrained import quiet_transformers
 from prismer.dataloading.experts.weights import Package, file_version, weights_home
 
@@ -278,3 +278,20 @@ class GeometryNetwork:
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Inverse depth and normals, see GeometryHead, of (B, 3, h, w) uint8 RGB pixels."""
         return self.head(self.trunk.features(pixels))
+
+
+class GeometryExpert(Network):
+    """What the experts of depth and of normals share: one trunk and head serve both."""
+
+    package = PACKAGE
+    convert = staticmethod(convert)
+
+    def __init__(self, geometry: GeometryNetwork):
+        self._geometry, self.version = geometry, geometry.version
+
+    @classmethod
+    def load(
+        cls, source: str | Path | None = None, device: str | torch.device = "cpu"
+    ) -> "GeometryExpert":
+        """Read the trunk from a folder or from what was fetched; see `Network.load`."""
+        return cls(GeometryNetwork.load(source, device))

@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from op_count import Counting
 
 from prismer.config import preset
 from prismer.dataloading.batch import Batch, ImageBatch, TextBatch
@@ -19,20 +19,6 @@ from prismer.kernels.dispatch import use_backend
 from prismer.model import Prismer
 
 LIMIT = 1200
-NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
-
-
-class Counting(TorchDispatchMode):
-    """Counts the operators that do something."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view and func._schema.name.removeprefix("aten::") not in NO_LAUNCH:
-            self.counts[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def count_step(mode: str, side: int) -> Counter:

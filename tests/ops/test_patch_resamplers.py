@@ -5,17 +5,15 @@ Run: pytest tests/ops/test_patch_resamplers.py -s   (-s shows the counts)
 """
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
+from op_count import Counting
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prismer.kernels.patch import apply_to, is_patched
 
 D, LATENTS = 48, 6
-NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
 
 # families: a tiny resampler, and inputs for it
 
@@ -193,19 +191,6 @@ def test_three_steps_of_training(case):
 
 
 # what is saved: operators and memory
-
-
-class Counting(TorchDispatchMode):
-    """Counts the operators that do something."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view and func._schema.name.removeprefix("aten::") not in NO_LAUNCH:
-            self.counts[func._schema.name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def training_step(module, x, more):
