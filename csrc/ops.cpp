@@ -27,6 +27,8 @@ Tensor bias_activation_cpu(
 Tensor bias_activation_backward_cpu(
     const Tensor& dy, const Tensor& h, const std::optional<Tensor>& bias,
     const std::string& activation);
+void logit_statistics_cpu(
+    const Tensor& logits, const Tensor& bias, const Tensor& targets, int64_t first, Tensor state);
 Tensor label_map_cpu(const Tensor& ids, const Tensor& rows, const Tensor& features, int64_t size);
 Tensor label_map_backward_cpu(
     const Tensor& dy, const Tensor& ids, const Tensor& rows, int64_t num_rows);
@@ -57,6 +59,9 @@ STABLE_TORCH_LIBRARY(prismer_native, m) {
   m.def("bias_activation(Tensor h, Tensor? bias, str activation) -> Tensor");
   m.def(
       "bias_activation_backward(Tensor dy, Tensor h, Tensor? bias, str activation) -> Tensor");
+  m.def(
+      "logit_statistics(Tensor logits, Tensor bias, Tensor targets, int first, Tensor(a!) state) -> "
+      "()");
   m.def("label_map(Tensor ids, Tensor rows, Tensor features, int size) -> Tensor");
   m.def("label_map_backward(Tensor dy, Tensor ids, Tensor rows, int num_rows) -> Tensor");
   m.def(
@@ -80,6 +85,7 @@ STABLE_TORCH_LIBRARY_IMPL(prismer_native, CPU, m) {
   m.impl("layer_norm_backward", TORCH_BOX(&prismer::layer_norm_backward_cpu));
   m.impl("bias_activation", TORCH_BOX(&prismer::bias_activation_cpu));
   m.impl("bias_activation_backward", TORCH_BOX(&prismer::bias_activation_backward_cpu));
+  m.impl("logit_statistics", TORCH_BOX(&prismer::logit_statistics_cpu));
   m.impl("label_map", TORCH_BOX(&prismer::label_map_cpu));
   m.impl("label_map_backward", TORCH_BOX(&prismer::label_map_backward_cpu));
   m.impl("decode_attention", TORCH_BOX(&prismer::decode_attention_cpu));

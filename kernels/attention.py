@@ -420,8 +420,11 @@ def attention(
         RuntimeError: if the backend asked for cannot run this call.
     """
     _check(q, k, v, causal, key_mask, dropout, seed, extra_k, extra_v, backend)
-    # torch.compile is to take these for constants, where it leaves the other sizes open
     K = operator.index(q.shape[3])
+    if backend is None and seed is None and extra_k is None and q.numel() and k.numel() and dispatch.on_host(q):
+        # what the choice below comes to
+        return peers.sdpa(q, k, v, causal, key_mask, dropout, K**-0.5 if scale is None else float(scale))
+    # torch.compile is to take these for constants, where it leaves the other sizes open
     empty = True if q.numel() == 0 or k.numel() == 0 else False
     drops = True if dropout > 0 else False
     scale = K**-0.5 if scale is None else float(scale)

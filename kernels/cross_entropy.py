@@ -74,11 +74,15 @@ class _Scratch:
         self.wide = x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
         self.low = self.wide if self.wide.dtype == x.dtype else x.new_empty(size)
 
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x weight^T, in the dtype of x."""
+        shape = x.shape[0], weight.shape[0]
+        return torch.mm(x, weight.t(), out=self.low[: shape[0] * shape[1]].view(shape))
+
     def logits(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The product may be rounded to the dtype of x; the bias and everything after it is not."""
-        shape = x.shape[0], weight.shape[0]
-        low, wide = (t[: shape[0] * shape[1]].view(shape) for t in (self.low, self.wide))
-        torch.mm(x, weight.t(), out=low)
+        low = self.product(x, weight)
+        wide = self.wide[: low.numel()].view(low.shape)
         if low.dtype != wide.dtype:
             wide.copy_(low)
         return wide.add_(bias)
@@ -113,22 +117,34 @@ def _statistics_torch(x, weight, bias, targets, smoothing):
     BR = row_blocks[0].stop if R else 1
     BV = max(_CHUNK_ELEMENTS // BR, 1)
     scratch = _Scratch(x, BR * min(BV, V))
-    top = scratch.wide.new_full((R,), -torch.inf)
-    exp_sum, picked, total = (torch.zeros_like(top) for _ in range(3))
+    state = scratch.wide.new_zeros(R, 4)
+    state[:, 0] = -torch.inf
+    backend = dispatch.choose("logit_statistics", x.device, lambda name: supports(name, x))
     for columns in pieces(V, BV):
         for rows in row_blocks:
-            z = scratch.logits(x[rows], weight[columns], bias[columns])
-            local, inside = _column(targets[rows], columns)
-            picked[rows] += z.gather(1, local)[:, 0].mul_(inside)
-            total[rows] += z.sum(1)
-            higher = torch.maximum(top[rows], z.amax(1))
-            exp_sum[rows] *= (top[rows] - higher).exp_()
-            exp_sum[rows] += z.sub_(higher[:, None]).exp_().sum(1)
-            top[rows] = higher
-    log_sum = exp_sum.log_()
+            part = bias[columns], targets[rows], columns, state[rows]
+            if backend == "native":
+                z = scratch.product(x[rows], weight[columns])
+                torch.ops.prismer_native.logit_statistics(z, *part[:2], columns.start, part[3])
+            else:
+                _add_statistics(scratch.logits(x[rows], weight[columns], part[0]), *part[1:])
+    top, exp_sum, picked, total = state.unbind(1)
+    log_sum = exp_sum.log()
     # differences first: large logits cancel before they are added to what is small
     losses = log_sum + (1 - smoothing) * (top - picked) + smoothing * (top - total / V)
     return losses, torch.stack((top, log_sum))
+
+
+def _add_statistics(z, targets, columns, state) -> None:
+    """Take a chunk of logits, which it overwrites, into (R, 4): largest, sum of exp(z - largest), target's, sum."""
+    top, exp_sum, picked, total = state.unbind(1)
+    local, inside = _column(targets, columns)
+    picked += z.gather(1, local)[:, 0].mul_(inside)
+    total += z.sum(1)
+    higher = torch.maximum(top, z.amax(1))
+    exp_sum *= (top - higher).exp_()
+    exp_sum += z.sub_(higher[:, None]).exp_().sum(1)
+    top.copy_(higher)
 
 
 def _backward_torch(x, weight, bias, targets, stats, factor, smoothing, needs):
@@ -212,8 +228,8 @@ def _form_torch(x, weight, bias, targets, factor, smoothing, needs):
 
 def supports(backend: str, x: Tensor) -> str | None:
     """None if `backend` serves rows like those of `x`, else the reason why not."""
-    if backend == "triton" and x.dtype == torch.float64:
-        return "triton cross_entropy computes in fp32, and x is float64"
+    if backend in ("native", "triton") and x.dtype == torch.float64:
+        return f"{backend} cross_entropy computes in fp32, and x is float64"
     return None
 
 

@@ -40,6 +40,8 @@ _OPS: dict[str, dict[str, tuple[str, ...] | None]] = {
     },
     "resampler_attention": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
     "cross_entropy": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
+    # inside the loss on torch's operators
+    "logit_statistics": {"native": ("cpu",), "torch": _ANY},
     "instance_rows": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
 }
 # op -> backend, fastest first -> device types that it serves; None is every device
@@ -255,10 +257,17 @@ def backends() -> list[BackendRow]:
 
 
 _library = torch.library.Library("prismer", "FRAGMENT")
+_implementations: dict[str, Callable] = {}
+_functions: dict[str, type[torch.autograd.Function]] = {}
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
-def define(schema: str, implementation: Callable, fake: Callable):
+def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     """Register `prismer::<name>` with torch: opaque to torch.compile, with shapes from `fake`.
+
+    A call with ordinary tensors that nobody watches (no compiler, no dispatch mode, no function transform, no tensor
+    subclass) runs the implementation directly, with the gradient of `register_backward` as an autograd function: the
+    dispatcher's way to an op of Python, and its generated autograd, cost the host several times as much.
 
     Args:
         schema: such as "layer_norm(Tensor x, float eps) -> Tensor".
@@ -272,7 +281,55 @@ def define(schema: str, implementation: Callable, fake: Callable):
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"prismer::{name}", fake, lib=_library)
-    return getattr(torch.ops.prismer, name)
+    _implementations[name] = implementation
+    op = getattr(torch.ops.prismer, name)
+
+    def call(*args):
+        if torch.compiler.is_compiling() or _watched():
+            return op(*args)
+        gradient = False
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                if type(arg) not in _PLAIN:
+                    return op(*args)
+                gradient = gradient or arg.requires_grad
+        if gradient and torch.is_grad_enabled():
+            function = _functions.get(name)
+            # an op without a gradient says so itself
+            return op(*args) if function is None else function.apply(*args)
+        return implementation(*args)
+
+    return call
+
+
+def on_host(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+    """Does an eager call with `x` run on this CPU, with no backend asked for and nobody watching?
+
+    There the host is the device: between products that empty its caches, a function of Python costs as much as adding
+    two tensors. Rooms call torch's own operators where a fused one would save no more than that. Not so for `weights`
+    that ZeRO-3 partitions: torch keeps a view of a weight for the backward pass, which would keep it gathered.
+    """
+    return (
+        _asked is None
+        and x.device.type == "cpu"
+        and type(x) in _PLAIN
+        and not (torch.compiler.is_compiling() or _watched())
+        and not any(hasattr(weight, "ds_id") for weight in weights)
+    )
+
+
+def _watched() -> bool:
+    """Does something see the operators that are called: a dispatch or function mode, or a transform of torch.func?"""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def implementation(name: str) -> Callable:
+    """What runs behind `prismer::<name>` on every device, for those who count the operators inside."""
+    return _implementations[name]
 
 
 def register_backward(name: str, setup_context: Callable, backward: Callable) -> None:
@@ -280,3 +337,13 @@ def register_backward(name: str, setup_context: Callable, backward: Callable) ->
     torch.library.register_autograd(
         f"prismer::{name}", backward, setup_context=setup_context, lib=_library
     )
+    run = implementation(name)
+
+    def forward(ctx, *args):
+        output = run(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    _functions[name] = type(
+        name, (torch.autograd.Function,), dict(forward=staticmethod(forward), backward=staticmethod(backward))
+    )  # fmt: skip

@@ -208,7 +208,16 @@ def mlp(
         return mlp_reference(
             x, fc_weight, fc_bias, proj_weight, proj_bias, activation=activation
         )  # fmt: skip
-    keep = torch.is_grad_enabled() and any(
+    training = torch.is_grad_enabled()
+    if (
+        activation == "gelu"
+        and not (training and proj_weight.requires_grad)
+        and all(bias is None or bias.dtype == x.dtype for bias in (fc_bias, proj_bias))
+        and dispatch.on_host(x, proj_weight)
+    ):
+        # torch keeps no more than we do where the second layer is frozen
+        return F.linear(F.gelu(F.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
+    keep = training and any(
         t is not None and t.requires_grad for t in (x, fc_weight, fc_bias, proj_weight)
     )
     rows = x.reshape(-1, x.shape[-1])

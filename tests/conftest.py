@@ -46,7 +46,10 @@ def poisoned_memory():
 
 @pytest.fixture
 def assert_no_worse():
-    """Compare by name: our error may be `factor` times that of plain PyTorch in the same dtype, plus one rounding."""
+    """Compare by name: our error may be `factor` times that of plain PyTorch in the same dtype, plus one rounding.
+
+    Of the largest error, one draw that depends on the processor's order of summation, four roundings.
+    """
 
     def check(name, ours, plain, exact, factor=2.0):
         assert ours.shape == exact.shape, f"{name} has shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
@@ -55,9 +58,10 @@ def assert_no_worse():
         assert torch.isfinite(ours).all(), f"{name} is not finite"
         rounding = torch.finfo(ours.dtype).eps / 2
         errors = {}
-        for kind, norm in (("max", lambda t: t.abs().amax()), ("rms", lambda t: t.square().mean().sqrt())):
+        norms = ("max", 4, lambda t: t.abs().amax()), ("rms", 1, lambda t: t.square().mean().sqrt())
+        for kind, roundings, norm in norms:
             error, allowed = (norm(t.double() - exact).item() for t in (ours, plain))
-            errors[kind] = error, factor * allowed + rounding * norm(exact).item()
+            errors[kind] = error, factor * allowed + roundings * rounding * norm(exact).item()
         text = ", ".join(f"{kind} {error:.3g} (allowed {allowed:.3g})" for kind, (error, allowed) in errors.items())
         assert all(error <= allowed for error, allowed in errors.values()), f"{name} is off: {text}"
 

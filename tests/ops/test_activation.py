@@ -189,8 +189,8 @@ def test_frozen_bias_is_not_summed(count_calls):
 def test_opcheck(requires_grad):
     h, bias = draw(6, 32, torch.float32)
     h, bias = h.requires_grad_(requires_grad), bias.requires_grad_(requires_grad)
-    torch.library.opcheck(bias_activation_op, (h, bias, "quick_gelu"))
-    torch.library.opcheck(bias_activation_op, (h.detach().view(32, 6).T.reshape(6, 32), None, "gelu"))
+    torch.library.opcheck(torch.ops.prismer.bias_activation, (h, bias, "quick_gelu"))
+    torch.library.opcheck(torch.ops.prismer.bias_activation, (h.detach().view(32, 6).T.reshape(6, 32), None, "gelu"))
     for sums in (False, True):
         arguments = (torch.randn(32, 6).T, h.detach(), bias.detach(), "quick_gelu", sums)
         torch.library.opcheck(torch.ops.prismer.bias_activation_backward, arguments)

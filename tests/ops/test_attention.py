@@ -136,6 +136,12 @@ def compare(tensors, options, dtype, assert_no_worse, saturated=False):
             terms = (dout.double().abs() @ low["v"].double().abs().mT).amax()
             cancelled = terms * low["q" if name == "dk" else "k"].abs().amax()
             assert (value.double() - exact[name]).abs().amax() <= 2 * torch.finfo(dtype).eps * cancelled, name
+        elif saturated and dtype == torch.float32:
+            # large scores are rounded before the softmax, by each order of summation otherwise: so are their weights
+            score = (low["q"].double().abs() @ low["k"].double().abs().mT).amax() * low["q"].shape[-1] ** -0.5
+            reach = low["v"] if name == "out" else dout
+            bound = 2 * torch.finfo(dtype).eps * score * reach.double().abs().sum(2).amax()
+            assert (value.double() - exact[name]).abs().amax() <= bound, name
         else:
             assert_no_worse(name, value, expected[name], exact[name], factor=3.0 if name[0] == "d" else 2.0)
     return got
@@ -169,7 +175,7 @@ def test_adversarial(backend, case, dtype, blocks, on, assert_no_worse):
         tensors = {name: 1e-6 * t for name, t in tensors.items()}
     else:
         tensors["k"][:, :, -1] = 20 * tensors["q"][:, :, 0]
-    compare(tensors, options, dtype, assert_no_worse, case == "massive")
+    compare(tensors, options, dtype, assert_no_worse, case in ("massive", "hot-key"))
 
 
 @pytest.mark.parametrize("backend", ("triton", "torch"))

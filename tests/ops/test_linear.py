@@ -13,6 +13,13 @@ from prismer.kernels.linear import linears
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
+@pytest.fixture(autouse=True)
+def as_one_op():
+    """An eager call on a CPU would be torch's own layers (test_on_host.py)."""
+    with use_backend("torch"):
+        yield
+
+
 def draw(count, dtype=torch.float64, bias=True, D=12):
     x = torch.randn(3, 5, D, dtype=torch.float64).to(dtype)
     layers = [
