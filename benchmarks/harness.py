@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 OURS = "ours"
+PEERS = ("eager", "baseline")
+"""What a row is first of all compared with: the same op in plain torch, or the released way to do a whole job."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -33,6 +35,9 @@ class Row:
         host_ms: median time until the call returned, on a GPU; else the same as milliseconds.
         gb_per_s, tflop_per_s: of the bytes and FLOPs that the op cannot avoid; 0 where none were given.
         rounds: number of rounds.
+        spread_ms: slowest less fastest round; of whole jobs, like what follows.
+        flops, ops: counted, not estimated (prismer.counting); operators issued, a fused one counts once.
+        matrix_share: share of the operators' own time that went into matrix products, convolutions and attention.
     """
 
     room: str
@@ -49,6 +54,10 @@ class Row:
     gb_per_s: float
     tflop_per_s: float
     rounds: int
+    spread_ms: float = 0.0
+    flops: int = 0
+    ops: int = 0
+    matrix_share: float = 0.0
 
 
 ROWS: list[Row] = []
@@ -110,6 +119,17 @@ def peak_bytes(call: Callable) -> int:
         synchronize()
         del kept
         return torch.cuda.max_memory_allocated() - before
+    return peak_and_times(call)[0]
+
+
+def peak_and_times(call: Callable) -> tuple[int, dict[str, float]]:
+    """`peak_bytes`, on a CPU of one call alone; and seconds of each operator's own time, on a GPU the device's."""
+    if DEVICE.type == "cuda":
+        peak = peak_bytes(call)
+        with torch.profiler.profile() as profiler:
+            call()
+            synchronize()
+        return peak, {e.key: e.self_device_time_total / 1e6 for e in profiler.key_averages()}
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
@@ -120,7 +140,7 @@ def peak_bytes(call: Callable) -> int:
     for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return peak
+    return peak, {e.key: e.self_cpu_time_total / 1e6 for e in profiler.key_averages()}
 
 
 def _tensors(value) -> list[Tensor]:

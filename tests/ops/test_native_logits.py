@@ -75,6 +75,14 @@ def test_statistics(isa, R, widths, dtype):
     check(run(logits, bias, targets, widths), logits, bias, targets)
 
 
+def test_target_of_another_chunk(isa):
+    """Columns 7 to 11 hold no target: what was picked before stays."""
+    state = fresh(3)
+    state[:, 2] = 42
+    ops.logit_statistics(torch.randn(3, 5), torch.randn(5), torch.tensor([6, 12, 0]), 7, state)
+    assert state[:, 2].tolist() == [42, 42, 42]
+
+
 def test_largest_comes_late(isa):
     """What was summed before is scaled down, across blocks and across chunks."""
     logits = torch.linspace(-300, 300, 3 * 4096).expand(2, -1).contiguous()

@@ -1,0 +1,102 @@
+"""Whole jobs at real sizes, ours against the released way of computing: pytest benchmarks/test_jobs.py --benchmark-only
+
+Random weights, 480 px unless said, fp32; what is computed and compared is in whole_jobs.py, how it is measured in
+job_runner.py. By default one caption, one question and the pre-training step of BASE, one round each; with --full every
+job, of LARGE too. Beside seconds and peak memory (of a step: above parameters and gradients) a row holds counted FLOPs,
+operators issued, and the share of the operators' time that went into matrix products.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import whole_jobs as jobs
+from harness import OURS
+from job_runner import measure
+
+from prismer.config import preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One job at one size.
+
+    Attributes:
+        name: of the test.
+        make: (model, shape) -> Job.
+        model, side: preset and pixels.
+        default: measured without --full.
+        rounds: with --full; else one.
+    """
+
+    name: str
+    make: Callable
+    model: str = "base"
+    side: int = 480
+    default: bool = False
+    rounds: int = 3
+
+
+def _labels(model, shape, **options):
+    return jobs.labels_job(model.config, shape, **options)
+
+
+_pre_training = functools.partial(jobs.step_job, mode="freeze_lang_vision", batch=4, prefix="")
+_fine_tuning = functools.partial(jobs.step_job, batch=2)
+_rank = jobs.rank_job
+
+CASES = [
+    # in this order a model is built once
+    Case(name="pre-training", make=_pre_training, side=224, default=True),
+    Case(name="labels", make=_labels, side=224, rounds=5),
+    Case(name="classes", make=jobs.classify_job, side=384, rounds=1),
+    Case(name="encoder", make=jobs.encoder_job, rounds=10),
+    Case(name="caption", make=jobs.caption_job, default=True),
+    Case(name="caption-8", make=functools.partial(jobs.caption_job, batch=8), rounds=1),
+    Case(name="answer-16", make=functools.partial(_rank, top_k=16), default=True),
+    Case(name="answer-16-five", make=functools.partial(_rank, top_k=16, questions=5)),
+    Case(name="answer-128-all", make=functools.partial(_rank, top_k=128, whole_list=True), rounds=1),
+    *(
+        Case(name=f"fine-tuning-{mode}", make=functools.partial(_fine_tuning, mode=mode))
+        for mode in ("freeze_vision", "freeze_lang_vision", "freeze_lang", "none")
+    ),
+    Case(
+        name="five-captions", make=functools.partial(jobs.step_job, mode="freeze_vision", batch=1, texts=5), rounds=2
+    ),
+    Case(name="large-pre-training", make=_pre_training, model="large", side=224, rounds=1),
+    Case(name="large-classes", make=jobs.classify_job, model="large", side=384, rounds=1),
+    Case(name="large-encoder", make=jobs.encoder_job, model="large", rounds=3),
+    Case(name="large-caption", make=jobs.caption_job, model="large", rounds=1),
+    Case(name="large-answer-16", make=functools.partial(_rank, top_k=16), model="large", rounds=1),
+    Case(
+        name="large-answer-128-all", make=functools.partial(_rank, top_k=128, whole_list=True), model="large", rounds=1
+    ),
+    Case(
+        name="large-fine-tuning-freeze_vision",
+        make=functools.partial(_fine_tuning, mode="freeze_vision"),
+        model="large",
+        rounds=1,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_job(benchmark, case, everything):
+    if not (everything or case.default):
+        pytest.skip("on a CPU three jobs, to keep the run short: --full has the rest")
+    model = jobs.build(preset(case.model, image_size=case.side))
+    job = case.make(model, f"{case.model.upper()}-{case.side}")
+
+    def in_turn(ours: Callable, others: Callable, rounds: int) -> list[float]:
+        benchmark.pedantic(ours, setup=others, rounds=rounds, iterations=1)
+        return list(benchmark.stats.stats.data)
+
+    rows = measure(job, case.rounds if everything else 1, in_turn)
+    benchmark.group = f"{job.room} {job.shape}"
+    benchmark.extra_info.update(
+        {f"{name} / ours": round(row.ratio, 3) for name, row in rows.items() if name != OURS},
+        peak_mb={name: round(row.peak_mb, 1) for name, row in rows.items()},
+        gflop={name: round(row.flops / 1e9, 2) for name, row in rows.items()},
+        operators={name: row.ops for name, row in rows.items()},
+    )

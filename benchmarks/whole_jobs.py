@@ -1,0 +1,327 @@
+"""Whole jobs, ours against the released way of computing (baseline.py): what test_jobs.py has measured.
+
+Everything is synthetic and deterministic: random weights, noise and patches of ids instead of pictures and labels,
+answers made of word lists (word_lists.py).
+
+The baseline gets its labels expanded already, as from a loader that is fast enough: what the expansion takes is a job
+of its own. Dropout has a rate that never drops anything, so that all operators of training run and results compare.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from baseline import Baseline, HostImages, expand_images
+from harness import DEVICE, OURS
+from job_runner import Job
+from torch import Tensor
+from word_lists import ANSWERS, CAPTIONS, CLASSES, QUESTIONS
+
+from prismer.config import PrismerConfig
+from prismer.dataloading.batch import Batch, ImageBatch, TextBatch
+from prismer.experts import BACKGROUND, EXPERTS, FEATURE_WIDTH
+from prismer.freezing import freeze
+from prismer.inference import Candidates
+from prismer.kernels.label_map import label_map
+from prismer.model import Prismer
+from prismer.ranking import AnswerTrie, rank_answers
+from prismer.stems import normalise_low_level
+from prismer.tasks import collate, encode_caption, encode_prompt, encode_question
+from prismer.tokenizer import Tokenizer
+
+BASELINE = "baseline"
+NEVER_DROPS = 1e-12
+MATRIX_SIDE = 2048
+CLASS_PREFIX = "A photo of a"
+
+
+# inputs
+
+
+@functools.lru_cache(maxsize=1)
+def build(config: PrismerConfig, tokenizer: Tokenizer | None = None) -> Prismer:
+    """A model with random weights; without a tokenizer it has RoBERTa's."""
+    torch.manual_seed(0)
+    return Prismer(config.replace(dropout=NEVER_DROPS), tokenizer or Tokenizer.roberta()).to(DEVICE)
+
+
+def draw_images(config: PrismerConfig, count: int, seed: int = 1) -> ImageBatch:
+    """Noise for pictures and intensities; for ids patches of seven, background among them, in each image other ones."""
+    g = torch.Generator().manual_seed(seed)
+    labels, rows, side = {}, {}, config.label_size
+    for name in config.experts:
+        expert = EXPERTS[name]
+        if not expert.is_ids:
+            shape = (count, expert.planes, side, side)
+            labels[name] = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+            continue
+        patches = torch.randint(0, 7, (count, 1, 8, 8), generator=g, dtype=torch.uint8)
+        patches[patches == 6] = BACKGROUND
+        labels[name] = F.interpolate(patches, size=(side, side), mode="nearest")
+        rows[name] = torch.randint(1, 300, (count, 256), generator=g)
+        rows[name][:, BACKGROUND] = 0
+    size = config.image_size
+    return ImageBatch(
+        rgb=torch.randint(0, 256, (count, 3, size, size), generator=g, dtype=torch.uint8),
+        labels=labels,
+        rows=rows,
+        features=torch.randn(300, FEATURE_WIDTH, generator=g),
+        instance_rows=torch.randint(0, config.num_instances, (256,), generator=g),
+    ).to(DEVICE)
+
+
+def repeat_image(images: ImageBatch, times: int) -> ImageBatch:
+    """A batch of one image as a batch of `times` equal ones."""
+    return dataclasses.replace(
+        images,
+        rgb=images.rgb.repeat(times, 1, 1, 1),
+        labels={name: map_.repeat(times, 1, 1, 1) for name, map_ in images.labels.items()},
+        rows={name: table.repeat(times, 1) for name, table in images.rows.items()},
+    )
+
+
+def expanded(images: ImageBatch) -> HostImages:
+    """What the released loader would hand over, on the device."""
+    host = expand_images(images.to("cpu"))
+    return HostImages(
+        rgb=host.rgb.to(DEVICE),
+        labels={name: label.to(DEVICE) for name, label in host.labels.items()},
+        instances=None if host.instances is None else host.instances.to(DEVICE),
+        instance_rows=host.instance_rows,
+    )
+
+
+# what is compared
+
+
+def assert_close(name: str, ours: Tensor, theirs: Tensor, relative: float = 1e-4) -> None:
+    """By the norm of the difference."""
+    assert ours.shape == theirs.shape, f"{name}: {tuple(ours.shape)} and {tuple(theirs.shape)}"
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    assert error <= relative, f"{name} is off by {error:.1e}, allowed are {relative:.1e}: not timed"
+
+
+def _check_scores(outcomes: dict[str, object]) -> None:
+    """All contenders agree with the baseline on its candidates and their scores; some rank more than those."""
+    candidates, scores = outcomes[BASELINE]
+    for name, (own, values) in outcomes.items():
+        if own.shape[1] > candidates.shape[1]:
+            # of the whole list, in its order
+            own, values = candidates, values.gather(1, candidates)
+        assert torch.equal(own, candidates), f"{name} picks other candidates than the baseline: not timed"
+        assert_close(f"scores of {name}", values, scores)
+
+
+def _check_tokens(outcomes: dict[str, object]) -> None:
+    assert_close("tokens", outcomes[OURS], outcomes[BASELINE])
+
+
+def _check_steps(outcomes: dict[str, object]) -> None:
+    loss, gradients = outcomes[BASELINE]
+    for name, (own_loss, own) in outcomes.items():
+        assert_close(f"loss of {name}", own_loss, loss)
+        assert own.keys() == gradients.keys(), f"{name} trains other parameters than the baseline: not timed"
+        # of all together: that of a key's bias is nothing but rounding
+        error, size = (
+            sum(t.square().sum().item() for t in tensors) ** 0.5
+            for tensors in ((own[k] - gradients[k] for k in own), gradients.values())
+        )
+        assert error <= 1e-3 * size, f"gradients of {name} are off by {error / size:.1e}: not timed"
+
+
+# inference
+
+
+def caption_job(model: Prismer, shape: str, batch: int = 1, beams: int = 3, length: int = 20) -> Job:
+    """Captions of full length, whatever the random model would write."""
+    model.eval()
+    images = draw_images(model.config, batch)
+    options = dict(beams=beams, max_length=length, min_length=length)
+    baseline, host = Baseline(model), expanded(images)
+
+    def check(outcomes: dict[str, object]) -> None:
+        ours, theirs = outcomes[OURS], outcomes[BASELINE]
+        assert ours == theirs, f"captions differ, {ours[0]!r} and {theirs[0]!r} are the first: not timed"
+
+    return Job(
+        room="caption",
+        shape=f"{shape} batch {batch}",
+        calls={OURS: lambda: model.caption(images, **options), BASELINE: lambda: baseline.caption(host, **options)},
+        check=check,
+    )
+
+
+def rank_job(
+    model: Prismer, shape: str, top_k: int, questions: int = 1, whole_list: bool = False, answers: list[str] = ANSWERS
+) -> Job:
+    """One image, and questions about it: ours encodes it once; whole_list adds the ranking of every answer."""
+    model.eval()
+    tokenizer, images, asked = model.tokenizer, draw_images(model.config, 1), QUESTIONS[:questions]
+    copies = repeat_image(images, questions)
+    baseline, host = Baseline(model), expanded(copies)
+    trie = Candidates.answers(tokenizer, answers).trie
+    group = [encode_question(tokenizer, question) for question in asked]
+
+    def rank(pictures: ImageBatch, groups: list, k: int | None) -> tuple[Tensor, Tensor]:
+        return _rank(model, pictures, groups, trie, k, "batch")
+
+    calls: dict[str, Callable] = {OURS: lambda: rank(images, [group], top_k)}
+    if questions > 1:
+        calls["ours ungrouped"] = lambda: rank(copies, [[prompt] for prompt in group], top_k)
+    if whole_list:
+        calls["ours, whole list"] = lambda: rank(images, [group], None)
+    calls[BASELINE] = lambda: baseline.rank(host, asked, answers, top_k)
+    return Job(
+        room="answer",
+        shape=f"{shape} k={top_k}" + (f", {questions} questions" if questions > 1 else ""),
+        calls=calls,
+        check=_check_scores,
+    )
+
+
+def classify_job(model: Prismer, shape: str, top_k: int = 32, classes: list[str] = CLASSES) -> Job:
+    """The class of one image."""
+    model.eval()
+    tokenizer, images = model.tokenizer, draw_images(model.config, 1)
+    baseline, host = Baseline(model), expanded(images)
+    trie = Candidates.classes(tokenizer, classes).trie
+    groups = [[encode_prompt(tokenizer, CLASS_PREFIX)]]
+    return Job(
+        room="classify",
+        shape=f"{shape} k={top_k} of {len(classes)}",
+        calls={
+            OURS: lambda: _rank(model, images, groups, trie, top_k, "last"),
+            "ours, whole list": lambda: _rank(model, images, groups, trie, None, "last"),
+            BASELINE: lambda: baseline.classify(host, classes, top_k, CLASS_PREFIX),
+        },
+        check=_check_scores,
+    )
+
+
+def _rank(
+    model: Prismer, images: ImageBatch, groups: list, trie: AnswerTrie, top_k: int | None, read_out: str
+) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode():
+        ranking = rank_answers(model.decoder, model.encode(images), groups, trie, top_k=top_k, read_out=read_out)
+    if top_k is None:
+        # scores stand in the order of the list
+        assert torch.equal(ranking.candidates[0].cpu(), torch.arange(len(trie)))
+    return ranking.candidates, ranking.scores
+
+
+def encoder_job(model: Prismer, shape: str) -> Job:
+    """One image, beside the matrix product that says what the machine can do."""
+    model.eval()
+    images = draw_images(model.config, 1)
+    baseline, host = Baseline(model), expanded(images)
+    a, b = (torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=DEVICE) for _ in range(2))
+
+    def encode() -> Tensor:
+        with torch.inference_mode():
+            return model.encode(images)
+
+    def encode_baseline() -> Tensor:
+        with torch.inference_mode():
+            return baseline.encode(host)
+
+    return Job(
+        room="encoder",
+        shape=f"{shape} batch 1",
+        calls={OURS: encode, BASELINE: encode_baseline, f"mm {MATRIX_SIDE}": lambda: torch.mm(a, b)},
+        check=_check_tokens,
+    )
+
+
+def labels_job(config: PrismerConfig, shape: str, batch: int = 4) -> Job:
+    """From label maps as they are stored to what the first convolution of each stem reads."""
+    images = draw_images(config, batch)
+    sides = {
+        name: config.label_size * (4 if EXPERTS[name].is_ids else 16) // config.patch_size for name in config.experts
+    }
+
+    def resize(x: Tensor, side: int) -> Tensor:
+        return x if x.shape[-1] == side else F.interpolate(x, size=(side, side), mode="bilinear", align_corners=True)
+
+    def ours() -> list[Tensor]:
+        return [
+            label_map(images.labels[name][:, 0], images.rows[name], images.features, side)
+            if EXPERTS[name].is_ids
+            else resize(normalise_low_level(images.labels[name], torch.float32), side)
+            for name, side in sides.items()
+        ]
+
+    on_host = images.to("cpu")
+
+    def baseline() -> list[Tensor]:
+        host = expand_images(on_host)
+        return [resize(host.labels[name].to(DEVICE), side) for name, side in sides.items()]
+
+    def check(outcomes: dict[str, object]) -> None:
+        for name, own, theirs in zip(sides, outcomes[OURS], outcomes[BASELINE], strict=True):
+            assert_close(name, own, theirs)
+
+    return Job(
+        room="labels",
+        shape=f"{shape} batch {batch}",
+        part="labels",
+        calls={OURS: ours, BASELINE: baseline},
+        check=check,
+    )
+
+
+# training
+
+
+def caption_batch(model: Prismer, images: ImageBatch, texts: int, prefix: str) -> Batch:
+    """`texts` captions of each image; they differ."""
+    captions = itertools.cycle(CAPTIONS)
+    limit = model.config.max_positions
+    groups = [
+        [(*encode_caption(model.tokenizer, next(captions), prefix, limit), 1.0) for _ in range(texts)]
+        for _ in range(len(images))
+    ]
+    return Batch(images=images, texts=collate(groups).to(DEVICE), keys=[], meta=[])
+
+
+def step_job(model: Prismer, shape: str, mode: str, batch: int, texts: int = 1, prefix: str = "A picture of") -> Job:
+    """Forward and backward; with several texts per image also ours with an image for each text."""
+    model.train()
+    freeze(model, mode)
+    grouped = caption_batch(model, draw_images(model.config, batch), texts, prefix)
+    pairs = grouped
+    if texts > 1:
+        assert batch == 1, "several texts are measured on one image"
+        t = grouped.texts
+        one_each = TextBatch(ids=t.ids.transpose(0, 1), labels=t.labels.transpose(0, 1), weights=t.weights.mT)
+        pairs = dataclasses.replace(grouped, images=repeat_image(grouped.images, texts), texts=one_each)
+    baseline = Baseline(model)
+    host = dataclasses.replace(pairs, images=expanded(pairs.images))
+
+    def step(loss_of: Callable[[Batch], Tensor], batch: Batch) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            loss = loss_of(batch)
+            loss.backward()
+            return loss.detach()
+
+        return run
+
+    calls = {OURS: step(model, grouped)}
+    if texts > 1:
+        calls["ours ungrouped"] = step(model, pairs)
+    calls[BASELINE] = step(baseline.loss, host)
+
+    def outcome(loss: object) -> tuple[object, dict[str, Tensor]]:
+        return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    return Job(
+        room="train",
+        shape=f"{shape} {mode} batch {batch}" + (f" x {texts}" if texts > 1 else ""),
+        part="step",
+        calls=calls,
+        check=_check_steps,
+        reset=lambda: model.zero_grad(set_to_none=True),
+        outcome=outcome,
+    )
