@@ -30,6 +30,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--fresh", action="store_true", help="set an earlier run of this name aside and start anew"
     )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=3,
+        default=0,
+        metavar="N",
+        help="profile N steps (3), then go on: trace.json.gz and profile.txt in the folder of the run",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -48,7 +57,13 @@ def main() -> int:
         config, settings = read_config(
             arguments.config, **{name: getattr(arguments, name) for name in flags}
         )
-        trainer = Trainer(config, settings, local_rank=arguments.local_rank, fresh=arguments.fresh)
+        trainer = Trainer(
+            config,
+            settings,
+            local_rank=arguments.local_rank,
+            fresh=arguments.fresh,
+            profile=arguments.profile,
+        )
     except (ValueError, OSError) as error:
         # every rank fails alike, one says so
         if os.environ.get("RANK", "0") == "0":

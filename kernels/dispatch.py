@@ -318,8 +318,27 @@ def on_host(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     )
 
 
+_believed: bool | None = None
+
+
+@contextmanager
+def as_if_watched(answer: bool) -> Iterator[None]:
+    """Have the ops believe that something watches them, or that nothing does, whatever is the case.
+
+    With False a counter sees the operators of a plain run one by one; with True a profile shows the registered ops.
+    """
+    global _believed
+    before, _believed = _believed, answer
+    try:
+        yield
+    finally:
+        _believed = before
+
+
 def _watched() -> bool:
     """Does something see the operators that are called: a dispatch or function mode, or a transform of torch.func?"""
+    if _believed is not None:
+        return _believed
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()

@@ -65,6 +65,12 @@ def add_ask_commands(commands) -> None:
         )
         add_experts_option(command)
         command.add_argument("--json", action="store_true", help="print one JSON object per line")
+        command.add_argument(
+            "--profile",
+            type=Path,
+            metavar="TRACE.json.gz",
+            help="show where the time of the first pictures goes, and write a trace",
+        )
 
 
 def _caption(args: argparse.Namespace) -> int:
@@ -108,6 +114,11 @@ class _Asked:
         # torch comes with it: a mistyped path should not wait for that
         from prismer.images import ExpertLabels
 
+        self.trace = args.profile
+        if self.trace:
+            from prismer.profiling import check_trace
+
+            check_trace(self.trace)
         self.labels = [ExpertLabels.from_file(path) for path in args.labels] or [None] * len(
             self.paths
         )
@@ -142,11 +153,32 @@ class _Asked:
                 for error in errors:
                     code = 2
                     bar.write(f"prismer: {error}", file=sys.stderr)
-                for path, found in zip(paths, ask(images) if paths else (), strict=True):
+                found_by_path = self._profiled(ask)(images) if paths else ()
+                for path, found in zip(paths, found_by_path, strict=True):
                     bar.write(self._line(kind, path, found), file=sys.stdout)
                 sys.stdout.flush()
                 bar.update(len(paths) + len(errors))
         return code
+
+    def _profiled(self, ask: Callable) -> Callable:
+        """`ask`; the first time, where --profile is given, one that also says where its time went."""
+        if not self.trace:
+            return ask
+        from tqdm import tqdm
+
+        from prismer.profiling import profile_call
+
+        trace, self.trace = self.trace, None
+        dtype = self.model.encoder.positional_embedding.dtype
+
+        def ask_and_tell(images):
+            found, table = profile_call(
+                lambda: ask(images), trace, device=self.model.device, dtype=dtype
+            )
+            tqdm.write(table, file=sys.stderr)
+            return found
+
+        return ask_and_tell
 
     def _line(self, kind: str, path: Path, found) -> str:
         scored = not isinstance(found, str)

@@ -6,8 +6,7 @@ none of them, as is the custom. Tensors may be real, on the meta device or fake 
 """
 
 import collections
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -196,20 +195,6 @@ class Counter(TorchDispatchMode):
         row[1] += flops
         row[2] += traffic
         self.flops += flops
-
-
-@contextmanager
-def as_if_watched(answer: bool) -> Iterator[None]:
-    """Have the ops believe that a mode watches them, or that none does, whatever is the case.
-
-    Unwatched, a call on the CPU takes cheaper ways, and registered ops do not show. `as_if_watched(False)` counts the
-    operators of a plain run one by one; `as_if_watched(True)` lets a profile see registered ops.
-    """
-    before, dispatch._watched = dispatch._watched, lambda: answer
-    try:
-        yield
-    finally:
-        dispatch._watched = before
 
 
 def _without_data(tensor: Tensor) -> bool:

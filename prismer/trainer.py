@@ -8,7 +8,7 @@ import io
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from prismer.evaluation import Knowledge, blind_guesses, collect_knowledge, desc
 from prismer.freezing import freeze
 from prismer.model import Prismer
 from prismer.precision import choose_precision
+from prismer.profiling import StepProfile
 from prismer.progress import Progress, plot_metrics
 from prismer.report import draw_samples, write_results
 from prismer.run_folder import RunFolder, export_checkpoint, restore_optimizer, write_json
@@ -96,6 +97,7 @@ class Trainer:
         settings: engine settings, as `train_config.read_config` returned them.
         local_rank: from the launcher, if it gave one.
         fresh: set an earlier run of this name aside (renamed, not deleted) instead of continuing it.
+        profile: steps to profile on rank 0, after two of warm-up; 0 is none.
 
     Raises:
         ValueError: if config, settings, data, model and an earlier run of this name do not fit together.
@@ -108,6 +110,7 @@ class Trainer:
         *,
         local_rank: int | None = None,
         fresh: bool = False,
+        profile: int = 0,
     ):
         self.config = config
         self.device = engines.start_distributed(local_rank)
@@ -141,6 +144,7 @@ class Trainer:
             self.loss_sum += state["loss_sum"] / self.world
             self._say(f"resuming {self.run.path} at step {self.step} of {self.total}")
         self.saved_step = self.step if checkpoint else -1
+        self.profile = self._open_profile(profile) if profile else None
 
     # set-up
 
@@ -207,6 +211,20 @@ class Trainer:
             val = ShardDataset(data / "val")
             self.val = Loader(val, batch_size=config.eval_batch_size, training=False, **common)
 
+    def _open_profile(self, steps: int) -> StepProfile | None:
+        if steps < 0:
+            raise ValueError(f"--profile is {steps}; give the number of steps to profile")
+        profile = StepProfile(
+            self.run.path / "trace.json.gz", device=self.device, dtype=DTYPES[self.precision], steps=steps
+        )
+        left = self.total - self.step
+        if left < profile.needed:
+            raise ValueError(
+                f"{left} steps are left, and profiling {steps} takes {profile.needed} with warm-up and counting; "
+                f"raise --steps, or lower --profile"
+            )
+        return profile if self.rank == 0 else None
+
     def _say(self, text: str) -> None:
         if self.rank == 0:
             print(text, flush=True)
@@ -234,7 +252,8 @@ class Trainer:
                     for _ in range(
                         within, min(self.steps_per_epoch, self.total - self.step + within)
                     ):
-                        self._train_step(batches)
+                        with self.profile.step() if self.profile else nullcontext():
+                            self._train_step(batches)
                         self._after_step(progress, stopping=stop.everywhere())
                         if stop.reason:
                             break
@@ -279,6 +298,8 @@ class Trainer:
         config, step = self.config, self.step
         if progress:
             progress.advance()
+        if self.profile and self.profile.finished:
+            self._show_profile(progress)
         last = step == self.total
         if step % config.log_every == 0 or last:
             self._log(progress)
@@ -290,6 +311,14 @@ class Trainer:
         if step % config.save_every == 0 or epoch_ends or score is not None or last or stopping:
             self._save(score)
         # a pause is not training time
+        self.clock += time.monotonic() - paused
+
+    def _show_profile(self, progress: Progress) -> None:
+        paused = time.monotonic()
+        table = self.profile.report()
+        (self.run.path / "profile.txt").write_text(table + "\n")
+        progress.say(table)
+        self.profile = None
         self.clock += time.monotonic() - paused
 
     def _restart_clock(self) -> None:

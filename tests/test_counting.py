@@ -9,12 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prismer import Prismer
 from prismer.config import preset
-from prismer.counting import Counter, as_if_watched
+from prismer.counting import Counter
 from prismer.dataloading.batch import Batch, ImageBatch, TextBatch
 from prismer.freezing import freeze
 from prismer.kernels.attention import attention
 from prismer.kernels.decode_attention import decode_attention
-from prismer.kernels.dispatch import use_backend
+from prismer.kernels.dispatch import as_if_watched, use_backend
 from prismer.kernels.mlp import mlp
 from prismer.kernels.resampler_attention import flops as resampler_flops
 from prismer.kernels.resampler_attention import resampler_attention

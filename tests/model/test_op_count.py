@@ -5,14 +5,14 @@ Counted on tensors without data, as a GPU would be sent them (the Triton ops are
 nothing and do not count). Run: pytest tests/model/test_op_count.py -s
 """
 
+import collections
 import dataclasses
-from collections import Counter
 
 import pytest
 import torch
-from op_count import Counting
 
 from prismer.config import preset
+from prismer.counting import Counter
 from prismer.dataloading.batch import Batch, ImageBatch, TextBatch
 from prismer.freezing import freeze
 from prismer.kernels.dispatch import use_backend
@@ -21,7 +21,7 @@ from prismer.model import Prismer
 LIMIT = 1200
 
 
-def count_step(mode: str, side: int) -> Counter:
+def count_step(mode: str, side: int) -> collections.Counter[str]:
     """The operators of one step of BASE: two images, one text of 30 tokens each."""
     config = dataclasses.replace(preset("base"), image_size=side)
     with torch.device("meta"):
@@ -33,11 +33,11 @@ def count_step(mode: str, side: int) -> Counter:
         batch = Batch(
             images=ImageBatch.without_labels(rgb, config.experts, config.label_size), texts=texts, keys=[], meta=[]
         )
-        with Counting() as counting:
+        with Counter() as counter:
             model(batch).backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing, f"no gradient reached {missing[:3]}: the count is of half a step"
-    return counting.counts
+    return counter.issued
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import copy
 
 import pytest
 import torch
-from op_count import Counting
 from torch import nn
 
+from prismer.counting import Counter
 from prismer.kernels.patch import apply_to, is_patched
 
 D, LATENTS = 48, 6
@@ -205,11 +205,11 @@ def training_step(module, x, more):
             saved[storage.data_ptr()] = (storage.nbytes(), storage)
         return t
 
-    with Counting() as counting, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with Counter() as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = module(x, *more)
         total = sum(n for n, _ in saved.values())
         y.backward(torch.ones_like(y))
-    return counting.counts, total
+    return counter.issued, total
 
 
 SIZES = {

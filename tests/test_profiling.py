@@ -1,0 +1,116 @@
+"""Proves that a profile adds up: rows against Counter and the clock, the roofline against given peaks, the trace file.
+Run: pytest tests/test_profiling.py"""
+
+import gzip
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from prismer import cli
+from prismer.counting import Counter
+from prismer.profiling import Peaks, Row, StepProfile, check_trace, format_table, measure_peaks
+
+CPU = torch.device("cpu")
+PEAKS = Peaks(matrix={torch.float32: 1e9, torch.bfloat16: 4e9}, memory=1e8)
+
+
+@pytest.fixture
+def quick_peaks(monkeypatch):
+    """Given peaks: the machine is measured by `test_measured_peaks` alone."""
+    monkeypatch.setattr("prismer.profiling.measure_peaks", lambda device: PEAKS)
+
+
+def test_rows_and_trace(tmp_path, quick_peaks):
+    layer, x = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 8)), torch.randn(50, 64)
+    profile = StepProfile(tmp_path / "trace.json.gz", device=CPU, dtype=torch.float32, steps=3)
+    ran = 0
+    while not profile.finished:
+        with profile.step():
+            layer.zero_grad()
+            layer(x).sum().backward()
+        torch.mm(x, x.T)  # between steps, and not of them
+        ran += 1
+    assert ran == profile.needed == 2 + 3 + 1
+    rows, around, seconds = profile.rows()
+    by_name = {row.name: row for row in rows}
+    forward = 2 * 50 * (64 * 96 + 96 * 8)
+    # backward: both weights, and what comes between the layers
+    backward = forward + 2 * 50 * 96 * 8
+    assert by_name["aten::addmm"].flops == forward and by_name["aten::mm"].flops == backward
+    with Counter() as counter:
+        layer.zero_grad()
+        layer(x).sum().backward()
+    assert sum(row.flops for row in rows) == counter.flops == forward + backward
+    # timed and counted operators are the same, call by call, and their times fit into the step's
+    for name, calls, *_ in counter.rows():
+        if name not in ("aten::add_", "aten::add", "aten::zero_"):
+            assert by_name[name].calls == pytest.approx(calls), name
+    assert all(row.seconds > 0 for row in rows if row.calls)
+    assert around > 0 and around + sum(row.seconds for row in rows) < seconds
+    text = profile.report()
+    with gzip.open(tmp_path / "trace.json.gz") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    assert names.count("aten::addmm") == 2 * 3 and names.count("prismer: step") >= 3
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.json.gz"]
+    shares = [float(share) for share in re.findall(r"^.{36} .{7} .{9} +([\d.]+)%", text, re.MULTILINE)]
+    assert shares[-1] == 100.0 and sum(shares[:-1]) == pytest.approx(100, abs=0.05 * len(shares))
+    total = next(line for line in text.splitlines() if line.startswith("total"))
+    assert total.split()[4] == f"{(forward + backward) / 1e9:.3f}"
+
+
+def test_table_is_a_roofline():
+    rows = [
+        Row(name="aten::mm", calls=2, seconds=0.4, flops=200_000_000, bytes=1_000_000),
+        # 0.2 s of the 0.25 at the copy's rate
+        Row(name="aten::add", calls=5, seconds=0.25, flops=0, bytes=20_000_000),
+        *(Row(name=f"aten::rest{i}", calls=1, seconds=0.001, bytes=1000) for i in range(30)),
+    ]
+    text = format_table(rows, 0.1, 1.0, PEAKS, torch.float32)
+    lines = {line[:36].strip(): line for line in text.splitlines()}
+    assert lines["aten::mm"].split()[1:] == ["2", "400.00", "40.0%", "0.200", "1.00", "50.0%", "2.5%", "matrix"]
+    assert lines["aten::add"].split()[1:] == ["5", "250.00", "25.0%", "0.000", "20.00", "0.0%", "80.0%", "memory"]
+    # 32 operators, 18 shown
+    assert lines["14 other operators"].split()[3:6] == ["14", "14.00", "1.4%"]
+    assert lines["host gap, in no operator"].split()[-2:] == ["220.00", "22.0%"]
+    assert lines["total"].split()[1:6] == ["37", "1000.00", "100.0%", "0.200", "21.03"]
+    assert "attention take 40.0% of the time" in text
+    assert len(lines) < 30 and max(map(len, text.splitlines())) <= 120
+    # in bf16 the same products are further from their peak
+    in_bf16 = format_table(rows, 0.1, 1.0, PEAKS, torch.bfloat16)
+    assert "12.5%" in in_bf16.splitlines()[1] and "4 GFLOP/s in bfloat16" in in_bf16
+
+
+def test_measured_peaks(monkeypatch):
+    """Small here; what is measured is what torch does by the clock, within what a busy machine allows."""
+    monkeypatch.setattr("prismer.profiling._SIDE", 256)
+    monkeypatch.setattr("prismer.profiling._COPIED", 2**22)
+    monkeypatch.setattr("prismer.profiling._PATIENCE", 0.05)
+    peaks = measure_peaks.__wrapped__(CPU)
+    assert set(peaks.matrix) == {torch.float32, torch.bfloat16}
+    assert 1e8 < peaks.matrix[torch.float32] < 1e13 and 1e8 < peaks.memory < 1e13
+
+
+@pytest.mark.parametrize("name", ("absent/trace.json", "file/trace.json", "folder.json", "trace.txt"))
+def test_refused_paths(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(ValueError, match=r"^(the trace .* cannot be written \(.*\)|a trace is JSON, .*); .*$"):
+        check_trace(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.json"]
+
+
+def test_caption(tmp_path, capsys, quick_peaks):
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "red.png")
+    trace = tmp_path / "trace.json.gz"
+    assert cli.main(["caption", str(tmp_path / "red.png"), "--device", "cpu", "--profile", str(trace)]) == 0
+    with_profile = capsys.readouterr()
+    assert "host gap" in with_profile.err and "total" in with_profile.err
+    assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert cli.main(["caption", str(tmp_path / "red.png"), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == with_profile.out
+    code = cli.main(["caption", str(tmp_path / "red.png"), "--profile", str(tmp_path / "absent" / "trace.json")])
+    assert code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
