@@ -8,6 +8,7 @@ Legend: B images, G prompts of an image, R = B * G rows, S prompt tokens, V voca
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -155,133 +156,191 @@ def beam_search(
         )
     cross = decoder.project_context(context)
     prompts = read_prompts(decoder, cross, groups, read_out, max_new_tokens)
-    cache = _BeamCache(decoder, cross, prompts, beams, max_new_tokens)
-    search = _Search(decoder, prompts, beams, max_new_tokens, length_penalty, scoring == "classic")
-
-    logits = _logits(decoder, prompts.state)[:, None]  # (R, 1, V): one open beam so far
-    for step in range(max_new_tokens):
-        parents, tokens = search.advance(logits, step, end_allowed=step >= min_new_tokens)
-        if step + 1 == max_new_tokens or bool(search.done.all()):
+    search = BeamSearch(
+        decoder,
+        cross,
+        prompts,
+        beams=beams,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        length_penalty=length_penalty,
+        classic=scoring == "classic",
+    )
+    state = search.start()
+    for _ in range(max_new_tokens - 1):
+        if bool(state.done.all()):
             break
-        logits = _logits(decoder, decoder.transform(cache.run(parents, tokens, step)))
-    return search.best(step + 1)
+        state = search.step(state)
+    return search.best(state)
 
 
-def _logits(decoder: TextDecoder, state: Tensor) -> Tensor:
-    logits = F.linear(state, decoder.head_weight, decoder.head_bias)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+class BeamState(NamedTuple):
+    """R searches between two steps; every tensor keeps its shape from step to step.
+
+    Attributes:
+        length: () int64, tokens that the open beams have generated, L.
+        sums: (R, beams) their sums of log-probabilities, fp32 or float64.
+        tokens: (R, beams, max_new_tokens) int64, the tokens themselves, from L on zero.
+        ancestors: (R, beams, max_new_tokens) int64 cache slots of a beam's tokens but the last, then -1.
+        scores: (R, beams) of finished hypotheses, best first; -inf where there is none yet.
+        finished: (R, beams, max_new_tokens) int64, their tokens; lengths: (R, beams) int64, their number.
+        done: (R,) bool.
+    """
+
+    length: Tensor
+    sums: Tensor
+    tokens: Tensor
+    ancestors: Tensor
+    scores: Tensor
+    finished: Tensor
+    lengths: Tensor
+    done: Tensor
 
 
-class _BeamCache:
-    """Static self-attention cache: `beams` new slots a step, and for each beam the slots of its own past."""
+class BeamSearch:
+    """The beam search of `beam_search`, step by step; arguments as there.
 
-    def __init__(
-        self, decoder: TextDecoder, cross: list, prompts: Prompts, beams: int, max_new_tokens: int
-    ):
-        R, H, _, K = prompts.keys[0].shape
-        self.decoder, self.cross, self.prompts, self.beams = decoder, cross, prompts, beams
-        # what the last step generates is never read again
-        slots = (max_new_tokens - 1) * beams
-        self.keys = [k.new_empty(R, H, slots, K) for k in prompts.keys]
-        self.values = [v.new_empty(R, H, slots, K) for v in prompts.values]
-        self.ancestors = prompts.lengths.new_full((R, beams, max_new_tokens), -1)
-
-    def run(self, parents: Tensor, tokens: Tensor, step: int) -> Tensor:
-        """Extend beam `parents[r, i]` by `tokens[r, i]`, both (R, beams); returns hidden states (R, beams, D)."""
-        start, end = step * self.beams, (step + 1) * self.beams
-        self.ancestors = _pick(self.ancestors, parents)
-        self.ancestors[:, :, step] = torch.arange(start, end, device=tokens.device)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.keys[layer], self.values[layer]
-            keys[:, :, start:end], values[:, :, start:end] = k, v
-            return decode_attention(
-                q,
-                self.prompts.keys[layer],
-                self.prompts.values[layer],
-                self.prompts.keep,
-                keys[:, :, :end],
-                values[:, :, :end],
-                self.ancestors[:, :, : step + 1],
-            )
-
-        # RoBERTa counts positions from pad_id + 1
-        positions = (self.prompts.lengths + step + self.decoder.config.pad_id + 1)[:, None]
-        return self.decoder.run(tokens, positions.expand_as(tokens), attend, self.cross)
-
-
-class _Search:
-    """Open beams and finished hypotheses of R prompts, as tables of fixed size."""
+    `step` is one program for all steps: tensors of fixed shapes in and out, no question of the host, `beams` new slots
+    of the static caches written in place. So it is compiled once, or recorded once as a CUDA graph.
+    """
 
     def __init__(
         self,
         decoder: TextDecoder,
+        cross: list,
         prompts: Prompts,
+        *,
         beams: int,
         max_new_tokens: int,
+        min_new_tokens: int,
         length_penalty: float,
         classic: bool,
     ):
-        R = prompts.lengths.shape[0]
-        self.prompts, self.beams, self.eos_id = prompts, beams, decoder.config.eos_id
+        self.decoder, self.cross, self.prompts = decoder, cross, prompts
+        self.beams, self.min_new_tokens = beams, min_new_tokens
         self.length_penalty, self.classic = length_penalty, classic
-        dtype = torch.promote_types(prompts.state.dtype, torch.float32)
-        self.sums = torch.zeros(R, 1, dtype=dtype, device=prompts.state.device)
-        self.tokens = prompts.lengths.new_zeros(R, 1, max_new_tokens)
-        # finished hypotheses, best first; -inf where there is none yet
-        self.scores = self.sums.new_full((R, beams), float("-inf"))
-        self.finished = self.tokens.expand(R, beams, -1)
-        self.lengths = prompts.lengths.new_zeros(R, beams)
-        # rows that only fill a group keep nobody waiting
-        self.done = torch.ones(R, dtype=torch.bool, device=self.sums.device)
-        self.done[prompts.rows] = False
+        R, H, _, K = prompts.keys[0].shape
+        # what the last step generates is never read again
+        slots = (max_new_tokens - 1) * beams
+        # finite from the start: an attention may multiply what it does not see by zero
+        self.keys = [k.new_zeros(R, H, slots, K) for k in prompts.keys]
+        self.values = [v.new_zeros(R, H, slots, K) for v in prompts.values]
+        self.columns = torch.arange(max_new_tokens, device=prompts.lengths.device)
+        self.beam_numbers = torch.arange(beams, device=prompts.lengths.device)
 
-    def advance(self, logits: Tensor, step: int, end_allowed: bool) -> tuple[Tensor, Tensor]:
-        """One token further: logits (R, open beams, V) -> parents and tokens (R, beams) of the new open beams."""
-        V = logits.shape[-1]
+    def start(self) -> BeamState:
+        """The state after the first token, which the prompts predict."""
+        prompts, state, T = self.prompts, self.prompts.state, len(self.columns)
+        R = len(state)
+        scores = state.new_full(
+            (R, self.beams), float("-inf"), dtype=torch.promote_types(state.dtype, torch.float32)
+        )
+        nothing = prompts.lengths.new_zeros(R, 1, T)
+        # rows that only fill a group keep nobody waiting
+        done = torch.ones(R, dtype=torch.bool, device=state.device)
+        done[prompts.rows] = False
+        # one open beam so far
+        empty = BeamState(
+            length=prompts.lengths.new_zeros(()),
+            sums=scores.new_zeros(R, 1),
+            tokens=nothing,
+            ancestors=nothing - 1,
+            scores=scores,
+            finished=nothing.expand(-1, self.beams, -1),
+            lengths=nothing.new_zeros(R, self.beams),
+            done=done,
+        )
+        return self._advance(empty, self._logits(state[:, None]))
+
+    def step(self, state: BeamState) -> BeamState:
+        """Run the decoder on the last token of every open beam, and extend the beams."""
+        last = state.length - 1
+        slots = last * self.beams + self.beam_numbers
+        ancestors = torch.where(self.columns == last, slots[:, None], state.ancestors)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # the whole caches, though later slots are still empty: what is not listed is not read
+            keys = self.keys[layer].index_copy_(2, slots, k)
+            values = self.values[layer].index_copy_(2, slots, v)
+            prompts = self.prompts
+            return decode_attention(
+                q, prompts.keys[layer], prompts.values[layer], prompts.keep, keys, values, ancestors
+            )
+
+        tokens = state.tokens.index_select(2, last[None])[..., 0]
+        # RoBERTa counts positions from pad_id + 1
+        positions = (self.prompts.lengths + state.length + self.decoder.config.pad_id)[:, None]
+        hidden = self.decoder.run(tokens, positions.expand_as(tokens), attend, self.cross)
+        logits = self._logits(self.decoder.transform(hidden))
+        return self._advance(state._replace(ancestors=ancestors), logits)
+
+    def best(self, state: BeamState) -> Generated:
+        """The best hypothesis of each prompt; open beams of prompts not done count as finished."""
+        scores = (state.sums / self._normaliser(state.length)).masked_fill(
+            state.done[:, None], float("-inf")
+        )
+        scores, finished, lengths = _merge(state, scores, state.tokens)
+        rows = self.prompts.rows
+        tokens, lengths = finished[rows, 0].tolist(), lengths[rows, 0].tolist()
+        generated = [ids[:length] for ids, length in zip(tokens, lengths, strict=True)]
+        return Generated(generated, scores[rows, 0])
+
+    def _logits(self, state: Tensor) -> Tensor:
+        """(R, open beams, D) -> (R, open beams, V), fp32 at least."""
+        logits = F.linear(state, self.decoder.head_weight, self.decoder.head_bias)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _advance(self, state: BeamState, logits: Tensor) -> BeamState:
+        """One token further, by the logits (R, open beams, V) that follow each open beam."""
+        V, eos_id, length = logits.shape[-1], self.decoder.config.eos_id, state.length
         log_probs = logits.log_softmax(-1)
-        if not end_allowed:
-            log_probs[..., self.eos_id] = float("-inf")
-        best, index = (self.sums[..., None] + log_probs).flatten(1).topk(2 * self.beams)
+        if self.min_new_tokens:
+            log_probs[..., eos_id].masked_fill_(length < self.min_new_tokens, float("-inf"))
+        best, index = (state.sums[..., None] + log_probs).flatten(1).topk(2 * self.beams)
         parents, tokens = index // V, index % V
-        ended = tokens == self.eos_id
+        ended = tokens == eos_id
 
         # the length that a hypothesis has which ends here, and that an extension is judged by
-        scores = best / self._normaliser(step if self.classic else step + 1)
-        closes = ended[:, : self.beams] & ~self.done[:, None]
-        closing = scores[:, : self.beams].masked_fill(~closes, float("-inf"))
-        self._add(closing, _pick(self.tokens, parents[:, : self.beams]), step)
-        self.done |= self.scores[:, -1] >= scores[:, 0]
+        ratings = best / self._normaliser(length if self.classic else length + 1)
+        closes = ended[:, : self.beams] & ~state.done[:, None]
+        closing = ratings[:, : self.beams].masked_fill(~closes, float("-inf"))
+        closed = _pick(state.tokens, parents[:, : self.beams])
+        scores, finished, lengths = _merge(state, closing, closed)
 
         # each open beam ends at most once, so at least `beams` candidates go on; a stable sort keeps their order
         onward = ended.int().sort(dim=1, stable=True).indices[:, : self.beams]
-        self.sums, parents, tokens = (t.gather(1, onward) for t in (best, parents, tokens))
-        self.tokens = _pick(self.tokens, parents)
-        self.tokens[:, :, step] = tokens
-        return parents, tokens
+        sums, parents, tokens = (t.gather(1, onward) for t in (best, parents, tokens))
+        return BeamState(
+            length=length + 1,
+            sums=sums,
+            tokens=torch.where(
+                self.columns == length, tokens[..., None], _pick(state.tokens, parents)
+            ),
+            ancestors=_pick(state.ancestors, parents),
+            scores=scores,
+            finished=finished,
+            lengths=lengths,
+            done=state.done | (scores[:, -1] >= ratings[:, 0]),
+        )
 
-    def best(self, steps: int) -> Generated:
-        """The best hypothesis of each prompt after `steps` tokens; open beams of prompts not done count as finished."""
-        open_scores = self.sums / self._normaliser(steps)
-        self._add(open_scores.masked_fill(self.done[:, None], float("-inf")), self.tokens, steps)
-        rows = self.prompts.rows
-        tokens, lengths = self.finished[rows, 0].tolist(), self.lengths[rows, 0].tolist()
-        generated = [ids[:length] for ids, length in zip(tokens, lengths, strict=True)]
-        return Generated(generated, self.scores[rows, 0])
-
-    def _add(self, scores: Tensor, tokens: Tensor, length: int) -> None:
-        """Merge (R, beams) new hypotheses, -inf for none; of equal scores the earlier one stays ahead."""
-        merged = torch.cat((self.scores, scores), 1).sort(dim=1, descending=True, stable=True)
-        order = merged.indices[:, : self.beams]
-        self.scores = merged.values[:, : self.beams]
-        self.finished = _pick(torch.cat((self.finished, tokens), 1), order)
-        lengths = self.lengths.new_full(scores.shape, length)
-        self.lengths = torch.cat((self.lengths, lengths), 1).gather(1, order)
-
-    def _normaliser(self, generated: int) -> Tensor:
+    def _normaliser(self, generated: Tensor) -> Tensor:
         """(R, 1): length ** penalty."""
         length = self.prompts.lengths * int(self.classic) + generated
-        return (length.to(self.sums.dtype) ** self.length_penalty)[:, None]
+        dtype = torch.promote_types(self.prompts.state.dtype, torch.float32)
+        return (length.to(dtype) ** self.length_penalty)[:, None]
+
+
+def _merge(state: BeamState, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`scores`, `finished` and `lengths` of a state with (R, beams) new hypotheses, -inf for none, of its length.
+
+    Of equal scores the earlier one stays ahead.
+    """
+    beams = scores.shape[1]
+    merged = torch.cat((state.scores, scores), 1).sort(dim=1, descending=True, stable=True)
+    order = merged.indices[:, :beams]
+    finished = _pick(torch.cat((state.finished, tokens), 1), order)
+    lengths = torch.cat((state.lengths, state.length.expand_as(scores)), 1).gather(1, order)
+    return merged.values[:, :beams], finished, lengths
 
 
 def _pick(table: Tensor, beams: Tensor) -> Tensor:

@@ -13,25 +13,34 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalise_rgb(rgb: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 3, h, w) uint8 -> the same shape in `dtype`, with CLIP's mean and standard deviation."""
+    """(B, 3, h, w) uint8 -> the same shape in `dtype`, channels last, with CLIP's mean and standard deviation."""
     mean = torch.tensor(CLIP_MEAN, device=rgb.device)[:, None, None]
     std = torch.tensor(CLIP_STD, device=rgb.device)[:, None, None]
-    return ((rgb.float() / 255 - mean) / std).to(dtype)
+    return ((_as_floats(rgb) / 255 - mean) / std).to(dtype)
 
 
 def normalise_low_level(label: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, C, s, s) uint8 -> [-1, 1] in `dtype`: min-max per sample, jointly over channels; a constant map is -1."""
-    x = label.float() / 255
+    """(B, C, s, s) uint8 -> [-1, 1] in `dtype`: min-max per sample, jointly over channels; a constant map is -1.
+
+    The result is channels last.
+    """
+    x = _as_floats(label) / 255
     low = x.amin((1, 2, 3), keepdim=True)
     high = x.amax((1, 2, 3), keepdim=True)
     return (2 * (x - low) / (high - low + 1e-6) - 1).to(dtype)
 
 
+def _as_floats(pixels: Tensor) -> Tensor:
+    # channels last from here on, as label_map's features are: convolved without turning maps over first, and patches
+    # (B, N, D) are a view of the last map
+    return pixels.to(torch.float32, memory_format=torch.channels_last)
+
+
 class ExpertStem(nn.Module):
-    """Four 3x3 convolutions with batch norm and ReLU, then a 1x1: (B, planes, s, s) uint8 -> (B, g*g, D).
+    """Four 3x3 convolutions with batch norm and ReLU, then a 1x1: (B, planes, s, s) uint8 -> (B, D, g, g).
 
     Low-level labels (stem A) halve four times from s*16/patch; ids (stem B) start from 64 features per pixel at
-    s*4/patch and halve twice. All resizes are bilinear with align_corners=True.
+    s*4/patch and halve twice. All resizes are bilinear with align_corners=True. Maps are channels last.
     """
 
     def __init__(self, expert: str, width: int, patch_size: int, label_size: int):
