@@ -1,4 +1,4 @@
-"""The command `prismer`: caption, answer, classify, show, label, experts, semantics, data, export, info.
+"""The command `prismer`: caption, answer, classify, show, label, experts, semantics, data, plan, export, info.
 
 Parsing imports nothing heavy, so that `prismer --help` answers at once; each sub-command imports what it runs.
 """
@@ -15,6 +15,7 @@ from prismer import __version__
 from prismer.cli_ask import add_ask_commands
 from prismer.cli_data import add_data_commands
 from prismer.cli_experts import add_experts_commands
+from prismer.cli_plan import add_plan_command
 from prismer.cli_semantics import add_semantics_commands
 
 
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_commands(commands)
     add_experts_commands(commands)
     add_semantics_commands(commands)
+    add_plan_command(commands)
 
     export = commands.add_parser(
         "export",

@@ -1,0 +1,104 @@
+"""One process of the run that test_plan.py compares the planner with: what DeepSpeed holds between steps, and at its
+fullest. `torchrun --nproc_per_node N tests/plan_under_zero.py report.json`
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from live_bytes import peak_bytes
+from torch import nn
+
+from prismer import engine as engines
+from prismer.config import PrismerConfig, prismer_tiny
+from prismer.fake_step import blank_batch
+from prismer.freezing import freeze
+from prismer.model import Prismer
+from prismer.train_config import TrainConfig
+
+MODE, BATCH, TEXTS = "freeze_lang_vision", 4, ((1, 12),)
+RUNS = ((0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
+ZERO = dict(
+    reduce_bucket_size=300_000, stage3_prefetch_bucket_size=100_000, stage3_param_persistence_threshold=100,
+    overlap_comm=True,
+)  # fmt: skip
+
+
+def config() -> PrismerConfig:
+    """Matrices of odd sizes too, so that shards need padding."""
+    return prismer_tiny(
+        image_size=64, label_size=64, vision_width=128, vision_depth=2, vision_heads=4, resampler_depth=1,
+        resampler_heads=4, num_latents=4, text_width=128, text_depth=2, text_heads=4, text_mlp_width=257,
+        vocab_size=321,
+    )  # fmt: skip
+
+
+def held() -> int:
+    """Bytes of all tensors that Python knows."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, nn.Parameter):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def measure(stage: int, precision: str) -> dict:
+    """Train three steps; bytes between the second and the third, and at the worst of the third."""
+    before = held()
+    torch.manual_seed(0)
+    model = Prismer(config()).train()
+    freeze(model, MODE)
+    world = dist.get_world_size()
+    train = TrainConfig(batch_size=BATCH * world)
+    settings = dict(
+        train_batch_size=BATCH * world, gradient_clipping=1.0, bf16=dict(enabled=precision == "bf16"),
+        zero_optimization=dict(stage=stage, **ZERO), zero_force_ds_cpu_optimizer=False, steps_per_print=10**9,
+    )  # fmt: skip
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=engines.build_optimizer(model, train), config=settings, dist_init_required=False
+    )
+    batch = blank_batch(config(), BATCH, TEXTS)
+    own = sum(t.nbytes for t in (batch.images.rgb, *batch.images.labels.values(), *batch.images.rows.values()))
+    own += batch.images.features.nbytes + batch.images.instance_rows.nbytes
+    own += batch.texts.ids.nbytes + batch.texts.labels.nbytes + batch.texts.weights.nbytes
+
+    def step() -> None:
+        loss = engine(batch)
+        engine.backward(loss)
+        engine.step()
+
+    step()
+    step()
+    found = dict(stage=stage, precision=precision, held=held() - before - own)
+    if stage == 3:
+        zero = engine.optimizer
+        states = [t for state in zero.optimizer.state.values() for t in state.values() if t.numel() > 1]
+        shards = sum(p.ds_tensor.nbytes for p in model.parameters())
+        whole = sum(p.nbytes for p in model.parameters()) if world > 1 else 0
+        found |= dict(
+            parameters=shards + whole + sum(b.nbytes for b in model.buffers()),
+            optimizer=sum(t.nbytes for t in [*states, *zero.fp32_partitioned_groups_flat]),
+            gradients=zero.grad_partitions_flat_buffer.nbytes,
+        )
+    found["peak"] = found["held"] + peak_bytes(step)
+    engine.destroy()
+    return found
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    engines.start_distributed()
+    found = [measure(*run) for run in RUNS]
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
