@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 OURS = "ours"
-PEERS = ("eager", "baseline")
-"""What a row is first of all compared with: the same op in plain torch, or the released way to do a whole job."""
+PEERS = ("eager", "baseline", "fp32")
+"""What a row is first of all compared with: the same op in plain torch, the released way to do a whole job, or ours in
+plain fp32."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

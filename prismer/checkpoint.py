@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -19,6 +20,7 @@ from torch import Tensor
 from prismer.config import PrismerConfig
 from prismer.load_report import Misfit, Report
 from prismer.official import BIN, is_official, official_config, to_ours
+from prismer.precision import inference_dtype
 from prismer.stems import resize_positions
 from prismer.tokenizer import Tokenizer
 
@@ -37,7 +39,15 @@ _log = logging.getLogger(__name__)
 
 
 def save_pretrained(model, folder: str | Path) -> None:
-    """Write `model` so that `from_pretrained` loads it; an interrupted save leaves the old folder as it was."""
+    """Write `model` so that `from_pretrained` loads it; an interrupted save leaves the old folder as it was.
+
+    Raises:
+        ValueError: if its towers are int8.
+    """
+    if any(tensor.dtype == torch.int8 for tensor in model.state_dict().values()):
+        raise ValueError(
+            "the model's towers are int8, which no model folder holds; keep the folder that it was loaded from"
+        )
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -81,7 +91,7 @@ def from_pretrained(
     experts: Sequence[str] | None = None,
     config: PrismerConfig | None = None,
     device: str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     on_report: Callable[[Report], object] | None = None,
 ):
     """Load a model.
@@ -96,7 +106,9 @@ def from_pretrained(
         image_size: RGB side to use instead of the stored one; the positional table is resized bicubically.
         experts: the experts that the model must have; None takes those that it has.
         config: of a published checkpoint that is of no preset's sizes; else it is read off the tensors.
-        device, dtype: where and as what the weights go; the stored dtype if None.
+        device: where the weights go.
+        dtype: as what; "auto" for the faster of bf16 and fp32; None for the stored one, bf16 excepted on a processor
+            that is faster in fp32. A dtype that was not asked for and is not the stored one is told in a warning.
         on_report: called with the loading report; by default it is logged (level INFO) if there is something to tell.
 
     Raises:
@@ -129,9 +141,11 @@ def from_pretrained(
     # no memory is filled twice: the tensors are the first that the weights hold
     with torch.device("meta"):
         model = Prismer(config, tokenizer)
-    if dtype is None and POSITIONS in tensors:
-        dtype = tensors[POSITIONS].dtype
-    model = model.to(dtype=dtype or torch.float32).to_empty(device=device)
+    stored = tensors[POSITIONS].dtype if POSITIONS in tensors else torch.float32
+    dtype, why = inference_dtype(dtype, stored, config, torch.device(device))
+    if why:
+        warnings.warn(why, stacklevel=3)
+    model = model.to(dtype=dtype).to_empty(device=device)
     report = load_tensors(model, tensors, source=str(weights), ignored=ignored)
     if on_report is not None:
         on_report(report)

@@ -63,6 +63,15 @@ def add_ask_commands(commands) -> None:
             metavar="FILE",
             help="KEY.labels of each picture, in order",
         )
+        command.add_argument(
+            "--precision",
+            choices=("auto", "bf16", "fp32"),
+            default="auto",
+            help="default auto: the faster one",
+        )
+        command.add_argument(
+            "--int8", action="store_true", help="multiply the frozen towers in int8, on a CPU"
+        )
         add_experts_option(command)
         command.add_argument("--json", action="store_true", help="print one JSON object per line")
         command.add_argument(
@@ -123,7 +132,9 @@ class _Asked:
             self.paths
         )
         self.folder = model_folder(args.model)
-        self.model, self.semantics = load_model(args.model, self.folder, args.device)
+        self.model, self.semantics = load_model(
+            args.model, self.folder, args.device, precision=args.precision, int8=args.int8
+        )
         if (args.labels or args.experts) and not self.model.config.experts:
             raise ValueError(
                 f"the model {args.model} has no experts and reads no labels; leave --labels and --experts out"
@@ -226,30 +237,43 @@ class _Asked:
                 )
 
 
-def load_model(source: str, folder: Path, device_name: str):
+def load_model(
+    source: str,
+    folder: Path,
+    device_name: str,
+    *,
+    precision: str = "auto",
+    int8: bool = False,
+):
     """A model ready to be asked, and what turns the names in label maps into features.
 
     Args:
         source: what `Prismer.from_pretrained` takes.
         folder: where that lies.
         device_name: see `pick_device`.
+        precision: "bf16", "fp32" or "auto", which is the faster one.
+        int8: whether the frozen towers multiply in int8 (`prismer.quantise`).
 
     Returns:
-        Prismer in evaluation mode, in its stored precision where the device multiplies that natively, else in fp32;
-        and its Semantics, or None where the folder lacks the table that the config asks for.
+        Prismer in evaluation mode; and its Semantics, or None where the folder lacks the table that the config asks
+        for.
+
+    Raises:
+        ValueError: if there is no such device, the model cannot be loaded, or int8 is asked of a GPU.
     """
     import torch
 
     from prismer.dataloading.features import TABLE_FILES, Semantics
     from prismer.model import Prismer
-    from prismer.precision import native_bf16_flags
+    from prismer.quantise import check_device, quantise
 
     device = pick_device(device_name)
-    if device.type == "cpu":
-        native = bool(native_bf16_flags())
-    else:
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    model = Prismer.from_pretrained(source, device=device, dtype=None if native else torch.float32)
+    if int8:
+        check_device(device)
+    dtype = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    model = Prismer.from_pretrained(source, device=device, dtype=dtype)
+    if int8:
+        quantise(model)
     has_table = (folder / TABLE_FILES[0]).is_file()
     if model.config.semantics != "spelling" and not has_table:
         return model, None

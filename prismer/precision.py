@@ -1,15 +1,30 @@
-"""Which precision a run trains in: bf16 where the processor multiplies bf16 at least as fast as fp32, else fp32.
+"""Which precision a model trains and answers in: bf16 where the processor is at least as fast in it, else fp32.
 
-GPUs of the last generations do. A CPU without AVX512-BF16 or AMX emulates bf16, ten to a hundred times more slowly
-than fp32, and even one that has the instructions may lose at small widths; so a CPU is asked, with a stopwatch.
+GPUs of the last generations are. A CPU without AVX512-BF16 or AMX emulates bf16, ten to a hundred times more slowly
+than fp32, and even one that has the instructions may lose at small widths; so a CPU is asked, with a stopwatch:
+training by a block forward and backward, inference by the many rows that are encoded and the few that are decoded.
 """
 
 import platform
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+from prismer.config import PrismerConfig
+
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+MIN_WIDTH = 256
+"""Narrower models ask in fp32 everywhere: what they wait for is not the matrix products (bf16 captions of the shipped
+tiny took 1.3 times as long on a CPU with AVX512-BF16), and no stopwatch decides what they say."""
+
+_BEAMS, _STEPS = 3, 20
+# the caption that inference is judged by
+_ROWS = 128
+# from so many on, a product's time grows with its rows
 
 NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "svebf16"}
 """Processor flags, as Linux spells them on x86-64 and Arm."""
@@ -37,25 +52,68 @@ def block_rates(width: int, seconds: float = 0.2) -> dict[torch.dtype, float]:
         shapes = ((rows, width), (4 * width, width), (width, 4 * width))
         return [torch.randn(shape).mul_(0.1).to(dtype).requires_grad_() for shape in shapes]
 
-    def step(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> float:
-        # this thread's own time: a wall clock would judge the precisions by what else the machine does
-        start = time.thread_time()
+    def step(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
         (x + F.linear(F.gelu(F.linear(F.layer_norm(x, (width,)), up)), down)).sum().backward()
-        return time.thread_time() - start
 
-    blocks = {dtype: block(dtype) for dtype in (torch.bfloat16, torch.float32)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        best = {dtype: step(*tensors) for dtype, tensors in blocks.items()}
-        end = time.thread_time() + seconds
-        while time.thread_time() < end:
-            best = {dtype: min(best[dtype], step(*tensors)) for dtype, tensors in blocks.items()}
-    finally:
-        torch.set_num_threads(threads)
+    best = _fastest({dtype: partial(step, *block(dtype)) for dtype in NAMES}, seconds)
     return {
         dtype: 3 * 2 * 2 * rows * width * 4 * width / spent / 1e9 for dtype, spent in best.items()
     }
+
+
+def caption_seconds(config: PrismerConfig, seconds: float = 0.1) -> dict[torch.dtype, float]:
+    """Seconds that one core takes in bf16 and fp32 for the matrix products of a caption's layers.
+
+    Measured are the perceptrons of one layer of either tower, on as many rows as an image has tokens (at most 128 of
+    them) and as beam search has beams; the other products of a layer count by their FLOPs.
+
+    Args:
+        seconds: processor time to spend on either tower.
+    """
+    D, H, M = config.vision_width, config.text_width, config.text_mlp_width
+    tokens = config.num_context_tokens
+    rows = min(tokens, _ROWS)
+    # attention and adaptor beside the perceptron; in text cross-attention's queries and output too
+    encode = config.vision_depth * (tokens / rows) * (14 / 8)
+    decode = _STEPS * (config.text_depth + 1) * (1 + 8 * H / (2 * M))
+    total = dict.fromkeys(NAMES, 0.0)
+    with torch.inference_mode():
+        for count, width, hidden, times in ((rows, D, 4 * D, encode), (_BEAMS, H, M, decode)):
+            shapes = ((count, width), (hidden, width), (width, hidden))
+            draws = [torch.full(shape, 0.1) for shape in shapes]
+
+            def step(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+                return F.linear(F.gelu(F.linear(x, up)), down)
+
+            steps = {
+                dtype: partial(step, *(draw.to(dtype) for draw in draws)) for dtype in NAMES
+            }
+            for dtype, spent in _fastest(steps, seconds).items():
+                total[dtype] += times * spent
+    return total
+
+
+def _fastest(
+    steps: dict[torch.dtype, Callable[[], object]], seconds: float
+) -> dict[torch.dtype, float]:
+    """Processor seconds of the fastest run of each step on one core; the steps take turns until `seconds` are over."""
+
+    def spent(step: Callable[[], object]) -> float:
+        # this thread's own time: a wall clock would judge the precisions by what else the machine does
+        start = time.thread_time()
+        step()
+        return time.thread_time() - start
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        best = {dtype: spent(step) for dtype, step in steps.items()}
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            best = {dtype: min(best[dtype], spent(step)) for dtype, step in steps.items()}
+    finally:
+        torch.set_num_threads(threads)
+    return best
 
 
 def choose_precision(wanted: str, width: int, device: torch.device) -> tuple[str, str]:
@@ -91,4 +149,59 @@ def choose_precision(wanted: str, width: int, device: torch.device) -> tuple[str
     return chosen, (
         f"precision: {chosen}, since this {platform.machine()} CPU ({flags}) runs a block of width {width} "
         f"at {bf16:.0f} GFLOP/s per core in bf16 and {fp32:.0f} in fp32"
+    )
+
+
+def inference_dtype(
+    wanted: torch.dtype | str | None,
+    stored: torch.dtype,
+    config: PrismerConfig,
+    device: torch.device,
+) -> tuple[torch.dtype, str | None]:
+    """What a loaded model computes in.
+
+    Args:
+        wanted: a dtype to have that; "auto" for the faster of bf16 and fp32; None for the stored one, unless that is
+            bf16 and the device is faster in fp32.
+        stored: dtype of the weights on disk.
+        config: of the model, whose sizes are measured on a CPU that has bf16 instructions.
+        device: where it computes.
+
+    Returns:
+        The dtype; and, where it was decided here and is not the stored one, one line that says why.
+
+    Raises:
+        ValueError: if `wanted` is another word.
+    """
+    if isinstance(wanted, str) and wanted != "auto":
+        raise ValueError(f'unknown dtype {wanted!r}; give "auto" or a torch.dtype')
+    if isinstance(wanted, torch.dtype):
+        return wanted, None
+    if wanted is None and stored != torch.bfloat16:
+        return stored, None
+    chosen, why = _faster_in(config, device)
+    if chosen == stored:
+        return chosen, None
+    names = {**NAMES, torch.float16: "fp16", torch.float64: "fp64"}
+    return chosen, f"precision: {names[chosen]} instead of the stored {names[stored]}, since {why}"
+
+
+def _faster_in(config: PrismerConfig, device: torch.device) -> tuple[torch.dtype, str]:
+    """bf16 or fp32, and why."""
+    width = max(config.vision_width, config.text_width)
+    if width < MIN_WIDTH:
+        return torch.float32, f"a model of width {width} gains nothing from bf16"
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        has = "multiplies bf16 faster" if native else "has no bf16 arithmetic"
+        chosen = torch.bfloat16 if native else torch.float32
+        return chosen, f"{torch.cuda.get_device_name(device)} {has}"
+    flags = ", ".join(sorted(native_bf16_flags()))
+    cpu = f"this {platform.machine()} CPU"
+    if not flags:
+        return torch.float32, f"{cpu} has no bf16 instructions"
+    spent = caption_seconds(config)
+    bf16, fp32 = spent[torch.bfloat16], spent[torch.float32]
+    return torch.bfloat16 if bf16 <= fp32 else torch.float32, (
+        f"the layers of a caption take one core of {cpu} ({flags}) {bf16:.2g} s in bf16 and {fp32:.2g} s in fp32"
     )

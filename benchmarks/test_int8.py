@@ -1,0 +1,80 @@
+"""int8 towers against fp32 and bf16, on a CPU: pytest benchmarks/test_int8.py --benchmark-only --full
+
+One model with random weights in four versions. "ours" is int8 towers (prismer/quantise.py) with all else in fp32; the
+encoder's output may be off by 2 % of its norm, bf16's too, else nothing is timed.
+"""
+
+import copy
+
+import pytest
+import torch
+import whole_jobs as jobs
+from harness import DEVICE, OURS
+from job_runner import Job, measure
+
+from prismer.config import preset
+from prismer.quantise import quantise
+
+MOST = 0.02
+LENGTH = 20
+
+
+@pytest.fixture(scope="module")
+def versions():
+    """BASE at 480 px, by contender."""
+    model = copy.deepcopy(jobs.build(preset("base", image_size=480))).eval()
+    bf16 = copy.deepcopy(model).to(torch.bfloat16)
+    return {
+        OURS: quantise(copy.deepcopy(model)),
+        "fp32": model,
+        "bf16": bf16,
+        "int8 and bf16": quantise(copy.deepcopy(bf16)),
+    }
+
+
+def _encoder(versions, images) -> Job:
+    def check(outcomes: dict[str, torch.Tensor]) -> None:
+        for name, tokens in outcomes.items():
+            jobs.assert_close(f"tokens of {name}", tokens.float(), outcomes["fp32"], MOST)
+
+    def encode(model):
+        with torch.inference_mode():
+            return model.encode(images)
+
+    return Job(
+        room="int8 encoder",
+        shape="BASE-480 batch 1",
+        calls={name: lambda model=model: encode(model) for name, model in versions.items()},
+        check=check,
+    )
+
+
+def _caption(versions, images) -> Job:
+    options = dict(beams=3, max_length=LENGTH, min_length=LENGTH)
+
+    def check(outcomes: dict[str, list[str]]) -> None:
+        # which words random weights prefer by a hair is no matter of precision
+        assert all(len(captions) == 1 and captions[0] for captions in outcomes.values())
+
+    return Job(
+        room="int8 caption",
+        shape="BASE-480 batch 1",
+        calls={name: lambda model=model: model.caption(images, **options) for name, model in versions.items()},
+        check=check,
+    )
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="int8 towers are for a CPU")
+@pytest.mark.parametrize("make", [_encoder, _caption], ids=["encoder", "caption"])
+def test_int8(benchmark, make, versions, everything):
+    if not everything:
+        pytest.skip("BASE in four versions: --full has it")
+    job = make(versions, jobs.draw_images(versions["fp32"].config, 1))
+
+    def in_turn(ours, others, rounds: int) -> list[float]:
+        benchmark.pedantic(ours, setup=others, rounds=rounds, iterations=1)
+        return list(benchmark.stats.stats.data)
+
+    rows = measure(job, 5, in_turn)
+    benchmark.group = f"{job.room} {job.shape}"
+    benchmark.extra_info.update({f"{name} / ours": round(row.ratio, 3) for name, row in rows.items()})
