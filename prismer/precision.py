@@ -152,6 +152,24 @@ def choose_precision(wanted: str, width: int, device: torch.device) -> tuple[str
     )
 
 
+def slow_resumption(precision: str, width: int, device: torch.device) -> str | None:
+    """One line for a run that was started in bf16 and goes on where fp32 is faster; None for any other.
+
+    Args:
+        precision: what the run was started in.
+        width, device: as in `choose_precision`.
+    """
+    if precision != "bf16":
+        return None
+    chosen, why = choose_precision("auto", width, device)
+    if chosen == "bf16":
+        return None
+    return (
+        f"the run stays in bf16, as it was started, but here fp32 is faster ({why.partition('since ')[2]}); "
+        f"to train on in fp32, export it and start another run from that model"
+    )
+
+
 def inference_dtype(
     wanted: torch.dtype | str | None,
     stored: torch.dtype,

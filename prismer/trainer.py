@@ -28,7 +28,7 @@ from prismer.dataloading.shards import ShardDataset
 from prismer.evaluation import Knowledge, blind_guesses, collect_knowledge, describe, scores
 from prismer.freezing import freeze
 from prismer.model import Prismer
-from prismer.precision import choose_precision
+from prismer.precision import choose_precision, slow_resumption
 from prismer.profiling import StepProfile
 from prismer.progress import Progress, plot_metrics
 from prismer.report import draw_samples, write_results
@@ -161,14 +161,16 @@ class Trainer:
                 f"no dataset at {data / 'train'}; render or import one, or name another with --data"
             )
 
+        width = start_config(config.model).vision_width
+
         def decide() -> str:
-            chosen, why = choose_precision(
-                config.precision, start_config(config.model).vision_width, self.device
-            )
+            chosen, why = choose_precision(config.precision, width, self.device)
             self._say(why)
             return chosen
 
         precision, changes = self.run.settle(config, decide)
+        if self.run.last() and (slow := slow_resumption(precision, width, self.device)):
+            self._say(slow)
         for change in changes:
             self._say(f"changed since the run was started: {change}")
         if not self.run.last():

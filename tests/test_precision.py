@@ -14,7 +14,7 @@ from prismer import precision
 from prismer.cli_ask import load_model
 from prismer.config import prismer_base, prismer_tiny
 from prismer.model import Prismer
-from prismer.precision import caption_seconds, inference_dtype
+from prismer.precision import caption_seconds, inference_dtype, slow_resumption
 
 BF16, FP32, CPU = torch.bfloat16, torch.float32, torch.device("cpu")
 WIDE = prismer_tiny(
@@ -46,6 +46,15 @@ def test_auto_is_the_faster_one(monkeypatch, seconds, faster, stored):
             f"precision: {names[dtype]} instead of the stored {names[stored]}, since "
         )
         assert f"{seconds[0]} s in bf16 and {seconds[1]} s in fp32" in why and "\n" not in why
+
+
+def test_a_resumed_run_says_that_bf16_is_slow(monkeypatch):
+    monkeypatch.setattr(precision, "block_rates", lambda width: {BF16: 4.0, FP32: 130.0})
+    said = slow_resumption("bf16", 768, CPU)
+    assert "stays in bf16" in said and "4 GFLOP/s" in said and "130 in fp32" in said and "\n" not in said
+    assert slow_resumption("fp32", 768, CPU) is None
+    monkeypatch.setattr(precision, "block_rates", lambda width: {BF16: 300.0, FP32: 130.0})
+    assert slow_resumption("bf16", 768, CPU) is None
 
 
 def test_only_slow_bf16_is_changed_unasked(monkeypatch):
