@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import cross_entropy_triton, dispatch
+from prismer.kernels import cross_entropy_triton, dispatch, products
 from prismer.kernels.cross_entropy_triton import add_product, pieces
 
 _REDUCTIONS = ("none", "sum", "mean")
@@ -71,21 +71,25 @@ class _Scratch:
     """Memory for one chunk of logits, in fp32 (float64 for float64), and in the dtype of the product."""
 
     def __init__(self, x: Tensor, size: int):
+        if products.on_onednn(x):
+            # it gives no product into memory that is there
+            size = 0
         self.wide = x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
         self.low = self.wide if self.wide.dtype == x.dtype else x.new_empty(size)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x weight^T, in the dtype of x."""
+        if products.on_onednn(x):
+            return products.linear(x, weight)
         shape = x.shape[0], weight.shape[0]
         return torch.mm(x, weight.t(), out=self.low[: shape[0] * shape[1]].view(shape))
 
     def logits(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The product may be rounded to the dtype of x; the bias and everything after it is not."""
         low = self.product(x, weight)
-        wide = self.wide[: low.numel()].view(low.shape)
-        if low.dtype != wide.dtype:
-            wide.copy_(low)
-        return wide.add_(bias)
+        if low.dtype == self.wide.dtype:
+            return low.add_(bias)
+        return self.wide[: low.numel()].view(low.shape).copy_(low).add_(bias)
 
     def rounded(self, dz: Tensor) -> Tensor:
         """`dz`, made in place of the logits, in the dtype of the product."""
@@ -172,14 +176,12 @@ def _backward_torch(x, weight, bias, targets, stats, factor, smoothing, needs):
             if needs[2]:
                 dbias[columns] += wide.sum(0)
             dz = scratch.rounded(wide)
-            if needs[0] and dz.dtype == compute:
-                dx[rows].addmm_(dz, w)
-            elif needs[0]:
-                dx[rows] += dz @ w
+            if needs[0]:
+                dx[rows] += products.mm(dz, w)
             if sum_of_blocks is not None:
-                sum_of_blocks += dz.t() @ x[rows]
+                sum_of_blocks += products.mm(dz.t(), x[rows])
             elif needs[1]:
-                torch.mm(dz.t(), x[rows], out=dweight[columns])
+                dweight[columns] = products.mm(dz.t(), x[rows])
         if sum_of_blocks is not None:
             dweight[columns] = sum_of_blocks
     return dx, dweight, dbias
@@ -196,7 +198,7 @@ def _form_torch(x, weight, bias, targets, factor, smoothing, needs):
     dweight = dbias = None
     if needs[1]:
         single = len(chunks) == 1
-        dweight = x.new_empty(V, D) if single else stats.new_zeros(V, D)
+        dweight = None if single else stats.new_zeros(V, D)
     if needs[2]:
         dbias = stats.new_zeros(V)
     for rows in chunks:
@@ -215,9 +217,9 @@ def _form_torch(x, weight, bias, targets, factor, smoothing, needs):
             dbias += wide.sum(0)
         dz = scratch.rounded(wide)
         if needs[0]:
-            torch.mm(dz, weight, out=dx[rows])
+            dx[rows] = products.mm(dz, weight)
         if needs[1] and single:
-            torch.mm(dz.t(), x[rows], out=dweight)
+            dweight = products.mm(dz.t(), x[rows])
         elif needs[1]:
             add_product(dweight, dz.t(), x[rows])
     return losses, stats, (dx, dweight, dbias)

@@ -17,11 +17,11 @@ tiles, N w for a bias of w bytes each, and 4 N for partial column sums, which ar
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from prismer.kernels import products
 from prismer.kernels.activation import (
     activated,
     bias_activation_backward_op,
@@ -166,14 +166,14 @@ def gemm(
     if square:
         a = a.square()
     if activation not in ("none", "relu"):
-        h = F.linear(a, weight)
+        h = products.linear(a, weight)
         c = bias_activation_op(h, bias, activation)
     else:
         h = empty
         if bias is None or bias.dtype == a.dtype:
-            c = F.linear(a, weight, bias)
+            c = products.linear(a, weight, bias)
         else:
-            c = F.linear(a, weight).add_(bias)
+            c = products.linear(a, weight).add_(bias)
         if activation == "relu":
             c.relu_()
     if residual is not None:
@@ -201,7 +201,7 @@ def gemm_derivative(
             dy, weight, dh, bias=bias, activation=activation, h=h, differentiate=True, activated=a, sums=sums
         )  # fmt: skip
         return dh, a if activated else empty, dbias if sums else empty
-    dh, dbias = bias_activation_backward_op(dy @ weight, h, bias, activation, sums is not None)
+    dh, dbias = bias_activation_backward_op(products.mm(dy, weight), h, bias, activation, sums is not None)
     a = bias_activation_op(h, bias, activation) if activated else empty
     return dh, a, dbias.to(sums) if sums else empty
 
@@ -217,7 +217,7 @@ def gemm_gradient(dy: Tensor, a: Tensor, *, backend: str, square: bool = False) 
         dweight = dy.new_empty(dy.shape[1], a.shape[1])
         _launch(dy.T, a, dweight, square_b=square)
         return dweight
-    return dy.T @ (a.square() if square else a)
+    return products.mm(dy.T, a.square() if square else a)
 
 
 def gemm_case(

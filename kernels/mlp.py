@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import dispatch
+from prismer.kernels import dispatch, products
 from prismer.kernels.activation import (
     bias_activation_op,
     bias_activation_reference,
@@ -213,6 +213,7 @@ def mlp(
         activation == "gelu"
         and not (training and proj_weight.requires_grad)
         and all(bias is None or bias.dtype == x.dtype for bias in (fc_bias, proj_bias))
+        and not products.on_onednn(x)
         and dispatch.on_host(x, proj_weight)
     ):
         # torch keeps no more than we do where the second layer is frozen

@@ -153,7 +153,7 @@ def _packed_forward(
             attn_mask = attn_mask.view(*q.shape[:3], -1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
     out = out.transpose(1, 2) if self.batch_first else out.permute(2, 0, 1, 3)
-    return F.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias), None
+    return linears(out.flatten(2), [(self.out_proj.weight, self.out_proj.bias)])[0], None
 
 
 def _packed_projections(self, query, key, value):

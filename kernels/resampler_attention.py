@@ -34,7 +34,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from prismer.kernels import dispatch, resampler_triton
+from prismer.kernels import dispatch, products, resampler_triton
 from prismer.kernels.cases import KernelCase
 from prismer.kernels.layer_norm import layer_norm
 
@@ -230,7 +230,7 @@ def _attend_backward(a, dt, query, x_hat, gamma, beta, probs, share, mixed, need
 def _absorbed_forward(query, x_hat, gamma, beta, weight, bias, H, triton, keep, keep_mixed):
     (B, M, D), scale = query.shape, (query.shape[2] // H) ** -0.5
     w_q, w_k, w_v = weight.view(3, D, D)
-    q = torch.addmm(bias[:D], query.view(-1, D), w_q.T)
+    q = products.linear(query.view(-1, D), w_q, bias[:D])
     a, factor = _absorb(q, w_k, H, scale), None
     if triton:
         t, probs, factor, share, mixed = resampler_triton.attend(
@@ -276,9 +276,9 @@ def _absorbed_backward(
         dq = _release(da, w_k, scale)
     if needs["query"]:
         dquery = dquery.view(-1, D)
-        torch.addmm(dquery, dq, w_q, out=dquery)
+        dquery += products.mm(dq, w_q)
     if needs["in_proj_weight"]:
-        torch.mm(dq.T, rows, out=dweight[:D])
+        dweight[:D] = products.mm(dq.T, rows)
         _absorb_weight(q, da, scale, dweight[D : 2 * D])
         _absorb_weight(dy, t, 1.0, dweight[2 * D :])
     if needs["in_proj_bias"]:
@@ -308,10 +308,10 @@ def _normed(x_hat: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 def _ordinary_forward(query, x_hat, gamma, beta, weight, bias, H, keep):
     (B, M, D), L = query.shape, x_hat.shape[1]
     scale, w_kv = (D // H) ** -0.5, weight[D:]
-    q = torch.addmm(bias[:D], query.view(-1, D), weight[:D].T).view(B, M, D)
+    q = products.linear(query.view(-1, D), weight[:D], bias[:D]).view(B, M, D)
     kv = q.new_empty(B * (M + L), 2 * D)
-    torch.mm(query.view(-1, D), w_kv.T, out=kv[: B * M])
-    torch.mm(_normed(x_hat, gamma, beta).view(-1, D), w_kv.T, out=kv[B * M :])
+    kv[: B * M] = products.linear(query.view(-1, D), w_kv)
+    kv[B * M :] = products.linear(_normed(x_hat, gamma, beta).view(-1, D), w_kv)
     kv_z, kv_x = kv[: B * M].view(B, M, 2 * D), kv[B * M :].view(B, L, 2 * D)
     probs, out = q.new_empty(B if keep else 0, H * M, M + L), torch.empty_like(query)
     for images in _steps(query):
@@ -363,7 +363,7 @@ def _ordinary_backward(dy, query, x_hat, gamma, beta, weight, q, probs, kv, H, n
             dv.copy_(torch.bmm(p[..., part].mT, do).unflatten(0, (n, H)))
     rows, dq, dkv_z, dkv_x = query.view(-1, D), dq.view(-1, D), dkv[: B * M], dkv[B * M :]
     if needs["x_hat"] or needs["norm"]:
-        dx = torch.mm(dkv_x, w_kv)
+        dx = products.mm(dkv_x, w_kv)
     if needs["norm"]:
         # in chunks of an image, so that the products in fp32 stay small
         for images in _steps(query):
@@ -374,12 +374,12 @@ def _ordinary_backward(dy, query, x_hat, gamma, beta, weight, q, probs, kv, H, n
         torch.mul(dx.view(B, L, D), gamma, out=dx_hat)
     if needs["query"]:
         dquery = dquery.view(-1, D)
-        torch.mm(dkv_z, w_kv, out=dquery)
-        torch.addmm(dquery, dq, weight[:D], out=dquery)
+        dquery.copy_(products.mm(dkv_z, w_kv))
+        dquery += products.mm(dq, weight[:D])
     if needs["in_proj_weight"]:
-        torch.mm(dq.T, rows, out=dweight[:D])
-        torch.mm(dkv_x.T, _normed(x_hat, gamma, beta).view(-1, D), out=dweight[D:])
-        torch.addmm(dweight[D:], dkv_z.T, rows, out=dweight[D:])
+        dweight[:D] = products.mm(dq.T, rows)
+        dweight[D:] = products.mm(dkv_x.T, _normed(x_hat, gamma, beta).view(-1, D))
+        dweight[D:] += products.mm(dkv_z.T, rows)
     if needs["in_proj_bias"]:
         _bias_gradient(dq, dy.view(-1, D), dbias)
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import dispatch
+from prismer.kernels import dispatch, products
 from prismer.kernels.mlp import check_linear
 
 
@@ -69,12 +69,12 @@ def _forward(z, x_hat, gamma, beta, w_q, w_k, w_v):
     weights = w_k.chunk(2) if w_v is None else (w_k, w_v)
     if _is_plain(x_hat.numel(), weights[0]):
         keys = _keys_input(z, x_hat, gamma, beta)
-        return F.linear(z, w_q), *(F.linear(keys, weight) for weight in weights)
-    outputs = [F.linear(z, w_q)]
+        return products.linear(z, w_q), *(products.linear(keys, weight) for weight in weights)
+    outputs = [products.linear(z, w_q)]
     for weight in weights:
         scaled = weight if gamma is None else weight * gamma
         offset = None if beta is None else torch.mv(weight, beta)
-        outputs.append(torch.cat([F.linear(x_hat, scaled, offset), F.linear(z, weight)], 1))
+        outputs.append(torch.cat([products.linear(x_hat, scaled, offset), products.linear(z, weight)], 1))
     return tuple(outputs)
 
 
@@ -96,9 +96,9 @@ def _backward(dq, dk, dv, z, x_hat, gamma, beta, w_q, w_k, w_v, M, needs):
         weights, dweights, need_weights = (w_k, w_v), (dw_k, dw_v), (need["k"], need["v"])
     dq = dq.reshape(B * M, -1)
     if need["q"]:
-        torch.mm(dq.T, z.reshape(-1, D), out=dw_q)
+        dw_q.copy_(products.mm(dq.T, z.reshape(-1, D)))
     if need["z"]:
-        torch.mm(dq, w_q, out=dz.view(-1, D))
+        dz.view(-1, D).copy_(products.mm(dq, w_q))
     layers = list(zip((dk, dv), weights, dweights, need_weights, strict=True))
     order = _backward_plain if need["x_hat"] and _is_plain(B * L * D, weights[0]) else _backward_folded
     order(layers, z, x_hat, gamma, beta, M, need, dz, dx_hat, dgamma, dbeta)
@@ -114,9 +114,9 @@ def _backward_plain(layers, z, x_hat, gamma, beta, M, need, dz, dx_hat, dgamma, 
     dkeys = None
     for d, weight, dweight, trains in layers:
         d = d.reshape(B * N, -1)
-        dkeys = torch.mm(d, weight) if dkeys is None else dkeys.addmm_(d, weight)
+        dkeys = products.mm(d, weight) if dkeys is None else dkeys.add_(products.mm(d, weight))
         if trains:
-            torch.mm(d.T, keys, out=dweight)
+            dweight.copy_(products.mm(d.T, keys))
     dkeys = dkeys.view(B, N, D)
     if need["z"]:
         dz += dkeys[:, L:]

@@ -63,6 +63,10 @@ def _convolution_backward(
     return (need_dx + need_dweight) * 2 * x.shape[0] * points * weight.numel()
 
 
+def _onednn_linear(x: Tensor, weight: Tensor, *_, **__) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
 def _decode_attention(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors, **_) -> int:
     """All shared keys for each query, and of the suffix the slots that are listed."""
     R, H, Q, K = q.shape
@@ -94,6 +98,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "aten::convolution_backward": _convolution_backward,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "mkldnn::_linear_pointwise": _onednn_linear,
     "prismer_native::decode_attention": _decode_attention,
 }
 for _packet, _formula in flop_registry.items():

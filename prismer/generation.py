@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prismer.kernels.decode_attention import decode_attention
+from prismer.kernels.linear import linears
 from prismer.text import TextDecoder, causal_attend, position_ids
 
 READ_OUTS = ("pad", "last", "batch")
@@ -287,7 +287,7 @@ class BeamSearch:
 
     def _logits(self, state: Tensor) -> Tensor:
         """(R, open beams, D) -> (R, open beams, V), fp32 at least."""
-        logits = F.linear(state, self.decoder.head_weight, self.decoder.head_bias)
+        (logits,) = linears(state, [(self.decoder.head_weight, self.decoder.head_bias)])
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _advance(self, state: BeamState, logits: Tensor) -> BeamState:

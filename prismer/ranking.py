@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prismer.generation import Groups, Prompts, read_prompts
 from prismer.kernels.decode_attention import decode_attention
+from prismer.kernels.linear import linears
 from prismer.text import TextDecoder
 
 _MAX_LOGITS = 2**25
@@ -150,7 +150,7 @@ def _likeliest(decoder: TextDecoder, prompts: Prompts, trie: AnswerTrie, k: int)
         torch.from_numpy(array).to(prompts.state.device)
         for array in np.unique(trie.first_tokens, return_inverse=True)
     )
-    logits = F.linear(prompts.state, decoder.head_weight[distinct], decoder.head_bias[distinct])
+    (logits,) = linears(prompts.state, [(decoder.head_weight[distinct], decoder.head_bias[distinct])])
     ranked = logits[:, which].sort(dim=1, descending=True, stable=True).indices[:, :k].cpu().numpy()
     rank = np.empty(len(trie), dtype=np.int64)
     rank[trie.order] = np.arange(len(trie))
@@ -216,7 +216,7 @@ class _Scorer:
         R, _, D = state.shape
         rows = state.reshape(-1, D).split(max(1, _MAX_LOGITS // len(bias)))
         lse = torch.cat(
-            [F.linear(part, weight, bias).to(self.dtype).logsumexp(-1) for part in rows]
+            [linears(part, [(weight, bias)])[0].to(self.dtype).logsumexp(-1) for part in rows]
         )
         mean = state.to(self.dtype) @ self.mean_weight + self.mean_bias
         sources = plan.sources.expand(R, -1)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -264,7 +263,7 @@ class TextDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
-        return F.linear(self.transform(hidden), self.head_weight, self.head_bias)
+        return linears(self.transform(hidden), [(self.head_weight, self.head_bias)])[0]
 
     def forward(self, texts: list[Tensor], context: Tensor) -> Tensor:
         """Teacher forcing.
