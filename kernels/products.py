@@ -33,12 +33,12 @@ def onednn_is_faster() -> bool:
 def on_onednn(x: Tensor) -> bool:
     """Does oneDNN multiply `x` by a matrix: fp32 with data, on such a processor?"""
     return (
-        x.dtype == torch.float32
+        not torch.compiler.is_compiling()
+        and x.dtype == torch.float32
         and x.device.type == "cpu"
         and type(x) in _PLAIN
         and onednn_is_faster()
         and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
     )
 
 

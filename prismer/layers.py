@@ -3,10 +3,14 @@
 The layers that the model shares with others are in prismer/kernels/modules.py.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -25,6 +29,37 @@ class _SumOverRanks(torch.autograd.Function):
         return dx
 
 
+def _normed_relu(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """relu((x - mean) * rstd * weight + bias) by channel, as batch norm folds it into one factor and one offset."""
+    factor = rstd * weight
+    offset = bias - mean * factor
+    factor, offset = (t[:, None, None] for t in (factor, offset))
+    return torch.addcmul(offset, x.to(factor.dtype), factor).relu_().to(x.dtype)
+
+
+class _BatchNormReLU(torch.autograd.Function):
+    """Batch norm of a batch by its own statistics, and ReLU, of which the input alone is kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
+        y, mean, rstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, rstd)
+        return y.relu_(), mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *_):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        dy = torch.ops.aten.threshold_backward(dy, _normed_relu(x, weight, bias, mean, rstd), 0)
+        needs = ctx.needs_input_grad[:3]
+        grads = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, None, None, mean, rstd, True, ctx.eps, needs
+        )
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 4
+
+
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose training statistics span the micro-batches of all ranks, on any device and backend.
 
@@ -38,6 +73,19 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         self.running_mean = self.running_mean.float()
         self.running_var = self.running_var.float()
         return self
+
+    def relu(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor] | None]:
+        """relu(self(x)), and a function that forms it again, so that nobody needs to keep it; None where it cannot."""
+        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        trains = self.training and torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if not (alone and trains) or torch.compiler.is_compiling():
+            return F.relu(self(x)), None
+        self.num_batches_tracked += 1
+        weight, bias = self.weight.float(), self.bias.float()
+        y, mean, rstd = _BatchNormReLU.apply(
+            x, weight, bias, self.running_mean, self.running_var, self.momentum, self.eps
+        )
+        return y, partial(_normed_relu, x.detach(), weight.detach(), bias.detach(), mean, rstd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""

@@ -1,5 +1,7 @@
 """Expert label -> patch tokens: the convolution stems, and the bicubic resize of positions (spec 1.3-1.4)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,9 +67,30 @@ class ExpertStem(nn.Module):
             x = normalise_low_level(label, dtype)
             if x.shape[-1] != self.size:
                 x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=True)
+        again = None
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.relu(norm(conv(x)))
-        return self.project(x)
+            x, again = norm.relu(_convolve(conv, x, again))
+        return _convolve(self.project, x, again)
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, again: Callable[[], Tensor] | None) -> Tensor:
+    """conv(x), which keeps `again`, if given, in place of `x` for the backward pass: half of what stems would keep."""
+    if again is None:
+        return conv(x)
+    storage, weight = (t.untyped_storage()._cdata for t in (x, conv.weight))
+
+    def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+        kept = tensor.untyped_storage()._cdata
+        if kept == storage:
+            return again
+        # the parameter, not a view of it: ZeRO-3 takes its memory back until then
+        return (lambda: conv.weight.detach()) if kept == weight else tensor
+
+    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return conv(x)
 
 
 def resize_positions(table: Tensor, grid: int) -> Tensor:
