@@ -273,7 +273,8 @@ class Plan:
         if stage == 3:
             group = min(shard, self.job.zero.sub_group_size)
             return _add(held, Moment(), working=(4 + (w if w < 4 else 0)) * group)
-        return _add(held, Moment(), gradients=w * shard, working=(4 + w) * shard)
+        # a flat copy, and fp32 of it where it is not
+        return _add(held, Moment(), gradients=w * shard, working=(w + (4 if w < 4 else 0)) * shard)
 
     def host(self, setup: Setup) -> int:
         """Bytes that offload keeps on the host for one GPU: optimizer, and the fp32 gradients that it reads."""
