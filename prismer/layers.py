@@ -4,7 +4,6 @@ The layers that the model shares with others are in prismer/kernels/modules.py.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -29,35 +28,45 @@ class _SumOverRanks(torch.autograd.Function):
         return dx
 
 
-def _normed_relu(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """relu((x - mean) * rstd * weight + bias) by channel, as batch norm folds it into one factor and one offset."""
-    factor = rstd * weight
-    offset = bias - mean * factor
-    factor, offset = (t[:, None, None] for t in (factor, offset))
-    return torch.addcmul(offset, x.to(factor.dtype), factor).relu_().to(x.dtype)
+class _NormedReLU:
+    """relu of a batch norm by its batch's statistics, formed again from the input: once for both who need it.
+
+    The convolution that follows takes it first, then the norm's own backward pass, which lets it go.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
+        self.inputs, self.eps = (x.detach(), weight.detach(), bias.detach()), eps
+        self.formed: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        if self.formed is None:
+            # the statistics too: the same to the last bit, and none to average
+            y, *_ = torch.native_batch_norm(*self.inputs, None, None, True, 0.0, self.eps)
+            self.formed = y.relu_()
+        return self.formed
 
 
 class _BatchNormReLU(torch.autograd.Function):
     """Batch norm of a batch by its own statistics, and ReLU, of which the input alone is kept."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps):
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, again):
         y, mean, rstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, rstd)
-        return y.relu_(), mean, rstd
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.eps, ctx.again = eps, again
+        return y.relu_()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, *_):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        dy = torch.ops.aten.threshold_backward(dy, _normed_relu(x, weight, bias, mean, rstd), 0)
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors
+        dy = torch.ops.aten.threshold_backward(dy, ctx.again(), 0)
+        ctx.again.formed = None
         needs = ctx.needs_input_grad[:3]
         grads = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, None, None, mean, rstd, True, ctx.eps, needs
         )
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 4
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -82,10 +91,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             return F.relu(self(x)), None
         self.num_batches_tracked += 1
         weight, bias = self.weight.float(), self.bias.float()
-        y, mean, rstd = _BatchNormReLU.apply(
-            x, weight, bias, self.running_mean, self.running_var, self.momentum, self.eps
+        again = _NormedReLU(x, weight, bias, self.eps)
+        y = _BatchNormReLU.apply(
+            x, weight, bias, self.running_mean, self.running_var, self.momentum, self.eps, again
         )
-        return y, partial(_normed_relu, x.detach(), weight.detach(), bias.detach(), mean, rstd)
+        return y, again
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
