@@ -160,9 +160,11 @@ def calls(family: Callable, dtype: torch.dtype) -> dict[str, Call]:
     patched = copy.deepcopy(plain)
     apply_to(patched)
     found = {OURS: call(patched, inputs, run, dtype), "eager": call(plain, inputs, run, dtype)}
-    # another order of summation turns a ReLU whose input is a rounding away from zero, and with it a row of a gradient
-    tolerance = 2e-3 if dtype == torch.float32 else 5e-2
     for part in ("forward", "forward+backward"):
+        tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+        if family is idefics_resampler and part != "forward":
+            # its ReLUs: one whose input is a rounding away from zero turns, and with it a row of a gradient
+            tolerance = max(tolerance, 2e-3)
         ours, theirs = (c[part]() for c in (found[OURS], found["eager"]))
         pairs = list(zip(*([t] if isinstance(t, Tensor) else t for t in (ours, theirs)), strict=True))
         # of all gradients together: that of a key's bias is nothing but rounding

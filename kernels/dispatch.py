@@ -259,7 +259,8 @@ def backends() -> list[BackendRow]:
 _library = torch.library.Library("prismer", "FRAGMENT")
 _implementations: dict[str, Callable] = {}
 _functions: dict[str, type[torch.autograd.Function]] = {}
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+# types of tensors that are what they seem
 
 
 def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
@@ -290,7 +291,7 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
         gradient = False
         for arg in args:
             if isinstance(arg, torch.Tensor):
-                if type(arg) not in _PLAIN:
+                if type(arg) not in PLAIN:
                     return op(*args)
                 gradient = gradient or arg.requires_grad
         if gradient and torch.is_grad_enabled():
@@ -312,7 +313,7 @@ def on_host(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     return (
         _asked is None
         and x.device.type == "cpu"
-        and type(x) in _PLAIN
+        and type(x) in PLAIN
         and not (torch.compiler.is_compiling() or _watched())
         and not any(hasattr(weight, "ds_id") for weight in weights)
     )

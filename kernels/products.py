@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+from prismer.kernels.dispatch import PLAIN
+
 _asked = os.environ.get("PRISMER_MATMUL", "auto")
 if _asked not in ("auto", "torch"):
     raise ValueError(f"PRISMER_MATMUL is {_asked!r}; set it to torch, or leave it unset")
@@ -36,7 +37,7 @@ def on_onednn(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and x.dtype == torch.float32
         and x.device.type == "cpu"
-        and type(x) in _PLAIN
+        and type(x) in PLAIN
         and onednn_is_faster()
         and torch.backends.mkldnn.enabled
     )

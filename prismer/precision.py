@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from prismer.config import PrismerConfig
+from prismer.kernels import products
+from prismer.kernels.linear import linears
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 MIN_WIDTH = 256
@@ -53,7 +55,8 @@ def block_rates(width: int, seconds: float = 0.2) -> dict[torch.dtype, float]:
         return [torch.randn(shape).mul_(0.1).to(dtype).requires_grad_() for shape in shapes]
 
     def step(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
-        (x + F.linear(F.gelu(F.linear(F.layer_norm(x, (width,)), up)), down)).sum().backward()
+        hidden = F.gelu(linears(F.layer_norm(x, (width,)), [(up, None)])[0])
+        (x + linears(hidden, [(down, None)])[0]).sum().backward()
 
     best = _fastest({dtype: partial(step, *block(dtype)) for dtype in NAMES}, seconds)
     return {
@@ -83,7 +86,7 @@ def caption_seconds(config: PrismerConfig, seconds: float = 0.1) -> dict[torch.d
             draws = [torch.full(shape, 0.1) for shape in shapes]
 
             def step(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-                return F.linear(F.gelu(F.linear(x, up)), down)
+                return products.linear(F.gelu(products.linear(x, up)), down)
 
             steps = {
                 dtype: partial(step, *(draw.to(dtype) for draw in draws)) for dtype in NAMES

@@ -19,6 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from prismer.counting import Counter
+from prismer.kernels import products
 from prismer.kernels.dispatch import as_if_watched
 
 _STEP = "prismer: step"
@@ -37,7 +38,7 @@ class Peaks:
     """What the machine was measured to do.
 
     Attributes:
-        matrix: dtype -> FLOP/s of `torch.mm`, fp32 and bf16.
+        matrix: dtype -> FLOP/s of a product of matrices, fp32 and bf16, on the library that the model takes.
         memory: bytes/s read and written by a copy.
     """
 
@@ -61,7 +62,7 @@ def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
         if side == _SIDE and 2 * side**3 / rate > 4 * _PATIENCE:
             return rate
         a, b = torch.ones(side, side, device=device, dtype=dtype), torch.ones(side, side, device=device, dtype=dtype)
-        rate = 2 * side**3 / _best_seconds(lambda a=a, b=b: torch.mm(a, b), device)
+        rate = 2 * side**3 / _best_seconds(lambda a=a, b=b: products.mm(a, b), device)
     return rate
 
 

@@ -8,19 +8,14 @@ Run: pytest tests/ops/test_native.py
 import pytest
 import torch
 import torch.nn.functional as F
+from native_sets import HERE
 
 from prismer.kernels.decode_attention import decode_attention_reference
-from prismer.kernels.dispatch import native_missing
 from prismer.kernels.label_map import label_map_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-if native_missing() is not None:
-    pytest.skip(native_missing(), allow_module_level=True)
-
 ops = torch.ops.prismer_native
-SETS = ("baseline", "avx2", "avx512")
-HERE = SETS[: SETS.index(ops.cpu_capability()) + 1]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = ((0, 48), (1, 1), (3, 7), (1023, 7), (3, 60), (65, 64), (33, 768), (3, 1000), (1023, 17))
 ACTIVATIONS = {
@@ -28,14 +23,6 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "squared_relu": lambda x: F.relu(x).square(),
 }
-
-
-@pytest.fixture(params=SETS)
-def isa(request, monkeypatch):
-    if request.param not in HERE:
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("PRISMER_CPU_ISA", request.param)
-    return request.param
 
 
 @pytest.fixture

@@ -1,0 +1,12 @@
+"""The instruction sets that native ops are compiled for, and those of this machine."""
+
+import pytest
+import torch
+
+from prismer.kernels.dispatch import native_missing
+
+if native_missing() is not None:
+    pytest.skip(native_missing(), allow_module_level=True)
+
+SETS = ("baseline", "avx2", "avx512")
+HERE = SETS[: SETS.index(torch.ops.prismer_native.cpu_capability()) + 1]
