@@ -12,13 +12,22 @@ def peak_bytes(fn: Callable[[], object]) -> int:
 
     What `fn` returns, or leaves in `.grad`, counts while it lives. oneDNN's own scratch memory is not seen.
     """
+    return max(_course(fn))
+
+
+def kept_bytes(fn: Callable[[], object]) -> int:
+    """Bytes that `fn` allocated and that live on in what it returned, such as an output's graph."""
+    return _course(fn)[-1]
+
+
+def _course(fn: Callable[[], object]) -> list[int]:
+    """Bytes alive after each allocation and release, from 0 to when `fn` has returned."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = fn()
     del result
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
+    course = [0]
     for event in sorted(events, key=lambda e: e.start_ns()):
         if event.device_type() == torch.autograd.DeviceType.CPU:
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
+            course.append(course[-1] + event.nbytes())
+    return course
