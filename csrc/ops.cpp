@@ -29,6 +29,9 @@ Tensor bias_activation_backward_cpu(
     const std::string& activation);
 void logit_statistics_cpu(
     const Tensor& logits, const Tensor& bias, const Tensor& targets, int64_t first, Tensor state);
+Tensor philox_kept_cpu(
+    const Tensor& seed, int64_t heads, int64_t row, int64_t rows, int64_t keys, int64_t segment,
+    int64_t threshold);
 Tensor label_map_cpu(const Tensor& ids, const Tensor& rows, const Tensor& features, int64_t size);
 Tensor label_map_backward_cpu(
     const Tensor& dy, const Tensor& ids, const Tensor& rows, int64_t num_rows);
@@ -62,6 +65,9 @@ STABLE_TORCH_LIBRARY(prismer_native, m) {
   m.def(
       "logit_statistics(Tensor logits, Tensor bias, Tensor targets, int first, Tensor(a!) state) -> "
       "()");
+  m.def(
+      "philox_kept(Tensor seed, int heads, int row, int rows, int keys, int segment, "
+      "int threshold) -> Tensor");
   m.def("label_map(Tensor ids, Tensor rows, Tensor features, int size) -> Tensor");
   m.def("label_map_backward(Tensor dy, Tensor ids, Tensor rows, int num_rows) -> Tensor");
   m.def(
@@ -86,6 +92,7 @@ STABLE_TORCH_LIBRARY_IMPL(prismer_native, CPU, m) {
   m.impl("bias_activation", TORCH_BOX(&prismer::bias_activation_cpu));
   m.impl("bias_activation_backward", TORCH_BOX(&prismer::bias_activation_backward_cpu));
   m.impl("logit_statistics", TORCH_BOX(&prismer::logit_statistics_cpu));
+  m.impl("philox_kept", TORCH_BOX(&prismer::philox_kept_cpu));
   m.impl("label_map", TORCH_BOX(&prismer::label_map_cpu));
   m.impl("label_map_backward", TORCH_BOX(&prismer::label_map_backward_cpu));
   m.impl("decode_attention", TORCH_BOX(&prismer::decode_attention_cpu));

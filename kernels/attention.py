@@ -23,11 +23,11 @@ from torch import Tensor
 from prismer.kernels import attention_peers as peers
 from prismer.kernels import attention_triton, dispatch
 from prismer.kernels.attention_triton import kernel_cases as kernel_cases
+from prismer.kernels.philox import survivors
 
 BACKENDS = ("flash-attn", "sdpa", "triton", "xformers", "torch", "reference")
 
 _CHUNK_BYTES = 64 << 20  # of scores that the torch backend holds at once
-_WORD = 0xFFFFFFFF
 _LOG2E = math.log2(math.e)
 
 
@@ -52,12 +52,12 @@ def attention_reference(
         seen = seen.tril()
     if key_mask is not None:
         seen = seen & key_mask[:, None, None, :]
-    kept = [_kept(seed, B, H, 0, N, L, 0, dropout)] if dropout else []
+    kept = [survivors(seed, B, H, 0, N, L, 0, dropout)] if dropout else []
     if extra_k is not None:
         L2 = extra_k.shape[2]
         seen = torch.cat([seen, seen.new_ones(B, 1, N, L2)], 3)
         k, v = torch.cat([k, extra_k], 2), torch.cat([v, extra_v], 2)
-        kept += [_kept(seed, B, H, 0, N, L2, 1, dropout)] if dropout else []
+        kept += [survivors(seed, B, H, 0, N, L2, 1, dropout)] if dropout else []
     scores = q.to(compute) @ k.to(compute).mT * (K**-0.5 if scale is None else scale)
     some = seen.any(3, keepdim=True)
     weights = scores.masked_fill(~seen & some, float("-inf")).softmax(3) * some
@@ -65,44 +65,6 @@ def attention_reference(
         weights = weights * torch.cat(kept, 3) / (1 - dropout)
     out = (weights @ v.to(compute)).to(q.dtype)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def _high(a: int, b: Tensor) -> Tensor:
-    """The upper word of the product of two 32-bit words, in int64 without overflow."""
-    return (a * (b >> 16) + (a * (b & 0xFFFF) >> 16)) >> 16
-
-
-def _philox(seed: Tensor, *counter: Tensor) -> tuple[Tensor, ...]:
-    """Four 32-bit words for every counter of four, keyed by the two words of the seed; all in int64."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(10):
-        c0, c1, c2, c3 = (
-            _high(0xCD9E8D57, c2) ^ c1 ^ k0,
-            (0xCD9E8D57 * c2) & _WORD,
-            _high(0xD2511F53, c0) ^ c3 ^ k1,
-            (0xD2511F53 * c0) & _WORD,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return torch.broadcast_tensors(c0, c1, c2, c3)
-
-
-def _kept(
-    seed: Tensor, B: int, H: int, row: int, rows: int, L: int, segment: int, dropout: float
-) -> Tensor:
-    """Which probabilities survive, (B, H, rows, L) for the queries row.. and all keys of a segment.
-
-    The draws of `attention_triton.py`: counter (key // 4, query, b * H + h, segment), one of four words for each key.
-    """
-    indices = dict(dtype=torch.int64, device=seed.device)
-    words = _philox(
-        seed.reshape(()),
-        torch.arange((L + 3) // 4, **indices),
-        torch.arange(row, row + rows, **indices)[:, None],
-        torch.arange(B * H, **indices).view(B, H, 1, 1),
-        torch.full((), segment, **indices),
-    )
-    return torch.stack(words, -1).flatten(-2)[..., :L] >> 8 >= round(dropout * 2**24)
 
 
 # torch
@@ -154,7 +116,7 @@ def _forward_torch(q, k, v, extra_k, extra_v, key_mask, seed, causal, dropout, s
         lse[:, :, rows] = (base + total.log2()).masked_fill_(nothing, float("inf")).squeeze(3)
         if dropout:
             for (i, k, _), w in zip(segments, weights, strict=True):
-                w *= _kept(seed, B, H, rows.start, w.shape[2], k.shape[2], i, dropout)
+                w *= survivors(seed, B, H, rows.start, w.shape[2], k.shape[2], i, dropout)
         x = sum(w @ v for w, (_, _, v) in zip(weights, segments, strict=True))
         x *= 1 / (1 - dropout) / total.masked_fill_(nothing, 1)
         out[:, rows] = x.transpose(1, 2)
@@ -180,7 +142,7 @@ def _backward_torch(
             dp = dout_rows @ v.mT
             dropped = p
             if dropout:
-                kept = _kept(seed, B, H, rows.start, p.shape[2], k.shape[2], i, dropout)
+                kept = survivors(seed, B, H, rows.start, p.shape[2], k.shape[2], i, dropout)
                 kept = kept.to(compute) / (1 - dropout)
                 dropped = p * kept
                 dp *= kept

@@ -40,8 +40,9 @@ _OPS: dict[str, dict[str, tuple[str, ...] | None]] = {
     },
     "resampler_attention": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
     "cross_entropy": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
-    # inside the loss on torch's operators
+    # inside the loss and attention on torch's operators
     "logit_statistics": {"native": ("cpu",), "torch": _ANY},
+    "philox_kept": {"native": ("cpu",), "torch": _ANY},
     "instance_rows": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
 }
 # op -> backend, fastest first -> device types that it serves; None is every device

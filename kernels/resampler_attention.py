@@ -29,12 +29,13 @@ Kept for the backward pass, in bytes, for numbers of s bytes, besides the inputs
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from prismer.kernels import dispatch, products, resampler_triton
+from prismer.kernels.absorb import absorb, absorb_weight, release, rows_of_images, steps, store_rows
 from prismer.kernels.cases import KernelCase
 from prismer.kernels.layer_norm import layer_norm
 
@@ -109,50 +110,7 @@ def cheaper_order(B: int, M: int, L: int, D: int, H: int, grads: Collection[str]
     return "absorbed" if absorbed < 0.8 * ordinary else "ordinary"
 
 
-# products with the heads' slices of a weight: few rows, and the same for every backend
-
-
-def _absorb(rows: Tensor, weight: Tensor, H: int, scale: float) -> Tensor:
-    """(R, D) rows of H heads, each times its (K, D) slice of `weight` (D, D) -> (H, R, D)."""
-    heads, weight = rows.unflatten(1, (H, -1)).transpose(0, 1), weight.unflatten(0, (H, -1))
-    a = rows.new_empty(H, *rows.shape)
-    return torch.baddbmm(a, heads, weight, beta=0, alpha=scale)
-
-
-def _release(a: Tensor, weight: Tensor, scale: float) -> Tensor:
-    """The transpose of `_absorb`: (H, R, D), each head times its slice of `weight`, transposed -> (R, D)."""
-    H, R, D = a.shape
-    slices = weight.unflatten(0, (H, -1)).mT
-    heads = torch.baddbmm(a.new_empty(H, R, D // H), a, slices, beta=0, alpha=scale)
-    return heads.transpose(0, 1).reshape(R, D)
-
-
-def _absorb_weight(rows: Tensor, a: Tensor, scale: float, out: Tensor) -> None:
-    """The weight's gradient of `_absorb`: (R, D) rows of H heads and (H, R, D) -> `out` (D, D)."""
-    H = a.shape[0]
-    heads, out = rows.unflatten(1, (H, -1)).permute(1, 2, 0), out.unflatten(0, (H, -1))
-    torch.baddbmm(out, heads, a, beta=0, alpha=scale, out=out)
-
-
-# torch: on the CPU an image at a time, so that its scores stay in the cache; elsewhere all images in one launch
-
-
-def _steps(x: Tensor) -> Iterator[slice]:
-    B = x.shape[0]
-    step = 1 if x.device.type == "cpu" else max(B, 1)
-    return (slice(i, min(i + step, B)) for i in range(0, B, step))
-
-
-def _images(a: Tensor, B: int, images: slice) -> Tensor:
-    """(H, B * M, D) -> contiguous (n, H * M, D) of some images."""
-    H, R, D = a.shape
-    return a.view(H, B, R // B, D)[:, images].transpose(0, 1).reshape(-1, H * (R // B), D)
-
-
-def _store(total: Tensor, a: Tensor, B: int, images: slice) -> None:
-    """The way back: (n, H * M, D) of some images into `a` (H, B * M, D)."""
-    H, R, D = a.shape
-    a.view(H, B, R // B, D)[:, images] = total.view(-1, H, R // B, D).transpose(0, 1)
+# the absorbed order on torch: on the CPU an image at a time
 
 
 def _mixture(mixed, share, gamma, beta, probs_z, query) -> Tensor:
@@ -169,8 +127,8 @@ def _attend(a, query, x_hat, gamma, beta, keep, keep_mixed):
     share = query.new_empty(B if keep_mixed else 0, Q, dtype=compute)
     mixed = query.new_empty(B if keep_mixed else 0, Q, D)
     t, beta = torch.empty_like(a), beta.to(compute)
-    for images in _steps(query):
-        u, x, a_here = query[images], x_hat[images], _images(a, B, images)
+    for images in steps(query):
+        u, x, a_here = query[images], x_hat[images], rows_of_images(a, B, images)
         scores = u.new_empty(len(u), Q, M + L)
         torch.bmm(a_here, u.mT, out=scores[..., :M])
         # the offset of the inputs is taken from the few latents: a softmax does not see what all keys share
@@ -180,7 +138,7 @@ def _attend(a, query, x_hat, gamma, beta, keep, keep_mixed):
         mixed_here, share_here = torch.bmm(p[..., M:], x), p[..., M:].sum(-1, dtype=compute)
         if keep_mixed:
             mixed[images], share[images] = mixed_here, share_here
-        _store(_mixture(mixed_here, share_here, gamma, beta, p[..., :M], u), t, B, images)
+        store_rows(_mixture(mixed_here, share_here, gamma, beta, p[..., :M], u), t, B, images)
     return t, probs, share, mixed
 
 
@@ -190,9 +148,9 @@ def _attend_backward(a, dt, query, x_hat, gamma, beta, probs, share, mixed, need
     compute = torch.promote_types(query.dtype, torch.float32)
     dquery, dx_hat, dgamma, dbeta, _, _ = results
     da, t = torch.empty_like(a), torch.empty_like(a if needs["in_proj_weight"] else a[:0])
-    for images in _steps(query):
+    for images in steps(query):
         u, x, p = query[images], x_hat[images], probs[images]
-        pair = torch.cat([_images(a, B, images), _images(dt, B, images)], dim=1)
+        pair = torch.cat([rows_of_images(a, B, images), rows_of_images(dt, B, images)], dim=1)
         scaled = (pair * gamma).to(u.dtype)
         # gradients of scores over probabilities: the keys' gradient contracts them with (a, dt) in one product
         both = u.new_empty(len(u), 2 * Q, M + L)
@@ -210,7 +168,7 @@ def _attend_backward(a, dt, query, x_hat, gamma, beta, probs, share, mixed, need
         if any(needs[name] for name in needs if name != "x_hat"):
             mixed_da = torch.bmm(dscores[..., M:], x)
             share_da = dscores[..., M:].sum(-1, dtype=compute)
-            _store(_mixture(mixed_da, share_da, gamma, beta, dscores[..., :M], u), da, B, images)
+            store_rows(_mixture(mixed_da, share_da, gamma, beta, dscores[..., :M], u), da, B, images)
         if needs["norm"]:
             products = (mixed_da.to(compute) * pair[:, :Q]).addcmul_(
                 mixed[images].to(compute), pair[:, Q:].to(compute)
@@ -220,7 +178,7 @@ def _attend_backward(a, dt, query, x_hat, gamma, beta, probs, share, mixed, need
             dbeta += torch.mv(pair.to(compute).view(-1, D).T, weights)
         if needs["in_proj_weight"]:
             again = _mixture(mixed[images], share[images], gamma, beta, p[..., :M], u)
-            _store(again, t, B, images)
+            store_rows(again, t, B, images)
     return da, t
 
 
@@ -231,7 +189,7 @@ def _absorbed_forward(query, x_hat, gamma, beta, weight, bias, H, triton, keep, 
     (B, M, D), scale = query.shape, (query.shape[2] // H) ** -0.5
     w_q, w_k, w_v = weight.view(3, D, D)
     q = products.linear(query.view(-1, D), w_q, bias[:D])
-    a, factor = _absorb(q, w_k, H, scale), None
+    a, factor = absorb(q, w_k, H, scale), None
     if triton:
         t, probs, factor, share, mixed = resampler_triton.attend(
             a, query, x_hat, gamma, beta, keep_mixed
@@ -239,7 +197,7 @@ def _absorbed_forward(query, x_hat, gamma, beta, weight, bias, H, triton, keep, 
     else:
         t, probs, share, mixed = _attend(a, query, x_hat, gamma, beta, keep, keep_mixed)
     # the probabilities of a query sum to one, so b_v passes through
-    out = _release(t, w_v, 1.0).add_(bias[2 * D :])
+    out = release(t, w_v, 1.0).add_(bias[2 * D :])
     return out.view(B, M, D), q.view(B, M, D), probs, factor, share, mixed
 
 
@@ -263,7 +221,7 @@ def _absorbed_backward(
     w_q, w_k, w_v = weight.view(3, D, D)
     rows, q, dy = query.view(-1, D), q.view(-1, D), dy.view(-1, D)
     dquery, _, _, _, dweight, dbias = results
-    a, dt = _absorb(q, w_k, H, scale), _absorb(dy, w_v, H, 1.0)
+    a, dt = absorb(q, w_k, H, scale), absorb(dy, w_v, H, 1.0)
     if factor.numel():
         da, t = resampler_triton.attend_backward(
             a, dt, query, x_hat, gamma, beta, probs, factor, share, mixed, needs, results
@@ -273,14 +231,14 @@ def _absorbed_backward(
             a, dt, query, x_hat, gamma, beta, probs, share, mixed, needs, results
         )
     if needs["query"] or needs["in_proj_weight"] or needs["in_proj_bias"]:
-        dq = _release(da, w_k, scale)
+        dq = release(da, w_k, scale)
     if needs["query"]:
         dquery = dquery.view(-1, D)
         dquery += products.mm(dq, w_q)
     if needs["in_proj_weight"]:
         dweight[:D] = products.mm(dq.T, rows)
-        _absorb_weight(q, da, scale, dweight[D : 2 * D])
-        _absorb_weight(dy, t, 1.0, dweight[2 * D :])
+        absorb_weight(q, da, scale, dweight[D : 2 * D])
+        absorb_weight(dy, t, 1.0, dweight[2 * D :])
     if needs["in_proj_bias"]:
         _bias_gradient(dq, dy, dbias)
 
@@ -314,7 +272,7 @@ def _ordinary_forward(query, x_hat, gamma, beta, weight, bias, H, keep):
     kv[B * M :] = products.linear(_normed(x_hat, gamma, beta).view(-1, D), w_kv)
     kv_z, kv_x = kv[: B * M].view(B, M, 2 * D), kv[B * M :].view(B, L, 2 * D)
     probs, out = q.new_empty(B if keep else 0, H * M, M + L), torch.empty_like(query)
-    for images in _steps(query):
+    for images in steps(query):
         q_here = _split_heads(q[images], H)
         k_z, v_z, k_x, v_x = (
             _split_heads(t, H) for kv in (kv_z, kv_x) for t in kv[images].chunk(2, 2)
@@ -341,7 +299,7 @@ def _ordinary_backward(dy, query, x_hat, gamma, beta, weight, q, probs, kv, H, n
     dkv = torch.empty_like(kv if need_dkv else kv[:0])
     dparts = [t.view(B, -1, 2 * D) for t in (dkv[: B * M], dkv[B * M :])] if need_dkv else []
     dq = torch.empty_like(q if need_dq else q[:0])
-    for images in _steps(query):
+    for images in steps(query):
         n = len(query[images])
         q_here, do = (_split_heads(t[images], H) for t in (q, dy))
         p = probs[images].view(n * H, M, M + L)
@@ -366,7 +324,7 @@ def _ordinary_backward(dy, query, x_hat, gamma, beta, weight, q, probs, kv, H, n
         dx = products.mm(dkv_x, w_kv)
     if needs["norm"]:
         # in chunks of an image, so that the products in fp32 stay small
-        for images in _steps(query):
+        for images in steps(query):
             dx_here = dx.view(B, L, D)[images].to(dgamma.dtype)
             dgamma += (dx_here * x_hat[images]).sum((0, 1))
             dbeta += dx_here.sum((0, 1))

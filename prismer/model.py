@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from prismer.config import PrismerConfig
 from prismer.dataloading.batch import IGNORE_INDEX, Batch, ImageBatch, TextBatch
 from prismer.kernels.cross_entropy import linear_cross_entropy
-from prismer.text import TextDecoder
+from prismer.text import TextDecoder, in_a_row
+from prismer.tied import look_up
 from prismer.tokenizer import Tokenizer
 from prismer.vision import VisionEncoder
 
@@ -49,36 +50,41 @@ class Prismer(nn.Module):
         """(B, N, D) context tokens of a batch of images."""
         return self.encoder(images)
 
-    def _hidden_and_targets(self, context: Tensor, texts: TextBatch) -> tuple[Tensor, list[Tensor]]:
-        """(B, T, D) hidden states of all texts of an image in a row, and the (B, G, T) targets of each part."""
+    def _hidden_and_targets(self, context: Tensor, texts: TextBatch) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(B, T, D) hidden states of an image's texts in a row, the head's matrix, (B, G, T) targets of each part."""
         parts = texts.parts()
-        hidden = self.decoder([ids for ids, _ in parts], context)
+        ids = [ids for ids, _ in parts]
+        words, head_weight = look_up(self.decoder.embeddings.word, in_a_row(ids)) or (None, None)
+        hidden = self.decoder(ids, context, words)
+        if head_weight is None:
+            head_weight = self.decoder.head_weight
         # the token after each position; after the last there is none
         targets = [F.pad(labels[:, :, 1:], (0, 1), value=IGNORE_INDEX) for _, labels in parts]
-        return hidden, targets
+        return hidden, head_weight, targets
 
-    def _token_losses(self, hidden: Tensor, targets: list[Tensor], **reduction) -> Tensor:
+    def _token_losses(self, hidden: Tensor, head_weight: Tensor, targets: list[Tensor], **reduction) -> Tensor:
         """The losses of all positions, (B * T,), or as `reduction` puts them together."""
         return linear_cross_entropy(
             hidden.flatten(0, 1),
-            self.decoder.head_weight,
+            head_weight,
             self.decoder.head_bias,
-            torch.cat([target.flatten(1) for target in targets], dim=1).flatten(),
+            in_a_row(targets).flatten(),
             label_smoothing=self.config.label_smoothing,
             **reduction,
         )
 
     def text_losses(self, context: Tensor, texts: TextBatch) -> Tensor:
         """(B, G): each text's label-smoothed cross entropy, summed over its target tokens (spec 1.7)."""
-        hidden, targets = self._hidden_and_targets(context, texts)
-        losses = self._token_losses(hidden, targets)
+        hidden, head_weight, targets = self._hidden_and_targets(context, texts)
+        losses = self._token_losses(hidden, head_weight, targets)
         pieces = losses.unflatten(0, hidden.shape[:2]).split([t[0].numel() for t in targets], dim=1)
         sums = [x.unflatten(1, t.shape[1:]).sum(-1) for x, t in zip(pieces, targets, strict=True)]
         return torch.cat(sums, dim=1)
 
     def forward(self, batch: Batch) -> Tensor:
         """The training loss: mean over the texts of weight * summed loss."""
-        hidden, targets = self._hidden_and_targets(self.encode(batch.images), batch.texts)
+        context = self.encode(batch.images)
+        hidden, head_weight, targets = self._hidden_and_targets(context, batch.texts)
         shares = batch.texts.weights.float() / batch.texts.weights.numel()
         # each position weighs what its text does; one sum, so that its logits are formed once
         pieces = shares.split([t.shape[1] for t in targets], dim=1)
@@ -86,7 +92,7 @@ class Prismer(nn.Module):
             w[:, :, None].expand(t.shape).flatten(1) for w, t in zip(pieces, targets, strict=True)
         ]
         weights = torch.cat(rows, dim=1).flatten()
-        return self._token_losses(hidden, targets, reduction="sum", row_weights=weights)
+        return self._token_losses(hidden, head_weight, targets, reduction="sum", row_weights=weights)
 
     def caption(self, images, *, labels=None, semantics=None, **options) -> list[str]:
         """One caption per image.

@@ -16,11 +16,17 @@ from torch.utils.checkpoint import checkpoint
 from prismer.config import PrismerConfig
 from prismer.kernels.activation import bias_activation
 from prismer.kernels.attention import attention
+from prismer.kernels.cross_attention import cross_attention
 from prismer.kernels.linear import linears
 from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, q, k, v), each (R, H, Q, K) -> (R, H, Q, K)."""
+
+
+def in_a_row(parts: list[Tensor]) -> Tensor:
+    """(B, G, T) tensors, whose G and T may differ -> (B, all tokens of an image)."""
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
 def position_ids(ids: Tensor, pad_id: int) -> Tensor:
@@ -111,13 +117,21 @@ class CrossAttention(MultiheadAttention):
 
     def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """x: (R, Q, D); context: image tokens (B, N, vision width), or what `project_context` made of them."""
-        k, v = self.project_context(context) if isinstance(context, Tensor) else context
-        R, B = x.shape[0], k.shape[0]
+        shared = context if isinstance(context, Tensor) else context[0]
+        R, B = x.shape[0], shared.shape[0]
         (q,) = linears(x, [(self.query.weight, self.query.bias)])
-        q = rearrange(q, "(b g) q (h k) -> b h (g q) k", b=B, h=self.num_heads)
-        out = attention(q, k, v, dropout=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(context, Tensor):
+            key, value = self.key, self.value
+            q = rearrange(q, "(b g) q d -> b (g q) d", b=B)
+            out = cross_attention(
+                q, context, key.weight, key.bias, value.weight, value.bias, self.num_heads, dropout=dropout
+            )
+        else:
+            q = rearrange(q, "(b g) q (h k) -> b h (g q) k", b=B, h=self.num_heads)
+            out = rearrange(attention(q, *context, dropout=dropout), "b h n k -> b n (h k)")
         (out,) = linears(
-            rearrange(out, "b h (g q) k -> (b g) q (h k)", g=R // B),
+            rearrange(out, "b (g q) d -> (b g) q d", g=R // B),
             [(self.output.weight, self.output.bias)],
         )
         return self.norm.add(self.drop(out), x)[0]
@@ -188,8 +202,10 @@ class Embeddings(nn.Module):
         self.norm = LayerNorm(width)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        x = self.word(ids) + self.token_type.weight[0] + self.position(positions)
+    def forward(self, ids: Tensor, positions: Tensor, words: Tensor | None = None) -> Tensor:
+        """ids, positions: (R, Q); words: the rows of the word table, if they have been looked up. Returns (R, Q, D)."""
+        words = self.word(ids) if words is None else words
+        x = words + self.token_type.weight[0] + self.position(positions)
         return self.dropout(self.norm(x))
 
 
@@ -237,18 +253,21 @@ class TextDecoder(nn.Module):
         """Keys and values of every layer's cross-attention, once per image: (B, H, N, K) each."""
         return [layer.cross.project_context(context) for layer in self.layers]
 
-    def run(self, ids: Tensor, positions: Tensor, attend: Attend, cross: list | Tensor) -> Tensor:
+    def run(
+        self, ids: Tensor, positions: Tensor, attend: Attend, cross: list | Tensor, words: Tensor | None = None
+    ) -> Tensor:
         """Hidden states of R rows of Q tokens.
 
         Args:
             ids, positions: (R, Q) int64.
             attend: self-attention of layer i = 0..depth (depth is the extra layer).
             cross: image tokens (B, N, vision width), or `project_context` of them; R is a multiple of B.
+            words: (R, Q, D), the rows of the word table, if they have been looked up.
 
         Returns:
             (R, Q, D).
         """
-        x = self.embeddings(ids, positions)
+        x = self.embeddings(ids, positions, words)
         for i, layer in enumerate(self.layers):
             context = cross if isinstance(cross, Tensor) else cross[i]
             if self.gradient_checkpointing and self.training:
@@ -265,12 +284,13 @@ class TextDecoder(nn.Module):
         """(..., D) -> (..., V)."""
         return linears(self.transform(hidden), [(self.head_weight, self.head_bias)])[0]
 
-    def forward(self, texts: list[Tensor], context: Tensor) -> Tensor:
+    def forward(self, texts: list[Tensor], context: Tensor, words: Tensor | None = None) -> Tensor:
         """Teacher forcing.
 
         Args:
             texts: ids (B, G, T), one tensor or several whose G and T differ: long texts need not pad the short ones.
             context: image tokens (B, N, vision width).
+            words: (B, tokens of an image, D), the rows of the word table, if they have been looked up.
 
         Returns:
             (B, tokens of an image, D): transformed hidden states, the tensors of `texts` behind one another, each
@@ -279,10 +299,10 @@ class TextDecoder(nn.Module):
         pad = self.config.pad_id
         dropout = self.config.dropout if self.training else 0.0
         # all tokens of an image's texts in one row: only self-attention knows where a text ends
-        ids = torch.cat([part.flatten(1) for part in texts], dim=1)
+        ids = in_a_row(texts)
         positions = torch.cat([position_ids(part, pad).flatten(1) for part in texts], dim=1)
         attend = packed_attend([part.ne(pad) for part in texts], dropout)
-        return self.transform(self.run(ids, positions, attend, context))
+        return self.transform(self.run(ids, positions, attend, context, words))
 
 
 def _init_roberta(std: float, module: nn.Module) -> None:

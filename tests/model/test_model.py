@@ -238,13 +238,15 @@ def test_dropout_is_where_roberta_has_it(tiny, monkeypatch):
     called, rates = [], []
     for name, module in drops.items():
         module.register_forward_hook(lambda *_, name=name: called.append(name))
-    attention = prismer.text.attention
+    def recording(run):
+        def recorded(*arguments, dropout, **options):
+            rates.append(dropout)
+            return run(*arguments, dropout=dropout, **options)
 
-    def recording(*tensors, dropout, **options):
-        rates.append(dropout)
-        return attention(*tensors, dropout=dropout, **options)
+        return recorded
 
-    monkeypatch.setattr(prismer.text, "attention", recording)
+    for room in ("attention", "cross_attention"):
+        monkeypatch.setattr(prismer.text, room, recording(getattr(prismer.text, room)))
     ids, context = torch.randint(3, 40, (2, 1, 6)), torch.randn(2, 5, config.vision_width)
     first = decoder.train()([ids], context)
     assert sorted(called) == sorted(drops)

@@ -15,6 +15,7 @@ from prismer.kernels import attention as room
 from prismer.kernels import attention_triton
 from prismer.kernels.attention import attention, attention_reference
 from prismer.kernels.dispatch import use_backend
+from prismer.kernels.philox import philox, survivors
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -97,9 +98,9 @@ def visible(q, k, extra_k, causal, key_mask):
 def factors(q, k, extra_k, dropout, seed):
     """(B, H, N, L + L2): what dropout multiplies weights by."""
     B, H, N, _ = q.shape
-    kept = [room._kept(seed, B, H, 0, N, k.shape[2], 0, dropout)]
+    kept = [survivors(seed, B, H, 0, N, k.shape[2], 0, dropout)]
     if extra_k is not None:
-        kept.append(room._kept(seed, B, H, 0, N, extra_k.shape[2], 1, dropout))
+        kept.append(survivors(seed, B, H, 0, N, extra_k.shape[2], 1, dropout))
     return torch.cat(kept, 3) / (1 - dropout)
 
 
@@ -229,7 +230,7 @@ def test_chunks_of_queries(monkeypatch):
 )
 def test_philox(counter, seed, words):
     """The known answers of Philox 4x32-10."""
-    got = room._philox(torch.tensor(seed), *(torch.tensor(c) for c in counter))
+    got = philox(torch.tensor(seed), *(torch.tensor(c) for c in counter))
     assert tuple(int(word) for word in got) == words
 
 
@@ -239,7 +240,7 @@ def test_dropout_depends_on_place_alone(blocks, on):
     tensors["v"][:] = torch.eye(32)
     tensors["extra_v"][:] = 0
     tensors = {name: t.float() for name, t in tensors.items()}
-    wanted = room._kept(SEED, 2, 2, 0, 32, 32, 0, P)
+    wanted = survivors(SEED, 2, 2, 0, 32, 32, 0, P)
     on("triton")
     for backend, shape in (("torch", None), ("triton", (16, 32)), ("triton", (32, 16))):
         if shape:
@@ -250,16 +251,16 @@ def test_dropout_depends_on_place_alone(blocks, on):
 
 def test_dropout_is_fair():
     """A share of 1 - p survives, for every head, query and segment its own; another seed keeps others."""
-    kept = room._kept(SEED, 2, 3, 0, 101, 203, 0, P).double()
+    kept = survivors(SEED, 2, 3, 0, 101, 203, 0, P).double()
     assert abs(kept.mean().item() - (1 - P)) < 4 * math.sqrt(P * (1 - P) / kept.numel())
     flat = kept.flatten(0, 1)
-    others = [room._kept(SEED, 2, 3, 0, 101, 203, 1, P), room._kept(SEED + 1, 2, 3, 0, 101, 203, 0, P)]
+    others = [survivors(SEED, 2, 3, 0, 101, 203, 1, P), survivors(SEED + 1, 2, 3, 0, 101, 203, 0, P)]
     others += [kept.roll(shift, dim) for dim, shift in ((0, 1), (1, 1), (2, 1), (3, 1), (3, 4))]
     for other in others:
         # independent: the covariance is that of chance
         covariance = ((flat - 1 + P) * (other.double().flatten(0, 1) - 1 + P)).mean()
         assert abs(covariance.item()) < 4 * P * (1 - P) / math.sqrt(kept.numel())
-    assert torch.equal(room._kept(SEED, 2, 3, 50, 51, 203, 0, P), kept[:, :, 50:].bool())
+    assert torch.equal(survivors(SEED, 2, 3, 50, 51, 203, 0, P), kept[:, :, 50:].bool())
 
 
 @pytest.mark.parametrize("backend", ("torch", "sdpa", "reference"))

@@ -1,0 +1,123 @@
+"""Proves that a word table that is embedding and head gets one gradient, the sum of both uses, and that no second one
+as large is formed.
+
+Run: pytest tests/model/test_tied.py
+"""
+
+import pytest
+import torch
+from live_bytes import peak_bytes
+from torch import nn
+
+from prismer.kernels.cross_entropy import linear_cross_entropy
+from prismer.kernels.dispatch import use_backend
+from prismer.tied import look_up
+
+V, D, PAD = 50, 8, 1
+IDS = torch.tensor([[3, 7, 7, PAD], [7, 49, PAD, PAD]])
+
+
+@pytest.fixture
+def table():
+    return nn.Embedding(V, D, padding_idx=PAD, dtype=torch.float64)
+
+
+def both_uses(embedding, ids=IDS, labels=5):
+    """The loss of a head that reads what the embedding gives, through one node."""
+    rows, weight = look_up(embedding, ids)
+    return head(rows, weight, labels)
+
+
+def apart(embedding, ids=IDS, labels=5):
+    """The same by autograd's own sum."""
+    return head(embedding(ids), embedding.weight, labels)
+
+
+def head(rows, weight, labels):
+    hidden = rows.tanh().flatten(0, 1)
+    targets = torch.full((len(hidden),), labels)
+    return linear_cross_entropy(hidden, weight, weight.new_zeros(len(weight)), targets, reduction="sum")
+
+
+def gradient(loss, embedding):
+    return torch.autograd.grad(loss, embedding.weight)[0]
+
+
+def test_one_gradient(table):
+    """Rows that come twice, pads that get nothing from the look-up, and what the head gives to all."""
+    ours, plain = gradient(both_uses(table), table), gradient(apart(table), table)
+    torch.testing.assert_close(ours, plain)
+    # the look-up's part is there
+    assert not torch.allclose(gradient(head(table(IDS).detach(), table.weight, 5), table), plain)
+
+
+def test_losses_of_several_batches(table):
+    """Two graphs in one backward pass, and one graph twice: nothing is lost or added where it does not belong."""
+    others = torch.tensor([[9, 3]])
+    ours = gradient(both_uses(table) + 2 * both_uses(table, others, 6), table)
+    torch.testing.assert_close(ours, gradient(apart(table) + 2 * apart(table, others, 6), table))
+    loss = both_uses(table)
+    for times in (1, 2):
+        loss.backward(retain_graph=times == 1)
+        torch.testing.assert_close(table.weight.grad, times * gradient(apart(table), table))
+
+
+def test_one_use_alone(table):
+    rows, _ = look_up(table, IDS)
+    (alone,) = torch.autograd.grad(rows.square().sum(), table.weight)
+    torch.testing.assert_close(alone, gradient(table(IDS).square().sum(), table))
+    assert not alone[PAD].any()
+    rows, weight = look_up(table, IDS)
+    apart_too = gradient(head(rows.detach(), table.weight, 5), table)
+    torch.testing.assert_close(gradient(head(rows.detach(), weight, 5), table), apart_too)
+
+
+def test_no_second_table():
+    """Above the gradient that is there, a step forms one and no other."""
+    embedding = nn.Embedding(20_000, 64, padding_idx=PAD)
+    embedding.weight.grad = torch.zeros_like(embedding.weight)
+    size = embedding.weight.nbytes
+    peaks = {}
+    for way in (both_uses, apart):
+        way(embedding).backward()
+        peaks[way] = peak_bytes(lambda way=way: way(embedding).backward())
+    logits = 4 * IDS.numel() * len(embedding.weight)
+    assert size <= peaks[both_uses] <= size + 3 * logits < 2 * size <= peaks[apart]
+
+
+def test_where_the_embedding_does_it(table):
+    """Without gradients, frozen, on another device, compiled, or with a backend asked for."""
+    with torch.no_grad():
+        assert look_up(table, IDS) is None
+    assert look_up(table.to("meta"), IDS.to("meta")) is None
+    frozen = nn.Embedding(V, D).requires_grad_(False)
+    assert look_up(frozen, IDS) is None
+    with use_backend("torch"):
+        assert look_up(nn.Embedding(V, D), IDS) is None
+
+
+def test_the_model_takes_it(monkeypatch):
+    """A training step of the model goes through the node, and its gradients are those without it."""
+    import prismer.model
+    from prismer.config import prismer_tiny
+    from prismer.dataloading.batch import TextBatch
+
+    torch.manual_seed(0)
+    model = prismer.model.Prismer(prismer_tiny(dropout=0.0, text_depth=2))
+    ids = torch.randint(3, 40, (2, 1, 6))
+    ids[1, 0, 4:] = model.config.pad_id
+    texts = TextBatch(ids=ids, labels=ids.clone(), weights=torch.ones(2, 1))
+    context = torch.randn(2, 5, model.config.vision_width)
+
+    def step():
+        model.zero_grad()
+        model.text_losses(context, texts).sum().backward()
+        return {name: p.grad.clone() for name, p in model.decoder.named_parameters()}
+
+    calls = []
+    monkeypatch.setattr(prismer.model, "look_up", lambda *call: calls.append(1) or look_up(*call))
+    ours = step()
+    monkeypatch.setattr(prismer.model, "look_up", lambda *_: None)
+    for name, wanted in step().items():
+        torch.testing.assert_close(ours[name], wanted, msg=lambda text, name=name: f"{name}: {text}")
+    assert calls == [1]
