@@ -55,6 +55,9 @@ def store_rows(total: Tensor, a: Tensor, B: int, images: slice) -> None:
     a.view(H, B, R // B, E)[:, images] = total.view(-1, H, R // B, E).transpose(0, 1)
 
 
-def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Of (n, ., .) images; of one image on the fastest library."""
-    return products.mm(a[0], b[0])[None] if len(a) == 1 else torch.bmm(a, b)
+def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """`torch.bmm` of (n, ., .) images, of one image on the fastest library."""
+    if len(a) == 1 and products.on_onednn(a):
+        result = products.mm(a[0], b[0])[None]
+        return result if out is None else out.copy_(result)
+    return torch.bmm(a, b, out=out)

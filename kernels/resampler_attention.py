@@ -35,7 +35,15 @@ import torch
 from torch import Tensor
 
 from prismer.kernels import dispatch, products, resampler_triton
-from prismer.kernels.absorb import absorb, absorb_weight, release, rows_of_images, steps, store_rows
+from prismer.kernels.absorb import (
+    absorb,
+    absorb_weight,
+    bmm,
+    release,
+    rows_of_images,
+    steps,
+    store_rows,
+)
 from prismer.kernels.cases import KernelCase
 from prismer.kernels.layer_norm import layer_norm
 
@@ -130,12 +138,12 @@ def _attend(a, query, x_hat, gamma, beta, keep, keep_mixed):
     for images in steps(query):
         u, x, a_here = query[images], x_hat[images], rows_of_images(a, B, images)
         scores = u.new_empty(len(u), Q, M + L)
-        torch.bmm(a_here, u.mT, out=scores[..., :M])
+        bmm(a_here, u.mT, out=scores[..., :M])
         # the offset of the inputs is taken from the few latents: a softmax does not see what all keys share
         scores[..., :M] -= torch.matmul(a_here.to(compute), beta)[..., None]
-        torch.bmm((a_here * gamma).to(u.dtype), x.mT, out=scores[..., M:])
+        bmm((a_here * gamma).to(u.dtype), x.mT, out=scores[..., M:])
         p = torch.softmax(scores, -1, out=probs[images] if keep else None)
-        mixed_here, share_here = torch.bmm(p[..., M:], x), p[..., M:].sum(-1, dtype=compute)
+        mixed_here, share_here = bmm(p[..., M:], x), p[..., M:].sum(-1, dtype=compute)
         if keep_mixed:
             mixed[images], share[images] = mixed_here, share_here
         store_rows(_mixture(mixed_here, share_here, gamma, beta, p[..., :M], u), t, B, images)
@@ -155,18 +163,18 @@ def _attend_backward(a, dt, query, x_hat, gamma, beta, probs, share, mixed, need
         # gradients of scores over probabilities: the keys' gradient contracts them with (a, dt) in one product
         both = u.new_empty(len(u), 2 * Q, M + L)
         dscores, dprobs = both[:, :Q], both[:, Q:]
-        torch.bmm(pair[:, Q:], u.mT, out=dprobs[..., :M])
+        bmm(pair[:, Q:], u.mT, out=dprobs[..., :M])
         dprobs[..., :M] -= torch.matmul(pair[:, Q:].to(compute), beta.to(compute))[..., None]
-        torch.bmm(scaled[:, Q:], x.mT, out=dprobs[..., M:])
+        bmm(scaled[:, Q:], x.mT, out=dprobs[..., M:])
         dscores.copy_(torch._softmax_backward_data(dprobs, p, -1, p.dtype))
         if needs["x_hat"] or needs["query"]:
             dprobs.copy_(p)
         if needs["x_hat"]:
-            torch.bmm(both[..., M:].mT, scaled, out=dx_hat[images])
+            bmm(both[..., M:].mT, scaled, out=dx_hat[images])
         if needs["query"]:
-            torch.bmm(both[..., :M].mT, pair, out=dquery[images])
+            bmm(both[..., :M].mT, pair, out=dquery[images])
         if any(needs[name] for name in needs if name != "x_hat"):
-            mixed_da = torch.bmm(dscores[..., M:], x)
+            mixed_da = bmm(dscores[..., M:], x)
             share_da = dscores[..., M:].sum(-1, dtype=compute)
             store_rows(_mixture(mixed_da, share_da, gamma, beta, dscores[..., :M], u), da, B, images)
         if needs["norm"]:
