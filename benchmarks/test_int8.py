@@ -5,6 +5,7 @@ encoder's output may be off by 2 % of its norm, bf16's too, else nothing is time
 """
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,14 +14,15 @@ from harness import DEVICE, OURS
 from job_runner import Job, measure
 
 from prismer.config import preset
+from prismer.model import Prismer
 from prismer.quantise import quantise
 
 MOST = 0.02
 LENGTH = 20
 
 
-@pytest.fixture(scope="module")
-def versions():
+@functools.cache
+def versions() -> dict[str, Prismer]:
     """BASE at 480 px, by contender."""
     model = copy.deepcopy(jobs.build(preset("base", image_size=480))).eval()
     bf16 = copy.deepcopy(model).to(torch.bfloat16)
@@ -66,10 +68,10 @@ def _caption(versions, images) -> Job:
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="int8 towers are for a CPU")
 @pytest.mark.parametrize("make", [_encoder, _caption], ids=["encoder", "caption"])
-def test_int8(benchmark, make, versions, everything):
+def test_int8(benchmark, make, everything):
     if not everything:
         pytest.skip("BASE in four versions: --full has it")
-    job = make(versions, jobs.draw_images(versions["fp32"].config, 1))
+    job = make(versions(), jobs.draw_images(versions()["fp32"].config, 1))
 
     def in_turn(ours, others, rounds: int) -> list[float]:
         benchmark.pedantic(ours, setup=others, rounds=rounds, iterations=1)

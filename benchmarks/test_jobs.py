@@ -1,9 +1,9 @@
 """Whole jobs at real sizes, ours against the released way of computing: pytest benchmarks/test_jobs.py --benchmark-only
 
 Random weights, 480 px unless said, fp32; what is computed and compared is in whole_jobs.py, how it is measured in
-job_runner.py. By default one caption, one question and the pre-training step of BASE, one round each; with --full every
-job, of LARGE too. Beside seconds and peak memory (of a step: above parameters and gradients) a row holds counted FLOPs,
-operators issued, and the share of the operators' time that went into matrix products.
+job_runner.py. By default one caption of BASE, one round; with --full every job, of LARGE too. Beside seconds and peak
+memory (of a step: above parameters and gradients) a row holds counted FLOPs, operators issued, and the share of the
+operators' time that went into matrix products.
 """
 
 import functools
@@ -48,13 +48,13 @@ _rank = jobs.rank_job
 
 CASES = [
     # in this order a model is built once
-    Case(name="pre-training", make=_pre_training, side=224, default=True),
+    Case(name="pre-training", make=_pre_training, side=224),
     Case(name="labels", make=_labels, side=224, rounds=5),
     Case(name="classes", make=jobs.classify_job, side=384, rounds=1),
     Case(name="encoder", make=jobs.encoder_job, rounds=10),
     Case(name="caption", make=jobs.caption_job, default=True),
     Case(name="caption-8", make=functools.partial(jobs.caption_job, batch=8), rounds=1),
-    Case(name="answer-16", make=functools.partial(_rank, top_k=16), default=True),
+    Case(name="answer-16", make=functools.partial(_rank, top_k=16)),
     Case(name="answer-16-five", make=functools.partial(_rank, top_k=16, questions=5)),
     Case(name="answer-128-all", make=functools.partial(_rank, top_k=128, whole_list=True), rounds=1),
     *(
@@ -84,7 +84,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_job(benchmark, case, everything):
     if not (everything or case.default):
-        pytest.skip("on a CPU three jobs, to keep the run short: --full has the rest")
+        pytest.skip("on a CPU one job, to keep the run short: --full has the rest")
     model = jobs.build(preset(case.model, image_size=case.side))
     job = case.make(model, f"{case.model.upper()}-{case.side}")
 
