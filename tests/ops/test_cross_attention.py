@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from live_bytes import kept_bytes
+from torch.library import opcheck
 
 from prismer.counting import Counter
 from prismer.kernels import cross_attention as room
@@ -205,6 +206,23 @@ def test_compiled():
             got = results(compiled, tensors, dout, torch.float64, **options)
         for name, value in results(cross_attention, tensors, dout, torch.float64, **options).items():
             torch.testing.assert_close(got[name], value)
+
+
+@pytest.mark.parametrize("keep", (False, True))
+def test_opcheck(keep):
+    tensors, options = draw(*CASES["narrow-context"])
+    tensors = [t.float().requires_grad_(keep) for t in tensors.values()]
+    arguments = *tensors, SEED, options["num_heads"], options["dropout"], keep
+    opcheck(torch.ops.prismer.cross_attention.default, arguments)
+
+
+@pytest.mark.parametrize("needs", ((True,) * 6, (True, False, False, True, True, False)), ids=str)
+def test_opcheck_backward(needs):
+    tensors, options = draw(*CASES["narrow-context"])
+    q, context, k_weight, _, v_weight, v_bias = (t.float() for t in tensors.values())
+    probs = torch.rand(q.shape[0], options["num_heads"] * q.shape[1], context.shape[1])
+    saved = q, context, k_weight, v_weight, v_bias, SEED, probs, options["num_heads"], options["dropout"]
+    opcheck(torch.ops.prismer.cross_attention_backward.default, (torch.randn_like(q), *saved, list(needs)))
 
 
 @pytest.mark.parametrize(
