@@ -35,6 +35,13 @@ Tensor philox_kept_cpu(
 Tensor label_map_cpu(const Tensor& ids, const Tensor& rows, const Tensor& features, int64_t size);
 Tensor label_map_backward_cpu(
     const Tensor& dy, const Tensor& ids, const Tensor& rows, int64_t num_rows);
+void attention_cpu(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& key_mask,
+    bool causal, double scale, Tensor out, Tensor lse);
+void attention_backward_cpu(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+    const std::optional<Tensor>& key_mask, const Tensor& out, const Tensor& lse, bool causal,
+    double scale, std::optional<Tensor> dq, std::optional<Tensor> dk, std::optional<Tensor> dv);
 Tensor decode_attention_cpu(
     const Tensor& q, const Tensor& shared_k, const Tensor& shared_v, const Tensor& shared_mask,
     const Tensor& suffix_k, const Tensor& suffix_v, const Tensor& ancestors);
@@ -71,6 +78,12 @@ STABLE_TORCH_LIBRARY(prismer_native, m) {
   m.def("label_map(Tensor ids, Tensor rows, Tensor features, int size) -> Tensor");
   m.def("label_map_backward(Tensor dy, Tensor ids, Tensor rows, int num_rows) -> Tensor");
   m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, bool causal, float scale, "
+      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor out, "
+      "Tensor lse, bool causal, float scale, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv) -> ()");
+  m.def(
       "decode_attention(Tensor q, Tensor shared_k, Tensor shared_v, Tensor shared_mask, "
       "Tensor suffix_k, Tensor suffix_v, Tensor ancestors) -> Tensor");
   // the loader's, see dataloading/native_pixels.py
@@ -95,6 +108,8 @@ STABLE_TORCH_LIBRARY_IMPL(prismer_native, CPU, m) {
   m.impl("philox_kept", TORCH_BOX(&prismer::philox_kept_cpu));
   m.impl("label_map", TORCH_BOX(&prismer::label_map_cpu));
   m.impl("label_map_backward", TORCH_BOX(&prismer::label_map_backward_cpu));
+  m.impl("attention", TORCH_BOX(&prismer::attention_cpu));
+  m.impl("attention_backward", TORCH_BOX(&prismer::attention_backward_cpu));
   m.impl("decode_attention", TORCH_BOX(&prismer::decode_attention_cpu));
   m.impl("augment_photo", TORCH_BOX(&prismer::augment_photo_cpu));
   m.impl("augment_maps", TORCH_BOX(&prismer::augment_maps_cpu));

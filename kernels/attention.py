@@ -10,25 +10,24 @@ inputs) joins the same softmax without a concatenation. Kept is a matter of the 
 Philox 4x32-10 decides, in the forward and again in the backward pass, whatever the blocks or the backend.
 q, k, v, out and lse (in base 2) are saved; no N x L tensor is. dq, dk and dv are summed by one owner in a fixed order.
 Source: Dao, arXiv:2307.08691; Milakov and Gimelshein, arXiv:1805.02867; Salmon et al., "Parallel random numbers: as
-easy as 1, 2, 3", 2011. Kernels, traffic and FLOPs: `attention_triton.py`. Other libraries: `attention_peers.py`.
+easy as 1, 2, 3", 2011. On GPUs: `attention_triton.py`, with traffic and FLOPs; on
+CPUs: `attention_native.py`; on any device: `attention_torch.py`. Other libraries: `attention_peers.py`.
 """
 
-import math
+import functools
 import operator
-from collections.abc import Iterator
+import os
 
 import torch
 from torch import Tensor
 
+from prismer.kernels import attention_native, attention_torch, attention_triton, dispatch
 from prismer.kernels import attention_peers as peers
-from prismer.kernels import attention_triton, dispatch
 from prismer.kernels.attention_triton import kernel_cases as kernel_cases
 from prismer.kernels.philox import survivors
 
-BACKENDS = ("flash-attn", "sdpa", "triton", "xformers", "torch", "reference")
-
-_CHUNK_BYTES = 64 << 20  # of scores that the torch backend holds at once
-_LOG2E = math.log2(math.e)
+_OURS = dict(native=attention_native, triton=attention_triton, torch=attention_torch)
+BACKENDS = ("flash-attn", "native", "sdpa", "triton", "xformers", "torch", "reference")
 
 
 def attention_reference(
@@ -67,104 +66,13 @@ def attention_reference(
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-# torch
-
-
-def _chunks(q: Tensor, keys: int, itemsize: int) -> Iterator[slice]:
-    B, H, N, _ = q.shape
-    rows = max(1, _CHUNK_BYTES // max(1, B * H * keys * itemsize))
-    for start in range(0, N, rows):
-        yield slice(start, min(N, start + rows))
-
-
-def _segments(k, v, extra_k, extra_v, compute) -> list[tuple[int, Tensor, Tensor]]:
-    """Those that have keys: number, keys, values."""
-    pairs = enumerate(((k, v), (extra_k, extra_v)))
-    return [
-        (i, a.to(compute), b.to(compute)) for i, (a, b) in pairs if a is not None and a.shape[2]
-    ]
-
-
-def _scores(q, k, segment, rows, causal, key_mask) -> Tensor:
-    """Of the scaled queries `q`, which are those of `rows`; the extra segment is seen by all."""
-    scores = q @ k.mT
-    if segment == 0 and key_mask is not None:
-        scores.masked_fill_(~key_mask[:, None, None, :], float("-inf"))
-    if segment == 0 and causal:
-        o_q, o_k = (torch.arange(n, device=q.device) for n in (rows.stop, k.shape[2]))
-        scores.masked_fill_(o_k > o_q[rows, None], float("-inf"))
-    return scores
-
-
-def _forward_torch(q, k, v, extra_k, extra_v, key_mask, seed, causal, dropout, scale, out, lse):
-    B, H, _, _ = q.shape
-    segments = _segments(k, v, extra_k, extra_v, lse.dtype)
-    if not segments:
-        out.zero_()
-        lse.fill_(float("inf"))
-        return
-    for rows in _chunks(q, sum(k.shape[2] for _, k, _ in segments), lse.itemsize):
-        q_rows = q[:, :, rows].to(lse.dtype) * (scale * _LOG2E)
-        weights = [_scores(q_rows, k, i, rows, causal, key_mask) for i, k, _ in segments]
-        base = weights[0].amax(3, keepdim=True)
-        for more in weights[1:]:
-            base = torch.maximum(base, more.amax(3, keepdim=True))
-        base = base.masked_fill_(base == float("-inf"), 0)
-        weights = [s.sub_(base).exp2_() for s in weights]
-        total = sum(w.sum(3, keepdim=True) for w in weights)
-        nothing = total == 0
-        lse[:, :, rows] = (base + total.log2()).masked_fill_(nothing, float("inf")).squeeze(3)
-        if dropout:
-            for (i, k, _), w in zip(segments, weights, strict=True):
-                w *= survivors(seed, B, H, rows.start, w.shape[2], k.shape[2], i, dropout)
-        x = sum(w @ v for w, (_, _, v) in zip(weights, segments, strict=True))
-        x *= 1 / (1 - dropout) / total.masked_fill_(nothing, 1)
-        out[:, rows] = x.transpose(1, 2)
-
-
-def _backward_torch(
-    dout, q, k, v, extra_k, extra_v, key_mask, seed, out, lse, causal, dropout, scale, grads
-):
-    B, H, _, _ = q.shape
-    compute = lse.dtype
-    segments = _segments(k, v, extra_k, extra_v, compute)
-    dq, sums = grads[0], [None if g is None else g.new_zeros(g.shape, dtype=compute) for g in grads]
-    if dq is not None and not segments:
-        dq.zero_()
-    for rows in _chunks(q, sum(k.shape[2] for _, k, _ in segments), lse.itemsize):
-        q_rows = q[:, :, rows].to(compute) * (scale * _LOG2E)
-        dout_rows = dout[:, rows].transpose(1, 2).to(compute)
-        delta = (dout_rows * out[:, rows].transpose(1, 2)).sum(3, keepdim=True)
-        dq_rows = 0
-        for i, k, v in segments:
-            p = _scores(q_rows, k, i, rows, causal, key_mask)
-            p = p.sub_(lse[:, :, rows, None]).exp2_()
-            dp = dout_rows @ v.mT
-            dropped = p
-            if dropout:
-                kept = survivors(seed, B, H, rows.start, p.shape[2], k.shape[2], i, dropout)
-                kept = kept.to(compute) / (1 - dropout)
-                dropped = p * kept
-                dp *= kept
-            ds = p * dp.sub_(delta)
-            if sums[1 + 2 * i] is not None:
-                sums[1 + 2 * i] += (ds.mT @ q_rows).transpose(1, 2)
-                sums[2 + 2 * i] += (dropped.mT @ dout_rows).transpose(1, 2)
-            if dq is not None:
-                dq_rows = dq_rows + ds @ k
-        if dq is not None and segments:
-            dq[:, rows] = (dq_rows * scale).transpose(1, 2)
-    # the queries above hold the factor that makes the logarithms base 2
-    for grad, total, of_values in zip(grads[1:], sums[1:], (False, True) * 2, strict=True):
-        if grad is not None:
-            grad.copy_(total if of_values else total.div_(_LOG2E))
-
-
 # the registered ops
 
 
 def supports(backend: str, call: peers.Call) -> str | None:
     """None if `backend` serves the call, else the reason why not."""
+    if backend == "native":
+        return attention_native.serves(call)
     if backend == "triton":
         if call.dtype == torch.float64:
             return "triton attention computes in fp32, and q is float64"
@@ -192,10 +100,9 @@ def _forward(q, k, v, extra_k, extra_v, key_mask, seed, causal, dropout, scale, 
         q, k, v, extra_k, extra_v, key_mask, seed, causal, dropout, scale, backend
     )
     key_mask = None if key_mask is None else key_mask.contiguous()
-    run = attention_triton.forward if backend == "triton" else _forward_torch
     if out.numel():
         tensors = map(_rows, (q, k, v, extra_k, extra_v))
-        run(*tensors, key_mask, seed, causal, dropout, scale, out, lse)
+        _OURS[backend].forward(*tensors, key_mask, seed, causal, dropout, scale, out, lse)
     return out, lse
 
 
@@ -222,10 +129,7 @@ def _backward(
         tensors = [_rows(t) for t in (q, k, v, extra_k, extra_v)]
         key_mask = None if key_mask is None else key_mask.contiguous()
         saved = (dout.contiguous(), *tensors, key_mask, seed, out, lse, causal, dropout, scale)
-        if backend == "triton":
-            attention_triton.backward(*saved, *grads)
-        else:
-            _backward_torch(*saved, grads)
+        _OURS[backend].backward(*saved, grads)
     return tuple(outputs)
 
 
@@ -290,8 +194,24 @@ def _choose(
 ) -> str:
     """The backend; a function of constants, so that torch.compile takes its result for one."""
     call = _call(device, dtype, head_dim, causal, masked, dropout, seeded, extra, empty, compiling)
+
+    def serves(name: str) -> str | None:
+        reason = supports(name, call)
+        if reason is None and name == "native" and asked != "native":
+            reason = attention_native.slower_than_torch(dtype)
+        return reason
+
     with dispatch.use_backend(asked):
-        return dispatch.choose("attention", device, lambda name: supports(name, call))
+        return dispatch.choose("attention", device, serves)
+
+
+@functools.lru_cache(maxsize=256)
+def _choose_on_host(
+    dtype: torch.dtype, head_dim: int, dropout: bool, instruction_set: str | None
+) -> str:
+    """What `_choose` comes to for ordinary tensors of a CPU, whose calls are too short to ask each time."""
+    cpu = torch.device("cpu")
+    return _choose(None, cpu, dtype, head_dim, False, False, dropout, False, False, False, False)
 
 
 def _call(
@@ -383,17 +303,18 @@ def attention(
     """
     _check(q, k, v, causal, key_mask, dropout, seed, extra_k, extra_v, backend)
     K = operator.index(q.shape[3])
-    if backend is None and seed is None and extra_k is None and q.numel() and k.numel() and dispatch.on_host(q):
-        # what the choice below comes to
-        return peers.sdpa(q, k, v, causal, key_mask, dropout, K**-0.5 if scale is None else float(scale))
+    scale = K**-0.5 if scale is None else float(scale)
     # torch.compile is to take these for constants, where it leaves the other sizes open
     empty = True if q.numel() == 0 or k.numel() == 0 else False
     drops = True if dropout > 0 else False
-    scale = K**-0.5 if scale is None else float(scale)
     facts = (
         q.device, q.dtype, K, causal, key_mask is not None, drops, seed is not None, extra_k is not None, empty,
     )  # fmt: skip
-    backend = _choose(backend or dispatch.asked(), *facts, torch.compiler.is_compiling())
+    plain = backend is None and seed is None and extra_k is None and not empty
+    if plain and dispatch.on_host(q):
+        backend = _choose_on_host(q.dtype, K, drops, os.environ.get("PRISMER_CPU_ISA"))
+    else:
+        backend = _choose(backend or dispatch.asked(), *facts, torch.compiler.is_compiling())
     if backend == "sdpa":
         return peers.sdpa(q, k, v, causal, key_mask, dropout, scale)
     if backend == "flash-attn":

@@ -436,9 +436,10 @@ def forward(q, k, v, extra_k, extra_v, key_mask, seed, causal, dropout, scale, o
 
 
 def backward(
-    dout, q, k, v, extra_k, extra_v, key_mask, seed, out, lse, causal, dropout, scale, dq, dk, dv, dextra_k, dextra_v
-) -> None:  # fmt: skip
-    """Fill those of dq, dk and dv, dextra_k and dextra_v (B, tokens, H, K) that are not None; dout is contiguous."""
+    dout, q, k, v, extra_k, extra_v, key_mask, seed, out, lse, causal, dropout, scale, grads
+) -> None:
+    """Fill those of dq, dk, dv, dextra_k and dextra_v (B, tokens, H, K) that are not None; dout is contiguous."""
+    dq, dk, dv, dextra_k, dextra_v = grads
     B, H, N, K = q.shape
     longest = max(k.shape[2], 0 if extra_k is None else extra_k.shape[2])
     delta = torch.empty_like(lse)

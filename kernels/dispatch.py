@@ -29,9 +29,10 @@ _OPS: dict[str, dict[str, tuple[str, ...] | None]] = {
     "bias_activation": {"native": ("cpu",), "triton": _GPU, "torch": _ANY, "reference": _ANY},
     "mlp": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
     "adaptor": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
-    # a vendor's attention where it serves the call; ours where it does not
+    # on a GPU a vendor's attention where it serves the call, and ours where it does not
     "attention": {
         "flash-attn": _GPU,
+        "native": ("cpu",),
         "sdpa": _ANY,
         "triton": _GPU,
         "xformers": _GPU,

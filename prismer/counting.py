@@ -54,6 +54,12 @@ def _attention_backward(_, q: Tensor, k: Tensor, v: Tensor, *__, **___) -> int:
     return 2 * prod(q.shape[:-1]) * k.shape[-2] * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
+def _native_attention_backward(dout, q, k, v, *rest, **_) -> int:
+    *_, dq, dk, _ = rest
+    # scores once more and the gradient of the weights; dq; dk and dv
+    return (2 + (dq is not None) + 2 * (dk is not None)) * 2 * q.numel() * k.shape[-2]
+
+
 def _convolution_backward(
     dy: Tensor, x: Tensor, weight: Tensor, _, __, ___, ____, transposed: bool, *rest, **______
 ) -> int:
@@ -99,6 +105,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     "mkldnn::_linear_pointwise": _onednn_linear,
+    "prismer_native::attention": _attention,
+    "prismer_native::attention_backward": _native_attention_backward,
     "prismer_native::decode_attention": _decode_attention,
 }
 for _packet, _formula in flop_registry.items():
@@ -209,7 +217,7 @@ def _without_data(tensor: Tensor) -> bool:
 def _without_kernels(argument: Tensor | str) -> Tensor | str:
     """A tensor's shape alone (a fake one stays what it is), and torch for the backend that an op was told to use."""
     if isinstance(argument, str):
-        return "torch" if argument == "triton" else argument
+        return "torch" if argument in ("native", "triton") else argument
     if _without_data(argument):
         return argument
     return torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device="meta")

@@ -90,7 +90,7 @@ def test_mlp(device, frozen):
         )
 
 
-@pytest.mark.parametrize("backend", ("sdpa", "torch", "triton", "reference"))
+@pytest.mark.parametrize("backend", ("native", "sdpa", "torch", "triton", "reference"))
 def test_attention(backend):
     B, H, N, S, K = 2, 3, 4, 5, 32
     q, k, v = (draw(B, H, n, K, grad=True) for n in (N, S, S))
@@ -100,6 +100,22 @@ def test_attention(backend):
     assert forward == 2 * one
     # five products where scores are computed once more, four where they were kept
     assert backward == (4 if backend == "reference" else 5) * one
+
+
+def test_attention_of_frozen_keys():
+    q, k, v = draw(1, 2, 4, 32, grad=True), draw(1, 2, 5, 32), draw(1, 2, 5, 32)
+    one = 2 * 2 * 4 * 5 * 32
+    with use_backend("native"):
+        assert count(lambda: attention(q, k, v)) == (2 * one, 3 * one)
+        assert count(lambda: attention(q.detach(), k.requires_grad_(), v)) == (2 * one, 4 * one)
+
+
+@pytest.mark.parametrize("backend", ("native", "torch"))
+def test_attention_without_data(backend):
+    """On fake tensors of a CPU, where the kernel cannot be looked into."""
+    with FakeTensorMode(), use_backend(backend):
+        q, k, v = (draw(2, 3, n, 32, grad=True) for n in (4, 5, 5))
+        assert count(lambda: attention(q, k, v)) == (2 * 2 * 2 * 3 * 4 * 5 * 32, 5 * 2 * 2 * 3 * 4 * 5 * 32)
 
 
 @pytest.mark.parametrize("backend", ("torch", "triton"))
