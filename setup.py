@@ -76,9 +76,11 @@ def native_extensions() -> list[Extension]:
             libraries=["c10", "torch", "torch_cpu"],
             define_macros=macros,
             # instruction sets are chosen at run time, see csrc/cpu: one wheel serves every x86-64
-            # nothing reads errno, and for its sake no square root would go into a vector
+            # nothing reads errno, and for its sake no square root would go into a vector;
+            # everything that takes vectors is inlined, so that how they are passed is no matter
             extra_compile_args=[
                 *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"),
+                "-Wno-psabi",
             ],
             py_limited_api=True,
         )

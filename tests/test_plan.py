@@ -20,7 +20,7 @@ from prismer.cli import main
 from prismer.config import prismer_base, prismer_tiny
 from prismer.fake_step import FakeTrainer, _Watch, blank_batch
 from prismer.freezing import freeze
-from prismer.kernels import cross_attention, products, resampler_attention
+from prismer.kernels import cross_attention, products, resampler_torch
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.mlp import mlp
 from prismer.model import Prismer
@@ -101,7 +101,7 @@ def test_bytes_of_a_step(monkeypatch, mode, batch, texts, checkpointing, dropout
     monkeypatch.setattr(tied, "on_host", lambda *_: False)
     step()
     measured = peak_bytes(step)
-    monkeypatch.setattr(resampler_attention, "steps", one_by_one)
+    monkeypatch.setattr(resampler_torch, "steps", one_by_one)
     planned = FakeTrainer(config, mode, "fp32").step(batch, texts, checkpointing)
     # torch's attention keeps its probabilities where it drops some on a CPU, which no GPU kernel does
     assert planned.peak.total == pytest.approx(measured, rel=0.05)
@@ -166,7 +166,7 @@ def job(world: int, precision: str, **changes) -> Job:
 def test_what_deepspeed_holds(monkeypatch, zero_runs, world):
     from plan_under_zero import BATCH, RUNS
 
-    monkeypatch.setattr(resampler_attention, "steps", one_by_one)
+    monkeypatch.setattr(resampler_torch, "steps", one_by_one)
 
     process, out = zero_runs[world]
     process.wait(300)

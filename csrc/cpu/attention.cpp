@@ -1,10 +1,11 @@
 // Attention on the CPU, as kernels/attention.py defines it, without dropout and extra keys.
 //
 // Queries and keys meet in blocks of 96 by 96, whose scores stay in the nearest caches. Forward, a
-// task is 96 queries of one head, which go over the blocks of keys with a running maximum; backward,
-// one head: its blocks are formed again from the saved logarithms of the sums, with keys as rows, so
-// that gradients of keys and values need no transpose. All sums are in a fixed order, whatever the
-// threads. A head's keys and values are packed once per thread, as `multiply.h` wants them.
+// task is 96 queries of one head, which go over the blocks of keys with a running maximum;
+// backward, one head: its blocks are formed again from the saved logarithms of the sums, with keys
+// as rows, so that gradients of keys and values need no transpose. All sums are in a fixed order,
+// whatever the threads. A head's keys and values are packed once per thread, as `multiply.h` wants
+// them: 8 L K bytes of scratch a thread forward, 24 L K backward, in fp32.
 
 #include <cmath>
 #include <limits>
@@ -22,7 +23,8 @@ constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kNever = std::numeric_limits<float>::infinity();
 constexpr int64_t kMaxWidth = 256;
 constexpr int64_t kGrain = 65536;  // products of a task that is worth waking a thread
-alignas(64) constexpr float kPlaces[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+alignas(64) constexpr float kPlaces[kLanes] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                               8, 9, 10, 11, 12, 13, 14, 15};
 constexpr float kMost = std::numeric_limits<float>::max();
 constexpr float kZero = -200.0f;  // 2^-200 is 0 in fp32, and so is what is less
 
@@ -73,9 +75,9 @@ struct Pack {
       rows<Vector>(out, x, count, padded, width);
     } else {
       for (int64_t i = 0; i < count; i += 2) {
-        const uint16_t* low = reinterpret_cast<const uint16_t*>(x[i]);
-        const uint16_t* high = i + 1 < count ? reinterpret_cast<const uint16_t*>(x[i + 1]) : nullptr;
-        interleave(out + i / 2 * width, low, high, width);
+        const auto* low = reinterpret_cast<const uint16_t*>(x[i]);
+        const auto* high = reinterpret_cast<const uint16_t*>(x[i + 1]);
+        interleave(out + i / 2 * width, low, i + 1 < count ? high : nullptr, width);
       }
       std::fill(out + even(count) / 2 * width, out + padded / 2 * width, 0.0f);
     }
@@ -92,7 +94,8 @@ struct Pack {
   }
 
   // (rows, words) -> (words, kBlock), the rows up to kBlock being zeros
-  PRISMER_INLINE static void transpose(float* out, const float* rows, int64_t count, int64_t words) {
+  PRISMER_INLINE static void transpose(
+      float* out, const float* rows, int64_t count, int64_t words) {
     for (int64_t w = 0; w < words; ++w) {
       float* line = out + w * kBlock;
       for (int64_t i = 0; i < count; ++i) line[i] = rows[i * words + w];
@@ -169,14 +172,14 @@ struct Forward {
   template <typename Vector>
   PRISMER_INLINE void pack(int64_t head, Scratch& s) const {
     s.head = head;
-    const int64_t sample = head / n.heads, words = n.width / P::per_word;
+    const int64_t sample = head / n.heads, h = head % n.heads, words = n.width / P::per_word;
     for (int64_t key = 0; key < n.keys; key += kBlock) {
       const int64_t count = std::min(kBlock, n.keys - key);
       // by way of what is not yet in use
-      P::template rows<Vector>(s.q.data(), k.at(sample, head % n.heads, key), count, count, n.width);
+      P::template rows<Vector>(s.q.data(), k.at(sample, h, key), count, count, n.width);
       P::transpose(s.k.data() + key * words, s.q.data(), count, words);
       P::template steps<Vector>(
-          s.v.data() + key * words, v.at(sample, head % n.heads, key), count, kBlock, n.width);
+          s.v.data() + key * words, v.at(sample, h, key), count, kBlock, n.width);
     }
     for (int64_t key = 0; key < blocks_of(n.keys) * kBlock; ++key) {
       const bool seen = key < n.keys && (mask == nullptr || mask[sample * n.keys + key]);
@@ -239,7 +242,8 @@ struct Forward {
       return prismer::max(a, b);
     };
     highest = across<1>(highest, larger);
-    const Vector off = select(less(broadcast<Vector>(kMasked), highest), highest, broadcast<Vector>(0.0f));
+    const Vector zero = broadcast<Vector>(0.0f);
+    const Vector off = select(less(broadcast<Vector>(kMasked), highest), highest, zero);
     // exactly 1 while the maximum stays
     const Vector rescale = exp2(prismer::max(old - off, kZero));
     float* total_at = s.totals.data() + i * kLanes;
@@ -444,8 +448,8 @@ struct Backward {
 template <typename Stored>
 Rows<Stored> rows_of(const Tensor& x) {
   // an op of torch's may give any strides to a tensor of one token or head: they are not used then
-  return {
-      const_cast<Stored*>(data<std::remove_const_t<Stored>>(x)), x.stride(0), x.stride(1), x.stride(2)};
+  auto* first = const_cast<Stored*>(data<std::remove_const_t<Stored>>(x));
+  return {first, x.stride(0), x.stride(1), x.stride(2)};
 }
 
 // (samples, tokens, heads, width), contiguous
@@ -506,8 +510,8 @@ void check_call(
   STD_TORCH_CHECK(
       key_mask->dim() == 2 && key_mask->size(0) == q.size(0) && key_mask->size(1) == k.size(2) &&
           key_mask->scalar_type() == ScalarType::Bool,
-      op, ": key_mask is ", shape_of(*key_mask), " ", dtype_of(*key_mask), "; expected (", q.size(0),
-      ", ", k.size(2), ") bool");
+      op, ": key_mask is ", shape_of(*key_mask), " ", dtype_of(*key_mask), "; expected (",
+      q.size(0), ", ", k.size(2), ") bool");
   check_contiguous(op, "key_mask", *key_mask);
 }
 

@@ -18,7 +18,7 @@
 #include <string_view>
 #include <type_traits>
 
-#include "vector.h"
+#include "vector_math.h"
 
 namespace prismer {
 

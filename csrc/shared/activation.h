@@ -1,5 +1,5 @@
 // Arithmetic of the activations and their derivatives. Vector is a vector of floats with the
-// functions exp2, abs, min, max, less and select of cpu/vector.h. Not `full` is for results
+// functions exp2, abs, min, max, less and select of cpu/vector_math.h. Not `full` is for results
 // that are rounded to 16 bits.
 
 #pragma once

@@ -12,6 +12,7 @@ from live_bytes import peak_bytes
 
 import prismer.kernels.cross_entropy as room
 import prismer.kernels.cross_entropy_triton as room_triton
+from prismer.kernels import cross_entropy_torch
 from prismer.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from prismer.kernels.dispatch import use_backend
 
@@ -39,9 +40,9 @@ def on_backend(request, running):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks of rows and of vocabulary on every backend, and gradients that are not formed in one of them."""
-    monkeypatch.setattr(room, "_CHUNK_ELEMENTS", 7 * 11)
-    monkeypatch.setattr(room, "_ROW_CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(room, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(cross_entropy_torch, "_CHUNK_ELEMENTS", 7 * 11)
+    monkeypatch.setattr(cross_entropy_torch, "ROW_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(cross_entropy_torch, "_BLOCK_ROWS", 7)
     monkeypatch.setattr(room_triton, "_BUFFER_BYTES", 1)
 
 
@@ -142,7 +143,7 @@ def test_float64(shape, reduction, assert_no_worse):
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("reduction", ("none", "sum"))
 def test_vocabulary_of_roberta(reduction, dtype, assert_no_worse, monkeypatch):
-    monkeypatch.setattr(room, "_CHUNK_ELEMENTS", 2**15)
+    monkeypatch.setattr(cross_entropy_torch, "_CHUNK_ELEMENTS", 2**15)
     *tensors, labels = draw(9, 16, 50265)
     compare(tensors, labels, dtype, assert_no_worse, reduction=reduction)
 
@@ -302,7 +303,7 @@ def test_repeats_are_bit_equal(reduction):
 @pytest.mark.usefixtures("small_chunks", "formed")
 def test_many_chunks_do_not_drift(reduction, monkeypatch):
     """Equal contributions, many chunks: a bf16 sum would stop growing after a quarter of them."""
-    monkeypatch.setattr(room, "_BLOCK_ROWS", 1)
+    monkeypatch.setattr(cross_entropy_torch, "_BLOCK_ROWS", 1)
     monkeypatch.setattr(room_triton, "_tiles", lambda *_, **__: dict(BR=16, BV=16, BD=16, num_warps=4, num_stages=1))
     tensors = [t.bfloat16() for t in (torch.ones(600, 2), torch.zeros(4, 2), torch.zeros(4))]
     labels = torch.zeros(600, dtype=torch.int64)
@@ -335,8 +336,8 @@ def test_gradcheck(chunks, request):
 def test_memory(trainable, dtype, monkeypatch):
     """Beyond inputs and gradients: a chunk of logits, in fp32 and in the dtype of the product, and some rows."""
     R, D, V = 256, 16, 5003
-    monkeypatch.setattr(room, "_CHUNK_ELEMENTS", 2**16)
-    monkeypatch.setattr(room, "_ROW_CHUNK_ELEMENTS", 2**16)
+    monkeypatch.setattr(cross_entropy_torch, "_CHUNK_ELEMENTS", 2**16)
+    monkeypatch.setattr(cross_entropy_torch, "ROW_CHUNK_ELEMENTS", 2**16)
     *tensors, labels = draw(R, D, V, dtype)
     tensors = [t.requires_grad_(flag) for t, flag in zip(tensors, trainable, strict=True)]
 

@@ -164,6 +164,16 @@ def test_to_the_bit(isa, dtype):
         assert torch.equal(native(q[:, :, i : i + 1], k, v, key_mask=mask), whole[0][:, :, i : i + 1]), i
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_logarithms_of_sums(isa, dtype):
+    """What is kept beside the output is what torch's operators keep: in base 2, infinity for who sees nothing."""
+    (q, k, v), _, options = draw(2, 2, 110, 110, 32, "causal mask", dtype)
+    call = q, k, v, None, None, options["key_mask"], None, True, 0.0, 0.3
+    got, wanted = (torch.ops.prismer.attention(*call, backend)[1] for backend in ("native", "torch"))
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    assert got[0, :, :3].isposinf().all() and got[1, :, -1].isfinite().all()
+
+
 @pytest.mark.parametrize("frozen", ("q", "kv", "v", "k"))
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_frozen_parts(isa, frozen, dtype):
