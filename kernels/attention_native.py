@@ -1,4 +1,4 @@
-"""Attention of the native extension on a CPU, behind the signature of the other backends: `csrc/cpu/attention.cpp`."""
+"""Attention of the native extension on a CPU, behind the signature of the other backends: `csrc/cpu/attention*.cpp`."""
 
 import torch
 
