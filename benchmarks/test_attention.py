@@ -45,7 +45,7 @@ def calls(B, H, N, L, causal):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention(benchmark, shape, dtype, part, compiled, everything):
     if shape == "LARGE-480 self" and not everything:
-        pytest.skip("on a CPU attention is torch's own, and BASE tells as much: --full has it")
+        pytest.skip("on a CPU BASE, to keep the run short: --full has it")
     B, H, N, L, causal = SHAPES[shape]
     gate(calls(1, 2, min(N, 40), min(L, 50) if not causal else min(N, 40), causal), dtype, part)
     contenders = compiled(calls(B, H, N, L, causal)(dtype), shape == "BASE-480 self")

@@ -10,8 +10,8 @@ inputs) joins the same softmax without a concatenation. Kept is a matter of the 
 Philox 4x32-10 decides, in the forward and again in the backward pass, whatever the blocks or the backend.
 q, k, v, out and lse (in base 2) are saved; no N x L tensor is. dq, dk and dv are summed by one owner in a fixed order.
 Source: Dao, arXiv:2307.08691; Milakov and Gimelshein, arXiv:1805.02867; Salmon et al., "Parallel random numbers: as
-easy as 1, 2, 3", 2011. On GPUs: `attention_triton.py`, with traffic and FLOPs; on
-CPUs: `attention_native.py`; on any device: `attention_torch.py`. Other libraries: `attention_peers.py`.
+easy as 1, 2, 3", 2011. On GPUs: `attention_triton.py`, with traffic and FLOPs; on CPUs: `attention_native.py`; on any
+device: `attention_torch.py`; other libraries: `attention_peers.py`.
 """
 
 import functools
@@ -209,7 +209,10 @@ def _choose(
 def _choose_on_host(
     dtype: torch.dtype, head_dim: int, dropout: bool, instruction_set: str | None
 ) -> str:
-    """What `_choose` comes to for ordinary tensors of a CPU, whose calls are too short to ask each time."""
+    """What `_choose` comes to for ordinary tensors of a CPU, whose calls are too short to ask each time.
+
+    `instruction_set` is PRISMER_CPU_ISA, which the choice depends on.
+    """
     cpu = torch.device("cpu")
     return _choose(None, cpu, dtype, head_dim, False, False, dropout, False, False, False, False)
 

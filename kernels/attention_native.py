@@ -6,12 +6,14 @@ from prismer.kernels.attention_peers import Call
 
 
 def forward(q, k, v, extra_k, extra_v, key_mask, seed, causal, dropout, scale, out, lse):
+    """Fill out (B, N, H, K) and lse (B, H, N); the last dimension of q, k and v is dense."""
     torch.ops.prismer_native.attention(q, k, v, key_mask, causal, scale, out, lse)
 
 
 def backward(
     dout, q, k, v, extra_k, extra_v, key_mask, seed, out, lse, causal, dropout, scale, grads
 ):
+    """Fill those of the gradients (B, tokens, H, K) that are not None; dout (B, N, H, K) is contiguous."""
     dq, dk, dv, _, _ = grads
     torch.ops.prismer_native.attention_backward(
         dout, q, k, v, key_mask, out, lse, causal, scale, dq, dk, dv
@@ -19,6 +21,7 @@ def backward(
 
 
 def serves(call: Call) -> str | None:
+    """None if the kernel serves the call, else the reason why not."""
     if call.dtype == torch.float64:
         return "native attention computes in fp32, and q is float64"
     if call.head_dim % 16 or call.head_dim > 256:
@@ -27,6 +30,8 @@ def serves(call: Call) -> str | None:
         return "native attention takes one segment of keys, and extra_k was given"
     if call.dropout:
         return "native attention has no dropout"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func does not see through native attention"
     return "native attention is not asked about tensors without elements" if call.empty else None
 
 

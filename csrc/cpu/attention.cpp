@@ -33,8 +33,8 @@ struct Forward {
     Buffer q, scores, weights, sums, totals;
 
     explicit Scratch(const Sizes& n)
-        : k(blocks_of(n.keys) * kBlock * n.width),
-          v(blocks_of(n.keys) * kBlock * n.width),
+        : k(blocks_of(n.keys) * kBlock * n.width / P::per_word),
+          v(blocks_of(n.keys) * kBlock * n.width / P::per_word),
           place(blocks_of(n.keys) * kBlock),
           q(kBlock * n.width),
           scores(kBlock * kBlock),

@@ -2,7 +2,7 @@
 //
 // A task is one head. Its blocks of 96 keys by 96 queries are formed again from the saved
 // logarithms of the sums, with keys as rows, so that the gradients of keys and values need no
-// transpose; all sums are in a fixed order, whatever the threads. Scratch of a thread: 20 L K bytes.
+// transpose; all sums are in a fixed order, whatever the threads. Scratch of a thread: 16 L K bytes.
 
 #include "attention_blocks.h"
 
@@ -32,9 +32,9 @@ struct Backward {
     Buffer dq, dk, dv, lines;
 
     explicit Scratch(const Sizes& n)
-        : k(even(n.keys) * n.width),
-          v(even(n.keys) * n.width),
-          k_steps(even(n.keys) * n.width),
+        : k(even(n.keys) * n.width / P::per_word),
+          v(even(n.keys) * n.width / P::per_word),
+          k_steps(P::paired ? even(n.keys) * n.width / P::per_word : 0),
           q(kBlock * n.width),
           dout(kBlock * n.width),
           q_steps(kBlock * n.width),

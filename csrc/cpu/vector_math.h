@@ -12,27 +12,19 @@ namespace prismer {
 namespace leaf {
 
 template <int Width>
-PRISMER_INLINE auto low_half(Native<float, Width> v) {
+PRISMER_INLINE auto add_halves(Native<float, Width> v) {
   if constexpr (Width == 16) {
-    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+           __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
   } else {
-    return __builtin_shufflevector(v, v, 0, 1, 2, 3);
-  }
-}
-
-template <int Width>
-PRISMER_INLINE auto high_half(Native<float, Width> v) {
-  if constexpr (Width == 16) {
-    return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  } else {
-    return __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
   }
 }
 
 template <int Width>
 PRISMER_INLINE float sum(Native<float, Width> v) {
   if constexpr (Width > 4) {
-    return sum<Width / 2>(low_half<Width>(v) + high_half<Width>(v));
+    return sum<Width / 2>(add_halves<Width>(v));
   } else {
     return (v[0] + v[2]) + (v[1] + v[3]);
   }

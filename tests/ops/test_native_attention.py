@@ -226,6 +226,17 @@ def test_refusals(K, change, message):
         native(*(torch.zeros(1, 1, 4, K),) * 3, **change)
 
 
+def test_torch_func():
+    """Function transforms see torch's own attention; asked for, ours refuses where it would lose their derivatives."""
+    q = torch.randn(3, 1, 2, 5, 32)
+    square = lambda op: torch.func.grad(lambda t: op(t, t, t).square().sum())  # noqa: E731
+    for one, x in ((square, q[0]), (lambda op: torch.func.vmap(square(op)), q)):
+        torch.testing.assert_close(one(attention)(x), one(attention_reference)(x), atol=1e-5, rtol=1e-5)
+    for transform in (square(native), lambda t: torch.func.jvp(lambda t: native(t, t, t), (t,), (t,))):
+        with pytest.raises(RuntimeError, match="torch.func does not see through native"):
+            transform(q[0])
+
+
 @pytest.mark.parametrize("requires_grad", (False, True))
 def test_opcheck(requires_grad):
     q, k, v = (torch.randn(2, 2, 9, 32, requires_grad=requires_grad) for _ in range(3))
