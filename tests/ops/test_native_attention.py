@@ -4,9 +4,12 @@ else is in the batch.
 Run: pytest tests/ops/test_native_attention.py
 """
 
+import functools
+
 import pytest
 import torch
 
+from prismer.kernels import attention_native
 from prismer.kernels.attention import attention, attention_reference
 from prismer.kernels.dispatch import use_backend
 
@@ -198,10 +201,19 @@ def test_what_is_chosen(monkeypatch, count_calls):
     """Ours on AVX-512, and for 16 bits on AVX2, where torch multiplies those slowly; torch's own elsewhere."""
     from native_sets import HERE
 
+    ran, forward = [], attention_native.forward
+    monkeypatch.setattr(attention_native, "forward", lambda *args: ran.append("native") or forward(*args))
+
     def backend(dtype, **options):
+        call = functools.partial(attention, *(torch.randn(1, 1, 4, options.pop("K", 32)).to(dtype),) * 3, **options)
         with count_calls() as calls:
-            attention(*(torch.randn(1, 1, 4, options.pop("K", 32)).to(dtype),) * 3, **options)
-        return [call["backend"] for call in calls["prismer::attention"]]
+            call()
+        seen = [call["backend"] for call in calls["prismer::attention"]]
+        # and where nothing watches
+        ran.clear()
+        call()
+        assert ran == seen
+        return seen
 
     for isa, fp32, bf16 in (("baseline", [], []), ("avx2", [], ["native"]), ("avx512", ["native"], ["native"])):
         if isa in HERE:
