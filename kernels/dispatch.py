@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("native", "triton", "torch", "flash-attn", "xformers", "sdpa", "reference")
 
@@ -288,7 +289,15 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
     op = getattr(torch.ops.prismer, name)
 
     def call(*args):
-        if torch.compiler.is_compiling() or _watched():
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if forward_ad._current_level >= 0:
+            # it would come out as zeros
+            raise NotImplementedError(
+                f"prismer::{name} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); "
+                "differentiate in reverse, or leave the dual level for this call"
+            )
+        if _watched():
             return op(*args)
         gradient = False
         for arg in args:

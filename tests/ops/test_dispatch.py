@@ -11,9 +11,11 @@ import threading
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import prismer.kernels.dispatch as dispatch
 from prismer.kernels.dispatch import asked, backends, choose, native_missing, use_backend
+from prismer.kernels.layer_norm import layer_norm
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -152,3 +154,17 @@ def test_every_op_has_torch_and_a_definition():
             continue
         assert list(served_by)[-2:] == ["torch", "reference"], op
         assert served_by["torch"] is None and set(served_by) <= set(dispatch.BACKENDS), op
+
+
+def test_forward_mode_refuses():
+    """A registered op has no tangent to give: it says so, where torch would hand out zeros."""
+    x = torch.randn(3, 8)
+
+    def norm(x):
+        return layer_norm(x, None, None)
+
+    with use_backend("torch"), pytest.raises(NotImplementedError, match="layer_norm has no forward-mode derivative"):
+        torch.func.jvp(norm, (x,), (x,))
+    with use_backend("torch"), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="in reverse"):
+        norm(forward_ad.make_dual(x, x))
+    norm(x)
