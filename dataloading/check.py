@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import math
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from prismer.dataloading.sample_schema import meta_problems
 from prismer.dataloading.shard_index import SHARD_FILE
 from prismer.dataloading.shards import CorruptSample, Sample, ShardDataset
 from prismer.experts import BACKGROUND, EXPERTS
@@ -121,19 +121,8 @@ def sample_problems(sample: Sample, classes: dict[str, list[str]]) -> list[str]:
         sample: as a ShardDataset gives it.
         classes: the class tables of its dataset.
     """
-    problems = []
-    parts = (
-        _image_problems(sample),
-        _label_problems(sample, classes),
-        _text_problems(sample.meta),
-    )
-    for part in parts:
-        try:
-            for problem in part:
-                problems.append(problem)  # keeps what was found before an error
-        except (TypeError, AttributeError, ValueError, KeyError) as error:
-            problems.append(f"its json is not of the data format ({type(error).__name__}: {error})")
-    return problems
+    texts = meta_problems(sample.meta, classes)
+    return [*_image_problems(sample), *_label_problems(sample, classes), *texts]
 
 
 def _check_sample(dataset: ShardDataset, i: int) -> tuple[list[Problem], Counter]:
@@ -161,8 +150,9 @@ def _image_problems(sample: Sample) -> Iterator[str]:
     if (image.format, image.mode) != ("JPEG", "RGB"):
         yield f"the image is {image.format} {image.mode}; expected an RGB JPEG"
     size = [image.height, image.width]
-    if sample.meta.get("size", size) != size:
-        yield f"the image is {size} (height, width), its json says {sample.meta['size']}"
+    stored = sample.meta.get("size", size)
+    if stored != size and isinstance(stored, list):
+        yield f"the image is {size} (height, width), its json says {stored}"
 
 
 def _shard_fault(dataset: ShardDataset, number: int) -> str | None:
@@ -200,42 +190,24 @@ def _label_problems(sample: Sample, classes: dict[str, list[str]]) -> Iterator[s
     for name, (height, width) in sides.items():
         if height != width:
             yield f"the {name} map is {height} x {width}; store a square"
-    instances, words = sample.meta.get("instances", {}), sample.meta.get("words", {})
     known = {
-        "seg": set(range(len(classes.get("seg", [])))),
-        "obj_detection": {int(i) for i in instances},
-        "ocr_detection": {int(i) for i in words},
+        "seg": {str(i) for i in range(len(classes.get("seg", [])))},
+        "obj_detection": _ids_of(sample.meta.get("instances")),
+        "ocr_detection": _ids_of(sample.meta.get("words")),
     }
     for name, ids in known.items():
         if name in sample.labels:
-            unknown = set(np.unique(sample.labels[name]).tolist()) - ids - {BACKGROUND}
+            used = set(np.unique(sample.labels[name]).tolist()) - {BACKGROUND}
+            unknown = {i for i in used if str(i) not in ids}
             if unknown:
                 yield (
                     f"the {name} map holds {len(unknown)} ids that its table of {len(ids)} entries "
                     f"does not know ({min(unknown)} is the first)"
                 )
-    num_classes = len(classes.get("obj_detection", []))
-    for i, class_id in instances.items():
-        if not isinstance(class_id, int) or not 0 <= class_id < num_classes:
-            yield f"object {i} is of class {class_id!r}, the class table has {num_classes} names"
-    for i, word in words.items():
-        if not isinstance(word, str) or not word.strip():
-            yield f"word {i} is {word!r}; expected its text"
 
 
-def _text_problems(meta: dict) -> Iterator[str]:
-    for number, caption in enumerate(meta.get("captions", [])):
-        if not isinstance(caption, str) or not caption.strip():
-            yield f"caption {number} is {caption!r}; expected a text"
-    for number, question in enumerate(meta.get("questions", [])):
-        if not isinstance(question["question"], str) or not question["question"].strip():
-            yield f"question {number} is {question['question']!r}; expected a text"
-        for answer in question["answers"]:
-            text, weight = answer["answer"], answer["weight"]
-            if not isinstance(text, str) or not text.strip():
-                yield f"question {number} has the answer {text!r}; expected a text"
-            if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-                yield f"question {number} has an answer of weight {weight!r}; expected a positive number"
+def _ids_of(table: object) -> set[str]:
+    return set(table) if isinstance(table, dict) else set()
 
 
 def _counts(sample: Sample) -> Counter:
@@ -245,7 +217,7 @@ def _counts(sample: Sample) -> Counter:
         {
             "captions": len(meta.get("captions", [])),
             "questions": len(questions),
-            "answers": sum(len(question["answers"]) for question in questions),
+            "answers": sum(len(question.get("answers", [])) for question in questions),
             "objects": len(meta.get("instances", {})),
             "words": len(meta.get("words", {})),
         }

@@ -23,6 +23,7 @@ from prismer.dataloading.batch import IGNORE_INDEX, Batch, ImageBatch
 from prismer.dataloading.dali import UndecodableImages
 from prismer.dataloading.features import FeatureTables, Meanings, Semantics
 from prismer.dataloading.pipeline import ImagePipeline
+from prismer.dataloading.sample_schema import check_meta
 from prismer.dataloading.shards import CorruptSample, Sample, ShardDataset
 from prismer.tasks import ChooseTexts, Text, collate
 
@@ -232,6 +233,7 @@ class Loader:
 
     def _item(self, epoch: int, index: int) -> _Item:
         sample = self.dataset[index]
+        check_meta(sample.meta, self.dataset.classes)
         meanings = self._tables.look_up(sample.labels, sample.meta)
         texts = []
         if self.texts is not None:
@@ -239,7 +241,8 @@ class Loader:
         params = None
         if self.augment is not None:
             rng = keyed_rng(Draw.AUGMENT, self.seed, epoch, index)
-            params = draw_params(self.augment, rng, _aspect(sample.meta))
+            height, width = sample.meta.get("size", (1, 1))
+            params = draw_params(self.augment, rng, width / height)
         if self.drop_labels:
             rng = keyed_rng(Draw.LABELS, self.seed, epoch, index)
             if rng.random() < self.drop_labels:
@@ -340,15 +343,3 @@ class Loader:
             for tensor in tensors:
                 tensor.record_stream(torch.cuda.current_stream(self.device))
         return batch
-
-
-def _aspect(meta: dict) -> float:
-    """Width / height, 1 where the JSON does not say."""
-    size = meta.get("size", [1, 1])
-    if (
-        not isinstance(size, list)
-        or len(size) != 2
-        or not all(isinstance(n, int) and n > 0 for n in size)
-    ):
-        raise ValueError(f"its size is {size!r}; expected [height, width]")
-    return size[1] / size[0]

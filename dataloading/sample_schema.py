@@ -35,13 +35,16 @@ def meta_problems(meta: object, classes: dict[str, list[str]] | None = None) -> 
     """
     if not isinstance(meta, dict):
         return [f"its json is {_shown(meta)}; expected an object"]
-    classes = classes or {}
+
+    def names_of(table: str) -> list[str] | None:
+        return None if classes is None else classes.get(table, [])
+
     problems: list[str] = []
     for name, check in (
         ("captions", _captions),
         ("questions", _questions),
-        ("class", lambda value: _class(value, classes.get("class"))),
-        ("instances", lambda value: _instances(value, classes.get("obj_detection"))),
+        ("class", lambda value: _class(value, names_of("class"))),
+        ("instances", lambda value: _instances(value, names_of("obj_detection"))),
         ("words", _words),
         ("size", _size),
     ):
@@ -130,12 +133,13 @@ def _instances(instances: object, names: list[str] | None) -> list[str]:
     if not isinstance(instances, dict):
         return [f"its 'instances' are {_shown(instances)}; expected an object of id: class index"]
     problems = _ids("instances", instances)
-    for i, class_id in instances.items():
+    for i in sorted(instances.keys() & _IDS):
+        class_id = instances[i]
         if not _is_index(class_id):
-            problems.append(f"object {_shown(i)} is of class {_shown(class_id)}; expected an index")
+            problems.append(f"object {i} is of class {_shown(class_id)}; expected an index")
         elif names is not None and class_id >= len(names):
             problems.append(
-                f"object {_shown(i)} is of class {class_id}, the class table has {len(names)} names"
+                f"object {i} is of class {class_id}, the class table has {len(names)} names"
             )
     return problems
 
@@ -144,9 +148,9 @@ def _words(words: object) -> list[str]:
     if not isinstance(words, dict):
         return [f"its 'words' are {_shown(words)}; expected an object of id: text"]
     problems = _ids("words", words)
-    for i, word in words.items():
-        if not _is_text(word):
-            problems.append(f"word {_shown(i)} is {_shown(word)}; expected its text")
+    for i in sorted(words.keys() & _IDS):
+        if not _is_text(words[i]):
+            problems.append(f"word {i} is {_shown(words[i])}; expected its text")
     return problems
 
 

@@ -175,7 +175,7 @@ class _Recent:
 def _parse_meta(text: bytes, sidecar: Sidecar, row: int) -> dict:
     try:
         meta = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptSample(
             sidecar.shard, sidecar.keys[row], f"its json does not parse ({error})"
         ) from None

@@ -1,15 +1,17 @@
 """Captions and answers of a whole split, scored: on one process or on many, during training and after it."""
 
+import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
 
 from prismer.dataloading.loader import Loader
-from prismer.dataloading.shards import ShardDataset
+from prismer.dataloading.sample_schema import check_meta
+from prismer.dataloading.shards import CorruptSample, ShardDataset
 from prismer.engine import gather_json
 from prismer.inference import Candidates
 from prismer.metrics import answer_scores, caption_scores, top1
@@ -18,6 +20,7 @@ from prismer.run_folder import ANSWERS, write_json
 
 CAPTION_TASKS = ("pretrain", "caption", "joint")
 ANSWER_TASKS = ("vqa", "joint")
+_DAMAGED = "{} is damaged ({}); restore it, or set the run aside with --fresh"
 
 
 @dataclass
@@ -44,9 +47,20 @@ class Knowledge:
 
     @classmethod
     def load(cls, folder: Path) -> "Knowledge":
-        """Read what `save` wrote."""
-        answers = json.loads((folder / ANSWERS).read_text())
-        return cls(answers=answers, **json.loads((folder / "guesses.json").read_text()))
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: if a file is absent or damaged.
+        """
+        answers = _read(folder / ANSWERS)
+        rest = _read(folder / "guesses.json")
+        fields = {"guesses": dict, "caption": str, "classes": list}
+        fits = isinstance(rest, dict) and {name: type(value) for name, value in rest.items()} == fields
+        if not fits or not _texts([*rest["guesses"].values(), *rest["classes"]]):
+            raise ValueError(_DAMAGED.format(folder / "guesses.json", "expected guesses, caption and classes"))
+        if not isinstance(answers, list) or not _texts(answers):
+            raise ValueError(_DAMAGED.format(folder / ANSWERS, "expected a list of texts"))
+        return cls(answers=answers, **rest)
 
 
 def kind_of(question: dict) -> str:
@@ -54,33 +68,97 @@ def kind_of(question: dict) -> str:
     return question.get("kind") or "any"
 
 
-def collect_knowledge(dataset: ShardDataset, max_answers: int) -> Knowledge:
-    """Count the texts of a training split (only its JSON is read).
+@dataclass
+class Survey:
+    """What the texts of a split say, and which of its samples cannot be used; `survey` makes one.
+
+    Attributes:
+        captions, classes: text -> number of times.
+        answers: answer -> sum of its weights; `answers_by_kind`: kind of question -> the same.
+        class_indices: samples whose class is an index.
+        skipped: what is wrong with each sample that cannot be used, in words that name it.
+    """
+
+    captions: Counter = field(default_factory=Counter)
+    classes: Counter = field(default_factory=Counter)
+    answers: Counter = field(default_factory=Counter)
+    answers_by_kind: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
+    class_indices: int = 0
+    skipped: list[str] = field(default_factory=list)
+
+    def check(self, task: str, folder: Path) -> None:
+        """Refuse a split that has nothing to train or score `task` with.
+
+        Raises:
+            ValueError: if no sample can be used, or none has what the task is about.
+        """
+        wanted = {}
+        if task in CAPTION_TASKS:
+            wanted["captions"] = self.captions
+        if task in ANSWER_TASKS:
+            wanted["questions with answers"] = self.answers
+        if task == "classify":
+            wanted["a class"] = self.classes or self.class_indices
+        if any(wanted.values()):
+            return
+        why = ""
+        if self.skipped:
+            why = f" ({len(self.skipped)} samples cannot be used; the first: {self.skipped[0]})"
+        raise ValueError(
+            f"no sample of {folder} has {' or '.join(wanted)}, which task {task} needs{why}; "
+            f"choose another task or dataset"
+        )
+
+
+def survey(dataset: ShardDataset) -> Survey:
+    """Count the texts of a split (only its JSON is read); a sample that cannot be used is noted, and not counted."""
+    found = Survey()
+    for i in range(len(dataset)):
+        try:
+            meta = dataset.meta(i)
+            check_meta(meta, dataset.classes)
+        except CorruptSample as error:
+            found.skipped.append(str(error))
+            continue
+        except ValueError as error:
+            found.skipped.append(f"sample {dataset.key(i)}: {error}")
+            continue
+        found.captions.update(meta.get("captions", ()))
+        if isinstance(meta.get("class"), str):
+            found.classes[meta["class"]] += 1
+        found.class_indices += isinstance(meta.get("class"), int)
+        for question in meta.get("questions", ()):
+            for answer in question.get("answers", ()):
+                found.answers[answer["answer"]] += answer["weight"]
+                found.answers_by_kind[kind_of(question)][answer["answer"]] += answer["weight"]
+    return found
+
+
+def collect_knowledge(
+    dataset: ShardDataset,
+    max_answers: int,
+    *,
+    found: Survey | None = None,
+    fits: Callable[[str], bool] = lambda answer: True,
+) -> Knowledge:
+    """The answers to rank and the best blind guesses, from the texts of a training split.
 
     Args:
         max_answers: how many distinct answers to keep, the most frequent ones.
+        found: what `survey(dataset)` returned, if it is at hand.
+        fits: whether the decoder has room for an answer; the others cannot be ranked.
     """
-    answers, captions, classes = Counter(), Counter(), Counter()
-    by_kind: dict[str, Counter] = defaultdict(Counter)
-    for i in range(len(dataset)):
-        meta = dataset.meta(i)
-        captions.update(meta.get("captions") or ())
-        if isinstance(meta.get("class"), str):
-            classes[meta["class"]] += 1
-        for question in meta.get("questions") or ():
-            for answer in question["answers"]:
-                answers[answer["answer"]] += answer["weight"]
-                by_kind[kind_of(question)][answer["answer"]] += answer["weight"]
-    names = dataset.classes.get("class") or sorted(classes)
-    # equal counts in alphabetical order, so that the list is the same on every machine
-    ranked = sorted(answers, key=lambda text: (-answers[text], text))[:max_answers]
-    guesses = {
-        kind: min(count, key=lambda text: (-count[text], text)) for kind, count in by_kind.items()
-    }
-    caption = min(captions, key=lambda text: (-captions[text], text), default="")
-    return Knowledge(
-        answers=ranked, guesses=dict(sorted(guesses.items())), caption=caption, classes=names
-    )
+    found = found or survey(dataset)
+    names = dataset.classes.get("class") or sorted(found.classes)
+
+    def ranked(counts: Counter) -> list[str]:
+        # equal counts in alphabetical order, so that the list is the same on every machine
+        return sorted(counts, key=lambda text: (-counts[text], text))
+
+    answers = list(itertools.islice(filter(fits, ranked(found.answers)), max_answers))
+    guesses = {kind: ranked(counts)[0] for kind, counts in sorted(found.answers_by_kind.items())}
+    caption = ranked(found.captions)[0] if found.captions else ""
+    return Knowledge(answers=answers, guesses=guesses, caption=caption, classes=names)
 
 
 def describe(
@@ -106,7 +184,8 @@ def describe(
 
     Returns:
         One record per image in the order of the dataset: key, and by task caption and captions (true ones),
-        questions (question, kind, answers, prediction), class and prediction.
+        questions (question, kind, answers as `vqa_accuracy` takes them, prediction), class (None if nobody knows it)
+        and prediction.
     """
     candidates = None
     if task in ANSWER_TASKS and knowledge.answers:
@@ -121,9 +200,9 @@ def describe(
         rows = [dict(order=[number, loader.rank, i], key=key) for i, key in enumerate(batch.keys)]
         if task in CAPTION_TASKS:
             for row, meta, text in zip(rows, batch.meta, model.caption(images), strict=True):
-                row.update(caption=text, captions=meta.get("captions") or [])
+                row.update(caption=text, captions=meta.get("captions", []))
         if task in ANSWER_TASKS and candidates is not None:
-            asked = [meta.get("questions") or [] for meta in batch.meta]
+            asked = [meta.get("questions", []) for meta in batch.meta]
             replies = model.answer(
                 images, [[q["question"] for q in questions] for questions in asked], candidates
             )
@@ -132,7 +211,7 @@ def describe(
                     dict(
                         question=question["question"],
                         kind=kind_of(question),
-                        answers=[answer["answer"] for answer in question["answers"]],
+                        answers=_true_answers(question),
                         prediction=answer.text,
                     )
                     for question, answer in zip(questions, answers, strict=True)
@@ -141,8 +220,9 @@ def describe(
             for row, meta, answer in zip(
                 rows, batch.meta, model.classify(images, candidates), strict=True
             ):
-                label = meta["class"]
-                label = label if isinstance(label, str) else knowledge.classes[label]
+                label = meta.get("class")
+                if isinstance(label, int):
+                    label = loader.dataset.classes["class"][label]
                 row.update({"class": label, "prediction": answer.text})
         records += rows
     stream.close()
@@ -152,13 +232,23 @@ def describe(
     return records[:limit] if limit else records
 
 
+def _true_answers(question: dict) -> list[str] | dict[str, float]:
+    """What each person said, where the dataset keeps it, or else the distinct answers with their weights."""
+    if question.get("raw_answers"):
+        return question["raw_answers"]
+    weights: Counter = Counter()
+    for answer in question.get("answers", ()):
+        weights[answer["answer"]] += answer["weight"]
+    return dict(weights)
+
+
 def scores(records: Sequence[dict]) -> dict[str, float]:
     """Scores of `describe`'s records.
 
     Returns:
         "BLEU-4" and "CIDEr-D" (of at most 10) where there are captions, "accuracy" and "accuracy/KIND" where there
         are questions, "top-1" where there are classes; and "score" by which checkpoints are compared: the mean of
-        CIDEr-D / 10, accuracy and top-1 as far as they are there.
+        CIDEr-D / 10, accuracy and top-1 as far as they are there. {} where nothing can be scored.
     """
     result: dict[str, float] = {}
     captioned = [row for row in records if row.get("captions")]
@@ -167,7 +257,9 @@ def scores(records: Sequence[dict]) -> dict[str, float]:
             [row["caption"] for row in captioned], [row["captions"] for row in captioned]
         )
         result.update({name: all_scores[name] for name in ("BLEU-4", "CIDEr-D")})
-    questions = [question for row in records for question in row.get("questions", ())]
+    questions = [
+        question for row in records for question in row.get("questions", ()) if question["answers"]
+    ]
     if questions:
         result.update(
             answer_scores(
@@ -176,14 +268,15 @@ def scores(records: Sequence[dict]) -> dict[str, float]:
                 [question["kind"] for question in questions],
             )
         )
-    classified = [row for row in records if "class" in row]
+    classified = [row for row in records if row.get("class") is not None]
     if classified:
         result["top-1"] = top1(
             [row["prediction"] for row in classified], [row["class"] for row in classified]
         )
     parts = [result["CIDEr-D"] / 10] if "CIDEr-D" in result else []
     parts += [result[name] for name in ("accuracy", "top-1") if name in result]
-    result["score"] = sum(parts) / len(parts) if parts else 0.0
+    if parts:
+        result["score"] = sum(parts) / len(parts)
     return result
 
 
@@ -201,3 +294,16 @@ def blind_guesses(records: Sequence[dict], knowledge: Knowledge) -> list[dict]:
             ]
         guessed.append(row)
     return guessed
+
+
+def _read(path: Path):
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(_DAMAGED.format(path, "it is missing")) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_DAMAGED.format(path, error)) from None
+
+
+def _texts(values: list) -> bool:
+    return all(isinstance(value, str) for value in values)

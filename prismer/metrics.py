@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -294,7 +294,11 @@ def normalize_answer(answer: str) -> str:
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+PEOPLE = 10
+"""People who answered each question of VQA: what a weight of an answer is a share of."""
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str] | Mapping[str, float]) -> float:
     """The accuracy of one answer, between 0 and 1, after `normalize_answer` on both sides.
 
         mean over the answers a of min(1, #(others than a that agree) / 3)
@@ -303,20 +307,35 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     agreement counts as 1: a single true answer means exact match. The official script compares the raw texts where
     all ten people wrote the same; here texts are always normalised.
 
+    Args:
+        answers: what each person said, or distinct answers with their weights. Weights are shares of ten people,
+            whatever their sum: 0.6, 0.2, 0.1, 0.1 are six, two, one and one.
+
     Raises:
         ValueError: if there is no answer to compare with.
     """
     if not answers:
         raise ValueError("a question has no true answer; leave it out of the evaluation")
     prediction = normalize_answer(prediction)
-    agree = [normalize_answer(answer) == prediction for answer in answers]
-    if len(answers) < 4:
-        return float(any(agree))
-    return sum(min(1.0, (sum(agree) - this) / 3) for this in agree) / len(agree)
+    if isinstance(answers, Mapping):
+        people = PEOPLE
+        same = [weight for text, weight in answers.items() if normalize_answer(text) == prediction]
+        # weights are stored rounded; 2.9999 people are three
+        agree = round(PEOPLE * sum(same) / sum(answers.values()), 3)
+    else:
+        people = len(answers)
+        agree = sum(normalize_answer(text) == prediction for text in answers)
+        if people < 4:
+            return float(agree > 0)
+    # leaving out one who agrees leaves one fewer to agree with
+    own, others = max(0.0, agree - 1), agree
+    return (agree * min(1.0, own / 3) + (people - agree) * min(1.0, others / 3)) / people
 
 
 def answer_scores(
-    predictions: Sequence[str], answers: Sequence[Sequence[str]], kinds: Sequence[str] | None = None
+    predictions: Sequence[str],
+    answers: Sequence[Sequence[str] | Mapping[str, float]],
+    kinds: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Mean VQA accuracy, over all questions and for each kind of question.
 

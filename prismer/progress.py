@@ -22,6 +22,12 @@ def read_metrics(folder: Path) -> list[dict]:
     return rows
 
 
+def append_metrics(folder: Path, row: dict) -> None:
+    """Add one line to metrics.jsonl."""
+    with open(Path(folder) / METRICS, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 class Progress:
     """The bar and the records of one run.
 
@@ -37,7 +43,6 @@ class Progress:
         aside = self.folder / f".{METRICS}.partial"
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(aside, self.folder / METRICS)
-        self._file = open(self.folder / METRICS, "a")
         # imported here: it takes seconds, and only rank 0 needs it
         from torch.utils.tensorboard import SummaryWriter
 
@@ -59,8 +64,7 @@ class Progress:
 
     def record(self, row: dict) -> None:
         """Keep one row of numbers; "step" names the step, "kind" what was measured."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        append_metrics(self.folder, row)
         for key, value in row.items():
             if key not in ("step", "kind") and isinstance(value, (int, float)):
                 self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
@@ -75,10 +79,9 @@ class Progress:
         tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """End the bar and the files."""
+        """End the bar and the curves."""
         self._bar.close()
         self._board.close()
-        self._file.close()
 
 
 def plot_metrics(folder: Path) -> None:

@@ -99,7 +99,8 @@ def draw_samples(path: Path, pictures: Sequence[Image.Image], records: Sequence[
 
 
 def _lines(record: dict, width: int = 50, num_questions: int = 4) -> list[tuple[str, str]]:
-    """Wrapped lines with their colours: grey is true, black generated, green a right answer, red a wrong one."""
+    """Wrapped lines with their colours: grey is true, black generated (or an answer that nobody can
+    judge), green a right answer, red a wrong one."""
     lines: list[tuple[str, str]] = []
 
     def add(text: str, colour: str) -> None:
@@ -118,13 +119,16 @@ def _lines(record: dict, width: int = 50, num_questions: int = 4) -> list[tuple[
         q for group in kinds.values() for q in group[1:]
     ]
     for question in firsts[:num_questions]:
-        right = vqa_accuracy(question["prediction"], question["answers"]) > 0.5
-        truth = "" if right else f" (true: {question['answers'][0]})"
-        add(
-            f"{question['question']} {question['prediction']}{truth}",
-            "darkgreen" if right else "firebrick",
-        )
-    if "class" in record:
+        text = f"{question['question']} {question['prediction']}"
+        if not question["answers"]:
+            add(text, "black")
+        elif vqa_accuracy(question["prediction"], question["answers"]) > 0.5:
+            add(text, "darkgreen")
+        else:
+            add(f"{text} (true: {next(iter(question['answers']))})", "firebrick")
+    if "class" in record and record["class"] is None:
+        add(record["prediction"], "black")
+    elif "class" in record:
         right = record["class"] == record["prediction"]
         add(
             f"{record['prediction']} (true: {record['class']})",

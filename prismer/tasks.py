@@ -120,6 +120,18 @@ def encode_answer(tokenizer: Tokenizer, answer: str) -> list[int]:
     return [*tokenizer.encode(format_answer(answer)), tokenizer.eos_id]
 
 
+def answer_fits(tokenizer: Tokenizer, answer: str, max_positions: int | None) -> bool:
+    """Whether `max_positions` hold the answer after the longest question, as training and ranking ask it."""
+    if max_positions is None:
+        return True
+    # the read-out `<pad>` takes no position; the end token is predicted and never read
+    room = _max_tokens(tokenizer, max_positions) + 1 - MAX_QUESTION_TOKENS
+    # a token is one byte at least; with the blank in front and the end token, this many at most
+    if len(answer.encode()) + 2 <= room:
+        return True
+    return len(encode_answer(tokenizer, answer)) <= room
+
+
 def encode_class_name(tokenizer: Tokenizer, name: str) -> list[int]:
     """The tokens of a class name after a prefix, `</s>` last: the candidates of classification by ranking."""
     return [*tokenizer.encode(format_class(name)), tokenizer.eos_id]
@@ -278,8 +290,14 @@ def _choose_questions(
     pairs = [
         (entry["question"], answer["answer"], float(answer["weight"]))
         for entry in _field(meta, "questions")
-        for answer in entry["answers"]
+        for answer in entry.get("answers", ())
     ]
+    # all of them, drawn or not: whether a sample is used must not depend on the draw
+    for _, answer, _ in pairs:
+        if not answer_fits(tokenizer, answer, max_positions):
+            raise ValueError(
+                f"the answer {answer[:40]!r}... is too long for {max_positions} positions; shorten it"
+            )
     return [
         (*encode_qa(tokenizer, question, answer, max_positions), weight)
         for question, answer, weight in _draw(pairs, num_texts, rng)

@@ -24,8 +24,16 @@ from prismer.dataloading.batch import Batch
 from prismer.dataloading.features import Semantics
 from prismer.dataloading.loader import Loader
 from prismer.dataloading.scenes import render_dataset
-from prismer.dataloading.shards import ShardDataset
-from prismer.evaluation import Knowledge, blind_guesses, collect_knowledge, describe, scores
+from prismer.dataloading.shards import CorruptSample, ShardDataset
+from prismer.evaluation import (
+    Knowledge,
+    Survey,
+    blind_guesses,
+    collect_knowledge,
+    describe,
+    scores,
+    survey,
+)
 from prismer.freezing import freeze
 from prismer.model import Prismer
 from prismer.precision import choose_precision, slow_resumption
@@ -33,9 +41,17 @@ from prismer.profiling import StepProfile
 from prismer.progress import Progress, plot_metrics
 from prismer.report import draw_samples, write_results
 from prismer.run_folder import RunFolder, export_checkpoint, restore_optimizer, write_json
+from prismer.skipped import SkippedSamples
 from prismer.start import start_config, start_model
 from prismer.stopping import StopRequest
-from prismer.tasks import ChooseTexts, caption_texts, classification_texts, joint_texts, vqa_texts
+from prismer.tasks import (
+    ChooseTexts,
+    answer_fits,
+    caption_texts,
+    classification_texts,
+    joint_texts,
+    vqa_texts,
+)
 from prismer.train_config import TrainConfig
 
 SCENES = TrainConfig.data
@@ -119,7 +135,6 @@ class Trainer:
         self.run = RunFolder(config.folder)
         micro_batch = config.micro_batch(self.world)
         self.precision = engines.on_first_rank(lambda: self._prepare(fresh), self.group)
-        self.knowledge = Knowledge.load(self.run.path)
 
         checkpoint = self.run.last()
         if checkpoint:
@@ -133,6 +148,8 @@ class Trainer:
         self._say(
             f"trainable: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.0%})"
         )
+        engines.on_first_rank(lambda: self._read_texts(first=not checkpoint), self.group)
+        self.knowledge = Knowledge.load(self.run.path)
         self._open_data(model, micro_batch)
 
         self.engine = engines.build_engine(model.train(), config, settings, self.precision)
@@ -173,9 +190,37 @@ class Trainer:
             self._say(slow)
         for change in changes:
             self._say(f"changed since the run was started: {change}")
-        if not self.run.last():
-            collect_knowledge(ShardDataset(data / "train"), config.max_answers).save(self.run.path)
         return precision
+
+    def _read_texts(self, first: bool) -> None:
+        """Check that both splits have texts for the task; at the first start, keep what training's say (rank 0)."""
+        config, data = self.config, Path(self.config.data)
+        for split in ("train", "val"):
+            if not (data / split).is_dir() or (split == "train" and not first):
+                continue
+            dataset = ShardDataset(data / split)
+            found = survey(dataset)
+            found.check(config.task, data / split)
+            if found.skipped:
+                self._say(
+                    f"{len(found.skipped)} of {len(dataset)} samples of {data / split} cannot be used and will be "
+                    f"skipped; the first: {found.skipped[0]}"
+                )
+            if split == "train":
+                self._keep_knowledge(dataset, found)
+
+    def _keep_knowledge(self, dataset: ShardDataset, found: Survey) -> None:
+        def fits(answer: str) -> bool:
+            return answer_fits(self.tokenizer, answer, self.model_config.max_positions)
+
+        long = [answer for answer in found.answers if not fits(answer)]
+        if long:
+            self._say(
+                f"{len(long)} answers are too long for the model's {self.model_config.max_positions} positions; their "
+                f"samples will be skipped (the first: {long[0][:60]!r}...)"
+            )
+        knowledge = collect_knowledge(dataset, self.config.max_answers, found=found, fits=fits)
+        knowledge.save(self.run.path)
 
     def _open_data(self, model: Prismer, micro_batch: int) -> None:
         config, data = self.config, Path(self.config.data)
@@ -212,6 +257,18 @@ class Trainer:
         if (data / "val").is_dir():
             val = ShardDataset(data / "val")
             self.val = Loader(val, batch_size=config.eval_batch_size, training=False, **common)
+            self._check_val()
+
+    def _check_val(self) -> None:
+        """Refuse a validation split of which no picture can be read, before any step is spent (a collective)."""
+        with closing(self.val.epoch(0)) as batches:
+            readable = next(batches, None) is not None
+        if not any(engines.gather_json(readable, self.group)):
+            faults = [skipped.reason for skipped in self.val.skipped]
+            raise ValueError(
+                f"none of the {len(self.val.dataset)} samples of {self.val.dataset.folder} can be read "
+                f"({faults[0] if faults else 'it is empty'}); write the split again, or take it away to train without"
+            )
 
     def _open_profile(self, steps: int) -> StepProfile | None:
         if steps < 0:
@@ -228,7 +285,7 @@ class Trainer:
         return profile if self.rank == 0 else None
 
     def _say(self, text: str) -> None:
-        if self.rank == 0:
+        if text and self.rank == 0:
             print(text, flush=True)
 
     # training
@@ -244,6 +301,8 @@ class Trainer:
         if self.rank == 0:
             (self.run.path / "finished.json").unlink(missing_ok=True)
             progress = Progress(self.run.path, self.step, self.total)
+        loaders = {"train": self.loader, **({"val": self.val} if self.val else {})}
+        self.skipped = SkippedSamples(self.run.path, loaders, self.group)
         with StopRequest(self.group) as stop:
             self._restart_clock()
             while self.step < self.total and not stop.reason:
@@ -262,6 +321,8 @@ class Trainer:
             if progress:
                 progress.close()
             if stop.reason:
+                self.skipped.note(self.step)
+                self._say(self.skipped.summary())
                 engines.end_distributed(self.group)
                 self._say(f"stopped by {stop.reason}; saved at step {self.step} of {self.total}")
                 return stop.exit_code
@@ -305,6 +366,7 @@ class Trainer:
         last = step == self.total
         if step % config.log_every == 0 or last:
             self._log(progress)
+            self.skipped.note(self.step)
         epoch_ends = step % self.steps_per_epoch == 0
         due = step % config.eval_every == 0 if config.eval_every else epoch_ends
         paused, score = time.monotonic(), None
@@ -374,7 +436,7 @@ class Trainer:
         model = Prismer(self.model_config, self.tokenizer)
         return model.to(device=self.device, dtype=DTYPES[self.precision]).eval()
 
-    def _evaluate(self, progress: Progress | None) -> float:
+    def _evaluate(self, progress: Progress | None) -> float | None:
         model = self._replica()
         engines.copy_weights(self.engine, model)
         found = scores(self._describe(model, limit=self.config.eval_images))
@@ -384,7 +446,7 @@ class Trainer:
                 f"step {self.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items())
             )
             plot_metrics(self.run.path)
-        return found["score"]
+        return found.get("score")
 
     def _describe(self, model: Prismer, **options) -> list[dict]:
         return describe(
@@ -418,18 +480,37 @@ class Trainer:
                 scores(blind_guesses(records, self.knowledge)),
                 scores(self._describe(model, blank=True)),
             ]
-            if self.rank == 0:
-                self._say(write_results(self.run.path, columns, len(records), about))
-                self._draw(records[:8])
+        self.skipped.note(self.step)
+        self._say(self.skipped.summary())
+        about["skipped_samples"] = len(self.skipped.names)
+        if self.val and self.rank == 0:
+            self._say(write_results(self.run.path, columns, len(records), about))
+            self._draw(records[:8])
         if self.rank == 0:
             write_json(self.run.path / "finished.json", about)
             self._say(f"finished: {self.run.path}/model, results.md, loss.png, samples.png")
 
     def _draw(self, records: list[dict]) -> None:
+        shown, pictures = [], []
+        for record in records:
+            try:
+                jpeg = self.val.dataset[self._position(record["key"])].jpeg
+                pictures.append(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+            except (CorruptSample, OSError) as error:
+                self._say(f"samples.png leaves {record['key']} out: {error}")
+                continue
+            shown.append(record)
+        if shown:
+            draw_samples(self.run.path / "samples.png", pictures, shown)
+
+    def _position(self, key: str) -> int:
+        """Where the validation split has the sample `key`."""
         dataset = self.val.dataset
-        position = {dataset.key(i): i for i in range(min(len(dataset), 100))}
-        pictures = [
-            Image.open(io.BytesIO(dataset[position[row["key"]]].jpeg)).convert("RGB")
-            for row in records
-        ]
-        draw_samples(self.run.path / "samples.png", pictures, records)
+        for i in range(len(dataset)):
+            try:
+                if dataset.key(i) == key:
+                    return i
+            except CorruptSample:
+                # a shard without its index has no keys, and no records
+                continue
+        raise AssertionError(f"{key} was read from {dataset.folder} and is not in it")
