@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from prismer.reading import parse_json, read_bytes
+
 FORMAT = "prismer-shards"
 VERSION = 1
 MEMBERS = ("jpg", "json", "labels")
@@ -62,7 +64,7 @@ class Sidecar:
     def __init__(self, data: bytes, name: str):
         shard = name.replace(".index.json", ".tar")
         try:
-            fields = json.loads(data)
+            fields = parse_json(data, name)
             if (
                 fields["format"] != FORMAT
                 or fields["version"] != VERSION
@@ -105,15 +107,13 @@ def read_index(folder: str | Path) -> dict:
     """
     path = Path(folder) / "index.json"
     try:
-        index = json.loads(path.read_bytes())
+        index = parse_json(read_bytes(path), path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{folder} is not a finished dataset (no index.json); run the job that writes it again, it will resume"
         ) from None
     except ValueError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}); copy it again or resume the job that writes it"
-        ) from None
+        raise ValueError(f"{error}; copy it again or resume the job that writes it") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{path} is not the index of a {FORMAT} dataset; import the data first")
     if index.get("version") != VERSION:
@@ -173,11 +173,16 @@ def check_classes(classes: dict[str, list[str]]) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a reader sees the old file or the new one, even after a power cut."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        # a full disk must not be left fuller
+        partial.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
@@ -185,7 +190,7 @@ def to_json(value) -> bytes:
     """Compact UTF-8 JSON; equal values give equal bytes.
 
     Raises:
-        ValueError: if a value is not JSON (NaN included).
+        ValueError: if a value is not JSON (NaN included), is nested too deeply, or a text is not Unicode.
     """
     try:
         return json.dumps(
@@ -195,6 +200,11 @@ def to_json(value) -> bytes:
         raise ValueError(
             f"{error}; give numbers, strings, lists and dicts with string keys"
         ) from None
+    except UnicodeEncodeError as error:
+        part = ascii(error.object[error.start : error.end])
+        raise ValueError(f"a text holds {part}, which UTF-8 cannot hold; replace it") from None
+    except RecursionError:
+        raise ValueError("a value is nested too deeply to be written as JSON") from None
 
 
 def sync_folder(folder: Path) -> None:
