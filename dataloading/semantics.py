@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prismer.checkpoint import replace_folder
 from prismer.dataloading.clip_text import TextTower
 from prismer.dataloading.features import normalise, read_table, write_table
 from prismer.dataloading.semantics_texts import vocabulary_words
 from prismer.experts import FEATURE_WIDTH
+from prismer.files import replace_folder
 
 PCA_FILE = "pca.safetensors"
 RECIPE_FILE = "semantics-recipe.json"

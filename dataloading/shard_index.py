@@ -6,13 +6,15 @@ the shards with their counts and checksums, the class tables and what the writer
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+# what writes shards takes these from here
+from prismer.files import sync as sync_folder  # noqa: F401
+from prismer.files import write_atomically  # noqa: F401
 from prismer.reading import parse_json, read_bytes
 
 FORMAT = "prismer-shards"
@@ -64,7 +66,7 @@ class Sidecar:
     def __init__(self, data: bytes, name: str):
         shard = name.replace(".index.json", ".tar")
         try:
-            fields = parse_json(data, name)
+            fields = parse_json(data, "it")
             if (
                 fields["format"] != FORMAT
                 or fields["version"] != VERSION
@@ -170,22 +172,6 @@ def check_classes(classes: dict[str, list[str]]) -> None:
         )
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the new one, even after a power cut."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        # a full disk must not be left fuller
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
 def to_json(value) -> bytes:
     """Compact UTF-8 JSON; equal values give equal bytes.
 
@@ -205,13 +191,3 @@ def to_json(value) -> bytes:
         raise ValueError(f"a text holds {part}, which UTF-8 cannot hold; replace it") from None
     except RecursionError:
         raise ValueError("a value is nested too deeply to be written as JSON") from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames in `folder` last."""
-    # a rename lasts only once the directory itself is on disk
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,9 +101,18 @@ def use_backend(backend: str | None) -> Iterator[None]:
         _asked = before
 
 
+_loading = threading.RLock()
+
+
 @functools.cache
 def native_missing(device_type: str = "cpu") -> str | None:
     """Load the native extension of a device once; None if its ops are there, else the reason why they are not."""
+    # while a thread loads an extension, it is in sys.modules without a spec, and find_spec raises in the others
+    with _loading:
+        return _load_native(device_type)
+
+
+def _load_native(device_type: str) -> str | None:
     name = "prismer._C" if device_type == "cpu" else "prismer._C_cuda"
     if device_type != "cpu":
         reason = native_missing("cpu")

@@ -1,33 +1,41 @@
 """Weights on disk: model folders, published checkpoints, the hub, positional tables of another resolution."""
 
 import logging
-import os
 import pickle
 import re
-import shutil
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from prismer.config import PrismerConfig
+from prismer.files import (
+    CHECKSUMS,
+    earlier_folder,
+    find_damage,
+    new_folder,
+    write_atomically,
+    write_checksums,
+    write_json,
+)
 from prismer.load_report import Misfit, Report
 from prismer.official import BIN, is_official, official_config, to_ours
 from prismer.precision import inference_dtype
 from prismer.stems import resize_positions
+from prismer.tensor_files import read_shapes, save_tensors
 from prismer.tokenizer import Tokenizer
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 POSITIONS = "encoder.positional_embedding"
 SHIPPED = ("tiny",)
+ANSWERS = "answers.json"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
 
 ROBERTA_VOCABULARY = 50265
@@ -38,45 +46,34 @@ _STEM = re.compile(r"encoder\.stems\.(\w+)\.(convs|norms|project)\.")
 _log = logging.getLogger(__name__)
 
 
-def save_pretrained(model, folder: str | Path) -> None:
+def save_pretrained(model, folder: str | Path, answers: Sequence[str] | None = None) -> None:
     """Write `model` so that `from_pretrained` loads it; an interrupted save leaves the old folder as it was.
+
+    Args:
+        answers: what the model chooses from when it is asked without a list.
 
     Raises:
         ValueError: if its towers are int8.
+        OSError: with the name of a file, if the disk is full or broken; nothing is left of the attempt.
     """
-    if any(tensor.dtype == torch.int8 for tensor in model.state_dict().values()):
+    state = model.state_dict()
+    if any(tensor.dtype == torch.int8 for tensor in state.values()):
         raise ValueError(
             "the model's towers are int8, which no model folder holds; keep the folder that it was loaded from"
         )
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        tensors = {
-            key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()
-        }
-        save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
-        (aside / CONFIG).write_text(model.config.to_json())
-        # safetensors makes files for their owner alone
-        os.chmod(aside / WEIGHTS, (aside / CONFIG).stat().st_mode)
-        if model.tokenizer is not None:
-            model.tokenizer.save(aside)
-        os.chmod(aside, 0o755)
-        replace_folder(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with new_folder(folder) as aside:
+        crc = save_tensors(state, aside / WEIGHTS)
+        write_description(model, aside)
+        if answers is not None:
+            write_json(aside / ANSWERS, list(answers))
+        write_checksums(aside, {WEIGHTS: crc})
 
 
-def replace_folder(aside: Path, folder: Path) -> None:
-    """Put the finished folder `aside` in the place of `folder`; the old one goes only after the new one is there."""
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}-old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        aside.rename(folder)
-        shutil.rmtree(old)
-    else:
-        aside.rename(folder)
+def write_description(model, folder: Path) -> None:
+    """Write what a model folder holds besides weights: config and tokenizer."""
+    write_atomically(folder / CONFIG, model.config.to_json().encode())
+    if model.tokenizer is not None:
+        model.tokenizer.save(folder)
 
 
 def shipped_folder(name: str) -> Path:
@@ -120,9 +117,13 @@ def from_pretrained(
     folder, weights = _locate(source)
     if config is None and folder is not None and (folder / CONFIG).is_file():
         config = PrismerConfig.from_file(folder / CONFIG)
+    if config is not None and weights.suffix == ".safetensors":
+        # before anything of the config's sizes is built
+        check_sizes(config, read_shapes(weights), source=str(weights))
     tokenizer = None
     if folder is not None and has_tokenizer(folder):
         tokenizer = Tokenizer.from_folder(folder)
+    check_checksums(weights)
     tensors, ignored = read_tensors(weights), []
     if is_official(tensors):
         config = config or official_config(tensors, source=str(weights))
@@ -138,6 +139,7 @@ def from_pretrained(
     if image_size is not None:
         config = config.replace(image_size=image_size)
 
+    check_sizes(config, {key: tensor.shape for key, tensor in tensors.items()}, source=str(weights))
     # no memory is filled twice: the tensors are the first that the weights hold
     with torch.device("meta"):
         model = Prismer(config, tokenizer)
@@ -152,6 +154,95 @@ def from_pretrained(
     elif not report.plain:
         _log.info("%s", report)
     return model.eval()
+
+
+def check_sizes(config: PrismerConfig, shapes: Mapping[str, torch.Size], source: str) -> None:
+    """Refuse a config of more layers, or of much larger ones, than the tensors are for: it would be built in vain.
+
+    Args:
+        shapes: of tensors by our names, or by the published ones, which are not looked at.
+
+    Raises:
+        ValueError: if such a size of `config` is not that of the tensors.
+    """
+    if is_official(shapes):
+        return
+    for field, stored in _stored_sizes(shapes).items():
+        asked = getattr(config, field)
+        # what differs a little is told by the table of a `Misfit`, tensor by tensor
+        if asked > _MOST_TIMES * max(stored, _LITTLE):
+            raise ValueError(
+                f"{source} does not fit the config: {field} is {asked}, and its tensors are for {stored}; "
+                f"use the {CONFIG} that was saved beside these weights"
+            )
+
+
+_MOST_TIMES, _LITTLE = 4, 16
+# how much larger than stored a model may be that is built for the sake of the table alone
+
+
+def _stored_sizes(shapes: Mapping[str, torch.Size]) -> dict[str, int]:
+    """The sizes that tensors tell by their shapes and numbers, as fields of PrismerConfig; 0 for an absent stack."""
+    sizes = {}
+    for field, stack in _STACKS.items():
+        pattern = re.compile(rf"{re.escape(stack)}\.(\d+)\.")
+        sizes[field] = len({m[1] for key in shapes if (m := pattern.match(key))})
+    for field, (key, axis) in _AXES.items():
+        if len(shapes.get(key, ())) > axis:
+            sizes[field] = shapes[key][axis]
+    return sizes
+
+
+_STACKS = {
+    "vision_depth": "encoder.blocks", "resampler_depth": "encoder.resampler.blocks", "text_depth": "decoder.layers",
+}  # fmt: skip
+_AXES = {
+    "vision_width": ("encoder.stems.rgb.weight", 0),
+    "patch_size": ("encoder.stems.rgb.weight", 2),
+    "num_latents": ("encoder.resampler.latents", 0),
+    "num_instances": ("encoder.instance_embedding", 0),
+    "text_width": ("decoder.embeddings.word.weight", 1),
+    "vocab_size": ("decoder.embeddings.word.weight", 0),
+    "max_positions": ("decoder.embeddings.position.weight", 0),
+    "text_mlp_width": ("decoder.extra.mlp.intermediate.weight", 0),
+}
+
+
+def folder_config(folder: str | Path) -> PrismerConfig:
+    """The architecture of a model folder, compared with its weights where they lie beside it.
+
+    Raises:
+        ValueError: if a file is damaged, or the two do not fit each other.
+    """
+    folder = Path(folder)
+    config = PrismerConfig.from_file(folder / CONFIG)
+    if (folder / WEIGHTS).is_file():
+        check_sizes(config, read_shapes(folder / WEIGHTS), source=str(folder / WEIGHTS))
+    return config
+
+
+def check_checksums(weights: Path) -> None:
+    """Refuse a file of weights that is not the one that was written; warn of a config beside it that was edited.
+
+    The tokenizer looks after its own files.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    folder = weights.parent
+    if not (folder / CHECKSUMS).is_file():
+        _log.info("%s holds no checksums; a damaged file in it would not be noticed", folder)
+    if find_damage(folder, (weights.name,)):
+        raise ValueError(
+            f"{weights} is damaged: its checksum is not the one in {CHECKSUMS}; copy or export it again, "
+            f"or delete {CHECKSUMS} if you changed it yourself"
+        )
+    if find_damage(folder, (CONFIG,)):
+        # people may edit it: the prefix and length of captions, dropout
+        warnings.warn(
+            f"{folder / CONFIG} was changed since the model was written; if that was not you, restore it",
+            stacklevel=4,
+        )
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -172,6 +263,11 @@ def _locate(source: str | Path) -> tuple[Path | None, Path]:
     if _HUB_ID.fullmatch(str(source)) and not path.parent.is_dir():
         path = _download(str(source))
         return path, _weights_in(path)
+    if earlier := earlier_folder(path):
+        raise ValueError(
+            f"the last save of {source} was interrupted, and the earlier model lies in {earlier}; "
+            f"rename that to {path.name}"
+        )
     raise ValueError(
         f"no model folder {source}; give a folder written by `prismer export`, a published checkpoint, "
         f"owner/name on the hub, or {' or '.join(SHIPPED)}"
@@ -194,7 +290,7 @@ def _download(source: str) -> Path:
 
     owner, name, *inside = source.split("/")
     prefix = "".join(f"{part}/" for part in inside)
-    files = [CONFIG, WEIGHTS, *TOKENIZER_FILES, "answers.json"]
+    files = [CONFIG, WEIGHTS, *TOKENIZER_FILES, ANSWERS, CHECKSUMS]
     if inside:
         # the published checkpoints are folders of one repository
         files.append(BIN)
@@ -230,10 +326,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 f"{path} is not a whole safetensors file ({error}); export it again"
             ) from None
     try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                # torch.load compares no checksums
+                if damaged := archive.testzip():
+                    raise ValueError(f"{path} is damaged (the checksum of {damaged}); get it again")
         # the pages of a zip are read as they are copied, so that memory holds the weights once
-        found = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error) else type(error).__name__
         raise ValueError(

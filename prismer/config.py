@@ -6,12 +6,28 @@ RoBERTa-large, HUGE is OpenCLIP ViT-H/14 with RoBERTa-large. `tiny` is the demon
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from prismer.experts import EXPERTS
+from prismer.files import is_text, parse_json
 
 ALL_EXPERTS = tuple(EXPERTS)
+MAX_GRID = 256
+"""Patches in a row: 65,536 of an image, whose attention takes 16 GB a head; the largest published model has 34."""
+_WIDTH = (65_536, "what the layer norms take")
+_DEPTH = (1_024, "no model that trains is deeper")
+_TABLE = (2**24, "float32 counts no further")
+_MOST = {
+    "vision_width": _WIDTH, "text_width": _WIDTH, "text_mlp_width": (4 * _WIDTH[0], "four times the largest width"),
+    "vision_depth": _DEPTH, "resampler_depth": _DEPTH, "text_depth": _DEPTH,
+    "label_size": (4_096, "maps are read whole"),
+    "num_latents": (MAX_GRID**2, "as many as an image has patches"), "num_instances": (2**16, "a map has 256 ids"),
+    "vocab_size": _TABLE, "max_positions": _TABLE,
+}  # fmt: skip
+"""The largest values that mean anything, and why: what is beyond is a damaged file, and would be built in vain."""
+_RESTORE = "restore the file or export the model again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +86,25 @@ class PrismerConfig:
             raise ValueError(f"experts is {self.experts!r}; give a list of names, [] for none")
         object.__setattr__(self, "experts", tuple(self.experts))
         for expert in self.experts:
-            if expert not in EXPERTS:
+            if not isinstance(expert, str) or expert not in EXPERTS:
                 raise ValueError(f"unknown expert {expert!r} in experts; choose from {', '.join(EXPERTS)}")
         if len(set(self.experts)) != len(self.experts):
             raise ValueError(f"experts lists one twice: {', '.join(self.experts)}; name each once")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is float and type(value) is int:
+            if field.type is float and type(value) is int and abs(value) < 2**63:
                 object.__setattr__(self, field.name, float(value))
             elif field.type in (int, float, str) and type(value) is not field.type:
-                raise ValueError(f"{field.name} is {value!r}; it must be {field.type.__name__}")
-            elif field.type is int and not field.name.endswith("_id") and value < 1:
-                raise ValueError(f"{field.name} is {value}; it must be at least 1")
+                raise ValueError(f"{field.name} is {_shown(value)}; it must be {field.type.__name__}")
+            elif field.type is int and value < (least := 0 if field.name.endswith("_id") else 1):
+                raise ValueError(f"{field.name} is {_shown(value)}; it must be at least {least}")
+            elif field.type is float and not math.isfinite(value):
+                raise ValueError(f"{field.name} is {value}; give a finite number")
+            elif field.type is str and not is_text(value):
+                raise ValueError(f"{field.name} is {value!r}, which cannot be written as UTF-8; correct it")
+        for name, (most, why) in _MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} is {_shown(getattr(self, name))}; at most {most} ({why})")
         for width, heads in (
             ("vision_width", "vision_heads"),
             ("vision_width", "resampler_heads"),
@@ -100,6 +123,11 @@ class PrismerConfig:
             raise ValueError(f"semantics is {self.semantics!r}; choose clip or spelling")
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
+        if self.grid > MAX_GRID:
+            raise ValueError(
+                f"image_size {self.image_size} makes {self.grid} x {self.grid} patches of {self.patch_size} px; "
+                f"give at most {MAX_GRID * self.patch_size}"
+            )
         if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
             raise ValueError("dropout and label_smoothing must lie in [0, 1)")
         if self.init_std <= 0:
@@ -138,24 +166,31 @@ class PrismerConfig:
     @classmethod
     def from_json(cls, text: str, source: str = "config.json") -> "PrismerConfig":
         """Read what `to_json` wrote; `source` names the file in errors."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source} is not JSON ({error}); restore the file or export the model again") from None
+        values = parse_json(text, source, _RESTORE)
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or set(values) - known:
             extra = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"{source} holds unknown settings ({extra}); known are {', '.join(sorted(known))}")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> "PrismerConfig":
         """Read a `config.json`."""
+        path = Path(path)
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = path.read_bytes().decode()
         except UnicodeDecodeError:
-            raise ValueError(f"{path} is not text; restore the file or export the model again") from None
+            raise ValueError(f"{path} is not text; {_RESTORE}") from None
         return cls.from_json(text, source=str(path))
+
+
+def _shown(value) -> str:
+    """`value` in an error, not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def prismer_tiny(**changes) -> PrismerConfig:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prismer import __version__
-from prismer.checkpoint import CONFIG, SHIPPED, shipped_folder
+from prismer.checkpoint import CONFIG, SHIPPED, folder_config, shipped_folder
 from prismer.config import PrismerConfig, preset
 from prismer.freezing import FREEZE_MODES, freeze
 from prismer.kernels.dispatch import backends
@@ -82,7 +82,7 @@ def read_config(model: str) -> PrismerConfig:
         raise ValueError(
             f"{folder} has no {CONFIG}; give a model folder or a preset such as base or large-z"
         )
-    return PrismerConfig.from_file(folder / CONFIG)
+    return folder_config(folder)
 
 
 def count_parameters(config: PrismerConfig) -> dict[str, int]:

@@ -4,17 +4,17 @@ A published checkpoint is one flat `pytorch_model.bin` of 635 to 1443 tensors wi
 (heads, activation) comes from the preset whose sizes they are.
 """
 
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from prismer.config import PRESETS, PrismerConfig
 from prismer.experts import EXPERTS
+from prismer.files import replacing
 from prismer.official_keys import IGNORED, from_official, to_official
 
 BIN = "pytorch_model.bin"
@@ -154,12 +154,30 @@ def save_official(model, path: str | Path) -> None:
     # a buffer of the transformers version of the time, which its strict loading expects
     tensors[IGNORED] = torch.arange(model.config.max_positions)[None]
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(tensors, file)
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
+    with replacing(path) as partial, open(partial, "wb") as file:
+        kept = _Errors(file)
+        try:
+            torch.save(tensors, kept)
+        except RuntimeError:
+            # torch says "unexpected pos" where the disk was full
+            if kept.error is not None:
+                raise kept.error from None
+            raise
+
+
+class _Errors:
+    """A file to write to that keeps the first error of the operating system, which torch replaces by its own."""
+
+    def __init__(self, file: IO[bytes]):
+        self.error: OSError | None = None
+        self._file = file
+
+    def write(self, data) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()

@@ -1,31 +1,79 @@
 """What a run shows while it trains: a progress bar, metrics.jsonl, TensorBoard scalars and loss.png; rank 0 only."""
 
 import json
-import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
+from prismer.files import add_name, replacing, write_atomically
+from prismer.stopping import discard
+
 METRICS = "metrics.jsonl"
+# the fields that are read again, and what they must be
+_FIELDS = {
+    "train": ((float, int), ("loss", "learning_rate")),
+    "skipped": ((str,), ("split", "shard", "key")),
+}
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Every line of metrics.jsonl, in order; a last line that a crash cut short is left out."""
+    """Every line of metrics.jsonl, in order; a last line that a crash cut short is left out.
+
+    Raises:
+        ValueError: if another line is damaged.
+    """
     file = Path(folder) / METRICS
-    rows = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    if not file.exists():
+        return []
+    if not file.is_file():
+        raise ValueError(f"{file} is no file; move it away to go on without the earlier records")
+    lines, rows = file.read_bytes().split(b"\n"), []
+    for number, line in enumerate(lines, 1):
+        row = _read_row(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            # what follows the last line break was never finished
+            raise ValueError(
+                f"line {number} of {file} is damaged; delete the line, or move the file away to go on without it"
+            )
     return rows
 
 
 def append_metrics(folder: Path, row: dict) -> None:
     """Add one line to metrics.jsonl."""
-    with open(Path(folder) / METRICS, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with open(Path(folder) / METRICS, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        add_name(error, Path(folder) / METRICS)
+        raise
+
+
+def _read_row(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
+        return None
+    kinds, names = _FIELDS.get(row["kind"], ((), ()))
+    return row if all(type(row.get(name, kinds[0]())) in kinds for name in names) else None
+
+
+def tell(text: str, file: TextIO) -> None:
+    """Print a line; a reader that has gone (`| head`, a closed terminal) ends the printing and not the run."""
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        silence(file)
+
+
+def silence(file: TextIO) -> None:
+    """Let what is written to `file`, and what still waits in it, go nowhere."""
+    discard(file.fileno())
 
 
 class Progress:
@@ -40,9 +88,8 @@ class Progress:
     def __init__(self, folder: Path, start: int, total: int):
         self.folder = Path(folder)
         kept = [row for row in read_metrics(folder) if row["step"] <= start]
-        aside = self.folder / f".{METRICS}.partial"
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(aside, self.folder / METRICS)
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_atomically(self.folder / METRICS, text.encode())
         # imported here: it takes seconds, and only rank 0 needs it
         from torch.utils.tensorboard import SummaryWriter
 
@@ -60,7 +107,10 @@ class Progress:
 
     def advance(self) -> None:
         """One step is done."""
-        self._bar.update()
+        try:
+            self._bar.update()
+        except OSError:
+            silence(sys.stderr)
 
     def record(self, row: dict) -> None:
         """Keep one row of numbers; "step" names the step, "kind" what was measured."""
@@ -76,7 +126,10 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that does not tear the bar."""
-        tqdm.write(text, file=sys.stderr)
+        try:
+            tqdm.write(text, file=sys.stderr)
+        except OSError:
+            silence(sys.stderr)
 
     def close(self) -> None:
         """End the bar and the curves."""
@@ -109,10 +162,11 @@ def plot_metrics(folder: Path) -> None:
         _plot_scores(axis, scored, answers, "answers, validation", "accuracy")
         axis.set_ylim(0, 1)
     figure.tight_layout()
-    aside = Path(folder) / ".loss.partial.png"
-    figure.savefig(aside, dpi=130)
-    plt.close(figure)
-    os.replace(aside, Path(folder) / "loss.png")
+    try:
+        with replacing(Path(folder) / "loss.png") as partial:
+            figure.savefig(partial, dpi=130, format="png")
+    finally:
+        plt.close(figure)
 
 
 def _plot_training(axis, rows: list[dict]) -> None:

@@ -1,14 +1,13 @@
 """What a finished run leaves behind for people: results.md, results.json and a picture of samples."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from prismer.files import replacing, write_atomically, write_json
 from prismer.metrics import vqa_accuracy
-from prismer.run_folder import write_json
 
 COLUMNS = ("trained model", "most frequent", "blank images")
 
@@ -47,9 +46,7 @@ def write_results(
         "most frequent answer to each kind of question; *blank images* is the trained model when it sees nothing.\n"
     )
     facts = "".join(f"- {name}: {value}\n" for name, value in about.items())
-    aside = folder / ".results.md.partial"
-    aside.write_text(f"{table}\n{legend}\n{facts}")
-    os.replace(aside, folder / "results.md")
+    write_atomically(folder / "results.md", f"{table}\n{legend}\n{facts}".encode())
     write_json(
         folder / "results.json",
         dict(about, images=num_images, **dict(zip(COLUMNS, columns, strict=True))),
@@ -92,10 +89,11 @@ def draw_samples(path: Path, pictures: Sequence[Image.Image], records: Sequence[
                 transform=axes[2 * row + 1, column].transAxes,
             )  # fmt: skip
     figure.tight_layout(pad=0.6)
-    aside = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(aside, dpi=110)
-    plt.close(figure)
-    os.replace(aside, path)
+    try:
+        with replacing(path) as partial:
+            figure.savefig(partial, dpi=110, format="png")
+    finally:
+        plt.close(figure)
 
 
 def _lines(record: dict, width: int = 50, num_questions: int = 4) -> list[tuple[str, str]]:

@@ -1,29 +1,35 @@
 """The folder of a run: its settings, and checkpoints that any number of processes can resume from.
 
     runs/NAME/
+      .lock                 held by the run's first process, so that no two train in one folder
       train_config.json     TrainConfig and the precision that was chosen at the first start
       answers.json          the answers of the training split, which evaluation ranks (evaluation.py)
       metrics.jsonl         one line per logged step or evaluation (progress.py)
       checkpoints/
-        index.json          which folder is the last, which the best, and the best's score
+        index.json          which folder is the last, which the best, the best's score, and which this run wrote
         step-00000200/      a model folder (config.json, model.safetensors, tokenizer), and beside it
           optimizer.safetensors   AdamW's moments: NAME.exp_avg, NAME.exp_avg_sq, fp32
           trainer.json            step, epoch, samples, precision, world size, seed
+          checksums.json          size and crc32 of every file
 
 There is one format for all: whole tensors, fp32 masters for what trains, streamed parameter by parameter from the
 ZeRO-3 shards to rank 0, which writes. Nothing holds more than one gathered tensor, nothing is pickled, a checkpoint
 is a loadable model, and each rank reads back its own part whatever the number of ranks. DeepSpeed's own format
 (a pickle per rank) resumes at the same number only; its universal conversion loses frozen parameters in silence.
 The price is one writer: 12 bytes per trainable parameter, 6 GB for LARGE. Every rank must see the folder.
+
+The last two checkpoints and the best are kept. Nothing else is deleted but what index.json says this run wrote. A
+damaged file is never passed over: the run refuses to start, names it, and says how to go on.
 """
 
 import json
-import os
+import math
+import re
 import shutil
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -31,13 +37,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prismer import engine as engines
-from prismer.checkpoint import CONFIG, WEIGHTS, from_pretrained, save_pretrained
+from prismer.checkpoint import ANSWERS, WEIGHTS, from_pretrained, save_pretrained, write_description
+from prismer.files import find_damage, read_json, take_lock, write_checksums, write_json
+from prismer.progress import read_metrics
+from prismer.tensor_files import write_safetensors
 from prismer.train_config import TrainConfig
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer.json"
-ANSWERS = "answers.json"
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+SETTINGS = "train_config.json"
+INDEX = "index.json"
+LOCK = ".lock"
+KEPT = 2
+"""How many of the newest checkpoints stay, besides the best."""
+
+_STEP = re.compile(r"step-(\d{8,})")
+_AFRESH = "restore it from a copy, or set this run aside with --fresh"
 
 # what a resumed run must not change: the data order and the optimizer state would no longer mean the same
 FIXED = (
@@ -46,45 +61,105 @@ FIXED = (
 )  # fmt: skip
 
 
-def write_json(path: Path, value) -> None:
-    """Replace `path` by `value` as indented JSON, at once."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(aside, path)
-
-
-def write_safetensors(
-    path: Path, header: dict[str, tuple[torch.dtype, torch.Size]], tensors: Iterator[Tensor]
-) -> None:
-    """Write a safetensors file whose tensors come one after the other, in the order of `header`."""
-    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape) in header.items():
-        end = offset + shape.numel() * dtype.itemsize
-        entries[name] = dict(dtype=_DTYPES[dtype], shape=list(shape), data_offsets=[offset, end])
-        offset = end
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for (dtype, shape), tensor in zip(header.values(), tensors, strict=True):
-            assert tensor.dtype == dtype and tensor.shape == shape
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 class RunFolder:
     """One run on disk. Methods whose docstring says "collective" are called by every rank."""
 
     def __init__(self, path: Path):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
+        self._lock: IO[str] | None = None
+
+    def claim(self, fresh: bool = False) -> Path | None:
+        """Keep others out of this folder until the process ends (rank 0).
+
+        Args:
+            fresh: set an earlier run of this name aside first; never one that is being trained.
+
+        Returns:
+            Where the earlier run went, if there was one to set aside.
+
+        Raises:
+            ValueError: if another process trains here, or the folder holds something that is no run.
+        """
+        moved = None
+        if self.path.exists():
+            self._check_kind()
+            lock = take_lock(self.path / LOCK)
+            if fresh:
+                moved = self.start_afresh()
+                lock.close()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = take_lock(self.path / LOCK)
+        for leftover in self.checkpoints.glob("step-*.partial"):
+            # of a save that was cut short; nobody else can be writing it
+            shutil.rmtree(leftover)
+        return moved
+
+    def _check_kind(self) -> None:
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; choose another --run")
+        names = {path.name for path in self.path.iterdir()} - {LOCK}
+        if names and not names & {SETTINGS, self.checkpoints.name}:
+            raise ValueError(
+                f"{self.path} is no run, and holds {min(names)} and the like; choose another --run"
+            )
 
     def index(self) -> dict:
-        """{"last": folder name, "best": folder name, "best_score": number}; {} before the first checkpoint."""
-        file = self.checkpoints / "index.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+        """What index.json says; {} before the first checkpoint.
+
+        "last" and "best" are names of checkpoints, "best_score" is a number, "written" names what this run wrote.
+
+        Raises:
+            ValueError: if it is damaged or lost.
+        """
+        file = self.checkpoints / INDEX
+        if not file.exists():
+            if self._steps():
+                raise ValueError(f"{file} is lost; {self._way_on()}")
+            return {}
+        try:
+            return self._checked(read_json(file, dict, ""))
+        except ValueError as error:
+            raise ValueError(f"{str(error).rstrip('; ')}; {self._way_on()}") from None
+
+    def _checked(self, index: dict) -> dict:
+        names = [index.get("last"), index.get("best", index.get("last")), *_names(index.get("written", []))]
+        score = index.get("best_score", 0)
+        if not all(isinstance(name, str) and _STEP.fullmatch(name) for name in names):
+            raise ValueError(f"{self.checkpoints / INDEX} names no checkpoint as last or best")
+        if type(score) not in (int, float) or not math.isfinite(score):
+            raise ValueError(f"{self.checkpoints / INDEX} has the score {score!r}")
+        missing = [name for name in names[:2] if not (self.checkpoints / name).is_dir()]
+        if missing:
+            raise ValueError(f"{self.checkpoints / missing[0]} is missing")
+        return index
+
+    def _steps(self) -> list[str]:
+        """The names of all checkpoints on disk, in the order of their steps."""
+        found = (path.name for path in self.checkpoints.glob("step-*") if path.is_dir())
+        return sorted((name for name in found if _STEP.fullmatch(name)), key=_step_of)
+
+    def _way_on(self) -> str:
+        """What to do where the index, or the checkpoint that it names last, is of no use."""
+        index = {}
+        for name in self._steps():
+            try:
+                if find_damage(self.checkpoints / name):
+                    continue
+                state = read_json(self.checkpoints / name / STATE, dict)
+            except ValueError:
+                continue
+            index["last"] = name
+            score = state.get("score")
+            if type(score) in (int, float) and score >= index.get("best_score", -math.inf):
+                index.update(best=name, best_score=score)
+        afresh = "set this run aside with --fresh"
+        if not index:
+            return f"no checkpoint is whole: restore one from a copy, or {afresh}"
+        return (
+            f"{index['last']} is whole: to go on from there write {json.dumps(index)} into "
+            f"{self.checkpoints / INDEX}, or {afresh}"
+        )
 
     def last(self) -> Path | None:
         """The newest checkpoint."""
@@ -95,6 +170,25 @@ class RunFolder:
         """The checkpoint with the best validation score; the last one if none was evaluated."""
         index = self.index()
         return self.checkpoints / index.get("best", index["last"]) if index else None
+
+    def check(self) -> None:
+        """Refuse a run whose files are damaged, before anything is built from them (rank 0).
+
+        Raises:
+            ValueError: which names the file and says how to go on.
+        """
+        read_metrics(self.path)
+        last = self.last()
+        if last is None:
+            return
+        try:
+            damaged = find_damage(last)
+            if damaged is None:
+                read_state(last)
+        except ValueError as error:
+            raise ValueError(f"{error}; {self._way_on()}") from None
+        if damaged:
+            raise ValueError(f"{last / damaged} is damaged or gone; {self._way_on()}")
 
     def start_afresh(self) -> Path | None:
         """Move an earlier run out of the way, deleting nothing; returns where it went."""
@@ -118,17 +212,19 @@ class RunFolder:
             The run's precision, and one line per setting that a resumed run changes.
 
         Raises:
-            ValueError: if a resumed run changes what it must not.
+            ValueError: if a resumed run changes what it must not, or its settings are damaged or lost.
         """
-        file = self.path / "train_config.json"
-        stored = json.loads(file.read_text()) if file.is_file() and self.last() else None
+        file = self.path / SETTINGS
         now = asdict(config)
-        if stored is None:
+        if self.last() is None:
             self.path.mkdir(parents=True, exist_ok=True)
             precision = choose_precision()
             write_json(file, dict(precision=precision, settings=now))
             return precision, []
-        before, precision = stored["settings"], stored["precision"]
+        stored = read_json(file, dict, _AFRESH)
+        before, precision = stored.get("settings"), stored.get("precision")
+        if not isinstance(before, dict) or precision not in ("bf16", "fp32") or not set(FIXED) <= set(before):
+            raise ValueError(f"{file} is damaged; {_AFRESH}")
         for name in FIXED:
             if before[name] != now[name]:
                 raise ValueError(
@@ -154,38 +250,89 @@ class RunFolder:
         Args:
             state: JSON-like; holds "step".
             score: validation score if this step was evaluated; the best one is kept.
+
+        Raises:
+            OSError: on rank 0, if the disk is full or broken; the earlier checkpoints are as they were.
         """
         target = self.checkpoints / f"step-{state['step']:08d}"
         aside = target.with_name(target.name + ".partial")
         first = dist.get_rank() == 0
-        if first:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        write_weights(engine, aside / WEIGHTS)
-        write_moments(engine, aside / OPTIMIZER)
-        if first:
-            model = engine.module
-            (aside / CONFIG).write_text(model.config.to_json())
-            if model.tokenizer is not None:
-                model.tokenizer.save(aside)
-            write_json(aside / STATE, dict(state, score=score))
-            shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
-            index = self.index()
-            index["last"] = target.name
-            if score is not None and score >= index.get("best_score", float("-inf")):
-                index.update(best=target.name, best_score=score)
-            write_json(self.checkpoints / "index.json", index)
-            kept = {index["last"], index.get("best")}
-            for old in self.checkpoints.glob("step-*"):
-                if old.name not in kept:
-                    shutil.rmtree(old)
+        try:
+            if first:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            sums = {
+                WEIGHTS: write_weights(engine, aside / WEIGHTS),
+                OPTIMIZER: write_moments(engine, aside / OPTIMIZER),
+            }
+            if first:
+                write_description(engine.module, aside)
+                write_json(aside / STATE, dict(state, score=score))
+                write_checksums(aside, sums)
+                self._enter(aside, target, score)
+        finally:
+            if first:
+                shutil.rmtree(aside, ignore_errors=True)
         dist.barrier()
         return target
 
+    def _enter(self, aside: Path, target: Path, score: float | None) -> None:
+        """Rename a whole checkpoint to its place, note it, and delete what is no longer needed."""
+        index = self.index()
+        written = set(index.get("written") or {index.get("last"), index.get("best")}) - {None}
+        if target.exists():
+            if target.name in written:
+                shutil.rmtree(target)
+            else:
+                # not noted as this run's own, so it stays
+                target.rename(_free_name(target))
+        aside.rename(target)
+        index["last"] = target.name
+        if score is not None and score >= index.get("best_score", float("-inf")):
+            index.update(best=target.name, best_score=score)
+        here = sorted((name for name in written | {target.name} if (self.checkpoints / name).is_dir()), key=_step_of)
+        until = [name for name in here if _step_of(name) <= _step_of(target.name)]
+        kept = {*until[-KEPT:], index.get("best")}
+        # noted before anything goes, so that a crash in between leaves too much and not too little
+        write_json(self.checkpoints / INDEX, dict(index, written=here))
+        for name in here:
+            if name not in kept:
+                shutil.rmtree(self.checkpoints / name)
+        write_json(self.checkpoints / INDEX, dict(index, written=[name for name in here if name in kept]))
 
-def write_weights(engine, path: Path) -> None:
-    """Masters of what trains, everything else as it is; the keys of the model's state dict (collective)."""
+
+def _step_of(name: str) -> int:
+    return int(_STEP.fullmatch(name)[1])
+
+
+def _names(value) -> list:
+    return value if isinstance(value, list) else [None]
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (found := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return found
+
+
+def read_state(checkpoint: Path) -> dict:
+    """The trainer.json of a checkpoint.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    file = checkpoint / STATE
+    state = read_json(file, dict)
+    for name, kinds in (("step", (int,)), ("loss_count", (int,)), ("loss_sum", (int, float))):
+        value = state.get(name)
+        if type(value) not in kinds or (name != "loss_sum" and value < 0):
+            raise ValueError(f"{file} is damaged ({name} is {value!r})")
+    return state
+
+
+def write_weights(engine, path: Path) -> int:
+    """Masters of what trains, everything else as it is, by state-dict name; returns the crc32 (collective)."""
     tensors = engines.state_tensors(engine.module)
     header = {}
     for name, tensor in tensors.items():
@@ -196,24 +343,24 @@ def write_weights(engine, path: Path) -> None:
         )
     # widest first: readers want every tensor aligned to its item size
     header = dict(sorted(header.items(), key=lambda entry: -entry[1][0].itemsize))
-    _write(path, header, (engines.master(tensors[name]) for name in header))
+    return _write(path, header, (engines.master(tensors[name]) for name in header))
 
 
-def write_moments(engine, path: Path) -> None:
-    """AdamW's two moments of every trainable parameter (collective)."""
+def write_moments(engine, path: Path) -> int:
+    """AdamW's two moments of every trainable parameter; returns the crc32 (collective)."""
     trainable = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     names = [(name, key) for name in trainable for key in engines.MOMENTS]
     header = {f"{name}.{key}": (torch.float32, trainable[name].ds_shape) for name, key in names}
-    _write(path, header, (engines.moment(trainable[name], key) for name, key in names))
+    return _write(path, header, (engines.moment(trainable[name], key) for name, key in names))
 
 
-def _write(path: Path, header: dict, tensors: Iterator[Tensor]) -> None:
+def _write(path: Path, header: dict, tensors: Iterator[Tensor]) -> int:
     if dist.get_rank() == 0:
-        write_safetensors(path, header, tensors)
-    else:
-        # gathering needs every rank, writing only one
-        for _ in tensors:
-            pass
+        return write_safetensors(path, header, tensors)
+    # gathering needs every rank, writing only one
+    for _ in tensors:
+        pass
+    return 0
 
 
 def restore_optimizer(engine, checkpoint: Path) -> dict:
@@ -222,7 +369,7 @@ def restore_optimizer(engine, checkpoint: Path) -> dict:
     Raises:
         ValueError: if the checkpoint was written for other trainable parameters, or a file is broken.
     """
-    state = json.loads((checkpoint / STATE).read_text())
+    state = read_state(checkpoint)
     trainable = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     expected = {f"{name}.{key}" for name in trainable for key in engines.MOMENTS}
     try:
@@ -240,10 +387,16 @@ def restore_optimizer(engine, checkpoint: Path) -> dict:
             for name, parameter in trainable.items():
                 engines.set_master(parameter, weights.get_tensor(name))
                 for key in engines.MOMENTS:
-                    engines.set_moment(parameter, key, moments.get_tensor(f"{name}.{key}"))
-    except SafetensorError as error:
+                    moment = moments.get_tensor(f"{name}.{key}")
+                    if moment.shape != parameter.ds_shape or moment.dtype != torch.float32:
+                        raise ValueError(
+                            f"{checkpoint / OPTIMIZER} is damaged ({name}.{key} is {tuple(moment.shape)}, not "
+                            f"{tuple(parameter.ds_shape)}); resume from another checkpoint"
+                        )
+                    engines.set_moment(parameter, key, moment)
+    except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(
-            f"{checkpoint} holds a broken file ({error}); delete it and resume from another"
+            f"{checkpoint} holds a broken file, or lacks one ({error}); resume from another checkpoint"
         ) from None
     return state
 
@@ -267,9 +420,21 @@ def export_checkpoint(source: str | Path, out: str | Path) -> Path:
         raise ValueError(
             f"{source} is neither a run with checkpoints nor a checkpoint; give runs/NAME"
         )
-    save_pretrained(from_pretrained(checkpoint), out)
     answers = checkpoint.parent.parent / ANSWERS
-    if answers.is_file():
-        # what the model chooses from when it is asked without a list
-        write_json(Path(out) / ANSWERS, json.loads(answers.read_text()))
+    # what the model chooses from when it is asked without a list
+    listed = read_answers(answers) if answers.is_file() else None
+    save_pretrained(from_pretrained(checkpoint), out, answers=listed)
     return checkpoint
+
+
+def read_answers(file: Path) -> list[str]:
+    """The list of answers in `file`.
+
+    Raises:
+        ValueError: if it is no list of texts.
+    """
+    remedy = "restore it from a copy, or delete it"
+    answers = read_json(file, list, remedy)
+    if not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"{file} holds more than texts; {remedy}")
+    return answers

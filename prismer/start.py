@@ -3,9 +3,15 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
-from prismer.checkpoint import CONFIG, from_pretrained, shipped_folder
+from prismer.checkpoint import (
+    CONFIG,
+    check_checksums,
+    folder_config,
+    from_pretrained,
+    read_tensors,
+    shipped_folder,
+)
 from prismer.config import PRESETS, PrismerConfig, preset
 from prismer.model import Prismer
 from prismer.tokenizer import Tokenizer
@@ -20,7 +26,7 @@ def start_config(source: str) -> PrismerConfig:
         ValueError: if `source` is neither.
     """
     if (Path(source) / CONFIG).is_file():
-        return PrismerConfig.from_file(Path(source) / CONFIG)
+        return folder_config(source)
     if source.partition("-")[0] not in PRESETS:
         raise ValueError(
             f"{source!r} is neither a model folder nor a preset; presets are {', '.join(PRESETS)}"
@@ -55,7 +61,8 @@ def start_model(source: str, image_size: int = 0, seed: int = 0) -> Prismer:
     torch.manual_seed(seed)
     model = Prismer(config, Tokenizer.from_folder(towers))
     own = model.state_dict()
-    tensors = load_file(towers / "towers.safetensors")
+    check_checksums(towers / "towers.safetensors")
+    tensors = read_tensors(towers / "towers.safetensors")
     misfit = sorted(
         key for key, tensor in tensors.items() if key not in own or own[key].shape != tensor.shape
     )

@@ -1,4 +1,4 @@
-"""When training must stop early: SIGTERM, Ctrl-C, or a launcher that died and left its ranks behind.
+"""When training must stop early: SIGTERM, SIGHUP, Ctrl-C, or a launcher that died and left its ranks behind.
 
 A rank cannot save alone, since its peers hold the other shards; so each rank only notes the wish, the trainer
 compares notes every step, and all save together.
@@ -30,6 +30,7 @@ class StopRequest:
         self.reason, self.exit_code = "", 0
         self._group = group
         self._interrupted_at = 0.0
+        self._terminals: list[int] = []
         # a run started by hand may well outlive its shell; one started by a launcher must not outlive that
         parent = os.getppid()
         self._parent = parent if _runs(parent, LAUNCHERS) else 0
@@ -41,6 +42,10 @@ class StopRequest:
             signal.SIGTERM: signal.signal(signal.SIGTERM, self._note),
             signal.SIGINT: signal.signal(signal.SIGINT, self._note),
         }
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            # a run that was started with nohup goes on when its terminal closes
+            self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._note)
+            self._terminals = [number for number in (1, 2) if os.isatty(number)]
         if self._parent and sys.platform == "linux":
             # a `kill -9` of deepspeed's launcher leaves its ranks training
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -56,6 +61,10 @@ class StopRequest:
             if self._interrupted_at and time.monotonic() - self._interrupted_at > 1:
                 raise KeyboardInterrupt
             self._interrupted_at = time.monotonic()
+        if number == signal.SIGHUP:
+            # the terminal is gone, and what still is written to it would fail
+            for terminal in self._terminals:
+                discard(terminal)
         self.reason = self.reason or signal.Signals(number).name
         self.exit_code = self.exit_code or 128 + number
 
@@ -71,6 +80,15 @@ class StopRequest:
         if int(flag) and not self.reason:
             self.reason, self.exit_code = "another rank was told to", int(flag)
         return bool(int(flag))
+
+
+def discard(number: int) -> None:
+    """From now on, what is written to the file descriptor `number` goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    # where `number` itself was closed, it may be the very one
+    if nowhere != number:
+        os.dup2(nowhere, number)
+        os.close(nowhere)
 
 
 def _parent_of(pid: int) -> int:

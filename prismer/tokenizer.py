@@ -5,12 +5,13 @@ tokens. Specials are added by those who build sequences (`prismer.tasks`), by id
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from prismer.files import CHECKSUMS, find_damage, is_text, read_json, write_atomically
 
 FIRST_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 # ids 0..3, as in RoBERTa; `<mask>` comes last
@@ -93,12 +94,21 @@ class Tokenizer:
         folder = Path(folder)
         vocab_path, merges_path = folder / "vocab.json", folder / "merges.txt"
         if vocab_path.is_file() and merges_path.is_file():
-            vocab = _read_json(vocab_path)
-            lines = merges_path.read_text(encoding="utf-8").split("\n")
+            vocab = read_json(vocab_path, remedy="restore the file")
+            try:
+                lines = merges_path.read_text(encoding="utf-8-sig").split("\n")
+            except UnicodeDecodeError:
+                raise ValueError(f"{merges_path} is not text; restore the file") from None
             pairs = [line for line in lines if line and not line.startswith("#version")]
-            return cls(
+            found = cls(
                 _checked_vocab(vocab, vocab_path), _pairs(pairs, merges_path), str(vocab_path)
             )
+            if damaged := find_damage(folder, ("vocab.json", "merges.txt")):
+                raise ValueError(
+                    f"{folder / damaged} is damaged: its checksum is not the one in {CHECKSUMS}; copy it again, "
+                    f"or delete {CHECKSUMS} if you changed it yourself"
+                )
+            return found
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(
@@ -109,14 +119,10 @@ class Tokenizer:
 
     @classmethod
     def _from_tokenizer_json(cls, path: Path) -> "Tokenizer":
-        data = _read_json(path)
-        model = data.get("model") if isinstance(data, dict) else None
-        pre = (data.get("pre_tokenizer") or {}) if isinstance(data, dict) else {}
-        if (
-            not isinstance(model, dict)
-            or model.get("type") != "BPE"
-            or pre.get("type") != "ByteLevel"
-        ):
+        data = read_json(path, remedy="restore the file")
+        model, pre = (data.get(key) if isinstance(data, dict) else None for key in ("model", "pre_tokenizer"))
+        kinds = [part.get("type") if isinstance(part, dict) else None for part in (model, pre)]
+        if kinds != ["BPE", "ByteLevel"]:
             raise ValueError(
                 f"{path} is not a byte-level BPE; use a tokenizer of the RoBERTa family"
             )
@@ -127,7 +133,11 @@ class Tokenizer:
             )
         vocab = dict(_checked_vocab(model.get("vocab"), path))
         # specials may be listed beside the vocabulary only
-        vocab.update({entry["content"]: entry["id"] for entry in data.get("added_tokens", [])})
+        added = data.get("added_tokens", [])
+        try:
+            vocab |= _checked_vocab({entry["content"]: entry["id"] for entry in added}, path)
+        except (TypeError, KeyError):
+            raise ValueError(f"the added_tokens of {path} are damaged; restore the file") from None
         return cls(vocab, _pairs(model.get("merges", []), path), str(path))
 
     def save(self, folder: str | Path) -> None:
@@ -136,8 +146,8 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         vocab = dict(sorted(self._vocab.items(), key=lambda item: item[1]))
         lines = ["#version: 0.2", *(" ".join(pair) for pair in self._merges)]
-        _write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
-        _write(folder / "merges.txt", "\n".join(lines) + "\n")
+        write_atomically(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode())
+        write_atomically(folder / "merges.txt", ("\n".join(lines) + "\n").encode())
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -179,31 +189,21 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def _checked_vocab(vocab, path: Path) -> dict[str, int]:
-    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
+    if not isinstance(vocab, dict) or not all(
+        isinstance(token, str) and is_text(token) and type(i) is int for token, i in vocab.items()
+    ):
         raise ValueError(f"{path} does not map tokens to ids; restore the file")
     return vocab
 
 
 def _pairs(merges: list, source: Path | str) -> list[tuple[str, str]]:
+    if not isinstance(merges, list):
+        raise ValueError(f"the merges of {source} are no list; restore the file")
     # tokenizer.json holds "a b" or, since tokenizers 0.20, ["a", "b"]
-    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
-    wrong = next((i for i, pair in enumerate(pairs) if len(pair) != 2), None)
-    if wrong is not None:
-        raise ValueError(
-            f"merge {wrong + 1} of {source} is {merges[wrong]!r}, not two tokens; restore the file"
-        )
-    return pairs
-
-
-def _read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); restore the file") from None
-
-
-def _write(path: Path, text: str) -> None:
-    # a reader must see the old file or the new one, never half of one
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, list | tuple) or [type(token) for token in pair] != [str, str]:
+            raise ValueError(
+                f"merge {i + 1} of {source} is {merges[i]!r}, not two tokens; restore the file"
+            )
+    return [tuple(pair) for pair in pairs]

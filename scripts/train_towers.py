@@ -29,6 +29,7 @@ from prismer.config import prismer_tiny
 from prismer.dataloading.scene_text import ATTRIBUTES
 from prismer.dataloading.scenes import SEG_CLASSES, WORDS, render_scene, scene_seed
 from prismer.experts import BACKGROUND
+from prismer.files import write_checksums
 from prismer.stems import normalise_rgb
 from prismer.tasks import clean_caption, encode_caption, encode_qa
 from prismer.text import TextDecoder, causal_attend, position_ids
@@ -355,6 +356,7 @@ def pack() -> None:
         },
     }
     (ASSETS / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    write_checksums(ASSETS)
     print(json.dumps(recipe, indent=2))
 
 

@@ -3,11 +3,14 @@
 Run: pytest tests/ops/test_dispatch.py
 """
 
+import importlib
 import logging
 import os
 import subprocess
 import sys
 import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -123,6 +126,33 @@ def test_extension_not_built(device, monkeypatch):
     native_missing.cache_clear()
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     assert "was not built" in native_missing(device)
+    native_missing.cache_clear()
+
+
+def test_threads_load_the_extension_once(monkeypatch):
+    """While one imports it, the others wait: an extension is in sys.modules before it has a spec."""
+    native_missing.cache_clear()
+    name, whole = "prismer._C", threading.Event()
+    # set first, so that what stands there now, or nothing, stands there again after the test
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, name)
+
+    def load(_):
+        module = types.ModuleType(name)
+        module.__spec__ = None
+        if sys.modules.setdefault(name, module) is module:
+            whole.wait(0.05)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(dispatch.importlib, "import_module", load)
+    monkeypatch.setattr(
+        dispatch.importlib.util,
+        "find_spec",
+        lambda name: real(name) if name in sys.modules else importlib.machinery.ModuleSpec(name, None),
+    )
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda _: native_missing(), range(8))) == [None] * 8
     native_missing.cache_clear()
 
 

@@ -1,0 +1,124 @@
+"""Whatever the JSON of a sample holds, it is used whole or skipped and named; nothing raises anything else.
+
+    python -m pytest tests/faults/test_sample_json.py
+"""
+
+import io
+import json
+import warnings
+
+import numpy as np
+import pytest
+from anything import cases, dump, mutated
+from hypothesis import given
+from PIL import Image
+
+from prismer.config import prismer_tiny
+from prismer.dataloading import shard_writer
+from prismer.dataloading.check import check_dataset
+from prismer.dataloading.features import Semantics
+from prismer.dataloading.loader import Loader
+from prismer.dataloading.sample_schema import meta_problems
+from prismer.dataloading.sheet import contact_sheet
+from prismer.dataloading.shards import Sample, ShardDataset, ShardWriter
+from prismer.evaluation import survey
+from prismer.tasks import caption_texts, classification_texts, collate, joint_texts, vqa_texts
+from prismer.tokenizer import Tokenizer
+
+CONFIG = prismer_tiny(image_size=32, label_size=16)
+CLASSES = {"seg": ["ground", "sky"], "obj_detection": ["cube", "cone"], "class": ["cat", "dog"]}
+WHOLE = {
+    "captions": ["a cube", "two cones"],
+    "questions": [
+        {"question": "what?", "answers": [{"answer": "cube", "weight": 0.6}, {"answer": "cone", "weight": 0.4}],
+         "kind": "shape", "raw_answers": ["cube", "cube", "cone"], "id": 7},
+        {"question": "how many?", "answers": [], "kind": "count"},
+    ],
+    "class": 1, "instances": {"0": 1, "1": 0}, "words": {"0": "stop"}, "size": [20, 30], "source": "made up",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["a cube", "two cones", "what?", "how many?"], 300)
+
+
+def make_sample(key, meta):
+    file = io.BytesIO()
+    Image.fromarray(np.arange(1800, dtype=np.uint8).reshape(20, 30, 3)).save(file, "JPEG")
+    ids = np.full((16, 16), 255, np.uint8)
+    ids[:2], ids[2:4] = 0, 1
+    words = np.where(ids == 1, 255, ids).astype(np.uint8)
+    labels = {"depth": ids, "seg": ids, "obj_detection": ids, "ocr_detection": words}
+    return Sample(key, file.getvalue(), labels, meta)
+
+
+def choosers(tokenizer):
+    room = CONFIG.max_positions
+    return (
+        caption_texts(tokenizer, "a picture of", 2, room),
+        vqa_texts(tokenizer, 3, room),
+        joint_texts(tokenizer, "", 1, 2, room),
+        classification_texts(tokenizer, class_names=CLASSES["class"], max_positions=room),
+    )
+
+
+@cases(500)
+@given(meta=mutated(WHOLE))
+def test_what_fits_the_schema_can_be_used(tokenizer, meta):
+    """All that reads a sample's JSON agrees with the schema; tasks may still say that a field is missing."""
+    meta = json.loads(dump(meta))
+    problems = meta_problems(meta, CLASSES)
+    assert all(text.isprintable() and len(text) < 200 for text in problems)
+    if problems:
+        return
+    texts = []
+    for choose in choosers(tokenizer):
+        try:
+            texts += choose(meta, np.random.default_rng(0))
+        except ValueError as error:
+            assert "choose a task that fits" in str(error) or "too long" in str(error)
+    if texts:
+        batch = collate([texts])
+        assert batch.weights.isfinite().all() and (batch.weights >= 0).all()
+    contact_sheet([make_sample("key", meta)], CLASSES)
+
+
+@cases(12)
+@given(metas=mutated([WHOLE] * 25, most=30))
+def test_in_is_out_and_named(tmp_path_factory, tokenizer, metas):
+    """25 samples of other people's writers: the loader, the check and the survey name the same ones."""
+    folder = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        # what is in the envelope need not be an object
+        patch.setattr(
+            shard_writer, "to_json", lambda value: dump(value["envelope"] if "envelope" in value else value)
+        )
+        patch.setattr("os.fsync", lambda handle: None)
+        with ShardWriter(folder, classes=CLASSES, source="x", samples_per_shard=10) as writer:
+            for i, meta in enumerate(metas):
+                writer.write(make_sample(f"key-{i}", {"envelope": meta}))
+    dataset = ShardDataset(folder)
+    bad = {f"key-{i}" for i, meta in enumerate(metas) if faulty(json.loads(dump(meta)))}
+    report = check_dataset(folder, progress=False)
+    assert {problem.key for problem in report.problems} == bad
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loader = Loader(
+            dataset, config=CONFIG, batch_size=4, semantics=Semantics.spelling(), training=False
+        )
+        keys = [key for batch in loader.epoch(0) for key in batch.keys]
+    assert sorted([*keys, *(skipped.key for skipped in loader.skipped)]) == sorted(
+        f"key-{i}" for i in range(len(metas))
+    )
+    assert {skipped.key for skipped in loader.skipped} == bad
+    assert all(skipped.reason.isprintable() for skipped in loader.skipped)
+    assert len(survey(dataset).skipped) <= len(bad)
+
+
+def faulty(meta) -> bool:
+    """Whether a sample of `make_sample` with this JSON cannot be used: its maps need entries for ids 0 and 1."""
+    if meta_problems(meta, CLASSES):
+        return True
+    wrong_size = meta.get("size", [20, 30]) != [20, 30]
+    return wrong_size or not {"0", "1"} <= set(meta.get("instances", {})) or "0" not in meta.get("words", {})
