@@ -82,6 +82,7 @@ def compare(tensors, dtype, assert_no_worse, trainable=(True,) * 4):
     got = results(ours, low, dtype, dy, dtotal, trainable)
     expected = results(plain, low, dtype, dy, dtotal, trainable)
     if low[1] is not None:
+        assert torch.equal(got["total"], expected["total"]), "total is not x + residual, rounded once"
         exact_inputs[:2] = got["total"].double(), torch.zeros_like(low[1], dtype=torch.float64)
     assert all(value.dtype == dtype for value in got.values())
     assert_no_worse(
