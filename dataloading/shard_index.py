@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 # what writes shards takes these from here
+from prismer.files import parse_json, write_atomically  # noqa: F401
 from prismer.files import sync as sync_folder  # noqa: F401
-from prismer.files import write_atomically  # noqa: F401
-from prismer.reading import parse_json, read_bytes
+from prismer.reading import read_bytes
 
 FORMAT = "prismer-shards"
 VERSION = 1
@@ -66,7 +66,7 @@ class Sidecar:
     def __init__(self, data: bytes, name: str):
         shard = name.replace(".index.json", ".tar")
         try:
-            fields = parse_json(data, "it")
+            fields = parse_json(data, "it", "copy it again")
             if (
                 fields["format"] != FORMAT
                 or fields["version"] != VERSION
@@ -109,13 +109,12 @@ def read_index(folder: str | Path) -> dict:
     """
     path = Path(folder) / "index.json"
     try:
-        index = parse_json(read_bytes(path), path)
+        data = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{folder} is not a finished dataset (no index.json); run the job that writes it again, it will resume"
         ) from None
-    except ValueError as error:
-        raise ValueError(f"{error}; copy it again or resume the job that writes it") from None
+    index = parse_json(data, path, "copy it again or resume the job that writes it")
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{path} is not the index of a {FORMAT} dataset; import the data first")
     if index.get("version") != VERSION:
