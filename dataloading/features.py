@@ -21,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from prismer.config import PrismerConfig
 from prismer.dataloading.native_pixels import values_in_use
 from prismer.experts import BACKGROUND, EXPERTS, FEATURE_WIDTH
+from prismer.files import write_atomically
 
 TABLE_FILES = ("semantics.safetensors", "semantics.json")
 _POSITIONS = 8
@@ -226,7 +227,7 @@ def read_table(folder: str | Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     tensors_path, names_path = (Path(folder) / name for name in TABLE_FILES)
     try:
         tensors = load_file(tensors_path)
-        names = json.loads(names_path.read_text())
+        names = json.loads(names_path.read_text(encoding="utf-8"))
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{names_path.name} is not a list of texts")
     except FileNotFoundError as error:
@@ -273,10 +274,9 @@ def write_table(
         "features": np.ascontiguousarray(features, np.float32),
         "background": np.ascontiguousarray(background, np.float32),
     }
-    save_file(tensors, f"{tensors_path}.partial")
-    Path(f"{names_path}.partial").write_text(json.dumps(names, ensure_ascii=False, indent=0))
-    os.replace(f"{tensors_path}.partial", tensors_path)
-    os.replace(f"{names_path}.partial", names_path)
+    # as bytes: safetensors' own writer hides from the caller that the disk is full
+    write_atomically(tensors_path, save(tensors))
+    write_atomically(names_path, json.dumps(names, ensure_ascii=False, indent=0).encode())
 
 
 def normalise(text: str) -> str:

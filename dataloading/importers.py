@@ -10,6 +10,7 @@ shard ended when it is started again.
 
 import io
 import json
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,10 +24,12 @@ from tqdm import tqdm
 
 from prismer.dataloading.labels import blank_planes, unpack_labels
 from prismer.dataloading.pixels import to_rgb
-from prismer.dataloading.places import Record, Records
+from prismer.dataloading.places import Record, Records, Source
+from prismer.dataloading.sample_schema import check_meta
 from prismer.dataloading.shard_index import to_json, write_atomically
 from prismer.dataloading.shards import Sample, ShardWriter
 from prismer.experts import BACKGROUND, EXPERTS
+from prismer.reading import parse_json, printable, read_json
 
 REPORT_FILE = "import-report.json"
 NUM_OFFICIAL_OBJECTS = 722
@@ -55,6 +58,7 @@ class ImportReport:
         re_encoded: images that were not RGB JPEGs, of this attempt.
         blank_labels: expert -> samples of this attempt whose label file was absent or empty.
         skipped: {"key", "image", "reason"} of what was left out.
+        others: {"file", "reason"} of what was found and is no record, such as hidden files.
     """
 
     records: int = 0
@@ -62,6 +66,7 @@ class ImportReport:
     re_encoded: int = 0
     blank_labels: dict[str, int] = field(default_factory=dict)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    others: list[dict[str, str]] = field(default_factory=list)
 
 
 def import_records(
@@ -93,7 +98,9 @@ def import_records(
         ValueError: if the class tables are malformed, or `out` holds another dataset.
     """
     tables = _class_tables(class_tables)
-    report = ImportReport()
+    # every sample would fail otherwise
+    to_json([source, licence])
+    report = ImportReport(others=[asdict(other) for other in records.others])
     blank: Counter = Counter()
     if records.class_names:
         tables["class"] = records.class_names
@@ -122,12 +129,17 @@ def import_records(
                     blank.update(converted.blank)
                 report.imported += 1
             except _Unusable as error:
-                image = str(record.image.path) if record.image else ""
-                report.skipped.append({"key": record.key, "image": image, "reason": str(error)})
+                report.skipped.append(skipped_entry(record, str(error)))
     report.blank_labels = dict(blank)
     text = json.dumps(asdict(report), indent=1, ensure_ascii=False)
     write_atomically(Path(out) / REPORT_FILE, text.encode())
     return report
+
+
+def skipped_entry(record: Record, reason: str) -> dict[str, str]:
+    """What a report says about a record that was left out, in characters that UTF-8 can hold."""
+    image = record.name or (str(record.image.path) if record.image else "")
+    return {"key": record.key, "image": printable(image), "reason": printable(reason)}
 
 
 def to_jpeg(data: bytes, whole: bool = True) -> tuple[bytes, tuple[int, int], int]:
@@ -137,7 +149,7 @@ def to_jpeg(data: bytes, whole: bool = True) -> tuple[bytes, tuple[int, int], in
 
     Args:
         data: the encoded image.
-        whole: whether to decode also an image that needs no change, to see that it is whole; leave it out if it is
+        whole: whether to decode also a JPEG that needs no change, to see that it is whole; leave it out if it is
             decoded right afterwards anyway.
 
     Returns:
@@ -151,7 +163,8 @@ def to_jpeg(data: bytes, whole: bool = True) -> tuple[bytes, tuple[int, int], in
         raise ValueError("the image is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data))
-        if whole:
+        # at once: what reads the EXIF of a damaged PNG first swallows the error, and the rows after it come out black
+        if whole or image.format != "JPEG":
             image.load()
         turn = _turn_of(image)
         if image.format == "JPEG" and image.mode == "RGB" and turn == 1:
@@ -233,8 +246,6 @@ class _Converted:
 def _convert(
     record: Record, classes: dict[str, list[str]], label_size: int, source: str, licence: str
 ) -> _Converted:
-    if record.fault:
-        raise _Unusable(record.fault)
     try:
         data = record.image.read()
         jpeg, size, orientation = to_jpeg(data)
@@ -245,10 +256,11 @@ def _convert(
             planes, tables, blank = read_official_labels(
                 record.label_files, classes, label_size, orientation
             )
-        to_json(record.meta)
-    except (ValueError, OSError, EOFError) as error:
-        raise _Unusable(str(error)) from None
-    meta = {"source": source, "licence": licence, **record.meta, **tables, "size": list(size)}
+        meta = {"source": source, "licence": licence, **record.meta, **tables, "size": list(size)}
+        check_meta(meta, classes)
+        to_json(meta)
+    except (ValueError, OSError, EOFError, MemoryError) as error:
+        raise _Unusable(str(error) or "it does not fit into memory") from None
     return _Converted(Sample(record.key, jpeg, planes, meta), jpeg is not data, blank)
 
 
@@ -259,14 +271,18 @@ def _ahead(
     waiting: deque[tuple[Record, Future | None]] = deque()
     seen: set[str] = set()
     for record in records:
-        if record.key in seen:
-            future: Future | None = Future()
+        future: Future | None = Future()
+        if record.fault:
+            # before the keys: what has no image must not count as imported because another of its name was
+            future.set_exception(_Unusable(record.fault))
+        elif record.key in seen:
             future.set_exception(_Unusable(f"another image has the key {record.key} too"))
         elif record.key in written:
             future = None
         else:
             future = pool.submit(convert, record)
-        seen.add(record.key)
+        if not record.fault:
+            seen.add(record.key)
         waiting.append((record, future))
         if len(waiting) > limit:
             yield waiting.popleft()
@@ -276,9 +292,9 @@ def _ahead(
 def _class_tables(given: dict[str, list[str]] | str | Path | None) -> dict[str, list[str]]:
     if isinstance(given, (str, Path)):
         try:
-            given = json.loads(Path(given).read_bytes())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the class tables {given} cannot be read as JSON ({error})") from None
+            given = read_json(given)
+        except ValueError as error:
+            raise ValueError(f"the class tables {error}") from None
         if not isinstance(given, dict):
             raise ValueError(
                 'class tables are {"seg": [names], "obj_detection": [names]}; got another JSON value'
@@ -300,14 +316,16 @@ def _turn_of(image: Image.Image) -> int:
 
 def _read_plane(expert: str, path: Path, size: int, orientation: int) -> np.ndarray | None:
     """A label PNG as uint8 at (size, size); None if it is absent or has no bytes."""
-    if not path.exists() or path.stat().st_size == 0:
-        return None
     mode = "RGB" if EXPERTS[expert].planes == 3 else "L"
     try:
-        with Image.open(path) as image:
+        data = _read_if_any(path)
+        if not data:
+            return None
+        with Image.open(io.BytesIO(data)) as image:
             # an id map in another mode would be converted, and its ids with it
             if image.mode != mode and not (image.mode == "P" and EXPERTS[expert].is_ids):
                 raise ValueError(f"it is {image.mode}, expected {mode}")
+            image.load()
             if orientation != 1:
                 image = image.transpose(_TURNS[orientation])
             return np.asarray(image.resize((size, size), Image.Resampling.NEAREST)).copy()
@@ -317,10 +335,15 @@ def _read_plane(expert: str, path: Path, size: int, orientation: int) -> np.ndar
 
 def _read_instances(path: Path, num_classes: int) -> dict[str, int]:
     try:
-        table = {
-            str(int(i)): int(class_id) for i, class_id in json.loads(path.read_bytes()).items()
-        }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        table = parse_json(Source(path).read(), "it")
+        if not isinstance(table, dict):
+            raise ValueError(f"it is a {type(table).__name__}, not an object of id: class")
+        for i, class_id in table.items():
+            if not (i.isascii() and i.isdecimal()):
+                raise ValueError(f"it has the id {i!r}, expected a number")
+            if not isinstance(class_id, int) or isinstance(class_id, bool):
+                raise ValueError(f"object {i} is of class {str(class_id)[:40]!r}, expected a number")
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"the object table {path} cannot be read ({error})") from None
     for class_id in table.values():
         if not 0 <= class_id < num_classes:
@@ -332,10 +355,23 @@ def _read_instances(path: Path, num_classes: int) -> dict[str, int]:
 
 def _read_words(path: Path) -> dict[str, str]:
     """The words of a released `.pt` file {id: {"features", "text"}}; {} if there is none."""
-    if not path.exists() or path.stat().st_size == 0:
-        return {}
     try:
-        table = torch.load(path, map_location="cpu", weights_only=True)
-        return {str(int(i)): str(word["text"]).lower() for i, word in table.items()}
+        data = _read_if_any(path)
+        if not data:
+            return {}
+        table = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        for i, word in table.items():
+            if isinstance(i, bool) or not isinstance(i, int) or not isinstance(word["text"], str):
+                raise ValueError(f"its word {i!r} is no text under a number")
+        return {str(i): word["text"].lower() for i, word in table.items()}
     except Exception as error:  # torch raises its own kinds on damaged or unsafe files
         raise ValueError(f"the word table {path} cannot be read ({error})") from None
+
+
+def _read_if_any(path: Path) -> bytes:
+    """The bytes of a file; none if it is absent. What is there and is no file is an error, not an absence."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    return Source(path).read()

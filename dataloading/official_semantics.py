@@ -1,7 +1,7 @@
 """The feature files of the official Prismer release (torch.save of names and rows) as a semantics folder."""
 
 import hashlib
-import pickle
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from prismer.dataloading.features import normalise
 from prismer.dataloading.semantics import check_absent, refuse_pickle, write_folder
 from prismer.experts import FEATURE_WIDTH
+from prismer.files import is_text
+from prismer.reading import read_bytes
 
 
 def import_official(
@@ -41,12 +43,15 @@ def import_official(
         labels, features = (
             (table.get("labels"), table.get("features")) if isinstance(table, dict) else (None, 0)
         )
-        if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+        is_names = isinstance(labels, list) and all(isinstance(x, str) and is_text(x) for x in labels)
+        if not is_names:
             raise ValueError(f"{path} holds no list 'labels'; expected a feature file of names")
         for name, row in zip(
             labels, _rows(features, (len(labels), FEATURE_WIDTH), path), strict=True
         ):
             name = normalise(name)
+            if not name:
+                raise ValueError(f"{path} gives features to an empty name; use a file of the release")
             if not np.allclose(rows.setdefault(name, row), row, rtol=0, atol=1e-4):
                 raise ValueError(
                     f"{path} gives {name!r} other features than {origin[name]} does; use files of one release"
@@ -70,9 +75,10 @@ def import_official(
 def _load_tensors(path: Path):
     if path.suffix in (".pkl", ".pickle"):
         refuse_pickle(path)
+    data = read_bytes(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises its own kinds, and nearly any other, on damaged files
         reason = (str(error).strip().splitlines() or ["cut short"])[0][:120]
         raise ValueError(
             f"{path} is not a file of plain tensors ({reason}); use a feature file of the official release"

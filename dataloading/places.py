@@ -1,7 +1,6 @@
 """Records: where an image of somebody's dataset lies, its labels and its text, before anything is opened."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,9 +8,12 @@ from pathlib import Path
 
 from prismer.dataloading.shard_index import MAX_KEY
 from prismer.experts import EXPERTS
+from prismer.reading import read_bytes
 
 # both kinds feed the same stem; where there are both, the one of the paper's configs
 _SEGMENTATIONS = ("seg_coco", "seg_ade", "seg")
+_MAX_SOURCE = 2**30
+# a sparse file named like an image can promise more than any memory holds
 
 
 @dataclass(frozen=True)
@@ -22,19 +24,14 @@ class Source:
     offset: int = 0
     size: int = -1
 
-    def read(self) -> bytes:
-        """The bytes.
+    def read(self, limit: int = _MAX_SOURCE) -> bytes:
+        """The bytes, `limit` at most.
 
         Raises:
-            OSError: if the file cannot be read.
+            OSError: if the file cannot be read, is a pipe or the like, or holds more than `limit`.
             EOFError: if it ends too early.
         """
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            data = file.read(self.size)
-        if len(data) < self.size:
-            raise EOFError(f"{self.path} ends {self.size - len(data)} bytes too early")
-        return data
+        return read_bytes(self.path, self.offset, self.size, limit)
 
 
 @dataclass(frozen=True)
@@ -48,6 +45,7 @@ class Record:
         label_files: expert -> PNG of the official layout, for the experts that have a folder; files may be absent.
         packed: the `KEY.labels` member of one of our own tars.
         fault: why it cannot be imported, where that is known before the image is opened.
+        name: what reports call it, where the path of `image` does not say it.
     """
 
     key: str
@@ -56,16 +54,31 @@ class Record:
     label_files: dict[str, Path] = field(default_factory=dict)
     packed: Source | None = None
     fault: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Other:
+    """A file (or folder, or a number of files) that was found and is no record, and why."""
+
+    file: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class Records:
-    """A number of records and a way to go through them, as often as needed."""
+    """A number of records and a way to go through them, as often as needed.
+
+    Attributes:
+        count: how many `iterate` gives.
+        class_names: all classes of a set for classification, those without an image included.
+        others: what was found beside them, so that every file is either a record or named here.
+    """
 
     count: int
     iterate: Callable[[], Iterator[Record]]
     class_names: list[str] = field(default_factory=list)
-    # all classes of a set for classification, those without an image included
+    others: list[Other] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.count
@@ -77,12 +90,14 @@ class Records:
 def safe_key(name: str) -> str:
     """A shard key from a path without its suffix: "/" becomes "--"; names with other characters get a short hash.
 
-    Different names give different keys, and equal names the same one on every run.
+    Different names give different keys, and equal names the same one on every run. A name may hold lone
+    surrogates: the bytes of a file name that are no UTF-8.
     """
     key = re.sub(r"[^A-Za-z0-9_-]", "_", name.replace("/", "--"))
     if re.fullmatch(r"[A-Za-z0-9_]+([-/][A-Za-z0-9_]+)*", name) and len(key) <= MAX_KEY:
         return key
-    return f"{key[: MAX_KEY - 11]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{key[: MAX_KEY - 11]}-{digest[:10]}"
 
 
 class Place:
@@ -125,14 +140,3 @@ class Place:
             fault=fault,
         )
 
-
-def read_json(path: str | Path):
-    """The JSON value of a file.
-
-    Raises:
-        ValueError: if the file cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error})") from None

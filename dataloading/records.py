@@ -1,24 +1,34 @@
 """Datasets as others publish them, JSON lists, folders and tars, -> Records, one per image.
 
 Nothing here opens an image: `importers.py` does that, once for all kinds. Every function returns `Records`, which
-knows its length (for the time left) and may be iterated again (to resume).
+knows its length (for the time left) and may be iterated again (to resume). Lists are read here, folders in
+`folders.py`, tars in `tars.py`. An entry of a list that cannot be used becomes a record with a fault, which is skipped,
+counted and named like an image that does not decode.
 """
 
-import json
-import os
+import math
 import re
-import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
-from prismer.dataloading.places import Place, Record, Records, Source, read_json, safe_key
-from prismer.dataloading.shard_index import is_key
+from prismer.dataloading.folders import class_records, count_unnamed, folder_records
+from prismer.dataloading.places import Other, Place, Record, Records, safe_key
+from prismer.dataloading.sample_schema import meta_problems
+from prismer.dataloading.tars import tar_records
+from prismer.reading import RepeatedKeys, printable, read_json
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+__all__ = ["caption_records", "class_records", "folder_records", "tar_records", "vqa_records"]
+
 VQA_FOLDERS = {"vqa": "vqav2", "vg": "vg"}
 """The field 'dataset' of a question list -> the folder that its images and labels lie in."""
 VG_WEIGHT = 0.2
 """Weight of a Visual Genome answer, whose list gives none."""
+
+# COCO ids are the digits at the end of a name; more than 18 are none
+_IMAGE_ID = re.compile(r"(?<!\d)(\d{1,18})\.\w+$")
+
+
+class _BadEntry(ValueError):
+    """An entry of a list that cannot be used."""
 
 
 def caption_records(
@@ -38,24 +48,34 @@ def caption_records(
         images: the folder that holds `<dataset>/<image>` or `<image>`.
         labels: the folder that holds `<expert>/<dataset>/<image>.png`, if there are labels.
         dataset: "vqav2" for COCO, "nocaps", "vg": the folder of images and labels.
-        captions_file: captions in the COCO annotation format for a list that has none.
+        captions_file: captions in the COCO annotation format for a list that has none; an id is the same as a number
+            and as the text of it.
 
     Raises:
-        ValueError: if a list is not as described.
+        ValueError: if a list is not as described, none of its entries can be used, or no caption of `captions_file`
+            belongs to any of its images.
     """
-    reference = _read_coco_captions(captions_file) if captions_file else {}
-    metas: dict[str, dict] = {}
-    for image, entry in _entries(list_file):
-        meta = metas.setdefault(image, {"captions": []})
-        caption = entry.get("caption", [])
-        meta["captions"] += [caption] if isinstance(caption, str) else caption
-        digits = re.search(r"(\d+)\.\w+$", image)
-        image_id = entry.get("img_id", int(digits[1]) if digits else None)
-        if image_id is not None and "image_id" not in meta:
-            meta["image_id"] = image_id
-            meta["captions"] += reference.get(image_id, [])
     place = Place(images, labels, dataset)
-    return _in_order([place.record(image, meta) for image, meta in metas.items()])
+    reference, faults = _read_coco_captions(captions_file) if captions_file else ({}, [])
+    metas: dict[str, dict] = {}
+
+    def take(image: str, entry: dict) -> None:
+        captions = _captions(entry)
+        digits = _IMAGE_ID.search(image)
+        image_id = int(digits[1]) if digits else None
+        if "img_id" in entry:
+            image_id = _id(entry, "img_id")
+        meta = metas.setdefault(image, {"captions": []})
+        meta["captions"] += captions
+        if image_id is not None:
+            meta.setdefault("image_id", image_id)
+
+    faults += _read_entries([list_file], take)
+    others = count_unnamed(place.images, set(metas))
+    if captions_file:
+        others += _add_reference(metas, reference, captions_file)
+    records = [place.record(image, meta) for image, meta in metas.items()]
+    return _in_order(records + faults, others)
 
 
 def vqa_records(
@@ -64,39 +84,57 @@ def vqa_records(
     """VQAv2 and Visual Genome question lists: JSON arrays of {"dataset", "image", "question", "answer", "weight"}.
 
     One record per image, one question per `question_id` (or text), its distinct answers with their weights. An entry
-    without weight counts VG_WEIGHT for "vg" and 1 for the rest; a list of answers is shared out evenly; an entry
-    without answer (a test set) is a question without answers.
+    without weight counts VG_WEIGHT for "vg" and 1 for the rest; a list of answers, or "answers" as VQAv2 has them
+    ([{"answer": text}, ...]), is shared out evenly and kept as "raw_answers", what each person said; an entry without
+    answer (a test set) is a question without answers.
 
     Args:
         list_files: one or more lists; questions of an image that is in several of them come together.
         images, labels: as for `caption_records`; the dataset folders are those of VQA_FOLDERS.
 
     Raises:
-        ValueError: if a list is not as described.
+        ValueError: if a list is not as described, or none of its entries can be used.
     """
-    images_of: dict[tuple[str, str], dict[object, dict]] = {}
-    for list_file in list_files:
-        for image, entry in _entries(list_file):
-            dataset = entry.get("dataset", "vqa")
-            if dataset not in VQA_FOLDERS or not isinstance(entry.get("question"), str):
-                raise ValueError(
-                    f"{list_file} has an entry for {image} with dataset {dataset!r} and question "
-                    f"{entry.get('question')!r}; expected dataset vqa or vg and a question"
-                )
-            questions = images_of.setdefault((dataset, image), {})
-            name = entry.get("question_id", entry["question"])
-            question = questions.setdefault(
-                name, {"question": entry["question"], "answers": {}, "kind": dataset}
-            )
-            if "question_id" in entry:
-                question["id"] = entry["question_id"]
-            answers = entry.get("answer", [])
-            answers = [answers] if isinstance(answers, str) else answers
-            weight = entry.get("weight", VG_WEIGHT if dataset == "vg" else 1.0)
-            for answer in answers:
-                total = question["answers"].get(answer, 0) + weight / len(answers)
-                question["answers"][answer] = round(total, 6)
     places = {name: Place(images, labels, folder) for name, folder in VQA_FOLDERS.items()}
+    images_of: dict[tuple[str, str], dict[object, dict]] = {}
+
+    def take(image: str, entry: dict) -> None:
+        dataset, text = entry.get("dataset", "vqa"), entry.get("question")
+        if not isinstance(dataset, str) or dataset not in VQA_FOLDERS or not isinstance(text, str):
+            raise _BadEntry(
+                f"has dataset {_shown(dataset)} and question {_shown(text)}; expected dataset vqa or vg and a question"
+            )
+        raw = _answers(entry)
+        weight = entry.get("weight", VG_WEIGHT if dataset == "vg" else 1.0)
+        problems = meta_problems(
+            {
+                "questions": [
+                    {"question": text, "answers": [{"answer": a, "weight": weight} for a in raw]}
+                ]
+            }
+        )
+        if problems:
+            raise _BadEntry(f"has a question that cannot be used: {problems[0]}")
+        name = _id(entry, "question_id") if "question_id" in entry else text
+        questions = images_of.setdefault((dataset, image), {})
+        question = questions.setdefault(name, {"question": text, "answers": {}, "kind": dataset})
+        if question["question"] != text:
+            raise _BadEntry(
+                f"has the question_id {_shown(name)} of another question ({_shown(question['question'])})"
+            )
+        if "question_id" in entry:
+            question["id"] = name
+        # what each person said is known only if every entry of the question tells it
+        is_list = isinstance(entry.get("answer", entry.get("answers")), list)
+        if is_list and ("raw_answers" in question or not question["answers"]):
+            question["raw_answers"] = question.get("raw_answers", []) + raw
+        elif raw:
+            question.pop("raw_answers", None)
+        for answer in raw:
+            total = question["answers"].get(answer, 0) + weight / len(raw)
+            question["answers"][answer] = round(total, 6)
+
+    faults = _read_entries(list_files, take)
     records = []
     for (dataset, image), questions in images_of.items():
         for question in questions.values():
@@ -105,234 +143,198 @@ def vqa_records(
                 for answer, weight in question["answers"].items()
             ]
         records.append(places[dataset].record(image, {"questions": list(questions.values())}))
-    return _in_order(records)
+    others = []
+    for root in dict.fromkeys(place.images for place in places.values()):
+        named = {image for name, image in images_of if places[name].images == root}
+        # a folder of another dataset than the lists' own is none of their business
+        others += count_unnamed(root, named) if named else []
+    return _in_order(records + faults, others)
 
 
-def folder_records(folder: str | Path, *, labels: str | Path | None = None) -> Records:
-    """A folder of images, with or without one level of sub-folders, as img2dataset writes it.
-
-    The caption of `x.jpg` is the first line of `x.txt`, or "caption" of `x.json`; without either the image has none.
-    Labels lie in `<labels>/<expert>/<name of folder>/<sub-folder>/x.png`.
-    """
-    root = Path(folder).absolute()
-    place = Place(root.parent, labels, root.name)
-
-    def iterate() -> Iterator[Record]:
-        for path in _image_paths(root):
-            try:
-                meta, fault = _sibling_text(path), ""
-            except ValueError as error:
-                meta, fault = {}, str(error)
-            yield place.record(path.relative_to(root).as_posix(), meta, fault)
-
-    return Records(sum(1 for _ in _image_paths(root)), iterate)
+def _in_order(records: list[Record], others: list[Other]) -> Records:
+    return Records(len(records), lambda: iter(records), others=others)
 
 
-def class_records(
-    folder: str | Path,
-    *,
-    classes: str | Path | None = None,
-    names: str | Path | None = None,
-    labels: str | Path | None = None,
-) -> Records:
-    """A folder with one sub-folder of images per class, as ImageNet has it; `meta["class"]` is the class name.
-
-    Args:
-        classes: JSON of {sub-folder: name}, {sub-folder: index in `names`}, or a list of names in the alphabetic order
-            of the sub-folders; without it the sub-folders are the names, "_" read as a blank.
-        names: JSON list of class names, where `classes` gives indices.
-        labels: the folder that holds `<expert>/<name of folder>/<sub-folder>/<image>.png`.
+def _read_entries(list_files: list[str | Path], take) -> list[Record]:
+    """Give each entry of the lists to `take(image, entry)`; those that it refuses come back as records with a fault.
 
     Raises:
-        ValueError: if the class list does not name every sub-folder.
+        ValueError: if a list is no JSON array, or no entry of all can be used.
     """
-    root = Path(folder).absolute()
-    table = _class_names(root, classes, names)
-    place = Place(root.parent, labels, root.name)
-
-    def paths() -> Iterator[Path]:
-        return (path for path in _image_paths(root) if path.parent != root)
-
-    def iterate() -> Iterator[Record]:
-        for path in paths():
-            meta = {"class": table[path.parent.name]}
-            yield place.record(path.relative_to(root).as_posix(), meta)
-
-    return Records(sum(1 for _ in paths()), iterate, list(dict.fromkeys(table.values())))
-
-
-def tar_records(folder: str | Path) -> Records:
-    """A folder of uncompressed WebDataset tars: jpg/png/webp with txt or json, from img2dataset or our own writer.
-
-    A tar of ours keeps its keys, texts and labels: a dataset whose index is lost is rebuilt by importing it with its
-    class tables.
-    """
-    tars = sorted(Path(folder).glob("*.tar"))
-    if not tars:
-        raise ValueError(f"{folder} holds no .tar files; name the folder of the shards")
-
-    def iterate() -> Iterator[Record]:
-        for path in tars:
-            yield from _records_of_tar(path)
-
-    return Records(sum(1 for path in tars for _ in _groups_of_tar(path)), iterate)
-
-
-def _in_order(records: list[Record]) -> Records:
-    return Records(len(records), lambda: iter(records))
-
-
-def _entries(list_file: str | Path) -> Iterator[tuple[str, dict]]:
-    """The entries of a list with the image path made relative and harmless."""
-    entries = read_json(list_file)
-    if not isinstance(entries, list):
-        raise ValueError(
-            f"{list_file} is not a JSON array of entries; name the list of the dataset"
-        )
-    for number, entry in enumerate(entries):
-        image = entry.get("image") if isinstance(entry, dict) else None
-        if not isinstance(image, str) or not image:
+    faults, used = [], 0
+    for list_file in list_files:
+        try:
+            entries = read_json(list_file, keep_repeated=True)
+        except ValueError as error:
+            if "Extra data" not in str(error):
+                raise
+            raise ValueError(f"{error}; if it is JSON lines, put the entries into one array") from None
+        if not isinstance(entries, list):
             raise ValueError(
-                f"entry {number} of {list_file} has no 'image'; expected a path of an image"
+                f"{list_file} is not a JSON array of entries; {_what_it_is(entries)}"
             )
-        parts = [part for part in image.split("/") if part not in ("", ".")]
-        outside = image.startswith("/") or ".." in parts
-        if "visual-genome" in image:
-            # published with the folders of the machine it was made on
-            parts, outside = parts[-2:], ".." in parts[-2:]
-        if outside:
-            raise ValueError(
-                f"entry {number} of {list_file} leaves the image folder ({image}); make it relative"
-            )
-        yield "/".join(parts), entry
+        for number, entry in enumerate(entries):
+            try:
+                take(_image_of(entry), entry)
+                used += 1
+            except _BadEntry as error:
+                reason = printable(f"entry {number} of {list_file} {error}")
+                faults.append(Record(safe_key(f"{list_file} entry {number}"), None, fault=reason))
+    if faults and not used:
+        more = f", and so are the {len(faults) - 1} others unusable" if len(faults) > 1 else ""
+        raise ValueError(f"{faults[0].fault}{more}")
+    return faults
 
 
-def _read_coco_captions(path: str | Path) -> dict[object, list[str]]:
-    captions: dict[object, list[str]] = {}
-    content = read_json(path)
-    try:
-        for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    except (KeyError, TypeError):
-        raise ValueError(
-            f"{path} is not in the COCO caption format (annotations with image_id, caption)"
-        ) from None
+def _image_of(entry: object) -> str:
+    """The image path of an entry, made relative and harmless."""
+    image = entry.get("image") if isinstance(entry, dict) else None
+    if not isinstance(image, str) or not image:
+        keys = f" (it has {', '.join(map(str, list(entry)[:5]))})" if isinstance(entry, dict) else ""
+        raise _BadEntry(f"has no 'image'{keys}; expected a path of an image")
+    if isinstance(entry, RepeatedKeys):
+        raise _BadEntry(f"({image}) gives one key twice; give each once")
+    if printable(image) != image or "\0" in image:
+        raise _BadEntry(f"names an image that no file can have ({image!r})")
+    parts = [part for part in image.split("/") if part not in ("", ".")]
+    outside = image.startswith("/") or ".." in parts
+    if "visual-genome" in image:
+        # published with the folders of the machine it was made on
+        parts, outside = parts[-2:], ".." in parts[-2:]
+    if outside or not parts:
+        raise _BadEntry(f"leaves the image folder ({image}); make it relative")
+    return "/".join(parts)
+
+
+def _captions(entry: dict) -> list[str]:
+    """The captions of an entry; [] if it has none."""
+    captions = entry.get("caption", [])
+    captions = captions if isinstance(captions, list) else [captions]
+    problems = meta_problems({"captions": captions})
+    if problems:
+        raise _BadEntry(f"({entry.get('image')}) has no usable caption: {problems[0]}")
     return captions
 
 
-def _image_paths(root: Path) -> Iterator[Path]:
-    """Images of a folder and of its sub-folders, in alphabetic order, one folder's names in memory at a time."""
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; name the one that holds the images")
-    with os.scandir(root) as found:
-        names = sorted((entry.name, entry.is_dir()) for entry in found)
-    folders = [root, *(root / name for name, is_folder in names if is_folder)]
-    for folder in folders:
-        for name in sorted(os.listdir(folder)):
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                yield folder / name
+def _answers(entry: dict) -> list[str]:
+    """The answers of an entry in their order, as often as they were given."""
+    if "answer" in entry and "answers" in entry:
+        raise _BadEntry("has 'answer' and 'answers'; give one of them")
+    given = entry.get("answer", entry.get("answers", []))
+    given = given if isinstance(given, list) else [given]
+    # VQAv2 has {"answer", "answer_confidence", "answer_id"} for each person
+    answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in given]
+    if not all(isinstance(answer, str) for answer in answers):
+        raise _BadEntry(f"({entry.get('image')}) has an answer that is no text")
+    weight = entry.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise _BadEntry(f"({entry.get('image')}) has a weight that is no finite number")
+    return answers
 
 
-def _sibling_text(path: Path) -> dict:
-    text, notes = path.with_suffix(".txt"), path.with_suffix(".json")
-    if text.exists():
-        return _caption_of(text.read_bytes(), None)
-    if notes.exists():
-        return _caption_of(None, notes.read_bytes())
-    return {"captions": []}
+def _id(entry: dict, name: str) -> int | str:
+    """The id of an entry: a number or a text."""
+    value = entry[name]
+    if isinstance(value, bool) or not isinstance(value, int | str) or printable(str(value)) != str(value):
+        raise _BadEntry(f"has {name} {_shown(value)}; expected a number or a text")
+    return value
 
 
-def _caption_of(text: bytes | None, notes: bytes | None) -> dict:
-    """The meta from the bytes of a .txt or .json file beside an image."""
-    if text is not None:
+def _same_id(value: int | str) -> int | str:
+    """One form for an id that some lists write as a number and others as a text."""
+    is_number = isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= 18
+    return int(value) if is_number else value
+
+
+def _read_coco_captions(path: str | Path) -> tuple[dict[int | str, list[str]], list[Record]]:
+    """Image id -> captions, and the annotations that cannot be used."""
+    content = read_json(path, keep_repeated=True)
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    captions: dict[int | str, list[str]] = {}
+    faults = []
+    for number, annotation in enumerate(annotations if isinstance(annotations, list) else ()):
         try:
-            lines = text.decode("utf-8-sig").strip().splitlines()
-        except UnicodeDecodeError:
-            raise ValueError("its caption is not UTF-8 text") from None
-        return {"captions": lines[:1]}
-    try:
-        fields = json.loads(notes or b"{}")
-    except ValueError as error:
-        raise ValueError(f"its json does not parse ({error})") from None
-    if not isinstance(fields, dict):
-        raise ValueError("its json is not an object")
-    caption = (fields.get("caption") or "").strip()
-    kept = {name: fields[name] for name in ("url", "licence", "license") if fields.get(name)}
-    return {"captions": [caption] if caption else [], **kept}
+            if not isinstance(annotation, dict) or isinstance(annotation, RepeatedKeys):
+                raise _BadEntry("is no object of image_id and caption, each once")
+            if not {"image_id", "caption"} <= annotation.keys():
+                raise _BadEntry("has no image_id or no caption")
+            texts = _captions({**annotation, "image": f"image_id {_shown(annotation['image_id'])}"})
+            captions.setdefault(_same_id(_id(annotation, "image_id")), []).extend(texts)
+        except _BadEntry as error:
+            reason = printable(f"annotation {number} of {path} {error}")
+            faults.append(Record(safe_key(f"{path} annotation {number}"), None, fault=reason))
+    if not captions:
+        first = f"; {faults[0].fault}" if faults else ""
+        raise ValueError(
+            f"{path} is not in the COCO caption format (annotations with image_id, caption){first}"
+        )
+    return captions, faults
 
 
-def _class_names(
-    root: Path, classes: str | Path | None, names: str | Path | None
-) -> dict[str, str]:
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; name the one that holds one folder per class")
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
-    table = read_json(classes) if classes else {name: name.replace("_", " ") for name in folders}
-    if isinstance(table, list):
-        if len(table) != len(folders):
-            raise ValueError(
-                f"{classes} has {len(table)} names for {len(folders)} folders; name each"
-            )
-        table = dict(zip(folders, table, strict=True))
-    if names:
-        by_index = dict(enumerate(read_json(names)))
-        table = {name: by_index.get(index) for name, index in table.items()}
-    missing = [name for name in folders if not isinstance(table.get(name), str)]
-    if missing:
-        raise ValueError(f"{classes} gives no name for {', '.join(missing[:3])}; name each folder")
-    return {name: table[name] for name in folders}
+def _add_reference(
+    metas: dict[str, dict], reference: dict[int | str, list[str]], path: str | Path
+) -> list[Other]:
+    """Give each image the captions of its id; say how many on each side found no partner."""
+    unused, without = set(reference), []
+    for image, meta in metas.items():
+        key = _same_id(meta["image_id"]) if "image_id" in meta else None
+        if key in reference:
+            meta["captions"] += reference[key]
+            unused.discard(key)
+        else:
+            without.append(image)
+    if len(without) == len(metas):
+        raise ValueError(
+            f"no image of the list has an id of {path}: it has {next(iter(reference))!r}, the list "
+            f"{next(iter(metas.values())).get('image_id')!r}; name the captions of this list"
+        )
+    others = []
+    if unused:
+        reason = f"{len(unused)} image ids belong to no image of the list, the first {min(unused, key=str)!r}"
+        others.append(Other(printable(str(path)), reason))
+    if without:
+        reason = f"it has no captions of {len(without)} images of the list, the first {without[0]}"
+        others.append(Other(printable(str(path)), reason))
+    return others
 
 
-def _groups_of_tar(path: Path) -> Iterator[tuple[str, dict[str, Source]]]:
-    """(key, extension -> where it lies) of each group of neighbours; the key ends at the first dot of the name.
+def _what_it_is(content: object) -> str:
+    """Which published format a JSON value that is no list looks like, and how to get from there to one that is read."""
+    captions = 'a list for `prismer data import captions` holds {"image": path, "caption": text}'
+    questions = (
+        'a list for `prismer data import vqa` holds {"dataset": "vqa", "image": path, "question": text, '
+        '"answer": text or list}'
+    )
+    if not isinstance(content, dict):
+        return f"name the list of the dataset: {captions}; {questions}"
+    annotation = _first(content.get("annotations"))
+    if "caption" in annotation:
+        return (
+            f'it is COCO captions: list its images as [{{"image": path}}, ...] and give this file with '
+            f"--captions-file; or {captions}"
+        )
+    if "answers" in annotation or "multiple_choice_answer" in annotation:
+        return f"it is VQAv2 annotations: join them to their questions by question_id; {questions}"
+    if "question" in _first(content.get("questions")):
+        return (
+            f"it is VQAv2 questions: join them to their annotations by question_id, and to the images by image_id "
+            f"(train2014/COCO_train2014_%012d.jpg); {questions}"
+        )
+    if "sentences" in _first(content.get("images")):
+        return f'it is a split of Karpathy (images with sentences): take "raw" of each; {captions}'
+    if "bbox" in annotation or "category_id" in annotation:
+        return f"it is COCO objects, which are no texts; the captions lie in captions_*.json; {captions}"
+    if isinstance(content.get("images"), list):
+        return f'it is a COCO list of images without texts: take "file_name" of each; {captions}'
+    if "image" in content:
+        return f"it is one entry, or JSON lines; put the entries into [ ]: {captions}; {questions}"
+    return f"name the list of the dataset: {captions}; {questions}"
 
-    A tar that ends too early gives a last group without members.
-    """
-    key, group = "", {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                name = f"{folder}/{stem}" if folder else stem
-                if group and name != key:
-                    yield key, group
-                    group = {}
-                key = name
-                group[extension.lower()] = Source(path, member.offset_data, member.size)
-            # tarfile takes a damaged header for the end
-            if Source(path, tar.offset, tarfile.BLOCKSIZE).read().strip(b"\0"):
-                raise tarfile.ReadError("no end mark")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        if group:
-            yield key, group
-        yield f"the rest of {path.name} ({error})", {}
-        return
-    if group:
-        yield key, group
+
+def _shown(value: object) -> str:
+    return f"a {type(value).__name__}" if isinstance(value, list | dict) else repr(value)[:60]
 
 
-def _records_of_tar(path: Path) -> Iterator[Record]:
-    for name, group in _groups_of_tar(path):
-        images = [group[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in group]
-        packed = group.get("labels")
-        # keys of foreign tars may start afresh in each of them; ours are unique and stay
-        key = name if packed and is_key(name) else safe_key(f"{path.stem}/{name}")
-        if not images:
-            yield Record(
-                key,
-                None,
-                fault=f"no image in {path.name}"
-                if group
-                else f"{path.name} is damaged or cut short",
-            )
-            continue
-        try:
-            text, notes = (group[end].read() if end in group else None for end in ("txt", "json"))
-            # what we wrote ourselves is kept as it is
-            meta = json.loads(notes) if packed and notes else _caption_of(text, notes)
-            yield Record(key, images[0], meta, packed=packed)
-        except (ValueError, OSError, EOFError) as error:
-            yield Record(key, images[0], fault=str(error))
+def _first(values: object) -> dict:
+    first = values[0] if isinstance(values, list) and values else None
+    return first if isinstance(first, dict) else {}

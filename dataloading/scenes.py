@@ -375,11 +375,16 @@ def _write_split(folder: Path, about: dict, workers: int, progress: bool) -> Non
     classes = {"seg": SEG_CLASSES, "obj_detection": OBJECT_CLASSES}
     bar = tqdm(total=count, desc=f"rendering {split}", unit="scene", disable=not progress)
     writer = ShardWriter(partial, classes=classes, source=_SOURCE, about=about)
-    with writer, bar:
-        for sample in _render_samples(about, workers):
-            writer.write(sample)
-            bar.update()
-    os.replace(partial, folder / split)
+    try:
+        with writer, bar:
+            for sample in _render_samples(about, workers):
+                writer.write(sample)
+                bar.update()
+        os.replace(partial, folder / split)
+    except BaseException:
+        # the next run begins the split anew; on a full disk its shards would only be in the way
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _render_samples(about: dict, workers: int) -> Iterator[Sample]:

@@ -18,14 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from prismer.dataloading.clip_text import TextTower
 from prismer.dataloading.features import normalise, read_table, write_table
 from prismer.dataloading.semantics_texts import vocabulary_words
 from prismer.experts import FEATURE_WIDTH
-from prismer.files import replace_folder
+from prismer.files import is_text, read_json, replace_folder, write_atomically
+from prismer.reading import printable
+from prismer.tensor_files import save_tensors
 
 PCA_FILE = "pca.safetensors"
 RECIPE_FILE = "semantics-recipe.json"
@@ -119,6 +121,9 @@ def build(
     given, earlier = (None, {}) if pca is None else _read_pca(Path(pca))
     prompt = earlier.get("prompt", "{}") if prompt is None else prompt
     background = earlier.get("background", "background") if background is None else background
+    for what, text in (("prompt", prompt), ("background", background)):
+        if not is_text(text):
+            raise ValueError(f"the {what} {ascii(text)} is not Unicode; give it in UTF-8")
     if prompt.count("{}") != 1:
         raise ValueError(f"the prompt {prompt!r} must hold {{}} once, where the text goes")
     tower = TextTower(clip, device)
@@ -245,13 +250,12 @@ def write_folder(
         if out.exists():
             shutil.copytree(out, aside, symlinks=True, dirs_exist_ok=True)
         write_table(aside, names, features, background)
-        recipe_file = aside / RECIPE_FILE
-        recipe_file.write_text(json.dumps(recipe, indent=1, ensure_ascii=False), encoding="utf-8")
+        # a source may be a folder whose name is not UTF-8
+        text = printable(json.dumps(recipe, indent=1, ensure_ascii=False))
+        write_atomically(aside / RECIPE_FILE, text.encode())
         if pca is not None:
-            save_file({"mean": pca.mean, "components": pca.components}, aside / PCA_FILE)
-        # safetensors makes files for their owner alone, and so is a temporary folder
-        for tensors in aside.glob("*.safetensors"):
-            os.chmod(tensors, recipe_file.stat().st_mode)
+            save_tensors({"mean": pca.mean, "components": pca.components}, aside / PCA_FILE)
+        # a temporary folder is for its owner alone
         os.chmod(aside, 0o755)
         replace_folder(aside, out)
     finally:
@@ -277,7 +281,7 @@ def _read_pca(folder: Path) -> tuple[Pca, dict]:
     recipe = {}
     try:
         if (folder / RECIPE_FILE).is_file():
-            recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+            recipe = read_json(folder / RECIPE_FILE, dict)
         tensors = load_file(folder / PCA_FILE)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         width = shapes.get("mean", (0,))[0]
@@ -286,6 +290,11 @@ def _read_pca(folder: Path) -> tuple[Pca, dict]:
         missing = {"tower", "weights_sha256", "prompt", "background", "sources"} - recipe.keys()
         if recipe and missing:
             raise ValueError(f"{RECIPE_FILE} lacks {', '.join(sorted(missing))}")
+        texts = ("tower", "weights_sha256", "prompt", "background") if recipe else ()
+        if not all(isinstance(recipe[name], str) and is_text(recipe[name]) for name in texts):
+            raise ValueError(f"{RECIPE_FILE} has values that are no texts")
+        if recipe and not isinstance(recipe["sources"], list):
+            raise ValueError(f"{RECIPE_FILE} has 'sources' that are no list")
     except FileNotFoundError:
         raise ValueError(
             f"no PCA is known for {folder} (it has no {PCA_FILE} of ours), so no text can be projected; "

@@ -10,6 +10,8 @@ from tqdm import tqdm
 from prismer.checkpoint import shipped_folder
 from prismer.dataloading.features import normalise
 from prismer.dataloading.shards import CorruptSample, ShardDataset
+from prismer.files import is_text
+from prismer.reading import read_lines
 
 
 def dataset_texts(folders: Iterable[str | Path], progress: bool = False) -> set[str]:
@@ -38,7 +40,7 @@ def dataset_texts(folders: Iterable[str | Path], progress: bool = False) -> set[
                     continue
                 # what is no table of words makes the sample unusable for the loader too, which says so
                 if isinstance(words, dict):
-                    texts.update(word for word in words.values() if isinstance(word, str))
+                    texts.update(x for x in words.values() if isinstance(x, str) and is_text(x))
     if unreadable:
         warnings.warn(
             f"the words of {len(unreadable)} samples could not be read; the first: {unreadable[0]}",
@@ -51,17 +53,9 @@ def file_texts(files: Iterable[str | Path]) -> set[str]:
     """The lines of UTF-8 text files, normalised; blank ones do not count.
 
     Raises:
-        ValueError: if a file is not UTF-8.
+        ValueError: if a file cannot be read or is not UTF-8.
     """
-    texts: set[str] = set()
-    for file in files:
-        try:
-            texts.update(map(normalise, Path(file).read_text(encoding="utf-8-sig").splitlines()))
-        except UnicodeDecodeError:
-            raise ValueError(
-                f"{file} is not UTF-8 text; give one text a line, saved as UTF-8"
-            ) from None
-    return texts - {""}
+    return {normalise(line) for file in files for line in read_lines(file)} - {""}
 
 
 def vocabulary_words() -> list[str]:

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 # what writes shards takes these from here
+from prismer.files import parse_json, write_atomically  # noqa: F401
 from prismer.files import sync as sync_folder  # noqa: F401
-from prismer.files import write_atomically  # noqa: F401
+from prismer.reading import read_bytes
 
 FORMAT = "prismer-shards"
 VERSION = 1
@@ -65,7 +66,7 @@ class Sidecar:
     def __init__(self, data: bytes, name: str):
         shard = name.replace(".index.json", ".tar")
         try:
-            fields = json.loads(data)
+            fields = parse_json(data, "it", "copy it again")
             if (
                 fields["format"] != FORMAT
                 or fields["version"] != VERSION
@@ -108,15 +109,12 @@ def read_index(folder: str | Path) -> dict:
     """
     path = Path(folder) / "index.json"
     try:
-        index = json.loads(path.read_bytes())
+        data = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{folder} is not a finished dataset (no index.json); run the job that writes it again, it will resume"
         ) from None
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}); copy it again or resume the job that writes it"
-        ) from None
+    index = parse_json(data, path, "copy it again or resume the job that writes it")
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{path} is not the index of a {FORMAT} dataset; import the data first")
     if index.get("version") != VERSION:
@@ -177,7 +175,7 @@ def to_json(value) -> bytes:
     """Compact UTF-8 JSON; equal values give equal bytes.
 
     Raises:
-        ValueError: if a value is not JSON (NaN included).
+        ValueError: if a value is not JSON (NaN included), is nested too deeply, or a text is not Unicode.
     """
     try:
         return json.dumps(
@@ -187,3 +185,8 @@ def to_json(value) -> bytes:
         raise ValueError(
             f"{error}; give numbers, strings, lists and dicts with string keys"
         ) from None
+    except UnicodeEncodeError as error:
+        part = ascii(error.object[error.start : error.end])
+        raise ValueError(f"a text holds {part}, which UTF-8 cannot hold; replace it") from None
+    except RecursionError:
+        raise ValueError("a value is nested too deeply to be written as JSON") from None

@@ -8,6 +8,7 @@ import os
 import tarfile
 import zlib
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from prismer.dataloading.labels import pack_labels
@@ -26,6 +27,7 @@ from prismer.dataloading.shard_index import (
     write_atomically,
 )
 from prismer.experts import EXPERTS
+from prismer.reading import read_bytes
 
 _BLOCK = 512
 
@@ -73,13 +75,16 @@ class ShardWriter:
         self._open: OpenShard | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
-        if resume:
-            self._keep_finished_shards()
-        elif self._own_files() or (self.folder / "index.json").exists():
+        try:
+            if resume:
+                self._keep_finished_shards()
+            elif self._own_files() or (self.folder / "index.json").exists():
+                raise ValueError(
+                    f"{self.folder} already holds shards; resume the job or choose another folder"
+                )
+        except BaseException:
             self._release()
-            raise ValueError(
-                f"{self.folder} already holds shards; resume the job or choose another folder"
-            )
+            raise
 
     def write(self, sample: Sample) -> None:
         """Append one sample.
@@ -110,10 +115,14 @@ class ShardWriter:
 
     def close(self) -> None:
         """Finish the last shard and write `index.json`; afterwards the folder is a whole dataset."""
-        if self._open is not None:
-            self._finish_shard()
-        shards = [self._shards[number] for number in sorted(self._shards)]
-        write_index(self.folder, shards, self.classes, self.source, self.about)
+        try:
+            if self._open is not None:
+                self._finish_shard()
+            shards = [self._shards[number] for number in sorted(self._shards)]
+            write_index(self.folder, shards, self.classes, self.source, self.about)
+        except BaseException:
+            self._abandon()
+            raise
         self._release()
 
     def __enter__(self) -> "ShardWriter":
@@ -123,10 +132,14 @@ class ShardWriter:
         if kind is None:
             self.close()
         else:
-            # the unfinished shard goes, the finished ones stay for the next attempt
-            if self._open is not None:
-                self._open.abandon()
-            self._release()
+            self._abandon()
+
+    def _abandon(self) -> None:
+        # the unfinished shard goes, the finished ones stay for the next attempt
+        if self._open is not None:
+            self._open.abandon()
+            self._open = None
+        self._release()
 
     def _finish_shard(self) -> None:
         self._shards[self._open.number] = self._open.finish(self._fingerprint)
@@ -159,13 +172,12 @@ class ShardWriter:
             if not path.name.endswith(".index.json"):
                 continue
             try:
-                data = path.read_bytes()
+                data = read_bytes(path)
                 sidecar = Sidecar(data, path.name)
                 whole = (self.folder / sidecar.shard).stat().st_size == sidecar.size
             except (CorruptSample, FileNotFoundError):
                 continue
             if sidecar.fingerprint != self._fingerprint:
-                self._release()
                 raise ValueError(
                     f"{self.folder} was begun with other class tables, source or notes; choose another folder"
                 )
@@ -216,14 +228,22 @@ def write_together(path: Path, data: bytes) -> None:
             moved = not os.path.samestat(os.fstat(file.fileno()), os.stat(partial))
         except FileNotFoundError:
             moved = True
-        if moved:
+        if moved and path.exists():
             # while we waited another process has put its bytes in place, which are ours too
             return
-        file.truncate(0)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(partial, path)
+        if moved:
+            # it failed and has taken its file away
+            return write_together(path, data)
+        try:
+            file.truncate(0)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            # while the lock is ours, so that it is our own file
+            partial.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
 
 
@@ -233,7 +253,7 @@ def finished_shard(
     """The entry of a shard that is whole and was written under `fingerprint`, and what was skipped; else None."""
     path = folder / f"shard-{number:06d}.index.json"
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         sidecar = Sidecar(data, path.name)
         whole = (folder / sidecar.shard).stat().st_size == sidecar.size
     except (CorruptSample, FileNotFoundError):
@@ -297,7 +317,15 @@ class OpenShard:
         os.fsync(self.file.fileno())
         self.file.close()
         os.replace(self.partial, self.path)
-        sync_folder(self.path.parent)
+        try:
+            sync_folder(self.path.parent)
+            return self._write_sidecar(fingerprint, skipped)
+        except BaseException:
+            # torn without its sidecar; nobody else writes a shard of this number now
+            self.path.unlink(missing_ok=True)
+            raise
+
+    def _write_sidecar(self, fingerprint: str, skipped: list[dict[str, str]] | None) -> dict:
         data = to_json(
             {
                 "format": FORMAT,
@@ -319,7 +347,9 @@ class OpenShard:
 
     def abandon(self) -> None:
         """Remove the unfinished file."""
-        self.file.close()
+        # closing writes what is buffered, which a full disk refuses again: the first error is the one to tell
+        with suppress(OSError):
+            self.file.close()
         self.partial.unlink(missing_ok=True)
 
     def _put(self, data: bytes) -> None:

@@ -7,7 +7,6 @@ or a folder without `index.json` whose finished shards are kept by the next `Sha
 """
 
 import hashlib
-import io
 import json
 import os
 import zlib
@@ -15,10 +14,12 @@ from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
 from prismer.dataloading.labels import unpack_labels
 from prismer.dataloading.shard_index import MEMBERS, CorruptSample, Sample, Sidecar, read_index
 from prismer.dataloading.shard_writer import ShardWriter
+from prismer.reading import open_regular, read_bytes
 
 __all__ = ["CorruptSample", "Sample", "ShardDataset", "ShardWriter", "read_index"]
 
@@ -134,7 +135,7 @@ class ShardDataset:
         entry = self.entries[shard]
         name = entry["name"].replace(".tar", ".index.json")
         try:
-            data = (self.folder / name).read_bytes()
+            data = read_bytes(self.folder / name)
         except OSError as error:
             reason = f"{name} cannot be read ({error.strerror}); copy it again"
             raise CorruptSample(entry["name"], "", reason) from None
@@ -146,10 +147,10 @@ class ShardDataset:
             raise CorruptSample(entry["name"], "", reason)
         return sidecar
 
-    def _open_shard(self, shard: int) -> io.FileIO:
+    def _open_shard(self, shard: int) -> BinaryIO:
         name = self.shards[shard]
         try:
-            return open(self.folder / name, "rb", buffering=0)  # closed when the cache lets go
+            return open_regular(self.folder / name)  # closed when the cache lets go
         except OSError as error:
             raise CorruptSample(
                 name, "", f"the file cannot be opened ({error.strerror}); copy it again"

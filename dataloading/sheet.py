@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from prismer.dataloading.sample_schema import meta_problems
 from prismer.dataloading.shard_index import write_atomically
 from prismer.dataloading.shards import Sample, ShardDataset
 from prismer.experts import BACKGROUND, EXPERTS
@@ -65,10 +66,14 @@ def contact_sheet(
         num_captions, num_questions: texts shown at most.
 
     Raises:
-        ValueError: if there is no sample, a column is unknown, or an image does not decode.
+        ValueError: if there is no sample, a column is unknown, an image does not decode, or texts or tables do not fit
+            the schema.
     """
     if not samples:
         raise ValueError("there are no samples to show; give at least one")
+    for sample in samples:
+        if problems := meta_problems(sample.meta):
+            raise ValueError(f"the sample {sample.key} cannot be shown: {problems[0]}; show others")
     if columns is None:
         have = {expert for sample in samples for expert in sample.labels}
         columns = ("image", *(expert for expert in TITLES if expert in have))
@@ -147,7 +152,7 @@ def font_of(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 def _decode(sample: Sample) -> Image.Image:
     try:
         return Image.open(io.BytesIO(sample.jpeg)).convert("RGB")
-    except OSError as error:
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
         raise ValueError(f"the image of {sample.key} does not decode ({error})") from None
 
 

@@ -10,12 +10,16 @@ undoing gives the old class back. What families are known, and when a module of 
 rules of `patch_towers.py`, `patch_text.py`, `patch_resamplers.py` and `patch_loss.py`. For ZeRO-3, patch before the
 engine is built: its hooks on every layer would keep most modules.
 
-Three things follow. A fused forward does not call the layers that it covers, so hooks that are put on them afterwards
-stay silent: put them on before, and the module is kept. Under `torch.autocast` every module runs its own forward: cast
-the model (`model.bfloat16()`) to have the fused ops. And the fused ops have no second derivative.
+A fused forward does not call the layers that it covers. So it asks at every call whether they still are what the rule
+knows (`patch_state.py`): once one of them is quantised, pruned, hooked, wrapped, offloaded or sharded, the module runs
+its own forward, says so in one warning, and goes back to the fused op when the layers do.
+
+Two things follow. Under `torch.autocast` every module runs its own forward: cast the model (`model.bfloat16()`) to have
+the fused ops. And the fused ops have no second derivative.
 """
 
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +29,14 @@ from importlib import import_module
 import torch
 from torch import nn
 
+from prismer.kernels.patch_state import DTYPES, has_global_hooks, state_of, why_not
+
 PARTS = ("layer_norm", "mlp", "attention", "resampler", "loss")
 """What `which` selects."""
 
 _RULE_FILES = ("patch_towers", "patch_text", "patch_resamplers", "patch_loss")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SEEN = "_prismer_seen"
+# where a patched module keeps the state that was judged last, the reason that was found, and those told already
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Rule:
         covers: which sub-modules are part of the fused forward, so that they are not patched themselves: all, none, or
             these, with everything inside. Hooks on one of them keep the module.
         inner: names the sub-modules that get a subclass of their own too, from the module; and its methods.
+        one_dtype: whether the forward takes norms of the dtype of the matrices alone.
     """
 
     part: str
@@ -59,6 +67,7 @@ class Rule:
     children: tuple[str, ...] = ()
     covers: bool | tuple[str, ...] = True
     inner: tuple[Callable[[nn.Module], list[str]], dict[str, Callable]] | None = None
+    one_dtype: bool = False
 
     def covered(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
         """Names and modules inside `module` that the fused forward stands in for."""
@@ -68,6 +77,15 @@ class Rule:
         if self.covers is True:
             return every
         return [pair for pair in every if any(f"{pair[0]}.".startswith(f"{c}.") for c in self.covers)]
+
+    def state(self, module: nn.Module, paths: tuple[tuple[str, ...], ...], x: object = None) -> list:
+        """`state_of` a module with this rule; `paths` are the names on the way to its inner modules."""
+        children = module._modules
+        if self.covers is True:
+            covered = children.values()
+        else:
+            covered = [children.get(name) for name in self.covers or ()]
+        return state_of(module, covered, paths, x, self.one_dtype)
 
 
 @dataclass(frozen=True)
@@ -145,7 +163,7 @@ def apply_to(
         rule = find_rule(type(module), rules)
         if rule is None or id(module) in covered:
             continue
-        reason = reason_to_keep(rule, module)
+        reason = _not_called(rule, module) or reason_to_keep(rule, module)
         rows.append(Row(name, type(module).__name__, rule.part, reason))
         if reason is None:
             changes.append((module, fused_class(type(module), rule.target, False)))
@@ -169,6 +187,8 @@ def apply_to(
         for module, fused in changes:
             module.__class__ = fused
             done.append(module)
+        for module in done:
+            _accept(module)
     except Exception:  # a module may guard its attributes: then none is changed
         for module in done:
             _restore(module)
@@ -195,7 +215,17 @@ def is_patched(module: nn.Module) -> bool:
 
 def _restore(module: nn.Module) -> None:
     if is_patched(module):
-        module.__class__ = type(module).prismer_class
+        module.__class__ = _unpatched(type(module))
+        module.__dict__.pop(_SEEN, None)
+
+
+def _unpatched(kind: type) -> type:
+    """The class that a patched module had; what torch has derived since (parametrised, sharded) stays derived."""
+    if "prismer_class" in vars(kind):
+        return kind.prismer_class
+    bases = tuple(_unpatched(base) if hasattr(base, "prismer_class") else base for base in kind.__bases__)
+    body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind)(kind.__name__, bases, body)
 
 
 def qualified_name(kind: type) -> str:
@@ -228,7 +258,7 @@ def fused_class(original: type, target: str, inner: bool) -> type:
     # ZeRO-3 gathers the whole module on entry: forward reads its children's parameters without calling them
     extra = {"_z3_leaf": True} if rule.children and not inner else {}
     body = {
-        **_outside_autocast(methods, original),
+        **_with_way_back(methods, original, None if inner else rule),
         **extra,
         "prismer_class": original,
         "_prismer_origin": (target, inner),
@@ -236,32 +266,90 @@ def fused_class(original: type, target: str, inner: bool) -> type:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "__reduce_ex__": _reduce,
+        "__setstate__": _set_state,
     }
     return type(original.__name__, (original,), body)
 
 
-def _outside_autocast(methods: Mapping[str, Callable], original: type) -> dict[str, Callable]:
-    """The methods, each giving way to the original's under autocast: the ops take dtypes as they come."""
+def _with_way_back(
+    methods: Mapping[str, Callable], original: type, rule: Rule | None
+) -> dict[str, Callable]:
+    """The methods, each giving way to the original's where it does not serve the call or the modules as they are."""
     wrapped = dict(methods)
     for name, method in methods.items():
         plain = getattr(original, name, None)
         if callable(method) and callable(plain):
-            wrapped[name] = _unless_autocast(method, plain)
+            wrapped[name] = _with_plain(method, plain, rule)
     return wrapped
 
 
-def _unless_autocast(method: Callable, plain: Callable) -> Callable:
+def _with_plain(method: Callable, plain: Callable, rule: Rule | None) -> Callable:
     @functools.wraps(plain)
     def call(self, *args, **kwargs):
+        # the ops take dtypes as they come
         if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
             return plain(self, *args, **kwargs)
+        if rule is not None:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not _still_fits(self, rule, x):
+                return plain(self, *args, **kwargs)
         return method(self, *args, **kwargs)
 
     return call
 
 
-def reason_to_keep(rule: Rule, module: nn.Module) -> str | None:
-    """Why this module cannot be replaced; None if it can."""
+def _still_fits(module: nn.Module, rule: Rule, x: object) -> bool:
+    """Whether the fused forward may stand in for what it covers, as it is now; once, a warning says why not."""
+    seen = module.__dict__.get(_SEEN)
+    paths = () if rule.inner is None or seen is None else seen[3]
+    state = rule.state(module, paths, x)
+    if seen is not None and seen[0] == state:
+        return seen[1] is None
+    if torch.compiler.is_compiling():
+        # a rule cannot be asked inside a graph; what the state has read guards the graph
+        return False
+    if rule.inner is not None and seen is None:
+        paths = _paths(rule, module)
+        state = rule.state(module, paths, x)
+    reason = reason_to_keep(rule, module, x)
+    told = set() if seen is None else seen[2]
+    if reason is not None and reason not in told:
+        told = {*told, reason}
+        warnings.warn(
+            f"{type(module).__name__} was patched, and runs its own forward now: {reason}", stacklevel=4
+        )  # fmt: skip
+    module.__dict__[_SEEN] = state, reason, told, paths
+    return reason is None
+
+
+def _accept(module: nn.Module) -> None:
+    """Note the state of a module that has just been patched."""
+    rule, inner = _origin(type(module))
+    if not inner:
+        paths = _paths(rule, module)
+        module.__dict__[_SEEN] = rule.state(module, paths), None, set(), paths
+
+
+def _origin(kind: type) -> tuple[Rule, bool]:
+    """The rule that a patched class was made for, and whether it is that of an inner module."""
+    target, inner = kind._prismer_origin
+    return next(rule for rule in all_rules() if rule.target == target), inner
+
+
+def _paths(rule: Rule, module: nn.Module) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(name.split(".")) for name in rule.inner[0](module)) if rule.inner else ()
+
+
+def _not_called(rule: Rule, module: nn.Module) -> str | None:
+    """Why a method of another class would not be called at all."""
+    for name in rule.methods:
+        if name in module.__dict__:
+            return f"it has a {name} on the instance (offloaded or wrapped), which hides that of its class"
+    return None
+
+
+def reason_to_keep(rule: Rule, module: nn.Module, x: object = None) -> str | None:
+    """Why this module cannot be replaced, or not for the input `x`; None if it can."""
     for name in rule.children:
         try:
             child = module.get_submodule(name)
@@ -269,35 +357,45 @@ def reason_to_keep(rule: Rule, module: nn.Module) -> str | None:
             return f"it has no {name}"
         if not isinstance(child, nn.Module) or not (_is_linear(child) or _is_norm(child)):
             return f"its {name} is a {type(child).__name__} (quantised, adapted or wrapped), not a plain layer"
-        if has_hooks(child):
-            return f"its {name} has hooks, which a fused forward would not call"
         if _is_norm(child) and len(child.normalized_shape) != 1:
             return f"its {name} normalises {len(child.normalized_shape)} dimensions, the fused one the last alone"
-    for name, child in rule.covered(module):
-        if has_hooks(child):
-            return f"its {name} has hooks, which a fused forward would not call"
+    reason = why_not("", module, x, rule.one_dtype, hooks=False)
+    if reason is not None:
+        return reason
+    covered = rule.covered(module)
+    for name, child in covered:
+        reason = why_not(name, child, x, rule.one_dtype)
+        if reason is not None:
+            return reason
+    if covered and has_global_hooks():
+        return "hooks on every module are set (torch.nn.modules.module), which a fused forward would not call"
     for name, parameter in module.named_parameters():
-        if parameter.dtype not in _DTYPES:
+        if parameter.dtype not in DTYPES:
             return f"its {name} is {parameter.dtype}, and the fused ops take fp32, bf16, fp16 or float64"
     return rule.check(module)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to this module's forward or backward."""
-    return any(
-        getattr(module, name, None)
-        for name in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        )
-    )
+def unlike(module: nn.Module, kinds: Mapping[str, str | tuple[str, ...]]) -> str | None:
+    """None if the sub-modules named are of the classes given, by their full names; else the reason."""
+    for name, wanted in kinds.items():
+        try:
+            child = module.get_submodule(name)
+        except AttributeError:
+            return f"it has no {name}"
+        if qualified_name(own_class(child)) not in ((wanted,) if isinstance(wanted, str) else wanted):
+            return f"its {name} is a {type(child).__name__} (quantised, adapted or another), not a {wanted}"
+    return None
 
 
 def _inner(rule: Rule, module: nn.Module) -> list[nn.Module]:
     names = rule.inner[0](module) if rule.inner else []
     return [module.get_submodule(name) for name in names]
+
+
+def own_class(module: nn.Module) -> type:
+    """The class of a module, patched or not."""
+    kind = type(module)
+    return vars(kind).get("prismer_class", kind)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -306,19 +404,31 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    if type(module) is nn.LayerNorm:
+    kind = own_class(module)
+    if kind is nn.LayerNorm:
         return True
-    rule = find_rule(type(module), all_rules())
+    rule = find_rule(kind, all_rules())
     return rule is not None and rule.part == "layer_norm" and isinstance(module, nn.LayerNorm)
 
 
 def _reduce(self, protocol):
     # copies and pickles: a class made here has no name that pickle could find it by
     kind = type(self)
+    if "prismer_class" not in vars(kind):  # derived from it since, by somebody who may know how
+        return object.__reduce_ex__(self, protocol)
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-    return _rebuild, (kind.prismer_class, *kind._prismer_origin), dict(state)
+    state = {name: value for name, value in state.items() if name != _SEEN}
+    return _rebuild, (kind.prismer_class, *kind._prismer_origin), state
 
 
 def _rebuild(original: type, target: str, inner: bool) -> nn.Module:
     fused = fused_class(original, target, inner)
     return fused.__new__(fused)
+
+
+def _set_state(self, state):
+    type(self).prismer_class.__setstate__(self, state)
+    rule, inner = _origin(type(self))
+    if not inner and rule.inner is None and reason_to_keep(rule, self) is None:
+        # a compiler may see the copy before it is called
+        _accept(self)

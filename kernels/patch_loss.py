@@ -1,7 +1,7 @@
 """Rules for the head and loss of causal language models of transformers: the loss without the logits.
 
     apply_to(model, "loss")
-    output = model(input_ids, labels=labels)  # output.loss as before, output.logits is None
+    output = model(input_ids, labels=labels)  # output.loss as before; while it trains, output.logits is None
 
 Known is every `...ForCausalLM` and `...LMHeadModel` of transformers whose forward gives the logits of a plain linear
 head, unchanged, to `self.loss_function`, and that to be transformers' `ForCausalLMLoss`: the labels are shifted by
@@ -9,9 +9,11 @@ one (or come as `shift_labels`), `ignore_index` is -100 unless given, and the lo
 `num_items_in_batch`. Tied and biased heads are served. Kept are models that scale or cap their logits (Gemma 2,
 Cohere, Granite) or have a loss of their own (BLIP's text decoder).
 
-A call without labels is the model's own, and so is generation. With labels the head computes the loss in its own
-forward, so that ZeRO-3 gathers its weight as ever; the logits never exist, and `output.logits` is None. A batch in
-which every label is ignored gives 0, where a mean over nothing is NaN in transformers.
+A call without labels is the model's own, and so are generation and evaluation: after `model.eval()`, and under
+`torch.no_grad()`, the output has its logits, for the metrics of whoever asks. In training, with labels, the head
+computes the loss in its own forward, so that ZeRO-3 gathers its weight as ever; the logits never exist, and
+`output.logits` is None. A batch in which every label is ignored gives 0, where a mean over nothing is NaN in
+transformers.
 """
 
 import ast
@@ -19,11 +21,13 @@ import functools
 import inspect
 import textwrap
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from prismer.kernels.cross_entropy import linear_cross_entropy
-from prismer.kernels.patch import Rule, has_hooks, is_patched
+from prismer.kernels.patch import Rule, is_patched, own_class
+from prismer.kernels.patch_state import has_foreign_hooks, why_not
 
 _TASK = "prismer_task"
 
@@ -31,13 +35,15 @@ _TASK = "prismer_task"
 def _forward(self, *args, **kwargs):
     if args:
         kwargs.update(zip(_parameters(self.prismer_class), args, strict=False))
-    labels, head = kwargs.get("labels"), self.get_output_embeddings()
-    # a head or a loss may have been set since
-    if labels is None or not is_patched(head) or not _is_causal_loss(self):
+    labels = kwargs.get("labels")
+    trains = self.training and torch.is_grad_enabled()
+    # a loss may have been set since
+    if labels is None or not trains or not _is_causal_loss(self):
         return self.prismer_class.forward(self, **kwargs)
     as_dict = kwargs.pop("return_dict", None)
     as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
     options = {name: kwargs.get(name) for name in ("num_items_in_batch", "ignore_index", "shift_labels")}
+    head = self.get_output_embeddings()
     setattr(head, _TASK, {"labels": labels, **options})
     try:
         output = self.prismer_class.forward(self, **kwargs, return_dict=True)
@@ -109,22 +115,36 @@ def _head_name(model) -> list[str]:
 
 def _check(model):
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if own_class(head) is not nn.Linear:
         return f"its head is a {type(head).__name__} (quantised, adapted or wrapped), not a plain layer"
-    if has_hooks(head):
-        return "its head has hooks, which would see the loss in place of the logits"
-    if not _is_causal_loss(model):
+    if is_patched(model) and not is_patched(head):
+        return "its head was set after it was patched; call undo() and apply_to() again to have the fused loss"
+    name = _head_name(model)[0]
+    reason = why_not(name, head, hooks=False) or _listened("head", head)
+    if reason is not None:
+        return reason
+    if not is_patched(model) and not _is_causal_loss(model):
         return "its loss is not transformers' ForCausalLMLoss"
-    first, *path = _head_name(model)[0].split(".")
-    if not hands_on_logits(type(model), first):
+    first, *path = name.split(".")
+    if not hands_on_logits(own_class(model), first):
         return "its forward does more with the logits or labels than hand them to self.loss_function"
     module = model.get_submodule(first)
     for child in path:
-        if has_hooks(module):
-            return f"its {first} has hooks, which would see the loss in place of the logits"
+        reason = _listened(first, module)
+        if reason is not None:
+            return reason
         if not ends_with(type(module), child):
             return f"its {first} does more than end with the linear head"
         module = module.get_submodule(child)
+    return None
+
+
+def _listened(name: str, module: nn.Module) -> str | None:
+    """Why what goes through this module has to be logits."""
+    if has_foreign_hooks(module):
+        return f"its {name} has hooks, which would see the loss in place of the logits"
+    if "forward" in module.__dict__:
+        return f"its {name} has a forward on the instance (offloaded or wrapped), which hides that of its class"
     return None
 
 

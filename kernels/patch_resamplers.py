@@ -8,6 +8,8 @@ What a patched `forward` is not made for (inputs of another dtype than the weigh
 knows) runs the original forward of the same module.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from prismer.kernels.attention import attention
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
-from prismer.kernels.patch import Rule, qualified_name
+from prismer.kernels.patch import Rule, own_class, qualified_name, unlike
 from prismer.kernels.resampler_attention import standardise
 from prismer.kernels.resampler_projections import resampler_projections
 from prismer.kernels.rms_norm import add_rms_norm, rms_norm
@@ -89,14 +91,9 @@ def _resample(latents: Tensor, x: Tensor, layers, media_norm, latents_norm, atte
 
 def _unlike(module: nn.Module, kinds: dict[str, str | tuple[str, ...]]) -> str | None:
     """None if the sub-modules named are of the classes given and plain, else the reason."""
-    for name, wanted in kinds.items():
-        try:
-            child = module.get_submodule(name)
-        except AttributeError:
-            return f"it has no {name}"
-        found = qualified_name(type(child))
-        if found not in ((wanted,) if isinstance(wanted, str) else wanted):
-            return f"its {name} is a {type(child).__name__} (quantised, adapted or another), not a {wanted}"
+    reason = unlike(module, kinds)
+    if reason is not None:
+        return reason
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear) and child.bias is not None:
             return f"its {name} has a bias, and this family has none"
@@ -281,7 +278,7 @@ def _check_idefics(module):
     for i, (attn, _) in enumerate(module.blocks):
         kinds[f"blocks.{i}.0"] = f"{_IDEFICS}.IdeficsPerceiverAttention"
         kinds[f"blocks.{i}.1"] = f"{_IDEFICS}.IdeficsMLP"
-        if qualified_name(type(attn)) == kinds[f"blocks.{i}.0"]:
+        if qualified_name(own_class(attn)) == kinds[f"blocks.{i}.0"]:
             names = _idefics_attention_kinds(attn)
             kinds |= {f"blocks.{i}.0.{name}": kind for name, kind in names.items()}
         kinds |= {f"blocks.{i}.1.fc": _LINEAR, f"blocks.{i}.1.c_proj": _LINEAR}
@@ -351,7 +348,7 @@ def _check_plain(kinds):
     return lambda module: _unlike(module, kinds(module) if callable(kinds) else kinds)
 
 
-RULES = (
+_RULES = (
     *(
         Rule("resampler", f"{package}.PerceiverResampler", {"forward": forward}, _check_lucid(package), ("norm",))
         for package, forward in zip(_LUCIDRAINS, (_flamingo_pytorch_forward, _open_flamingo_forward), strict=True)
@@ -383,3 +380,4 @@ RULES = (
         ("layers.0.self_attn.q_proj",),
     ),
 )  # fmt: skip
+RULES = tuple(replace(rule, one_dtype=True) for rule in _RULES)

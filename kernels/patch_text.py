@@ -14,7 +14,7 @@ from prismer.kernels.attention import attention
 from prismer.kernels.layer_norm import add_layer_norm
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
-from prismer.kernels.patch import Rule
+from prismer.kernels.patch import Rule, unlike
 from prismer.kernels.patch_towers import (
     BLIP2,
     activation_of,
@@ -49,6 +49,10 @@ def _feed_forward(intermediate: str, output: str) -> Callable:
         return add_layer_norm(second.dropout(y), attention_output, norm.weight, norm.bias, norm.eps)[0]
 
     return feed_forward_chunk
+
+
+def _check_feed_forward(intermediate: str, kinds: dict[str, str], module):
+    return unlike(module, kinds) or check_activation(f"{intermediate}.intermediate_act_fn", module)
 
 
 def _bert_attention_forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
@@ -98,7 +102,7 @@ def _blip_text_attention_forward(
     self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None,
     past_key_values=None, **kwargs,
 ):  # fmt: skip
-    drops = self.training and self.dropout.p > 0
+    drops = self.dropout.training and self.dropout.p > 0
     if past_key_values is not None or drops or weights_wanted(kwargs):
         return self.prismer_class.forward(
             self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values,
@@ -128,9 +132,10 @@ def _text_rules():
             )  # fmt: skip
         first, second = ("intermediate", "output") if "QFormer" not in name else ("intermediate_query", "output_query")
         target = of(family, f"{name}Layer", file=file)
+        kinds = {first: of(family, f"{name}Intermediate", file=file), second: of(family, f"{name}Output", file=file)}
         yield Rule(
             "mlp", target, {"feed_forward_chunk" + first.removeprefix("intermediate"): _feed_forward(first, second)},
-            partial(check_activation, f"{first}.intermediate_act_fn"),
+            partial(_check_feed_forward, first, kinds),
             children=(f"{first}.dense", f"{second}.dense", f"{second}.LayerNorm"), covers=(first, second),
         )  # fmt: skip
     attentions = [(of(family, f"{name}SelfAttention"), _bert_attention_forward, None) for family, name in _BERT]

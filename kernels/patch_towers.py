@@ -34,10 +34,18 @@ from prismer.kernels.attention import attention
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
-from prismer.kernels.patch import Rule, has_hooks
+from prismer.kernels.patch import Rule, qualified_name, unlike
+from prismer.kernels.patch_state import has_hooks
 
-_ACTIVATIONS = {"QuickGELU": "quick_gelu", "QuickGELUActivation": "quick_gelu", "GELU": "gelu",
-                "GELUActivation": "gelu", "ReLUSquaredActivation": "squared_relu"}  # fmt: skip
+_ACTIVATIONS = {
+    "open_clip.transformer.QuickGELU": "quick_gelu",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
+    "torch.nn.modules.activation.GELU": "gelu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.ReLUSquaredActivation": "squared_relu",
+}
+_DROPOUT = {"dropout": qualified_name(nn.Dropout)}
+# what an attention reads of a dropout that it does not call holds for this class alone
 
 
 def weights_of(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
@@ -77,7 +85,7 @@ def activation_of(module: Callable) -> str | None:
     """What the fused op calls an activation; None if it has none like it."""
     if getattr(module, "approximate", "none") != "none":
         return None
-    return _ACTIVATIONS.get(type(module).__name__)
+    return _ACTIVATIONS.get(qualified_name(type(module)))
 
 
 def check_activation(name: str, module: nn.Module) -> str | None:
@@ -250,7 +258,7 @@ def _packed_qkv(self, x):
 
 
 def _blip_attention_forward(self, hidden_states, **kwargs):
-    if weights_wanted(kwargs) or (self.training and self.dropout.p > 0):
+    if weights_wanted(kwargs) or (self.dropout.training and self.dropout.p > 0):
         return self.prismer_class.forward(self, hidden_states, **kwargs)
     q, k, v = _packed_qkv(self, hidden_states)
     out = attention(q, k, v, scale=self.scale).transpose(1, 2).flatten(2)
@@ -269,7 +277,7 @@ def check_unheard(module):
     """Keep an attention that somebody listens to."""
     if has_hooks(module):
         return "it has hooks, which may read the attention weights that the fused one does not form"
-    return None
+    return unlike(module, _DROPOUT)
 
 
 # the rules

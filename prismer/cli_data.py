@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -200,6 +199,7 @@ def _tar_records(args: argparse.Namespace):
 
 def _import(args: argparse.Namespace) -> None:
     from prismer.dataloading.importers import REPORT_FILE, import_records
+    from prismer.reading import printable
 
     for name in ("samples_per_shard", "label_size", "workers"):
         if getattr(args, name) < 1:
@@ -208,12 +208,12 @@ def _import(args: argparse.Namespace) -> None:
             )
     records = args.records(args)
     if not len(records):
-        raise ValueError("there are no images to import; check the list or folder")
+        raise ValueError(f"there are no images to import; {check_what(records)}")
     first = args.lists[0] if "lists" in args else args.source_folder
     report = import_records(
         records,
         args.out,
-        source=args.source or first.stem,
+        source=args.source or printable(first.stem),
         licence=args.licence,
         class_tables=args.class_tables,
         samples_per_shard=args.samples_per_shard,
@@ -221,8 +221,11 @@ def _import(args: argparse.Namespace) -> None:
         workers=args.workers,
         progress=_watched(),
     )
-    print(f"{args.out}: {report.imported} of {report.records} images imported")
+    print(
+        f"{args.out}: {report.imported} of {report.records} images imported, {len(report.skipped)} skipped"
+    )
     print_skipped(report.skipped, args.out / REPORT_FILE)
+    print_others(report.others, args.out / REPORT_FILE)
     if not report.imported:
         raise ValueError(
             f"none of the {report.records} images could be imported; see {args.out / REPORT_FILE}"
@@ -235,6 +238,22 @@ def print_skipped(skipped: list[dict[str, str]], path: Path) -> None:
         print(f"skipped {entry['image'] or entry['key']}: {entry['reason']}", file=sys.stderr)
     if len(skipped) > 5:
         print(f"... and {len(skipped) - 5} more, all in {path}", file=sys.stderr)
+
+
+def print_others(others: list[dict[str, str]], path: Path) -> None:
+    """Name the first files that were found and are no images, on stderr; all of them are in the report at `path`."""
+    for entry in others[:3]:
+        print(f"left alone {entry['file']}: {entry['reason']}", file=sys.stderr)
+    if len(others) > 3:
+        print(f"... and {len(others) - 3} more left alone, all in {path}", file=sys.stderr)
+
+
+def check_what(records) -> str:
+    """What to look at where a source has no images: what was found instead."""
+    if not records.others:
+        return "check the list or folder"
+    first = records.others[0]
+    return f"of {len(records.others)} other files the first is {first.file} ({first.reason})"
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -250,23 +269,21 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from prismer.dataloading.sheet import contact_sheet
+    from prismer.dataloading.sheet import draw_sheet
 
     dataset = _open(args.folder)
     if args.count < 1 or not 0 <= args.start < len(dataset):
         raise ValueError(
             f"{args.folder} has samples 0 to {len(dataset) - 1}; --start {args.start} --count {args.count} shows none"
         )
-    samples = [dataset[i] for i in range(args.start, min(args.start + args.count, len(dataset)))]
-    sheet = contact_sheet(samples, dataset.classes)
-    partial = args.out.with_name(f".{args.out.name}.partial")
-    sheet.save(partial, "PNG")
-    os.replace(partial, args.out)
+    draw_sheet(dataset, args.out, count=args.count, start=args.start)
     print(args.out)
 
 
 def _extract(args: argparse.Namespace) -> None:
     from prismer.dataloading.labels import pack_labels
+    from prismer.files import write_atomically
+    from prismer.reading import printable
 
     dataset = _open(args.folder)
     index = next((i for i in range(len(dataset)) if dataset.key(i) == args.key), None)
@@ -278,15 +295,23 @@ def _extract(args: argparse.Namespace) -> None:
     sample = dataset[index]
     args.out.mkdir(parents=True, exist_ok=True)
     tables = json.dumps({**sample.meta, "classes": dataset.classes}, ensure_ascii=False, indent=1)
-    for suffix, data in (
-        ("jpg", sample.jpeg),
-        ("labels", pack_labels(sample.labels)),
-        ("json", tables.encode()),
-    ):
-        path = args.out / f"{sample.key}.{suffix}"
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(data)
-        os.replace(partial, path)
+    written: list[Path] = []
+    try:
+        for suffix, data in (
+            ("jpg", sample.jpeg),
+            ("labels", pack_labels(sample.labels)),
+            # \ud800 of a damaged text stays what it is in JSON
+            ("json", printable(tables).encode()),
+        ):
+            path = args.out / f"{sample.key}.{suffix}"
+            write_atomically(path, data)
+            written.append(path)
+    except OSError:
+        # a part of a sample is of no use
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    for path in written:
         print(path)
 
 

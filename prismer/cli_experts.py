@@ -79,12 +79,13 @@ def make_labeller(asked: str, device_name: str, **options):
 
 def _label(args: argparse.Namespace) -> int:
     rank, world = _place()
-    from prismer.cli_data import print_skipped
+    from prismer.cli_data import check_what, print_others, print_skipped
     from prismer.dataloading.experts.job import REPORT_FILE, label_records, source_records
+    from prismer.reading import printable
 
     records, classes = source_records(args.source, args.images)
     if not len(records):
-        raise ValueError(f"{args.source} lists no images; check the folder")
+        raise ValueError(f"{args.source} lists no images; {check_what(records)}")
     device = args.device
     if device == "auto" and world > 1:
         import torch
@@ -103,7 +104,7 @@ def _label(args: argparse.Namespace) -> int:
         records,
         args.out,
         labeller,
-        source=args.source_name or args.source.stem,
+        source=args.source_name or printable(args.source.stem),
         licence=args.licence,
         classes=classes,
         samples_per_shard=args.samples_per_shard,
@@ -124,6 +125,7 @@ def _label(args: argparse.Namespace) -> int:
         f"{args.out}: {report.labelled} of {report.records} images labelled, {len(report.skipped)} skipped"
     )
     print_skipped(report.skipped, args.out / REPORT_FILE)
+    print_others(report.others, args.out / REPORT_FILE)
     if not report.labelled:
         raise ValueError(
             f"none of the {report.records} images could be labelled; see {args.out / REPORT_FILE}"
@@ -133,11 +135,15 @@ def _label(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> None:
     from prismer.dataloading.importers import to_jpeg
-    from prismer.dataloading.shard_index import write_atomically
+    from prismer.files import write_atomically
+    from prismer.reading import read_bytes
 
     if not args.image.is_file():
         raise ValueError(f"no image file {args.image}; check the path")
-    jpeg, _, _ = to_jpeg(args.image.read_bytes())
+    try:
+        jpeg, _, _ = to_jpeg(read_bytes(args.image))
+    except ValueError as error:
+        raise ValueError(f"{args.image} cannot be shown: {error}") from None
     labeller = make_labeller(args.experts, args.device)
     (labels,) = labeller([jpeg])
     caption = ""

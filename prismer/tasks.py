@@ -307,7 +307,10 @@ def _choose_questions(
 def _choose_both(
     captions: ChooseTexts, questions: ChooseTexts, meta: dict, rng: np.random.Generator
 ) -> list[Text]:
-    return captions(meta, rng) + questions(meta, rng)
+    # an image may come with captions or questions alone, as lists of either kind are imported
+    if "captions" not in meta:
+        return questions(meta, rng)
+    return captions(meta, rng) + (questions(meta, rng) if "questions" in meta else [])
 
 
 def _choose_class(

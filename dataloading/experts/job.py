@@ -9,10 +9,11 @@ all shards present writes `index.json` and `report.json`.
 import hashlib
 import io
 import json
+import os
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -21,14 +22,18 @@ from tqdm import tqdm
 
 from prismer.dataloading.dali import UndecodableImages
 from prismer.dataloading.experts.labeller import Labeller
-from prismer.dataloading.importers import to_jpeg
+from prismer.dataloading.importers import skipped_entry, to_jpeg
 from prismer.dataloading.labels import pack_labels, unpack_labels
-from prismer.dataloading.places import Record, Records, Source, read_json
+from prismer.dataloading.places import Record, Records, Source
+from prismer.dataloading.sample_schema import check_meta
 from prismer.dataloading.shard_index import Sample, check_classes, to_json, write_atomically
 from prismer.dataloading.shard_writer import OpenShard, finished_shard, write_index, write_together
+from prismer.files import read_json
 from prismer.images import ExpertLabels, resize_nearest
 
 JOB_FILE, REPORT_FILE = "job.json", "report.json"
+_EXPERT_OF = {"instances": "obj_detection", "words": "ocr_detection"}
+# table in a sample's JSON -> the expert whose map it belongs to
 _SHOWN = 8
 # samples on a contact sheet
 
@@ -42,12 +47,14 @@ class LabelReport:
         labelled: samples in the dataset.
         skipped: {"key", "image", "reason"} of what was left out.
         shards_missing: shards that other processes have yet to write.
+        others: {"file", "reason"} of what was found in the source and is no record.
     """
 
     records: int = 0
     labelled: int = 0
     skipped: list[dict[str, str]] = field(default_factory=list)
     shards_missing: int = 0
+    others: list[dict[str, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -135,6 +142,7 @@ class _Job:
         if records.class_names:
             self.classes["class"] = records.class_names
         check_classes(self.classes)
+        self.others = [asdict(other) for other in records.others]
         self.samples_per_shard = samples_per_shard
         self.count, listing, self.repeated = _survey(records)
         self.num_shards = -(-self.count // samples_per_shard)
@@ -185,7 +193,7 @@ class _Job:
 
     def finish(self) -> LabelReport:
         """The report; writes index and report if nothing is missing."""
-        report = LabelReport(records=self.count)
+        report = LabelReport(records=self.count, others=self.others)
         entries = []
         for number in range(self.num_shards):
             found = finished_shard(self.folder, number, self.fingerprint)
@@ -204,7 +212,12 @@ class _Job:
                 f"this is a fault of the job, keep {self.folder} and report it"
             )
         write_index(self.folder, entries, self.classes, self.source, self.about)
-        text = {"records": report.records, "labelled": report.labelled, "skipped": report.skipped}
+        text = {
+            "records": report.records,
+            "labelled": report.labelled,
+            "skipped": report.skipped,
+            "others": report.others,
+        }
         write_together(
             self.folder / REPORT_FILE, json.dumps(text, indent=1, ensure_ascii=False).encode()
         )
@@ -230,7 +243,7 @@ class _Job:
                     f"{self.folder} holds a dataset that no labelling job began; choose another folder"
                 )
             write_together(path, json.dumps(notes, indent=1, ensure_ascii=False).encode())
-        before = read_json(path)
+        before = read_json(path, dict, "choose another folder")
         if before == notes:
             return
         changed = [name for name in notes if before.get(name) != notes[name]]
@@ -254,8 +267,7 @@ class _Job:
         """Batches of readable records with their pixels; the next is read and decoded while one is labelled."""
 
         def skip(record: Record, reason: str) -> None:
-            image = str(record.image.path) if record.image else ""
-            skipped.append({"key": record.key, "image": image, "reason": reason})
+            skipped.append(skipped_entry(record, reason))
             bar.update()
 
         def batches() -> Iterator[list[_Ready]]:
@@ -311,8 +323,19 @@ class _Job:
         try:
             jpeg, size, _ = to_jpeg(record.image.read(), whole=False)
             planes = unpack_labels(record.packed.read()) if record.packed else {}
-        except (OSError, EOFError) as error:
-            raise ValueError(f"it cannot be read ({error})") from None
+        except (OSError, EOFError, MemoryError) as error:
+            reason = error or "it does not fit into memory"
+            raise ValueError(f"it cannot be read ({reason})") from None
+        # the tables of maps that are made anew are not used
+        kept = {
+            name: value
+            for name, value in record.meta.items()
+            if _EXPERT_OF.get(name) not in self.experts
+        }
+        check_meta(kept, self.classes)
+        boxes = record.meta.get("boxes", {})
+        if not isinstance(boxes, dict) or not all(isinstance(x, dict) for x in boxes.values()):
+            raise ValueError("its 'boxes' are no object of expert: {id: box}")
         to_json(record.meta)
         side = self.labeller.label_size
         planes = {
@@ -358,10 +381,12 @@ def source_records(
             raise ValueError(f"{path} is a list; name the folder of its images with --images")
         return caption_records(path, images), {}
     if not path.is_dir():
-        raise ValueError(f"there is no {path}; give a folder of images or shards, or a JSON list")
+        raise ValueError(
+            f"there is no {path}, or it is no file; give a folder of images or shards, or a JSON list"
+        )
     if (path / "index.json").is_file():
         return tar_records(path), ShardDataset(path).classes
-    if any(path.glob("*.tar")):
+    if any(name.lower().endswith(".tar") for name in os.listdir(path)):
         return tar_records(path), {}
     return folder_records(path), {}
 

@@ -11,7 +11,6 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from prismer.dataloading.experts.network import Found, Images, Network
 from prismer.dataloading.importers import to_jpeg
 from prismer.dataloading.pixels import to_rgb
 from prismer.images import ExpertLabels, ImageSource, from_array
+from prismer.reading import read_bytes
 
 _BATCH = {"cpu": 4, "cuda": 32}
 Decoded = dict[Geometry, tuple[torch.Tensor, list[tuple[int, int]]]]
@@ -210,7 +210,7 @@ def _jpeg(image: ImageSource) -> bytes:
         return file.getvalue()
     name = f"the image of {len(image)} bytes" if isinstance(image, bytes) else str(image)
     try:
-        return to_jpeg(image if isinstance(image, bytes) else Path(image).read_bytes())[0]
+        return to_jpeg(image if isinstance(image, bytes) else read_bytes(image))[0]
     except ValueError as error:
         raise ValueError(f"{name} cannot be labelled: {error}") from None
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from prismer.reading import read_lines
+
 MAX_LENGTH = 64
 """Letters of the longest word that a look-up can measure: one bit each."""
 
@@ -122,9 +124,9 @@ def read_lexicon(path: Path) -> Lexicon:
     """The lexicon of a text file in UTF-8 with one word per line, the commoner first; empty lines count for nothing.
 
     Raises:
-        ValueError: as `Lexicon`.
+        ValueError: as `Lexicon`, or if the file cannot be read or is not UTF-8.
     """
-    return Lexicon(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    return Lexicon(line.strip() for line in read_lines(path) if line.strip())
 
 
 @cache

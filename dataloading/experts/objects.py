@@ -20,6 +20,7 @@ from prismer.dataloading.experts.weights import (
     file_version,
     from_hub,
 )
+from prismer.reading import read_lines
 
 # fmt: off
 COCO = (
@@ -333,7 +334,7 @@ class Owlv2(Network):
 
 
 def _class_list(path: Path) -> list[str]:
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    names = [line.strip() for line in read_lines(path)]
     names = [name for name in names if name]
     if not names or len(set(names)) < len(names):
         raise ValueError(

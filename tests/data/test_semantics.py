@@ -373,7 +373,7 @@ def test_a_failed_write_leaves_what_was_there(clip, table, tmp_path, monkeypatch
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rooms, "save_file", full)
+    monkeypatch.setattr(rooms, "save_tensors", full)
     before = {path.name: path.read_bytes() for path in table.iterdir()}
     with pytest.raises(OSError):
         add(table, ["zebra"])

@@ -233,6 +233,26 @@ def test_vqa_texts(tokenizer):
     assert vqa_texts(tokenizer, 2)({"questions": []}, np.random.default_rng(0)) == []
 
 
+def test_joint_texts_of_one_kind(tokenizer):
+    """Lists of captions and lists of questions are imported apart; an image of either trains."""
+    choose = joint_texts(tokenizer, "", 2, 9)
+    for name in ("captions", "questions"):
+        texts = choose({name: META[name]}, np.random.default_rng(0))
+        assert texts and len(texts) < len(choose(META, np.random.default_rng(0)))
+    with pytest.raises(ValueError, match="a sample has no 'questions'"):
+        choose({"source": "x"}, np.random.default_rng(0))
+
+
+def test_long_answers_are_refused_drawn_or_not(tokenizer):
+    """A question of nine has an answer that the positions cannot hold: the sample is never used, whatever is drawn."""
+    long = {"question": "what?", "answers": [{"answer": "word " * 99, "weight": 1.0}]}
+    meta = {"questions": [*META["questions"], long]}
+    for seed in range(5):
+        with pytest.raises(ValueError, match="the answer 'word word .* too long for 82 positions"):
+            vqa_texts(tokenizer, 1, 82)(meta, np.random.default_rng(seed))
+    assert vqa_texts(tokenizer, 1, 514)(meta, np.random.default_rng(0))
+
+
 def test_joint_texts(tokenizer):
     texts = joint_texts(tokenizer, "", 2, 9)(META, np.random.default_rng(0))
     assert len(texts) == 2 + 3

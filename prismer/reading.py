@@ -1,0 +1,158 @@
+"""Files that other people made, read one way everywhere: regular files alone, text in UTF-8, JSON without surprises."""
+
+import errno
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+# str.splitlines ends a line at form feeds, U+0085 and U+2028 too, which captions from the web hold
+_LINE_END = re.compile(r"\r\n|\n|\r")
+
+
+class RepeatedKeys(dict):
+    """A JSON object that gives one of its keys twice, so that nobody can tell what it says."""
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Open a file for reading; what is no file, such as a named pipe, neither hangs the caller nor answers for ever.
+
+    Raises:
+        OSError: if it cannot be opened, or is a named pipe, a socket, a device or a folder.
+    """
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind != stat.S_IFREG:
+        what = f"it is {_KINDS.get(kind, 'no file')}, not a file; name a file"
+        raise OSError(errno.EINVAL, what, str(path))
+    # O_NONBLOCK: should a pipe have taken the name since, opening it would wait for a writer
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def read_bytes(
+    path: str | os.PathLike, offset: int = 0, size: int = -1, limit: int | None = None
+) -> bytes:
+    """The bytes of a file, or `size` of them from `offset`.
+
+    Args:
+        limit: most bytes that make sense; None reads whatever there is.
+
+    Raises:
+        OSError: as `open_regular`, or if the file is larger than `limit`.
+        EOFError: if it ends too early.
+    """
+    with open_regular(path) as file:
+        length = os.fstat(file.fileno()).st_size - offset if size < 0 else size
+        if limit is not None and length > limit:
+            raise OSError(errno.EOVERFLOW, f"{length} bytes are more than {limit} can be", str(path))
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) < size:
+        raise EOFError(f"{path} ends {size - len(data)} bytes too early")
+    return data
+
+
+def decode_text(data: bytes, name: object) -> str:
+    """UTF-8 text, with or without a byte-order mark.
+
+    Args:
+        name: what errors call it.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    if "\0" in text:
+        raise ValueError(f"{name} is not UTF-8 text (it holds zero bytes); save it as UTF-8")
+    return text
+
+
+def lines_of(text: str) -> list[str]:
+    r"""The lines of a text, which only \n, \r\n and \r end."""
+    lines = _LINE_END.split(text)
+    return lines if lines[-1] else lines[:-1]
+
+
+def parse_json(data: bytes, name: object, *, keep_repeated: bool = False):
+    """The JSON value of UTF-8 bytes.
+
+    Args:
+        name: what errors call it.
+        keep_repeated: give an object with a repeated key as `RepeatedKeys` instead of refusing the whole, for lists
+            whose other entries are good.
+
+    Raises:
+        ValueError: if it is not UTF-8 or not JSON, is nested too deeply, or an object gives a key twice.
+    """
+    try:
+        return json.loads(
+            decode_text(data, "it"), object_pairs_hook=_mark if keep_repeated else _refuse
+        )
+    except RecursionError:
+        raise ValueError(f"{name} cannot be read as JSON (it is nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read as JSON ({error})") from None
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        ValueError: if it cannot be read or is not UTF-8.
+    """
+    try:
+        return decode_text(read_bytes(path), path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a UTF-8 file, without their ends; see `lines_of`.
+
+    Raises:
+        ValueError: as `read_text`.
+    """
+    return lines_of(read_text(path))
+
+
+def read_json(path: str | Path, *, keep_repeated: bool = False):
+    """The JSON value of a UTF-8 file; see `parse_json`.
+
+    Raises:
+        ValueError: if the file cannot be read or is not JSON.
+    """
+    try:
+        data = read_bytes(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error.strerror})") from None
+    return parse_json(data, path, keep_repeated=keep_repeated)
+
+
+def printable(text: str) -> str:
+    r"""A text that UTF-8 can hold: bytes of a name that are no UTF-8, and lone surrogates, become \udcff."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _mark(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else RepeatedKeys(found)
+
+
+def _refuse(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it gives the key {twice!r} twice")
+    return found
