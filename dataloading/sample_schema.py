@@ -16,12 +16,13 @@ UTF-8 can hold: a lone surrogate, which JSON can spell, ends any tokenizer.
 
 import math
 
+from prismer.errors import shown
 from prismer.experts import BACKGROUND
+from prismer.files import is_text
 from prismer.tasks import clean_caption, clean_question
 
 MAX_WEIGHT = 1e4
 """Weights are shares of the people who gave an answer, or their number; a loss times more than this diverges."""
-_SHOWN = 60
 # written otherwise ("07", "+7") an id would be found by nobody
 _IDS = frozenset(str(i) for i in range(BACKGROUND))
 
@@ -116,7 +117,7 @@ def _question(entry: dict) -> list[str]:
                 f"has an answer of weight {_shown(weight)}; expected a number above 0, at most {MAX_WEIGHT:g}"
             )
     raw = entry.get("raw_answers", [])
-    if not isinstance(raw, list) or not all(isinstance(a, str) and _is_utf8(a) for a in raw):
+    if not isinstance(raw, list) or not all(isinstance(a, str) and is_text(a) for a in raw):
         problems.append(f"has raw_answers {_shown(raw)}; expected a list of texts")
     return problems
 
@@ -165,17 +166,7 @@ def _size(size: object) -> list[str]:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and _is_utf8(value)
-
-
-def _is_utf8(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return isinstance(value, str) and bool(value.strip()) and is_text(value)
 
 
 def _is_index(value: object) -> bool:
@@ -194,5 +185,4 @@ def _shown(value: object) -> str:
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
     if value is None:
         return "null"
-    text = repr(value).encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+    return shown(value)

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from prismer.errors import listed, shown
 from prismer.experts import EXPERTS
 from prismer.files import is_text, parse_json
 
@@ -95,16 +96,16 @@ class PrismerConfig:
             if field.type is float and type(value) is int and abs(value) < 2**63:
                 object.__setattr__(self, field.name, float(value))
             elif field.type in (int, float, str) and type(value) is not field.type:
-                raise ValueError(f"{field.name} is {_shown(value)}; it must be {field.type.__name__}")
+                raise ValueError(f"{field.name} is {shown(value)}; it must be {field.type.__name__}")
             elif field.type is int and value < (least := 0 if field.name.endswith("_id") else 1):
-                raise ValueError(f"{field.name} is {_shown(value)}; it must be at least {least}")
+                raise ValueError(f"{field.name} is {shown(value)}; it must be at least {least}")
             elif field.type is float and not math.isfinite(value):
                 raise ValueError(f"{field.name} is {value}; give a finite number")
             elif field.type is str and not is_text(value):
                 raise ValueError(f"{field.name} is {value!r}, which cannot be written as UTF-8; correct it")
         for name, (most, why) in _MOST.items():
             if getattr(self, name) > most:
-                raise ValueError(f"{name} is {_shown(getattr(self, name))}; at most {most} ({why})")
+                raise ValueError(f"{name} is {shown(getattr(self, name))}; at most {most} ({why})")
         for width, heads in (
             ("vision_width", "vision_heads"),
             ("vision_width", "resampler_heads"),
@@ -171,7 +172,7 @@ class PrismerConfig:
         if not isinstance(values, dict) or set(values) - known:
             extra = type(values).__name__
             if isinstance(values, dict):
-                extra = ", ".join(_listed(name) for name in sorted(set(values) - known)[:5])
+                extra = listed(set(values) - known)
             raise ValueError(f"{source} holds unknown settings ({extra}); known are {', '.join(sorted(known))}")
         try:
             return cls(**values)
@@ -187,16 +188,6 @@ class PrismerConfig:
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not text; {_RESTORE}") from None
         return cls.from_json(text, source=str(path))
-
-
-def _listed(name: str) -> str:
-    return name if name.isprintable() and len(name) <= 60 else _shown(name)
-
-
-def _shown(value) -> str:
-    """`value` in an error, not longer than a line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def prismer_tiny(**changes) -> PrismerConfig:

@@ -1,6 +1,12 @@
-"""Which exceptions are sentences for the user, and which are mistakes of ours whose traceback is needed."""
+"""What errors say: values as a sentence can hold them, and which exceptions are sentences for the user at all.
+
+The others are mistakes of ours, whose traceback is needed.
+"""
 
 import dis
+from collections.abc import Iterable
+
+_LONGEST = 60
 
 
 def is_a_sentence(error: BaseException) -> bool:
@@ -16,3 +22,16 @@ def is_a_sentence(error: BaseException) -> bool:
     frame = trace.tb_frame
     raised = dis.opname[frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
     return raised and frame.f_globals.get("__name__", "").startswith("prismer.")
+
+
+def shown(value: object) -> str:
+    """A value in a sentence: its repr, which any terminal takes, cut to a short length."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a sentence, in alphabetical order; odd ones and long ones as `shown` shows them, and not too many."""
+    names = sorted(names)
+    texts = [name if name.isprintable() and 0 < len(name) <= _LONGEST else shown(name) for name in names[:5]]
+    return ", ".join(texts) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

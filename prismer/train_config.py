@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from prismer.errors import listed, shown
 from prismer.files import is_text, read_json
 from prismer.freezing import FREEZE_MODES
 
@@ -116,7 +117,7 @@ class TrainConfig:
                 value = float(value)
                 object.__setattr__(self, field.name, value)
             if type(value) is not field.type:
-                raise ValueError(f"{field.name} is {_shown(value)}; it must be {field.type.__name__}")
+                raise ValueError(f"{field.name} is {shown(value)}; it must be {field.type.__name__}")
             if field.type is str:
                 _check_text(field.name, value)
             elif field.type in (int, float):
@@ -171,27 +172,21 @@ class TrainConfig:
         return Path(self.run) if "/" in self.run else Path("runs") / self.run
 
 
-def _shown(value) -> str:
-    """`value` in an error, not longer than a line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _check_number(name: str, value: float, most_of_kind: float) -> None:
     least, most = _RANGES.get(name, (0, most_of_kind))
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}; give a finite number")
     if value < 0:
-        raise ValueError(f"{name} is {_shown(value)}; it must not be negative")
+        raise ValueError(f"{name} is {shown(value)}; it must not be negative")
     if value < least:
         raise ValueError(f"{name} is {value}; it must be at least {least}")
     if value > most:
-        raise ValueError(f"{name} is {_shown(value)}; it must be at most {most}")
+        raise ValueError(f"{name} is {shown(value)}; it must be at most {most}")
 
 
 def _check_text(name: str, value: str) -> None:
     if not is_text(value) or not value.isprintable():
-        raise ValueError(f"{name} is {_shown(value)}, which holds characters that no name has; correct it")
+        raise ValueError(f"{name} is {shown(value)}, which holds characters that no name has; correct it")
 
 
 def _check_run(run: str) -> None:
@@ -200,7 +195,7 @@ def _check_run(run: str) -> None:
     if last.strip() in ("", ".", ".."):
         raise ValueError(f"run is {run!r}, which names no folder of its own; give a name such as tiny")
     if len(last.encode()) > 200:
-        raise ValueError(f"run is {_shown(run)}; give a name of at most 200 bytes")
+        raise ValueError(f"run is {shown(run)}; give a name of at most 200 bytes")
 
 
 _PHOTOS = dict(crop_min_area=0.5, flip=0.5, augment_ops=2, captions_per_image=1)
@@ -287,13 +282,13 @@ def read_config(path: str | Path, **overrides) -> tuple[TrainConfig, dict]:
             raise ValueError(f"{key!r} in {path} is not used: {_REFUSED[key]}")
         if key not in ENGINE_KEYS:
             raise ValueError(
-                f"unknown engine setting {key!r} in {path}; known are {', '.join(sorted(ENGINE_KEYS))}"
+                f"unknown engine setting {shown(key)} in {path}; known are {', '.join(sorted(ENGINE_KEYS))}"
             )
         _check_setting(key, engine[key])
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if not isinstance(section, dict) or set(section) - known:
         extra = (
-            ", ".join(sorted(set(section) - known))
+            listed(set(section) - known)
             if isinstance(section, dict)
             else type(section).__name__
         )
@@ -310,19 +305,19 @@ def _check_setting(key: str, value) -> None:
     """Refuse an engine setting of a wrong type; what its numbers may be, DeepSpeed knows (`engine.check_settings`)."""
     for keys, types, name in _TYPES:
         if key in keys and type(value) not in types and not (value == "auto" and keys is not _OBJECTS):
-            raise ValueError(f"{key} is {_shown(value)} in the engine settings; it must be {name}")
+            raise ValueError(f"{key} is {shown(value)} in the engine settings; it must be {name}")
         if key in keys and type(value) in (int, float) and value < (key != "gradient_clipping"):
-            raise ValueError(f"{key} is {_shown(value)} in the engine settings; it must be at least 1")
+            raise ValueError(f"{key} is {shown(value)} in the engine settings; it must be at least 1")
     extra = key == "data_types" and set(value) - {"grad_accum_dtype"}
     if extra or (key == "data_types" and value.get("grad_accum_dtype") not in _ACCUMULATION):
         raise ValueError(
-            f"data_types is {_shown(value)} in the engine settings; it may hold grad_accum_dtype: fp32, bf16 or fp16"
+            f"data_types is {shown(value)} in the engine settings; it may hold grad_accum_dtype: fp32, bf16 or fp16"
         )
     if key == "flops_profiler":
         for inner, setting in value.items():
             if type(setting) not in _PROFILER.get(inner, ()):
                 raise ValueError(
-                    f"flops_profiler.{inner} is {_shown(setting)}, which DeepSpeed does not take; correct it"
+                    f"flops_profiler.{inner} is {shown(setting)}, which DeepSpeed does not take; correct it"
                 )
     if key == "zero_optimization":
         for inner in ("reduce_bucket_size", "sub_group_size"):
@@ -331,10 +326,10 @@ def _check_setting(key: str, value) -> None:
         for inner in _NESTED:
             if not isinstance(value.get(inner), dict | None):
                 raise ValueError(
-                    f"zero_optimization.{inner} is {_shown(value[inner])} in the engine settings; it must be an object"
+                    f"zero_optimization.{inner} is {shown(value[inner])} in the engine settings; it must be an object"
                 )
         if "stage" in value and type(value["stage"]) is not int:
-            raise ValueError(f"zero_optimization.stage is {_shown(value['stage'])}; it must be 3")
+            raise ValueError(f"zero_optimization.stage is {shown(value['stage'])}; it must be 3")
 
 
 def merge(config: TrainConfig, engine: dict, *, world_size: int, precision: str) -> dict:

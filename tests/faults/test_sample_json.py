@@ -19,8 +19,8 @@ from prismer.dataloading.check import check_dataset
 from prismer.dataloading.features import Semantics
 from prismer.dataloading.loader import Loader
 from prismer.dataloading.sample_schema import meta_problems
-from prismer.dataloading.sheet import contact_sheet
 from prismer.dataloading.shards import Sample, ShardDataset, ShardWriter
+from prismer.dataloading.sheet import contact_sheet
 from prismer.evaluation import survey
 from prismer.tasks import caption_texts, classification_texts, collate, joint_texts, vqa_texts
 from prismer.tokenizer import Tokenizer
