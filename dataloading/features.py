@@ -10,7 +10,6 @@ name without features is an error, because every map of its expert would lose th
 """
 
 import json
-import os
 import threading
 import warnings
 from collections import Counter
