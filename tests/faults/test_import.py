@@ -5,10 +5,10 @@ python -m pytest -q tests/faults/test_import.py
 
 import contextlib
 import io
-import itertools
 import json
 import os
 import re
+import shutil
 import tarfile
 import warnings
 from pathlib import Path
@@ -34,34 +34,87 @@ from prismer.dataloading.records import (
 from prismer.dataloading.shards import ShardDataset
 from prismer.reading import printable
 
-_NUMBERS = itertools.count()
-
 
 def encoded(form="JPEG"):
     file = io.BytesIO()
-    Image.fromarray(np.arange(600, dtype=np.uint16).astype(np.uint8).reshape(10, 20, 3)).save(file, form)
+    Image.fromarray(np.arange(600, dtype=np.uint16).astype(np.uint8).reshape(10, 20, 3)).save(
+        file, form
+    )
     return file.getvalue()
 
 
+TYPES = {
+    "fifo": tarfile.FIFOTYPE, "dangling": tarfile.SYMTYPE, "loop": tarfile.LNKTYPE, "up": tarfile.DIRTYPE,
+}  # fmt: skip
 JPEG, PNG = encoded(), encoded("PNG")
-NOTES = {"caption": "a cat", "url": "http://a/b", "license": 3, "similarity": 0.3, "captions": ["a", "b"]}
+NOTES = {
+    "caption": "a cat",
+    "url": "http://a/b",
+    "license": 3,
+    "similarity": 0.3,
+    "captions": ["a", "b"],
+}
 
 names = st.sampled_from(
-    ["a", "b", "a.b", "a.b.c", ".a", "._a", "A", "a b", "a\nb", "é", "\udcff", "a\u2028b", "\U0001f600", "x" * 200, "#", "-", "~a"]
+    [
+        "a",
+        "b",
+        "a.b",
+        "a.b.c",
+        ".a",
+        "._a",
+        "A",
+        "a b",
+        "a\nb",
+        "é",
+        "\udcff",
+        "a\u2028b",
+        "\U0001f600",
+        "x" * 200,
+        "#",
+    ]
 )
 suffixes = st.sampled_from(
-    [".jpg", ".jpg", ".jpg", ".JPG", ".png", ".jfif", ".avif", ".heic", ".txt", ".txt", ".TXT", ".json", ".json", ".npy", "", ".gz"]
+    ".jpg .jpg .jpg .JPG .png .jfif .avif .heic .txt .txt .TXT .json .json .npy .gz".split() + [""]
 )
-folders = st.sampled_from(["", "", "c1", "c1", "c2", "c1/deep", "c1/deep/deeper", ".git", "@eaDir", "x.jpg", "c_1", "é"])
+folders = st.sampled_from(
+    ["", "", "c1", "c1", "c2", "c1/deep", "c1/deep/deeper", ".git", "@eaDir", "x.jpg", "c_1", "é"]
+)
 texts = st.sampled_from(
-    [b"a cat", b"", b" ", b"\xff", b"\xff\xfea\0", "\ufeffa dog".encode(), b"a\x0cb\r\nc", "a\u2028b".encode(), b"...", b"\0"]
-)  # fmt: skip
-notes = st.one_of(anything.map(dump), mutated(NOTES).map(dump), st.just(b"{" * 5000), st.just(b'{"caption":"a","caption":"b"}'))
+    [
+        b"a cat",
+        b"",
+        b" ",
+        b"\xff",
+        b"\xff\xfea\0",
+        b"\xef\xbb\xbfa",
+        b"a\x0cb\r\nc",
+        "a\u2028b".encode(),
+        b"...",
+        b"\0",
+    ]
+)
+notes = st.one_of(
+    anything.map(dump),
+    mutated(NOTES).map(dump),
+    st.sampled_from([b"{" * 5000, b'{"caption":"a","caption":"b"}']),
+)
 contents = st.one_of(
     st.just(JPEG), st.just(JPEG), st.just(PNG), damaged(JPEG), damaged(PNG), texts, notes,
     st.sampled_from(["fifo", "dangling", "loop", "up"]),
 )  # fmt: skip
 trees = st.dictionaries(st.tuples(folders, names, suffixes), contents, min_size=1, max_size=8)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """One folder for all cases, emptied before each: thousands of them would take minutes to remove."""
+    return tmp_path_factory.mktemp("case")
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
 
 
 @pytest.fixture(autouse=True)
@@ -129,20 +182,25 @@ def files_in(root):
 
 def is_named(path, root, report):
     others = {entry["file"] for entry in report.others}
-    return any(printable(str(p)) in others for p in (path, *path.parents) if root in (p, *p.parents))
+    return any(
+        printable(str(p)) in others for p in (path, *path.parents) if root in (p, *p.parents)
+    )
 
 
 @cases(250)
 @given(tree=trees, as_classes=st.booleans())
-def test_every_file_of_a_folder_is_imported_or_named(tmp_path_factory, tree, as_classes):
-    base = tmp_path_factory.getbasetemp() / f"folder{next(_NUMBERS)}"
-    base.mkdir()
+def test_every_file_of_a_folder_is_imported_or_named(base, tree, as_classes):
+    empty(base)
     root = plant(base / "in", tree)
-    keys, report = attempt(lambda: (class_records if as_classes else folder_records)(root), base / "out")
+    keys, report = attempt(
+        lambda: (class_records if as_classes else folder_records)(root), base / "out"
+    )
     if report is None:
         return
     files = list(files_in(root))
-    images = [p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not is_named(p, root, report)]
+    images = [
+        p for p in files if p.suffix.lower() in IMAGE_SUFFIXES and not is_named(p, root, report)
+    ]
     skipped = [entry["image"] for entry in report.skipped]
     left = [p for p in images if printable(str(p)) not in skipped]
     assert len(left) == report.imported, (left, report)
@@ -153,9 +211,12 @@ def test_every_file_of_a_folder_is_imported_or_named(tmp_path_factory, tree, as_
 
 
 ENTRIES = [
-    {"image": "a.jpg", "caption": "a cat", "img_id": 7, "dataset": "vqa", "question": "what?", "answer": "cat", "question_id": 1},
-    {"image": "sub/b.jpg", "caption": ["a dog", "dogs"], "dataset": "vg", "question": "who?", "answer": ["x", "y", "x"], "weight": 0.5},
-    {"image": "a.jpg", "caption": "cats", "question": "what?", "question_id": 1, "answers": [{"answer": "no"}, {"answer": "yes"}]},
+    {"image": "a.jpg", "caption": "a cat", "img_id": 7, "dataset": "vqa", "question": "what?", "answer": "cat",
+     "question_id": 1},
+    {"image": "sub/b.jpg", "caption": ["a dog", "dogs"], "dataset": "vg", "question": "who?",
+     "answer": ["x", "y", "x"], "weight": 0.5},
+    {"image": "a.jpg", "caption": "cats", "question": "what?", "question_id": 1,
+     "answers": [{"answer": "no"}, {"answer": "yes"}]},
     {"image": "gone.jpg", "caption": "nothing", "question": "where?", "answer": "here", "weight": 1.0},
 ]  # fmt: skip
 
@@ -171,9 +232,8 @@ def images(tmp_path_factory):
 
 @cases(350)
 @given(entries=mutated(ENTRIES), raw=st.none() | damaged(dump(ENTRIES)), of_questions=st.booleans())
-def test_every_entry_of_a_list_is_imported_or_named(tmp_path_factory, images, entries, raw, of_questions):
-    base = tmp_path_factory.getbasetemp() / f"list{next(_NUMBERS)}"
-    base.mkdir()
+def test_every_entry_of_a_list_is_imported_or_named(base, images, entries, raw, of_questions):
+    empty(base)
     lists = base / "l.json"
     lists.write_bytes(dump(entries) if raw is None else raw)
 
@@ -201,17 +261,16 @@ def test_every_entry_of_a_list_is_imported_or_named(tmp_path_factory, images, en
     members=st.lists(st.tuples(folders, names, suffixes, contents), min_size=1, max_size=9),
     damage=st.none() | st.none() | st.integers(0, 8000),
 )
-def test_every_member_of_a_tar_is_imported_or_named(tmp_path_factory, members, damage):
-    base = tmp_path_factory.getbasetemp() / f"tars{next(_NUMBERS)}"
-    (base / "in").mkdir(parents=True)
+def test_every_member_of_a_tar_is_imported_or_named(base, members, damage):
+    empty(base)
+    (base / "in").mkdir()
     count = 0
     with tarfile.open(base / "in/a.tar", "w") as tar:
         for folder, name, suffix, content in members:
             info = tarfile.TarInfo(f"{folder}/{name}{suffix}".lstrip("/"))
             data = suited(content, suffix) if isinstance(content, bytes) else b""
-            kinds = {"fifo": tarfile.FIFOTYPE, "dangling": tarfile.SYMTYPE, "loop": tarfile.LNKTYPE, "up": tarfile.DIRTYPE}
             if not isinstance(content, bytes):
-                info.type, info.linkname = kinds[content], "nowhere"
+                info.type, info.linkname = TYPES[content], "nowhere"
             info.size = len(data)
             count += content != "up"
             tar.addfile(info, io.BytesIO(data))
