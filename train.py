@@ -6,9 +6,12 @@ A run that was interrupted continues when the same command is given again.
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,15 +47,21 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Train; returns 0 when finished, 2 if the settings are wrong, 128 + signal number if stopped and saved."""
+    """Train.
+
+    Returns:
+        0 when finished; 128 + signal number if stopped and saved. What fails ends the process at once, with one
+        sentence on stderr: code 2 if the settings, the data or the files of the run are wrong or the loss is not
+        finite, 1 if the machine fails (the disk is full, another process of the run ended).
+    """
+    _open_streams()
     arguments = parse_arguments()
     # imported late, so that --help and a mistyped flag answer at once
-    import torch.distributed as dist
-
     from prismer.train_config import read_config
     from prismer.trainer import Trainer
 
     flags = ("task", "data", "model", "run", "steps", "epochs")
+    trainer = None
     try:
         config, settings = read_config(
             arguments.config, **{name: getattr(arguments, name) for name in flags}
@@ -64,15 +73,57 @@ def main() -> int:
             fresh=arguments.fresh,
             profile=arguments.profile,
         )
-    except (ValueError, OSError) as error:
-        # every rank fails alike, one says so
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: {error}", file=sys.stderr)
-        # the group's threads, left alone, may abort the interpreter's exit and hide the code
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return 2
-    return trainer.fit()
+        return trainer.fit()
+    except KeyboardInterrupt:
+        _leave(128 + signal.SIGINT)
+    except Exception as error:
+        _fail(error, training=trainer is not None)
+        raise
+
+
+def _fail(error: Exception, training: bool) -> None:
+    """Say in one sentence why the run ends, and end this process; return only from a mistake of ours.
+
+    The others may be waiting for this one in a collective: it must be gone, so that they, or the launcher, notice.
+    """
+    from prismer.engine import SharedError, peer_ended
+    from prismer.errors import is_a_sentence
+    from prismer.files import is_disk_failure, sentence
+
+    if isinstance(error, OSError):
+        text, code = sentence(error), 1 if training or is_disk_failure(error) else 2
+    elif peer_ended(error):
+        text, code = "another process of this run ended, and its message says why", 1
+    elif is_a_sentence(error):
+        text, code = str(error), 2
+    else:
+        return
+    # until training begins, and where they say so, errors are the same on all ranks: one of a machine tells
+    alike = not training or isinstance(error, SharedError)
+    if not alike or os.environ.get("LOCAL_RANK", "0") == "0":
+        # one write, so that the lines of several processes do not mix
+        sys.stderr.write("".join(f"train.py: {line}\n" for line in text.splitlines()))
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        # a reader that has gone does not change the code
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    # the threads of the process group, left alone, may abort the interpreter's exit and hide the code
+    os._exit(code)
+
+
+def _open_streams() -> None:
+    """Open the standard streams that the shell closed, so that no file of the run gets their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def import_records(
 
 def skipped_entry(record: Record, reason: str) -> dict[str, str]:
     """What a report says about a record that was left out, in characters that UTF-8 can hold."""
-    image = str(record.image.path) if record.image else ""
+    image = record.name or (str(record.image.path) if record.image else "")
     return {"key": record.key, "image": printable(image), "reason": printable(reason)}
 
 

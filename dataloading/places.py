@@ -45,6 +45,7 @@ class Record:
         label_files: expert -> PNG of the official layout, for the experts that have a folder; files may be absent.
         packed: the `KEY.labels` member of one of our own tars.
         fault: why it cannot be imported, where that is known before the image is opened.
+        name: what reports call it, where the path of `image` does not say it.
     """
 
     key: str
@@ -53,6 +54,7 @@ class Record:
     label_files: dict[str, Path] = field(default_factory=dict)
     packed: Source | None = None
     fault: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -146,8 +146,9 @@ def _records_of(path: Path) -> Iterator[Record]:
         packed = members.get("labels")
         # keys of foreign tars may start afresh in each of them; ours are unique and stay
         key = name if packed and is_key(name) else safe_key(f"{path.stem}/{name}")
+        shown = f"{path}/{name}"
         if image is None:
-            yield Record(key, None, fault=f"no image in {path.name}")
+            yield Record(key, None, fault=f"no image in {path.name}", name=shown)
             continue
         try:
             text, notes = (
@@ -155,9 +156,9 @@ def _records_of(path: Path) -> Iterator[Record]:
             )
             # what we wrote ourselves is kept as it is
             meta = _ours(notes) if packed and notes is not None else texts_of(text, notes)
-            yield Record(key, image, meta, packed=packed)
+            yield Record(key, image, meta, packed=packed, name=shown)
         except (ValueError, OSError, EOFError) as error:
-            yield Record(key, image, fault=str(error))
+            yield Record(key, image, fault=str(error), name=shown)
     for number, (name, why) in enumerate(tar.faults):
         # a key that no sample has
         yield Record(safe_key(f"{path.stem}/{name} {number}"), None, fault=f"{name}: {why}")

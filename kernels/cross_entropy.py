@@ -5,7 +5,15 @@
     dz = softmax(z) - (1 - e) 1_y - e / V,   dx = dz W,   dW = dz^T x,   db = sum over rows of dz
 
 This is 0.9 * (-log p_y) + 0.1 * mean_v(-log p_v) for e = 0.1, the loss of Prismer (arXiv:2303.02506). dz is formed in
-fp32, p_y - 1 included, and rounded once. Saved for the backward pass: the inputs themselves, and each row's largest
+fp32, p_y - 1 included, and rounded once.
+
+Logits that are not finite mean what they mean to torch's cross_entropy. One of -inf, such as a bias of -inf makes to
+forbid an entry or to pad the vocabulary, has p_v = 0: with e = 0 it adds nothing, nor to any gradient; as the target's,
+or with e > 0, it makes the loss of its row inf, and dz by the formula above stays finite. A row with +inf or NaN, or
+with nothing but -inf, has a loss and a gradient of NaN. fp16 logits beyond 65504 are infinite where they are rounded.
+A row that is ignored may hold anything. To smooth over what is allowed alone, forbid by -1e4.
+
+Saved for the backward pass: the inputs themselves, and each row's largest
 logit and log sum; or the finished gradients, where they are formed in the forward pass.
 
 One unit is the 2 R D V FLOPs of a product with W. What is trained, and where its gradient is formed:
@@ -46,12 +54,14 @@ def linear_cross_entropy_reference(
 ) -> Tensor:
     """The definition, fp32 inside (float64 for float64); shapes as in `linear_cross_entropy`."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    z = F.linear(x.to(compute), weight.to(compute), bias.to(compute))
     ignored = labels == ignore_index
-    z_y = z.gather(1, labels.masked_fill(ignored, 0)[:, None])[:, 0]
-    losses = z.logsumexp(1) - (1 - label_smoothing) * z_y - label_smoothing * z.mean(1)
+    x = x.masked_fill(ignored[:, None], 0)
+    log_p = F.linear(x.to(compute), weight.to(compute), bias.to(compute)).log_softmax(1)
+    losses = -(1 - label_smoothing) * log_p.gather(1, labels.masked_fill(ignored, 0)[:, None])[:, 0]
+    if label_smoothing:
+        losses = losses - label_smoothing * log_p.mean(1)
     if row_weights is not None:
-        losses = losses * row_weights
+        losses = losses * row_weights.masked_fill(ignored, 0)
     losses = losses.masked_fill(ignored, 0)
     if reduction == "none":
         return losses

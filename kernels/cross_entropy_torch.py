@@ -88,7 +88,9 @@ def statistics(x, weight, bias, targets, smoothing):
     top, exp_sum, picked, total = state.unbind(1)
     log_sum = exp_sum.log()
     # differences first: large logits cancel before they are added to what is small
-    losses = log_sum + (1 - smoothing) * (top - picked) + smoothing * (top - total / V)
+    losses = log_sum + (1 - smoothing) * (top - picked)
+    if smoothing:  # 0 times infinity would be no number
+        losses += smoothing * (top - total / V)
     return losses, torch.stack((top, log_sum))
 
 
@@ -96,11 +98,13 @@ def _add_statistics(z, targets, columns, state) -> None:
     """Take a chunk of logits, which it overwrites, into (R, 4): largest, sum of exp(z - largest), target's, sum."""
     top, exp_sum, picked, total = state.unbind(1)
     local, inside = _column(targets, columns)
-    picked += z.gather(1, local)[:, 0].mul_(inside)
+    picked += z.gather(1, local)[:, 0].masked_fill_(~inside, 0)
     total += z.sum(1)
     higher = torch.maximum(top, z.amax(1))
-    exp_sum *= (top - higher).exp_()
-    exp_sum += z.sub_(higher[:, None]).exp_().sum(1)
+    # where nothing but minus infinity was seen so far, the differences would be no numbers
+    base = higher.masked_fill(higher == -torch.inf, 0)
+    exp_sum *= (top - base).exp_()
+    exp_sum += z.sub_(base[:, None]).exp_().sum(1)
     top.copy_(higher)
 
 
@@ -158,7 +162,8 @@ def form(x, weight, bias, targets, factor, smoothing, needs):
         z = scratch.logits(x[rows], weight, bias)
         top = z.amax(1)
         z -= top[:, None]
-        picked, mean = z.gather(1, targets[rows, None])[:, 0], z.mean(1)
+        picked = z.gather(1, targets[rows, None])[:, 0]
+        mean = z.mean(1) if smoothing else 0.0
         exp_sum = z.exp_().sum(1)
         stats[0, rows], stats[1, rows] = top, exp_sum.log()
         losses[rows] = stats[1, rows] - (1 - smoothing) * picked - smoothing * mean

@@ -86,7 +86,9 @@ def _statistics_kernel(
         b_total += tl.sum(tl.where(m_col[None, :], b_z, 0.0), 1)
         b_z = tl.where(m_col[None, :], b_z, float("-inf"))
         b_higher = tl.maximum(b_top, tl.max(b_z, 1))
-        b_sum = b_sum * tl.exp(b_top - b_higher) + tl.sum(tl.exp(b_z - b_higher[:, None]), 1)
+        # where nothing but minus infinity was seen so far, the differences would be no numbers
+        b_base = tl.where(b_higher == float("-inf"), 0.0, b_higher)
+        b_sum = b_sum * tl.exp(b_top - b_base) + tl.sum(tl.exp(b_z - b_base[:, None]), 1)
         b_top = b_higher
     o = i_split * R + o_row
     tl.store(p_top + o, b_top, mask=m_in)
@@ -115,7 +117,8 @@ def _combine_kernel(
     b_target = tl.sum(tl.load(p_target + o, mask=m, other=0.0), 0)
     b_mean = tl.sum(tl.load(p_total + o, mask=m, other=0.0), 0) / V
     # differences first: large logits cancel before they are added to what is small
-    b_loss = b_log_sum + (1 - smoothing) * (b_top - b_target) + smoothing * (b_top - b_mean)
+    b_spread = tl.where(smoothing > 0, smoothing * (b_top - b_mean), 0.0)
+    b_loss = b_log_sum + (1 - smoothing) * (b_top - b_target) + b_spread
     tl.store(p_losses + o_row, tl.where(m_row, b_loss, 0.0), mask=m_in)
     tl.store(p_row_top + o_row, b_top, mask=m_in)
     tl.store(p_log_sum + o_row, b_log_sum, mask=m_in)

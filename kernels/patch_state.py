@@ -34,12 +34,11 @@ def state_of(module: nn.Module, covered: Iterator, paths: Iterator, x: object, o
         x: the input, with whose device and dtype the weights are compared; anything but a float tensor is not.
         one_dtype: whether norms have to be of the dtype of `x` too, and not only matrices.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        x = None
+    given = (x.dtype, x.device) if isinstance(x, Tensor) and x.is_floating_point() else None
     state: list = []
-    _add_weights(state, module, x, one_dtype)
+    _add_weights(state, module, given, one_dtype)
     for child in covered:
-        _add(state, child, x, one_dtype)
+        _add(state, child, given, one_dtype)
     for path in paths:
         child = module
         for name in path:
@@ -56,7 +55,7 @@ def state_of(module: nn.Module, covered: Iterator, paths: Iterator, x: object, o
     return state
 
 
-def _add(state: list, module: nn.Module | None, x: Tensor | None, one_dtype: bool) -> None:
+def _add(state: list, module: nn.Module | None, given: tuple | None, one_dtype: bool) -> None:
     state.append(type(module))
     if module is None:
         return
@@ -68,30 +67,31 @@ def _add(state: list, module: nn.Module | None, x: Tensor | None, one_dtype: boo
     if "forward" in own:
         state.append("forward")
     if own.get("_parameters") or "weight" in own:
-        _add_weights(state, module, x, one_dtype)
+        _add_weights(state, module, given, one_dtype)
     children = own["_modules"]
     if children:
         for child in children.values():
-            _add(state, child, x, one_dtype)
+            _add(state, child, given, one_dtype)
     elif type(module) is not nn.Linear:
         for name in _SCALARS:
             state.append(own.get(name))
 
 
-def _add_weights(state: list, module: nn.Module, x: Tensor | None, one_dtype: bool) -> None:
+def _add_weights(state: list, module: nn.Module, given: tuple | None, one_dtype: bool) -> None:
     for name, tensor in module._parameters.items():
-        if tensor is not None:
-            state.append(name)
-            if type(tensor) not in dispatch.PLAIN and not is_plain(tensor):
-                state.append(type(tensor))
-            dtype = tensor.dtype
-            if dtype not in DTYPES:
-                state.append(dtype)
-            if x is not None:
-                if x.dtype != dtype and (one_dtype or tensor.dim() > 1):
-                    state.append("dtype")
-                if x.device != tensor.device:
-                    state.append("device")
+        if tensor is None:
+            continue
+        state.append(name)
+        if type(tensor) not in dispatch.PLAIN and not is_plain(tensor):
+            state.append(type(tensor))
+        dtype = tensor.dtype
+        if dtype not in DTYPES:
+            state.append(dtype)
+        if given is not None:
+            if dtype != given[0] and (one_dtype or tensor.dim() > 1):
+                state.append("dtype")
+            if tensor.device != given[1]:
+                state.append("device")
     if "weight" in module.__dict__:
         # a plain attribute, as FSDP's views and torch's older norms of weights are
         state.append("weight" if is_plain(module.__dict__["weight"]) else "no weight")

@@ -4,7 +4,6 @@ Parsing imports nothing heavy, so that `prismer --help` answers at once; each su
 """
 
 import argparse
-import dis
 import os
 import sys
 import warnings
@@ -17,6 +16,7 @@ from prismer.cli_data import add_data_commands
 from prismer.cli_experts import add_experts_commands
 from prismer.cli_plan import add_plan_command
 from prismer.cli_semantics import add_semantics_commands
+from prismer.errors import is_a_sentence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prismer: {error.filename} cannot be used: {error.strerror}", file=sys.stderr)
         return 2
     except (ValueError, RuntimeError) as error:
-        if not _is_a_sentence(error):
+        if not is_a_sentence(error):
             raise
         # weights that do not fit come with a table before their sentence
         for line in str(error).splitlines():
@@ -144,18 +144,3 @@ def _info(args: argparse.Namespace) -> None:
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     print(f"prismer: warning: {message}", file=sys.stderr)
-
-
-def _is_a_sentence(error: Exception) -> bool:
-    """Whether this library raised `error` on purpose: a `raise` in its code, or an exception of its own kind.
-
-    The same classes come out of torch, numpy and the interpreter for mistakes of ours, whose traceback is needed.
-    """
-    if type(error).__module__.startswith("prismer."):
-        return True
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    frame = trace.tb_frame
-    raised = dis.opname[frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
-    return raised and frame.f_globals.get("__name__", "").startswith("prismer.")

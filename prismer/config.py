@@ -169,7 +169,9 @@ class PrismerConfig:
         values = parse_json(text, source, _RESTORE)
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or set(values) - known:
-            extra = ", ".join(sorted(set(values) - known)) if isinstance(values, dict) else type(values).__name__
+            extra = type(values).__name__
+            if isinstance(values, dict):
+                extra = ", ".join(_listed(name) for name in sorted(set(values) - known)[:5])
             raise ValueError(f"{source} holds unknown settings ({extra}); known are {', '.join(sorted(known))}")
         try:
             return cls(**values)
@@ -185,6 +187,10 @@ class PrismerConfig:
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not text; {_RESTORE}") from None
         return cls.from_json(text, source=str(path))
+
+
+def _listed(name: str) -> str:
+    return name if name.isprintable() and len(name) <= 60 else _shown(name)
 
 
 def _shown(value) -> str:

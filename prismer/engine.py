@@ -84,11 +84,16 @@ def gather_json(value, group: dist.ProcessGroup) -> list:
     ]
 
 
+class SharedError(ValueError):
+    """An error that every rank raises alike, so that one of them may say it for all."""
+
+
 def on_first_rank(work: Callable[[], object], group: dist.ProcessGroup):
     """Run `work` on rank 0 while the others wait; its (JSON-like) result on every rank.
 
     Raises:
-        ValueError: on every rank, if `work` raised one.
+        SharedError: on every rank, if `work` raised a ValueError.
+        OSError: on every rank, if `work` raised one.
     """
     told = None
     if dist.get_rank() == 0:
@@ -96,10 +101,22 @@ def on_first_rank(work: Callable[[], object], group: dist.ProcessGroup):
             told = dict(value=work())
         except ValueError as error:
             told = dict(error=str(error))
+        except OSError as error:
+            told = dict(system=[error.errno, error.strerror or str(error), error.filename and str(error.filename)])
     told = gather_json(told, group)[0]
     if "error" in told:
-        raise ValueError(told["error"])
+        raise SharedError(told["error"])
+    if "system" in told:
+        raise OSError(*told["system"])
     return told["value"]
+
+
+def peer_ended(error: BaseException) -> bool:
+    """Whether `error` is what a collective raises because another process of the run has gone."""
+    broken = ("connection closed by peer", "connection reset by peer", "broken pipe", "gloo/transport")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in broken)
+    )
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -119,6 +136,28 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def check_settings(config: TrainConfig, settings: dict) -> None:
+    """Refuse engine settings that contradict the run or that DeepSpeed does not take, before anything is built.
+
+    Raises:
+        ValueError: which names the setting.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    # the precision is chosen later, and compared then
+    settings = {**settings, "bf16": {**settings.get("bf16", {}), "enabled": "auto"}}
+    merged = merge(config, settings, world_size=dist.get_world_size(), precision="fp32")
+    try:
+        DeepSpeedConfig(merged)
+    except Exception as error:  # pydantic's, asserts and whatever a wrong value meets first
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # pydantic counts its errors in the first line, and names the field in the second
+        reason = ": ".join(lines[1:3] if len(lines) > 2 else lines[:1]) or type(error).__name__
+        raise ValueError(
+            f"DeepSpeed does not take the engine settings ({reason[:200]}); correct them in the config file"
+        ) from None
 
 
 SMALL_MODEL = 20_000_000

@@ -1,7 +1,6 @@
 """Captions and answers of a whole split, scored: on one process or on many, during training and after it."""
 
 import itertools
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,18 +8,20 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from prismer.checkpoint import ANSWERS
 from prismer.dataloading.loader import Loader
 from prismer.dataloading.sample_schema import check_meta
 from prismer.dataloading.shards import CorruptSample, ShardDataset
 from prismer.engine import gather_json
+from prismer.files import read_json, write_json
 from prismer.inference import Candidates
 from prismer.metrics import answer_scores, caption_scores, top1
 from prismer.model import Prismer
-from prismer.run_folder import ANSWERS, write_json
 
 CAPTION_TASKS = ("pretrain", "caption", "joint")
 ANSWER_TASKS = ("vqa", "joint")
-_DAMAGED = "{} is damaged ({}); restore it, or set the run aside with --fresh"
+GUESSES = "guesses.json"
+_REMEDY = "restore it from a copy, or set the run aside with --fresh"
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Knowledge:
         """Write the answers, one list, to answers.json and the rest to guesses.json."""
         rest = asdict(self)
         write_json(folder / ANSWERS, rest.pop("answers"))
-        write_json(folder / "guesses.json", rest)
+        write_json(folder / GUESSES, rest)
 
     @classmethod
     def load(cls, folder: Path) -> "Knowledge":
@@ -52,14 +53,14 @@ class Knowledge:
         Raises:
             ValueError: if a file is absent or damaged.
         """
-        answers = _read(folder / ANSWERS)
-        rest = _read(folder / "guesses.json")
+        answers = read_json(folder / ANSWERS, list, _REMEDY)
+        rest = read_json(folder / GUESSES, dict, _REMEDY)
         fields = {"guesses": dict, "caption": str, "classes": list}
-        fits = isinstance(rest, dict) and {name: type(value) for name, value in rest.items()} == fields
-        if not fits or not _texts([*rest["guesses"].values(), *rest["classes"]]):
-            raise ValueError(_DAMAGED.format(folder / "guesses.json", "expected guesses, caption and classes"))
-        if not isinstance(answers, list) or not _texts(answers):
-            raise ValueError(_DAMAGED.format(folder / ANSWERS, "expected a list of texts"))
+        if {name: type(value) for name, value in rest.items()} != fields:
+            raise ValueError(f"{folder / GUESSES} does not hold {', '.join(fields)}; {_REMEDY}")
+        for name, texts in ((ANSWERS, answers), (GUESSES, [*rest["guesses"].values(), *rest["classes"]])):
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{folder / name} holds more than texts; {_REMEDY}")
         return cls(answers=answers, **rest)
 
 
@@ -294,16 +295,3 @@ def blind_guesses(records: Sequence[dict], knowledge: Knowledge) -> list[dict]:
             ]
         guessed.append(row)
     return guessed
-
-
-def _read(path: Path):
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(_DAMAGED.format(path, "it is missing")) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(_DAMAGED.format(path, error)) from None
-
-
-def _texts(values: list) -> bool:
-    return all(isinstance(value, str) for value in values)

@@ -85,7 +85,11 @@ def write_json(path: str | Path, value) -> None:
     Raises:
         ValueError: if a number in it is not finite.
     """
-    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError:
+        raise ValueError(f"{path} would hold a number that is not finite; it is left as it was") from None
+    write_atomically(path, (text + "\n").encode())
 
 
 def sync(path: str | Path) -> None:
@@ -268,9 +272,9 @@ def find_damage(folder: str | Path, names: Iterable[str] | None = None) -> str |
         return None
     sums = read_json(folder / CHECKSUMS, dict, "restore it, or delete it to go on without checksums")
     for name in sums if names is None else names:
-        entry, path = sums.get(name), folder / name
-        if entry is None:
+        if name not in sums:
             continue
+        entry, path = sums[name], folder / name
         if not isinstance(entry, dict) or set(entry) != {"size", "crc32"}:
             raise ValueError(
                 f"{folder / CHECKSUMS} is damaged (entry {name!r}); restore it, or delete it to go on without checksums"

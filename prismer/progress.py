@@ -1,5 +1,6 @@
 """What a run shows while it trains: a progress bar, metrics.jsonl, TensorBoard scalars and loss.png; rank 0 only."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -11,11 +12,6 @@ from prismer.files import add_name, replacing, write_atomically
 from prismer.stopping import discard
 
 METRICS = "metrics.jsonl"
-# the fields that are read again, and what they must be
-_FIELDS = {
-    "train": ((float, int), ("loss", "learning_rate")),
-    "skipped": ((str,), ("split", "shard", "key")),
-}
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -59,16 +55,22 @@ def _read_row(line: bytes) -> dict | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
         return None
-    kinds, names = _FIELDS.get(row["kind"], ((), ()))
-    return row if all(type(row.get(name, kinds[0]())) in kinds for name in names) else None
+    values = {name: value for name, value in row.items() if name not in ("step", "kind")}
+    if row["kind"] == "skipped":
+        fits = all(isinstance(values.get(name), str) for name in ("split", "shard", "key"))
+    else:
+        fits = all(type(value) in (int, float) for value in values.values())
+    return row if fits else None
 
 
 def tell(text: str, file: TextIO) -> None:
     """Print a line; a reader that has gone (`| head`, a closed terminal) ends the printing and not the run."""
     try:
         print(text, file=file, flush=True)
-    except OSError:
+    except OSError as error:
         silence(file)
+        if error.errno not in (errno.EPIPE, errno.EIO) and file is not sys.stderr:
+            tell(f"standard output cannot be written ({error.strerror}); going on without it", sys.stderr)
 
 
 def silence(file: TextIO) -> None:
@@ -115,10 +117,14 @@ class Progress:
     def record(self, row: dict) -> None:
         """Keep one row of numbers; "step" names the step, "kind" what was measured."""
         append_metrics(self.folder, row)
-        for key, value in row.items():
-            if key not in ("step", "kind") and isinstance(value, (int, float)):
-                self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
-        self._board.flush()
+        try:
+            for key, value in row.items():
+                if key not in ("step", "kind") and isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+            self._board.flush()
+        except OSError as error:
+            add_name(error, self.folder / "tensorboard")
+            raise
         if row["kind"] == "train":
             self._bar.set_postfix_str(
                 f"loss {row['loss']:.3f}, {row['samples_per_s']:.1f} samples/s", refresh=False
@@ -133,7 +139,10 @@ class Progress:
 
     def close(self) -> None:
         """End the bar and the curves."""
-        self._bar.close()
+        try:
+            self._bar.close()
+        except OSError:
+            silence(sys.stderr)
         self._board.close()
 
 
@@ -145,7 +154,7 @@ def plot_metrics(folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = read_metrics(folder)
-    train = [row for row in rows if row["kind"] == "train"]
+    train = [row for row in rows if row["kind"] == "train" and {"loss", "learning_rate"} <= set(row)]
     scored = [row for row in rows if row["kind"] == "validation"]
     if not train:
         return

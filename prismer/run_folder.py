@@ -81,15 +81,18 @@ class RunFolder:
         Raises:
             ValueError: if another process trains here, or the folder holds something that is no run.
         """
-        moved = None
+        moved = lock = None
         if self.path.exists():
             self._check_kind()
             lock = take_lock(self.path / LOCK)
-            if fresh:
+            if fresh and any(path.name != LOCK for path in self.path.iterdir()):
                 moved = self.start_afresh()
                 lock.close()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = take_lock(self.path / LOCK)
+                lock = None
+        if lock is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(self.path / LOCK)
+        self._lock = lock
         for leftover in self.checkpoints.glob("step-*.partial"):
             # of a save that was cut short; nobody else can be writing it
             shutil.rmtree(leftover)
@@ -181,14 +184,14 @@ class RunFolder:
         last = self.last()
         if last is None:
             return
-        try:
-            damaged = find_damage(last)
-            if damaged is None:
-                read_state(last)
-        except ValueError as error:
-            raise ValueError(f"{error}; {self._way_on()}") from None
-        if damaged:
-            raise ValueError(f"{last / damaged} is damaged or gone; {self._way_on()}")
+        for checkpoint in {last: None, self.best(): None}:
+            try:
+                read_state(checkpoint)
+                damaged = find_damage(checkpoint)
+            except ValueError as error:
+                raise ValueError(f"{error}; {self._way_on()}") from None
+            if damaged:
+                raise ValueError(f"{checkpoint / damaged} is damaged or gone; {self._way_on()}")
 
     def start_afresh(self) -> Path | None:
         """Move an earlier run out of the way, deleting nothing; returns where it went."""
@@ -291,14 +294,17 @@ class RunFolder:
         if score is not None and score >= index.get("best_score", float("-inf")):
             index.update(best=target.name, best_score=score)
         here = sorted((name for name in written | {target.name} if (self.checkpoints / name).is_dir()), key=_step_of)
+        # a later one is there if somebody went back to an earlier checkpoint
         until = [name for name in here if _step_of(name) <= _step_of(target.name)]
-        kept = {*until[-KEPT:], index.get("best")}
-        # noted before anything goes, so that a crash in between leaves too much and not too little
-        write_json(self.checkpoints / INDEX, dict(index, written=here))
-        for name in here:
-            if name not in kept:
-                shutil.rmtree(self.checkpoints / name)
-        write_json(self.checkpoints / INDEX, dict(index, written=[name for name in here if name in kept]))
+        gone = set(until[:-KEPT]) - {index.get("best")}
+        try:
+            write_json(self.checkpoints / INDEX, dict(index, written=[name for name in here if name not in gone]))
+        except BaseException:
+            # the index does not know it
+            shutil.rmtree(target)
+            raise
+        for name in gone:
+            shutil.rmtree(self.checkpoints / name)
 
 
 def _step_of(name: str) -> int:
@@ -323,7 +329,7 @@ def read_state(checkpoint: Path) -> dict:
         ValueError: if it is damaged.
     """
     file = checkpoint / STATE
-    state = read_json(file, dict)
+    state = read_json(file, dict, "it belongs to the checkpoint")
     for name, kinds in (("step", (int,)), ("loss_count", (int,)), ("loss_sum", (int, float))):
         value = state.get(name)
         if type(value) not in kinds or (name != "loss_sum" and value < 0):

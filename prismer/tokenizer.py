@@ -47,10 +47,10 @@ class Tokenizer:
             raise ValueError(
                 f"{source} lacks {', '.join(missing)}; use a vocabulary of the RoBERTa family, which has them"
             )
-        unknown = next((pair for pair in merges if "".join(pair) not in vocab), None)
+        unknown = next(((a, b) for a, b in merges if not (a in vocab and b in vocab and a + b in vocab)), None)
         if unknown is not None:
             raise ValueError(
-                f"the merge {' '.join(unknown)!r} gives no token of {source}; use merges that belong to it"
+                f"the merge {' '.join(unknown)!r} is not of tokens of {source}; use merges that belong to it"
             )
         self.bos_id, self.pad_id, self.eos_id, self.unk_id = (vocab[s] for s in FIRST_SPECIALS)
         self.mask_id = vocab[MASK]

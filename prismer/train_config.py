@@ -6,13 +6,37 @@
 
 import copy
 import dataclasses
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from prismer.files import is_text, read_json
 from prismer.freezing import FREEZE_MODES
 
 PRECISIONS = ("auto", "bf16", "fp32")
+MAX_STEPS = 2**24
+"""AdamW counts its steps in float32, which counts no further."""
+_ANY, _FLOAT32 = 2**31 - 1, 3.4e38
+# field -> its least and its most; what is not named is at least 0 and at most what float32 or 31 bits hold
+_RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**63 - 1),
+    "epochs": (0, MAX_STEPS), "steps": (0, MAX_STEPS), "warmup_steps": (0, MAX_STEPS),
+    # a million images a batch is the most that was ever published
+    "batch_size": (1, 2**20), "accumulation": (1, 2**20), "eval_batch_size": (1, 2**12),
+    # the richest published sets (Visual Genome) say a few hundred things about an image
+    "captions_per_image": (1, 1024), "questions_per_image": (0, 1024),
+    # the largest side of a JPEG; what the model takes is less
+    "image_size": (0, 65_535),
+    "flip": (0, 1), "drop_labels": (0, 1), "crop_min_area": (0, 1),
+    # there are ten operations, and each may come twice
+    "augment_ops": (0, 20),
+    "max_answers": (1, 2**20),
+    # more than any machine has cores
+    "loader_threads": (1, 1024),
+    # the smallest normal number of float32: a smaller one is 0 on some devices, and 0 / 0 is no step
+    "epsilon": (1.18e-38, _FLOAT32),
+    "log_every": (1, _ANY), "save_every": (1, _ANY),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +111,16 @@ class TrainConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is float and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, field.name, float(value))
-            elif type(value) is not field.type:
-                raise ValueError(f"{field.name} is {value!r}; it must be {field.type.__name__}")
-            elif field.type in (int, float) and value < 0:
-                raise ValueError(f"{field.name} is {value}; it must not be negative")
+            # a whole number may stand for a fraction
+            if field.type is float and type(value) is int and abs(value) < 2**63:
+                value = float(value)
+                object.__setattr__(self, field.name, value)
+            if type(value) is not field.type:
+                raise ValueError(f"{field.name} is {_shown(value)}; it must be {field.type.__name__}")
+            if field.type is str:
+                _check_text(field.name, value)
+            elif field.type in (int, float):
+                _check_number(field.name, value, _FLOAT32 if field.type is float else _ANY)
         for name, choices in (
             ("task", TASK_DEFAULTS),
             ("freeze", FREEZE_MODES),
@@ -102,16 +130,20 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; choose from {', '.join(choices)}"
                 )
-        for name in (
-            "batch_size",
-            "accumulation",
-            "log_every",
-            "save_every",
-            "eval_batch_size",
-            "captions_per_image",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("data", "model"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; name a folder")
+        _check_run(self.run)
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be below 1")
+        if not self.crop_min_area:
+            raise ValueError("crop_min_area is 0; it must be above 0, and 1 crops nothing")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}, "
+                f"which falls to it; lower it"
+            )
         if not self.epochs and not self.steps:
             raise ValueError("epochs and steps are both 0; give one of them")
         if self.batch_size % self.accumulation:
@@ -137,6 +169,38 @@ class TrainConfig:
     def folder(self) -> Path:
         """Where the run keeps everything."""
         return Path(self.run) if "/" in self.run else Path("runs") / self.run
+
+
+def _shown(value) -> str:
+    """`value` in an error, not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _check_number(name: str, value: float, most_of_kind: float) -> None:
+    least, most = _RANGES.get(name, (0, most_of_kind))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; give a finite number")
+    if value < 0:
+        raise ValueError(f"{name} is {_shown(value)}; it must not be negative")
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if value > most:
+        raise ValueError(f"{name} is {_shown(value)}; it must be at most {most}")
+
+
+def _check_text(name: str, value: str) -> None:
+    if not is_text(value) or not value.isprintable():
+        raise ValueError(f"{name} is {_shown(value)}, which holds characters that no name has; correct it")
+
+
+def _check_run(run: str) -> None:
+    """Refuse a run whose folder would be `runs` itself, the working directory or the root."""
+    last = run.rstrip("/").rpartition("/")[2]
+    if last.strip() in ("", ".", ".."):
+        raise ValueError(f"run is {run!r}, which names no folder of its own; give a name such as tiny")
+    if len(last.encode()) > 200:
+        raise ValueError(f"run is {_shown(run)}; give a name of at most 200 bytes")
 
 
 _PHOTOS = dict(crop_min_area=0.5, flip=0.5, augment_ops=2, captions_per_image=1)
@@ -168,6 +232,27 @@ ENGINE_KEYS = frozenset(
     "gradient_predivide_factor sparse_gradients steps_per_print wall_clock_breakdown memory_breakdown dump_state "
     "flops_profiler comms_logger".split()
 )
+# what DeepSpeed itself would meet with a traceback, or take for something else
+_OBJECTS = frozenset("bf16 zero_optimization aio data_types flops_profiler comms_logger".split())
+_SWITCHES = frozenset(
+    "zero_force_ds_cpu_optimizer prescale_gradients sparse_gradients wall_clock_breakdown memory_breakdown "
+    "dump_state".split()
+)
+_COUNTS = frozenset(
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print".split()
+)
+_NUMBERS = frozenset("gradient_clipping gradient_predivide_factor".split())
+_TYPES = (
+    (_OBJECTS, (dict,), "an object"), (_SWITCHES, (bool,), "true or false"), (_COUNTS, (int,), "a whole number"),
+    (_NUMBERS, (int, float), "a number"),
+)  # fmt: skip
+_NESTED = ("offload_optimizer", "offload_param")
+# objects inside zero_optimization; null is none
+_PROFILER = {
+    "enabled": (bool,), "recompute_fwd_factor": (int, float), "profile_step": (int,), "module_depth": (int,),
+    "top_modules": (int,), "detailed": (bool,), "output_file": (str, type(None)),
+}  # fmt: skip
+_ACCUMULATION = (None, "fp32", "bf16", "fp16")
 _REFUSED = {
     "optimizer": "the trainer builds AdamW itself; set learning_rate and weight_decay in the prismer section",
     "scheduler": "the trainer sets the rate itself; set learning_rate and warmup_steps in the prismer section",
@@ -191,10 +276,7 @@ def read_config(path: str | Path, **overrides) -> tuple[TrainConfig, dict]:
     Raises:
         ValueError: if the file is not such a JSON, or names a setting that does not exist.
     """
-    try:
-        engine = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); correct the file") from None
+    engine = read_json(path, remedy="correct it, or name another with --config")
     if not isinstance(engine, dict):
         raise ValueError(
             f"{path} holds a {type(engine).__name__}; expected an object of engine settings"
@@ -207,6 +289,7 @@ def read_config(path: str | Path, **overrides) -> tuple[TrainConfig, dict]:
             raise ValueError(
                 f"unknown engine setting {key!r} in {path}; known are {', '.join(sorted(ENGINE_KEYS))}"
             )
+        _check_setting(key, engine[key])
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if not isinstance(section, dict) or set(section) - known:
         extra = (
@@ -219,7 +302,39 @@ def read_config(path: str | Path, **overrides) -> tuple[TrainConfig, dict]:
         )
     given = {**section, **{name: value for name, value in overrides.items() if value is not None}}
     task = given.get("task", TrainConfig.task)
-    return TrainConfig(**{**TASK_DEFAULTS.get(task, {}), **given}), engine
+    defaults = TASK_DEFAULTS.get(task, {}) if isinstance(task, str) else {}
+    return TrainConfig(**{**defaults, **given}), engine
+
+
+def _check_setting(key: str, value) -> None:
+    """Refuse an engine setting of a wrong type; what its numbers may be, DeepSpeed knows (`engine.check_settings`)."""
+    for keys, types, name in _TYPES:
+        if key in keys and type(value) not in types and not (value == "auto" and keys is not _OBJECTS):
+            raise ValueError(f"{key} is {_shown(value)} in the engine settings; it must be {name}")
+        if key in keys and type(value) in (int, float) and value < (key != "gradient_clipping"):
+            raise ValueError(f"{key} is {_shown(value)} in the engine settings; it must be at least 1")
+    extra = key == "data_types" and set(value) - {"grad_accum_dtype"}
+    if extra or (key == "data_types" and value.get("grad_accum_dtype") not in _ACCUMULATION):
+        raise ValueError(
+            f"data_types is {_shown(value)} in the engine settings; it may hold grad_accum_dtype: fp32, bf16 or fp16"
+        )
+    if key == "flops_profiler":
+        for inner, setting in value.items():
+            if type(setting) not in _PROFILER.get(inner, ()):
+                raise ValueError(
+                    f"flops_profiler.{inner} is {_shown(setting)}, which DeepSpeed does not take; correct it"
+                )
+    if key == "zero_optimization":
+        for inner in ("reduce_bucket_size", "sub_group_size"):
+            if value.get(inner, 1) == 0:
+                raise ValueError(f"zero_optimization.{inner} is 0; it must be at least 1")
+        for inner in _NESTED:
+            if not isinstance(value.get(inner), dict | None):
+                raise ValueError(
+                    f"zero_optimization.{inner} is {_shown(value[inner])} in the engine settings; it must be an object"
+                )
+        if "stage" in value and type(value["stage"]) is not int:
+            raise ValueError(f"zero_optimization.stage is {_shown(value['stage'])}; it must be 3")
 
 
 def merge(config: TrainConfig, engine: dict, *, world_size: int, precision: str) -> dict:
@@ -237,6 +352,8 @@ def merge(config: TrainConfig, engine: dict, *, world_size: int, precision: str)
     Raises:
         ValueError: if a setting contradicts `config`, or asks for what resume cannot restore.
     """
+    for key, value in engine.items():
+        _check_setting(key, value)
     merged = copy.deepcopy(engine)
     decided = {
         "train_batch_size": ("batch_size", config.batch_size),

@@ -6,6 +6,7 @@ instance table. So a run that was killed and resumed is the same run, loss for l
 
 import io
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -34,13 +35,14 @@ from prismer.evaluation import (
     scores,
     survey,
 )
+from prismer.files import write_atomically, write_json
 from prismer.freezing import freeze
 from prismer.model import Prismer
 from prismer.precision import choose_precision, slow_resumption
 from prismer.profiling import StepProfile
-from prismer.progress import Progress, plot_metrics
+from prismer.progress import Progress, plot_metrics, tell
 from prismer.report import draw_samples, write_results
-from prismer.run_folder import RunFolder, export_checkpoint, restore_optimizer, write_json
+from prismer.run_folder import RunFolder, export_checkpoint, restore_optimizer
 from prismer.skipped import SkippedSamples
 from prismer.start import start_config, start_model
 from prismer.stopping import StopRequest
@@ -52,7 +54,7 @@ from prismer.tasks import (
     joint_texts,
     vqa_texts,
 )
-from prismer.train_config import TrainConfig
+from prismer.train_config import MAX_STEPS, TrainConfig
 
 SCENES = TrainConfig.data
 NO_AUGMENTATION = AugmentConfig(min_area=1.0, flip=0.0, num_ops=0)
@@ -134,6 +136,7 @@ class Trainer:
         self.group = engines.host_group()
         self.run = RunFolder(config.folder)
         micro_batch = config.micro_batch(self.world)
+        engines.check_settings(config, settings)
         self.precision = engines.on_first_rank(lambda: self._prepare(fresh), self.group)
 
         checkpoint = self.run.last()
@@ -151,6 +154,10 @@ class Trainer:
         engines.on_first_rank(lambda: self._read_texts(first=not checkpoint), self.group)
         self.knowledge = Knowledge.load(self.run.path)
         self._open_data(model, micro_batch)
+        if self.total > MAX_STEPS:
+            raise ValueError(
+                f"epochs {config.epochs} of {self.steps_per_epoch} steps are {self.total} steps; at most {MAX_STEPS}"
+            )
 
         self.engine = engines.build_engine(model.train(), config, settings, self.precision)
         self.step, self.loss_sum, self.loss_count = 0, torch.zeros((), device=self.device), 0
@@ -168,17 +175,19 @@ class Trainer:
     def _prepare(self, fresh: bool) -> str:
         """What rank 0 does before anything is built; returns the precision."""
         config, data = self.config, Path(self.config.data)
-        if fresh and (moved := self.run.start_afresh()):
+        model = start_config(config.model)
+        if config.data != SCENES:
+            self._find(data)
+        # nothing is moved for a command that is wrong in itself
+        if moved := self.run.claim(fresh):
             self._say(f"the earlier run was moved to {moved}")
+        self.run.check()
         if config.data == SCENES and not ((data / "train").is_dir() and (data / "val").is_dir()):
             self._say(f"rendering the embedded dataset into {data}")
             render_dataset(data)
-        if not (data / "train").is_dir():
-            raise ValueError(
-                f"no dataset at {data / 'train'}; render or import one, or name another with --data"
-            )
+            self._find(data)
 
-        width = start_config(config.model).vision_width
+        width = model.vision_width
 
         def decide() -> str:
             chosen, why = choose_precision(config.precision, width, self.device)
@@ -191,6 +200,12 @@ class Trainer:
         for change in changes:
             self._say(f"changed since the run was started: {change}")
         return precision
+
+    def _find(self, data: Path) -> None:
+        if not (data / "train").is_dir():
+            raise ValueError(
+                f"no dataset at {data / 'train'}; render or import one, or name another with --data"
+            )
 
     def _read_texts(self, first: bool) -> None:
         """Check that both splits have texts for the task; at the first start, keep what training's say (rank 0)."""
@@ -286,7 +301,7 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if text and self.rank == 0:
-            print(text, flush=True)
+            tell(text, sys.stdout)
 
     # training
 
@@ -351,7 +366,7 @@ class Trainer:
         self.loss_count += 1
         # DeepSpeed leaves a step out when its gradients are not finite, which a non-finite loss implies
         if self.engine.skipped_steps:
-            raise RuntimeError(
+            raise engines.SharedError(
                 f"loss or gradients are not finite at step {self.step}; the last checkpoint is of step "
                 f"{max(self.saved_step, 0)}; lower learning_rate or set gradient_clipping, and resume"
             )
@@ -380,7 +395,7 @@ class Trainer:
     def _show_profile(self, progress: Progress) -> None:
         paused = time.monotonic()
         table = self.profile.report()
-        (self.run.path / "profile.txt").write_text(table + "\n")
+        write_atomically(self.run.path / "profile.txt", (table + "\n").encode())
         progress.say(table)
         self.profile = None
         self.clock += time.monotonic() - paused

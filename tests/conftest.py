@@ -3,6 +3,7 @@
 import os
 import random
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -16,6 +17,18 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+# another number draws other tensors: PRISMER_TEST_SEED=1 pytest tests/ops
+SEED = int(os.environ.get("PRISMER_TEST_SEED", 0))
+# how often errors are drawn: enough that a single number is not near nothing in all of them
+DRAWS = 8
+NORMS = {"max": lambda t: t.abs().max().item(), "rms": lambda t: t.square().mean().sqrt().item()}
+ALWAYS_MODEL = bool(os.environ.get("PRISMER_TEST_MODEL"))
+
+
+def by_name(name, tensors):
+    return dict(tensors) if isinstance(tensors, Mapping) else {name: tensors}
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
@@ -27,9 +40,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeds():
     """Every test draws the same numbers, alone or in any order."""
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture
@@ -46,24 +59,54 @@ def poisoned_memory():
 
 @pytest.fixture
 def assert_no_worse():
-    """Compare by name: our error may be `factor` times that of plain PyTorch in the same dtype, plus one rounding.
+    """Compare with float64: our error may be twice that of plain PyTorch in the same dtype, gradients' three times.
 
-    Of the largest error, one draw that depends on the processor's order of summation, four roundings.
+    Where PyTorch's own error is small by luck, ours may be twice what the arithmetic makes of the computation whatever
+    the order of its sums (see `roundings.py`); and one rounding more, since a result is stored.
+
+    Args:
+        name: of the tensor; of tensors by name it is the prefix, if any. `d...` is a gradient.
+        ours, plain: a tensor, or tensors by name, of which those in `ours` are compared.
+        exact: called without arguments, gives the same in float64. It is called again where PyTorch was lucky, with
+            errors put into every operator: it must draw nothing, and round nothing itself.
+        factor: instead of 2, or of 3 for gradients.
+        inner: the dtype that holds what comes before the result, if it is not that of `ours`.
     """
+    from roundings import Rounded
 
-    def check(name, ours, plain, exact, factor=2.0):
-        assert ours.shape == exact.shape, f"{name} has shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
-        if not exact.numel():
-            return
-        assert torch.isfinite(ours).all(), f"{name} is not finite"
-        rounding = torch.finfo(ours.dtype).eps / 2
-        errors = {}
-        norms = ("max", 4, lambda t: t.abs().amax()), ("rms", 1, lambda t: t.square().mean().sqrt())
-        for kind, roundings, norm in norms:
-            error, allowed = (norm(t.double() - exact).item() for t in (ours, plain))
-            errors[kind] = error, factor * allowed + roundings * rounding * norm(exact).item()
-        text = ", ".join(f"{kind} {error:.3g} (allowed {allowed:.3g})" for kind, (error, allowed) in errors.items())
-        assert all(error <= allowed for error, allowed in errors.values()), f"{name} is off: {text}"
+    def check(name, ours, plain, exact, factor=None, inner=None):
+        ours, plain, truth = (by_name(name, tensors) for tensors in (ours, plain, exact()))
+        drawn = {}
+
+        def modelled(key):
+            dtype = inner or ours[key].dtype
+            if dtype not in drawn:
+                drawn[dtype] = []
+                for seed in range(DRAWS):
+                    with Rounded(dtype, seed):
+                        drawn[dtype].append(by_name(name, exact()))
+            return torch.stack([draw[key] - truth[key] for draw in drawn[dtype]])
+
+        for key, value in ours.items():
+            wanted = truth[key]
+            assert value.shape == wanted.shape, f"{key} has shape {tuple(value.shape)}, not {tuple(wanted.shape)}"
+            if not wanted.numel():
+                continue
+            assert wanted.dtype == torch.float64, f"{key} is compared with {wanted.dtype}"
+            assert torch.isfinite(value).all(), f"{key} is not finite"
+            times = factor or (3.0 if key.startswith("d") else 2.0)
+            rounding = torch.finfo(value.dtype).eps / 2
+            for kind, norm in NORMS.items():
+                error, torch_error = norm(value.double() - wanted), norm(plain[key].double() - wanted)
+                allowed = times * torch_error + rounding * norm(wanted)
+                if error > allowed or ALWAYS_MODEL:
+                    expected = norm(modelled(key))
+                    allowed = times * max(torch_error, expected) + rounding * norm(wanted)
+                    if ALWAYS_MODEL:
+                        print("rule", key, value.dtype, kind, error, torch_error, expected, allowed, os.environ.get("PYTEST_CURRENT_TEST"), file=open("/tmp/numerics/rule.txt", "a"))  # noqa
+                assert error <= allowed, (
+                    f"{key} is off: {kind} {error:.3g} (allowed {allowed:.3g}, torch's own {torch_error:.3g})"
+                )
 
     return check
 

@@ -46,10 +46,16 @@ struct Statistics {
       float lane[kLanes];
       store(lane, highest);
       for (float value : lane) largest = std::max(largest, value);
-      total += sum(lanes);
+      double block = sum(lanes);
       for (int64_t c = full; c < stop; ++c) {
         largest = std::max(largest, at<Vector>(z, c));
-        total += at<Vector>(z, c);
+        block += at<Vector>(z, c);
+      }
+      total += block;
+      // the exponential of vectors limits its argument, and would make a number of these
+      if (largest == std::numeric_limits<float>::infinity() || std::isnan(block)) {
+        exp_sum = std::numeric_limits<double>::quiet_NaN();
+        continue;
       }
       // nothing but minus infinity so far: the difference below would be no number
       if (largest == -std::numeric_limits<float>::infinity()) continue;

@@ -91,6 +91,11 @@ def damaged(draw, data: bytes):
     return b"" if kind == "empty" else draw(st.binary(max_size=40))
 
 
+def is_sentence(text: str) -> bool:
+    """Whether a message is one line that any terminal takes, and not a page."""
+    return text.isprintable() and 10 < len(text) < 1000
+
+
 def dump(value) -> bytes:
     """JSON as other writers spell it: NaN and lone surrogates pass."""
     return json.dumps(value).encode("utf-8", "surrogatepass")

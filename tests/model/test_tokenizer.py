@@ -208,7 +208,7 @@ def test_from_folder_refuses(tmp_path):
     }
     (tmp_path / "vocab.json").write_text(json.dumps(specials))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
-    with pytest.raises(ValueError, match="the merge 'a b' gives no token"):
+    with pytest.raises(ValueError, match="the merge 'a b' is not of tokens"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "merges.txt").write_text("a\n")
     with pytest.raises(ValueError, match="merge 1 of .* is 'a', not two tokens"):

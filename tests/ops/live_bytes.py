@@ -1,16 +1,24 @@
-"""How much memory something takes at its worst moment, on the CPU: every allocation of torch's allocator is seen, also
-those inside operators and compiled code."""
+"""How much memory something takes at its worst moment, on the CPU: what we allocate, and not what a library needs.
 
-from collections.abc import Callable
+Every allocation of torch's allocator is seen, also those of our C++, inside our operators and in compiled code. What
+one operator of torch (`aten::`) allocates and frees before it returns is its library's scratch, such as a copy of a
+matrix in another order or in fp32. It depends on the processor, nobody here can change it, and it does not count.
+Operators that torch composes of others (`aten::cross_entropy_loss`) are looked through: what passes between their
+parts counts. What libraries allocate by themselves is not seen at all.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
+from torch._C._profiler import _EventType, _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
     """The most bytes alive at one time among those that `fn` allocates; what was there before does not count.
 
-    What `fn` returns, or leaves in `.grad`, counts while it lives. oneDNN's own scratch memory is not seen.
+    What `fn` returns, or leaves in `.grad`, counts while it lives.
     """
     return max(_course(fn))
 
@@ -25,9 +33,44 @@ def _course(fn: Callable[[], object]) -> list[int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = fn()
     del result
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = _allocations(profiler.profiler.kineto_results.experimental_event_tree(), None)
+    events = sorted(events, key=lambda event: event[0].start_time_ns)
+    born, scratch = {}, set()
+    for i, (event, operator) in enumerate(events):
+        fields = event.extra_fields
+        if fields.alloc_size > 0:
+            born[fields.ptr] = i, operator
+        elif fields.ptr in born:
+            start, maker = born.pop(fields.ptr)
+            if operator is not None and operator == maker:
+                scratch |= {start, i}
     course = [0]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        if event.device_type() == torch.autograd.DeviceType.CPU:
-            course.append(course[-1] + event.nbytes())
+    for i, (event, _) in enumerate(events):
+        if i not in scratch:
+            course.append(course[-1] + event.extra_fields.alloc_size)
     return course
+
+
+def _allocations(
+    events: list[_ProfilerEvent], operator: int | None
+) -> Iterator[tuple[_ProfilerEvent, int | None]]:
+    """Each allocation and release, with the outermost operator of torch that it happened in."""
+    for event in events:
+        kind, fields = event.typed
+        if kind == _EventType.Allocation:
+            if fields.device.type == "cpu":
+                yield event, operator
+            continue
+        within = operator
+        if within is None and kind == _EventType.TorchOp and event.name.startswith("aten::"):
+            within = None if _composed(event.name) else event.id
+        yield from _allocations(event.children, within)
+
+
+@functools.cache
+def _composed(name: str) -> bool:
+    packet = getattr(torch.ops.aten, name.removeprefix("aten::"))
+    names = [name if overload == "default" else f"{name}.{overload}" for overload in packet.overloads()]
+    # some overloads are of TorchScript alone
+    names = [n for n in names if torch._C._dispatch_has_kernel(n)]
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(n, "CompositeImplicitAutograd") for n in names)

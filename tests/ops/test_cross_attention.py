@@ -91,13 +91,12 @@ def test_rounding(case, dtype, assert_no_worse):
     dout = torch.randn(low["q"].shape).to(dtype)
     got = results(cross_attention, low, dout, dtype, **options, order="absorbed")
     expected = results(plain, low, dout, dtype, **options)
-    truth = results(plain, low, dout, torch.float64, **options)
-    for name, value in got.items():
-        assert value.dtype == dtype
-        if name == "dk_bias":
-            assert not value.any()
-        else:
-            assert_no_worse(name, value, expected[name], truth[name])
+    assert all(value.dtype == dtype for value in got.values())
+    if "dk_bias" in got:
+        assert not got.pop("dk_bias").any()
+    assert_no_worse(
+        "", got, expected, lambda: results(plain, low, dout, torch.float64, **options), factor=2.0
+    )
 
 
 @pytest.mark.parametrize("dropout", (0.0, 0.25))

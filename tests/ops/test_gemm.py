@@ -48,29 +48,34 @@ def act(u, name):
 def test_gemm(shape, dtype, on_backend, assert_no_worse):
     R, N, K = shape
     a, weight, bias, residual = (draw(*s, dtype=dtype) for s in ((R, K), (N, K), (N,), (R, N)))
-    exact = a.double() @ weight.double().T
     c, h = gemm(a, weight, None, backend=on_backend)
     assert not h.numel()
-    assert_no_worse("c", c, a @ weight.T, exact)
+    assert_no_worse("c", c, a @ weight.T, lambda: a.double() @ weight.double().T)
     for activation, square in (("quick_gelu", False), ("none", True), ("relu", False)):
         operand = a.square() if square else a
-        exact = act(operand.double() @ weight.double().T + bias.double(), activation) + residual.double()
-        plain = act(operand @ weight.T + bias, activation) + residual
+
+        def plain(dtype, operand=operand, activation=activation):
+            left, right, offset, more = (t.to(dtype) for t in (operand, weight, bias, residual))
+            return act(left @ right.T + offset, activation) + more
+
         c, h = gemm(
             a, weight, bias, backend=on_backend, activation=activation, residual=residual, square=square
         )  # fmt: skip
         assert c.is_contiguous() and c.dtype == dtype and not h.numel()
-        assert_no_worse(f"c {activation}", c, plain, exact)
+        assert_no_worse(f"c {activation}", c, plain(dtype), lambda plain=plain: plain(torch.float64))
 
 
 @pytest.mark.parametrize("activation", ("quick_gelu", "gelu", "squared_relu"))
 def test_keep(activation, on_backend, assert_no_worse):
     """What is kept is the product, without its bias."""
     a, weight, bias = (draw(*s, dtype=torch.bfloat16) for s in ((33, 70), (65, 70), (65,)))
-    exact = a.double() @ weight.double().T
     c, h = gemm(a, weight, bias, backend=on_backend, activation=activation, keep=True)
-    assert_no_worse("h", h, a @ weight.T, exact)
-    assert_no_worse("c", c, act(a @ weight.T + bias, activation), act(exact + bias.double(), activation))
+
+    def plain(dtype):
+        product = a.to(dtype) @ weight.to(dtype).T
+        return dict(h=product, c=act(product + bias.to(dtype), activation))
+
+    assert_no_worse("", dict(h=h, c=c), plain(torch.bfloat16), lambda: plain(torch.float64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,8 +95,8 @@ def test_gemm_derivative(activation, biased, dtype, on_backend, assert_no_worse)
     got = gemm_derivative(
         dy, weight, h, bias, backend=on_backend, activation=activation, activated=True, sums=torch.float32
     )  # fmt: skip
-    for name, *values in zip(("dh", "a", "sums"), got, results(dtype), results(torch.float64), strict=True):
-        assert_no_worse(name, *values, factor=3.0)
+    named = lambda tensors: dict(zip(("dh", "a", "sums"), tensors, strict=True))  # noqa: E731
+    assert_no_worse("", named(got), named(results(dtype)), lambda: named(results(torch.float64)), factor=3.0)
     assert got[2].dtype == torch.float32
     dh, a, sums = gemm_derivative(dy, weight, h, bias, backend=on_backend, activation=activation)
     assert torch.equal(dh, got[0]) and not a.numel() and not sums.numel()
@@ -104,7 +109,8 @@ def test_gemm_gradient(square, dtype, on_backend, assert_no_worse):
         dy, a = draw(R, N, dtype=dtype), draw(R, K, dtype=dtype)
         operand = a.square() if square else a
         got = gemm_gradient(dy, a, backend=on_backend, square=square)
-        assert_no_worse("dweight", got, dy.T @ operand, dy.double().T @ operand.double(), factor=3.0)
+        high = dy.double(), operand.double()
+        assert_no_worse("dweight", got, dy.T @ operand, lambda high=high: high[0].T @ high[1])
 
 
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
@@ -127,8 +133,13 @@ def test_large_tiles(monkeypatch, assert_no_worse):
     small = gemm(a, weight, bias, backend="triton", activation="relu", residual=residual)[0]
     monkeypatch.setattr(room, "_tiles", lambda *_: large)
     c = gemm(a, weight, bias, backend="triton", activation="relu", residual=residual)[0]
-    exact = torch.relu(a.double() @ weight.double().T + bias.double()) + residual.double()
-    assert_no_worse("c", c, torch.relu(a @ weight.T + bias) + residual, exact)
+
+    def plain(*tensors):
+        a, weight, bias, residual = tensors
+        return torch.relu(a @ weight.T + bias) + residual
+
+    tensors = a, weight, bias, residual
+    assert_no_worse("c", c, plain(*tensors), lambda: plain(*(t.double() for t in tensors)))
     # a row is summed in the same order whatever the number of rows chose
     assert torch.equal(c, small)
 

@@ -345,3 +345,35 @@ def test_compiles(name):
     compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
     assert compiled(**inputs).logits is None
     assert_same(step(patched, inputs, only_loss(compiled)), step(plain, inputs, only_loss(plain)))
+
+
+# outside training
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_outside_training(name):
+    """What Trainer.evaluate reads: after eval() the output is the original's, as a dictionary and as a tuple."""
+    plain, patched = pair(name)
+    plain.eval(), patched.eval()
+    for extra in EXTRA.values():
+        inputs = dict(labelled(), **extra)
+        inputs["labels"][inputs["labels"] == -100] = extra.get("ignore_index", -100)
+        got, expected = patched(**inputs), plain(**inputs)
+        assert got.keys() == expected.keys()
+        torch.testing.assert_close(got.loss, expected.loss)
+        torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=0)
+    inputs = labelled()
+    got, expected = (model(**inputs, return_dict=False) for model in (patched, plain))
+    assert type(got) is tuple and len(got) == len(expected)
+    torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0)
+    patched.train()
+    assert patched(**inputs).logits is None
+    patched.eval()
+    assert patched(**inputs).logits is not None
+
+
+def test_logits_without_gradients():
+    """A model that was left in training mode and is evaluated under no_grad trains as little."""
+    plain, patched = pair("gpt2")
+    with torch.no_grad():
+        torch.testing.assert_close(patched(**labelled()).logits.shape, plain(**labelled()).logits.shape)

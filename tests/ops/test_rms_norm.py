@@ -44,13 +44,14 @@ def test_rms_norm(shape, residual, dtype, assert_no_worse):
         y = torch.nn.functional.rms_norm(total, total.shape[-1:], weight, 1e-6)
         return (y, total) if residual else y
 
-    exact = step(reference, [t.double() for t in tensors], [dy.double() for dy in dys])
-    ours, theirs = (step(f, tensors, dys) for f in (op, plain))
-    for i, truth in enumerate(exact):
-        if dtype == torch.float64:
-            torch.testing.assert_close(ours[i], truth, rtol=1e-11, atol=1e-11)
-        else:
-            assert_no_worse(f"output {i}", ours[i], theirs[i], truth, factor=2.0 if i < 1 + residual else 3.0)
+    high = [t.double() for t in tensors], [dy.double() for dy in dys]
+    names = ("y", "total", "dx", "dresidual", "dweight") if residual else ("y", "dx", "dweight")
+    exact = lambda: dict(zip(names, step(reference, *high), strict=True))  # noqa: E731
+    ours, theirs = (dict(zip(names, step(f, tensors, dys), strict=True)) for f in (op, plain))
+    if dtype == torch.float64:
+        torch.testing.assert_close(ours, exact(), rtol=1e-11, atol=1e-11)
+    else:
+        assert_no_worse("", ours, theirs, exact)
 
 
 def test_parts():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -106,9 +107,17 @@ class Workshop:
         )
 
     def launch(
-        self, run: str, launcher: str = "python", flags: tuple[str, ...] = (), **settings
+        self,
+        run: str,
+        launcher: str = "python",
+        flags: tuple[str, ...] = (),
+        largest_file: int = resource.RLIM_INFINITY,
+        **settings,
     ) -> Run:
-        """Start train.py with `settings` as the prismer section; launcher: python, deepspeed N or torchrun N."""
+        """Start train.py with `settings` as the prismer section; launcher: python, deepspeed N or torchrun N.
+
+        Files beyond `largest_file` bytes fail, as on a full disk.
+        """
         section = dict(
             data=str(self.folder / "data"), model=str(self.folder / "model"), batch_size=8, log_every=1,
             save_every=3, eval_every=1000, eval_batch_size=8, warmup_steps=2, captions_per_image=1,
@@ -160,6 +169,7 @@ class Workshop:
             process = subprocess.Popen(
                 [str(word) for word in (*command, *arguments)],
                 stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=self.folder, start_new_session=True,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY)),
             )  # fmt: skip
         self.processes.append(process)
         return Run(process, folder, log)

@@ -3,11 +3,15 @@
 python -m pytest tests/train/test_train_config.py
 """
 
+import dataclasses
 import json
+import socket
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from prismer.engine import check_settings
 from prismer.train_config import TASK_DEFAULTS, TrainConfig, merge, read_config
 
 ZERO3 = Path(__file__).resolve().parents[2] / "zero3.json"
@@ -67,6 +71,58 @@ def test_flags_win_over_section_over_task(tmp_path):
         ({"prismer": {"epochs": 0}}, "epochs and steps are both 0"),
         ({"prismer": {"batch_size": 10, "accumulation": 4}}, "not a multiple of accumulation 4"),
         ({"prismer": []}, "holds list"),
+        ({"prismer": {"task": []}}, "task is \\[\\]; it must be str"),
+        ({"prismer": {"learning_rate": 10**400}}, "it must be float"),
+        ({"prismer": {"learning_rate": 1e39}}, "at most 3.4e"),
+        ({"prismer": {"beta1": 1}}, "beta1 is 1.0; it must be below 1"),
+        ({"prismer": {"beta2": 1.5}}, "below 1"),
+        ({"prismer": {"epsilon": 0}}, "epsilon is 0.0; it must be at least"),
+        ({"prismer": {"flip": 1.01}}, "flip is 1.01; it must be at most 1"),
+        ({"prismer": {"drop_labels": 2}}, "at most 1"),
+        ({"prismer": {"crop_min_area": 0}}, "crop_min_area is 0"),
+        ({"prismer": {"min_learning_rate": 0.1}}, "min_learning_rate 0.1 is above learning_rate"),
+        (
+            {"prismer": {"questions_per_image": 10**9}},
+            "questions_per_image is 1000000000; it must be at most 1024",
+        ),
+        ({"prismer": {"captions_per_image": 10**9}}, "at most 1024"),
+        ({"prismer": {"batch_size": 10**9}}, "batch_size is 1000000000; it must be at most"),
+        ({"prismer": {"eval_batch_size": 10**9}}, "eval_batch_size is"),
+        ({"prismer": {"loader_threads": 10**6}}, "loader_threads is"),
+        ({"prismer": {"loader_threads": 0}}, "loader_threads is 0; it must be at least 1"),
+        ({"prismer": {"image_size": 10**6}}, "image_size is 1000000"),
+        ({"prismer": {"epochs": 10**9}}, "epochs is 1000000000"),
+        ({"prismer": {"steps": 10**30}}, "steps is 1000000000000000000000000000000"),
+        ({"prismer": {"warmup_steps": 10**9}}, "warmup_steps is"),
+        ({"prismer": {"augment_ops": 10**6}}, "augment_ops is"),
+        ({"prismer": {"max_answers": 0}}, "max_answers is 0"),
+        ({"prismer": {"seed": 2**64}}, "seed is"),
+        ({"prismer": {"data": ""}}, "data is empty"),
+        ({"prismer": {"model": ""}}, "model is empty"),
+        ({"prismer": {"data": "a\nb"}}, "holds characters that no name has"),
+        ({"prismer": {"data": "\ud800"}}, "holds characters that no name has"),
+        ({"bf16": True}, "bf16 is True in the engine settings; it must be an object"),
+        ({"bf16": "auto"}, "bf16 is 'auto' in the engine settings; it must be an object"),
+        ({"zero_optimization": "x"}, "zero_optimization is 'x' .* must be an object"),
+        ({"zero_optimization": []}, "must be an object"),
+        ({"zero_optimization": None}, "must be an object"),
+        (
+            {"zero_optimization": {"offload_optimizer": 5}},
+            "offload_optimizer is 5 .* must be an object",
+        ),
+        ({"zero_optimization": {"offload_param": "cpu"}}, "offload_param is 'cpu'"),
+        ({"zero_optimization": {"stage": True}}, "stage is True; it must be 3"),
+        ({"train_batch_size": True}, "train_batch_size is True .* a whole number"),
+        ({"train_batch_size": [16]}, "a whole number"),
+        ({"steps_per_print": "often"}, "a whole number"),
+        ({"gradient_clipping": {}}, "a number"),
+        ({"dump_state": 1}, "dump_state is 1 .* true or false"),
+        ({"aio": 5}, "aio is 5"),
+        ({"steps_per_print": 0}, "steps_per_print is 0 .* at least 1"),
+        ({"gradient_predivide_factor": 0}, "gradient_predivide_factor is 0"),
+        ({"gradient_clipping": -1}, "gradient_clipping is -1"),
+        ({"zero_optimization": {"sub_group_size": 0}}, "sub_group_size is 0"),
+        ({"data_types": {"grad_accum_dtype": []}}, "data_types is"),
         ([], "holds a list"),
     ],
 )
@@ -75,10 +131,117 @@ def test_refused_files(tmp_path, engine, message):
         read(tmp_path, engine)
 
 
-def test_broken_json(tmp_path):
-    (tmp_path / "engine.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ('{"prismer": {"flip": NaN}}', "NaN is no number"),
+        ('{"prismer": {"learning_rate": Infinity}}', "Infinity is no number"),
+        ('{"prismer": {"learning_rate": 1e999}}', "1e999 is too large"),
+        ('{"prismer": {"steps": 1, "steps": 2}}', "'steps' stands twice"),
+        ('{"prismer": {}, "prismer": {}}', "'prismer' stands twice"),
+    ],
+)
+def test_broken_json(tmp_path, text, message):
+    (tmp_path / "engine.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
         read_config(tmp_path / "engine.json")
+
+
+def test_no_config_file(tmp_path):
+    for name, message in {"": "is a folder", "none.json": "is missing"}.items():
+        with pytest.raises(
+            ValueError, match=f"{message}; correct it, or name another with --config"
+        ):
+            read_config(tmp_path / name)
+
+
+def test_a_byte_order_mark_means_nothing(tmp_path):
+    (tmp_path / "engine.json").write_bytes(b'\xef\xbb\xbf{"prismer": {"steps": 7}}')
+    assert read_config(tmp_path / "engine.json")[0].steps == 7
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in dataclasses.fields(TrainConfig) if field.type is not str]
+)
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), -1, 2**63, None, "1", [], {}, 10**400],
+    ids=lambda value: str(value)[:9],
+)
+def test_no_number_is_absurd(name, value):
+    with pytest.raises(ValueError) as caught:
+        TrainConfig(**{"min_learning_rate": 0.0, name: value})
+    assert str(caught.value).startswith(f"{name} is ") and len(str(caught.value)) < 150
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        "",
+        ".",
+        "..",
+        "/",
+        "a/..",
+        "a/.",
+        "./",
+        "//",
+        " ",
+        "a/ ",
+        "a\x00b",
+        "a\nb",
+        "\ud800",
+        "x" * 201,
+        "a/" + "x" * 300,
+    ],
+)
+def test_names_that_are_no_run(run):
+    with pytest.raises(ValueError, match="run is "):
+        TrainConfig(run=run)
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """What DeepSpeed asks for before it reads its settings."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (
+            {"zero_optimization": {"reduce_bucket_size": -1}},
+            "reduce_bucket_size: Input should be greater",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "x"}},
+            "reduce_bucket_size: Input should be a valid integer",
+        ),
+        ({"zero_optimization": {"overlap": True}}, "overlap: Extra inputs are not permitted"),
+        ({"zero_optimization": {"offload_param": {"device": 5}}}, "offload_param.device"),
+        ({"bf16": {"enbled": True}}, "enbled"),
+        ({"communication_data_type": "float7"}, "DeepSpeed does not take the engine settings"),
+        (
+            {"data_types": {"grad_accum_dtype": "float7"}},
+            "data_types is",
+        ),
+        ({"flops_profiler": {"top_modules": "x"}}, "top_modules"),
+        ({"train_batch_size": 64}, "train_batch_size is 64 in the engine settings"),
+    ],
+)
+def test_what_deepspeed_does_not_take(one_process, engine, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        check_settings(TrainConfig(), engine)
+    assert "\n" not in str(caught.value)
+
+
+def test_shipped_settings_are_taken(one_process):
+    check_settings(*read_config(ZERO3))
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,14 @@ def test_killed_run_resumes_exactly(workshop):
 
     run = workshop.launch("killed", **settings)
     run.wait_for_step(max(before) + 1)
-    run.process.send_signal(signal.SIGTERM)
-    assert run.end() == 128 + signal.SIGTERM, run.text()
+    # the folder is taken, also for a run that would begin afresh
+    second = workshop.launch("killed", flags=("--fresh",), **settings)
+    assert second.end() == 2, second.text()
+    assert f"is in use by process {run.process.pid}" in second.text()
+    # what a terminal that closes sends
+    run.process.send_signal(signal.SIGHUP)
+    assert run.end() == 128 + signal.SIGHUP, run.text()
+    assert "Traceback" not in run.text()
     after = run.losses()
     assert f"at step {resumed_at} of 500" in run.text()
     assert {step: after[step] for step in before} == before
@@ -143,17 +149,29 @@ def test_two_processes_stop_and_resume_as_one(workshop, whole_run):
 
 
 def test_non_finite_loss_stops(workshop):
+    """Both processes end, and one of them says why."""
     run = workshop.launch(
         "diverged",
+        "deepspeed 2",
         steps=20,
         precision="fp32",
         learning_rate=1e30,
         warmup_steps=0,
         gradient_clipping=0.0,
     )
-    assert run.end() not in (0, 128 + signal.SIGTERM)
-    assert "not finite at step 2; the last checkpoint is of step 0" in run.text()
+    assert run.end() == 2, run.text()
+    assert run.text().count("not finite at step 2; the last checkpoint is of step 0") == 1
+    assert "Traceback" not in run.text()
     assert RunFolder(run.folder).last() is None
+
+
+def test_full_disk_stops(workshop):
+    """At the first checkpoint: one sentence of the process that writes, no leftovers, and the others do not hang."""
+    run = workshop.launch("full", "deepspeed 2", largest_file=200_000, steps=20, precision="fp32")
+    assert run.end() == 1, run.text()
+    assert "model.safetensors cannot be used: File too large; free some space" in run.text()
+    assert "Traceback" not in run.text()
+    assert not list((run.folder / "checkpoints").iterdir())
 
 
 def test_user_error(workshop):

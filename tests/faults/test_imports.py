@@ -1,0 +1,277 @@
+"""Whatever lists, tars and folders hold, an import ends with every image in the dataset or named, or with one sentence.
+
+    python -m pytest tests/faults/test_imports.py
+"""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+from anything import anything, cases, damaged, dump, mutated, texts
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from prismer.cli import main
+from prismer.dataloading.check import check_dataset
+from prismer.dataloading.shards import ShardDataset
+
+
+def jpeg(i: int) -> bytes:
+    """An RGB JPEG that no other number gives; importers keep its bytes."""
+    file = io.BytesIO()
+    pixels = np.full((4, 4, 3), (i % 251, i // 251, 90), np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG", comment=str(i).encode())
+    return file.getvalue()
+
+
+JPEGS = [jpeg(i) for i in range(24)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_disk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("imports")
+
+
+def empty(place):
+    shutil.rmtree(place)
+    place.mkdir()
+    return place
+
+
+def run(arguments, out, capsys):
+    """Import; the samples of the dataset, the report, and all that was printed. Holds what holds for every import."""
+    code = main(["data", "import", *map(os.fspath, arguments), "--out", str(out), "--label-size", "8", "--workers", "1"])
+    captured = capsys.readouterr()
+    printed = captured.out + captured.err
+    assert "Traceback" not in printed
+    # a surrogate from a name must not reach a terminal
+    printed.encode()
+    assert not [path for path in out.rglob("*") if path.name.endswith(".partial")] if out.exists() else True
+    if not (out / "import-report.json").exists():
+        assert code in (1, 2) and captured.err.startswith("prismer: "), (code, printed)
+        return [], [], printed
+    report = json.loads((out / "import-report.json").read_bytes())
+    assert report["records"] == report["imported"] + len(report["skipped"])
+    assert (code == 0) == bool(report["imported"]), (code, printed)
+    assert all(entry["reason"] for entry in report["skipped"])
+    dataset = ShardDataset(out)
+    samples = [dataset[i] for i in range(len(dataset))]
+    assert len(samples) == report["imported"]
+    assert check_dataset(out, progress=False).lines()[-1] == "no problems"
+    return samples, report["skipped"] + report["others"], printed
+
+
+def is_named(name: str, skipped, printed) -> bool:
+    """Whether what was left out is named, however odd characters are spelt."""
+    spelt = {name, name.encode("utf-8", "backslashreplace").decode(), repr(name)[1:-1], ascii(name)[1:-1]}
+    listed = "\n".join([printed, *(str(value) for entry in skipped for value in entry.values())])
+    return any(form in listed for form in spelt)
+
+
+CAPTIONS = [{"image": f"{i}.jpg", "caption": f"caption number {i}"} for i in range(6)]
+QUESTIONS = [
+    {"dataset": "vqa", "image": f"{i % 3}.jpg", "question": f"question {i}?", "answer": ["yes", "no"][: i % 3], "question_id": i,
+     "weight": 0.5}
+    for i in range(6)
+]  # fmt: skip
+
+
+@cases(150)
+@given(entries=mutated(CAPTIONS), tail=st.sampled_from([b"", b"\n", b"]", b"\xff"]), mark=st.booleans())
+def test_caption_lists(place, capsys, entries, tail, mark):
+    images = empty(place) / "images"
+    images.mkdir()
+    for i in range(6):
+        (images / f"{i}.jpg").write_bytes(JPEGS[i])
+    (place / "list.json").write_bytes(b"\xef\xbb\xbf" * mark + dump(entries) + tail)
+    samples, skipped, printed = run(
+        ["captions", place / "list.json", "--images", images], place / "out", capsys
+    )
+    if not samples and not skipped:
+        return
+    found = {text for sample in samples for text in sample.meta["captions"]}
+    for number, entry in enumerate(entries):
+        if entry in CAPTIONS:
+            assert entry["caption"] in found or is_named(entry["image"], skipped, printed), entry
+        else:
+            # a mutant is used for an image, or it is named: by its image, or by its place in the list
+            image = entry.get("image") if isinstance(entry, dict) else None
+            used = isinstance(image, str) and any(JPEGS[i] == s.jpeg for s in samples for i in range(6) if image in f"./{i}.jpg")
+            assert used or is_named(f"entry {number}", skipped, printed) or is_named(str(image), skipped, printed), entry
+
+
+@cases(150)
+@given(entries=mutated(QUESTIONS))
+def test_question_lists(place, capsys, entries):
+    images = empty(place) / "images"
+    images.mkdir()
+    for i in range(3):
+        (images / f"{i}.jpg").write_bytes(JPEGS[i])
+    (place / "list.json").write_bytes(dump(entries))
+    samples, skipped, printed = run(
+        ["vqa", place / "list.json", "--images", images], place / "out", capsys
+    )
+    if not samples and not skipped:
+        return
+    found = {q["question"] for sample in samples for q in sample.meta["questions"]}
+    for entry in entries:
+        if entry in QUESTIONS:
+            assert entry["question"] in found or is_named(entry["image"], skipped, printed), entry
+
+
+members = st.tuples(
+    st.sampled_from(["a", "b", "sub/a", "a.x", "c d", "é", "__bad", "a" * 95]) | texts,
+    st.sampled_from(["jpg", "JPG", "jpeg", "png", "txt", "json", "cls", "x.jpg", "avif", "labels", ""]),
+    st.sampled_from(["file", "file", "file", "file", "folder", "link", "fifo", "empty"]),
+)
+
+
+def pack(path, entries, form) -> dict[str, bytes]:
+    """A tar of `entries`; the images in it by member name."""
+    images = {}
+    with tarfile.open(path, "w", format=form) as tar:
+        for number, (stem, suffix, kind) in enumerate(entries):
+            name = f"{stem}.{suffix}" if suffix else stem
+            data = {"txt": f"text {number}".encode(), "json": b'{"caption": "j"}'}.get(suffix, JPEGS[number])
+            member = tarfile.TarInfo(name.encode("utf-8", "replace").decode().replace("\0", "_") or "x")
+            member.type = {"folder": tarfile.DIRTYPE, "link": tarfile.SYMTYPE, "fifo": tarfile.FIFOTYPE}.get(
+                kind, tarfile.REGTYPE
+            )
+            member.linkname = "a.jpg" if kind == "link" else ""
+            data = b"" if kind != "file" else data
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+            if kind == "file" and data == JPEGS[number]:
+                images[member.name] = data
+    return images
+
+
+@cases(150)
+@given(
+    entries=st.lists(members, min_size=1, max_size=9),
+    form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+)
+def test_tars(place, capsys, entries, form):
+    folder = empty(place) / "tars"
+    folder.mkdir()
+    try:
+        images = pack(folder / "00.tar", entries, form)
+    except ValueError:
+        return  # a name that this format of tar cannot hold
+    samples, skipped, printed = run(["tars", folder], place / "out", capsys)
+    if not samples and not skipped:
+        return
+    kept = {sample.jpeg for sample in samples}
+    # members of kinds that nobody reads are counted, not listed
+    counted = sum(int(e["reason"].split()[0]) for e in skipped if e["reason"].split()[0].isdecimal())
+    lost = [
+        name
+        for name, data in images.items()
+        if data not in kept and not is_named(name, skipped, printed)
+        # a member that belongs to an image is named with its sample
+        and not is_named(name.rpartition("/")[2].partition(".")[0], skipped, printed)
+    ]
+    assert len(lost) <= counted, lost
+
+
+@cases(100)
+@given(data=st.data())
+def test_damaged_tars(place, capsys, data):
+    folder = empty(place) / "tars"
+    folder.mkdir()
+    images = pack(folder / "00.tar", [(f"k{i // 2}", "jpg" if i % 2 else "txt", "file") for i in range(8)], tarfile.USTAR_FORMAT)
+    broken = data.draw(damaged((folder / "00.tar").read_bytes()))
+    (folder / "00.tar").write_bytes(broken)
+    samples, skipped, printed = run(["tars", folder], place / "out", capsys)
+    # a tar has checksums of its headers alone: pixels that changed and still decode are nobody's to notice
+    assert len(samples) + len(skipped) >= len(images) or "00.tar" in printed
+
+
+names = (
+    texts.map(lambda text: text.replace("/", "_").replace("\0", "_"))
+    | st.sampled_from(["photo", "photo.x", ".hidden", "a b", "x" * 240, "\udcff\udcfe", "Ünï", "new\nline", "-dash", "tab\t"])
+)  # fmt: skip
+files = st.tuples(
+    st.sampled_from(["", "", "", "sub", "sub/deep", "sub/deep/er"]),
+    names,
+    st.sampled_from([".jpg", ".jpg", ".JPG", ".jpeg", ".jfif", ".png", ".avif", ".txt", ".json", ""]),
+    st.sampled_from(["file", "file", "file", "file", "folder", "loop", "dangling", "fifo", "socket-like", "cut"]),
+    st.binary(max_size=12) | anything.map(dump),
+)
+
+
+def lay_out(folder, entries) -> dict[str, bytes]:
+    """Files and worse; the readable images by path."""
+    images = {}
+    for number, (inside, name, suffix, kind, content) in enumerate(entries):
+        path = os.path.join(folder, inside, name + suffix)
+        try:
+            if name in ("", ".", "..") or len(os.fsencode(name + suffix)) > 250:
+                continue
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            if os.path.lexists(path):
+                continue
+            if kind == "folder":
+                os.mkdir(path)
+            elif kind == "loop":
+                os.symlink(os.path.basename(path), path)
+            elif kind == "dangling":
+                os.symlink("nowhere", path)
+            elif kind == "fifo":
+                os.mkfifo(path)
+            else:
+                is_image = suffix not in (".txt", ".json", "")
+                data = JPEGS[number] if is_image else content
+                with open(path, "wb") as file:
+                    file.write(data[: len(data) // 2] if kind == "cut" else data)
+                if is_image and kind != "cut":
+                    images[path] = data
+        except UnicodeEncodeError:
+            continue  # no file system holds a surrogate outside the range of undecodable bytes
+    return images
+
+
+@cases(150)
+@given(entries=st.lists(files, min_size=1, max_size=9))
+def test_folders(place, capsys, entries):
+    folder = empty(place) / "photos"
+    folder.mkdir()
+    images = lay_out(folder, entries)
+    samples, skipped, printed = run(["folder", folder], place / "out", capsys)
+    kept = {sample.jpeg for sample in samples}
+    for path, data in images.items():
+        name = os.path.basename(path)
+        assert data in kept or is_named(name, skipped, printed) or name.startswith("."), name
+
+
+@cases(80)
+@given(entries=st.lists(files, min_size=1, max_size=9), table=st.none() | anything)
+def test_class_folders(place, capsys, entries, table):
+    folder = empty(place) / "classes"
+    folder.mkdir()
+    images = lay_out(folder, entries)
+    arguments = ["classes", folder]
+    if table is not None:
+        (place / "table.json").write_bytes(dump(table))
+        arguments += ["--classes", place / "table.json"]
+    samples, skipped, printed = run(arguments, place / "out", capsys)
+    if not samples and not skipped:
+        return
+    kept = {sample.jpeg for sample in samples}
+    for path, data in images.items():
+        name, parts = os.path.basename(path), os.path.relpath(path, folder).split(os.sep)
+        hidden = any(part.startswith(".") for part in parts)
+        assert data in kept or is_named(name, skipped, printed) or hidden, name
+    assert all(sample.meta["class"] not in ("0", "1") or table is None for sample in samples)

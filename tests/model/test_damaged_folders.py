@@ -1,0 +1,231 @@
+"""Model folders that are damaged, edited or absurd end in one sentence, before memory is taken; a full disk loses none.
+
+python -m pytest tests/model/test_damaged_folders.py
+"""
+
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import time
+
+import pytest
+import torch
+from disk import full_after
+
+from prismer.checkpoint import shipped_folder
+from prismer.config import PrismerConfig, prismer_tiny
+from prismer.errors import is_a_sentence
+from prismer.files import find_damage
+from prismer.info import report
+from prismer.model import Prismer
+from prismer.official import save_official
+from prismer.start import start_config, start_model
+from prismer.tokenizer import Tokenizer
+
+SIZES = dict(
+    image_size=64, label_size=64, vision_width=32, vision_depth=2, vision_heads=2, resampler_depth=1,
+    resampler_heads=2, num_latents=4, text_width=32, text_depth=2, text_heads=2, text_mlp_width=64,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = Tokenizer.from_folder(shipped_folder("tiny"))
+    return Prismer(prismer_tiny(**SIZES, vocab_size=tokenizer.vocab_size), tokenizer)
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def refusal(load) -> str:
+    """The sentence that `load` ends with; its last line, for weights that do not fit come with a table."""
+    with pytest.raises(ValueError) as caught:
+        load()
+    assert is_a_sentence(caught.value)
+    return str(caught.value).splitlines()[-1]
+
+
+def flip(path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8 % len(data)] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "vocab.json", "merges.txt"])
+def test_no_bit_flips_unseen(folder, name):
+    whole = (folder / name).read_bytes()
+    for _ in range(8):
+        flip(folder / name, random.randrange(8 * len(whole)))
+        # a merge that gives no token names the vocabulary
+        assert str(folder) in refusal(lambda: Prismer.from_pretrained(folder))
+        (folder / name).write_bytes(whole)
+
+
+def test_no_weight_changes_unseen(folder):
+    """Where no header notices: the last weight."""
+    path = folder / "model.safetensors"
+    flip(path, 8 * (path.stat().st_size - 40))
+    words = "is damaged: its checksum is not the one in checksums.json"
+    assert words in refusal(lambda: Prismer.from_pretrained(folder))
+
+
+def test_the_sizes_of_files_are_compared(folder):
+    (folder / "merges.txt").write_text(
+        (folder / "merges.txt").read_text().rsplit("\n", 2)[0] + "\n"
+    )
+    assert "merges.txt is damaged" in refusal(lambda: Prismer.from_pretrained(folder))
+
+
+def test_a_folder_without_checksums_loads(folder, caplog):
+    (folder / "checksums.json").unlink()
+    with caplog.at_level(logging.INFO):
+        Prismer.from_pretrained(folder)
+    assert "holds no checksums" in caplog.text
+
+
+def test_an_edited_config_is_said(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "caption_prefix": "a photo of"}))
+    with pytest.warns(UserWarning, match="config.json was changed since the model was written"):
+        assert Prismer.from_pretrained(folder).config.caption_prefix == "a photo of"
+
+
+def test_a_published_file_of_which_a_bit_flipped(model, tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    save_official(model, path)
+    Prismer.from_pretrained(path, config=model.config)
+    flip(path, 8 * (path.stat().st_size // 2))
+    assert "is damaged (the checksum of" in refusal(
+        lambda: Prismer.from_pretrained(path, config=model.config)
+    )
+
+
+def test_what_ships_is_whole(monkeypatch, tmp_path):
+    for name in ("tiny", "tiny-towers", "roberta"):
+        assert (shipped_folder(name) / "checksums.json").is_file() and find_damage(
+            shipped_folder(name)
+        ) is None
+    shutil.copytree(shipped_folder("tiny-towers"), tmp_path / "t")
+    flip(tmp_path / "t" / "towers.safetensors", 8 * 1_000_000)
+    monkeypatch.setattr("prismer.start.shipped_folder", lambda name: tmp_path / "t")
+    assert "towers.safetensors is damaged" in refusal(lambda: start_model("tiny"))
+
+
+ABSURD = {
+    "vision_depth": 10**9, "text_depth": 10**6, "resampler_depth": 10**7, "vision_width": 2**40, "text_width": 2**33,
+    "text_mlp_width": 10**12, "vocab_size": 10**13, "max_positions": 10**12, "num_latents": 10**12,
+    "num_instances": 10**11, "image_size": 10**6, "label_size": 10**9, "vision_heads": 0, "text_heads": -2,
+    "patch_size": 10**6, "bos_id": -1, "caption_max_length": 0, "vision_activation": "relu", "name": 5,
+    "experts": [[]], "dropout": 1.0, "init_std": -1.0, "caption_prefix": "\ud800", "semantics": None,
+}  # fmt: skip
+LARGE = {
+    "vision_depth": 1000, "text_depth": 1000, "resampler_depth": 1000, "vision_width": 65_536, "text_width": 65_536,
+    "text_mlp_width": 200_000, "vocab_size": 10**7, "max_positions": 10**7, "num_latents": 50_000,
+    "num_instances": 60_000,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value", [*ABSURD.items(), *LARGE.items()])
+def test_an_absurd_config_builds_nothing(folder, field, value):
+    """Not in from_pretrained, not in training, not in `prismer info`; no second and no megabyte is spent on it."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for load in (Prismer.from_pretrained, start_config, report):
+        assert field in refusal(lambda load=load: load(str(folder)))
+    assert time.monotonic() - begun < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "is not JSON"), ("[]", "unknown settings"), ("5", "unknown settings"), ('{"dropout": NaN}', "NaN"),
+        ('{"dropout": 1e999}', "1e999"), ('{"dropout": 0, "dropout": 0}', "stands twice"), ("[" * 10**5, "too deeply"),
+        ('{"experts": 5}', "experts is 5"), ('{"experts": [{}]}', "unknown expert"), ("{}", "does not fit"),
+    ],
+)  # fmt: skip
+def test_a_damaged_config(folder, text, words):
+    (folder / "config.json").write_text(text)
+    assert words in refusal(lambda: Prismer.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("field", ["dropout", "label_smoothing", "init_std"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])
+def test_no_number_of_a_config_is_absurd(field, value):
+    with pytest.raises(ValueError, match=field):
+        PrismerConfig(**{field: value})
+
+
+TOKENIZERS = {
+    "vocab list": ("vocab.json", "[]"), "vocab null": ("vocab.json", "null"),
+    "vocab bytes": ("vocab.json", b"\xff\xfe"), "vocab deep": ("vocab.json", "[" * 10**5),
+    "vocab surrogate": ("vocab.json", '{"\\ud800": 0}'), "merges bytes": ("merges.txt", b"\xff\xff"),
+    "merges one": ("merges.txt", "#version: 0.2\na\n"),
+    **{
+        f"tokenizer {number}": ("tokenizer.json", text)
+        for number, text in enumerate((
+            "5", "[]", '{"model": 5}', '{"model": {"type": "BPE"}, "pre_tokenizer": "ByteLevel"}',
+            *(
+                json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}}, "pre_tokenizer": {"type": "ByteLevel"}} | more)
+                for more in (
+                    {"added_tokens": 5}, {"added_tokens": [5]}, {"added_tokens": [{"id": 1}]}, {"added_tokens": None},
+                    {"added_tokens": [{"id": "x", "content": []}]}, {"added_tokens": [{"id": 2, "content": 5}]},
+                )
+            ),
+            *(
+                json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": merges},
+                            "pre_tokenizer": {"type": "ByteLevel"}})
+                for merges in (5, None, [5], [None], [["a"]], [["a", 5]], {"a": 1})
+            ),
+        ))
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_damaged_tokenizer(folder, case):
+    name, content = TOKENIZERS[case]
+    if name == "tokenizer.json":
+        for other in ("vocab.json", "merges.txt"):
+            (folder / other).unlink()
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert name in refusal(lambda: Prismer.from_pretrained(folder))
+
+
+def test_a_full_disk_leaves_the_old_model(model, folder, tmp_path):
+    """Wherever it fails: in the weights, in the config, in the tokenizer; and a published file just so."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    save_official(model, tmp_path / "a.bin")
+    published = (tmp_path / "a.bin").read_bytes()
+    for size in (0, 1000, 100_000, len(before["model.safetensors"]) - 1):
+        with pytest.raises(OSError) as caught, full_after(size):
+            model.save_pretrained(folder)
+        assert caught.value.filename
+        with pytest.raises(OSError, match="a.bin"), full_after(size):
+            save_official(model, tmp_path / "a.bin")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert (tmp_path / "a.bin").read_bytes() == published
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", "m"]
+
+
+def test_an_interrupted_save_is_told(folder):
+    """A kill between the two renames: the sentence says where the model lies."""
+    folder.rename(folder.with_name(".m-old"))
+    assert "was interrupted, and the earlier model lies in" in refusal(
+        lambda: Prismer.from_pretrained(folder)
+    )
+
+
+def test_weights_are_written_as_they_are(tmp_path):
+    model = Prismer(prismer_tiny(**SIZES)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "m")
+    assert find_damage(tmp_path / "m") is None, "the checksum of the stream is not that of the file"
+    again = Prismer.from_pretrained(tmp_path / "m", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())

@@ -1,0 +1,174 @@
+"""Proves the rule of numerics itself: any order of summation passes, however lucky PyTorch was, and faults do not.
+
+A fault is an argument that the op sees otherwise: a bias or a weight that is off by one per cent, and one whose last
+entry is missing (a tail, a mask, a stride). Each is planted into each op, one argument after another, and the op's own
+test must find it, in bf16, where the rule allows most, as in fp32.
+
+Run: pytest tests/ops/test_rule.py
+"""
+
+import functools
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from prismer.kernels.dispatch import native_missing, use_backend
+
+
+def one_after_another(terms: torch.Tensor) -> torch.Tensor:
+    """The sum over the last dimension in fp32 or shorter, rounded after each term."""
+    total = torch.zeros_like(terms[..., 0])
+    for term in terms.unbind(-1):
+        total += term
+    return total
+
+
+ORDERS = {
+    "first to last": lambda terms: terms,
+    "last to first": lambda terms: terms.flip(-1),
+    "by size": lambda terms: terms.gather(-1, terms.abs().argsort(-1, descending=True)),
+    "shuffled": lambda terms: terms[..., torch.randperm(terms.shape[-1])],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("length", (3, 256, 1500))
+@pytest.mark.parametrize("mean", (0.0, 1.0))
+def test_any_order_of_a_product(order, length, mean, assert_no_worse):
+    """Beside a PyTorch that is exact but for the last rounding."""
+    a, b = torch.randn(4, length) + mean, torch.randn(5, length) + mean
+    ours = one_after_another(ORDERS[order](a[:, None] * b))
+    high = a.double(), b.double()
+    assert_no_worse("y", ours, (high[0] @ high[1].T).float(), lambda: high[0] @ high[1].T)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_order_of_attention(order, assert_no_worse):
+    """As reported from a processor with AMX: one head of 256, 300 keys, fp32."""
+    q, k, v = 2 * torch.randn(8, 256) + 0.25, torch.randn(300, 256) + 0.25, torch.randn(300, 256) + 0.25
+    scores = one_after_another(ORDERS[order](q[:, None] * k)) / 16
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    products = ORDERS[order](torch.cat([weights[:, None] * v.T, weights[:, None]], 1))
+    sums = one_after_another(products)
+    high = [t.double() for t in (q, k, v)]
+    exact = lambda: (high[0] @ high[1].T / 16).softmax(-1) @ high[2]  # noqa: E731
+    assert_no_worse("out", sums[:, :-1] / sums[:, -1:], exact().float(), exact)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_any_order_of_a_norm(dtype, assert_no_worse):
+    x = (2 * torch.randn(9, 768) + 3).to(dtype)
+    wide = x.float()
+    centred = wide - one_after_another(wide.flip(-1))[:, None] / 768
+    ours = (centred / (one_after_another(centred.square())[:, None] / 768 + 1e-5).sqrt()).to(dtype)
+    high = x.double()
+    exact = lambda: F.layer_norm(high, (768,))  # noqa: E731
+    assert_no_worse("y", ours, exact().to(dtype), exact)
+
+
+@pytest.mark.parametrize("length", (256, 1500))
+def test_a_short_accumulator_is_a_fault(length, assert_no_worse):
+    """Sums held in bf16, or products of numbers cut to ten bits, as of tf32."""
+    a, b = torch.randn(4, length), torch.randn(5, length)
+    low = a.bfloat16(), b.bfloat16()
+    high = [t.double() for t in low]
+    exact = lambda: high[0] @ high[1].T  # noqa: E731
+    with pytest.raises(AssertionError, match="y is off"):
+        assert_no_worse("y", one_after_another(low[0][:, None] * low[1]), exact().bfloat16(), exact)
+    cut = [(t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (a, b)]
+    with pytest.raises(AssertionError, match="y is off"):
+        assert_no_worse("y", cut[0] @ cut[1].T, a @ b.T, lambda: a.double() @ b.double().T)
+
+
+# (argument, dtype) -> tensor; a bf16 number has two to three digits
+FAULTS = {
+    "scale": lambda t: t * (1.01 if t.dtype == torch.float32 else 1.1),
+    "no end": lambda t: torch.cat([t[..., :-1], torch.zeros_like(t[..., -1:])], -1),
+}
+
+
+def with_fault(op, place: int | None, fault, floats: list):
+    """`op` that sees its `place`-th floating argument otherwise; `floats` hears how many there are."""
+
+    @functools.wraps(op)
+    def broken(*args, **kwargs):
+        leaves, spec = tree_flatten((args, kwargs))
+        found = [i for i, t in enumerate(leaves) if torch.is_tensor(t) and t.is_floating_point()]
+        floats.append(len(found))
+        if place is not None:
+            leaves[found[place]] = fault(leaves[found[place]])
+        args, kwargs = tree_unflatten(leaves, spec)
+        return op(*args, **kwargs)
+
+    return broken
+
+
+# the test's module, the names of the op in it, and what runs the test of one shape in a dtype
+OPS = {
+    "adaptor": ("adaptor", lambda m, dtype, rule: m.compare(m.draw(33, 20, 9, dtype), False, rule)),
+    "mlp": ("mlp", lambda m, dtype, rule: m.compare(m.draw(33, 20, 15, 9, dtype), "gelu", rule)),
+    "activation": ("bias_activation", lambda m, dtype, rule: m.compare(*m.draw(7, 61, dtype), "gelu", rule)),
+    "layer_norm": ("add_layer_norm", lambda m, dtype, rule: m.compare(m.draw(7, 61, dtype), dtype, rule)),
+    "rms_norm": ("add_rms_norm", lambda m, dtype, rule: m.test_rms_norm((5, 60), True, dtype, rule)),
+    "linear": ("linears", lambda m, dtype, rule: m.test_linears(2, "x w0 b0 w1 b1", dtype, rule)),
+    "gemm": ("gemm", lambda m, dtype, rule: m.test_gemm((7, 61, 5), dtype, "torch", rule)),
+    "attention": (
+        "attention",
+        lambda m, dtype, rule: m.compare(*m.draw(2, 1, 17, 45, 5, 64, "mask", dtype), dtype, rule),
+    ),
+    "native_attention": ("native", lambda m, dtype, rule: m.check(*m.draw(2, 1, 17, 45, 80, "mask", dtype), rule)),
+    "decode_attention": (
+        "decode_attention",
+        lambda m, dtype, rule: m.compare(m.draw((3, 5, 7, 11, 13, 17, 3), dtype), rule),
+    ),
+    "cross_attention": ("cross_attention", lambda m, dtype, rule: m.test_rounding("caption", dtype, rule)),
+    "resampler_attention": (
+        "resampler_attention",
+        lambda m, dtype, rule: m.compare([m.draw(3, 7, 13, 8, dtype)], 2, "absorbed", rule),
+    ),
+    "resampler_projections": (
+        "resampler_projections",
+        lambda m, dtype, rule: m.test_resampler_projections_rounding(24, False, dtype, rule),
+    ),
+    "cross_entropy": (
+        "linear_cross_entropy",
+        lambda m, dtype, rule: m.compare(
+            m.draw(22, 17, 11)[:3], m.draw(22, 17, 11)[3], dtype, rule, row_weights=m.weights_of(22)
+        ),
+    ),
+    "label_map": ("label_map", lambda m, dtype, rule: m.compare(*m.draw((2, 9, 9, 9, 37, 64), dtype), 9, rule)),
+    "instance_rows": (
+        "add_instance_rows",
+        lambda m, dtype, rule: m.compare(m.draw((3, 23, 5, 37, 61), dtype), rule),
+    ),
+}
+
+# a bias of all keys adds the same to all scores of a query, which a softmax does not see
+UNSEEN = {"cross_attention": {3}}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_planted_faults(name, dtype, assert_no_worse, monkeypatch):
+    if name == "native_attention" and native_missing():
+        pytest.skip(native_missing())
+    module = importlib.import_module(f"test_{name}")
+    op, run = OPS[name]
+    whole, count = getattr(module, op), []
+    with use_backend(None if name == "native_attention" else "torch"):
+        monkeypatch.setattr(module, op, with_fault(whole, None, None, count))
+        run(module, dtype, assert_no_worse)
+        missed = []
+        for place in set(range(min(count))) - UNSEEN.get(name, set()):
+            for kind, fault in FAULTS.items():
+                torch.manual_seed(0)
+                monkeypatch.setattr(module, op, with_fault(whole, place, fault, []))
+                try:
+                    run(module, dtype, assert_no_worse)
+                except AssertionError:
+                    continue
+                missed.append((place, kind))
+    assert count and not missed, f"the test of {name} does not see argument {missed}"
