@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -101,8 +102,13 @@ def _fail(error: Exception, training: bool) -> None:
     # until training begins, and where they say so, errors are the same on all ranks: one of a machine tells
     alike = not training or isinstance(error, SharedError)
     if not alike or os.environ.get("LOCAL_RANK", "0") == "0":
-        # one write, so that the lines of several processes do not mix
-        sys.stderr.write("".join(f"train.py: {line}\n" for line in text.splitlines()))
+        # below the progress bar; in one write, so that the lines of several processes do not mix
+        bar = "\n" if training and os.environ.get("RANK", "0") == "0" else ""
+        with contextlib.suppress(OSError):
+            sys.stderr.write(bar + "".join(f"train.py: {line}\n" for line in text.splitlines()))
+    if peer_ended(error):
+        # a launcher reports the process that it sees end first, and that should be the other
+        time.sleep(3)
     _leave(code)
 
 

@@ -196,15 +196,15 @@ class StepProfile:
         """Write the trace at once under its name, measure the machine, and return the table.
 
         Raises:
-            ValueError: if the trace cannot be written.
+            OSError: with the name of the trace, if it cannot be written; nothing is left of it.
         """
         try:
             self._profile.export_chrome_trace(str(_aside(self.trace)))
             os.replace(_aside(self.trace), self.trace)
         except OSError as error:
-            raise ValueError(
-                f"the trace {self.trace} cannot be written ({error}); make room, or name another"
-            ) from None
+            error.filename = str(self.trace)
+            _aside(self.trace).unlink(missing_ok=True)
+            raise
         rows, around, seconds = self.rows()
         table = format_table(rows, around, seconds, measure_peaks(self.device), self.dtype)
         return f"{table}\ntrace of the timed steps ({self.steps}): {self.trace} (open it in ui.perfetto.dev)"
