@@ -99,10 +99,10 @@ def class_records(
             others += [Other(printable(str(root / x)), "it lies in no class folder") for x in loose]
             continue
         count += len(found.images)
-        beside = len(found.texts) + len(found.notes)
+        beside = [*found.texts.values(), *found.notes.values()]
         if beside:
-            reason = f"{beside} texts beside its images, which an import of classes does not read"
-            others.append(Other(printable(str(found.path)), reason))
+            reason = f"the first of {len(beside)} texts beside images, which an import of classes does not read"
+            others.append(Other(printable(str(found.path / beside[0])), reason))
     table = _class_names(folders, classes, names)
     place = Place(root.parent, labels, root.name)
     uses = Counter(table.values())

@@ -6,7 +6,6 @@ knows its length (for the time left) and may be iterated again (to resume). List
 counted and named like an image that does not decode.
 """
 
-import math
 import re
 from pathlib import Path
 
@@ -226,9 +225,6 @@ def _answers(entry: dict) -> list[str]:
     answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in given]
     if not all(isinstance(answer, str) for answer in answers):
         raise _BadEntry(f"({entry.get('image')}) has an answer that is no text")
-    weight = entry.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise _BadEntry(f"({entry.get('image')}) has a weight that is no finite number")
     return answers
 
 

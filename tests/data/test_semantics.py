@@ -23,7 +23,7 @@ from prismer.dataloading.clip_text import TextTower
 from prismer.dataloading.features import Semantics
 from prismer.dataloading.official_semantics import import_official
 from prismer.dataloading.semantics import add, build, fit_pca
-from prismer.dataloading.semantics_texts import dataset_texts, vocabulary_words
+from prismer.dataloading.semantics_texts import dataset_texts, file_texts, vocabulary_words
 from prismer.dataloading.shards import Sample, ShardWriter
 
 CONTEXT, WIDTH = 12, 80
@@ -461,3 +461,49 @@ def test_nothing_is_unpickled(official, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"{name} is not a file of plain tensors"):
             import_official(tmp_path / "out", [tmp_path / name], folder / "background_features.pt")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_lines_of_texts_end_at_line_ends_alone(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffstop\u2028sign\r\nA\x0cCat\rdog\n\n".encode())
+    assert file_texts([tmp_path / "a.txt"]) == {"stop sign", "a cat", "dog"}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "bytes", "utf-16", "absent"])
+def test_a_text_file_that_is_none_is_one_sentence(tmp_path, kind):
+    path = tmp_path / "a.txt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "absent":
+        path.write_bytes(b"\xff" if kind == "bytes" else "a".encode("utf-16"))
+    with pytest.raises(ValueError, match="a.txt (cannot be read|is not UTF-8)"):
+        file_texts([path])
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["[]", "[" * 3000, '{"a": 1, "a": 2}', {"tower": 5}, {"prompt": None}, {"sources": "x"}, {"background": "\ud800"}],
+    ids=lambda value: ascii(value)[:24],
+)  # fmt: skip
+def test_a_recipe_of_wrong_types_is_one_sentence(table, recipe):
+    path = table / rooms.RECIPE_FILE
+    if isinstance(recipe, dict):
+        recipe = json.dumps({**json.loads(path.read_text()), **recipe})
+    path.write_text(recipe)
+    with pytest.raises(ValueError, match="is damaged"):
+        add(table, ["zebra"])
+
+
+@pytest.mark.parametrize("labels", [["a", 5], ["a", "\ud800"], ["a", " "], {"a": 0, "b": 1}, None], ids=ascii)
+def test_official_names_of_wrong_types_are_refused(tmp_path, labels):
+    torch.save({"labels": labels, "features": torch.zeros(2, 64)}, tmp_path / "t.pt")
+    torch.save(torch.zeros(64), tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="t.pt (holds no list|gives features to an empty name)"):
+        import_official(tmp_path / "out", [tmp_path / "t.pt"], tmp_path / "b.pt")
+
+
+def test_an_official_file_that_is_a_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "t.pt")
+    with pytest.raises(OSError, match="named pipe"):
+        import_official(tmp_path / "out", [tmp_path / "t.pt"], tmp_path / "t.pt")

