@@ -20,21 +20,10 @@ from torch import Tensor
 
 from prismer import engine as engines
 from prismer.checkpoint import from_pretrained
-from prismer.dataloading.augment import AugmentConfig
 from prismer.dataloading.batch import Batch
-from prismer.dataloading.features import Semantics
-from prismer.dataloading.loader import Loader
 from prismer.dataloading.scenes import render_dataset
-from prismer.dataloading.shards import CorruptSample, ShardDataset
-from prismer.evaluation import (
-    Knowledge,
-    Survey,
-    blind_guesses,
-    collect_knowledge,
-    describe,
-    scores,
-    survey,
-)
+from prismer.dataloading.shards import CorruptSample
+from prismer.evaluation import Knowledge, blind_guesses, describe, scores
 from prismer.files import write_atomically, write_json
 from prismer.freezing import freeze
 from prismer.model import Prismer
@@ -42,22 +31,14 @@ from prismer.precision import choose_precision, slow_resumption
 from prismer.profiling import StepProfile
 from prismer.progress import Progress, plot_metrics, tell
 from prismer.report import draw_samples, write_results
+from prismer.run_data import check_readable, find_dataset, open_loaders, read_texts
 from prismer.run_folder import RunFolder, export_checkpoint, restore_optimizer
 from prismer.skipped import SkippedSamples
 from prismer.start import start_config, start_model
 from prismer.stopping import StopRequest
-from prismer.tasks import (
-    ChooseTexts,
-    answer_fits,
-    caption_texts,
-    classification_texts,
-    joint_texts,
-    vqa_texts,
-)
 from prismer.train_config import MAX_STEPS, TrainConfig
 
 SCENES = TrainConfig.data
-NO_AUGMENTATION = AugmentConfig(min_area=1.0, flip=0.0, num_ops=0)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -84,27 +65,6 @@ def instance_rows(seed: int, step: int, num_instances: int) -> Tensor:
     generator = torch.Generator().manual_seed(keyed_seed(seed, step))
     order = torch.randperm(num_instances, generator=generator)
     return order[torch.arange(256) % num_instances]
-
-
-def choose_texts(
-    config: TrainConfig, model: Prismer, classes: list[str]
-) -> tuple[ChooseTexts, int]:
-    """What the loader takes from an image's JSON, and how many texts at most."""
-    tokenizer, prefix, room = (
-        model.tokenizer,
-        model.config.caption_prefix,
-        model.config.max_positions,
-    )
-    captions, questions = config.captions_per_image, config.questions_per_image
-    if config.task == "joint":
-        return joint_texts(tokenizer, prefix, captions, questions, room), captions + questions
-    if config.task == "vqa":
-        return vqa_texts(tokenizer, questions, room), questions
-    if config.task == "classify":
-        return classification_texts(tokenizer, class_names=classes or None, max_positions=room), 1
-    if config.task == "pretrain":
-        prefix = ""
-    return caption_texts(tokenizer, prefix, captions, room), captions
 
 
 class Trainer:
@@ -151,9 +111,18 @@ class Trainer:
         self._say(
             f"trainable: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.0%})"
         )
-        engines.on_first_rank(lambda: self._read_texts(first=not checkpoint), self.group)
+        first = not checkpoint
+        engines.on_first_rank(lambda: read_texts(config, model, self.run.path, first, self._say), self.group)
         self.knowledge = Knowledge.load(self.run.path)
-        self._open_data(model, micro_batch)
+        self.loader, self.val = open_loaders(config, model, self.knowledge.classes, micro_batch, self.device)
+        if self.val:
+            check_readable(self.val, self.group)
+        self.steps_per_epoch = self.loader.steps_per_epoch // config.accumulation
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"{self.loader.dataset.folder} has fewer images than batch_size {config.batch_size}; lower it"
+            )
+        self.total = config.steps or config.epochs * self.steps_per_epoch
         if self.total > MAX_STEPS:
             raise ValueError(
                 f"epochs {config.epochs} of {self.steps_per_epoch} steps are {self.total} steps; at most {MAX_STEPS}"
@@ -177,7 +146,7 @@ class Trainer:
         config, data = self.config, Path(self.config.data)
         model = start_config(config.model)
         if config.data != SCENES:
-            self._find(data)
+            find_dataset(data)
         # nothing is moved for a command that is wrong in itself
         if moved := self.run.claim(fresh):
             self._say(f"the earlier run was moved to {moved}")
@@ -185,7 +154,7 @@ class Trainer:
         if config.data == SCENES and not ((data / "train").is_dir() and (data / "val").is_dir()):
             self._say(f"rendering the embedded dataset into {data}")
             render_dataset(data)
-            self._find(data)
+            find_dataset(data)
 
         width = model.vision_width
 
@@ -200,90 +169,6 @@ class Trainer:
         for change in changes:
             self._say(f"changed since the run was started: {change}")
         return precision
-
-    def _find(self, data: Path) -> None:
-        if not (data / "train").is_dir():
-            raise ValueError(
-                f"no dataset at {data / 'train'}; render or import one, or name another with --data"
-            )
-
-    def _read_texts(self, first: bool) -> None:
-        """Check that both splits have texts for the task; at the first start, keep what training's say (rank 0)."""
-        config, data = self.config, Path(self.config.data)
-        for split in ("train", "val"):
-            if not (data / split).is_dir() or (split == "train" and not first):
-                continue
-            dataset = ShardDataset(data / split)
-            found = survey(dataset)
-            found.check(config.task, data / split)
-            if found.skipped:
-                self._say(
-                    f"{len(found.skipped)} of {len(dataset)} samples of {data / split} cannot be used and will be "
-                    f"skipped; the first: {found.skipped[0]}"
-                )
-            if split == "train":
-                self._keep_knowledge(dataset, found)
-
-    def _keep_knowledge(self, dataset: ShardDataset, found: Survey) -> None:
-        def fits(answer: str) -> bool:
-            return answer_fits(self.tokenizer, answer, self.model_config.max_positions)
-
-        long = [answer for answer in found.answers if not fits(answer)]
-        if long:
-            self._say(
-                f"{len(long)} answers are too long for the model's {self.model_config.max_positions} positions; their "
-                f"samples will be skipped (the first: {long[0][:60]!r}...)"
-            )
-        knowledge = collect_knowledge(dataset, self.config.max_answers, found=found, fits=fits)
-        knowledge.save(self.run.path)
-
-    def _open_data(self, model: Prismer, micro_batch: int) -> None:
-        config, data = self.config, Path(self.config.data)
-        common = dict(
-            config=model.config,
-            semantics=Semantics.for_config(model.config, config.semantics or None),
-            seed=config.seed,
-            rank=self.rank,
-            world=self.world,
-            threads=config.loader_threads,
-            device=self.device,
-        )
-        augment = AugmentConfig(
-            min_area=config.crop_min_area, flip=config.flip, num_ops=config.augment_ops
-        )
-        texts, group_size = choose_texts(config, model, self.knowledge.classes)
-        self.loader = Loader(
-            ShardDataset(data / "train"),
-            batch_size=micro_batch,
-            texts=texts,
-            group_size=group_size,
-            split=config.captions_per_image if config.task == "joint" else 0,
-            augment=None if augment == NO_AUGMENTATION else augment,
-            drop_labels=config.drop_labels,
-            **common,
-        )
-        self.steps_per_epoch = self.loader.steps_per_epoch // config.accumulation
-        if not self.steps_per_epoch:
-            raise ValueError(
-                f"{data / 'train'} has fewer images than batch_size {config.batch_size}; lower it"
-            )
-        self.total = config.steps or config.epochs * self.steps_per_epoch
-        self.val = None
-        if (data / "val").is_dir():
-            val = ShardDataset(data / "val")
-            self.val = Loader(val, batch_size=config.eval_batch_size, training=False, **common)
-            self._check_val()
-
-    def _check_val(self) -> None:
-        """Refuse a validation split of which no picture can be read, before any step is spent (a collective)."""
-        with closing(self.val.epoch(0)) as batches:
-            readable = next(batches, None) is not None
-        if not any(engines.gather_json(readable, self.group)):
-            faults = [skipped.reason for skipped in self.val.skipped]
-            raise ValueError(
-                f"none of the {len(self.val.dataset)} samples of {self.val.dataset.folder} can be read "
-                f"({faults[0] if faults else 'it is empty'}); write the split again, or take it away to train without"
-            )
 
     def _open_profile(self, steps: int) -> StepProfile | None:
         if steps < 0:

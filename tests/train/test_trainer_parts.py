@@ -16,10 +16,11 @@ from prismer import precision
 from prismer.evaluation import Knowledge, blind_guesses, collect_knowledge, scores
 from prismer.progress import Progress, plot_metrics, read_metrics
 from prismer.report import results_table
+from prismer.run_data import choose_texts
 from prismer.run_folder import RunFolder, write_json, write_safetensors
 from prismer.start import start_config, start_model
 from prismer.train_config import TrainConfig
-from prismer.trainer import choose_texts, instance_rows, keyed_seed, learning_rate
+from prismer.trainer import instance_rows, keyed_seed, learning_rate
 
 CONFIG = TrainConfig(batch_size=32, learning_rate=1e-2, min_learning_rate=1e-4, warmup_steps=10)
 
