@@ -228,9 +228,9 @@ def _call(
 
 
 def _check(q, k, v, causal, key_mask, dropout, seed, extra_k, extra_v, backend) -> None:
-    if q.dim() != 4 or not q.is_floating_point():
+    if q.dim() != 4 or not q.is_floating_point() or q.dtype in dispatch.NARROW:
         raise ValueError(
-            f"q is {q.dtype} of shape {tuple(q.shape)}; pass floats of shape (B, H, N, K)"
+            f"q is {q.dtype} of shape {tuple(q.shape)}; pass floats of shape (B, H, N, K), of 16 bits or more"
         )
     B, H, N, K = q.shape
     if (extra_k is None) != (extra_v is None):

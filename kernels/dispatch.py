@@ -274,6 +274,12 @@ _implementations: dict[str, Callable] = {}
 _functions: dict[str, type[torch.autograd.Function]] = {}
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 # types of tensors that are what they seem
+NARROW = frozenset(
+    dtype
+    for name, dtype in vars(torch).items()
+    if name.startswith(("float8", "float4")) and isinstance(dtype, torch.dtype)
+)
+# floats by name that no operator of torch computes with
 
 
 def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
@@ -314,6 +320,11 @@ def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
             if isinstance(arg, torch.Tensor):
                 if type(arg) not in PLAIN:
                     return op(*args)
+                if arg.dtype in NARROW:
+                    raise ValueError(
+                        f"{name} was given a tensor of {arg.dtype}, which is for storage alone; cast it first, with "
+                        "its scale if it has one: fp32, bf16, fp16 and float64 are served"
+                    )
                 gradient = gradient or arg.requires_grad
         if gradient and torch.is_grad_enabled():
             function = _functions.get(name)
@@ -335,6 +346,7 @@ def on_host(x: torch.Tensor, *weights: torch.Tensor) -> bool:
         _asked is None
         and x.device.type == "cpu"
         and type(x) in PLAIN
+        and x.dtype not in NARROW
         and not (torch.compiler.is_compiling() or _watched())
         and not any(hasattr(weight, "ds_id") for weight in weights)
     )

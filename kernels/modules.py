@@ -12,6 +12,11 @@
 Each owns the parameters that it uses, and reads them only inside its own `forward`. Those with children read the
 children's parameters without calling them: `_z3_leaf` tells DeepSpeed ZeRO-3 to gather the whole module on entry (no
 import of deepspeed is needed). ZeRO-3 needs an input of such a module to require a gradient when it trains.
+
+To read a layer is to call it only while it is the plain layer that was built: one that is adapted, quantised, pruned,
+parametrised, hooked, wrapped or offloaded is called, and the module runs unfused around it. What a module owns itself
+(`in_proj_*`, the matrix of `LinearCrossEntropy`) is read in any case: a parametrisation or a hook of the module has
+done its work by then, and a tensor class of another library is refused by the ops or runs its own operators.
 """
 
 from collections.abc import Sequence
@@ -21,12 +26,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from prismer.kernels.activation import bias_activation
 from prismer.kernels.adaptor import adaptor
 from prismer.kernels.attention import attention
 from prismer.kernels.cross_entropy import linear_cross_entropy
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
+from prismer.kernels.patch_state import has_hooks, reads_as_called
 from prismer.kernels.resampler_attention import resampler_attention, standardise
 
 
@@ -46,7 +53,23 @@ class LayerNorm(nn.LayerNorm):
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """norm(x + residual) and x + residual in one pass; for the forward of a module that contains this one."""
+        if has_hooks(self) or "forward" in self.__dict__ or type(self).forward is not LayerNorm.forward:
+            total = x + residual
+            return self(total), total
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+def _call(layer: nn.Module, x: Tensor) -> Tensor:
+    """What `layer` makes of `x`, by the op where it is a plain linear."""
+    return linears(x, [(layer.weight, layer.bias)])[0] if reads_as_called(layer) else layer(x)
+
+
+def _add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """`norm.add`, or the same of a norm of another class."""
+    if isinstance(norm, LayerNorm):
+        return norm.add(x, residual)
+    total = x + residual
+    return norm(total), total
 
 
 class MLP(nn.Module):
@@ -74,6 +97,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fc, proj = (self.get_submodule(name) for name in self.names)
+        if not (reads_as_called(fc) and reads_as_called(proj)):
+            return proj(bias_activation(fc(x), None, self.activation))
         return mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
@@ -101,6 +126,9 @@ class Adaptor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, down, up = self.norm, self.down, self.up
+        if not (reads_as_called(norm, LayerNorm) and reads_as_called(down) and reads_as_called(up)):
+            y = x + up(bias_activation(down(x if self.late else norm(x)), None, "squared_relu"))
+            return norm(y) if self.late else y
         return adaptor(
             x, norm.weight, norm.bias, down.weight, down.bias, up.weight, up.bias, late=self.late, eps=norm.eps
         )  # fmt: skip
@@ -167,6 +195,9 @@ class MultiheadAttention(nn.Module):
         D = x.shape[-1]
         if self.names is not None:
             layers = [self.get_submodule(name) for name in self.names[:3]]
+            if not all(map(reads_as_called, layers)):
+                source = x if context is None else context
+                return tuple(self._heads(layer(t)) for layer, t in zip(layers, (x, source, source), strict=True))
             q, k, v = [(layer.weight, layer.bias) for layer in layers]
             if context is None:
                 parts = linears(x, [q, k, v])
@@ -184,7 +215,7 @@ class MultiheadAttention(nn.Module):
     def merge(self, out: Tensor) -> Tensor:
         """The output projection of (B, H, N, K): (B, N, D)."""
         layer = self.out_proj if self.names is None else self.get_submodule(self.names[3])
-        return linears(rearrange(out, "b h n k -> b n (h k)"), [(layer.weight, layer.bias)])[0]
+        return _call(layer, rearrange(out, "b h n k -> b n (h k)"))
 
     def forward(
         self,
@@ -223,16 +254,23 @@ class ResamplerBlock(nn.Module):
         self.attn = MultiheadAttention(width, num_heads)
         self.mlp = MLP(width, 4 * width, "squared_relu")
 
-    def forward(self, z: Tensor, x_hat: Tensor) -> Tensor:
-        """z: (B, M, D) latents; x_hat: (B, L, D) inputs, standardised. Returns the new latents."""
+    @property
+    def folds_norm(self) -> bool:
+        """Whether the norm of the inputs goes into the projections, which needs both to be what was built."""
+        return reads_as_called(self.ln_2, LayerNorm) and reads_as_called(self.attn, MultiheadAttention)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """z: (B, M, D) latents; x: (B, L, D) inputs, standardised if `folds_norm`. Returns the new latents."""
         attn = self.attn
+        if not self.folds_norm:
+            y = self.ln_1(z)
+            y, z = _add_norm(self.ln_ff, attn(y, torch.cat((y, self.ln_2(x)), 1)), z)
+            return z + self.mlp(y)
         out = resampler_attention(
-            self.ln_1(z), x_hat, self.ln_2.weight, self.ln_2.bias, attn.in_proj_weight, attn.in_proj_bias,
+            self.ln_1(z), x, self.ln_2.weight, self.ln_2.bias, attn.in_proj_weight, attn.in_proj_bias,
             attn.num_heads,
         )  # fmt: skip
-        out_proj = attn.out_proj
-        (out,) = linears(out, [(out_proj.weight, out_proj.bias)])
-        y, z = self.ln_ff.add(out, z)
+        y, z = _add_norm(self.ln_ff, _call(attn.out_proj, out), z)
         return z + self.mlp(y)
 
 
@@ -254,9 +292,13 @@ class PerceiverResampler(nn.Module):
         self.blocks = nn.ModuleList(ResamplerBlock(width, num_heads) for _ in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
-        x_hat = standardise(x, self.blocks[0].ln_2.eps)
+        x_hat = None
         z = self.latents.expand(x.shape[0], -1, -1)
         for block in self.blocks:
+            if not block.folds_norm:
+                z = block(z, x)
+                continue
+            x_hat = standardise(x, block.ln_2.eps) if x_hat is None else x_hat
             z = block(z, x_hat)
         return z
 

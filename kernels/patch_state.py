@@ -130,6 +130,19 @@ def why_not(
     return None
 
 
+def reads_as_called(layer: nn.Module, kind: type = nn.Linear) -> bool:
+    """Whether to read the weights of `layer`, of exactly this `kind`, is to call it: for modules of fixed layers."""
+    own = layer.__dict__
+    if type(layer) is not kind or "forward" in own:
+        return False
+    if (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    ):  # fmt: skip
+        return False
+    weight = own["_parameters"].get("weight")
+    return type(weight) in dispatch.PLAIN or weight is None or is_plain(weight)
+
+
 def is_plain(tensor: object) -> bool:
     """Whether this is a tensor that is what it seems; torch's own stand-ins for one while it traces are."""
     kind = type(tensor)

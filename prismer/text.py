@@ -19,6 +19,7 @@ from prismer.kernels.attention import attention
 from prismer.kernels.cross_attention import cross_attention
 from prismer.kernels.linear import linears
 from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention
+from prismer.kernels.patch_state import reads_as_called
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, q, k, v), each (R, H, Q, K) -> (R, H, Q, K)."""
@@ -222,6 +223,8 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not reads_as_called(self.dense):
+            return self.norm(bias_activation(self.dense(x), None, "gelu"))
         (h,) = linears(x, [(self.dense.weight, None)])
         return self.norm(bias_activation(h, self.dense.bias, "gelu"))
 
