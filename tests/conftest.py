@@ -3,8 +3,8 @@
 No test may hang on one processor's rounding. A loop over what libraries do on others, and over other draws:
 
     for onednn in SSE41 AVX2 AVX512_CORE AVX512_CORE_BF16; do for aten in default avx2 avx512; do for threads in 1 2; do
-        PRISMER_TEST_SEED=$((seed += 1)) ONEDNN_MAX_CPU_ISA=$onednn ATEN_CPU_CAPABILITY=$aten OMP_NUM_THREADS=$threads \\
-            pytest -q tests/ops
+        export ONEDNN_MAX_CPU_ISA=$onednn ATEN_CPU_CAPABILITY=$aten OMP_NUM_THREADS=$threads
+        PRISMER_TEST_SEED=$((seed += 1)) pytest -q tests/ops
     done; done; done
 
 MKL_ENABLE_INSTRUCTIONS (SSE4_2, AVX2, AVX512) and MKL_CBWR (COMPATIBLE, AVX2) do the same for MKL, PRISMER_CPU_ISA
