@@ -65,7 +65,15 @@ def layer_norm(x: Tensor, shape, weight: Tensor | None, bias: Tensor | None, eps
     return y if bias is None else y + bias, center, rstd
 
 
+def logsumexp(x: Tensor, dim, keepdim: bool = False) -> Tensor:
+    largest = x.amax(dim, keepdim=True)
+    total = (x - largest).exp().sum(dim, keepdim=True).log() + largest
+    return total if keepdim else total.squeeze(dim)
+
+
 PARTS |= {
+    aten._safe_softmax.default: lambda x, dim, dtype=None: torch.softmax(x, dim).nan_to_num(),
+    aten.logsumexp.default: logsumexp,
     aten.native_layer_norm.default: layer_norm,
     aten.mean.default: mean,
     aten.mean.dim: mean,
