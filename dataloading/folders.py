@@ -13,6 +13,7 @@ from pathlib import Path
 from prismer.dataloading.places import Other, Place, Record, Records, Source
 from prismer.dataloading.shard_index import SHARD_FILE
 from prismer.reading import (
+    RepeatedKeys,
     decode_text,
     lines_of,
     parse_json,
@@ -217,9 +218,9 @@ def texts_of(text: bytes | None, notes: bytes | None) -> dict:
     Raises:
         ValueError: if one is damaged or of another form.
     """
-    fields = {} if notes is None else parse_json(notes, "its json")
-    if not isinstance(fields, dict):
-        raise ValueError("its json is not an object")
+    fields = {} if notes is None else parse_json(notes, "its json", lenient=True)
+    if not isinstance(fields, dict) or isinstance(fields, RepeatedKeys):
+        raise ValueError("its json is not an object, or gives a key twice")
     if text is not None:
         captions = lines_of(decode_text(text, "its caption").strip())[:1]
     else:

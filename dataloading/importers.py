@@ -26,9 +26,10 @@ from prismer.dataloading.labels import blank_planes, unpack_labels
 from prismer.dataloading.pixels import to_rgb
 from prismer.dataloading.places import Record, Records, Source
 from prismer.dataloading.sample_schema import check_meta
-from prismer.dataloading.shard_index import to_json, write_atomically
+from prismer.dataloading.shard_index import to_json
 from prismer.dataloading.shards import Sample, ShardWriter
 from prismer.experts import BACKGROUND, EXPERTS
+from prismer.files import write_atomically
 from prismer.reading import parse_json, printable, read_json
 
 REPORT_FILE = "import-report.json"

@@ -12,8 +12,7 @@ from torch import Tensor
 from prismer.dataloading.features import normalise
 from prismer.dataloading.semantics import check_absent, refuse_pickle, write_folder
 from prismer.experts import FEATURE_WIDTH
-from prismer.files import is_text
-from prismer.reading import read_bytes
+from prismer.reading import is_text, read_bytes
 
 
 def import_official(

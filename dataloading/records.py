@@ -163,7 +163,7 @@ def _read_entries(list_files: list[str | Path], take) -> list[Record]:
     faults, used = [], 0
     for list_file in list_files:
         try:
-            entries = read_json(list_file, keep_repeated=True)
+            entries = read_json(list_file, lenient=True)
         except ValueError as error:
             if "Extra data" not in str(error):
                 raise
@@ -244,7 +244,7 @@ def _same_id(value: int | str) -> int | str:
 
 def _read_coco_captions(path: str | Path) -> tuple[dict[int | str, list[str]], list[Record]]:
     """Image id -> captions, and the annotations that cannot be used."""
-    content = read_json(path, keep_repeated=True)
+    content = read_json(path, lenient=True)
     annotations = content.get("annotations") if isinstance(content, dict) else None
     captions: dict[int | str, list[str]] = {}
     faults = []

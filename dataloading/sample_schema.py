@@ -18,7 +18,7 @@ import math
 
 from prismer.errors import shown
 from prismer.experts import BACKGROUND
-from prismer.files import is_text
+from prismer.reading import is_text
 from prismer.tasks import clean_caption, clean_question
 
 MAX_WEIGHT = 1e4

@@ -25,8 +25,8 @@ from prismer.dataloading.clip_text import TextTower
 from prismer.dataloading.features import normalise, read_table, write_table
 from prismer.dataloading.semantics_texts import vocabulary_words
 from prismer.experts import FEATURE_WIDTH
-from prismer.files import is_text, read_json, replace_folder, write_atomically
-from prismer.reading import printable
+from prismer.files import replace_folder, write_atomically
+from prismer.reading import is_text, printable, read_json
 from prismer.tensor_files import save_tensors
 
 PCA_FILE = "pca.safetensors"

@@ -10,8 +10,7 @@ from tqdm import tqdm
 from prismer.checkpoint import shipped_folder
 from prismer.dataloading.features import normalise
 from prismer.dataloading.shards import CorruptSample, ShardDataset
-from prismer.files import is_text
-from prismer.reading import read_lines
+from prismer.reading import is_text, read_lines
 
 
 def dataset_texts(folders: Iterable[str | Path], progress: bool = False) -> set[str]:

@@ -12,10 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-# what writes shards takes these from here
-from prismer.files import parse_json, write_atomically  # noqa: F401
-from prismer.files import sync as sync_folder  # noqa: F401
-from prismer.reading import read_bytes
+from prismer.reading import parse_json, read_bytes
 
 FORMAT = "prismer-shards"
 VERSION = 1

@@ -22,11 +22,10 @@ from prismer.dataloading.shard_index import (
     Sidecar,
     check_classes,
     check_key,
-    sync_folder,
     to_json,
-    write_atomically,
 )
 from prismer.experts import EXPERTS
+from prismer.files import sync, write_atomically
 from prismer.reading import read_bytes
 
 _BLOCK = 512
@@ -244,7 +243,7 @@ def write_together(path: Path, data: bytes) -> None:
             # while the lock is ours, so that it is our own file
             partial.unlink(missing_ok=True)
             raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def finished_shard(
@@ -319,7 +318,7 @@ class OpenShard:
         self.file.close()
         os.replace(self.partial, self.path)
         try:
-            sync_folder(self.path.parent)
+            sync(self.path.parent)
             return self._write_sidecar(fingerprint, skipped)
         except BaseException:
             # torn without its sidecar; nobody else writes a shard of this number now

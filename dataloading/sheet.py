@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from prismer.dataloading.sample_schema import meta_problems
-from prismer.dataloading.shard_index import write_atomically
 from prismer.dataloading.shards import Sample, ShardDataset
 from prismer.experts import BACKGROUND, EXPERTS
+from prismer.files import write_atomically
 
 TITLES = {
     "image": "image",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prismer.errors import listed, shown
 from prismer.experts import EXPERTS
-from prismer.files import is_text, parse_json
+from prismer.reading import is_text, parse_json
 
 ALL_EXPERTS = tuple(EXPERTS)
 MAX_GRID = 256

@@ -13,10 +13,11 @@ from prismer.dataloading.loader import Loader
 from prismer.dataloading.sample_schema import check_meta
 from prismer.dataloading.shards import CorruptSample, ShardDataset
 from prismer.engine import gather_json
-from prismer.files import read_json, write_json
+from prismer.files import write_json
 from prismer.inference import Candidates
 from prismer.metrics import answer_scores, caption_scores, top1
 from prismer.model import Prismer
+from prismer.reading import read_json
 
 CAPTION_TASKS = ("pretrain", "caption", "joint")
 ANSWER_TASKS = ("vqa", "joint")

@@ -1,16 +1,14 @@
-"""Files that are whole or absent: atomic writes, folders that replace one another, JSON, checksums and locks.
+"""Files that are whole or absent: atomic writes, folders that replace one another, checksums and locks.
 
-Imports nothing of this library, so that every part of it may write and read through here.
+Imports only `reading.py` of this library, so that every part of it may write through here.
 """
 
 import errno
 import fcntl
 import json
-import math
 import os
 import shutil
 import socket
-import stat
 import tempfile
 import warnings
 import zlib
@@ -19,13 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from prismer.reading import read_json
+
 CHECKSUMS = "checksums.json"
 """File name -> size and crc32, in every folder whose files belong together."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number"}
-_RESTORE = "restore it from a copy"
-
 
 # errors of the machine
 
@@ -148,87 +145,6 @@ def earlier_folder(folder: Path) -> Path | None:
 
 def _set_aside(folder: Path) -> Path:
     return folder.parent / f".{folder.name}-old"
-
-
-# reading JSON
-
-
-def parse_json(data: bytes | str, source: str | Path, remedy: str = _RESTORE):
-    """The value of strict JSON in UTF-8: no number that is not finite, no name twice in an object.
-
-    A byte-order mark, which some editors write, means nothing.
-
-    Raises:
-        ValueError: if it is something else; the sentence names `source` and gives `remedy`.
-    """
-    try:
-        text = data.decode("utf-8") if isinstance(data, bytes) else data
-        return json.loads(
-            text.removeprefix("\ufeff"), object_pairs_hook=_object, parse_constant=_constant, parse_float=_number
-        )
-    except UnicodeDecodeError:
-        raise ValueError(f"{source} is not text; {remedy}") from None
-    except RecursionError:
-        raise ValueError(f"{source} is nested too deeply; {remedy}") from None
-    except ValueError as error:
-        raise ValueError(f"{source} is not JSON ({error}); {remedy}") from None
-
-
-def read_json(path: str | Path, kind: type | None = None, remedy: str = _RESTORE):
-    """Read a JSON file, as `parse_json` does.
-
-    Args:
-        kind: dict, list, ...: what the value must be; None takes any.
-        remedy: what the sentence of an error advises.
-
-    Raises:
-        ValueError: if the file is absent, is no file, or holds something else.
-    """
-    path = Path(path)
-    try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            # reading a pipe may wait for ever
-            raise ValueError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no ordinary file'}; {remedy}")
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} is missing; {remedy}") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
-    value = parse_json(data, path, remedy)
-    if kind is not None and type(value) is not kind:
-        found = _KINDS.get(type(value), "null")
-        raise ValueError(f"{path} holds {found}, not {_KINDS[kind]}; {remedy}")
-    return value
-
-
-def is_text(value: str) -> bool:
-    """Whether `value` can be written as UTF-8; JSON may smuggle in half of a surrogate pair."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _object(pairs: list[tuple]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twin!r} stands twice in an object")
-    return found
-
-
-def _constant(name: str):
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is too large")
-    return value
 
 
 # checksums

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import stat
@@ -15,6 +16,10 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
+_JSON_KINDS = {
+    dict: "an object", list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number",
+}  # fmt: skip
+_REMEDY = "correct it, or restore it from a copy"
 # str.splitlines ends a line at form feeds, U+0085 and U+2028 too, which captions from the web hold
 _LINE_END = re.compile(r"\r\n|\n|\r")
 
@@ -84,25 +89,60 @@ def lines_of(text: str) -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
-def parse_json(data: bytes, name: object, *, keep_repeated: bool = False):
-    """The JSON value of UTF-8 bytes.
+def parse_json(data: bytes | str, name: object, remedy: str = _REMEDY, *, lenient: bool = False):
+    """The JSON value of a text, or of its UTF-8 bytes with or without a byte-order mark.
 
     Args:
         name: what errors call it.
-        keep_repeated: give an object with a repeated key as `RepeatedKeys` instead of refusing the whole, for lists
-            whose other entries are good.
+        remedy: what they advise.
+        lenient: take what one entry of a long list may hold, and leave it to the caller to refuse that entry: numbers
+            that are not finite, and objects that give a key twice, as `RepeatedKeys`.
 
     Raises:
-        ValueError: if it is not UTF-8 or not JSON, is nested too deeply, or an object gives a key twice.
+        ValueError: if it is not UTF-8 or not JSON, is nested too deeply, or holds such a number or object.
+    """
+    text = decode_text(data, name) if isinstance(data, bytes) else data.removeprefix("\ufeff")
+    strict = {} if lenient else dict(parse_constant=_constant, parse_float=_number)
+    try:
+        return json.loads(text, object_pairs_hook=_mark if lenient else _refuse, **strict)
+    except RecursionError:
+        raise ValueError(f"{name} is not JSON (it is nested too deeply); {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON ({error}); {remedy}") from None
+
+
+def read_json(path: str | Path, kind: type | None = None, remedy: str = _REMEDY, *, lenient: bool = False):
+    """The JSON value of a UTF-8 file.
+
+    Args:
+        kind: dict, list, ...: what the value must be; None takes any.
+        remedy, lenient: as for `parse_json`.
+
+    Raises:
+        ValueError: if the file is absent, is no file, or holds something else.
     """
     try:
-        return json.loads(
-            decode_text(data, "it"), object_pairs_hook=_mark if keep_repeated else _refuse
-        )
-    except RecursionError:
-        raise ValueError(f"{name} cannot be read as JSON (it is nested too deeply)") from None
-    except ValueError as error:
-        raise ValueError(f"{name} cannot be read as JSON ({error})") from None
+        data = read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path} is missing; {remedy}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+    value = parse_json(data, path, remedy, lenient=lenient)
+    if kind is not None and type(value) is not kind:
+        found = _JSON_KINDS.get(type(value), "null")
+        raise ValueError(f"{path} holds {found}, not {_JSON_KINDS[kind]}; {remedy}")
+    return value
+
+
+def is_text(value: str) -> bool:
+    """Whether `value` can be written as UTF-8; JSON may smuggle in half of a surrogate pair."""
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -126,19 +166,6 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     return lines_of(read_text(path))
 
 
-def read_json(path: str | Path, *, keep_repeated: bool = False):
-    """The JSON value of a UTF-8 file; see `parse_json`.
-
-    Raises:
-        ValueError: if the file cannot be read or is not JSON.
-    """
-    try:
-        data = read_bytes(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error.strerror})") from None
-    return parse_json(data, path, keep_repeated=keep_repeated)
-
-
 def printable(text: str) -> str:
     r"""A text that UTF-8 can hold: bytes of a name that are no UTF-8, and lone surrogates, become \udcff."""
     return text.encode("utf-8", "backslashreplace").decode()
@@ -156,3 +183,14 @@ def _refuse(pairs: list[tuple[str, object]]) -> dict:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"it gives the key {twice!r} twice")
     return found
+
+
+def _constant(name: str):
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large")
+    return value

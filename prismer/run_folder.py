@@ -38,8 +38,9 @@ from torch import Tensor
 
 from prismer import engine as engines
 from prismer.checkpoint import ANSWERS, WEIGHTS, from_pretrained, save_pretrained, write_description
-from prismer.files import find_damage, read_json, take_lock, write_checksums, write_json
+from prismer.files import find_damage, take_lock, write_checksums, write_json
 from prismer.progress import read_metrics
+from prismer.reading import read_json
 from prismer.tensor_files import write_safetensors
 from prismer.train_config import TrainConfig
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from prismer.files import CHECKSUMS, find_damage, is_text, read_json, write_atomically
+from prismer.files import CHECKSUMS, find_damage, write_atomically
+from prismer.reading import is_text, read_json
 
 FIRST_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 # ids 0..3, as in RoBERTa; `<mask>` comes last

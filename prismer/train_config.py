@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prismer.errors import listed, shown
-from prismer.files import is_text, read_json
 from prismer.freezing import FREEZE_MODES
+from prismer.reading import is_text, read_json
 
 PRECISIONS = ("auto", "bf16", "fp32")
 MAX_STEPS = 2**24

@@ -420,7 +420,7 @@ FAULTS = {  # arguments after "caption PHOTO --model COPY" or a whole command li
     "import-missing": ("data import folder {tmp}/none --out {tmp}/o", "none is not a folder"),
     "import-bad-list": (
         "data import vqa {tmp}/bad.json --images {tmp} --out {tmp}/o",
-        "cannot be read as JSON",
+        "is not JSON",
     ),
     "import-all-bad": (
         "data import folder {bad} --out {tmp}/o",

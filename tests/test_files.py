@@ -21,8 +21,6 @@ from prismer.files import (
     find_damage,
     is_disk_failure,
     new_folder,
-    parse_json,
-    read_json,
     replace_folder,
     replacing,
     sentence,
@@ -31,6 +29,7 @@ from prismer.files import (
     write_checksums,
     write_json,
 )
+from prismer.reading import parse_json, read_json
 
 
 def no_sync(handle):
@@ -124,10 +123,10 @@ def test_an_interruption_between_the_renames_loses_nothing(tmp_path, monkeypatch
         (b'{"a": NaN}', "NaN is no number"),
         (b"[-Infinity]", "-Infinity is no number"),
         (b"[1e999]", "1e999 is too large"),
-        (b'{"a": 1, "b": 2, "a": 3}', "'a' stands twice"),
+        (b'{"a": 1, "b": 2, "a": 3}', "gives the key 'a' twice"),
         (b"[" * 100_000, "nested too deeply"),
         (b"1" * 10_000, "is not JSON"),
-        (b"\xff\xfe", "is not text"),
+        (b"\xff\xfe", "is not UTF-8 text"),
         (b"\x00", "is not JSON"),
         (b"null", "holds null, not an object"),
         (b"5", "holds a number, not an object"),
@@ -148,7 +147,7 @@ def test_what_is_no_json_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("")
     for name, words in {
-        "pipe": "is no ordinary file",
+        "pipe": "is a named pipe",
         ".": "is a folder",
         "none": "is missing",
         "file/x": "is missing",

@@ -26,10 +26,11 @@ from prismer.dataloading.importers import skipped_entry, to_jpeg
 from prismer.dataloading.labels import pack_labels, unpack_labels
 from prismer.dataloading.places import Record, Records, Source
 from prismer.dataloading.sample_schema import check_meta
-from prismer.dataloading.shard_index import Sample, check_classes, to_json, write_atomically
+from prismer.dataloading.shard_index import Sample, check_classes, to_json
 from prismer.dataloading.shard_writer import OpenShard, finished_shard, write_index, write_together
-from prismer.files import read_json
+from prismer.files import write_atomically
 from prismer.images import ExpertLabels, resize_nearest
+from prismer.reading import read_json
 
 JOB_FILE, REPORT_FILE = "job.json", "report.json"
 _EXPERT_OF = {"instances": "obj_detection", "words": "ocr_detection"}

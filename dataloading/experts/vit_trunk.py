@@ -18,7 +18,7 @@ from prismer.checkpoint import shipped_folder
 from prismer.dataloading.experts.network import MissingWeights, Network
 from prismer.dataloading.experts.pretrained import quiet_transformers
 from prismer.dataloading.experts.weights import Package, file_version, weights_home
-from prismer.files import read_json
+from prismer.reading import read_json
 
 NAME = "vit-s-focus"
 """Of the folder that `prismer experts fetch vit-s-depth` fills."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from prismer.dataloading.experts.network import Card, MissingWeights
-from prismer.dataloading.shard_index import sync_folder
+from prismer.files import sync
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ def fetch(
             os.chmod(path, 0o644)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(filled, folder)
-        sync_folder(folder.parent)
+        sync(folder.parent)
     return folder
 
 

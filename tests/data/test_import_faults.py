@@ -72,7 +72,7 @@ def test_lines(tmp_path, text, lines):
         (b'{"a": 1, "a": 2}', "gives the key 'a' twice"),
         (b"\xff", "not UTF-8"),
         ("[]".encode("utf-16"), "not UTF-8"),
-        (b"[" + b"9" * 5000 + b"]", "cannot be read as JSON"),
+        (b"[" + b"9" * 5000 + b"]", "is not JSON"),
     ],
     ids=["deep", "twice", "bytes", "utf-16", "number"],
 )

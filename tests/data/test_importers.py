@@ -201,7 +201,7 @@ def test_vqa_lists(tmp_path):
         ([{"caption": "a"}], "entry 0 of .* has no 'image'"),
         ([{"image": "../../etc/a.jpg"}], "entry 0 of .* leaves the image folder"),
         ([{"image": "/etc/a.jpg"}], "leaves the image folder"),
-        ("[", "cannot be read as JSON"),
+        ("[", "is not JSON"),
     ],
 )
 def test_malformed_lists_are_refused(tmp_path, content, message):
