@@ -105,18 +105,22 @@ class _BatchNormReLU(torch.autograd.Function):
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
 
 
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose training statistics span the micro-batches of all ranks, on any device and backend.
 
     The published system used per-GPU statistics of 2-8 images; with these, n processes train as one does at the same
-    global batch. torch's SyncBatchNorm refuses CPU tensors. Running statistics stay fp32 whatever the weights' dtype.
+    global batch. torch's SyncBatchNorm refuses CPU tensors. Running statistics are fp32 at least.
     """
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         # a bf16 running mean stops moving once its step falls under 2^-8 of its value
-        self.running_mean = self.running_mean.float()
-        self.running_var = self.running_var.float()
+        self.running_mean = _at_least_fp32(self.running_mean)
+        self.running_var = _at_least_fp32(self.running_var)
         return self
 
     def relu(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor] | None]:
@@ -125,7 +129,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not (alone and self.training) or torch.compiler.is_compiling():
             return F.relu(self(x)), None
         self.num_batches_tracked += 1
-        weight, bias = self.weight.float(), self.bias.float()
+        weight, bias = _at_least_fp32(self.weight), _at_least_fp32(self.bias)
         again = _NormedReLU(x, weight, bias, self.eps)
         y = _BatchNormReLU.apply(
             x, weight, bias, self.running_mean, self.running_var, self.momentum, self.eps, again
@@ -137,14 +141,14 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         """(B, C, h, w) -> (B, C, h, w)."""
         if self.training:
             self.num_batches_tracked += 1
-        weight, bias = self.weight.float(), self.bias.float()
+        weight, bias = _at_least_fp32(self.weight), _at_least_fp32(self.bias)
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if not self.training or world == 1:
             return F.batch_norm(
                 x, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps
             )
         # every rank holds the same number of images, so means of means are exact
-        x32 = x.float()
+        x32 = _at_least_fp32(x)
         count = world * x.numel() // x.shape[1]
         own = x32.mean((0, 2, 3))
         mean = _SumOverRanks.apply(own) / world
