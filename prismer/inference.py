@@ -314,7 +314,7 @@ def _text(given, name: str) -> str:
     """`given`, if it is a text that can be written down.
 
     Raises:
-        ValueError: if it is something else, or holds half of a UTF-16 pair (bytes of a command line that are not UTF-8).
+        ValueError: if it is something else, or holds lone surrogates (bytes of a command line that are not UTF-8).
     """
     if not isinstance(given, str):
         raise ValueError(f"{name} is {repr(given)[:60]}, {_a(given)}; give a string")
