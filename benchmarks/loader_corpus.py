@@ -49,7 +49,7 @@ def write_corpus(folder: Path, labels_per_map: tuple[int, ...]) -> dict[str, int
                 os.link(first, other)
         for n in labels_per_map:
             _write_ids(folder / f"labels-{n}", name, n, rng)
-    entries = [{"image": f"{Path(name).name}.jpg", "caption": ""} for name in NAMES]
+    entries = [{"image": f"{Path(name).name}.jpg"} for name in NAMES]
     (folder / "list.json").write_text(json.dumps(entries))
     for n in labels_per_map:
         records = caption_records(

@@ -1,6 +1,7 @@
 """Weights on disk: model folders, published checkpoints, the hub, positional tables of another resolution."""
 
 import logging
+import os
 import pickle
 import re
 import warnings
@@ -41,6 +42,8 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
 ROBERTA_VOCABULARY = 50265
 # a published checkpoint brings no tokenizer: its is RoBERTa's
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
+_PARTS = ("encoder", "decoder", "expert_encoder", "text_decoder")
+# ours, and those of published checkpoints
 _STEM = re.compile(r"encoder\.stems\.(\w+)\.(convs|norms|project)\.")
 
 _log = logging.getLogger(__name__)
@@ -124,7 +127,7 @@ def from_pretrained(
     if folder is not None and has_tokenizer(folder):
         tokenizer = Tokenizer.from_folder(folder)
     check_checksums(weights)
-    tensors, ignored = read_tensors(weights), []
+    tensors, ignored = _without_wrappers(read_tensors(weights)), []
     if is_official(tensors):
         config = config or official_config(tensors, source=str(weights))
         tensors, ignored = to_ours(tensors, source=str(weights))
@@ -243,6 +246,14 @@ def check_checksums(weights: Path) -> None:
             f"{folder / CONFIG} was changed since the model was written; if that was not you, restore it",
             stacklevel=4,
         )
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their names in the model: DataParallel, torch.compile and trainers put "module." or so before all."""
+    prefix = os.path.commonprefix(list(tensors)).rpartition(".")[0]
+    if not prefix or prefix.partition(".")[0] in _PARTS:
+        return tensors
+    return {key.removeprefix(f"{prefix}."): tensor for key, tensor in tensors.items()}
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -201,7 +201,13 @@ class _Asked:
                 entry["score"] = found.score
             if ranked:
                 entry["ranked"] = [{kind: name, "score": score} for name, score in ranked]
-            return json.dumps(entry, ensure_ascii=False)
+            # a name that is not UTF-8 is JSON too, and so is any text on an ASCII terminal
+            line = json.dumps(entry, ensure_ascii=False)
+            try:
+                line.encode(sys.stdout.encoding or "utf-8")
+            except UnicodeEncodeError:
+                line = json.dumps(entry)
+            return line
         lines = [f"{score:8.3f}  {name}" for name, score in ranked]
         # a question is about one picture, whose name need not be repeated
         return "\n".join([text if kind == "answer" else f"{path}: {text}", *lines])

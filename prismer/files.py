@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -29,14 +30,24 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 def is_disk_failure(error: BaseException) -> bool:
     """Whether a disk is full, over quota or broken: the machine's fault and not that of an argument."""
-    return isinstance(error, OSError) and error.errno in _FULL
+    return _number_of(error) in _FULL
 
 
-def sentence(error: OSError) -> str:
-    """One sentence for an error of the operating system."""
-    what = f"{error.filename} cannot be used" if error.filename else "a file cannot be used"
-    remedy = "free some space and give the command again" if is_disk_failure(error) else "check the path"
-    return f"{what}: {error.strerror or error}; {remedy}"
+def sentence(error: BaseException) -> str:
+    """One sentence for an error of the operating system, or of a library that met one."""
+    name = getattr(error, "filename", None)
+    if is_disk_failure(error):
+        what = os.strerror(_number_of(error))
+        return f"{name or 'output'} cannot be written: {what}; free some space and give the command again"
+    return f"{name or 'a file'} cannot be used: {getattr(error, 'strerror', None) or error}; check the path"
+
+
+def _number_of(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    # safetensors has it in words
+    said = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(said[1]) if said else None
 
 
 def add_name(error: BaseException, path: Path) -> None:

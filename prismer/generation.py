@@ -7,6 +7,7 @@ Prismer, arXiv:2303.02506, section 4.1). `read_prompts` is where ranking (prisme
 Legend: B images, G prompts of an image, R = B * G rows, S prompt tokens, V vocabulary.
 """
 
+import numbers
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ from prismer.text import TextDecoder, causal_attend, position_ids
 
 READ_OUTS = ("pad", "last", "batch")
 SCORINGS = ("classic", "modern")
+
+_MAX_PENALTY = 10
+# 80 tokens to a larger power exceed fp32 before long
 
 Groups = list[list[list[int]]]
 """For each image its prompts, each a list of token ids that starts with `<s>`."""
@@ -145,6 +149,15 @@ def beam_search(
     if scoring not in SCORINGS:
         raise ValueError(f"scoring is {scoring!r}; choose {' or '.join(SCORINGS)}")
     V = decoder.config.vocab_size
+    counts = dict(beams=beams, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
+    for name, value in counts.items():
+        check_count(name, value)
+    number = isinstance(length_penalty, numbers.Real) and not isinstance(length_penalty, bool)
+    # NaN compares with nothing
+    if not (number and -_MAX_PENALTY <= length_penalty <= _MAX_PENALTY):
+        raise ValueError(
+            f"length_penalty is {length_penalty!r}; give a number of at most {_MAX_PENALTY}, e.g. 1.0"
+        )
     if not 1 <= beams < V / 2:
         raise ValueError(
             f"beams is {beams}; expected 1 to {(V - 1) // 2}, under half of the {V} tokens"
@@ -346,6 +359,12 @@ def _merge(state: BeamState, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Te
 def _pick(table: Tensor, beams: Tensor) -> Tensor:
     """table (R, n, T), beams (R, m) -> (R, m, T)."""
     return table.gather(1, beams[..., None].expand(-1, -1, table.shape[2]))
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a whole number, which True and 3.0 are not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} is {value!r}; give a whole number")
 
 
 def _check_prompts(

@@ -72,6 +72,8 @@ def load_image(source: ImageSource, size: int) -> Tensor:
             f"an image is a {type(source).__name__}; give a path, bytes, a PIL image or an array"
         )
     path = Path(source)
+    if len(os.fsencode(path.name)) > 255:
+        raise ValueError(f"an image is named {str(path)[:60]!r}..., longer than a name can be; give a path")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name the image files in it, e.g. {path}/*.jpg")
     if not path.is_file():
@@ -148,6 +150,9 @@ def from_array(array: np.ndarray | Tensor) -> Image.Image:
             raise ValueError(
                 f"an image tensor is {array.dtype} {tuple(array.shape)}; expected uint8 (3, h, w) with values 0..255"
             )
+        if array.is_meta or array.layout != torch.strided:
+            kind = "on the meta device" if array.is_meta else "sparse"
+            raise ValueError(f"an image tensor is {kind}; give a dense one that holds pixels")
         array = array.permute(1, 2, 0).cpu().numpy()
     channels = array.shape[2] if array.ndim == 3 else 1
     if (
@@ -188,10 +193,21 @@ class ExpertLabels:
     name: str = "the expert labels"
 
     def __post_init__(self):
+        for name, table in (("planes", self.planes), ("meta", self.meta), ("classes", self.classes)):
+            if not isinstance(table, dict):
+                raise ValueError(
+                    f"the {name} of {self.name} are {type(table).__name__}; give a dictionary"
+                )
+        check_classes(self.classes)
         for expert, plane in self.planes.items():
             if expert not in EXPERTS:
                 raise ValueError(
                     f"{self.name} have an unknown expert {expert!r}; choose from {', '.join(EXPERTS)}"
+                )
+            if not isinstance(plane, np.ndarray) or not plane.size:
+                given = "empty" if isinstance(plane, np.ndarray) else type(plane).__name__
+                raise ValueError(
+                    f"the {expert} map of {self.name} is {given}; give a numpy array with pixels"
                 )
             tail = (3,) if EXPERTS[expert].planes == 3 else ()
             if plane.dtype != np.uint8 or plane.ndim != 2 + len(tail) or plane.shape[2:] != tail:
@@ -239,6 +255,9 @@ class ExpertLabels:
         return cls(planes, meta, classes, str(path))
 
 
+_LABELS = (ExpertLabels, str, os.PathLike, type(None))
+
+
 def image_batch(
     images: Sequence[ImageSource],
     config: PrismerConfig,
@@ -261,6 +280,15 @@ def image_batch(
     Raises:
         ValueError: if a picture or labels cannot be read, their numbers differ, or a table is needed and not given.
     """
+    if labels is not None and not isinstance(labels, list | tuple):
+        raise ValueError(
+            f"labels are {type(labels).__name__}; give a list with labels, a file or None for each image"
+        )
+    wrong = next((x for x in labels or () if not isinstance(x, _LABELS)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"labels of an image are {type(wrong).__name__}; give ExpertLabels, a file or None"
+        )
     if labels is not None and len(labels) != len(images):
         raise ValueError(
             f"there are {len(images)} images and {len(labels)} labels; give one for each, or None"

@@ -7,10 +7,11 @@ Images are encoded once however many questions are asked about them. Text rules 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from prismer.dataloading.batch import ImageBatch
-from prismer.generation import beam_search
+from prismer.generation import beam_search, check_count
 from prismer.model import Prismer
 from prismer.ranking import AnswerTrie, Ranking, rank_answers
 from prismer.tasks import encode_answer, encode_class_name, encode_prompt, encode_question
@@ -58,10 +59,9 @@ class Candidates:
         encode: Callable[[Tokenizer, str], list[int]],
         name: str,
     ) -> "Candidates":
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f"{name} is {texts!r}; give a list of at least one text")
+        texts = _texts(texts, name)
         trie = AnswerTrie([encode(tokenizer, text) for text in texts], tokenizer.eos_id)
-        return cls(list(texts), trie)
+        return cls(texts, trie)
 
 
 @torch.inference_mode()
@@ -89,9 +89,12 @@ def caption(
         ValueError: if the model has no tokenizer or is in training mode, or an option is out of range.
     """
     tokenizer = _tokenizer(model)
-    prompt = encode_prompt(tokenizer, model.config.caption_prefix if prefix is None else prefix)
+    prefix = model.config.caption_prefix if prefix is None else _text(prefix, "prefix")
+    prompt = encode_prompt(tokenizer, prefix)
     if max_length is None:
         max_length = model.config.caption_max_length
+    for name, value in (("max_length", max_length), ("min_length", min_length)):
+        check_count(name, value)
     if max_length <= len(prompt):
         raise ValueError(
             f"max_length is {max_length}, but the prefix alone has {len(prompt)} tokens; raise max_length"
@@ -142,7 +145,7 @@ def answer(
         ValueError: if questions do not fit the images, one is empty, or an option is out of range.
     """
     tokenizer = _tokenizer(model)
-    grouped = _group(questions, len(images))
+    grouped, nested = _group(questions, len(images))
     candidates = answers
     if answers is not None and not isinstance(answers, Candidates):
         candidates = Candidates.answers(tokenizer, answers)
@@ -172,7 +175,7 @@ def answer(
             model.decoder, context, groups, candidates.trie, top_k=top_k, read_out=read_out
         )
         results = _named(ranking, candidates)
-    if isinstance(questions[0], str):
+    if not nested:
         return results
     remaining = iter(results)
     return [[next(remaining) for _ in group] for group in grouped]
@@ -200,7 +203,7 @@ def classify(
     tokenizer = _tokenizer(model)
     if not isinstance(class_names, Candidates):
         class_names = Candidates.classes(tokenizer, class_names)
-    prompt = encode_prompt(tokenizer, prefix)
+    prompt = encode_prompt(tokenizer, _text(prefix, "prefix"))
     # all prompts are alike: no <pad> comes between prefix and name, in training nor here
     ranking = rank_answers(
         model.decoder,
@@ -222,6 +225,7 @@ def _tokenizer(model: Prismer) -> Tokenizer:
         raise ValueError(
             "the model is in training mode, where dropout is random; call model.eval() first"
         )
+    _check_weights(model)
     return model.tokenizer
 
 
@@ -231,23 +235,99 @@ def _encode(model: Prismer, images: ImageBatch) -> torch.Tensor:
     return model.encode(images.to(model.device))
 
 
+_COMPUTES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_weights(model: Prismer) -> None:
+    """Refuse weights that nothing can be computed with."""
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            raise ValueError(
+                f"the model's weights ({name}) are on the meta device, which holds no numbers; load them first"
+            )
+        if weight.is_floating_point() and weight.dtype not in _COMPUTES:
+            raise ValueError(
+                f"the model's weights ({name}) are {weight.dtype}, which no op here computes in; "
+                f"call model.to(torch.bfloat16) first"
+            )
+    towers = model.encoder.positional_embedding.dtype, model.decoder.head_weight.dtype
+    if towers[0] != towers[1]:
+        raise ValueError(
+            f"the encoder is {towers[0]} and the decoder {towers[1]}; give both one dtype, e.g. model.float()"
+        )
+
+
 def _check_finite(scores: torch.Tensor) -> None:
     # weights of another architecture or a diverged run would otherwise speak as confidently as good ones
     if not bool(scores.isfinite().all()):
         raise RuntimeError("the model's scores are not finite; check its weights and its inputs")
 
 
-def _group(questions: list[str] | list[list[str]], num_images: int) -> list[list[str]]:
-    """One list of questions per image."""
-    if isinstance(questions, str) or len(questions) != num_images:
-        given = "one string" if isinstance(questions, str) else f"a list of {len(questions)}"
+def _group(questions: list[str] | list[list[str]], num_images: int) -> tuple[list[list[str]], bool]:
+    """One list of questions per image, and whether they were given so."""
+    entries = None if isinstance(questions, str) else _listed(questions)
+    if entries is None or len(entries) != num_images:
+        if isinstance(questions, str):
+            given = "one string"
+        else:
+            given = repr(questions)[:60] if entries is None else f"a list of {len(entries)}"
         raise ValueError(
             f"questions is {given} for {num_images} images; give a list with one question, or one list of "
             f"questions, for each image"
         )
-    if len({isinstance(entry, str) for entry in questions}) > 1:
+    if not any(_listed(entry) is not None for entry in entries):
+        return [[_text(entry, "a question")] for entry in entries], False
+    if any(isinstance(entry, str) for entry in entries):
         raise ValueError("questions mixes strings and lists; give either for all images")
-    return [[entry] if isinstance(entry, str) else list(entry) for entry in questions]
+    return [
+        [_text(question, "a question") for question in _needed(_listed(entry), entry)]
+        for entry in entries
+    ], True
+
+
+def _needed(listed: list | None, given) -> list:
+    if listed is None:
+        raise ValueError(f"the questions of an image are {given!r:.60}; give a list of strings")
+    return listed
+
+
+def _listed(given) -> list | None:
+    """The entries of something that has an order and can be read twice; None for anything else."""
+    if isinstance(given, np.ndarray):
+        return given.tolist() if given.ndim else None
+    return list(given) if isinstance(given, list | tuple) else None
+
+
+def _texts(given, name: str) -> list[str]:
+    """A list of at least one text, as it stands.
+
+    Raises:
+        ValueError: if it is empty, not a list, or holds something else; a set has no order, and so no first of equals.
+    """
+    entries = _listed(given)
+    if not entries:
+        raise ValueError(f"{name} is {repr(given)[:60]}; give a list of at least one text")
+    return [_text(entry, f"entry {i} of {name}") for i, entry in enumerate(entries)]
+
+
+def _text(given, name: str) -> str:
+    """`given`, if it is a text that can be written down.
+
+    Raises:
+        ValueError: if it is something else, or holds lone surrogates (bytes of a command line that are not UTF-8).
+    """
+    if not isinstance(given, str):
+        raise ValueError(f"{name} is {repr(given)[:60]}, {_a(given)}; give a string")
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is {given[:60]!a}, which is not UTF-8; write it in UTF-8") from None
+    return str(given)
+
+
+def _a(value: object) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _named(ranking: Ranking, candidates: Candidates) -> list[Answer]:

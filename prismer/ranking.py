@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prismer.generation import Groups, Prompts, read_prompts
+from prismer.generation import Groups, Prompts, check_count, read_prompts
 from prismer.kernels.decode_attention import decode_attention
 from prismer.kernels.linear import linears
 from prismer.text import TextDecoder
@@ -119,6 +119,8 @@ def rank_answers(
     Raises:
         ValueError: if `top_k` is below 1, or questions do not fit the images or the positions (`read_prompts`).
     """
+    if top_k is not None:
+        check_count("top_k", top_k)
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; expected at least 1, or None to score every answer")
     cross = decoder.project_context(context)

@@ -65,11 +65,12 @@ def read_bytes(
     return data
 
 
-def decode_text(data: bytes, name: object) -> str:
+def decode_text(data: bytes, name: object, remedy: str = "save it as UTF-8") -> str:
     """UTF-8 text, with or without a byte-order mark.
 
     Args:
         name: what errors call it.
+        remedy: what they advise.
 
     Raises:
         ValueError: if it is something else.
@@ -77,9 +78,9 @@ def decode_text(data: bytes, name: object) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); {remedy}") from None
     if "\0" in text:
-        raise ValueError(f"{name} is not UTF-8 text (it holds zero bytes); save it as UTF-8")
+        raise ValueError(f"{name} is not UTF-8 text (it holds zero bytes); {remedy}")
     return text
 
 
@@ -101,7 +102,7 @@ def parse_json(data: bytes | str, name: object, remedy: str = _REMEDY, *, lenien
     Raises:
         ValueError: if it is not UTF-8 or not JSON, is nested too deeply, or holds such a number or object.
     """
-    text = decode_text(data, name) if isinstance(data, bytes) else data.removeprefix("\ufeff")
+    text = decode_text(data, name, remedy) if isinstance(data, bytes) else data.removeprefix("\ufeff")
     strict = {} if lenient else dict(parse_constant=_constant, parse_float=_number)
     try:
         return json.loads(text, object_pairs_hook=_mark if lenient else _refuse, **strict)

@@ -2,7 +2,10 @@
 and exit code 2, and that a mistake of ours keeps its traceback. Run: pytest tests/test_cli.py"""
 
 import dataclasses
+import errno
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -628,6 +631,104 @@ def test_a_closed_pipe_is_quiet(scenes):
     child.stdout.close()
     _, err = child.communicate(timeout=120)
     assert (child.returncode, err) == (1, b"")
+
+
+class Full(io.TextIOWrapper):
+    """A stream on a full disk."""
+
+    def __init__(self):
+        super().__init__(io.BytesIO(), encoding="utf-8")
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["--version", "--help", "data check --help", "info", "caption {photo} --model {model}"],
+)
+def test_a_full_disk_for_the_output_is_one_sentence(run, monkeypatch, photos, model, command):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Full())
+        done = run(*command.format(photo=photos[0], model=model).split())
+    assert done.code == 1
+    assert done.err == "prismer: output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("stream", (Full, lambda: None), ids=("full", "closed"))
+def test_a_lost_stderr_changes_no_exit_code(run, monkeypatch, photos, model, tmp_path, stream):
+    commands = [
+        (0, ("caption", photos[0], "--model", model)),
+        (2, ("caption", tmp_path / "none.jpg")),
+        (2, ("caption",)),
+    ]
+    for code, command in commands:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", stream())
+            assert run(*command).code == code
+
+
+def test_a_closed_stdout_is_no_failure(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        assert run("info").code == 0
+        patch.setattr(sys, "stdout", None)
+        assert run("--version").code == 0
+
+
+@pytest.mark.parametrize("number", (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
+def test_a_full_disk_is_one_sentence(run, monkeypatch, number):
+    monkeypatch.setattr("prismer.info.report", raiser(f"raise OSError({number}, 'x', 'a.bin')"))
+    done = run("info")
+    assert (done.code, done.err) == (
+        1,
+        f"prismer: a.bin cannot be written: {os.strerror(number)}\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "answer {photo} What\udcff?",
+        "classify {photo} --classes a\udcff,b",
+        "answer {photo} a --answers \udcff,b",
+    ],
+)
+def test_bytes_that_are_not_utf8(run, photos, model, command):
+    done = run(*command.format(photo=photos[0]).split(), "--model", model)
+    assert_sentence(done, "is not UTF-8; write it in UTF-8")
+
+
+def test_any_name_can_be_printed(run, monkeypatch, photos, model, tmp_path):
+    odd = tmp_path / os.fsdecode(b"a\xff\xc3\xa9.jpg")
+    odd.write_bytes(photos[0].read_bytes())
+    for encoding in ("utf-8", "ascii"):
+        for kind in ((), ("--json",)):
+            out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "stdout", out)
+                assert run("caption", odd, "--model", model, *kind).code == 0
+            line = out.buffer.getvalue().decode(encoding)
+            if kind:
+                assert json.loads(line)["image"] == str(odd)
+            else:
+                assert "a\\udcff" in line
+
+
+def test_export_takes_what_model_takes(run, model, photos, tmp_path):
+    done = run("export", "tiny", "--out", tmp_path / "tiny")
+    assert done.code == 0 and f"tiny -> {tmp_path / 'tiny'}" in done.out
+    question = ("answer", photos[0], "What colour is it?", "--model")
+    assert run(*question, tmp_path / "tiny").out == run(*question, "tiny").out
+    weights = run("export", model / "model.safetensors", "--out", tmp_path / "again")
+    assert weights.code == 0 and (tmp_path / "again" / "config.json").is_file()
+    same = run("export", tmp_path / "tiny", "--out", tmp_path / "tiny")
+    assert_sentence(same, "is what is to be exported")
+    assert (tmp_path / "tiny" / "answers.json").is_file()
+    assert_sentence(run("export", "teeny", "--out", tmp_path / "x"), "no model folder teeny")
 
 
 def test_public_names():

@@ -127,7 +127,7 @@ def test_an_interruption_between_the_renames_loses_nothing(tmp_path, monkeypatch
         (b"[" * 100_000, "nested too deeply"),
         (b"1" * 10_000, "is not JSON"),
         (b"\xff\xfe", "is not UTF-8 text"),
-        (b"\x00", "is not JSON"),
+        (b"\x00", "is not UTF-8 text"),
         (b"null", "holds null, not an object"),
         (b"5", "holds a number, not an object"),
         (b'"x"', "holds a string, not an object"),

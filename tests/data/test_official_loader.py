@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
             Image.fromarray(np.ascontiguousarray(array)).save(folder / path)
         (folder / f"labels/obj_detection/set/{name}.json").write_text('{"0": 3, "1": 1}')
     torch.save({5: dict(features=rows(["stop"])[0], text="stop")}, folder / "labels/ocr_detection/set/a.pt")
-    (folder / "list.json").write_text(json.dumps([{"image": f"{n}.jpg", "caption": ""} for n in "ab"]))
+    (folder / "list.json").write_text(json.dumps([{"image": f"{n}.jpg"} for n in "ab"]))
     records = caption_records(folder / "list.json", folder / "images", labels=folder / "labels", dataset="set")
     import_records(records, folder / "shards", source="test", class_tables=CLASSES, workers=1, progress=False)
     return folder

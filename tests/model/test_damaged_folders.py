@@ -147,7 +147,7 @@ def test_an_absurd_config_builds_nothing(folder, field, value):
     "text, words",
     [
         ("", "is not JSON"), ("[]", "unknown settings"), ("5", "unknown settings"), ('{"dropout": NaN}', "NaN"),
-        ('{"dropout": 1e999}', "1e999"), ('{"dropout": 0, "dropout": 0}', "gives the key .* twice"), ("[" * 10**5, "too deeply"),
+        ('{"dropout": 1e999}', "1e999"), ('{"dropout": 0, "dropout": 0}', "twice"), ("[" * 10**5, "too deeply"),
         ('{"experts": 5}', "experts is 5"), ('{"experts": [{}]}', "unknown expert"), ("{}", "does not fit"),
     ],
 )  # fmt: skip

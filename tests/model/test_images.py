@@ -395,3 +395,48 @@ def test_semantics_are_asked_for_only_where_they_are_needed(scenes):
     assert image_batch([RGB], clip, low_level).labels["depth"].float().std() > 0
     without = image_batch([RGB], prismer_base(experts=(), image_size=64), labels)
     assert without.labels == {} and without.rgb.shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta"), "on the meta device"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8).to_sparse(), "is sparse"),
+        (np.zeros((8, 8, 3), bool), "an image array is bool"),
+        (np.zeros((8, 8, 3), object), "an image array is object"),
+        ([[0, 1]], "an image is a list"),
+        ("x" * 5000, "longer than a name can be"),
+    ],
+)
+def test_refuses_other_images(image, message):
+    with pytest.raises(ValueError, match=message):
+        load_image(image, SIZE)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (5, "labels are int"),
+        ((x for x in [None]), "labels are generator"),
+        ([5], "labels of an image are int"),
+        ([{}], "labels of an image are dict"),
+    ],
+)
+def test_refuses_other_labels(labels, message):
+    with pytest.raises(ValueError, match=message):
+        image_batch([RGB], prismer_tiny(), labels)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (([],), "the planes of the expert labels are list"),
+        (({"depth": [[1]]},), "the depth map of the expert labels is list"),
+        (({"depth": np.zeros((0, 4), np.uint8)},), "the depth map of the expert labels is empty"),
+        (({}, 5), "the meta of the expert labels are int"),
+        (({}, {}, {"seg": [1]}), "must be a list of non-empty strings"),
+    ],
+)
+def test_refuses_other_expert_labels(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ExpertLabels(*fields)

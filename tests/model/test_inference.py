@@ -3,9 +3,11 @@ however many questions are asked, and that wrong input is one sentence. Run: pyt
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from plain_inference import plain_generate, plain_rank
+from safetensors.torch import load_file, save_file
 
 from prismer.config import prismer_tiny
 from prismer.dataloading.batch import ImageBatch
@@ -248,11 +250,80 @@ def test_images_are_encoded_once(model, images, calls):
         (lambda model, images: model.answer(images, ["What?"] * 3, ANSWERS, top_k=0), "top_k is 0"),
         (lambda model, images: model.classify(images, []), r"class_names is \[\]"),
         (lambda model, images: model.caption(images, beams=0), "beams is 0"),
+        (lambda model, images: model.caption(images, beams="3"), "beams is '3'; give a whole"),
+        (lambda model, images: model.caption(images, beams=True), "beams is True"),
+        (lambda model, images: model.caption(images, max_length=float("nan")), "max_length is nan"),
+        (lambda model, images: model.caption(images, min_length=None), "min_length is None"),
+        (lambda model, images: model.caption(images, length_penalty=float("nan")), "penalty is nan"),
+        (lambda model, images: model.caption(images, length_penalty=10**400), "length_penalty is 1"),
+        (lambda model, images: model.caption(images, prefix=5), "prefix is 5, an int"),
+        (lambda model, images: model.caption(images, prefix="\ud800"), "which is not UTF-8"),
+        (lambda model, images: model.classify(images, [0, 1]), "entry 0 of class_names is 0, an int"),
+        (lambda model, images: model.classify(images, ["a", None]), "entry 1 of class_names is None"),
+        (lambda model, images: model.classify(images, np.array([1, 2])), "entry 0 of class_names"),
+        (lambda model, images: model.classify(images, {"a", "b"}), "give a list of at least one"),
+        (lambda model, images: model.classify(images, {"a": 1}), "give a list of at least one text"),
+        (lambda model, images: model.classify(images, (c for c in "ab")), "give a list of at least"),
+        (lambda model, images: model.classify(images, [b"a"]), "entry 0 of class_names is b'a'"),
+        (lambda model, images: model.classify(images, ["a"], prefix=None), "prefix is None"),
+        (lambda model, images: model.classify(images, ["a"], top_k=1.5), "top_k is 1.5"),
+        (lambda model, images: model.classify(images, ["a" * 10_000]), "can be followed by"),
+        (lambda model, images: model.answer(images, None), "questions is None for 3 images"),
+        (lambda model, images: model.answer(images, [None] * 3), "a question is None"),
+        (lambda model, images: model.answer(images, [[["a"]]] * 3), "a question is \\['a'\\], a list"),
+        (lambda model, images: model.answer(images, [["a"], 5, []]), "questions of an image are 5"),
+        (lambda model, images: model.answer(images, ["\udcff?"] * 3), "which is not UTF-8"),
+        (lambda model, images: model.answer(images, ["a"] * 3, [1]), "entry 0 of answers is 1"),
     ],
 )
 def test_refuses(model, images, ask, message):
     with pytest.raises(ValueError, match=message):
         ask(model, images)
+
+
+def test_any_ordered_list_will_do(model, images):
+    names = ["cat", "dog", "cat"]
+    expected = model.classify(images, names)
+    assert model.classify(images, tuple(names)) == expected
+    assert model.classify(images, np.array(names)) == expected
+    expected = model.answer(images, ["Is it?"] * 3, names)
+    assert model.answer(images, np.array(["Is it?"] * 3), tuple(names)) == expected
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float16, torch.bfloat16), ids=str)
+def test_models_of_other_dtypes_speak(model, images, dtype):
+    other = copy.deepcopy(model).to(dtype)
+    assert len(other.caption(images)) == len(other.classify(images, ["cat", "dog"])) == 3
+    if dtype == torch.float64:
+        assert other.caption(images) == model.caption(images)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda model: model.to(torch.float8_e4m3fn), "float8_e4m3fn, which no op here computes in"),
+        (lambda model: model.to("meta"), "on the meta device"),
+        (lambda model: model.encoder.double(), "give both one dtype"),
+    ],
+    ids=["float8", "meta", "mixed"],
+)
+def test_weights_that_cannot_be_computed_with(model, images, change, message):
+    other = copy.deepcopy(model)
+    change(other)
+    for ask in (other.caption, lambda images: other.answer(images, ["a"] * 3)):
+        with pytest.raises(ValueError, match=message):
+            ask(images)
+
+
+@pytest.mark.parametrize("prefix", ("module.", "_orig_mod.", "module._orig_mod.", "any.thing."))
+def test_a_prefix_of_all_tensors_is_left_out(model, tmp_path, prefix):
+    model.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
+    for a, b in zip(
+        Prismer.from_pretrained(tmp_path / "m").parameters(), model.parameters(), strict=True
+    ):
+        assert torch.equal(a, b)
 
 
 def test_refuses_a_model_that_cannot_be_asked(model, images):

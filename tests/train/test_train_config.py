@@ -138,8 +138,8 @@ def test_refused_files(tmp_path, engine, message):
         ('{"prismer": {"flip": NaN}}', "NaN is no number"),
         ('{"prismer": {"learning_rate": Infinity}}', "Infinity is no number"),
         ('{"prismer": {"learning_rate": 1e999}}', "1e999 is too large"),
-        ('{"prismer": {"steps": 1, "steps": 2}}', "'steps' stands twice"),
-        ('{"prismer": {}, "prismer": {}}', "'prismer' stands twice"),
+        ('{"prismer": {"steps": 1, "steps": 2}}', "gives the key 'steps' twice"),
+        ('{"prismer": {}, "prismer": {}}', "gives the key 'prismer' twice"),
     ],
 )
 def test_broken_json(tmp_path, text, message):
@@ -149,7 +149,7 @@ def test_broken_json(tmp_path, text, message):
 
 
 def test_no_config_file(tmp_path):
-    for name, message in {"": "is a folder", "none.json": "is missing"}.items():
+    for name, message in {"": "a folder, not a file; name a file\\)", "none.json": "is missing"}.items():
         with pytest.raises(
             ValueError, match=f"{message}; correct it, or name another with --config"
         ):
