@@ -3,7 +3,7 @@
 `Rounded` runs float64 code with the errors of a shorter dtype. After every operator of torch, forward and backward,
 it moves each number by a random amount of the size that a first-order error analysis allows the operator:
 
-    u / sqrt(3) |y|       of every result y, since the dtype holds it; u is the unit roundoff, eps / 2
+    u |y|                 of every result y, since the dtype holds it; u is the unit roundoff, eps / 2
     u' sqrt(n) sum |t|    of a result that sums n terms t, such as the |A| |B| of a product: the bound of Higham and
                           Mary (SIAM J. Sci. Comput. 41, 2019) for any order; u' is the accumulator's, fp32 or longer
 
@@ -129,7 +129,7 @@ class Rounded(TorchDispatchMode):
     def _stored(self, y: Tensor) -> Tensor:
         # below `tiny` the roundings are of one size, and zeros are exact
         size = y.abs().clamp(min=torch.finfo(self.dtype).tiny) * (y != 0)
-        return y + _unit(self.dtype) / 3**0.5 * size * self._noise(y)
+        return y + _unit(self.dtype) * size * self._noise(y)
 
     def _noise(self, y: Tensor) -> Tensor:
         return torch.randn(y.shape, generator=self.draw, dtype=torch.float64)

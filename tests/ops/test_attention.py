@@ -134,18 +134,13 @@ def compare(tensors, options, dtype, assert_no_worse, saturated=False):
     for name, value in got.items():
         assert value.dtype == dtype, name
         if saturated and name in ("dq", "dk"):
-            # dout . v and dout . out cancel where one key has all the weight: to a rounding, in every flash attention
+            # dout . v and dout . out cancel where one key has all the weight: to a rounding, in every flash attention;
+            # but large scores are rounded too, in every order otherwise, and what this makes is left to the rule
             terms = (dout.double().abs() @ low["v"].double().abs().mT).amax()
             cancelled = terms * low["q" if name == "dk" else "k"].abs().amax()
-            assert (value.double() - exact[name]).abs().amax() <= 2 * torch.finfo(dtype).eps * cancelled, name
-        elif saturated and dtype == torch.float32:
-            # large scores are rounded before the softmax, by each order of summation otherwise: so are their weights
-            score = (low["q"].double().abs() @ low["k"].double().abs().mT).amax() * low["q"].shape[-1] ** -0.5
-            reach = low["v"] if name == "out" else dout
-            bound = 2 * torch.finfo(dtype).eps * score * reach.double().abs().sum(2).amax()
-            assert (value.double() - exact[name]).abs().amax() <= bound, name
-        else:
-            judged[name] = value
+            if (value.double() - exact[name]).abs().amax() <= 2 * torch.finfo(dtype).eps * cancelled:
+                continue
+        judged[name] = value
     assert_no_worse("", judged, expected, truth)
     return got
 

@@ -80,7 +80,9 @@ def check(tensors, dout, options, assert_no_worse):
         for name, of in (("dq", k), ("dk", q)):
             terms = (dout.double().abs() @ v.mT).amax() * of.amax()
             error = (named[0].pop(name).double() - named[2][name]).abs().amax()
-            assert error <= 2 * torch.finfo(dout.dtype).eps * terms, name
+            # both are sums of K terms in fp32, and are stored
+            summed = 1.5 * torch.finfo(torch.float32).eps * q.shape[-1] ** 0.5
+            assert error <= (2 * torch.finfo(dout.dtype).eps + summed) * terms, name
     assert_no_worse("", *named[:2], lambda: dict(zip(named[1], exact(), strict=True)))
     return got
 
