@@ -655,7 +655,9 @@ def test_a_full_disk_for_the_output_is_one_sentence(run, monkeypatch, photos, mo
         patch.setattr(sys, "stdout", Full())
         done = run(*command.format(photo=photos[0], model=model).split())
     assert done.code == 1
-    assert done.err == "prismer: output cannot be written: No space left on device\n"
+    assert done.err == (
+        "prismer: output cannot be written: No space left on device; free some space and give the command again\n"
+    )
 
 
 @pytest.mark.parametrize("stream", (Full, lambda: None), ids=("full", "closed"))
@@ -685,7 +687,7 @@ def test_a_full_disk_is_one_sentence(run, monkeypatch, number):
     done = run("info")
     assert (done.code, done.err) == (
         1,
-        f"prismer: a.bin cannot be written: {os.strerror(number)}\n",
+        f"prismer: a.bin cannot be written: {os.strerror(number)}; free some space and give the command again\n",
     )
 
 

@@ -320,6 +320,8 @@ def test_a_prefix_of_all_tensors_is_left_out(model, tmp_path, prefix):
     model.save_pretrained(tmp_path / "m")
     path = tmp_path / "m" / "model.safetensors"
     save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
+    # of the file as it was written
+    (tmp_path / "m" / "checksums.json").unlink()
     for a, b in zip(
         Prismer.from_pretrained(tmp_path / "m").parameters(), model.parameters(), strict=True
     ):

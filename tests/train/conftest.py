@@ -165,11 +165,16 @@ class Workshop:
             k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         }
         environment["OMP_NUM_THREADS"] = "1"
+        def prepare() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+            # tests that run under nohup would hand it on as ignored
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
         with open(log, "a") as file:
             process = subprocess.Popen(
                 [str(word) for word in (*command, *arguments)],
                 stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=self.folder, start_new_session=True,
-                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY)),
+                preexec_fn=prepare,
             )  # fmt: skip
         self.processes.append(process)
         return Run(process, folder, log)

@@ -169,7 +169,7 @@ def test_full_disk_stops(workshop):
     """At the first checkpoint: one sentence of the process that writes, no leftovers, and the others do not hang."""
     run = workshop.launch("full", "deepspeed 2", largest_file=200_000, steps=20, precision="fp32")
     assert run.end() == 1, run.text()
-    assert "model.safetensors cannot be used: File too large; free some space" in run.text()
+    assert "model.safetensors cannot be written: File too large; free some space" in run.text()
     assert "Traceback" not in run.text()
     assert not list((run.folder / "checkpoints").iterdir())
 
