@@ -277,7 +277,8 @@ def test_ledger(with_rows, with_positions):
     met = sum(len((tile // 32).unique()) for tile in tiles)
     cells = sum(len((tile // 32).unique()) * len(tile) for tile in tiles)
     blocks, columns = -(-num_rows // 32), -(-D // 64)
-    assert 0 < met < blocks * len(tiles)
+    # a tile leaves out the blocks that none of its cells names; a rare draw names all
+    assert 0 < met <= blocks * len(tiles)
     assert ledger.dot_flops == 2 * 32 * 32 * 64 * met * columns
     assert ledger.bytes_read == D * 2 * cells + blocks * columns * lookup * N
     assert ledger.bytes_written == 4 * num_rows * D
