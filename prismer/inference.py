@@ -17,8 +17,9 @@ from prismer.ranking import AnswerTrie, Ranking, rank_answers
 from prismer.tasks import encode_answer, encode_class_name, encode_prompt, encode_question
 from prismer.tokenizer import Tokenizer
 
-_MAX_TOKENS = 512
-# of a text to choose from: no text tower has more positions, and the trie takes memory by the square
+_MAX_TOKENS = 4096
+# of a text to choose from: far more than a text tower has positions (checked with the question), and few enough for a
+# trie, which takes memory by the square
 
 
 @dataclass(frozen=True)
