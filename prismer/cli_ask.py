@@ -320,9 +320,10 @@ def read_texts(given: str, what: str) -> list[str]:
         ValueError: if the file is missing or holds something else, or there are fewer than two texts.
     """
     path = Path(given)
-    if path.is_file():
+    # os.path: many texts make a longer name than a file can have, of which Path says so by an error
+    if os.path.isfile(given):
         texts = _read_list(path)
-    elif "," not in given and (path.is_dir() or "/" in given or path.suffix):
+    elif "," not in given and (os.path.isdir(given) or "/" in given or path.suffix):
         raise ValueError(
             f"{what} names {given}, which is no file; give a JSON list, a file of lines, or a,b,c"
         )
@@ -337,13 +338,11 @@ def read_texts(given: str, what: str) -> list[str]:
 
 
 def _read_list(path: Path) -> list[str]:
-    try:
-        content = path.read_text(encoding="utf-8")
-        texts = json.loads(content) if path.suffix == ".json" else content.splitlines()
-    except ValueError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); give a JSON list or a file of lines, in UTF-8"
-        ) from None
+    from prismer.reading import decode_text, lines_of, parse_json, read_bytes
+
+    remedy = "give a JSON list or a file of lines, in UTF-8"
+    content = decode_text(read_bytes(path), path, remedy)
+    texts = parse_json(content, path, remedy) if path.suffix == ".json" else lines_of(content)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'{path} is not a list of strings; write it as ["a", "b"]')
     return texts

@@ -1,7 +1,6 @@
 """Pictures of any kind -> what the model reads: square uint8 RGB tensors, with expert labels where there are some."""
 
 import io
-import json
 import os
 import struct
 import warnings
@@ -23,6 +22,7 @@ from prismer.dataloading.labels import unpack_labels
 from prismer.dataloading.pixels import to_8_bits, to_rgb
 from prismer.dataloading.shard_index import check_classes
 from prismer.experts import EXPERTS, FEATURE_WIDTH
+from prismer.reading import parse_json
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
 """A file, its bytes, a PIL image, a uint8 or uint16 array (h, w) or (h, w, 1 | 3 | 4), or a uint8 tensor (3, h, w)."""
@@ -235,10 +235,7 @@ class ExpertLabels:
         tables = path.with_suffix(".json")
         meta = {}
         if tables.is_file():
-            try:
-                meta = json.loads(tables.read_bytes())
-            except ValueError as error:
-                raise ValueError(f"{tables} is not JSON ({error}); write it again") from None
+            meta = parse_json(tables.read_bytes(), tables, "write it again")
         elif any(EXPERTS[expert].is_ids for expert in planes):
             raise ValueError(
                 f"{path} holds maps of ids, but {tables.name} with their tables is missing; put it there"

@@ -17,6 +17,10 @@ from prismer.ranking import AnswerTrie, Ranking, rank_answers
 from prismer.tasks import encode_answer, encode_class_name, encode_prompt, encode_question
 from prismer.tokenizer import Tokenizer
 
+_MAX_TOKENS = 4096
+# of a text to choose from: far more than a text tower has positions (checked with the question), and few enough for a
+# trie, which takes memory by the square
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -60,7 +64,14 @@ class Candidates:
         name: str,
     ) -> "Candidates":
         texts = _texts(texts, name)
-        trie = AnswerTrie([encode(tokenizer, text) for text in texts], tokenizer.eos_id)
+        encoded = [encode(tokenizer, text) for text in texts]
+        longest = max(range(len(texts)), key=lambda i: len(encoded[i]))
+        if len(encoded[longest]) > _MAX_TOKENS:
+            raise ValueError(
+                f"entry {longest} of {name} has {len(encoded[longest])} tokens, at most {_MAX_TOKENS} can be ranked; "
+                f"shorten it"
+            )
+        trie = AnswerTrie(encoded, tokenizer.eos_id)
         return cls(texts, trie)
 
 

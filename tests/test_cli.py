@@ -20,6 +20,7 @@ from PIL import Image
 import prismer
 from prismer.checkpoint import shipped_folder
 from prismer.cli import main
+from prismer.cli_ask import read_texts
 from prismer.config import prismer_tiny
 from prismer.dataloading.features import write_table
 from prismer.dataloading.scenes import render_dataset
@@ -397,13 +398,13 @@ FAULTS = {  # arguments after "caption PHOTO --model COPY" or a whole command li
     ),
     "answers-not-json": (
         "answer {photo} What? --answers {tmp}/bad.json --model {copy}",
-        "bad.json cannot be read",
+        "bad.json is not JSON",
     ),
     "answers-not-a-list": (
         "answer {photo} What? --answers {copy}/config.json",
         "is not a list of strings",
     ),
-    "answers-binary": ("answer {photo} What? --answers {photo}", "cannot be read"),
+    "answers-binary": ("answer {photo} What? --answers {photo}", "is not UTF-8 text"),
     "answers-one": (
         "answer {photo} What? --answers yes,,yes",
         "holds 1 different texts; give at least two",
@@ -412,6 +413,9 @@ FAULTS = {  # arguments after "caption PHOTO --model COPY" or a whole command li
         "answer {photo} What? --answers {tmp}/empty.jpg",
         "holds 0 different texts",
     ),
+    "classes-deep": ("classify {photo} --classes {tmp}/deep.json", "nested too deeply"),
+    "classes-zero-bytes": ("classify {photo} --classes {tmp}/zeros.txt", "zero bytes"),
+    "classes-long": ("classify {photo} --classes {tmp}/long.txt --model {copy}", "shorten it"),
     "classes-one": ("classify {photo} --classes cat", "give at least two"),
     "no-dataset": ("data show {tmp}", "is not a finished dataset"),
     "splits": ("data show {scenes}", "holds several datasets; name one of"),
@@ -444,10 +448,30 @@ FAULTS = {  # arguments after "caption PHOTO --model COPY" or a whole command li
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "\ufeffcat\r\na\u2028dog\r\n"),
+        ("a.json", '\ufeff["cat", "a\\u2028dog"]'),
+        (None, "cat," + "a\u2028dog," * 100),
+    ],
+)
+def test_texts_to_choose_from_are_read_as_any_text_file(tmp_path, name, text):
+    if name:
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    assert read_texts(str(tmp_path / name) if name else text, "--classes") == ["cat", "a\u2028dog"]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_the_user_is_one_sentence(run, fault, copy, photos, scenes, tmp_path):
     command, words = FAULTS[fault]
-    for name, data in (("empty.jpg", b""), ("bad.json", b"[1,")):
+    for name, data in (
+        ("empty.jpg", b""),
+        ("bad.json", b"[1,"),
+        ("deep.json", b"[" * 100_000),
+        ("zeros.txt", b"a\0b\nc"),
+        ("long.txt", b"x" * 100_000 + b"\nc"),
+    ):
         (tmp_path / name).write_bytes(data)
     for name in ("empty", "bad"):
         (tmp_path / name).mkdir()

@@ -349,6 +349,7 @@ def test_labels_from_files(scenes, tmp_path):
 
     for name, data, words in (
         ("a.json", b"{", "is not JSON"),
+        ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b"[]", "does not hold tables"),
         ("a.json", b'{"classes": {"seg": 5}}', "a.json cannot be used: the class table of seg"),
         (
