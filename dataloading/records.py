@@ -207,6 +207,8 @@ def _image_of(entry: object) -> str:
 
 def _captions(entry: dict) -> list[str]:
     """The captions of an entry; [] if it has none."""
+    if "caption" not in entry and {"question", "answer", "answers"} & entry.keys():
+        raise _BadEntry(f"({entry.get('image')}) has a question and no caption; import it with `vqa`")
     captions = entry.get("caption", [])
     captions = captions if isinstance(captions, list) else [captions]
     problems = meta_problems({"captions": captions})

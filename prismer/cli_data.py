@@ -206,6 +206,8 @@ def _import(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1"
             )
+    if "source_folder" in args and args.source_folder.resolve() == args.out.resolve():
+        raise ValueError(f"--out {args.out} is the folder that is imported; name another, which gets the shards")
     records = args.records(args)
     if not len(records):
         raise ValueError(f"there are no images to import; {check_what(records)}")

@@ -34,6 +34,8 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     Raises:
         OSError: if it cannot be opened, or is a named pipe, a socket, a device or a folder.
     """
+    if "\0" in os.fspath(path):
+        raise OSError(errno.EINVAL, "no file has zero bytes in its name", str(path).replace("\0", "\\0"))
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind != stat.S_IFREG:
         what = f"it is {_KINDS.get(kind, 'no file')}, not a file; name a file"

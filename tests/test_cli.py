@@ -433,6 +433,7 @@ FAULTS = {  # arguments after "caption PHOTO --model COPY" or a whole command li
         "data import folder {bad} --out {tmp}/o",
         "none of the 1 images could be imported",
     ),
+    "import-onto-itself": ("data import folder {bad} --out {bad}", "is the folder that is imported"),
     "import-no-threads": ("data import folder {bad} --out {tmp}/o --workers 0", "--workers is 0"),
     "export-nothing": (
         "export {tmp} --out {tmp}/o",

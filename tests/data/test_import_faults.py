@@ -82,7 +82,22 @@ def test_json_ends_in_one_sentence(data, message):
     assert parse_json(b"\xef\xbb\xbf[1]", "x") == [1]
 
 
+def test_no_file_has_zero_bytes_in_its_name():
+    with pytest.raises(ValueError, match="cannot be read .no file has zero bytes"):
+        read_lines("a\0b")
+
+
 # --- lists
+
+
+def test_a_question_list_is_no_caption_list(tmp_path):
+    write(tmp_path / "in/a.jpg", encode(picture()))
+    question = {"image": "a.jpg", "question": "what?", "answer": "a cat"}
+    lists = tmp_path / "l.json"
+    lists.write_text(json.dumps([{"image": "a.jpg", "caption": "a cat"}, question]))
+    _, report = run(caption_records(lists, tmp_path / "in"), tmp_path / "out")
+    (skipped,) = report.skipped
+    assert "has a question and no caption; import it with `vqa`" in skipped["reason"]
 
 
 @pytest.mark.parametrize(
