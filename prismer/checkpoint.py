@@ -55,7 +55,7 @@ def save_pretrained(model, folder: str | Path, answers: Sequence[str] | None = N
         answers: what the model chooses from when it is asked without a list.
 
     Raises:
-        ValueError: if its towers are int8.
+        ValueError: if its towers are int8, or `folder` is a file, or holds other things than a model.
         OSError: with the name of a file, if the disk is full or broken; nothing is left of the attempt.
     """
     state = model.state_dict()
@@ -63,12 +63,27 @@ def save_pretrained(model, folder: str | Path, answers: Sequence[str] | None = N
         raise ValueError(
             "the model's towers are int8, which no model folder holds; keep the folder that it was loaded from"
         )
+    _refuse_others(Path(folder))
     with new_folder(folder) as aside:
         crc = save_tensors(state, aside / WEIGHTS)
         write_description(model, aside)
         if answers is not None:
             write_json(aside / ANSWERS, list(answers))
         write_checksums(aside, {WEIGHTS: crc})
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse a folder that is no model's: a save replaces all that it holds.
+
+    Raises:
+        ValueError: which names something that would be lost.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names and not names & {CONFIG, WEIGHTS}:
+        raise ValueError(
+            f"{folder} is no model folder, and holds {min(names)} and the like, which a save would delete; "
+            f"give a new folder"
+        )
 
 
 def write_description(model, folder: Path) -> None:
@@ -145,7 +160,10 @@ def from_pretrained(
     # no memory is filled twice: the tensors are the first that the weights hold
     with torch.device("meta"):
         model = Prismer(config, tokenizer)
-    _check_dtypes(tensors, source=str(weights))
+    # what the model has no place for is told by the table of a `Misfit`
+    _check_dtypes(
+        {key: tensors[key] for key in model.state_dict() if key in tensors}, source=str(weights)
+    )
     stored = tensors[POSITIONS].dtype if POSITIONS in tensors else torch.float32
     dtype, why = inference_dtype(dtype, stored, config, torch.device(device))
     if why:

@@ -266,3 +266,27 @@ def test_weights_that_are_no_floats(model, folder, dtype, which):
     (folder / "checksums.json").unlink()
     message = refusal(lambda: Prismer.from_pretrained(folder))
     assert f"{which} as {dtype}" in message
+
+
+@pytest.mark.parametrize("kind", ["file", "fifo", "dangling link", "folder of other things"])
+def test_a_save_deletes_nothing_of_others(model, tmp_path, kind):
+    place = tmp_path / "place"
+    if kind == "file":
+        place.write_text("mine")
+    elif kind == "fifo":
+        os.mkfifo(place)
+    elif kind == "dangling link":
+        place.symlink_to("nowhere")
+    else:
+        place.mkdir()
+        (place / "mine.txt").write_text("mine")
+    before = sorted((path, path.lstat().st_mode) for path in tmp_path.rglob("*"))
+    refusal(lambda: model.save_pretrained(place))
+    assert sorted((path, path.lstat().st_mode) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_save_replaces_a_model_and_fills_an_empty_folder(model, tmp_path):
+    (tmp_path / "m").mkdir()
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "m")
+    assert Prismer.from_pretrained(tmp_path / "m") is not None
