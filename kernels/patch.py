@@ -15,7 +15,8 @@ knows (`patch_state.py`): once one of them is quantised, pruned, hooked, wrapped
 its own forward, says so in one warning, and goes back to the fused op when the layers do.
 
 Two things follow. Under `torch.autocast` every module runs its own forward: cast the model (`model.bfloat16()`) to have
-the fused ops. And the fused ops have no second derivative.
+the fused ops. Under the transforms of `torch.func` and `torch.jit.trace` it does too. And the fused ops have no second
+derivative.
 """
 
 import functools
@@ -288,6 +289,9 @@ def _with_plain(method: Callable, plain: Callable, rule: Rule | None) -> Callabl
     def call(self, *args, **kwargs):
         # the ops take dtypes as they come
         if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+            return plain(self, *args, **kwargs)
+        # neither torch.func's transforms nor torch.jit.trace can look into the ops
+        if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
             return plain(self, *args, **kwargs)
         if rule is not None:
             x = args[0] if args else next(iter(kwargs.values()), None)

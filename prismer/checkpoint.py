@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pickle
 import re
 import warnings
 import zipfile
@@ -56,7 +55,7 @@ def save_pretrained(model, folder: str | Path, answers: Sequence[str] | None = N
         answers: what the model chooses from when it is asked without a list.
 
     Raises:
-        ValueError: if its towers are int8.
+        ValueError: if its towers are int8, or `folder` is a file, or holds other things than a model.
         OSError: with the name of a file, if the disk is full or broken; nothing is left of the attempt.
     """
     state = model.state_dict()
@@ -64,12 +63,27 @@ def save_pretrained(model, folder: str | Path, answers: Sequence[str] | None = N
         raise ValueError(
             "the model's towers are int8, which no model folder holds; keep the folder that it was loaded from"
         )
+    _refuse_others(Path(folder))
     with new_folder(folder) as aside:
         crc = save_tensors(state, aside / WEIGHTS)
         write_description(model, aside)
         if answers is not None:
             write_json(aside / ANSWERS, list(answers))
         write_checksums(aside, {WEIGHTS: crc})
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse a folder that is no model's: a save replaces all that it holds.
+
+    Raises:
+        ValueError: which names something that would be lost.
+    """
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names and not names & {CONFIG, WEIGHTS}:
+        raise ValueError(
+            f"{folder} is no model folder, and holds {min(names)} and the like, which a save would delete; "
+            f"give a new folder"
+        )
 
 
 def write_description(model, folder: Path) -> None:
@@ -146,6 +160,10 @@ def from_pretrained(
     # no memory is filled twice: the tensors are the first that the weights hold
     with torch.device("meta"):
         model = Prismer(config, tokenizer)
+    # what the model has no place for is told by the table of a `Misfit`
+    _check_dtypes(
+        {key: tensors[key] for key in model.state_dict() if key in tensors}, source=str(weights)
+    )
     stored = tensors[POSITIONS].dtype if POSITIONS in tensors else torch.float32
     dtype, why = inference_dtype(dtype, stored, config, torch.device(device))
     if why:
@@ -211,6 +229,20 @@ _AXES = {
 }
 
 
+def _check_dtypes(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse whole and complex numbers where weights should be: without their scales they are other weights.
+
+    Raises:
+        ValueError: which names the first such tensor.
+    """
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() and not key.endswith(".num_batches_tracked"):
+            raise ValueError(
+                f"{source} holds {key} as {tensor.dtype}, and weights are floating-point numbers; if they were "
+                f"quantised, apply their scales first"
+            )
+
+
 def folder_config(folder: str | Path) -> PrismerConfig:
     """The architecture of a model folder, compared with its weights where they lie beside it.
 
@@ -263,6 +295,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 def _locate(source: str | Path) -> tuple[Path | None, Path]:
     """The folder whose config and tokenizer count, or None for a single published file; and the file of weights."""
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        raise ValueError(
+            f"the model is {source!r:.60}; give a folder, a file, owner/name on the hub, or {SHIPPED[0]}"
+        )
     path = Path(source)
     if path.is_file():
         return (path.parent if path.name == WEIGHTS else None), path
@@ -336,22 +372,29 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"{path} is not a whole safetensors file ({error}); export it again"
             ) from None
+    damaged = None
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 # torch.load compares no checksums
-                if damaged := archive.testzip():
-                    raise ValueError(f"{path} is damaged (the checksum of {damaged}); get it again")
+                damaged = archive.testzip()
         # the pages of a zip are read as they are copied, so that memory holds the weights once
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        if not damaged:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (OSError, MemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # bytes that are no pickle end torch's reader in whatever way they lead it
         reason = str(error).strip().splitlines()[0][:120] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} is not a whole file of tensors ({reason}); get it again"
         ) from None
+    if damaged:
+        raise ValueError(f"{path} is damaged (the checksum of {damaged}); get it again")
     if not isinstance(found, dict) or not all(
-        isinstance(value, Tensor) for value in found.values()
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
     ):
         raise ValueError(
             f"{path} does not hold tensors by name; give a file that holds a state dict alone"

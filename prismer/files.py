@@ -114,8 +114,13 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """Give an empty folder beside `folder` to fill; after the block it stands in the place of `folder`.
 
     If the block fails, the old folder stays as it was and nothing is left beside it.
+
+    Raises:
+        ValueError: if something else than a folder has that name: a file, a device, a link to nowhere.
     """
     folder = Path(folder)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"{folder} is there and is no folder; give another name")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from disk import full_after
+from safetensors.torch import save_file
 
 from prismer.checkpoint import shipped_folder
 from prismer.config import PrismerConfig, prismer_tiny
@@ -229,3 +230,63 @@ def test_weights_are_written_as_they_are(tmp_path):
     assert find_damage(tmp_path / "m") is None, "the checksum of the stream is not that of the file"
     again = Prismer.from_pretrained(tmp_path / "m", dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("source", [None, 5, b"tiny", ["tiny"], ""])
+def test_what_is_no_name_of_a_model(source):
+    assert "the model is" in refusal(lambda: Prismer.from_pretrained(source))
+
+
+@pytest.mark.parametrize(
+    "data", [b"hi", b"\x80\x02junk", b"\x80\x05.", b"GIF89a", b"PK\3\4junk", b"{}", b"["]
+)
+def test_bytes_that_are_no_torch_file(tmp_path, data):
+    (tmp_path / "pytorch_model.bin").write_bytes(data)
+    message = refusal(lambda: Prismer.from_pretrained(tmp_path / "pytorch_model.bin"))
+    assert "pytorch_model.bin is not a whole file of tensors" in message
+
+
+def test_tensors_without_names(tmp_path):
+    torch.save({1: torch.zeros(2), "a": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    message = refusal(lambda: Prismer.from_pretrained(tmp_path / "pytorch_model.bin"))
+    assert "does not hold tensors by name" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize(
+    "which", ["encoder.positional_embedding", "decoder.embeddings.word.weight"]
+)
+def test_weights_that_are_no_floats(model, folder, dtype, which):
+    """Loaded as they are, int8 weights without their scales are other weights."""
+    state = model.state_dict()
+    save_file(
+        {k: (t.to(dtype) if k == which else t).clone() for k, t in state.items()},
+        folder / "model.safetensors",
+    )
+    (folder / "checksums.json").unlink()
+    message = refusal(lambda: Prismer.from_pretrained(folder))
+    assert f"{which} as {dtype}" in message
+
+
+@pytest.mark.parametrize("kind", ["file", "fifo", "dangling link", "folder of other things"])
+def test_a_save_deletes_nothing_of_others(model, tmp_path, kind):
+    place = tmp_path / "place"
+    if kind == "file":
+        place.write_text("mine")
+    elif kind == "fifo":
+        os.mkfifo(place)
+    elif kind == "dangling link":
+        place.symlink_to("nowhere")
+    else:
+        place.mkdir()
+        (place / "mine.txt").write_text("mine")
+    before = sorted((path, path.lstat().st_mode) for path in tmp_path.rglob("*"))
+    refusal(lambda: model.save_pretrained(place))
+    assert sorted((path, path.lstat().st_mode) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_save_replaces_a_model_and_fills_an_empty_folder(model, tmp_path):
+    (tmp_path / "m").mkdir()
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "m")
+    assert Prismer.from_pretrained(tmp_path / "m") is not None

@@ -461,6 +461,32 @@ def test_compiled(how):
         torch.testing.assert_close(run(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
+TRANSFORMS = {
+    "grad": lambda model, x: torch.func.grad(lambda x: model(x).square().sum())(x),
+    "grad of weights": lambda model, x: torch.func.grad(
+        lambda weights: torch.func.functional_call(model, weights, (x,)).square().sum()
+    )(dict(model.named_parameters())),
+    "vmap": lambda model, x: torch.func.vmap(model)(x),
+    "jvp": lambda model, x: torch.func.jvp(model, (x,), (x,)),
+    "jit.trace": lambda model, x: torch.jit.trace(model, (x,), check_trace=False)(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("how", TRANSFORMS)
+@pytest.mark.parametrize("layer", ("clip mlp", "bert mlp"))
+def test_what_looks_into_a_forward(layer, how):
+    """torch.func and torch.jit.trace find torch's own operators."""
+    plain, inputs, holder, name = case(layer)
+    plain = plain.get_submodule(holder).eval()
+    patched = copy.deepcopy(plain)
+    apply_to(patched)
+    x = torch.randn(2, 3, 32)
+    # torch's flash attention has no forward-mode derivative
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        torch.testing.assert_close(TRANSFORMS[how](patched, x), TRANSFORMS[how](plain, x))
+
+
 def test_another_dtype_is_torchs_own_error():
     plain, inputs, holder, name = case("clip mlp")
     patched = copy.deepcopy(plain)
