@@ -147,12 +147,17 @@ def test_from_pretrained_tells_what_it_chose(monkeypatch, tmp_path):
 DENIED = """
 import sys, warnings
 import torch
+from prismer import precision
 from prismer.config import prismer_base
 from prismer.model import Prismer
-from prismer.precision import caption_seconds, choose_precision
-spent = caption_seconds(prismer_base(image_size=480))
-assert spent[torch.float32] < spent[torch.bfloat16], spent
-chosen, why = choose_precision("auto", 768, torch.device("cpu"))
+# measured once, so that what is decided does not hang on what else the machine does
+spent = precision.caption_seconds(prismer_base(image_size=480))
+rates = precision.block_rates(768)
+if spent[torch.float32] >= spent[torch.bfloat16] or rates[torch.float32] <= rates[torch.bfloat16]:
+    print(spent, rates)
+    sys.exit(77)
+precision.caption_seconds, precision.block_rates = lambda *_, **__: spent, lambda *_, **__: rates
+chosen, why = precision.choose_precision("auto", 768, torch.device("cpu"))
 assert chosen == "fp32", why
 for dtype in (None, "auto"):
     with warnings.catch_warnings(record=True) as told:
@@ -177,4 +182,6 @@ def test_without_bf16_instructions(tmp_path):
         capture_output=True,
         text=True,
     )
+    if done.returncode == 77:
+        pytest.skip(f"bf16 is no slower here even so: {done.stdout}")
     assert done.returncode == 0, done.stderr
