@@ -84,11 +84,11 @@ class PrismerConfig:
 
     def __post_init__(self):
         if not isinstance(self.experts, (list, tuple)):
-            raise ValueError(f"experts is {self.experts!r}; give a list of names, [] for none")
+            raise ValueError(f"experts is {shown(self.experts)}; give a list of names, [] for none")
         object.__setattr__(self, "experts", tuple(self.experts))
         for expert in self.experts:
             if not isinstance(expert, str) or expert not in EXPERTS:
-                raise ValueError(f"unknown expert {expert!r} in experts; choose from {', '.join(EXPERTS)}")
+                raise ValueError(f"unknown expert {shown(expert)} in experts; choose from {', '.join(EXPERTS)}")
         if len(set(self.experts)) != len(self.experts):
             raise ValueError(f"experts lists one twice: {', '.join(self.experts)}; name each once")
         for field in dataclasses.fields(self):
@@ -102,7 +102,7 @@ class PrismerConfig:
             elif field.type is float and not math.isfinite(value):
                 raise ValueError(f"{field.name} is {value}; give a finite number")
             elif field.type is str and not is_text(value):
-                raise ValueError(f"{field.name} is {value!r}, which cannot be written as UTF-8; correct it")
+                raise ValueError(f"{field.name} is {shown(value)}, which cannot be written as UTF-8; correct it")
         for name, (most, why) in _MOST.items():
             if getattr(self, name) > most:
                 raise ValueError(f"{name} is {shown(getattr(self, name))}; at most {most} ({why})")
@@ -119,9 +119,9 @@ class PrismerConfig:
         if self.vision_width % 8:
             raise ValueError(f"vision_width {self.vision_width} is not a multiple of 8, which the stems halve thrice")
         if self.vision_activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f"vision_activation is {self.vision_activation!r}; choose quick_gelu or gelu")
+            raise ValueError(f"vision_activation is {shown(self.vision_activation)}; choose quick_gelu or gelu")
         if self.semantics not in ("clip", "spelling"):
-            raise ValueError(f"semantics is {self.semantics!r}; choose clip or spelling")
+            raise ValueError(f"semantics is {shown(self.semantics)}; choose clip or spelling")
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
         if self.grid > MAX_GRID:
@@ -264,6 +264,8 @@ def preset(name: str, **changes) -> PrismerConfig:
     """The preset `name`; a `-z` at the end leaves the experts out, e.g. "base-z"."""
     size, _, suffix = name.partition("-")
     if size not in PRESETS or suffix not in ("", "z"):
-        raise ValueError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}, each also with -z (no experts)")
+        raise ValueError(
+            f"unknown preset {shown(name)}; choose from {', '.join(PRESETS)}, each also with -z (no experts)"
+        )
     without = dict(name=name, experts=()) if suffix else {}
     return PRESETS[size](**{**without, **changes})

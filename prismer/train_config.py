@@ -129,7 +129,7 @@ class TrainConfig:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; choose from {', '.join(choices)}"
+                    f"{name} is {shown(getattr(self, name))}; choose from {', '.join(choices)}"
                 )
         for name in ("data", "model"):
             if not getattr(self, name):
@@ -193,7 +193,7 @@ def _check_run(run: str) -> None:
     """Refuse a run whose folder would be `runs` itself, the working directory or the root."""
     last = run.rstrip("/").rpartition("/")[2]
     if last.strip() in ("", ".", ".."):
-        raise ValueError(f"run is {run!r}, which names no folder of its own; give a name such as tiny")
+        raise ValueError(f"run is {shown(run)}, which names no folder of its own; give a name such as tiny")
     if len(last.encode()) > 200:
         raise ValueError(f"run is {shown(run)}; give a name of at most 200 bytes")
 
@@ -279,7 +279,7 @@ def read_config(path: str | Path, **overrides) -> tuple[TrainConfig, dict]:
     section = engine.pop("prismer", {})
     for key in engine:
         if key in _REFUSED:
-            raise ValueError(f"{key!r} in {path} is not used: {_REFUSED[key]}")
+            raise ValueError(f"{shown(key)} in {path} is not used: {_REFUSED[key]}")
         if key not in ENGINE_KEYS:
             raise ValueError(
                 f"unknown engine setting {shown(key)} in {path}; known are {', '.join(sorted(ENGINE_KEYS))}"
@@ -359,25 +359,25 @@ def merge(config: TrainConfig, engine: dict, *, world_size: int, precision: str)
     for key, (field, value) in decided.items():
         if merged.get(key, "auto") not in ("auto", value):
             raise ValueError(
-                f"{key} is {merged[key]} in the engine settings, but {field} of the run gives {value}; "
+                f"{key} is {shown(merged[key])} in the engine settings, but {field} of the run gives {value}; "
                 f'write "auto" there, or change {field}'
             )
         merged[key] = value
     bf16 = merged.setdefault("bf16", {})
     if bf16.get("enabled", "auto") not in ("auto", precision == "bf16"):
         raise ValueError(
-            f"bf16.enabled is {bf16['enabled']} in the engine settings, but the run trains in {precision}; "
+            f"bf16.enabled is {shown(bf16['enabled'])} in the engine settings, but the run trains in {precision}; "
             f'write "auto" there, or set precision'
         )
     bf16["enabled"] = precision == "bf16"
     zero = merged.setdefault("zero_optimization", {})
     if zero.setdefault("stage", 3) != 3:
         raise ValueError(
-            f"zero_optimization.stage is {zero['stage']}; checkpoints here are for stage 3"
+            f"zero_optimization.stage is {shown(zero['stage'])}; checkpoints here are for stage 3"
         )
     offload = zero.get("offload_optimizer") or {}
     if offload.get("device", "none") not in ("none", "cpu"):
-        raise ValueError(f"offload_optimizer.device is {offload['device']!r}; choose none or cpu")
+        raise ValueError(f"offload_optimizer.device is {shown(offload['device'])}; choose none or cpu")
     # torch's AdamW also runs on the CPU; DeepSpeed would insist on its own, which compiles C++ at start
     merged.setdefault("zero_force_ds_cpu_optimizer", False)
     # its own step report repeats ours

@@ -64,7 +64,9 @@ def mutated(draw, value, most=3):
             holder = holder[key]
         kind = draw(st.sampled_from(("replace", "replace", "replace", "remove", "add")))
         if kind == "replace":
-            holder[last] = draw(anything)
+            # texts are what breaks readers most: half of them stay texts, odd ones
+            odd = isinstance(holder[last], str) and draw(st.booleans())
+            holder[last] = draw(st.sampled_from(ODD_TEXTS) if odd else anything)
         elif kind == "remove":
             del holder[last]
         elif isinstance(holder, list):
