@@ -78,10 +78,7 @@ def native_extensions() -> list[Extension]:
             # instruction sets are chosen at run time, see csrc/cpu: one wheel serves every x86-64
             # nothing reads errno, and for its sake no square root would go into a vector;
             # everything that takes vectors is inlined, so that how they are passed is no matter
-            extra_compile_args=[
-                *("-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"),
-                "-Wno-psabi",
-            ],
+            extra_compile_args=[*("-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"), "-Wno-psabi"],
             py_limited_api=True,
         )
     ]
@@ -89,10 +86,7 @@ def native_extensions() -> list[Extension]:
         extensions.append(
             Extension(
                 "prismer._C_cuda",
-                sources=[
-                    "csrc/cuda/register.cpp",
-                    *map(str, sorted(Path("csrc/cuda").glob("*.cu"))),
-                ],
+                sources=["csrc/cuda/register.cpp", *map(str, sorted(Path("csrc/cuda").glob("*.cu")))],
                 include_dirs=[str(torch / "include")],
                 library_dirs=[str(torch / "lib")],
                 libraries=["c10", "torch", "torch_cpu", "torch_cuda"],

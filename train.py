@@ -1,7 +1,8 @@
 """Train a Prismer with ZeRO-3: `deepspeed train.py --config zero3.json`; `torchrun` and plain `python` do as well.
 
 With nothing else it trains the embedded demonstration: preset tiny on rendered scenes. The settings of a run are the
-fields of prismer.train_config.TrainConfig; give them in a "prismer" section of the JSON, the commonest also as flags.
+fields of prismer.training.config.TrainConfig; give them in a "prismer" section of the JSON, the most common also as
+flags.
 A run that was interrupted continues when the same command is given again.
 """
 
@@ -17,13 +18,9 @@ from typing import NoReturn
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     beside = Path(__file__).with_name("zero3.json")
-    parser.add_argument(
-        "--config", default=str(beside), help="DeepSpeed JSON, with an optional prismer section"
-    )
+    parser.add_argument("--config", default=str(beside), help="DeepSpeed JSON, with an optional prismer section")
     parser.add_argument("--task", help="joint, pretrain, caption, vqa or classify")
     parser.add_argument("--data", help="dataset folder with train/ and val/")
     parser.add_argument("--model", help="preset, or model folder to start from")
@@ -31,9 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--run", "--name", help="name of the run: the folder under runs/")
     parser.add_argument("--steps", type=int, help="optimizer steps in all")
     parser.add_argument("--epochs", type=int, help="passes over the data")
-    parser.add_argument(
-        "--fresh", action="store_true", help="set an earlier run of this name aside and start anew"
-    )
+    parser.add_argument("--fresh", action="store_true", help="set an earlier run of this name aside and start anew")
     parser.add_argument(
         "--profile",
         type=int,
@@ -58,21 +53,15 @@ def main() -> int:
     _open_streams()
     arguments = parse_arguments()
     # imported late, so that --help and a mistyped flag answer at once
-    from prismer.train_config import read_config
-    from prismer.trainer import Trainer
+    from prismer.training.config import read_config
+    from prismer.training.trainer import Trainer
 
     flags = ("task", "data", "model", "run", "steps", "epochs")
     trainer = None
     try:
-        config, settings = read_config(
-            arguments.config, **{name: getattr(arguments, name) for name in flags}
-        )
+        config, settings = read_config(arguments.config, **{name: getattr(arguments, name) for name in flags})
         trainer = Trainer(
-            config,
-            settings,
-            local_rank=arguments.local_rank,
-            fresh=arguments.fresh,
-            profile=arguments.profile,
+            config, settings, local_rank=arguments.local_rank, fresh=arguments.fresh, profile=arguments.profile
         )
         return trainer.fit()
     except KeyboardInterrupt:
@@ -87,9 +76,9 @@ def _fail(error: Exception, training: bool) -> None:
 
     The others may be waiting for this one in a collective: it must be gone, so that they, or the launcher, notice.
     """
-    from prismer.engine import SharedError, peer_ended
     from prismer.errors import is_a_sentence
     from prismer.files import is_disk_failure, sentence
+    from prismer.training.zero import SharedError, peer_ended
 
     if isinstance(error, OSError):
         text, code = sentence(error), 1 if training or is_disk_failure(error) else 2

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from official_loader import BACKGROUND, LOW_LEVEL, MEAN, STD, expand
 from torch import Tensor, nn
 
-from prismer.dataloading.batch import IGNORE_INDEX, Batch, ImageBatch
+from benchmarks.official_loader import BACKGROUND, LOW_LEVEL, MEAN, STD, expand
+from prismer.batch import IGNORE_INDEX, Batch, ImageBatch
 from prismer.model import Prismer
-from prismer.tasks import encode_answer, encode_class_name, encode_prompt, encode_question
+from prismer.texts import encode_answer, encode_class_name, encode_prompt, encode_question
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,21 @@ def _quick_gelu(x: Tensor) -> Tensor:
 def _multihead(attn: nn.Module, q: Tensor, kv: Tensor) -> Tensor:
     """What `nn.MultiheadAttention` computes: (L, B, D) queries over keys and values from (M, B, D)."""
     return F.multi_head_attention_forward(
-        q, kv, kv, q.shape[-1], attn.num_heads, attn.in_proj_weight, attn.in_proj_bias, None, None, False, 0.0,
-        attn.out_proj.weight, attn.out_proj.bias, need_weights=False,
-    )[0]  # fmt: skip
+        q,
+        kv,
+        kv,
+        q.shape[-1],
+        attn.num_heads,
+        attn.in_proj_weight,
+        attn.in_proj_bias,
+        None,
+        None,
+        False,
+        0.0,
+        attn.out_proj.weight,
+        attn.out_proj.bias,
+        need_weights=False,
+    )[0]
 
 
 def _tile(x: Tensor, times: int) -> Tensor:
@@ -168,9 +180,15 @@ class Baseline:
         for conv, norm in zip(stem.convs, stem.norms, strict=True):
             x = F.conv2d(x, conv.weight, stride=conv.stride, padding=1)
             x = F.batch_norm(
-                x, norm.running_mean, norm.running_var, norm.weight, norm.bias, self.model.training, norm.momentum,
+                x,
+                norm.running_mean,
+                norm.running_var,
+                norm.weight,
+                norm.bias,
+                self.model.training,
+                norm.momentum,
                 norm.eps,
-            )  # fmt: skip
+            )
             x = F.relu(x)
         return F.conv2d(x, stem.project.weight)
 

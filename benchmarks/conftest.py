@@ -9,18 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import DEVICE, OURS, PEERS, ROWS, Call, Row
+
+from benchmarks.harness import DEVICE, OURS, PEERS, ROWS, Call, Row
 
 RESULTS = Path(__file__).with_name("results")
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--results", type=Path, default=RESULTS, help="folder for the CSV and the plot"
-    )
-    parser.addoption(
-        "--full", action="store_true", help="every shape with every contender, also on a CPU"
-    )
+    parser.addoption("--results", type=Path, default=RESULTS, help="folder for the CSV and the plot")
+    parser.addoption("--full", action="store_true", help="every shape with every contender, also on a CPU")
 
 
 @pytest.fixture
@@ -114,9 +111,7 @@ def table(rows: list[Row]) -> list[str]:
     for (room, shape, dtype, part), by_name in groups(rows).items():
         ours = by_name[OURS]
         ratios = "  ".join(
-            f"{name} {row.ratio:.2f} [{row.low:.2f} {row.high:.2f}]"
-            for name, row in by_name.items()
-            if name != OURS
+            f"{name} {row.ratio:.2f} [{row.low:.2f} {row.high:.2f}]" for name, row in by_name.items() if name != OURS
         )
         peer = next(by_name[name] for name in PEERS if name in by_name)
         memory = f"{ours.peak_mb:.1f} / {peer.peak_mb:.1f} MB"
@@ -144,9 +139,15 @@ def plot(rows: list[Row], path: Path) -> None:
     for y, ((_, _, dtype, part), row) in enumerate(found):
         spread = [[max(row.ratio - row.low, 0)], [max(row.high - row.ratio, 0)]]
         axes.barh(
-            y, row.ratio - 1, left=1, xerr=spread, height=0.75, color=colours.get(dtype, "grey"),
-            alpha=0.6 if part in ("forward+backward", "step") else 1.0, error_kw=dict(lw=0.8),
-        )  # fmt: skip
+            y,
+            row.ratio - 1,
+            left=1,
+            xerr=spread,
+            height=0.75,
+            color=colours.get(dtype, "grey"),
+            alpha=0.6 if part in ("forward+backward", "step") else 1.0,
+            error_kw=dict(lw=0.8),
+        )
     axes.set_yticks(range(len(found)), [" ".join((k[0], k[1], k[3])) for k, _ in found], fontsize=6)
     axes.set_ylim(len(found) - 0.5, -0.5)
     axes.set_xscale("log")

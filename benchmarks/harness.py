@@ -37,7 +37,7 @@ class Row:
         gb_per_s, tflop_per_s: of the bytes and FLOPs that the op cannot avoid; 0 where none were given.
         rounds: number of rounds.
         spread_ms: slowest less fastest round; of whole jobs, like what follows.
-        flops, ops: counted, not estimated (prismer.counting); operators issued, a fused one counts once.
+        flops, ops: counted, not estimated (prismer.costs.counting); operators issued, a fused one counts once.
         matrix_share: share of the operators' own time that went into matrix products, convolutions and attention.
     """
 
@@ -131,9 +131,7 @@ def peak_and_times(call: Callable) -> tuple[int, dict[str, float]]:
             call()
             synchronize()
         return peak, {e.key: e.self_device_time_total / 1e6 for e in profiler.key_averages()}
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()
     del kept
     live = peak = 0

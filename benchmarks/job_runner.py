@@ -9,18 +9,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from harness import OURS, ROWS, Row, peak_and_times, synchronize
-
-from prismer.counting import Counter
+from benchmarks.harness import OURS, ROWS, Row, peak_and_times, synchronize
+from prismer.costs.counting import Counter
 
 # what a convolution hands over to, and what ours uses in place of a registered op where nothing watches
 _PRODUCTS = frozenset(
     f"aten::{name}"
     for name in (
-        "mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_addmm_activation", "mkldnn_convolution",
-        "_slow_conv2d_forward", "_slow_conv2d_backward", "cudnn_convolution",
+        "mm",
+        "addmm",
+        "addmm_",
+        "bmm",
+        "baddbmm",
+        "baddbmm_",
+        "_addmm_activation",
+        "mkldnn_convolution",
+        "_slow_conv2d_forward",
+        "_slow_conv2d_backward",
+        "cudnn_convolution",
     )
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +120,7 @@ def measure(job: Job, rounds: int = 1, in_turn: Callable = run_in_turn) -> dict[
     return rows
 
 
-def _row(
-    job: Job, name: str, values: list[float], ours: list[float], peak: int, counter: Counter, share: float
-) -> Row:
+def _row(job: Job, name: str, values: list[float], ours: list[float], peak: int, counter: Counter, share: float) -> Row:
     ratios = [a / b for a, b in zip(values, ours, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     median = statistics.median(values)

@@ -10,21 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from official_loader import HIGH_LEVEL, LABEL_SIZE, LOW_LEVEL
 from PIL import Image
 
-from prismer.dataloading.features import Semantics
-from prismer.dataloading.importers import import_records
-from prismer.dataloading.records import caption_records
-from prismer.dataloading.scenes import WORDS, render_scene
+from benchmarks.official_loader import HIGH_LEVEL, LABEL_SIZE, LOW_LEVEL
+from prismer.dataloading.feed.features import Semantics
+from prismer.dataloading.scenes.dataset import WORDS, render_scene
+from prismer.dataloading.sources.importers import import_records
+from prismer.dataloading.sources.lists import caption_records
 from prismer.experts import BACKGROUND
 
 COUNT = 32
 WIDTH, HEIGHT = 640, 480
-CLASSES = {
-    "seg": [f"stuff {i}" for i in range(133)],
-    "obj_detection": [f"thing {i}" for i in range(722)],
-}
+CLASSES = {"seg": [f"stuff {i}" for i in range(133)], "obj_detection": [f"thing {i}" for i in range(722)]}
 NAMES = [f"set/picture-{i:03d}" for i in range(COUNT)]
 
 
@@ -52,16 +49,9 @@ def write_corpus(folder: Path, labels_per_map: tuple[int, ...]) -> dict[str, int
     entries = [{"image": f"{Path(name).name}.jpg"} for name in NAMES]
     (folder / "list.json").write_text(json.dumps(entries))
     for n in labels_per_map:
-        records = caption_records(
-            folder / "list.json", folder / "images", labels=folder / f"labels-{n}", dataset="set"
-        )
+        records = caption_records(folder / "list.json", folder / "images", labels=folder / f"labels-{n}", dataset="set")
         import_records(
-            records,
-            folder / f"shards-{n}",
-            source="benchmark",
-            class_tables=CLASSES,
-            workers=1,
-            progress=False,
+            records, folder / f"shards-{n}", source="benchmark", class_tables=CLASSES, workers=1, progress=False
         )
     return {part: total // COUNT for part, total in sizes.items()}
 

@@ -24,9 +24,17 @@ BACKGROUND = 255
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _SHEAR, _SHIFT, _ROTATION = 0.15, 0.165, 15
 _OPS = (
-    "identity", "shear_x", "shear_y", "shift_x", "shift_y", "rotate", "autocontrast", "equalize", "brightness",
+    "identity",
+    "shear_x",
+    "shear_y",
+    "shift_x",
+    "shift_y",
+    "rotate",
+    "autocontrast",
+    "equalize",
+    "brightness",
     "sharpness",
-)  # fmt: skip
+)
 
 
 class OfficialDataset(Dataset):
@@ -156,8 +164,7 @@ def _rand_augment(image: Image.Image, maps: dict) -> tuple[Image.Image, dict]:
         elif op in ("shear_x", "shear_y", "shift_x", "shift_y"):
             image = _warp(image, op, sign, Image.Resampling.BILINEAR, (0, 0, 0))
             maps = {
-                expert: _warp(map_, op, sign, Image.Resampling.NEAREST, _fill(expert))
-                for expert, map_ in maps.items()
+                expert: _warp(map_, op, sign, Image.Resampling.NEAREST, _fill(expert)) for expert, map_ in maps.items()
             }
     return image, maps
 

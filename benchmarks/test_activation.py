@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import compare, gate, on
-from shapes import MODELS
 
+from benchmarks.harness import compare, gate, on
+from benchmarks.shapes import MODELS
 from prismer.kernels.activation import bias_activation
 
 SHAPES = {
@@ -23,8 +23,7 @@ EAGER = {
 
 def calls(activation, R, D):
     functions = dict(
-        ours=lambda h, bias: bias_activation(h, bias, activation),
-        eager=lambda h, bias: EAGER[activation](h + bias),
+        ours=lambda h, bias: bias_activation(h, bias, activation), eager=lambda h, bias: EAGER[activation](h + bias)
     )
     # the bias is frozen in the towers, whose epilogues these are
     return on([2 * torch.randn(R, D), torch.randn(D)], functions, frozen=(1,))
@@ -37,6 +36,12 @@ def test_bias_activation(benchmark, shape, dtype, part, compiled):
     contenders = compiled(calls(activation, R, D)(dtype), shape.startswith("BASE-480"))
     streams = 2 if part == "forward" else 5
     compare(
-        benchmark, contenders, room=f"bias_{activation}", shape=shape, dtype=dtype, part=part,
-        bytes_moved=streams * R * D * dtype.itemsize, seconds=0.2,
-    )  # fmt: skip
+        benchmark,
+        contenders,
+        room=f"bias_{activation}",
+        shape=shape,
+        dtype=dtype,
+        part=part,
+        bytes_moved=streams * R * D * dtype.itemsize,
+        seconds=0.2,
+    )

@@ -5,9 +5,9 @@ Run: pytest benchmarks/test_attention.py --benchmark-only
 
 import pytest
 import torch
-from harness import DEVICE, compare, gate, on
-from shapes import MODELS, TEXT_TOKENS
 
+from benchmarks.harness import DEVICE, compare, gate, on
+from benchmarks.shapes import MODELS, TEXT_TOKENS
 from prismer.kernels import dispatch
 from prismer.kernels.attention import attention
 
@@ -52,6 +52,4 @@ def test_attention(benchmark, shape, dtype, part, compiled, everything):
     if dtype == torch.float32:
         contenders = {name: call for name, call in contenders.items() if name not in ("flash-attn", "xformers")}
     flops = 4 * B * H * N * L * 64 * (1 if part == "forward" else 3.5)
-    compare(
-        benchmark, contenders, room="attention", shape=shape, dtype=dtype, part=part, flops=int(flops), seconds=0.5
-    )
+    compare(benchmark, contenders, room="attention", shape=shape, dtype=dtype, part=part, flops=int(flops), seconds=0.5)

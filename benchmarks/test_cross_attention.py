@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import compare, gate, on
-from shapes import MODELS, TEXT_TOKENS
 
+from benchmarks.harness import compare, gate, on
+from benchmarks.shapes import MODELS, TEXT_TOKENS
 from prismer.kernels.cross_attention import cross_attention, flops
 
 SIZES = {m.name: m for m in MODELS}
@@ -23,9 +23,14 @@ def plain(q, context, k_weight, k_bias, v_weight, v_bias, H):
 
 def calls(B, N, L, D, E, H):
     draws = [
-        torch.randn(B, N, D), torch.randn(B, L, E), torch.randn(D, E) / E**0.5, torch.randn(D),
-        torch.randn(D, E) / E**0.5, torch.randn(D), H,
-    ]  # fmt: skip
+        torch.randn(B, N, D),
+        torch.randn(B, L, E),
+        torch.randn(D, E) / E**0.5,
+        torch.randn(D),
+        torch.randn(D, E) / E**0.5,
+        torch.randn(D),
+        H,
+    ]
     return on(draws, dict(ours=cross_attention, eager=plain))
 
 
@@ -41,6 +46,12 @@ def test_cross_attention(benchmark, size, texts, dtype, part, compiled, everythi
     trained = ("q", "context", "k_weight", "v_weight") if part == "forward+backward" else ()
     least = min(flops(order, *sizes, trained) for order in ("absorbed", "ordinary"))
     compare(
-        benchmark, contenders, room="cross_attention", shape=f"{size} {texts}", dtype=dtype, part=part, flops=least,
+        benchmark,
+        contenders,
+        room="cross_attention",
+        shape=f"{size} {texts}",
+        dtype=dtype,
+        part=part,
+        flops=least,
         seconds=0.4,
-    )  # fmt: skip
+    )

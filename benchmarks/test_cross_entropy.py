@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, compare, gate, on
-from shapes import LOSS_ROWS, VOCABULARY
 
+from benchmarks.harness import DEVICE, compare, gate, on
+from benchmarks.shapes import LOSS_ROWS, VOCABULARY
 from prismer.kernels.cross_entropy import linear_cross_entropy
 
 
@@ -48,6 +48,12 @@ def test_cross_entropy(benchmark, D, dtype, part, everything, compiled):
     contenders = compiled(calls(LOSS_ROWS, D, VOCABULARY)(dtype), False)
     name = "BASE" if D == 768 else "LARGE"
     compare(
-        benchmark, contenders, room="cross_entropy", shape=f"{name} {LOSS_ROWS} rows", dtype=dtype, part=part,
-        flops=2 * LOSS_ROWS * D * VOCABULARY * (1 if part == "forward" else 3), seconds=3,
-    )  # fmt: skip
+        benchmark,
+        contenders,
+        room="cross_entropy",
+        shape=f"{name} {LOSS_ROWS} rows",
+        dtype=dtype,
+        part=part,
+        flops=2 * LOSS_ROWS * D * VOCABULARY * (1 if part == "forward" else 3),
+        seconds=3,
+    )

@@ -27,20 +27,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import machine
-from loader_corpus import CLASSES, COUNT, HEIGHT, NAMES, WIDTH, write_corpus
-from official_loader import HIGH_LEVEL, LABEL_SIZE, LOW_LEVEL, OfficialDataset
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
+from benchmarks.conftest import machine
+from benchmarks.loader_corpus import CLASSES, COUNT, HEIGHT, NAMES, WIDTH, write_corpus
+from benchmarks.official_loader import HIGH_LEVEL, LABEL_SIZE, LOW_LEVEL, OfficialDataset
 from prismer.config import PrismerConfig, prismer_base
-from prismer.dataloading.augment import AugmentConfig, draw_params
-from prismer.dataloading.features import FeatureTables, Semantics
-from prismer.dataloading.labels import pack_labels
-from prismer.dataloading.loader import Loader
-from prismer.dataloading.pipeline import ImagePipeline
-from prismer.dataloading.shards import ShardDataset
+from prismer.dataloading.feed.augment import AugmentConfig, draw_params
+from prismer.dataloading.feed.features import FeatureTables, Semantics
+from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.feed.pipeline import ImagePipeline
+from prismer.dataloading.store.labels import pack_labels
+from prismer.dataloading.store.shards import ShardDataset
 
 BATCH = COUNT
 OFFICIAL_BATCH = 2
@@ -168,9 +168,7 @@ def photos(contender: str, folder: Path, setting: Setting) -> Callable[[], int]:
         samples = official(folder, setting)
         samples.experts = ()
         return some_of(samples)
-    pipeline = ImagePipeline(
-        config(setting, experts=()), batch_size=BATCH, augmented=True, threads=1
-    )
+    pipeline = ImagePipeline(config(setting, experts=()), batch_size=BATCH, augmented=True, threads=1)
     jpegs = [(folder / f"images/{name}.jpg").read_bytes() for name in NAMES]
     rng = np.random.default_rng(0)
 
@@ -342,9 +340,7 @@ def test_dataloading(benchmark, contenders, corpus, request, setting):
         for name in wanted:
             times[name].append(contenders[name](setting))
 
-    benchmark.pedantic(
-        run, args=("ours",), setup=partial(run, *names[1:]), rounds=ROUNDS, warmup_rounds=1
-    )
+    benchmark.pedantic(run, args=("ours",), setup=partial(run, *names[1:]), rounds=ROUNDS, warmup_rounds=1)
     sizes = dict.fromkeys(names, (0.0, 0.0))
     if setting.part == "loader":
         theirs, *own = upload_bytes(corpus[0], setting)

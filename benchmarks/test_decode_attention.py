@@ -6,8 +6,8 @@ Run: pytest benchmarks/test_decode_attention.py --benchmark-only
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import compare, gate, on
 
+from benchmarks.harness import compare, gate, on
 from prismer.kernels.decode_attention import decode_attention
 
 SHAPES = {  # rows, heads, queries of a row, shared keys, suffix slots, ancestors of a query
@@ -56,6 +56,13 @@ def test_decode_attention(benchmark, shape, dtype, compiled):
     q, k, v = q.transpose(1, 2).reshape(R * Q, H, 1, 64), k.repeat_interleave(Q, 0), v.repeat_interleave(Q, 0)
     contenders["sdpa-alone"] = type(contenders["ours"])(run=sdpa_alone, inputs=[q, k, v])
     compare(
-        benchmark, contenders, room="decode_attention", shape=shape, dtype=dtype, part="forward",
-        flops=4 * R * H * Q * (S + A) * 64, bytes_moved=2 * R * H * (S + M) * 64 * dtype.itemsize, seconds=0.5,
-    )  # fmt: skip
+        benchmark,
+        contenders,
+        room="decode_attention",
+        shape=shape,
+        dtype=dtype,
+        part="forward",
+        flops=4 * R * H * Q * (S + A) * 64,
+        bytes_moved=2 * R * H * (S + M) * 64 * dtype.itemsize,
+        seconds=0.5,
+    )

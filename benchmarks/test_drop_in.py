@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import DEVICE, OURS, Call, compare
 from torch import Tensor, nn
 
+from benchmarks.harness import DEVICE, OURS, Call, compare
 from prismer.kernels.patch import apply_to
 
 VIT_B = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=12)
@@ -138,17 +138,32 @@ def causal_lm():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=9, num_key_value_heads=3,
-        vocab_size=49152, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=1,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
     ids = torch.randint(3, 49000, (1, 64))
     return LlamaForCausalLM(config), [], lambda m: m(ids, labels=ids).loss
 
 
 FAMILIES: tuple[Callable, ...] = (
-    open_clip_frozen, clip, siglip, roberta_decoder, bert_encoder, blip_text_decoder, blip2_qformer, idefics_resampler,
-    idefics2_resampler, flamingo_pytorch, open_flamingo, causal_lm,
-)  # fmt: skip
+    open_clip_frozen,
+    clip,
+    siglip,
+    roberta_decoder,
+    bert_encoder,
+    blip_text_decoder,
+    blip2_qformer,
+    idefics_resampler,
+    idefics2_resampler,
+    flamingo_pytorch,
+    open_flamingo,
+    causal_lm,
+)
 
 
 @functools.lru_cache(maxsize=1)
@@ -195,6 +210,4 @@ def call(module: nn.Module, inputs: list[Tensor], run: Callable, dtype: torch.dt
 def test_drop_in(benchmark, family, dtype, part, everything):
     if not everything and (family not in (clip, flamingo_pytorch) or dtype != torch.float32 or part == "forward"):
         pytest.skip("on a CPU a training step of two families in fp32, to keep the run short: --full has the rest")
-    compare(
-        benchmark, calls(family, dtype), room="drop_in", shape=family.__name__, dtype=dtype, part=part, seconds=0.6
-    )  # fmt: skip
+    compare(benchmark, calls(family, dtype), room="drop_in", shape=family.__name__, dtype=dtype, part=part, seconds=0.6)

@@ -9,10 +9,10 @@ import functools
 
 import pytest
 import torch
-import whole_jobs as jobs
-from harness import DEVICE, OURS
-from job_runner import Job, measure
 
+from benchmarks import whole_jobs as jobs
+from benchmarks.harness import DEVICE, OURS
+from benchmarks.job_runner import Job, measure
 from prismer.config import preset
 from prismer.model import Prismer
 from prismer.quantise import quantise

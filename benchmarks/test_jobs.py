@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-import whole_jobs as jobs
-from harness import OURS
-from job_runner import measure
 
+from benchmarks import whole_jobs as jobs
+from benchmarks.harness import OURS
+from benchmarks.job_runner import measure
 from prismer.config import preset
 
 
@@ -61,9 +61,7 @@ CASES = [
         Case(name=f"fine-tuning-{mode}", make=functools.partial(_fine_tuning, mode=mode))
         for mode in ("freeze_vision", "freeze_lang_vision", "freeze_lang", "none")
     ),
-    Case(
-        name="five-captions", make=functools.partial(jobs.step_job, mode="freeze_vision", batch=1, texts=5), rounds=2
-    ),
+    Case(name="five-captions", make=functools.partial(jobs.step_job, mode="freeze_vision", batch=1, texts=5), rounds=2),
     Case(name="large-pre-training", make=_pre_training, model="large", side=224, rounds=1),
     Case(name="large-classes", make=jobs.classify_job, model="large", side=384, rounds=1),
     Case(name="large-encoder", make=jobs.encoder_job, model="large", rounds=3),

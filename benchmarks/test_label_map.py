@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import compare, gate, on
 
+from benchmarks.harness import compare, gate, on
 from prismer.kernels.label_map import label_map
 
 SHAPES = {"BASE B2": (2, 56), "LARGE B2": (2, 64), "BASE B8": (8, 56)}
@@ -49,6 +49,12 @@ def test_label_map(benchmark, shape, dtype, part, everything, compiled):
         pytest.skip("the gradient of painting takes seconds a round on a CPU; --full runs it")
     gate(calls(1, size), dtype, part)
     compare(
-        benchmark, compiled(calls(B, size)(dtype), False), room="label_map", shape=shape, dtype=dtype, part=part,
-        bytes_moved=B * (size * size * 64 * dtype.itemsize + 4 * size * size), seconds=0.7,
-    )  # fmt: skip
+        benchmark,
+        compiled(calls(B, size)(dtype), False),
+        room="label_map",
+        shape=shape,
+        dtype=dtype,
+        part=part,
+        bytes_moved=B * (size * size * 64 * dtype.itemsize + 4 * size * size),
+        seconds=0.7,
+    )

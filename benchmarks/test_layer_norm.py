@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import compare, gate, on
-from shapes import MODELS
 
+from benchmarks.harness import compare, gate, on
+from benchmarks.shapes import MODELS
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 
 SHAPES = {
@@ -38,6 +38,12 @@ def test_layer_norm(benchmark, shape, add, dtype, part, compiled):
     gate(calls(min(R, 64), D, add), dtype, part)
     streams = (2 + 2 * add) + (3 if part == "forward+backward" else 0)
     compare(
-        benchmark, compiled(calls(R, D, add)(dtype), shape == "BASE-480 B2"), room="add_layer_norm" if add else
-        "layer_norm", shape=shape, dtype=dtype, part=part, bytes_moved=streams * R * D * dtype.itemsize, seconds=0.2,
-    )  # fmt: skip
+        benchmark,
+        compiled(calls(R, D, add)(dtype), shape == "BASE-480 B2"),
+        room="add_layer_norm" if add else "layer_norm",
+        shape=shape,
+        dtype=dtype,
+        part=part,
+        bytes_moved=streams * R * D * dtype.itemsize,
+        seconds=0.2,
+    )

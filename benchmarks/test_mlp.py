@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import compare, gate, on
-from shapes import MODELS
 
+from benchmarks.harness import compare, gate, on
+from benchmarks.shapes import MODELS
 from prismer.kernels.adaptor import adaptor
 from prismer.kernels.mlp import mlp
 
@@ -51,6 +51,5 @@ def test_mlp(benchmark, room, model, dtype, part, compiled):
     gate(calls(32, D), dtype, part)
     contenders = compiled(calls(R, D)(dtype), model.name == "BASE-480")
     compare(
-        benchmark, contenders, room=room, shape=model.name, dtype=dtype, part=part, flops=flops(R, D, part),
-        seconds=0.6,
-    )  # fmt: skip
+        benchmark, contenders, room=room, shape=model.name, dtype=dtype, part=part, flops=flops(R, D, part), seconds=0.6
+    )

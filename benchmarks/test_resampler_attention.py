@@ -6,10 +6,10 @@ Run: pytest benchmarks/test_resampler_attention.py --benchmark-only
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Call, compare, gate, on
-from shapes import MODELS, NUM_LATENTS, RESAMPLER_HEADS
 from torch import nn
 
+from benchmarks.harness import Call, compare, gate, on
+from benchmarks.shapes import MODELS, NUM_LATENTS, RESAMPLER_HEADS
 from prismer.kernels.modules import PerceiverResampler
 from prismer.kernels.resampler_attention import resampler_attention
 
@@ -33,9 +33,13 @@ def order(name):
 
 def calls(B, L, D):
     draws = [
-        torch.randn(B, NUM_LATENTS, D), torch.randn(B, L, D), 1 + 0.1 * torch.randn(D), torch.randn(D),
-        torch.randn(3 * D, D) / D**0.5, torch.randn(3 * D),
-    ]  # fmt: skip
+        torch.randn(B, NUM_LATENTS, D),
+        torch.randn(B, L, D),
+        1 + 0.1 * torch.randn(D),
+        torch.randn(D),
+        torch.randn(3 * D, D) / D**0.5,
+        torch.randn(3 * D),
+    ]
     return on(draws, dict(ours=order(None), eager=plain, ordinary=order("ordinary"), absorbed=order("absorbed")))
 
 
@@ -47,9 +51,14 @@ def test_resampler_attention(benchmark, size, experts, dtype, part, compiled):
     gate(calls(1, 60, 96), dtype, part)
     contenders = compiled(calls(1, L, model.width)(dtype), False)
     compare(
-        benchmark, contenders, room="resampler_attention", shape=f"{size} {experts}", dtype=dtype, part=part,
+        benchmark,
+        contenders,
+        room="resampler_attention",
+        shape=f"{size} {experts}",
+        dtype=dtype,
+        part=part,
         seconds=0.8,
-    )  # fmt: skip
+    )
 
 
 class PlainBlock(nn.Module):

@@ -14,14 +14,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from baseline import Baseline, HostImages, expand_images
-from harness import DEVICE, OURS
-from job_runner import Job
 from torch import Tensor
-from word_lists import ANSWERS, CAPTIONS, CLASSES, QUESTIONS
 
+from benchmarks.baseline import Baseline, HostImages, expand_images
+from benchmarks.harness import DEVICE, OURS
+from benchmarks.job_runner import Job
+from benchmarks.word_lists import ANSWERS, CAPTIONS, CLASSES, QUESTIONS
+from prismer.batch import Batch, ImageBatch, TextBatch
 from prismer.config import PrismerConfig
-from prismer.dataloading.batch import Batch, ImageBatch, TextBatch
 from prismer.experts import BACKGROUND, EXPERTS, FEATURE_WIDTH
 from prismer.freezing import freeze
 from prismer.inference import Candidates
@@ -29,7 +29,7 @@ from prismer.kernels.label_map import label_map
 from prismer.model import Prismer
 from prismer.ranking import AnswerTrie, rank_answers
 from prismer.stems import normalise_low_level
-from prismer.tasks import collate, encode_caption, encode_prompt, encode_question
+from prismer.texts import collate, encode_caption, encode_prompt, encode_question
 from prismer.tokenizer import Tokenizer
 
 BASELINE = "baseline"

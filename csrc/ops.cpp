@@ -86,7 +86,7 @@ STABLE_TORCH_LIBRARY(prismer_native, m) {
   m.def(
       "decode_attention(Tensor q, Tensor shared_k, Tensor shared_v, Tensor shared_mask, "
       "Tensor suffix_k, Tensor suffix_v, Tensor ancestors) -> Tensor");
-  // the loader's, see dataloading/native_pixels.py
+  // the loader's, see dataloading/feed/native_pixels.py
   m.def(
       "augment_photo(Tensor pixels, Tensor? matrix, bool flip, bool autocontrast, bool equalize, "
       "Tensor(a!) out) -> ()");

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels import dispatch
-from prismer.kernels.cases import KernelCase
+from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.layer_norm import _groups, _sum_groups_kernel
 
 ACTIVATIONS = ("quick_gelu", "gelu", "squared_relu")
@@ -80,9 +80,8 @@ def derivative(b_u, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    p_h, p_bias, p_y, R, D,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    p_h, p_bias, p_y, R, D, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
+):
     o_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_col = tl.program_id(1) * BD + tl.arange(0, BD)
     m_col = o_col < D
@@ -95,10 +94,20 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    p_dy, p_h, p_bias, p_dh, p_dbias, R, D, blocks,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SUMS: tl.constexpr,
-    BR: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    p_dy,
+    p_h,
+    p_bias,
+    p_dh,
+    p_dbias,
+    R,
+    D,
+    blocks,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SUMS: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
     """One program takes `blocks` blocks of rows and leaves its partial column sums; "none" only sums dy."""
     i_group = tl.program_id(0).to(tl.int64)
     o_col = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -142,9 +151,8 @@ def _backward_triton(dy, h, bias, activation, sums, dh, dtype=torch.float32) -> 
     P, blocks = _groups(R, tiles["BR"])
     partial = torch.empty(P if sums else 0, D, dtype=torch.float32, device=dy.device)
     _backward_kernel[(P, triton.cdiv(D, tiles["BD"]))](
-        dy, h, bias, dh, partial, R, D, blocks,
-        HAS_BIAS=bias is not None, ACTIVATION=activation, SUMS=sums, **tiles,
-    )  # fmt: skip
+        dy, h, bias, dh, partial, R, D, blocks, HAS_BIAS=bias is not None, ACTIVATION=activation, SUMS=sums, **tiles
+    )
     return sum_groups(partial, dtype) if sums else partial.new_empty(0)
 
 
@@ -328,32 +336,45 @@ def kernel_cases() -> list[KernelCase]:
         shape = f"{model}, 8 images, {R} x {D}"
         cases += [
             KernelCase(
-                name=f"{model} {name} forward", kernel=_forward_kernel, shape=shape,
+                name=f"{model} {name} forward",
+                kernel=_forward_kernel,
+                shape=shape,
                 signature=dict(p_h=bf16, p_bias=bf16, p_y=bf16, R="i32", D="i32"),
                 constants=dict(HAS_BIAS=True, ACTIVATION=name, **tiles),
-                num_warps=warps, bytes=2 * R * D * 2 + 2 * D, flops=8 * R * D, divisible=("D",),
+                num_warps=warps,
+                bytes=2 * R * D * 2 + 2 * D,
+                flops=8 * R * D,
+                divisible=("D",),
             ),
             KernelCase(
-                name=f"{model} {name} backward", kernel=_backward_kernel, shape=shape,
+                name=f"{model} {name} backward",
+                kernel=_backward_kernel,
+                shape=shape,
                 signature=dict(
                     p_dy=bf16, p_h=bf16, p_bias=bf16, p_dh=bf16, p_dbias=fp32, R="i32", D="i32", blocks="i32"
                 ),
                 constants=dict(HAS_BIAS=True, ACTIVATION=name, SUMS=True, **tiles),
-                num_warps=warps, bytes=3 * R * D * 2 + 2 * D + 4 * P * D, flops=12 * R * D, divisible=("D",),
+                num_warps=warps,
+                bytes=3 * R * D * 2 + 2 * D + 4 * P * D,
+                flops=12 * R * D,
+                divisible=("D",),
             ),
-        ]  # fmt: skip
+        ]
     R, D = 8 * 964, 768
     tiles = _tiles(D)
     warps = tiles.pop("num_warps")
     P, _ = _groups(R, tiles["BR"])
     cases.append(
         KernelCase(
-            name="BASE column sums", kernel=_backward_kernel, shape=f"BASE 480 px, 8 images, {R} x {D}",
+            name="BASE column sums",
+            kernel=_backward_kernel,
+            shape=f"BASE 480 px, 8 images, {R} x {D}",
             signature=dict(p_dy=bf16, p_dbias=fp32, R="i32", D="i32", blocks="i32"),
-            constants=dict(
-                p_h=None, p_bias=None, p_dh=None, HAS_BIAS=False, ACTIVATION="none", SUMS=True, **tiles
-            ),
-            num_warps=warps, bytes=R * D * 2 + 4 * P * D, flops=R * D, divisible=("D",),
+            constants=dict(p_h=None, p_bias=None, p_dh=None, HAS_BIAS=False, ACTIVATION="none", SUMS=True, **tiles),
+            num_warps=warps,
+            bytes=R * D * 2 + 4 * P * D,
+            flops=R * D,
+            divisible=("D",),
         )
-    )  # fmt: skip
+    )
     return cases

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from prismer.kernels import dispatch
 from prismer.kernels.activation import column_sums
-from prismer.kernels.cases import KernelCase
+from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient
 from prismer.kernels.layer_norm import _layer_norm, _layer_norm_backward, layer_norm_reference
 from prismer.kernels.mlp import check_linear
@@ -67,9 +67,7 @@ def supports(backend: str, x: Tensor) -> str | None:
     return None
 
 
-def _forward(
-    x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps
-):  # fmt: skip
+def _forward(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps):
     x = x.contiguous()
     backend = dispatch.choose("adaptor", x.device, lambda name: supports(name, x))
     u = x
@@ -84,9 +82,7 @@ def _forward(
     return y, r, total, mean, rstd
 
 
-def _forward_fake(
-    x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps
-):  # fmt: skip
+def _forward_fake(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps):
     R, D = x.shape
     compute = torch.promote_types(x.dtype, torch.float32)
     mean, rstd = (x.new_empty(R, dtype=compute) for _ in range(2))
@@ -96,7 +92,7 @@ def _forward_fake(
 
 def _backward(
     dy, x, r, total, mean, rstd, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps, needs
-):  # fmt: skip
+):
     need_x, need_gamma, need_beta, need_down, need_down_bias, need_up, need_up_bias = needs
     dy = dy.contiguous()
     backend = dispatch.choose("adaptor", dy.device, lambda name: supports(name, dy))
@@ -109,9 +105,14 @@ def _backward(
     if need_u or need_down or need_down_bias:
         # relu(h)^2 has the derivative 2 relu(h), which is that of relu(r)^2 too
         dh, _, sums = gemm_derivative(
-            dt, up_weight, r, None,
-            backend=backend, activation="squared_relu", sums=down_bias.dtype if need_down_bias else None,
-        )  # fmt: skip
+            dt,
+            up_weight,
+            r,
+            None,
+            backend=backend,
+            activation="squared_relu",
+            sums=down_bias.dtype if need_down_bias else None,
+        )
         if need_down_bias:
             ddown_bias = sums
         if need_down:
@@ -139,13 +140,13 @@ def _backward(
 
 def _backward_fake(
     dy, x, r, total, mean, rstd, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps, needs
-):  # fmt: skip
+):
     need_x, _, _, need_down, _, need_up, _ = needs
     D, E = dy.shape[1], 0 if r is None else r.shape[1]
     dgamma, dbeta, ddown_bias, dup_bias = (
         t.new_empty(t.shape) if need else dy.new_empty(0)
         for t, need in zip((norm_weight, norm_bias, down_bias, up_bias), (*needs[1:3], needs[4], needs[6]), strict=True)
-    )  # fmt: skip
+    )
     return (
         dy.new_empty(dy.shape if need_x else 0),
         dgamma,
@@ -247,15 +248,11 @@ def adaptor(
         ValueError: if a shape or dtype does not fit.
     """
     if not x.is_floating_point() or x.dim() < 1 or not 1 <= x.shape[-1] <= 65536:
-        raise ValueError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (..., D), D from 1 to 65536"
-        )
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (..., D), D from 1 to 65536")
     D = x.shape[-1]
     for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if tensor is not None and (tensor.shape != (D,) or not tensor.is_floating_point()):
-            raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass floats of shape ({D},)"
-            )
+            raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass floats of shape ({D},)")
     check_linear("down", down_weight, down_bias, D, x)
     check_linear("up", up_weight, up_bias, down_weight.shape[0], x, D)
     parameters = (norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
@@ -270,12 +267,9 @@ def kernel_cases() -> list[KernelCase]:
     for model, R, D in (("BASE", 8 * 964, 768), ("LARGE", 8 * 1220, 1024)):
         shape = f"{model} 480 px, 8 images, {R} x {D} x {D}"
         cases += [
+            gemm_case(f"{model} adaptor down", R, D, D, shape=shape, b_transposed=True, bias=True, activation="relu"),
             gemm_case(
-                f"{model} adaptor down", R, D, D, shape=shape, b_transposed=True, bias=True, activation="relu"
-            ),
-            gemm_case(
-                f"{model} adaptor up", R, D, D, shape=shape, b_transposed=True, bias=True, residual=True,
-                square_a=True,
+                f"{model} adaptor up", R, D, D, shape=shape, b_transposed=True, bias=True, residual=True, square_a=True
             ),
             gemm_case(
                 f"{model} adaptor dh", R, D, D, shape=shape, activation="squared_relu", differentiate=True, sums=True
@@ -283,5 +277,5 @@ def kernel_cases() -> list[KernelCase]:
             gemm_case(f"{model} adaptor dx, late", R, D, D, shape=shape, residual=True),
             gemm_case(f"{model} adaptor ddown_weight", D, D, R, shape=shape, a_transposed=True),
             gemm_case(f"{model} adaptor dup_weight", D, D, R, shape=shape, a_transposed=True, square_b=True),
-        ]  # fmt: skip
+        ]
     return cases

@@ -30,15 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prismer.kernels import dispatch
-from prismer.kernels.absorb import (
-    absorb,
-    absorb_weight,
-    bmm,
-    release,
-    rows_of_images,
-    steps,
-    store_rows,
-)
+from prismer.kernels.absorbed_projection import absorb, absorb_weight, bmm, release, rows_of_images, steps, store_rows
 from prismer.kernels.attention import attention, attention_reference
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import check_linear
@@ -53,9 +45,17 @@ def _heads(x: Tensor, H: int) -> Tensor:
 
 
 def cross_attention_reference(
-    q: Tensor, context: Tensor, k_weight: Tensor, k_bias: Tensor, v_weight: Tensor, v_bias: Tensor, num_heads: int,
-    *, dropout: float = 0.0, seed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    context: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    num_heads: int,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
     """The definition, fp32 inside (float64 for float64). Arguments as in `cross_attention`."""
     compute = torch.promote_types(q.dtype, torch.float32)
     tensors = q, context, k_weight, k_bias, v_weight, v_bias

@@ -66,9 +66,7 @@ class BackendRow:
 
 def _checked(backend: str, source: str) -> str:
     if backend not in BACKENDS:
-        raise ValueError(
-            f"{source} is {backend!r}; choose {', '.join(BACKENDS)}, or leave it unset"
-        )
+        raise ValueError(f"{source} is {backend!r}; choose {', '.join(BACKENDS)}, or leave it unset")
     return backend
 
 
@@ -148,8 +146,7 @@ def interpreting() -> bool:
 _PACKAGES = {
     # generations 3, 4 and 2; the third name alone is an empty namespace where only generation 4 is installed
     "flash-attn": tuple(
-        (module, "flash_attn_func")
-        for module in ("flash_attn_interface", "flash_attn.cute", "flash_attn")
+        (module, "flash_attn_func") for module in ("flash_attn_interface", "flash_attn.cute", "flash_attn")
     ),
     "xformers": (("xformers.ops", "memory_efficient_attention"),),
 }
@@ -182,9 +179,7 @@ def package_missing(backend: str) -> str | None:
 def _has_native(op: str, device_type: str) -> bool:
     # the first look-up of an unknown name raises, so ask for the schema before the kernel
     return hasattr(torch.ops.prismer_native, op) and (
-        torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"prismer_native::{op}", device_type.upper()
-        )
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"prismer_native::{op}", device_type.upper())
     )
 
 
@@ -194,8 +189,7 @@ def _why_not(op: str, backend: str, device_type: str) -> str | None:
         reason = triton_missing()
         if reason is None and device_type != "cuda" and not interpreting():
             reason = (
-                f"triton {op} serves cuda tensors, not {device_type}; "
-                "TRITON_INTERPRET=1 runs it on the CPU, slowly"
+                f"triton {op} serves cuda tensors, not {device_type}; TRITON_INTERPRET=1 runs it on the CPU, slowly"
             )
         return reason
     served = _OPS[op][backend]
@@ -215,9 +209,7 @@ def _anything(backend: str) -> str | None:
     return None
 
 
-def choose(
-    op: str, device: torch.device, supports: Callable[[str], str | None] = _anything
-) -> str:
+def choose(op: str, device: torch.device, supports: Callable[[str], str | None] = _anything) -> str:
     """The implementation that `op` uses for tensors on `device`.
 
     An op that never comes in the backend asked for ignores the request (there is no native loss); one that does, but
@@ -263,9 +255,7 @@ def backends() -> list[BackendRow]:
         for backend, served in served_by.items():
             device = "cuda" if gpu and (served is None or "cuda" in served) else "cpu"
             reason = _why_not(op, backend, device)
-            rows.append(
-                BackendRow(op=op, backend=backend, usable=reason is None, reason=reason or "")
-            )
+            rows.append(BackendRow(op=op, backend=backend, usable=reason is None, reason=reason or ""))
     return rows
 
 
@@ -387,9 +377,7 @@ def implementation(name: str) -> Callable:
 
 def register_backward(name: str, setup_context: Callable, backward: Callable) -> None:
     """Give the op `name` its gradient, as `torch.library.register_autograd` does."""
-    torch.library.register_autograd(
-        f"prismer::{name}", backward, setup_context=setup_context, lib=_library
-    )
+    torch.library.register_autograd(f"prismer::{name}", backward, setup_context=setup_context, lib=_library)
     run = implementation(name)
 
     def forward(ctx, *args):
@@ -399,4 +387,4 @@ def register_backward(name: str, setup_context: Callable, backward: Callable) ->
 
     _functions[name] = type(
         name, (torch.autograd.Function,), dict(forward=staticmethod(forward), backward=staticmethod(backward))
-    )  # fmt: skip
+    )

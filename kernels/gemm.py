@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prismer.kernels import products
+from prismer.kernels import matmul
 from prismer.kernels.activation import (
     activated,
     bias_activation_backward_op,
@@ -29,7 +29,7 @@ from prismer.kernels.activation import (
     derivative,
     sum_groups,
 )
-from prismer.kernels.cases import KernelCase
+from prismer.kernels.aot.cases import KernelCase
 
 _GROUP = 8
 
@@ -38,13 +38,35 @@ _GROUP = 8
 
 @triton.jit
 def _gemm_kernel(
-    p_a, p_b, p_bias, p_h, p_residual, p_c, p_activated, p_sums,
-    M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    DERIVATIVE: tl.constexpr, STORE_ACTIVATED: tl.constexpr, SUMS: tl.constexpr,
-    SQUARE_A: tl.constexpr, SQUARE_B: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    p_a,
+    p_b,
+    p_bias,
+    p_h,
+    p_residual,
+    p_c,
+    p_activated,
+    p_sums,
+    M,
+    N,
+    K,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEEP: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    STORE_ACTIVATED: tl.constexpr,
+    SUMS: tl.constexpr,
+    SQUARE_A: tl.constexpr,
+    SQUARE_B: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """One tile of C; C, h, residual and activation are contiguous (M, N)."""
     num_m, num_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     i = tl.program_id(0)
@@ -97,9 +119,7 @@ def _gemm_kernel(
         b_u = tl.load(p_h + o, mask=m, other=0.0).to(tl.float32)
         if HAS_BIAS:
             b_u += b_bias
-        tl.store(
-            p_activated + o, activated(b_u, ACTIVATION).to(p_activated.dtype.element_ty), mask=m
-        )
+        tl.store(p_activated + o, activated(b_u, ACTIVATION).to(p_activated.dtype.element_ty), mask=m)
 
 
 def _tiles(M: int, N: int, dtype: torch.dtype, activated: bool = False) -> dict[str, int]:
@@ -117,9 +137,20 @@ def _tiles(M: int, N: int, dtype: torch.dtype, activated: bool = False) -> dict[
 
 
 def _launch(
-    a, b, c, *, bias=None, activation="none", h=None, residual=None, differentiate=False,
-    activated=None, sums=None, square_a=False, square_b=False,
-) -> Tensor | None:  # fmt: skip
+    a,
+    b,
+    c,
+    *,
+    bias=None,
+    activation="none",
+    h=None,
+    residual=None,
+    differentiate=False,
+    activated=None,
+    sums=None,
+    square_a=False,
+    square_b=False,
+) -> Tensor | None:
     """Run the kernel on views `a` (M, K) and `b` (K, N); returns the column sums if a dtype is given for them."""
     (M, K), N = a.shape, b.shape[1]
     if not M or not N:
@@ -128,12 +159,31 @@ def _launch(
     num_m = triton.cdiv(M, tiles["BM"])
     partial = torch.empty(num_m, N, dtype=torch.float32, device=a.device) if sums else None
     _gemm_kernel[(num_m * triton.cdiv(N, tiles["BN"]),)](
-        a, b, bias, h, residual, c, activated, partial,
-        M, N, K, *a.stride(), *b.stride(),
-        HAS_BIAS=bias is not None, ACTIVATION=activation, KEEP=h is not None and not differentiate,
-        HAS_RESIDUAL=residual is not None, DERIVATIVE=differentiate, STORE_ACTIVATED=activated is not None,
-        SUMS=sums is not None, SQUARE_A=square_a, SQUARE_B=square_b, GROUP=_GROUP, **tiles,
-    )  # fmt: skip
+        a,
+        b,
+        bias,
+        h,
+        residual,
+        c,
+        activated,
+        partial,
+        M,
+        N,
+        K,
+        *a.stride(),
+        *b.stride(),
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        KEEP=h is not None and not differentiate,
+        HAS_RESIDUAL=residual is not None,
+        DERIVATIVE=differentiate,
+        STORE_ACTIVATED=activated is not None,
+        SUMS=sums is not None,
+        SQUARE_A=square_a,
+        SQUARE_B=square_b,
+        GROUP=_GROUP,
+        **tiles,
+    )
     return sum_groups(partial, sums) if sums else None
 
 
@@ -141,9 +191,16 @@ def _launch(
 
 
 def gemm(
-    a: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str, activation: str = "none",
-    keep: bool = False, residual: Tensor | None = None, square: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    backend: str,
+    activation: str = "none",
+    keep: bool = False,
+    residual: Tensor | None = None,
+    square: bool = False,
+) -> tuple[Tensor, Tensor]:
     """act(a weight^T + bias) + residual, and the product alone (empty unless `keep`).
 
     Args:
@@ -159,21 +216,19 @@ def gemm(
     if backend == "triton":
         c = a.new_empty(a.shape[0], weight.shape[0])
         h = torch.empty_like(c) if keep else None
-        _launch(
-            a, weight.T, c, bias=bias, activation=activation, h=h, residual=residual, square_a=square
-        )  # fmt: skip
+        _launch(a, weight.T, c, bias=bias, activation=activation, h=h, residual=residual, square_a=square)
         return c, h if keep else empty
     if square:
         a = a.square()
     if activation not in ("none", "relu"):
-        h = products.linear(a, weight)
+        h = matmul.linear(a, weight)
         c = bias_activation_op(h, bias, activation)
     else:
         h = empty
         if bias is None or bias.dtype == a.dtype:
-            c = products.linear(a, weight, bias)
+            c = matmul.linear(a, weight, bias)
         else:
-            c = products.linear(a, weight).add_(bias)
+            c = matmul.linear(a, weight).add_(bias)
         if activation == "relu":
             c.relu_()
     if residual is not None:
@@ -182,9 +237,16 @@ def gemm(
 
 
 def gemm_derivative(
-    dy: Tensor, weight: Tensor, h: Tensor, bias: Tensor | None, *, backend: str, activation: str,
-    activated: bool = False, sums: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    bias: Tensor | None,
+    *,
+    backend: str,
+    activation: str,
+    activated: bool = False,
+    sums: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """dh = (dy weight) act'(h + bias); then act(h + bias) if `activated`, and dh's column sums if `sums`, else empty.
 
     Args:
@@ -199,9 +261,9 @@ def gemm_derivative(
         a = torch.empty_like(h) if activated else None
         dbias = _launch(
             dy, weight, dh, bias=bias, activation=activation, h=h, differentiate=True, activated=a, sums=sums
-        )  # fmt: skip
+        )
         return dh, a if activated else empty, dbias if sums else empty
-    dh, dbias = bias_activation_backward_op(products.mm(dy, weight), h, bias, activation, sums is not None)
+    dh, dbias = bias_activation_backward_op(matmul.mm(dy, weight), h, bias, activation, sums is not None)
     a = bias_activation_op(h, bias, activation) if activated else empty
     return dh, a, dbias.to(sums) if sums else empty
 
@@ -217,42 +279,74 @@ def gemm_gradient(dy: Tensor, a: Tensor, *, backend: str, square: bool = False) 
         dweight = dy.new_empty(dy.shape[1], a.shape[1])
         _launch(dy.T, a, dweight, square_b=square)
         return dweight
-    return products.mm(dy.T, a.square() if square else a)
+    return matmul.mm(dy.T, a.square() if square else a)
 
 
 def gemm_case(
-    name: str, M: int, N: int, K: int, *, shape: str, a_transposed: bool = False, b_transposed: bool = False,
-    bias: bool = False, activation: str = "none", keep: bool = False, residual: bool = False,
-    differentiate: bool = False, activated: bool = False, sums: bool = False,
-    square_a: bool = False, square_b: bool = False, dtype: torch.dtype = torch.bfloat16,
-) -> KernelCase:  # fmt: skip
+    name: str,
+    M: int,
+    N: int,
+    K: int,
+    *,
+    shape: str,
+    a_transposed: bool = False,
+    b_transposed: bool = False,
+    bias: bool = False,
+    activation: str = "none",
+    keep: bool = False,
+    residual: bool = False,
+    differentiate: bool = False,
+    activated: bool = False,
+    sums: bool = False,
+    square_a: bool = False,
+    square_b: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> KernelCase:
     """The case that `_launch` would run; a transposed operand has its columns contiguous."""
     tiles, s = _tiles(M, N, dtype, activated), dtype.itemsize
     warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
     pointers = dict(
-        p_a=True, p_b=True, p_bias=bias, p_h=keep or differentiate, p_residual=residual, p_c=True,
-        p_activated=activated, p_sums=sums,
-    )  # fmt: skip
-    unit = (
-        "stride_am" if a_transposed else "stride_ak",
-        "stride_bk" if b_transposed else "stride_bn",
+        p_a=True,
+        p_b=True,
+        p_bias=bias,
+        p_h=keep or differentiate,
+        p_residual=residual,
+        p_c=True,
+        p_activated=activated,
+        p_sums=sums,
     )
+    unit = ("stride_am" if a_transposed else "stride_ak", "stride_bk" if b_transposed else "stride_bn")
     strides = ("stride_am", "stride_ak", "stride_bk", "stride_bn")
     integers = ("M", "N", "K", *(s for s in strides if s not in unit))
     extra = sum((keep or differentiate, residual, activated))
     return KernelCase(
-        name=name, kernel=_gemm_kernel, shape=shape,
+        name=name,
+        kernel=_gemm_kernel,
+        shape=shape,
         signature={p: "*bf16" if s == 2 and p != "p_sums" else "*fp32" for p, given in pointers.items() if given}
         | dict.fromkeys(integers, "i32"),
-        constants={p: None for p, given in pointers.items() if not given} | dict.fromkeys(unit, 1)
+        constants={p: None for p, given in pointers.items() if not given}
+        | dict.fromkeys(unit, 1)
         | dict(
-            HAS_BIAS=bias, ACTIVATION=activation, KEEP=keep, HAS_RESIDUAL=residual, DERIVATIVE=differentiate,
-            STORE_ACTIVATED=activated, SUMS=sums, SQUARE_A=square_a, SQUARE_B=square_b, GROUP=_GROUP, **tiles,
+            HAS_BIAS=bias,
+            ACTIVATION=activation,
+            KEEP=keep,
+            HAS_RESIDUAL=residual,
+            DERIVATIVE=differentiate,
+            STORE_ACTIVATED=activated,
+            SUMS=sums,
+            SQUARE_A=square_a,
+            SQUARE_B=square_b,
+            GROUP=_GROUP,
+            **tiles,
         ),
         divisible=tuple(i for i in integers if i not in "MNK" or dict(M=M, N=N, K=K)[i] % 16 == 0),
-        num_warps=warps, num_stages=stages, dot=s == 2, flops=2 * M * N * K,
+        num_warps=warps,
+        num_stages=stages,
+        dot=s == 2,
+        flops=2 * M * N * K,
         bytes=s * (M * K + K * N + (1 + extra) * M * N + N * bias) + 4 * N * triton.cdiv(M, tiles["BM"]) * sums,
-    )  # fmt: skip
+    )
 
 
 def kernel_cases() -> list[KernelCase]:

@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from prismer.kernels.cases import KernelCase
+from prismer.kernels.aot.cases import KernelCase
 
 ROOMS = (
     "layer_norm",
@@ -60,15 +60,9 @@ class Arch:
 
 ARCHS = {
     80: Arch(gpus="A100", shared=163 << 10, shared_total=164 << 10, warps=64, blocks=32, nvcc="80"),
-    90: Arch(
-        gpus="H100", shared=227 << 10, shared_total=228 << 10, warps=64, blocks=32, nvcc="90a"
-    ),
-    100: Arch(
-        gpus="B200", shared=227 << 10, shared_total=228 << 10, warps=64, blocks=32, nvcc="100a"
-    ),
-    120: Arch(
-        gpus="RTX 50", shared=99 << 10, shared_total=100 << 10, warps=48, blocks=24, nvcc=None
-    ),
+    90: Arch(gpus="H100", shared=227 << 10, shared_total=228 << 10, warps=64, blocks=32, nvcc="90a"),
+    100: Arch(gpus="B200", shared=227 << 10, shared_total=228 << 10, warps=64, blocks=32, nvcc="100a"),
+    120: Arch(gpus="RTX 50", shared=99 << 10, shared_total=100 << 10, warps=48, blocks=24, nvcc=None),
 }
 
 
@@ -89,10 +83,7 @@ WITH_DOT = Budget(registers=255)
 WITHOUT_DOT = Budget(registers=128, occupancy=1 / 4)
 CUDA = Budget(registers=168)
 EXCEPTIONS: tuple[tuple[str, Budget], ...] = (
-    (
-        r"gemm fp32 .*",
-        Budget(registers=255, reason="products exact to fp32, which tensor cores do not make"),
-    ),
+    (r"gemm fp32 .*", Budget(registers=255, reason="products exact to fp32, which tensor cores do not make")),
 )
 # (pattern of "room kernel sm_ARCH", budget): the first that fits comes before the three above
 
@@ -124,10 +115,7 @@ class Row:
         arch = ARCHS[self.arch]
         registers = -(-self.registers // 8) * 8 * 32 * self.warps
         blocks = min(
-            arch.blocks,
-            arch.warps // self.warps,
-            65536 // registers,
-            arch.shared_total // (self.shared + 1024),
+            arch.blocks, arch.warps // self.warps, 65536 // registers, arch.shared_total // (self.shared + 1024)
         )
         return blocks * self.warps / arch.warps
 
@@ -154,9 +142,7 @@ _SPILL = re.compile(r"(STL|LDL)(\.|$)")
 
 def _instructions(sass: str) -> list[str]:
     """Names of the instructions of a disassembly, predicates dropped."""
-    return re.findall(
-        r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE
-    )
+    return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
 
 
 def _cuobjdump(option: str, cubin: bytes) -> str:
@@ -186,9 +172,7 @@ def _last_line(text: str) -> str:
 
 def _refuse_interpreter() -> None:
     if triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            "TRITON_INTERPRET is set, and an interpreted kernel cannot be compiled: unset it"
-        )
+        raise RuntimeError("TRITON_INTERPRET is set, and an interpreted kernel cannot be compiled: unset it")
 
 
 def compile_case(room: str, case: KernelCase, arch: int) -> Row:
@@ -199,11 +183,7 @@ def compile_case(room: str, case: KernelCase, arch: int) -> Row:
     """
     _refuse_interpreter()
     names = list(case.kernel.arg_names)
-    aligned = [
-        name
-        for name, kind in case.signature.items()
-        if kind.startswith("*") or name in case.divisible
-    ]
+    aligned = [name for name, kind in case.signature.items() if kind.startswith("*") or name in case.divisible]
     source = ASTSource(
         case.kernel,
         signature={name: case.signature.get(name, "constexpr") for name in names},
@@ -239,9 +219,7 @@ def cases(ops: Iterable[str] | None = None) -> list[tuple[str, KernelCase]]:
     """
     unknown = set(ops or ()) - set(ROOMS)
     if unknown:
-        raise ValueError(
-            f"no room is called {', '.join(sorted(unknown))}; choose {', '.join(ROOMS)}"
-        )
+        raise ValueError(f"no room is called {', '.join(sorted(unknown))}; choose {', '.join(ROOMS)}")
     found = []
     for room in ROOMS:
         if (_HERE / f"{room}.py").exists() and (not ops or room in ops):
@@ -258,9 +236,7 @@ def representatives(found: list[tuple[str, KernelCase]]) -> list[tuple[str, Kern
     return list(first.values())
 
 
-def compile_cases(
-    found: list[tuple[str, KernelCase]], archs: Iterable[int], jobs: int
-) -> list[Row]:
+def compile_cases(found: list[tuple[str, KernelCase]], archs: Iterable[int], jobs: int) -> list[Row]:
     """`compile_case` of each pair in `found` on each architecture that its launcher serves, `jobs` at a time."""
     work = [(room, case, arch) for room, case in found for arch in archs if arch in case.archs]
     if jobs == 1:
@@ -296,11 +272,7 @@ def _compile_cuda(path: Path, arch: int) -> list[Row]:
             error = errors[0] if errors else _last_line(done.stderr)
             return [Row(room=path.stem, name=path.name, arch=arch, source="cuda", error=error)]
         sass = _cuobjdump("-sass", cubin.read_bytes())
-    code = dict(
-        re.findall(
-            r"^\s*Function : (\S+)\n(.*?)(?=^\s*Function : |\Z)", sass, re.DOTALL | re.MULTILINE
-        )
-    )
+    code = dict(re.findall(r"^\s*Function : (\S+)\n(.*?)(?=^\s*Function : |\Z)", sass, re.DOTALL | re.MULTILINE))
     rows = []
     for report in done.stderr.split("Compiling entry function ")[1:]:
         symbol = report.split("'")[1]
@@ -432,16 +404,12 @@ def cost_table(found: Iterable[tuple[str, KernelCase]]) -> str:
 
 
 def _parsed(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m prismer.kernels.inspect", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m prismer.kernels.inspect", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", default="80,90,100,120", help="compute capabilities, by commas")
     parser.add_argument("--op", default="", help="rooms, by commas; all of them if left out")
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     parser.add_argument("--jobs", type=int, default=1, help="compile so many kernels at a time")
-    parser.add_argument(
-        "--representative", action="store_true", help="only the first case of each kernel"
-    )
+    parser.add_argument("--representative", action="store_true", help="only the first case of each kernel")
     parser.add_argument("--no-cuda", action="store_true", help="leave csrc/cuda out")
     options = parser.parse_args(argv)
     options.arch = [int(arch) for arch in options.arch.split(",")]
@@ -467,38 +435,25 @@ def main(argv: list[str] | None = None) -> int:
         rows += cuda_cases(options.arch, options.op)
     broken = check(rows)
     print("## Compiled code\n")
-    print(
-        f"Triton {triton.__version__}, without a GPU. Shared memory and resident warps are those of one block and of"
-    )
+    print(f"Triton {triton.__version__}, without a GPU. Shared memory and resident warps are those of one block and of")
     print("one multiprocessor; for CUDA C++ kernels shared memory is the static part.\n")
     print(code_table(rows))
     print("\n## Cost of a launch\n")
+    print("Compulsory traffic and arithmetic at the shape named, and the time that no implementation can beat: a lower")
+    print("bound computed from datasheet numbers (dense bf16, memory bandwidth), **not measured**.\n")
     print(
-        "Compulsory traffic and arithmetic at the shape named, and the time that no implementation can beat: a lower"
+        "; ".join(f"{gpu}: {peak.tensor / 1e12:g} TFLOP/s, {peak.memory / 1e12:g} TB/s" for gpu, peak in PEAKS.items())
+        + ".\n"
     )
-    print(
-        "bound computed from datasheet numbers (dense bf16, memory bandwidth), **not measured**.\n"
-    )
-    print("; ".join(
-        f"{gpu}: {peak.tensor / 1e12:g} TFLOP/s, {peak.memory / 1e12:g} TB/s" for gpu, peak in PEAKS.items()
-    ) + ".\n")  # fmt: skip
     print(cost_table(found))
     if options.json:
         table = [asdict(row) | {"occupancy": row.occupancy} for row in rows]
         costs = [
-            {
-                "room": room,
-                "name": case.name,
-                "shape": case.shape,
-                "bytes": case.bytes,
-                "flops": case.flops,
-            }
+            {"room": room, "name": case.name, "shape": case.shape, "bytes": case.bytes, "flops": case.flops}
             | {f"{gpu}_seconds": bound(case, gpu)[0] for gpu in PEAKS}
             for room, case in found
         ]
-        options.json.write_text(
-            json.dumps({"rows": table, "costs": costs, "broken": broken}, indent=1)
-        )
+        options.json.write_text(json.dumps({"rows": table, "costs": costs, "broken": broken}, indent=1))
     print(f"\n{len(rows)} kernels, {len(broken)} broken budgets", file=sys.stderr)
     for sentence in broken:
         print(sentence, file=sys.stderr)

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels import dispatch
-from prismer.kernels.cases import KernelCase
+from prismer.kernels.aot.cases import KernelCase
 
 
 def _cell_rows(ids: Tensor, rows: Tensor | None, num_rows: int, grid: int) -> Tensor:
@@ -36,12 +36,7 @@ def _cell_rows(ids: Tensor, rows: Tensor | None, num_rows: int, grid: int) -> Te
 
 
 def add_instance_rows_reference(
-    x: Tensor,
-    ids: Tensor,
-    table: Tensor,
-    rows: Tensor | None,
-    grid: int,
-    positions: Tensor | None = None,
+    x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, grid: int, positions: Tensor | None = None
 ) -> Tensor:
     """The definition, summed in fp32 (float64 for float64). Arguments as in `add_instance_rows`."""
     compute = torch.promote_types(x.dtype, torch.float32)
@@ -70,9 +65,22 @@ def _rows_of_cells(p_ids, p_rows, o_cell, m_cell, s, F, grid, HAS_ROWS: tl.const
 
 @triton.jit
 def _forward_kernel(
-    p_x, p_ids, p_table, p_rows, p_positions, p_out, N, s, F, D, grid,
-    HAS_ROWS: tl.constexpr, HAS_POSITIONS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    p_x,
+    p_ids,
+    p_table,
+    p_rows,
+    p_positions,
+    p_out,
+    N,
+    s,
+    F,
+    D,
+    grid,
+    HAS_ROWS: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
     o_cell = tl.program_id(0) * BN + tl.arange(0, BN)
     o_col = tl.program_id(1) * BD + tl.arange(0, BD)
     m_cell, m_col = o_cell < N, o_col < D
@@ -91,9 +99,20 @@ def _forward_kernel(
 
 @triton.jit
 def _table_kernel(
-    p_dy, p_ids, p_rows, p_dtable, N, s, F, D, grid,
-    HAS_ROWS: tl.constexpr, BF: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    p_dy,
+    p_ids,
+    p_rows,
+    p_dtable,
+    N,
+    s,
+    F,
+    D,
+    grid,
+    HAS_ROWS: tl.constexpr,
+    BF: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
     """Program (i, d) owns BF rows and BD columns of dtable and takes all cells in order."""
     first = tl.program_id(0) * BF
     o_row = first + tl.arange(0, BF)
@@ -123,16 +142,28 @@ def _forward_triton(x, ids, table, rows, positions, grid, out) -> None:
     (B, cells, D), tiles = x.shape, _FORWARD_TILES
     N = B * cells
     _forward_kernel[(triton.cdiv(N, tiles["BN"]), triton.cdiv(D, tiles["BD"]))](
-        x, ids, table, rows, positions, out, N, ids.shape[1], len(table), D, grid,
-        HAS_ROWS=rows is not None, HAS_POSITIONS=positions is not None, **tiles,
-    )  # fmt: skip
+        x,
+        ids,
+        table,
+        rows,
+        positions,
+        out,
+        N,
+        ids.shape[1],
+        len(table),
+        D,
+        grid,
+        HAS_ROWS=rows is not None,
+        HAS_POSITIONS=positions is not None,
+        **tiles,
+    )
 
 
 def _table_triton(dy, ids, rows, num_rows, grid, dtable) -> None:
     (B, cells, D), tiles = dy.shape, _TABLE_TILES
     _table_kernel[(triton.cdiv(num_rows, tiles["BF"]), triton.cdiv(D, tiles["BD"]))](
         dy, ids, rows, dtable, B * cells, ids.shape[1], num_rows, D, grid, HAS_ROWS=rows is not None, **tiles
-    )  # fmt: skip
+    )
 
 
 # torch
@@ -237,9 +268,7 @@ def _autograd(ctx, dy):
     needs = ctx.needs_input_grad
     if dy is None or not (needs[2] or needs[4]):
         return dy, None, None, None, None, None
-    dtable, dpositions = _instance_rows_backward(
-        dy, *ctx.saved_tensors, ctx.num_rows, ctx.grid, needs[2], needs[4]
-    )
+    dtable, dpositions = _instance_rows_backward(dy, *ctx.saved_tensors, ctx.num_rows, ctx.grid, needs[2], needs[4])
     return (
         dy if needs[0] else None,
         None,
@@ -257,12 +286,7 @@ dispatch.register_backward("instance_rows", _setup_context, _autograd)
 
 
 def add_instance_rows(
-    x: Tensor,
-    ids: Tensor,
-    table: Tensor,
-    rows: Tensor | None,
-    grid: int,
-    positions: Tensor | None = None,
+    x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, grid: int, positions: Tensor | None = None
 ) -> Tensor:
     """Add to each token the row of the object that its cell shows and, if given, the token's position.
 
@@ -295,25 +319,14 @@ def _check(x, ids, table, rows, grid, positions) -> None:
     B, _, D = x.shape
     square = ids.dim() == 3 and len(ids) == B and ids.shape[1] == ids.shape[2] >= 1
     if ids.dtype != torch.uint8 or not square:
-        raise ValueError(
-            f"ids are {ids.dtype} of shape {tuple(ids.shape)}; pass uint8 of shape ({B}, s, s)"
-        )
-    if (
-        not table.is_floating_point()
-        or table.dim() != 2
-        or table.shape[1] != D
-        or not table.shape[0]
-    ):
+        raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; pass uint8 of shape ({B}, s, s)")
+    if not table.is_floating_point() or table.dim() != 2 or table.shape[1] != D or not table.shape[0]:
         raise ValueError(
             f"table is {table.dtype} of shape {tuple(table.shape)}; pass floats of shape (F, {D}), F at least 1"
         )
     if rows is not None and (rows.shape != (256,) or rows.dtype != torch.int64):
-        raise ValueError(
-            f"rows are {rows.dtype} of shape {tuple(rows.shape)}; pass int64 of shape (256,)"
-        )
-    if positions is not None and (
-        positions.shape != (cells, D) or not positions.is_floating_point()
-    ):
+        raise ValueError(f"rows are {rows.dtype} of shape {tuple(rows.shape)}; pass int64 of shape (256,)")
+    if positions is not None and (positions.shape != (cells, D) or not positions.is_floating_point()):
         raise ValueError(
             f"positions are {positions.dtype} of shape {tuple(positions.shape)}; pass floats of shape ({cells}, {D})"
         )
@@ -335,18 +348,27 @@ def kernel_cases() -> list[KernelCase]:
         shape = f"{model}, {B} maps of {side} px, {grid} x {grid} x {D} each, {num_rows} rows"
         cases += [
             KernelCase(
-                name=f"{model} instance_rows forward", kernel=_forward_kernel, shape=shape,
+                name=f"{model} instance_rows forward",
+                kernel=_forward_kernel,
+                shape=shape,
                 signature=inputs | dict(p_x="*bf16", p_table="*bf16", p_positions="*bf16", p_out="*bf16") | integers,
-                constants=dict(HAS_ROWS=True, HAS_POSITIONS=True, **_FORWARD_TILES), num_warps=4,
-                bytes=N + 2048 + 2 * D * (2 * N + num_rows + grid * grid), flops=2 * N * D,
+                constants=dict(HAS_ROWS=True, HAS_POSITIONS=True, **_FORWARD_TILES),
+                num_warps=4,
+                bytes=N + 2048 + 2 * D * (2 * N + num_rows + grid * grid),
+                flops=2 * N * D,
                 divisible=("N", "s", "F", "D"),
             ),
             KernelCase(
-                name=f"{model} instance_rows table", kernel=_table_kernel, shape=shape,
+                name=f"{model} instance_rows table",
+                kernel=_table_kernel,
+                shape=shape,
                 signature=inputs | dict(p_dy="*bf16", p_dtable="*fp32") | integers,
-                constants=dict(HAS_ROWS=True, **_TABLE_TILES), num_warps=4,
-                bytes=N + 2048 + 2 * N * D + 4 * num_rows * D, flops=N * D, dot=True,
+                constants=dict(HAS_ROWS=True, **_TABLE_TILES),
+                num_warps=4,
+                bytes=N + 2048 + 2 * N * D + 4 * num_rows * D,
+                flops=N * D,
+                dot=True,
                 divisible=("N", "s", "F", "D"),
             ),
-        ]  # fmt: skip
+        ]
     return cases

@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels import dispatch
-from prismer.kernels.cases import KernelCase
+from prismer.kernels.aot.cases import KernelCase
 
 
 def label_map_reference(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
@@ -94,9 +94,7 @@ def _load_rows(p_features, b_row, o_col, m_wanted, m_col, C):
 
 
 @triton.jit
-def _forward_kernel(
-    p_ids, p_rows, p_features, p_out, P, h, w, F, C, size, steps, BP: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
+def _forward_kernel(p_ids, p_rows, p_features, p_out, P, h, w, F, C, size, steps, BP: tl.constexpr, BC: tl.constexpr):
     o_pixel = tl.program_id(0) * BP + tl.arange(0, BP)
     o_col = tl.program_id(1) * BC + tl.arange(0, BC)
     m_pixel, m_col = o_pixel < P, o_col < C
@@ -115,9 +113,22 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    p_dy, p_ids, p_rows, p_partial, P, h, w, F, C, size, steps, tiles,
-    BF: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    p_dy,
+    p_ids,
+    p_rows,
+    p_partial,
+    P,
+    h,
+    w,
+    F,
+    C,
+    size,
+    steps,
+    tiles,
+    BF: tl.constexpr,
+    BP: tl.constexpr,
+    BC: tl.constexpr,
+):
     """Program (f, c, g) sums its BF rows and BC columns over `tiles` tiles of BP pixels, part g of them all."""
     i_part = tl.program_id(2)
     o_row = tl.program_id(0) * BF + tl.arange(0, BF)
@@ -127,9 +138,7 @@ def _backward_kernel(
     for i in range(tiles):
         o_pixel = (i_part * tiles + i) * BP + tl.arange(0, BP)
         m_pixel = o_pixel < P
-        b_00, b_01, b_10, b_11, b_y, b_x = _taps(
-            p_ids, p_rows, o_pixel, m_pixel, h, w, F, size, steps
-        )
+        b_00, b_01, b_10, b_11, b_y, b_x = _taps(p_ids, p_rows, o_pixel, m_pixel, h, w, F, size, steps)
         # an image names few rows: most tiles hold none of a program's, and are passed over
         first = tl.program_id(0) * BF
         m_mine = (b_00 >= first) & (b_00 < first + BF)
@@ -198,7 +207,7 @@ def _backward_triton(dy, ids, rows, dfeatures) -> None:
     grid = (triton.cdiv(F, _BACKWARD_TILES["BF"]), triton.cdiv(C, BC), G)
     _backward_kernel[grid](
         dy, ids, rows, partial, P, h, w, F, C, size, max(size - 1, 1), tiles, BC=BC, **_BACKWARD_TILES
-    )  # fmt: skip
+    )
     if G > 1:
         grid = (triton.cdiv(F * C, _SUM_TILES["BN"]),)
         _sum_parts_kernel[grid](partial, dfeatures, G, F * C, **_SUM_TILES)
@@ -207,9 +216,7 @@ def _backward_triton(dy, ids, rows, dfeatures) -> None:
 # torch
 
 
-def _axis_taps(
-    source: int, size: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _axis_taps(source: int, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Positions (2, size) int64 and weights (2, size) of the two taps along one axis."""
     scaled = torch.arange(size, device=device) * (source - 1)
     steps = max(size - 1, 1)
@@ -270,9 +277,7 @@ def supports(backend: str, ids: Tensor, dtype: torch.dtype, size: int) -> str | 
 
 def _forward(ids, rows, features, size):
     ids, rows, features = ids.contiguous(), rows.contiguous(), features.contiguous()
-    backend = dispatch.choose(
-        "label_map", ids.device, lambda name: supports(name, ids, features.dtype, size)
-    )
+    backend = dispatch.choose("label_map", ids.device, lambda name: supports(name, ids, features.dtype, size))
     if backend == "native":
         return torch.ops.prismer_native.label_map(ids, rows, features, size)
     if backend == "triton":
@@ -289,9 +294,7 @@ def _forward_fake(ids, rows, features, size):
 
 def _backward(dy, ids, rows, num_rows):
     dy, ids, rows = dy.contiguous(), ids.contiguous(), rows.contiguous()
-    backend = dispatch.choose(
-        "label_map", ids.device, lambda name: supports(name, ids, dy.dtype, dy.shape[1])
-    )
+    backend = dispatch.choose("label_map", ids.device, lambda name: supports(name, ids, dy.dtype, dy.shape[1]))
     if backend == "native":
         return torch.ops.prismer_native.label_map_backward(dy, ids, rows, num_rows)
     if backend == "triton":
@@ -310,14 +313,10 @@ def _backward_fake(dy, ids, rows, num_rows):
 
 
 _label_map = dispatch.define(
-    "label_map(Tensor ids, Tensor rows, Tensor features, int size) -> Tensor",
-    _forward,
-    _forward_fake,
+    "label_map(Tensor ids, Tensor rows, Tensor features, int size) -> Tensor", _forward, _forward_fake
 )
 _label_map_backward = dispatch.define(
-    "label_map_backward(Tensor dy, Tensor ids, Tensor rows, int num_rows) -> Tensor",
-    _backward,
-    _backward_fake,
+    "label_map_backward(Tensor dy, Tensor ids, Tensor rows, int num_rows) -> Tensor", _backward, _backward_fake
 )
 
 
@@ -363,28 +362,18 @@ def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
         RuntimeError: on the CPU, if `rows` name a row that `features` do not have (on a GPU: NaN).
     """
     if ids.dtype != torch.uint8 or ids.dim() != 3:
-        raise ValueError(
-            f"ids are {ids.dtype} of shape {tuple(ids.shape)}; pass uint8 of shape (B, h, w)"
-        )
+        raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; pass uint8 of shape (B, h, w)")
     if rows.dtype != torch.int64 or rows.shape != (ids.shape[0], 256):
         raise ValueError(
-            f"rows are {rows.dtype} of shape {tuple(rows.shape)}; "
-            f"pass int64 of shape ({ids.shape[0]}, 256)"
+            f"rows are {rows.dtype} of shape {tuple(rows.shape)}; pass int64 of shape ({ids.shape[0]}, 256)"
         )
     if not features.is_floating_point() or features.dim() != 2:
-        raise ValueError(
-            f"features are {features.dtype} of shape {tuple(features.shape)}; "
-            f"pass floats of shape (F, C)"
-        )
+        raise ValueError(f"features are {features.dtype} of shape {tuple(features.shape)}; pass floats of shape (F, C)")
     if size < 1 or ids.shape[1] < 1 or ids.shape[2] < 1:
-        raise ValueError(
-            f"cannot resize a map of {tuple(ids.shape[1:])} to side {size}; "
-            f"both need at least one pixel"
-        )
+        raise ValueError(f"cannot resize a map of {tuple(ids.shape[1:])} to side {size}; both need at least one pixel")
     if not ids.device == rows.device == features.device:
         raise ValueError(
-            f"ids, rows and features are on {ids.device}, {rows.device} and {features.device}; "
-            f"move them to one device"
+            f"ids, rows and features are on {ids.device}, {rows.device} and {features.device}; move them to one device"
         )
     if dispatch.asked() == "reference":
         return label_map_reference(ids, rows, features, size)
@@ -408,21 +397,38 @@ def kernel_cases() -> list[KernelCase]:
         read = 4 * P + B * 256 * 8
         cases += [
             KernelCase(
-                name=f"{model} label_map forward", kernel=_forward_kernel, shape=shape,
+                name=f"{model} label_map forward",
+                kernel=_forward_kernel,
+                shape=shape,
                 signature=inputs | dict(p_features="*bf16", p_out="*bf16") | integers,
-                constants=dict(BP=32, BC=BC), num_warps=4,
-                bytes=read + F * C * 2 + P * C * 2, flops=P * C * 7, divisible=("P", "h", "w", "F", "C"),
+                constants=dict(BP=32, BC=BC),
+                num_warps=4,
+                bytes=read + F * C * 2 + P * C * 2,
+                flops=P * C * 7,
+                divisible=("P", "h", "w", "F", "C"),
             ),
             KernelCase(
-                name=f"{model} label_map backward", kernel=_backward_kernel, shape=shape,
+                name=f"{model} label_map backward",
+                kernel=_backward_kernel,
+                shape=shape,
                 signature=inputs | dict(p_dy="*bf16", p_partial="*fp32") | integers | dict(tiles="i32"),
-                constants=dict(BC=BC, **backward), num_warps=warps,
-                bytes=read + P * C * 2 + G * F * C * 4, flops=P * C * 8, divisible=("P", "h", "w", "F", "C"),
+                constants=dict(BC=BC, **backward),
+                num_warps=warps,
+                bytes=read + P * C * 2 + G * F * C * 4,
+                flops=P * C * 8,
+                divisible=("P", "h", "w", "F", "C"),
             ),
             KernelCase(
-                name=f"{model} label_map sum of parts", kernel=_sum_parts_kernel, shape=f"{G} x {F * C}",
-                signature=dict(p_partial="*fp32", p_sum="*fp32", G="i32", N="i32"), constants=_SUM_TILES,
-                num_warps=4, bytes=4 * (G + 1) * F * C, flops=G * F * C, divisible=("N",), vector_loads=False,
+                name=f"{model} label_map sum of parts",
+                kernel=_sum_parts_kernel,
+                shape=f"{G} x {F * C}",
+                signature=dict(p_partial="*fp32", p_sum="*fp32", G="i32", N="i32"),
+                constants=_SUM_TILES,
+                num_warps=4,
+                bytes=4 * (G + 1) * F * C,
+                flops=G * F * C,
+                divisible=("N",),
+                vector_loads=False,
             ),
-        ]  # fmt: skip
+        ]
     return cases

@@ -21,14 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels import dispatch
-from prismer.kernels.cases import KernelCase
+from prismer.kernels.aot.cases import KernelCase
 
 _MAX_WIDTH = 65536
 
 
-def layer_norm_reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
-) -> Tensor:
+def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """The definition, fp32 inside (float64 for float64). Shapes as in `layer_norm`."""
     compute = torch.promote_types(x.dtype, torch.float32)
     x32 = x.to(compute)
@@ -54,11 +52,23 @@ def add_layer_norm_reference(
 
 @triton.jit
 def _forward_kernel(
-    p_x, p_residual, p_weight, p_bias, p_y, p_total, p_mean, p_rstd,
-    R, D, eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BR: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    p_x,
+    p_residual,
+    p_weight,
+    p_bias,
+    p_y,
+    p_total,
+    p_mean,
+    p_rstd,
+    R,
+    D,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
     o_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_col = tl.arange(0, BD)
     m_row, m_col = o_row < R, o_col < D
@@ -85,11 +95,24 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    p_dy, p_dtotal, p_x, p_weight, p_mean, p_rstd, p_dx, p_dweight, p_dbias,
-    R, D, blocks,
-    HAS_TOTAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, AFFINE: tl.constexpr,
-    BR: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    p_dy,
+    p_dtotal,
+    p_x,
+    p_weight,
+    p_mean,
+    p_rstd,
+    p_dx,
+    p_dweight,
+    p_dbias,
+    R,
+    D,
+    blocks,
+    HAS_TOTAL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    AFFINE: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
     """One program takes `blocks` blocks of rows and leaves its partial sums of the affine in a row of its own."""
     i_group = tl.program_id(0).to(tl.int64)
     o_col = tl.arange(0, BD)
@@ -154,9 +177,22 @@ def _forward_triton(x, residual, weight, bias, eps, y, total, mean, rstd) -> Non
     R, D = x.shape
     tiles = _tiles(D)
     _forward_kernel[(triton.cdiv(R, tiles["BR"]),)](
-        x, residual, weight, bias, y, total, mean, rstd, R, D, eps,
-        HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, **tiles,
-    )  # fmt: skip
+        x,
+        residual,
+        weight,
+        bias,
+        y,
+        total,
+        mean,
+        rstd,
+        R,
+        D,
+        eps,
+        HAS_RESIDUAL=residual is not None,
+        HAS_WEIGHT=weight is not None,
+        HAS_BIAS=bias is not None,
+        **tiles,
+    )
 
 
 def _backward_triton(dy, dtotal, x, weight, mean, rstd, affine, dx) -> Tensor:
@@ -165,9 +201,23 @@ def _backward_triton(dy, dtotal, x, weight, mean, rstd, affine, dx) -> Tensor:
     P, blocks = _groups(R, tiles["BR"])
     partial = torch.empty(2, P if affine else 0, D, dtype=torch.float32, device=x.device)
     _backward_kernel[(P,)](
-        dy, dtotal, x, weight, mean, rstd, dx, partial[0], partial[1], R, D, blocks,
-        HAS_TOTAL=dtotal is not None, HAS_WEIGHT=weight is not None, AFFINE=affine, **tiles,
-    )  # fmt: skip
+        dy,
+        dtotal,
+        x,
+        weight,
+        mean,
+        rstd,
+        dx,
+        partial[0],
+        partial[1],
+        R,
+        D,
+        blocks,
+        HAS_TOTAL=dtotal is not None,
+        HAS_WEIGHT=weight is not None,
+        AFFINE=affine,
+        **tiles,
+    )
     sums = torch.empty(2, D if affine else 0, dtype=torch.float32, device=x.device)
     if affine:
         _sum_groups_kernel[(triton.cdiv(D, 64), 2)](partial, sums, P, D, BP=16, BD=64, num_warps=4)
@@ -246,9 +296,7 @@ def _backward(dy, dtotal, x, weight, mean, rstd, affine):
     if backend == "torch":
         dx, *sums = _backward_torch(dy, dtotal, x, weight, mean, rstd, affine)
     elif backend == "native":
-        dx, *sums = torch.ops.prismer_native.layer_norm_backward(
-            dy, dtotal, x, weight, mean, rstd, affine
-        )
+        dx, *sums = torch.ops.prismer_native.layer_norm_backward(dy, dtotal, x, weight, mean, rstd, affine)
     else:
         dx = torch.empty_like(x)
         sums = torch.zeros(2, x.shape[1] if affine else 0, device=x.device)
@@ -298,9 +346,7 @@ def _autograd(ctx, dy, dtotal, *_):
         return dtotal, dtotal if ctx.has_residual else None, None, None, None
     x, weight, mean, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    dx, dweight, dbias = _layer_norm_backward(
-        dy, dtotal, x, weight, mean, rstd, needs[2] or needs[3]
-    )
+    dx, dweight, dbias = _layer_norm_backward(dy, dtotal, x, weight, mean, rstd, needs[2] or needs[3])
     return (
         dx if needs[0] else None,
         dx if needs[1] else None,
@@ -332,9 +378,7 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tens
             f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (..., D), D from 1 to {_MAX_WIDTH}"
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (
-            tensor.shape != x.shape[-1:] or not tensor.is_floating_point()
-        ):
+        if tensor is not None and (tensor.shape != x.shape[-1:] or not tensor.is_floating_point()):
             raise ValueError(
                 f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass floats of shape {tuple(x.shape[-1:])}"
             )
@@ -345,9 +389,7 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tens
         )
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     """Normalise the last dimension of `x`, with fp32 statistics.
 
     Args:
@@ -407,25 +449,51 @@ def kernel_cases() -> list[KernelCase]:
         shape = f"{model} 480 px, 8 images, {R} x {D}"
         cases += [
             KernelCase(
-                name=f"{model} layer_norm add forward", kernel=_forward_kernel, shape=shape,
+                name=f"{model} layer_norm add forward",
+                kernel=_forward_kernel,
+                shape=shape,
                 signature=plain | dict(p_mean=fp32, p_rstd=fp32, R="i32", D="i32", eps="fp32"),
                 constants=dict(HAS_RESIDUAL=True, HAS_WEIGHT=True, HAS_BIAS=True, **tiles),
-                num_warps=warps, bytes=4 * R * D * 2 + 2 * D * 2 + 8 * R, flops=9 * R * D, divisible=("D",),
+                num_warps=warps,
+                bytes=4 * R * D * 2 + 2 * D * 2 + 8 * R,
+                flops=9 * R * D,
+                divisible=("D",),
             ),
             KernelCase(
-                name=f"{model} layer_norm backward", kernel=_backward_kernel, shape=shape,
+                name=f"{model} layer_norm backward",
+                kernel=_backward_kernel,
+                shape=shape,
                 signature=dict(
-                    p_dy=bf16, p_dtotal=bf16, p_x=bf16, p_weight=bf16, p_mean=fp32, p_rstd=fp32, p_dx=bf16,
-                    p_dweight=fp32, p_dbias=fp32, R="i32", D="i32", blocks="i32",
+                    p_dy=bf16,
+                    p_dtotal=bf16,
+                    p_x=bf16,
+                    p_weight=bf16,
+                    p_mean=fp32,
+                    p_rstd=fp32,
+                    p_dx=bf16,
+                    p_dweight=fp32,
+                    p_dbias=fp32,
+                    R="i32",
+                    D="i32",
+                    blocks="i32",
                 ),
                 constants=dict(HAS_TOTAL=True, HAS_WEIGHT=True, AFFINE=True, **tiles),
-                num_warps=warps, bytes=4 * R * D * 2 + D * 2 + 8 * R + 8 * P * D, flops=18 * R * D, divisible=("D",),
+                num_warps=warps,
+                bytes=4 * R * D * 2 + D * 2 + 8 * R + 8 * P * D,
+                flops=18 * R * D,
+                divisible=("D",),
             ),
             KernelCase(
-                name=f"{model} layer_norm affine sums", kernel=_sum_groups_kernel, shape=shape,
+                name=f"{model} layer_norm affine sums",
+                kernel=_sum_groups_kernel,
+                shape=shape,
                 signature=dict(p_partial=fp32, p_sum=fp32, P="i32", D="i32"),
-                constants=dict(BP=16, BD=64), num_warps=4, bytes=8 * P * D + 8 * D, flops=2 * P * D,
-                divisible=("D",), vector_loads=False,
+                constants=dict(BP=16, BD=64),
+                num_warps=4,
+                bytes=8 * P * D + 8 * D,
+                flops=2 * P * D,
+                divisible=("D",),
+                vector_loads=False,
             ),
-        ]  # fmt: skip
+        ]
     return cases

@@ -13,7 +13,7 @@ FLOPs 2 R D N forward for N outputs in all; as much again for dx, and for the we
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import dispatch, products
+from prismer.kernels import dispatch, matmul
 
 _MOST = 3
 
@@ -28,7 +28,7 @@ def _pairs(tensors) -> list[tuple[Tensor, Tensor | None]]:
 
 
 def _forward(x, *tensors):
-    outputs = [products.linear(x, weight, bias) for weight, bias in _pairs(tensors)]
+    outputs = [matmul.linear(x, weight, bias) for weight, bias in _pairs(tensors)]
     return *outputs, *(x.new_empty(0) for _ in range(_MOST - len(outputs)))
 
 
@@ -45,12 +45,12 @@ def _backward(x, dy1, dy2, dy3, w1, w2, w3, needs):
     for i, (dy, weight) in enumerate(((dy1, w1), (dy2, w2), (dy3, w3))):
         if dy is not None and needs[0]:
             if dx is None:
-                dx = products.mm(dy, weight)
-            elif products.on_onednn(dy):
-                dx += products.mm(dy, weight)
+                dx = matmul.mm(dy, weight)
+            elif matmul.on_onednn(dy):
+                dx += matmul.mm(dy, weight)
             else:
                 dx.addmm_(dy, weight)
-        grads.append(products.mm(dy.mT, x) if needs[1 + 2 * i] else empty(0))
+        grads.append(matmul.mm(dy.mT, x) if needs[1 + 2 * i] else empty(0))
         grads.append(dy.sum(0) if needs[2 + 2 * i] else empty(0))
     return (empty(0) if dx is None else dx), *grads
 
@@ -94,10 +94,7 @@ def _autograd(ctx, *dys):
     if all(dy is None for dy in dys):
         return (None,) * (1 + 2 * _MOST)
     x, *weights = ctx.saved_tensors
-    needs = [
-        bool(need) and (i == 0 or dys[(i - 1) // 2] is not None)
-        for i, need in enumerate(ctx.needs_input_grad)
-    ]
+    needs = [bool(need) and (i == 0 or dys[(i - 1) // 2] is not None) for i, need in enumerate(ctx.needs_input_grad)]
     grads = _linears_backward(x, *dys, *weights, needs)
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
@@ -127,7 +124,7 @@ def linears(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> list[Tenso
                 f"weight {tuple(weight.shape)} {weight.dtype} and bias {None if bias is None else tuple(bias.shape)} "
                 f"do not fit x {tuple(x.shape)} {x.dtype}; pass (N, {x.shape[-1]}) and (N,) of {x.dtype}"
             )
-    if dispatch.asked() == "reference" or (dispatch.on_host(x, layers[0][0]) and not products.on_onednn(x)):
+    if dispatch.asked() == "reference" or (dispatch.on_host(x, layers[0][0]) and not matmul.on_onednn(x)):
         return linears_reference(x, layers)
     flat = [t for layer in layers for t in layer] + [None, None] * (_MOST - len(layers))
     outputs = _linears(x.reshape(-1, x.shape[-1]), *flat)

@@ -1,4 +1,4 @@
-"""The two-layer perceptron of a transformer block, with bias and activation inside the matrix products.
+"""The two-layer perceptron of a transformer block, with bias and activation inside the matrix matmul.
 
     h = x fc_weight^T,  a = act(h + fc_bias),  y = a proj_weight^T + proj_bias
     dh = (dy proj_weight) act'(h + fc_bias),  dx = dh fc_weight
@@ -17,14 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import dispatch, products
-from prismer.kernels.activation import (
-    bias_activation_op,
-    bias_activation_reference,
-    check_activation,
-    column_sums,
-)
-from prismer.kernels.cases import KernelCase
+from prismer.kernels import dispatch, matmul
+from prismer.kernels.activation import bias_activation_op, bias_activation_reference, check_activation, column_sums
+from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient
 
 
@@ -40,8 +35,7 @@ def mlp_reference(
     """The definition, fp32 inside (float64 for float64). Shapes as in `mlp`."""
     compute = torch.promote_types(x.dtype, torch.float32)
     x32, w1, b1, w2, b2 = (
-        None if t is None else t.to(compute)
-        for t in (x, fc_weight, fc_bias, proj_weight, proj_bias)
+        None if t is None else t.to(compute) for t in (x, fc_weight, fc_bias, proj_weight, proj_bias)
     )
     a = bias_activation_reference(F.linear(x32, w1), b1, activation)
     return F.linear(a, w2, b2).to(x.dtype)
@@ -78,10 +72,15 @@ def _backward(dy, x, h, fc_weight, fc_bias, proj_weight, proj_bias, activation, 
     dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias = (dy.new_empty(0) for _ in range(5))
     if need_x or need_fc_weight or need_fc_bias:
         dh, a, sums = gemm_derivative(
-            dy, proj_weight, h, fc_bias,
-            backend=backend, activation=activation, activated=need_proj_weight,
+            dy,
+            proj_weight,
+            h,
+            fc_bias,
+            backend=backend,
+            activation=activation,
+            activated=need_proj_weight,
             sums=fc_bias.dtype if need_fc_bias else None,
-        )  # fmt: skip
+        )
         if need_fc_bias:
             dfc_bias = sums
         if need_fc_weight:
@@ -159,20 +158,22 @@ dispatch.register_backward("mlp", _setup_context, _autograd)
 
 def check_linear(
     name: str, weight: Tensor, bias: Tensor | None, inputs: int, like: Tensor, outputs: int | None = None
-) -> None:  # fmt: skip
+) -> None:
     """Raise ValueError unless `weight` (outputs, inputs) and `bias` (outputs,) are a layer for `like`, which is x."""
     if (
-        weight.dtype != like.dtype or weight.dim() != 2 or not weight.numel()
-        or weight.shape[1] != inputs or weight.shape[0] != (outputs or weight.shape[0])
-    ):  # fmt: skip
+        weight.dtype != like.dtype
+        or weight.dim() != 2
+        or not weight.numel()
+        or weight.shape[1] != inputs
+        or weight.shape[0] != (outputs or weight.shape[0])
+    ):
         raise ValueError(
             f"{name}_weight is {weight.dtype} of shape {tuple(weight.shape)}; "
             f"pass {like.dtype}, like x, of shape ({outputs or 'outputs'}, {inputs})"
         )
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
         raise ValueError(
-            f"{name}_bias is {bias.dtype} of shape {tuple(bias.shape)}; "
-            f"pass floats of shape {tuple(weight.shape[:1])}"
+            f"{name}_bias is {bias.dtype} of shape {tuple(bias.shape)}; pass floats of shape {tuple(weight.shape[:1])}"
         )
 
 
@@ -205,22 +206,18 @@ def mlp(
     check_linear("fc", fc_weight, fc_bias, x.shape[-1], x)
     check_linear("proj", proj_weight, proj_bias, fc_weight.shape[0], x)
     if dispatch.asked() == "reference":
-        return mlp_reference(
-            x, fc_weight, fc_bias, proj_weight, proj_bias, activation=activation
-        )  # fmt: skip
+        return mlp_reference(x, fc_weight, fc_bias, proj_weight, proj_bias, activation=activation)
     training = torch.is_grad_enabled()
     if (
         activation == "gelu"
         and not (training and proj_weight.requires_grad)
         and all(bias is None or bias.dtype == x.dtype for bias in (fc_bias, proj_bias))
-        and not products.on_onednn(x)
+        and not matmul.on_onednn(x)
         and dispatch.on_host(x, proj_weight)
     ):
         # torch keeps no more than we do where the second layer is frozen
         return F.linear(F.gelu(F.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
-    keep = training and any(
-        t is not None and t.requires_grad for t in (x, fc_weight, fc_bias, proj_weight)
-    )
+    keep = training and any(t is not None and t.requires_grad for t in (x, fc_weight, fc_bias, proj_weight))
     rows = x.reshape(-1, x.shape[-1])
     y, _ = _mlp(rows, fc_weight, fc_bias, proj_weight, proj_bias, activation, keep)
     return y.view(*x.shape[:-1], proj_weight.shape[0])
@@ -238,16 +235,23 @@ def kernel_cases() -> list[KernelCase]:
         shape = f"{model}, 8 images, {R} x {D} x {E}"
         cases += [
             gemm_case(
-                f"{model} mlp fc {name}", R, E, D, shape=shape, b_transposed=True,
-                bias=True, activation=name, keep=True,
+                f"{model} mlp fc {name}", R, E, D, shape=shape, b_transposed=True, bias=True, activation=name, keep=True
             ),
             gemm_case(f"{model} mlp proj", R, D, E, shape=shape, b_transposed=True, bias=True),
             gemm_case(
-                f"{model} mlp dh", R, E, D, shape=shape, bias=True, activation=name,
-                differentiate=True, activated=True, sums=True,
+                f"{model} mlp dh",
+                R,
+                E,
+                D,
+                shape=shape,
+                bias=True,
+                activation=name,
+                differentiate=True,
+                activated=True,
+                sums=True,
             ),
             gemm_case(f"{model} mlp dx", R, D, E, shape=shape),
             gemm_case(f"{model} mlp dfc_weight", E, D, R, shape=shape, a_transposed=True),
             gemm_case(f"{model} mlp dproj_weight", D, E, R, shape=shape, a_transposed=True),
-        ]  # fmt: skip
+        ]
     return cases

@@ -31,9 +31,9 @@ from prismer.kernels.adaptor import adaptor
 from prismer.kernels.attention import attention
 from prismer.kernels.cross_entropy import linear_cross_entropy
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
+from prismer.kernels.layer_state import has_hooks, reads_as_called
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
-from prismer.kernels.patch_state import has_hooks, reads_as_called
 from prismer.kernels.resampler_attention import resampler_attention, standardise
 
 
@@ -83,13 +83,7 @@ class MLP(nn.Module):
 
     _z3_leaf = True
 
-    def __init__(
-        self,
-        width: int,
-        hidden: int,
-        activation: str,
-        names: tuple[str, str] = ("c_fc", "c_proj"),
-    ):
+    def __init__(self, width: int, hidden: int, activation: str, names: tuple[str, str] = ("c_fc", "c_proj")):
         super().__init__()
         self.activation, self.names = activation, names
         self.add_module(names[0], nn.Linear(width, hidden))
@@ -131,7 +125,7 @@ class Adaptor(nn.Module):
             return norm(y) if self.late else y
         return adaptor(
             x, norm.weight, norm.bias, down.weight, down.bias, up.weight, up.bias, late=self.late, eps=norm.eps
-        )  # fmt: skip
+        )
 
     def extra_repr(self) -> str:
         return f"late={self.late}"
@@ -218,12 +212,7 @@ class MultiheadAttention(nn.Module):
         return _call(layer, rearrange(out, "b h n k -> b n (h k)"))
 
     def forward(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        *,
-        causal: bool = False,
-        key_mask: Tensor | None = None,
+        self, x: Tensor, context: Tensor | None = None, *, causal: bool = False, key_mask: Tensor | None = None
     ) -> Tensor:
         """Attend.
 
@@ -267,9 +256,8 @@ class ResamplerBlock(nn.Module):
             y, z = _add_norm(self.ln_ff, attn(y, torch.cat((y, self.ln_2(x)), 1)), z)
             return z + self.mlp(y)
         out = resampler_attention(
-            self.ln_1(z), x, self.ln_2.weight, self.ln_2.bias, attn.in_proj_weight, attn.in_proj_bias,
-            attn.num_heads,
-        )  # fmt: skip
+            self.ln_1(z), x, self.ln_2.weight, self.ln_2.bias, attn.in_proj_weight, attn.in_proj_bias, attn.num_heads
+        )
         y, z = _add_norm(self.ln_ff, _call(attn.out_proj, out), z)
         return z + self.mlp(y)
 

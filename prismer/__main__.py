@@ -2,6 +2,6 @@
 
 import sys
 
-from prismer.cli import main
+from prismer.cli.main import main
 
 sys.exit(main())

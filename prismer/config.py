@@ -21,12 +21,18 @@ _WIDTH = (65_536, "what the layer norms take")
 _DEPTH = (1_024, "no model that trains is deeper")
 _TABLE = (2**24, "float32 counts no further")
 _MOST = {
-    "vision_width": _WIDTH, "text_width": _WIDTH, "text_mlp_width": (4 * _WIDTH[0], "four times the largest width"),
-    "vision_depth": _DEPTH, "resampler_depth": _DEPTH, "text_depth": _DEPTH,
+    "vision_width": _WIDTH,
+    "text_width": _WIDTH,
+    "text_mlp_width": (4 * _WIDTH[0], "four times the largest width"),
+    "vision_depth": _DEPTH,
+    "resampler_depth": _DEPTH,
+    "text_depth": _DEPTH,
     "label_size": (4_096, "maps are read whole"),
-    "num_latents": (MAX_GRID**2, "as many as an image has patches"), "num_instances": (2**16, "a map has 256 ids"),
-    "vocab_size": _TABLE, "max_positions": _TABLE,
-}  # fmt: skip
+    "num_latents": (MAX_GRID**2, "as many as an image has patches"),
+    "num_instances": (2**16, "a map has 256 ids"),
+    "vocab_size": _TABLE,
+    "max_positions": _TABLE,
+}
 """The largest values that mean anything, and why: what is beyond is a damaged file, and would be built in vain."""
 _RESTORE = "restore the file or export the model again"
 

@@ -62,16 +62,14 @@ class Generated:
 
 
 @torch.inference_mode()
-def read_prompts(
-    decoder: TextDecoder, cross: list, groups: Groups, read_out: str, room: int
-) -> Prompts:
+def read_prompts(decoder: TextDecoder, cross: list, groups: Groups, read_out: str, room: int) -> Prompts:
     """Run the decoder once over all prompts and keep what their continuations need.
 
     Args:
         cross: `decoder.project_context` of B images.
         groups: for each image its prompts; their number and lengths may differ.
         read_out: the query that predicts the next token. "last": the prompt's last token. "pad": one `<pad>` after
-            it, which is never a key, as in training on questions and answers (`prismer.tasks.encode_qa`). "batch":
+            it, which is never a key, as in training on questions and answers (`prismer.texts.encode_qa`). "batch":
             the last column of the padded batch, so that the longest prompt predicts from its last token and shorter
             ones from a `<pad>` (the released code, where a result depends on the batch).
         room: number of tokens that will follow, for the check of positions.
@@ -90,9 +88,7 @@ def read_prompts(
     for row, prompt in zip(rows, (prompt for group in groups for prompt in group), strict=True):
         flat[row] = prompt
     device = decoder.head_weight.device
-    ids = torch.tensor([prompt + [config.pad_id] * (columns - len(prompt)) for prompt in flat]).to(
-        device
-    )
+    ids = torch.tensor([prompt + [config.pad_id] * (columns - len(prompt)) for prompt in flat]).to(device)
     lengths = torch.tensor([len(prompt) for prompt in flat]).to(device)
     rows = torch.tensor(rows).to(device)
 
@@ -155,13 +151,9 @@ def beam_search(
     number = isinstance(length_penalty, numbers.Real) and not isinstance(length_penalty, bool)
     # NaN compares with nothing
     if not (number and -_MAX_PENALTY <= length_penalty <= _MAX_PENALTY):
-        raise ValueError(
-            f"length_penalty is {length_penalty!r}; give a number of at most {_MAX_PENALTY}, e.g. 1.0"
-        )
+        raise ValueError(f"length_penalty is {length_penalty!r}; give a number of at most {_MAX_PENALTY}, e.g. 1.0")
     if not 1 <= beams < V / 2:
-        raise ValueError(
-            f"beams is {beams}; expected 1 to {(V - 1) // 2}, under half of the {V} tokens"
-        )
+        raise ValueError(f"beams is {beams}; expected 1 to {(V - 1) // 2}, under half of the {V} tokens")
     if not 0 <= min_new_tokens <= max_new_tokens or max_new_tokens < 1:
         raise ValueError(
             f"min_new_tokens {min_new_tokens} and max_new_tokens {max_new_tokens} leave nothing to generate; "
@@ -245,9 +237,7 @@ class BeamSearch:
         """The state after the first token, which the prompts predict."""
         prompts, state, T = self.prompts, self.prompts.state, len(self.columns)
         R = len(state)
-        scores = state.new_full(
-            (R, self.beams), float("-inf"), dtype=torch.promote_types(state.dtype, torch.float32)
-        )
+        scores = state.new_full((R, self.beams), float("-inf"), dtype=torch.promote_types(state.dtype, torch.float32))
         nothing = prompts.lengths.new_zeros(R, 1, T)
         # rows that only fill a group keep nobody waiting
         done = torch.ones(R, dtype=torch.bool, device=state.device)
@@ -289,9 +279,7 @@ class BeamSearch:
 
     def best(self, state: BeamState) -> Generated:
         """The best hypothesis of each prompt; open beams of prompts not done count as finished."""
-        scores = (state.sums / self._normaliser(state.length)).masked_fill(
-            state.done[:, None], float("-inf")
-        )
+        scores = (state.sums / self._normaliser(state.length)).masked_fill(state.done[:, None], float("-inf"))
         scores, finished, lengths = _merge(state, scores, state.tokens)
         rows = self.prompts.rows
         tokens, lengths = finished[rows, 0].tolist(), lengths[rows, 0].tolist()
@@ -326,9 +314,7 @@ class BeamSearch:
         return BeamState(
             length=length + 1,
             sums=sums,
-            tokens=torch.where(
-                self.columns == length, tokens[..., None], _pick(state.tokens, parents)
-            ),
+            tokens=torch.where(self.columns == length, tokens[..., None], _pick(state.tokens, parents)),
             ancestors=_pick(state.ancestors, parents),
             scores=scores,
             finished=finished,
@@ -367,20 +353,14 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}; give a whole number")
 
 
-def _check_prompts(
-    decoder: TextDecoder, cross: list, groups: Groups, read_out: str, room: int
-) -> None:
+def _check_prompts(decoder: TextDecoder, cross: list, groups: Groups, read_out: str, room: int) -> None:
     config, B = decoder.config, cross[0][0].shape[0]
     if decoder.training:
-        raise ValueError(
-            "the model is in training mode, where dropout is random; call model.eval() first"
-        )
+        raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
     if read_out not in READ_OUTS:
         raise ValueError(f"read_out is {read_out!r}; choose {', '.join(READ_OUTS)}")
     if len(groups) != B:
-        raise ValueError(
-            f"prompts are given for {len(groups)} images, but there are {B}; give one list for each"
-        )
+        raise ValueError(f"prompts are given for {len(groups)} images, but there are {B}; give one list for each")
     lengths = [len(prompt) for group in groups for prompt in group]
     if not lengths or not all(lengths):
         raise ValueError("a prompt is empty or there is none at all; each needs at least its <s>")

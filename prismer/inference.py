@@ -1,7 +1,7 @@
 """Ask a model in words: captions, answers to questions, classes (spec 5.5, 5.6).
 
 Images are encoded once however many questions are asked about them. Text rules are those of training
-(prismer/tasks.py).
+(prismer/texts.py).
 """
 
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from prismer.dataloading.batch import ImageBatch
+from prismer.batch import ImageBatch
 from prismer.generation import beam_search, check_count
 from prismer.model import Prismer
 from prismer.ranking import AnswerTrie, Ranking, rank_answers
-from prismer.tasks import encode_answer, encode_class_name, encode_prompt, encode_question
+from prismer.texts import encode_answer, encode_class_name, encode_prompt, encode_question
 from prismer.tokenizer import Tokenizer
 
 _MAX_TOKENS = 4096
@@ -57,11 +57,7 @@ class Candidates:
 
     @classmethod
     def _build(
-        cls,
-        tokenizer: Tokenizer,
-        texts: list[str],
-        encode: Callable[[Tokenizer, str], list[int]],
-        name: str,
+        cls, tokenizer: Tokenizer, texts: list[str], encode: Callable[[Tokenizer, str], list[int]], name: str
     ) -> "Candidates":
         texts = _texts(texts, name)
         encoded = [encode(tokenizer, text) for text in texts]
@@ -107,9 +103,7 @@ def caption(
     for name, value in (("max_length", max_length), ("min_length", min_length)):
         check_count(name, value)
     if max_length <= len(prompt):
-        raise ValueError(
-            f"max_length is {max_length}, but the prefix alone has {len(prompt)} tokens; raise max_length"
-        )
+        raise ValueError(f"max_length is {max_length}, but the prefix alone has {len(prompt)} tokens; raise max_length")
     generated = beam_search(
         model.decoder,
         _encode(model, images),
@@ -177,14 +171,9 @@ def answer(
         )
         _check_finite(generated.scores)
         texts = [tokenizer.decode(tokens).strip().lower() for tokens in generated.tokens]
-        results = [
-            Answer(text, score)
-            for text, score in zip(texts, generated.scores.tolist(), strict=True)
-        ]
+        results = [Answer(text, score) for text, score in zip(texts, generated.scores.tolist(), strict=True)]
     else:
-        ranking = rank_answers(
-            model.decoder, context, groups, candidates.trie, top_k=top_k, read_out=read_out
-        )
+        ranking = rank_answers(model.decoder, context, groups, candidates.trie, top_k=top_k, read_out=read_out)
         results = _named(ranking, candidates)
     if not nested:
         return results
@@ -217,25 +206,16 @@ def classify(
     prompt = encode_prompt(tokenizer, _text(prefix, "prefix"))
     # all prompts are alike: no <pad> comes between prefix and name, in training nor here
     ranking = rank_answers(
-        model.decoder,
-        _encode(model, images),
-        [[prompt]] * len(images),
-        class_names.trie,
-        top_k=top_k,
-        read_out="last",
+        model.decoder, _encode(model, images), [[prompt]] * len(images), class_names.trie, top_k=top_k, read_out="last"
     )
     return _named(ranking, class_names)
 
 
 def _tokenizer(model: Prismer) -> Tokenizer:
     if model.tokenizer is None:
-        raise ValueError(
-            "the model has no tokenizer; build it with one or load a folder that holds one"
-        )
+        raise ValueError("the model has no tokenizer; build it with one or load a folder that holds one")
     if model.training:
-        raise ValueError(
-            "the model is in training mode, where dropout is random; call model.eval() first"
-        )
+        raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
     _check_weights(model)
     return model.tokenizer
 
@@ -290,10 +270,7 @@ def _group(questions: list[str] | list[list[str]], num_images: int) -> tuple[lis
         return [[_text(entry, "a question")] for entry in entries], False
     if any(isinstance(entry, str) for entry in entries):
         raise ValueError("questions mixes strings and lists; give either for all images")
-    return [
-        [_text(question, "a question") for question in _needed(_listed(entry), entry)]
-        for entry in entries
-    ], True
+    return [[_text(question, "a question") for question in _needed(_listed(entry), entry)] for entry in entries], True
 
 
 def _needed(listed: list | None, given) -> list:

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prismer.batch import IGNORE_INDEX, Batch, ImageBatch, TextBatch
 from prismer.config import PrismerConfig
-from prismer.dataloading.batch import IGNORE_INDEX, Batch, ImageBatch, TextBatch
 from prismer.kernels.cross_entropy import linear_cross_entropy
 from prismer.text import TextDecoder, in_a_row
-from prismer.tied import look_up
+from prismer.tied_embedding import look_up
 from prismer.tokenizer import Tokenizer
 from prismer.vision import VisionEncoder
 
@@ -88,9 +88,7 @@ class Prismer(nn.Module):
         shares = batch.texts.weights.float() / batch.texts.weights.numel()
         # each position weighs what its text does; one sum, so that its logits are formed once
         pieces = shares.split([t.shape[1] for t in targets], dim=1)
-        rows = [
-            w[:, :, None].expand(t.shape).flatten(1) for w, t in zip(pieces, targets, strict=True)
-        ]
+        rows = [w[:, :, None].expand(t.shape).flatten(1) for w, t in zip(pieces, targets, strict=True)]
         weights = torch.cat(rows, dim=1).flatten()
         return self._token_losses(hidden, head_weight, targets, reduction="sum", row_weights=weights)
 
@@ -98,18 +96,16 @@ class Prismer(nn.Module):
         """One caption per image.
 
         Args:
-            images: an ImageBatch, or one or a list of what `prismer.images.load_image` opens (paths, PIL images, ...).
+            images: an ImageBatch, or one or a list of what `prismer.load_image` opens (paths, PIL images, ...).
             labels, semantics: what the experts say about each, and features of names, see
-                `prismer.images.image_batch`; `prismer.dataloading.experts.labeller.Labeller` makes labels.
+                `prismer.image_batch`; `prismer.dataloading.experts.labeller.Labeller` makes labels.
             options: as in `prismer.inference.caption`.
         """
         from prismer.inference import caption
 
         return caption(self, self._as_batch(images, labels, semantics), **options)
 
-    def answer(
-        self, images, questions, answers=None, *, labels=None, semantics=None, **options
-    ):
+    def answer(self, images, questions, answers=None, *, labels=None, semantics=None, **options):
         """Answer questions about images, freely or from a list.
 
         Args:
@@ -119,9 +115,7 @@ class Prismer(nn.Module):
         """
         from prismer.inference import answer
 
-        return answer(
-            self, self._as_batch(images, labels, semantics), questions, answers, **options
-        )
+        return answer(self, self._as_batch(images, labels, semantics), questions, answers, **options)
 
     def classify(self, images, class_names, *, labels=None, semantics=None, **options):
         """The best of `class_names` per image.
@@ -139,14 +133,14 @@ class Prismer(nn.Module):
             if labels is not None:
                 raise ValueError("an ImageBatch holds its labels already; leave labels out")
             return images
-        from prismer.images import image_batch
+        from prismer.dataloading.feed.images import image_batch
 
         images = images if isinstance(images, (list, tuple)) else [images]
         return image_batch(images, self.config, labels, semantics)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and the tokenizer to `folder`, aside first, then renamed."""
-        from prismer.checkpoint import save_pretrained
+        from prismer.weights.folder import save_pretrained
 
         save_pretrained(self, folder)
 
@@ -155,9 +149,9 @@ class Prismer(nn.Module):
         """Load a model folder, "tiny", a published checkpoint, or "owner/name" of the hub.
 
         Args:
-            source, options: as in `prismer.checkpoint.from_pretrained`.
+            source, options: as in `prismer.weights.folder.from_pretrained`.
         """
-        from prismer.checkpoint import from_pretrained
+        from prismer.weights.folder import from_pretrained
 
         return from_pretrained(source, **options)
 
@@ -168,8 +162,8 @@ class Prismer(nn.Module):
         """New trainable parts around a pre-trained CLIP of open_clip and a RoBERTa of transformers.
 
         Args:
-            vision, text, options: as in `prismer.backbones.from_backbones`.
+            vision, text, options: as in `prismer.weights.backbones.from_backbones`.
         """
-        from prismer.backbones import from_backbones
+        from prismer.weights.backbones import from_backbones
 
         return from_backbones(vision, text, **options)

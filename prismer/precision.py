@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from prismer.config import PrismerConfig
-from prismer.kernels import products
+from prismer.kernels import matmul
 from prismer.kernels.linear import linears
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -59,9 +59,7 @@ def block_rates(width: int, seconds: float = 0.2) -> dict[torch.dtype, float]:
         (x + linears(hidden, [(down, None)])[0]).sum().backward()
 
     best = _fastest({dtype: partial(step, *block(dtype)) for dtype in NAMES}, seconds)
-    return {
-        dtype: 3 * 2 * 2 * rows * width * 4 * width / spent / 1e9 for dtype, spent in best.items()
-    }
+    return {dtype: 3 * 2 * 2 * rows * width * 4 * width / spent / 1e9 for dtype, spent in best.items()}
 
 
 def caption_seconds(config: PrismerConfig, seconds: float = 0.1) -> dict[torch.dtype, float]:
@@ -86,19 +84,15 @@ def caption_seconds(config: PrismerConfig, seconds: float = 0.1) -> dict[torch.d
             draws = [torch.full(shape, 0.1) for shape in shapes]
 
             def step(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-                return products.linear(F.gelu(products.linear(x, up)), down)
+                return matmul.linear(F.gelu(matmul.linear(x, up)), down)
 
-            steps = {
-                dtype: partial(step, *(draw.to(dtype) for draw in draws)) for dtype in NAMES
-            }
+            steps = {dtype: partial(step, *(draw.to(dtype) for draw in draws)) for dtype in NAMES}
             for dtype, spent in _fastest(steps, seconds).items():
                 total[dtype] += times * spent
     return total
 
 
-def _fastest(
-    steps: dict[torch.dtype, Callable[[], object]], seconds: float
-) -> dict[torch.dtype, float]:
+def _fastest(steps: dict[torch.dtype, Callable[[], object]], seconds: float) -> dict[torch.dtype, float]:
     """Processor seconds of the fastest run of each step on one core; the steps take turns until `seconds` are over."""
 
     def spent(step: Callable[[], object]) -> float:
@@ -174,10 +168,7 @@ def slow_resumption(precision: str, width: int, device: torch.device) -> str | N
 
 
 def inference_dtype(
-    wanted: torch.dtype | str | None,
-    stored: torch.dtype,
-    config: PrismerConfig,
-    device: torch.device,
+    wanted: torch.dtype | str | None, stored: torch.dtype, config: PrismerConfig, device: torch.device
 ) -> tuple[torch.dtype, str | None]:
     """What a loaded model computes in.
 

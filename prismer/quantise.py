@@ -62,9 +62,7 @@ class Int8Linear(nn.Module):
             ValueError: if `mode` is True.
         """
         if mode:
-            raise ValueError(
-                "an int8 model cannot train; train the original and quantise it afterwards"
-            )
+            raise ValueError("an int8 model cannot train; train the original and quantise it afterwards")
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,9 +94,7 @@ class Int8Attention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) -> queries, keys and values (B, H, N, K)."""
         packed = self.in_proj(x)
-        return tuple(
-            rearrange(packed, "b n (three h k) -> three b h n k", three=3, h=self.num_heads)
-        )
+        return tuple(rearrange(packed, "b n (three h k) -> three b h n k", three=3, h=self.num_heads))
 
     def merge(self, out: Tensor) -> Tensor:
         """(B, H, N, K) -> (B, N, D)."""
@@ -150,9 +146,7 @@ class Int8PostNormMLP(Int8MLP):
 def check_device(device: torch.device) -> None:
     """Raise ValueError unless int8 products are for `device`."""
     if device.type != "cpu":
-        raise ValueError(
-            f"int8 towers are for a CPU and the device is {device}; a GPU computes in bf16"
-        )
+        raise ValueError(f"int8 towers are for a CPU and the device is {device}; a GPU computes in bf16")
 
 
 def quantise(model):

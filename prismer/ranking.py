@@ -42,7 +42,7 @@ class AnswerTrie:
     def __init__(self, answers: list[list[int]], eos_id: int):
         """
         Args:
-            answers: tokens of each answer, the end token last (`prismer.tasks.encode_answer`).
+            answers: tokens of each answer, the end token last (`prismer.texts.encode_answer`).
             eos_id: the end token.
 
         Raises:
@@ -52,9 +52,7 @@ class AnswerTrie:
             raise ValueError("the list of answers is empty; give at least one answer")
         for i, tokens in enumerate(answers):
             if not tokens or tokens[-1] != eos_id or eos_id in tokens[:-1]:
-                raise ValueError(
-                    f"answer {i} has tokens {tokens}; expected the end token {eos_id} once, as the last"
-                )
+                raise ValueError(f"answer {i} has tokens {tokens}; expected the end token {eos_id} once, as the last")
         A, L = len(answers), max(map(len, answers))
         self.order = np.array(sorted(range(A), key=lambda i: answers[i]))
         self.lengths = np.array([len(tokens) for tokens in answers])
@@ -149,8 +147,7 @@ def _likeliest(decoder: TextDecoder, prompts: Prompts, trie: AnswerTrie, k: int)
     """(R, k) answers with the likeliest first tokens, in depth-first order."""
     # few distinct first tokens: only their columns of the head are computed
     distinct, which = (
-        torch.from_numpy(array).to(prompts.state.device)
-        for array in np.unique(trie.first_tokens, return_inverse=True)
+        torch.from_numpy(array).to(prompts.state.device) for array in np.unique(trie.first_tokens, return_inverse=True)
     )
     (logits,) = linears(prompts.state, [(decoder.head_weight[distinct], decoder.head_bias[distinct])])
     ranked = logits[:, which].sort(dim=1, descending=True, stable=True).indices[:, :k].cpu().numpy()
@@ -202,9 +199,7 @@ class _Scorer:
         ancestors = plan.ancestors.expand(R, -1, -1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return decode_attention(
-                q, prompts.keys[layer], prompts.values[layer], prompts.keep, k, v, ancestors
-            )
+            return decode_attention(q, prompts.keys[layer], prompts.values[layer], prompts.keep, k, v, ancestors)
 
         # a node at depth 1 follows its question: RoBERTa counts positions from pad_id + 1
         positions = prompts.lengths[:, None] + plan.depths + self.decoder.config.pad_id
@@ -217,9 +212,7 @@ class _Scorer:
         weight, bias = self.decoder.head_weight, self.decoder.head_bias
         R, _, D = state.shape
         rows = state.reshape(-1, D).split(max(1, _MAX_LOGITS // len(bias)))
-        lse = torch.cat(
-            [linears(part, [(weight, bias)])[0].to(self.dtype).logsumexp(-1) for part in rows]
-        )
+        lse = torch.cat([linears(part, [(weight, bias)])[0].to(self.dtype).logsumexp(-1) for part in rows])
         mean = state.to(self.dtype) @ self.mean_weight + self.mean_bias
         sources = plan.sources.expand(R, -1)
         leaving = state.gather(1, sources[..., None].expand(-1, -1, D)).to(self.dtype)

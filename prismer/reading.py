@@ -17,8 +17,13 @@ _KINDS = {
     stat.S_IFDIR: "a folder",
 }
 _JSON_KINDS = {
-    dict: "an object", list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number",
-}  # fmt: skip
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+}
 _REMEDY = "correct it, or restore it from a copy"
 # str.splitlines ends a line at form feeds, U+0085 and U+2028 too, which captions from the web hold
 _LINE_END = re.compile(r"\r\n|\n|\r")
@@ -44,9 +49,7 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
 
 
-def read_bytes(
-    path: str | os.PathLike, offset: int = 0, size: int = -1, limit: int | None = None
-) -> bytes:
+def read_bytes(path: str | os.PathLike, offset: int = 0, size: int = -1, limit: int | None = None) -> bytes:
     """The bytes of a file, or `size` of them from `offset`.
 
     Args:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prismer.batch_norm import GlobalBatchNorm2d
 from prismer.experts import EXPERTS
 from prismer.kernels.label_map import label_map
-from prismer.layers import GlobalBatchNorm2d
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -52,8 +52,7 @@ class ExpertStem(nn.Module):
         strides = (2, 2, 1, 1) if self.is_ids else (2, 2, 2, 2)
         channels = (EXPERTS[expert].channels, width // 8, width // 4, width // 2, width)
         self.convs = nn.ModuleList(
-            nn.Conv2d(channels[i], channels[i + 1], 3, stride=strides[i], padding=1, bias=False)
-            for i in range(4)
+            nn.Conv2d(channels[i], channels[i + 1], 3, stride=strides[i], padding=1, bias=False) for i in range(4)
         )
         self.norms = nn.ModuleList(GlobalBatchNorm2d(c) for c in channels[1:])
         self.project = nn.Conv2d(width, width, 1, bias=False)

@@ -14,15 +14,21 @@ from torch import Tensor
 from prismer.files import add_name
 
 _DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def write_safetensors(
-    path: str | Path,
-    header: Mapping[str, tuple[torch.dtype, torch.Size]],
-    tensors: Iterable[Tensor],
+    path: str | Path, header: Mapping[str, tuple[torch.dtype, torch.Size]], tensors: Iterable[Tensor]
 ) -> int:
     """Write a safetensors file whose tensors come one after the other, in the order of `header`; returns its crc32.
 

@@ -17,9 +17,9 @@ from prismer.config import PrismerConfig
 from prismer.kernels.activation import bias_activation
 from prismer.kernels.attention import attention
 from prismer.kernels.cross_attention import cross_attention
+from prismer.kernels.layer_state import reads_as_called
 from prismer.kernels.linear import linears
 from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention
-from prismer.kernels.patch_state import reads_as_called
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer index, q, k, v), each (R, H, Q, K) -> (R, H, Q, K)."""
@@ -59,9 +59,7 @@ def packed_attend(keeps: list[Tensor], dropout: float = 0.0) -> Attend:
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pieces = []
-        for keep, one, *parts in zip(
-            keeps, attends, *(x.split(sizes, dim=2) for x in (q, k, v)), strict=True
-        ):
+        for keep, one, *parts in zip(keeps, attends, *(x.split(sizes, dim=2) for x in (q, k, v)), strict=True):
             G = keep.shape[1]
             out = one(layer, *(rearrange(x, "b h (g t) k -> (b g) h t k", g=G) for x in parts))
             pieces.append(rearrange(out, "(b g) h t k -> b h (g t) k", g=G))
@@ -131,10 +129,7 @@ class CrossAttention(MultiheadAttention):
         else:
             q = rearrange(q, "(b g) q (h k) -> b h (g q) k", b=B, h=self.num_heads)
             out = rearrange(attention(q, *context, dropout=dropout), "b h n k -> b n (h k)")
-        (out,) = linears(
-            rearrange(out, "b (g q) d -> (b g) q d", g=R // B),
-            [(self.output.weight, self.output.bias)],
-        )
+        (out,) = linears(rearrange(out, "b (g q) d -> (b g) q d", g=R // B), [(self.output.weight, self.output.bias)])
         return self.norm.add(self.drop(out), x)[0]
 
 
@@ -142,9 +137,7 @@ class PostNormMLP(MLP):
     """RoBERTa's feed-forward sub-layer: norm(x + drop(output(gelu(intermediate(x)))))."""
 
     def __init__(self, config: PrismerConfig):
-        super().__init__(
-            config.text_width, config.text_mlp_width, "gelu", names=("intermediate", "output")
-        )
+        super().__init__(config.text_width, config.text_mlp_width, "gelu", names=("intermediate", "output"))
         self.norm = LayerNorm(config.text_width)
         self.drop = Dropout(config.dropout)
 

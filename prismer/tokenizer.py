@@ -1,7 +1,7 @@
 """RoBERTa's byte-level BPE: text to token ids and back.
 
 Every text is representable and none ever turns into a special token: `<s>` typed by a user is three ordinary
-tokens. Specials are added by those who build sequences (`prismer.tasks`), by id.
+tokens. Specials are added by those who build sequences (`prismer.texts`), by id.
 """
 
 import json
@@ -13,12 +13,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from prismer.files import CHECKSUMS, find_damage, write_atomically
 from prismer.reading import is_text, read_json
+from prismer.shipped import shipped_folder
 
 FIRST_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 # ids 0..3, as in RoBERTa; `<mask>` comes last
 MASK = "<mask>"
 
-_ROBERTA = Path(__file__).parent / "assets" / "roberta"
+_ROBERTA = shipped_folder("roberta")
 
 
 class Tokenizer:
@@ -29,9 +30,7 @@ class Tokenizer:
         vocab_size: number of ids.
     """
 
-    def __init__(
-        self, vocab: dict[str, int], merges: list[tuple[str, str]], source: str = "vocabulary"
-    ):
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], source: str = "vocabulary"):
         """
         Args:
             vocab: token (bytes written as GPT-2's printable characters) -> id; ids are 0..len-1.
@@ -101,9 +100,7 @@ class Tokenizer:
             except UnicodeDecodeError:
                 raise ValueError(f"{merges_path} is not text; restore the file") from None
             pairs = [line for line in lines if line and not line.startswith("#version")]
-            found = cls(
-                _checked_vocab(vocab, vocab_path), _pairs(pairs, merges_path), str(vocab_path)
-            )
+            found = cls(_checked_vocab(vocab, vocab_path), _pairs(pairs, merges_path), str(vocab_path))
             if damaged := find_damage(folder, ("vocab.json", "merges.txt")):
                 raise ValueError(
                     f"{folder / damaged} is damaged: its checksum is not the one in {CHECKSUMS}; copy it again, "
@@ -113,8 +110,7 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(
-                f"{folder} holds neither vocab.json with merges.txt nor tokenizer.json; "
-                f"copy the tokenizer files there"
+                f"{folder} holds neither vocab.json with merges.txt nor tokenizer.json; copy the tokenizer files there"
             )
         return cls._from_tokenizer_json(path)
 
@@ -124,9 +120,7 @@ class Tokenizer:
         model, pre = (data.get(key) if isinstance(data, dict) else None for key in ("model", "pre_tokenizer"))
         kinds = [part.get("type") if isinstance(part, dict) else None for part in (model, pre)]
         if kinds != ["BPE", "ByteLevel"]:
-            raise ValueError(
-                f"{path} is not a byte-level BPE; use a tokenizer of the RoBERTa family"
-            )
+            raise ValueError(f"{path} is not a byte-level BPE; use a tokenizer of the RoBERTa family")
         if pre.get("add_prefix_space") or not pre.get("use_regex", True) or data.get("normalizer"):
             raise ValueError(
                 f"{path} changes texts before its BPE (prefix space, normalizer or no word split); "
@@ -164,9 +158,7 @@ class Tokenizer:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         smallest = len(FIRST_SPECIALS) + 1 + len(alphabet)
         if vocab_size < smallest:
-            raise ValueError(
-                f"vocab_size {vocab_size} does not hold every byte; ask for {smallest} or more"
-            )
+            raise ValueError(f"vocab_size {vocab_size} does not hold every byte; ask for {smallest} or more")
         bpe = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
@@ -204,7 +196,5 @@ def _pairs(merges: list, source: Path | str) -> list[tuple[str, str]]:
     pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
     for i, pair in enumerate(pairs):
         if not isinstance(pair, list | tuple) or [type(token) for token in pair] != [str, str]:
-            raise ValueError(
-                f"merge {i + 1} of {source} is {merges[i]!r}, not two tokens; restore the file"
-            )
+            raise ValueError(f"merge {i + 1} of {source} is {merges[i]!r}, not two tokens; restore the file")
     return [tuple(pair) for pair in pairs]

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from prismer.batch import ImageBatch
 from prismer.config import PrismerConfig
-from prismer.dataloading.batch import ImageBatch
 from prismer.kernels.instance_rows import add_instance_rows
 from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention, PerceiverResampler
 from prismer.stems import ExpertStem, normalise_rgb, resize_positions
@@ -58,8 +58,7 @@ class VisionEncoder(nn.Module):
             )
         self.ln_pre = LayerNorm(width)
         self.blocks = nn.ModuleList(
-            VisionBlock(width, config.vision_heads, config.vision_activation)
-            for _ in range(config.vision_depth)
+            VisionBlock(width, config.vision_heads, config.vision_activation) for _ in range(config.vision_depth)
         )
         self.ln_post = LayerNorm(width)
 

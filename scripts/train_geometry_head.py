@@ -253,7 +253,6 @@ def check(photo: Path, disparity: Path, out: Path) -> None:
     _write_recipe(recipe, out)
 
 
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("render", "features", "train", "check"))

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prismer.config import prismer_tiny
-from prismer.dataloading.scene_text import ATTRIBUTES
-from prismer.dataloading.scenes import SEG_CLASSES, WORDS, render_scene, scene_seed
+from prismer.dataloading.scenes.dataset import SEG_CLASSES, WORDS, render_scene, scene_seed
+from prismer.dataloading.scenes.text import ATTRIBUTES
 from prismer.experts import BACKGROUND
 from prismer.files import write_checksums
 from prismer.stems import normalise_rgb
-from prismer.tasks import clean_caption, encode_caption, encode_qa
 from prismer.text import TextDecoder, causal_attend, position_ids
+from prismer.texts import clean_caption, encode_caption, encode_qa
 from prismer.tokenizer import Tokenizer
 from prismer.vision import VisionEncoder
 
@@ -85,8 +85,17 @@ def scene_targets(rgb: np.ndarray, planes: dict, meta: dict) -> dict[str, np.nda
             counts[slot] += 1
     depth = planes["depth"][middle, middle]
     normal = planes["normal"][middle, middle]
-    return dict(rgb=rgb.transpose(2, 0, 1), seg=seg, colour=colour, material=material, size=size, word=word,
-                counts=counts, depth=depth, normal=normal.transpose(2, 0, 1))  # fmt: skip
+    return dict(
+        rgb=rgb.transpose(2, 0, 1),
+        seg=seg,
+        colour=colour,
+        material=material,
+        size=size,
+        word=word,
+        counts=counts,
+        depth=depth,
+        normal=normal.transpose(2, 0, 1),
+    )
 
 
 def _render(index: int) -> tuple[dict[str, np.ndarray], dict]:
@@ -99,18 +108,13 @@ def render(images: int, workers: int) -> None:
     """Render `images` scenes into one .npy per target and one JSON-lines file of texts."""
     WORK.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, np.ndarray] = {}
-    with (
-        ProcessPoolExecutor(workers) as pool,
-        open(WORK / "texts.jsonl.tmp", "w") as texts,
-    ):
+    with ProcessPoolExecutor(workers) as pool, open(WORK / "texts.jsonl.tmp", "w") as texts:
         results = pool.map(_render, range(images), chunksize=16)
         for i, (targets, meta) in enumerate(tqdm(results, total=images, mininterval=5)):
             for name, value in targets.items():
                 if name not in arrays:
                     shape = (images, *value.shape)
-                    arrays[name] = np.lib.format.open_memmap(
-                        WORK / f"{name}.npy", "w+", dtype=np.uint8, shape=shape
-                    )
+                    arrays[name] = np.lib.format.open_memmap(WORK / f"{name}.npy", "w+", dtype=np.uint8, shape=shape)
                 arrays[name][i] = value
             texts.write(json.dumps(meta) + "\n")
     for array in arrays.values():
@@ -267,9 +271,7 @@ def text_ids(tokenizer: Tokenizer) -> list[list[int]]:
     for line in (WORK / "texts.jsonl").read_text().splitlines():
         meta = json.loads(line)
         rows += [encode_caption(tokenizer, caption, "")[0] for caption in meta["captions"]]
-        rows += [
-            encode_qa(tokenizer, q["question"], a["answer"])[0] for q in meta["questions"] for a in q["answers"]
-        ]
+        rows += [encode_qa(tokenizer, q["question"], a["answer"])[0] for q in meta["questions"] for a in q["answers"]]
     return rows
 
 

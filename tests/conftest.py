@@ -82,8 +82,9 @@ def assert_no_worse():
         factor: instead of 2, or of 3 for gradients.
         inner: the dtype that holds what comes before the result, if it is not that of `ours`.
     """
-    from roundings import Rounded
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from tests.roundings import Rounded
 
     def check(name, ours, plain, exact, factor=None, inner=None):
         ours, plain, truth = (by_name(name, tensors) for tensors in (ours, plain, exact()))
@@ -130,7 +131,7 @@ def running():
     def context(backend):
         with ExitStack() as stack:
             if backend == "triton" and not torch.cuda.is_available():
-                from interpreter import bf16_interpreter
+                from tests.ops.interpreter import bf16_interpreter
 
                 stack.enter_context(bf16_interpreter())
             stack.enter_context(use_backend(backend))

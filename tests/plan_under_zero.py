@@ -12,31 +12,43 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from live_bytes import peak_bytes
 from torch import nn
 
-from prismer import engine as engines
 from prismer.config import PrismerConfig, prismer_tiny
-from prismer.fake_step import blank_batch
+from prismer.costs.fake_step import blank_batch
 from prismer.freezing import freeze
 from prismer.model import Prismer
-from prismer.train_config import TrainConfig
+from prismer.training import zero as engines
+from prismer.training.config import TrainConfig
+from tests.ops.live_bytes import peak_bytes
 
 MODE, BATCH, TEXTS = "freeze_lang_vision", 4, ((1, 12),)
 RUNS = ((0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"))
 ZERO = dict(
-    reduce_bucket_size=300_000, stage3_prefetch_bucket_size=100_000, stage3_param_persistence_threshold=100,
+    reduce_bucket_size=300_000,
+    stage3_prefetch_bucket_size=100_000,
+    stage3_param_persistence_threshold=100,
     overlap_comm=True,
-)  # fmt: skip
+)
 
 
 def config() -> PrismerConfig:
     """Matrices of odd sizes too, so that shards need padding."""
     return prismer_tiny(
-        image_size=64, label_size=64, vision_width=128, vision_depth=2, vision_heads=4, resampler_depth=1,
-        resampler_heads=4, num_latents=4, text_width=128, text_depth=2, text_heads=4, text_mlp_width=257,
+        image_size=64,
+        label_size=64,
+        vision_width=128,
+        vision_depth=2,
+        vision_heads=4,
+        resampler_depth=1,
+        resampler_heads=4,
+        num_latents=4,
+        text_width=128,
+        text_depth=2,
+        text_heads=4,
+        text_mlp_width=257,
         vocab_size=321,
-    )  # fmt: skip
+    )
 
 
 def let_go(collective):
@@ -86,9 +98,13 @@ def measure(stage: int, precision: str) -> dict:
     world = dist.get_world_size()
     train = TrainConfig(batch_size=BATCH * world)
     settings = dict(
-        train_batch_size=BATCH * world, gradient_clipping=1.0, bf16=dict(enabled=precision == "bf16"),
-        zero_optimization=dict(stage=stage, **ZERO), zero_force_ds_cpu_optimizer=False, steps_per_print=10**9,
-    )  # fmt: skip
+        train_batch_size=BATCH * world,
+        gradient_clipping=1.0,
+        bf16=dict(enabled=precision == "bf16"),
+        zero_optimization=dict(stage=stage, **ZERO),
+        zero_force_ds_cpu_optimizer=False,
+        steps_per_print=10**9,
+    )
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=engines.build_optimizer(model, train), config=settings, dist_init_required=False
     )

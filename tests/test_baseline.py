@@ -10,25 +10,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from baseline import Baseline, expand_images
 
 import prismer
+from benchmarks.baseline import Baseline, expand_images
+from prismer.batch import Batch, ImageBatch
 from prismer.config import PrismerConfig
-from prismer.dataloading.batch import Batch, ImageBatch
 from prismer.experts import EXPERTS
 from prismer.freezing import FREEZE_MODES, freeze
 from prismer.generation import beam_search
 from prismer.inference import Candidates
 from prismer.model import Prismer
 from prismer.ranking import rank_answers
-from prismer.tasks import collate, encode_caption, encode_prompt, encode_qa, encode_question
+from prismer.texts import collate, encode_caption, encode_prompt, encode_qa, encode_question
 from prismer.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_folder(Path(prismer.__file__).parent / "assets" / "tiny")
 SMALL = dict(
-    vision_width=32, vision_depth=2, vision_heads=2, resampler_depth=2, resampler_heads=4, num_latents=8, text_width=24,
-    text_depth=2, text_heads=2, text_mlp_width=48, vocab_size=TOKENIZER.vocab_size, dropout=0.0,
-)  # fmt: skip
+    vision_width=32,
+    vision_depth=2,
+    vision_heads=2,
+    resampler_depth=2,
+    resampler_heads=4,
+    num_latents=8,
+    text_width=24,
+    text_depth=2,
+    text_heads=2,
+    text_mlp_width=48,
+    vocab_size=TOKENIZER.vocab_size,
+    dropout=0.0,
+)
 CONFIGS = {
     # label grids of 4, which is not that of the pictures
     "patch16": dict(image_size=80, label_size=64, patch_size=16),
@@ -37,8 +47,19 @@ CONFIGS = {
 }
 QUESTIONS = ["What is on the table?", "how many red balls", "Where?"]
 ANSWERS = [
-    "red", "red ball", "red cube", "2", "2 cubes", "20", "yes", "no", "on the table", "on the left", "left", "a ball",
-]  # fmt: skip
+    "red",
+    "red ball",
+    "red cube",
+    "2",
+    "2 cubes",
+    "20",
+    "yes",
+    "no",
+    "on the table",
+    "on the left",
+    "left",
+    "a ball",
+]
 
 
 def build(name: str = "patch16", seed: int = 0, **changes) -> Prismer:
@@ -155,9 +176,12 @@ def search_twice(model: Prismer, images: ImageBatch, min_length: int, max_length
     tokens = baseline._beam_search(baseline.encode(images), prompt, 3, max_length, min_length)
     hook = model.decoder.layers[0].register_forward_hook(count_ours)
     ours = beam_search(
-        model.decoder, model.encode(images), [[prompt]] * len(images), max_new_tokens=max_length - len(prompt),
+        model.decoder,
+        model.encode(images),
+        [[prompt]] * len(images),
+        max_new_tokens=max_length - len(prompt),
         min_new_tokens=min_length - len(prompt),
-    )  # fmt: skip
+    )
     hook.remove()
     return [ids[len(prompt) :] for ids in tokens], ours.tokens, passes
 

@@ -18,16 +18,16 @@ import torch
 from PIL import Image
 
 import prismer
-from prismer.checkpoint import shipped_folder
-from prismer.cli import main
-from prismer.cli_ask import read_texts
+from prismer.cli.ask import read_texts
+from prismer.cli.main import main
 from prismer.config import prismer_tiny
-from prismer.dataloading.features import write_table
-from prismer.dataloading.scenes import render_dataset
-from prismer.dataloading.shards import ShardDataset
+from prismer.dataloading.feed.features import write_table
+from prismer.dataloading.scenes.dataset import render_dataset
+from prismer.dataloading.store.shards import ShardDataset
 from prismer.model import Prismer
-from prismer.run_folder import STATE
+from prismer.shipped import shipped_folder
 from prismer.tokenizer import Tokenizer
+from prismer.training.run_folder import STATE
 
 ROOT = Path(prismer.__file__).resolve().parent.parent
 ANSWERS = ["Yes", "No", "Red", "Two"]
@@ -75,11 +75,7 @@ def run(capsys):
 def model(tmp_path_factory) -> Path:
     """A model folder with random weights."""
     torch.manual_seed(0)
-    texts = [
-        "A red cube stands on the ground.",
-        "What colour is the cube?",
-        *(f" {a}" for a in ANSWERS),
-    ]
+    texts = ["A red cube stands on the ground.", "What colour is the cube?", *(f" {a}" for a in ANSWERS)]
     tokenizer = Tokenizer.train(texts, vocab_size=280)
     folder = tmp_path_factory.mktemp("models") / "small"
     config = prismer_tiny(**SMALL, vocab_size=tokenizer.vocab_size)
@@ -91,9 +87,7 @@ def model(tmp_path_factory) -> Path:
 def scenes(tmp_path_factory) -> Path:
     """train/ of 12 and val/ of 2 rendered scenes."""
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    render_dataset(
-        folder, train=12, val=2, test=0, size=48, label_size=48, workers=1, progress=False
-    )
+    render_dataset(folder, train=12, val=2, test=0, size=48, label_size=48, workers=1, progress=False)
     return folder
 
 
@@ -156,11 +150,7 @@ def test_answer(run, model, photos):
 
 @pytest.mark.parametrize(
     "name, content",
-    [
-        ("a.json", json.dumps(ANSWERS)),
-        ("a.txt", "\n".join(ANSWERS) + "\n\n"),
-        ("a", "\r\n".join(ANSWERS)),
-    ],
+    [("a.json", json.dumps(ANSWERS)), ("a.txt", "\n".join(ANSWERS) + "\n\n"), ("a", "\r\n".join(ANSWERS))],
     ids=["json", "lines", "crlf"],
 )
 def test_answer_list_files(run, model, photos, tmp_path, name, content):
@@ -182,16 +172,12 @@ def test_answers_of_the_model_folder_are_the_default(run, copy, photos):
 
 
 def test_classify(run, model, photos):
-    done = run(
-        "classify", *photos[:3], "--classes", "cube,sphere,cone", "--top", 2, "--model", model
-    )
+    done = run("classify", *photos[:3], "--classes", "cube,sphere,cone", "--top", 2, "--model", model)
     lines = done.out.splitlines()
     assert done.code == 0 and len(lines) == 9
     for path, line, best in zip(photos, lines[::3], lines[1::3], strict=False):
         assert line == f"{path}: {best.split()[1]}"
-    entry = json.loads(
-        run("classify", photos[0], "--classes", "cube,sphere", "--model", model, "--json").out
-    )
+    entry = json.loads(run("classify", photos[0], "--classes", "cube,sphere", "--model", model, "--json").out)
     assert entry["class"] in ("cube", "sphere") and "ranked" not in entry
 
 
@@ -201,9 +187,7 @@ def test_labels_change_what_the_model_sees(run, model, scenes, tmp_path):
     files = [tmp_path / f"{key}.{suffix}" for suffix in ("jpg", "labels", "json")]
     assert done.out.split() == [str(file) for file in files]
     ask = ("classify", files[0], "--classes", "cube,sphere", "--json", "--model", model)
-    with_labels, without = (
-        json.loads(run(*ask, *more).out) for more in (("--labels", files[1]), ())
-    )
+    with_labels, without = (json.loads(run(*ask, *more).out) for more in (("--labels", files[1]), ()))
     assert with_labels["score"] != without["score"]
 
 
@@ -215,13 +199,7 @@ def test_a_stored_table_of_features_is_found(run, copy, scenes, tmp_path):
     files = [tmp_path / f"{dataset.key(0)}.{suffix}" for suffix in ("jpg", "labels")]
     without = run("caption", files[0], "--labels", files[1], "--model", copy)
     assert without.code == 2 and "reads a table" in without.err
-    names = sorted(
-        {
-            *dataset.classes["seg"],
-            *dataset.classes["obj_detection"],
-            *dataset[0].meta["words"].values(),
-        }
-    )
+    names = sorted({*dataset.classes["seg"], *dataset.classes["obj_detection"], *dataset[0].meta["words"].values()})
     write_table(copy, names, np.zeros((len(names), 64), np.float32), np.zeros(64, np.float32))
     assert run("caption", files[0], "--labels", files[1], "--model", copy).code == 0
 
@@ -237,22 +215,7 @@ def test_the_shipped_model_is_the_default(run, photos):
 
 def test_data_render_check_show(run, tmp_path):
     out = tmp_path / "scenes"
-    render = (
-        "data",
-        "render",
-        "--out",
-        out,
-        "--train",
-        3,
-        "--val",
-        1,
-        "--test",
-        0,
-        "--size",
-        48,
-        "--workers",
-        1,
-    )
+    render = ("data", "render", "--out", out, "--train", 3, "--val", 1, "--test", 0, "--size", 48, "--workers", 1)
     assert "train 3, val 1 scenes" in run(*render).out
     assert len(ShardDataset(out / "train")) == 3 and not (out / "test").exists()
     checked = run("data", "check", out)
@@ -273,9 +236,7 @@ def test_data_check_lists_every_problem(run, scenes, tmp_path):
     tar.write_bytes(data)
     done = run("data", "check", folder)
     assert done.code == 1
-    assert (
-        dataset.key(2) in done.out and dataset.key(5) in done.out and dataset.key(3) not in done.out
-    )
+    assert dataset.key(2) in done.out and dataset.key(5) in done.out and dataset.key(3) not in done.out
 
 
 def test_data_import(run, photos, tmp_path):
@@ -295,31 +256,11 @@ def test_data_import(run, photos, tmp_path):
     assert run("data", "import", "tars", tmp_path / "folder", "--out", tmp_path / "tars").code == 0
     assert len(ShardDataset(tmp_path / "tars")) == 3
 
-    captions = [
-        {"image": "cat/1.jpg", "caption": "A cat."},
-        {"image": "cat/1.jpg", "caption": "One cat."},
-    ]
-    questions = [
-        {
-            "dataset": "vqa",
-            "image": "cat/1.jpg",
-            "question": "A cat?",
-            "answer": "yes",
-            "weight": 1.0,
-        }
-    ]
+    captions = [{"image": "cat/1.jpg", "caption": "A cat."}, {"image": "cat/1.jpg", "caption": "One cat."}]
+    questions = [{"dataset": "vqa", "image": "cat/1.jpg", "question": "A cat?", "answer": "yes", "weight": 1.0}]
     for kind, entries in (("captions", captions), ("vqa", questions)):
         (tmp_path / f"{kind}.json").write_text(json.dumps(entries))
-        listed = (
-            "data",
-            "import",
-            kind,
-            tmp_path / f"{kind}.json",
-            "--images",
-            source,
-            "--out",
-            tmp_path / f"o{kind}",
-        )
+        listed = ("data", "import", kind, tmp_path / f"{kind}.json", "--images", source, "--out", tmp_path / f"o{kind}")
         assert run(*listed).code == 0
     assert ShardDataset(tmp_path / "ocaptions").meta(0)["captions"] == ["A cat.", "One cat."]
     assert ShardDataset(tmp_path / "ovqa").meta(0)["questions"][0]["question"] == "A cat?"
@@ -337,8 +278,7 @@ def test_export(run, model, photos, tmp_path):
     done = run("export", tmp_path / "run", "--out", tmp_path / "model")
     assert done.code == 0 and str(tmp_path / "model") in done.out
     assert (
-        run("caption", photos[0], "--model", tmp_path / "model").out
-        == run("caption", photos[0], "--model", model).out
+        run("caption", photos[0], "--model", tmp_path / "model").out == run("caption", photos[0], "--model", model).out
     )
     assert run("answer", photos[0], "What?", "--model", tmp_path / "model").out.strip() in ANSWERS
     # again over itself, but never over something else
@@ -347,11 +287,7 @@ def test_export(run, model, photos, tmp_path):
     precious.mkdir()
     (precious / "thesis.txt").write_text("years")
     refused = run("export", tmp_path / "run", "--out", precious)
-    assert (
-        refused.code == 2
-        and "not a model folder" in refused.err
-        and (precious / "thesis.txt").exists()
-    )
+    assert refused.code == 2 and "not a model folder" in refused.err and (precious / "thesis.txt").exists()
 
 
 def test_info(run, model):
@@ -360,12 +296,7 @@ def test_info(run, model):
     total = sum(p.numel() for p in Prismer.from_pretrained(model).parameters())
     assert re.search(rf"total +{total:,}\n", done.out)
     assert re.search(rf"torch +{re.escape(torch.__version__.split('+')[0])}", done.out)
-    for words in (
-        "vision_width +32\n",
-        "label_map, reference +usable",
-        "trainable, freeze_lang_vision",
-        "CPU +",
-    ):
+    for words in ("vision_width +32\n", "label_map, reference +usable", "trainable, freeze_lang_vision", "CPU +"):
         assert re.search(words, done.out), words
     assert re.search(r"total +274,335,321\n", run("info", "base-z").out)
 
@@ -383,36 +314,15 @@ FAULTS = {  # arguments after "caption PHOTO --model COPY" or a whole command li
     "missing-device": ("caption {photo} --model {copy} --device cuda:99", "no device cuda:99"),
     "too-many-labels": ("caption {photo} --model {copy} --labels a b", "1 pictures and 2 --labels"),
     "no-labels-file": ("caption {photo} --model {copy} --labels {tmp}/a.labels", "no labels file"),
-    "empty-labels-file": (
-        "caption {photo} --model {copy} --labels {tmp}/empty.jpg",
-        "empty.jpg cannot be used",
-    ),
+    "empty-labels-file": ("caption {photo} --model {copy} --labels {tmp}/empty.jpg", "empty.jpg cannot be used"),
     "empty-question": ("answer {photo} ?! --model {copy}", "the question '?!' is empty"),
-    "top-of-nothing": (
-        "answer {photo} What? --top 3 --model {copy}",
-        "--top ranks a list of answers",
-    ),
-    "no-answers-file": (
-        "answer {photo} What? --answers {tmp}/a.json --model {copy}",
-        "which is no file",
-    ),
-    "answers-not-json": (
-        "answer {photo} What? --answers {tmp}/bad.json --model {copy}",
-        "bad.json is not JSON",
-    ),
-    "answers-not-a-list": (
-        "answer {photo} What? --answers {copy}/config.json",
-        "is not a list of strings",
-    ),
+    "top-of-nothing": ("answer {photo} What? --top 3 --model {copy}", "--top ranks a list of answers"),
+    "no-answers-file": ("answer {photo} What? --answers {tmp}/a.json --model {copy}", "which is no file"),
+    "answers-not-json": ("answer {photo} What? --answers {tmp}/bad.json --model {copy}", "bad.json is not JSON"),
+    "answers-not-a-list": ("answer {photo} What? --answers {copy}/config.json", "is not a list of strings"),
     "answers-binary": ("answer {photo} What? --answers {photo}", "is not UTF-8 text"),
-    "answers-one": (
-        "answer {photo} What? --answers yes,,yes",
-        "holds 1 different texts; give at least two",
-    ),
-    "answers-empty-file": (
-        "answer {photo} What? --answers {tmp}/empty.jpg",
-        "holds 0 different texts",
-    ),
+    "answers-one": ("answer {photo} What? --answers yes,,yes", "holds 1 different texts; give at least two"),
+    "answers-empty-file": ("answer {photo} What? --answers {tmp}/empty.jpg", "holds 0 different texts"),
     "classes-deep": ("classify {photo} --classes {tmp}/deep.json", "nested too deeply"),
     "classes-zero-bytes": ("classify {photo} --classes {tmp}/zeros.txt", "zero bytes"),
     "classes-long": ("classify {photo} --classes {tmp}/long.txt --model {copy}", "shorten it"),
@@ -425,27 +335,15 @@ FAULTS = {  # arguments after "caption PHOTO --model COPY" or a whole command li
     "render-negative": ("data render --out {tmp}/r --train -1", "at least 0"),
     "import-nothing": ("data import folder {empty} --out {tmp}/o", "there are no images to import"),
     "import-missing": ("data import folder {tmp}/none --out {tmp}/o", "none is not a folder"),
-    "import-bad-list": (
-        "data import vqa {tmp}/bad.json --images {tmp} --out {tmp}/o",
-        "is not JSON",
-    ),
-    "import-all-bad": (
-        "data import folder {bad} --out {tmp}/o",
-        "none of the 1 images could be imported",
-    ),
+    "import-bad-list": ("data import vqa {tmp}/bad.json --images {tmp} --out {tmp}/o", "is not JSON"),
+    "import-all-bad": ("data import folder {bad} --out {tmp}/o", "none of the 1 images could be imported"),
     "import-onto-itself": ("data import folder {bad} --out {bad}", "is the folder that is imported"),
     "import-no-threads": ("data import folder {bad} --out {tmp}/o --workers 0", "--workers is 0"),
-    "export-nothing": (
-        "export {tmp} --out {tmp}/o",
-        "neither a run with checkpoints nor a checkpoint",
-    ),
+    "export-nothing": ("export {tmp} --out {tmp}/o", "neither a run with checkpoints nor a checkpoint"),
     "info-no-preset": ("info huge-y", "unknown preset 'huge-y'"),
     "info-no-folder": ("info {tmp}/none", "no model folder"),
     "info-not-a-model": ("info {tmp}", "has no config.json"),
-    "unwritable": (
-        "data show {scenes}/val --out {tmp}/none/sheet.png",
-        "No such file or directory",
-    ),
+    "unwritable": ("data show {scenes}/val --out {tmp}/none/sheet.png", "No such file or directory"),
 }
 
 
@@ -478,12 +376,7 @@ def test_a_fault_of_the_user_is_one_sentence(run, fault, copy, photos, scenes, t
         (tmp_path / name).mkdir()
     (tmp_path / "bad" / "x.jpg").write_bytes(b"no picture")
     names = dict(
-        photo=photos[0],
-        copy=copy,
-        scenes=scenes,
-        tmp=tmp_path,
-        empty=tmp_path / "empty",
-        bad=tmp_path / "bad",
+        photo=photos[0], copy=copy, scenes=scenes, tmp=tmp_path, empty=tmp_path / "empty", bad=tmp_path / "bad"
     )
     done = run(*command.format(**names).split())
     assert_sentence(done, words.format(**names))
@@ -493,9 +386,7 @@ def assert_sentence(done: Run, words: str) -> None:
     last = done.err.splitlines()[-1]
     assert done.code == 2 and last.startswith("prismer: ") and words in last, done.err
     # an import names what it skipped first
-    assert all(line.startswith(("prismer: ", "skipped ")) for line in done.err.splitlines()), (
-        done.err
-    )
+    assert all(line.startswith(("prismer: ", "skipped ")) for line in done.err.splitlines()), done.err
 
 
 @pytest.mark.parametrize(
@@ -539,18 +430,14 @@ def test_a_model_without_tokenizer_or_experts(run, copy, photos, tmp_path):
     Prismer(prismer_tiny(**SMALL, experts=())).save_pretrained(plain)
     labels = tmp_path / "a.labels"
     labels.write_bytes(b"")
-    assert_sentence(
-        run("caption", photos[0], "--model", plain, "--labels", labels), "not packed labels"
-    )
+    assert_sentence(run("caption", photos[0], "--model", plain, "--labels", labels), "not packed labels")
     depth_only = prismer.ExpertLabels({"depth": np.zeros((4, 4), np.uint8)})
     labels.write_bytes(pack(depth_only.planes))
-    assert_sentence(
-        run("caption", photos[0], "--model", plain, "--labels", labels), "has no experts"
-    )
+    assert_sentence(run("caption", photos[0], "--model", plain, "--labels", labels), "has no experts")
 
 
 def pack(planes: dict) -> bytes:
-    from prismer.dataloading.labels import pack_labels
+    from prismer.dataloading.store.labels import pack_labels
 
     return pack_labels(planes)
 
@@ -596,20 +483,20 @@ def raiser(body: str):
     ids=["builtin", "torch", "library", "key", "type", "assert"],
 )
 def test_mistakes_of_ours_keep_their_traceback(run, monkeypatch, body, kind):
-    monkeypatch.setattr("prismer.info.report", raiser(body))
+    monkeypatch.setattr("prismer.costs.info.report", raiser(body))
     with pytest.raises(kind):
         run("info")
 
 
 @pytest.mark.parametrize("kind", ["ValueError", "RuntimeError"])
 def test_what_this_library_raises_is_a_sentence(run, monkeypatch, kind):
-    monkeypatch.setattr("prismer.info.report", raiser(f"raise {kind}('the moon is full; wait')"))
+    monkeypatch.setattr("prismer.costs.info.report", raiser(f"raise {kind}('the moon is full; wait')"))
     done = run("info")
     assert (done.code, done.err) == (2, "prismer: the moon is full; wait\n")
 
 
 def test_interrupt_is_quiet(run, monkeypatch):
-    monkeypatch.setattr("prismer.info.report", raiser("raise KeyboardInterrupt"))
+    monkeypatch.setattr("prismer.costs.info.report", raiser("raise KeyboardInterrupt"))
     assert run("info") == Run(130, "", "")
 
 
@@ -619,10 +506,7 @@ def test_warnings_are_one_line(run, model, photos, tmp_path):
     frames[0].save(moving, save_all=True, append_images=frames[1:])
     done = run("caption", moving, "--model", model)
     assert done.code == 0
-    assert (
-        done.err
-        == "prismer: warning: an image has several frames or pages; only the first is used\n"
-    )
+    assert done.err == "prismer: warning: an image has several frames or pages; only the first is used\n"
 
 
 # the process
@@ -642,10 +526,8 @@ def test_entry_point():
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, prismer, prismer.cli; prismer.cli.build_parser(); dir(prismer); print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    code = "import sys, prismer, prismer.cli.main; prismer.cli.main.build_parser(); dir(prismer); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     heavy = {"torch", "numpy", "PIL", "transformers", "nvidia", "deepspeed", "tqdm"}
     assert heavy.isdisjoint(done.stdout.split())
 
@@ -672,8 +554,7 @@ class Full(io.TextIOWrapper):
 
 
 @pytest.mark.parametrize(
-    "command",
-    ["--version", "--help", "data check --help", "info", "caption {photo} --model {model}"],
+    "command", ["--version", "--help", "data check --help", "info", "caption {photo} --model {model}"]
 )
 def test_a_full_disk_for_the_output_is_one_sentence(run, monkeypatch, photos, model, command):
     with monkeypatch.context() as patch:
@@ -708,7 +589,7 @@ def test_a_closed_stdout_is_no_failure(run, monkeypatch):
 
 @pytest.mark.parametrize("number", (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO))
 def test_a_full_disk_is_one_sentence(run, monkeypatch, number):
-    monkeypatch.setattr("prismer.info.report", raiser(f"raise OSError({number}, 'x', 'a.bin')"))
+    monkeypatch.setattr("prismer.costs.info.report", raiser(f"raise OSError({number}, 'x', 'a.bin')"))
     done = run("info")
     assert (done.code, done.err) == (
         1,
@@ -718,11 +599,7 @@ def test_a_full_disk_is_one_sentence(run, monkeypatch, number):
 
 @pytest.mark.parametrize(
     "command",
-    [
-        "answer {photo} What\udcff?",
-        "classify {photo} --classes a\udcff,b",
-        "answer {photo} a --answers \udcff,b",
-    ],
+    ["answer {photo} What\udcff?", "classify {photo} --classes a\udcff,b", "answer {photo} a --answers \udcff,b"],
 )
 def test_bytes_that_are_not_utf8(run, photos, model, command):
     done = run(*command.format(photo=photos[0]).split(), "--model", model)
@@ -761,7 +638,7 @@ def test_export_takes_what_model_takes(run, model, photos, tmp_path):
 def test_public_names():
     pyproject = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{prismer.__version__}"' in pyproject
-    assert 'prismer = "prismer.cli:main"' in pyproject
+    assert 'prismer = "prismer.cli.main:main"' in pyproject
     for name in prismer.__all__:
         assert getattr(prismer, name) is not None
     assert prismer.preset("tiny") == prismer.prismer_tiny()

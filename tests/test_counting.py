@@ -8,12 +8,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prismer import Prismer
+from prismer.batch import Batch, ImageBatch, TextBatch
 from prismer.config import preset
-from prismer.counting import Counter
-from prismer.dataloading.batch import Batch, ImageBatch, TextBatch
+from prismer.costs.counting import Counter
 from prismer.freezing import freeze
-from prismer.kernels import attention_native
 from prismer.kernels.attention import attention
+from prismer.kernels.attention import native_backend as attention_native
 from prismer.kernels.decode_attention import decode_attention
 from prismer.kernels.dispatch import as_if_watched, use_backend
 from prismer.kernels.mlp import mlp

@@ -12,7 +12,6 @@ import subprocess
 import sys
 
 import pytest
-from disk import full_after
 
 from prismer import files
 from prismer.files import (
@@ -30,6 +29,7 @@ from prismer.files import (
     write_json,
 )
 from prismer.reading import parse_json, read_json
+from tests.faults.disk import full_after
 
 
 def no_sync(handle):
@@ -37,8 +37,7 @@ def no_sync(handle):
 
 
 @pytest.mark.parametrize(
-    "write",
-    [lambda path: write_atomically(path, b"x" * 500), lambda path: write_json(path, ["x"] * 99)],
+    "write", [lambda path: write_atomically(path, b"x" * 500), lambda path: write_json(path, ["x"] * 99)]
 )
 @pytest.mark.parametrize("fault", ["write", "fsync"])
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, write, fault):
@@ -58,9 +57,7 @@ def test_json_is_written_through_to_the_disk(tmp_path, monkeypatch):
     synced = []
     real = os.fsync
     monkeypatch.setattr(
-        files.os,
-        "fsync",
-        lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), real(handle)),
+        files.os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), real(handle))
     )
     write_json(tmp_path / "a.json", {"a": 1})
     assert synced == [str(tmp_path / "a.json.partial"), str(tmp_path)]

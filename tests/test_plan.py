@@ -13,19 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from live_bytes import peak_bytes
 
-from prismer import tied
-from prismer.cli import main
+from prismer import tied_embedding as tied
+from prismer.cli.main import main
 from prismer.config import prismer_base, prismer_tiny
-from prismer.fake_step import FakeTrainer, _Watch, blank_batch
+from prismer.costs.fake_step import FakeTrainer, _Watch, blank_batch
+from prismer.costs.plan import SETUPS, Job, Plan, Setup, ZeroSettings, texts_of
 from prismer.freezing import freeze
-from prismer.kernels import cross_attention, products, resampler_torch
+from prismer.kernels import cross_attention, matmul
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.mlp import mlp
+from prismer.kernels.resampler_attention import torch_backend as resampler_torch
 from prismer.model import Prismer
-from prismer.plan import SETUPS, Job, Plan, Setup, ZeroSettings, texts_of
-from prismer.train_config import TASK_DEFAULTS, TrainConfig, read_config
+from prismer.training.config import TASK_DEFAULTS, TrainConfig, read_config
+from tests.ops.live_bytes import peak_bytes
 
 HERE = Path(__file__).parent
 ONE, MIXED = ((1, 30),), ((2, 12), (3, 20))
@@ -35,10 +36,20 @@ TINY = prismer_tiny(text_depth=2, vision_depth=2)
 def small(**changes):
     """Six experts at 112 px, small in width and depth."""
     sizes = dict(
-        image_size=112, label_size=112, vision_width=256, vision_depth=4, vision_heads=4, resampler_depth=2,
-        resampler_heads=4, text_width=256, text_depth=4, text_heads=4, text_mlp_width=1024, vocab_size=5000,
+        image_size=112,
+        label_size=112,
+        vision_width=256,
+        vision_depth=4,
+        vision_heads=4,
+        resampler_depth=2,
+        resampler_heads=4,
+        text_width=256,
+        text_depth=4,
+        text_heads=4,
+        text_mlp_width=1024,
+        vocab_size=5000,
         dropout=0.0,
-    )  # fmt: skip
+    )
     return prismer_base(**{**sizes, **changes})
 
 
@@ -54,9 +65,13 @@ def zero_runs(tmp_path_factory):
         out = folder / f"{world}.json"
         with open(folder / f"{world}.log", "w") as log:
             command = [
-                Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", str(world),
-                HERE / "plan_under_zero.py", out,
-            ]  # fmt: skip
+                Path(sys.executable).parent / "torchrun",
+                "--standalone",
+                "--nproc_per_node",
+                str(world),
+                HERE / "plan_under_zero.py",
+                out,
+            ]
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         runs[world] = process, out
     yield runs
@@ -96,7 +111,7 @@ def test_bytes_of_a_step(monkeypatch, mode, batch, texts, checkpointing, dropout
         optimizer.zero_grad()
 
     # the plan is of torch's own products, which write into memory that is there, and of what a GPU's step keeps
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)
     monkeypatch.setattr(cross_attention, "cheaper_order", lambda *_: "ordinary")
     monkeypatch.setattr(tied, "on_host", lambda *_: False)
     step()
@@ -131,9 +146,18 @@ def test_flops():
     """Every product of a PrismerZ, by hand."""
     T, N, D, H, V = 20, 49, 128, 64, 700
     config = prismer_base(
-        experts=(), image_size=112, vision_width=D, vision_depth=3, vision_heads=2, text_width=H, text_depth=2,
-        text_heads=2, text_mlp_width=4 * H, vocab_size=V, dropout=0.0,
-    )  # fmt: skip
+        experts=(),
+        image_size=112,
+        vision_width=D,
+        vision_depth=3,
+        vision_heads=2,
+        text_width=H,
+        text_depth=2,
+        text_heads=2,
+        text_mlp_width=4 * H,
+        vocab_size=V,
+        dropout=0.0,
+    )
     trainer = FakeTrainer(config, "none", "fp32")
     forward, backward = trainer.flops(((1, T),))
     block = 2 * N * 14 * D * D + 4 * N * N * D
@@ -155,7 +179,7 @@ def test_flops():
 
 
 def job(world: int, precision: str, **changes) -> Job:
-    from plan_under_zero import MODE, TEXTS, ZERO, config
+    from tests.plan_under_zero import MODE, TEXTS, ZERO, config
 
     zero = ZeroSettings.from_engine(dict(zero_optimization=ZERO))
     described = dict(config=config(), freeze=MODE, precision=precision, texts=TEXTS, world=world, zero=zero)
@@ -164,7 +188,7 @@ def job(world: int, precision: str, **changes) -> Job:
 
 @pytest.mark.parametrize("world", (1, 2))
 def test_what_deepspeed_holds(monkeypatch, zero_runs, world):
-    from plan_under_zero import BATCH, RUNS
+    from tests.plan_under_zero import BATCH, RUNS
 
     monkeypatch.setattr(resampler_torch, "steps", one_by_one)
 

@@ -11,28 +11,33 @@ import pytest
 import torch
 
 from prismer import precision
-from prismer.cli_ask import load_model
+from prismer.cli.ask import load_model
 from prismer.config import prismer_base, prismer_tiny
 from prismer.model import Prismer
 from prismer.precision import caption_seconds, inference_dtype, slow_resumption
 
 BF16, FP32, CPU = torch.bfloat16, torch.float32, torch.device("cpu")
 WIDE = prismer_tiny(
-    image_size=32, label_size=32, vision_width=256, vision_depth=1, resampler_depth=1, num_latents=4, text_width=256,
-    text_depth=1, text_mlp_width=512, experts=("depth",), vocab_size=50,
-)  # fmt: skip
+    image_size=32,
+    label_size=32,
+    vision_width=256,
+    vision_depth=1,
+    resampler_depth=1,
+    num_latents=4,
+    text_width=256,
+    text_depth=1,
+    text_mlp_width=512,
+    experts=("depth",),
+    vocab_size=50,
+)
 
 
 def pretend(monkeypatch, seconds, flags=("avx512_bf16",)):
     monkeypatch.setattr(precision, "native_bf16_flags", lambda: set(flags))
-    monkeypatch.setattr(
-        precision, "caption_seconds", lambda config: dict(zip((BF16, FP32), seconds, strict=True))
-    )
+    monkeypatch.setattr(precision, "caption_seconds", lambda config: dict(zip((BF16, FP32), seconds, strict=True)))
 
 
-@pytest.mark.parametrize(
-    "seconds, faster", [((0.3, 1.1), BF16), ((1.1, 0.3), FP32), ((1, 1), BF16)]
-)
+@pytest.mark.parametrize("seconds, faster", [((0.3, 1.1), BF16), ((1.1, 0.3), FP32), ((1, 1), BF16)])
 @pytest.mark.parametrize("stored", [BF16, FP32], ids=["bf16", "fp32"])
 def test_auto_is_the_faster_one(monkeypatch, seconds, faster, stored):
     pretend(monkeypatch, seconds)
@@ -42,9 +47,7 @@ def test_auto_is_the_faster_one(monkeypatch, seconds, faster, stored):
         assert why is None
     else:
         names = {BF16: "bf16", FP32: "fp32"}
-        assert why.startswith(
-            f"precision: {names[dtype]} instead of the stored {names[stored]}, since "
-        )
+        assert why.startswith(f"precision: {names[dtype]} instead of the stored {names[stored]}, since ")
         assert f"{seconds[0]} s in bf16 and {seconds[1]} s in fp32" in why and "\n" not in why
 
 
@@ -68,9 +71,7 @@ def test_only_slow_bf16_is_changed_unasked(monkeypatch):
 
 
 def test_nothing_is_measured_where_the_answer_is_known(monkeypatch):
-    monkeypatch.setattr(
-        precision, "caption_seconds", lambda config: pytest.fail("measured for nothing")
-    )
+    monkeypatch.setattr(precision, "caption_seconds", lambda config: pytest.fail("measured for nothing"))
     monkeypatch.setattr(precision, "native_bf16_flags", lambda: set())
     dtype, why = inference_dtype("auto", BF16, WIDE, CPU)
     assert dtype == FP32 and why.endswith("has no bf16 instructions")
@@ -96,15 +97,11 @@ def test_unknown_dtype():
 
 def test_caption_seconds(monkeypatch):
     """Encoding weighs by its depth and tokens, decoding by its own depth: each is found in the sum."""
-    monkeypatch.setattr(
-        precision, "_fastest", lambda steps, seconds: {dtype: 1.0 for dtype in steps}
-    )
+    monkeypatch.setattr(precision, "_fastest", lambda steps, seconds: {dtype: 1.0 for dtype in steps})
     base = prismer_base(image_size=480)
     found = caption_seconds(base)
     # 964 tokens in pieces of 128, 14 matrices' worth where 8 are measured; 13 layers and 20 tokens, 16 where 8 are
-    assert found == {
-        dtype: pytest.approx(12 * 964 / 128 * 14 / 8 + 20 * 13 * 16 / 8) for dtype in (BF16, FP32)
-    }
+    assert found == {dtype: pytest.approx(12 * 964 / 128 * 14 / 8 + 20 * 13 * 16 / 8) for dtype in (BF16, FP32)}
 
 
 def test_measured_are_the_real_shapes(monkeypatch):
@@ -115,9 +112,7 @@ def test_measured_are_the_real_shapes(monkeypatch):
         precision.products, "linear", lambda x, w: seen.append((*x.shape, len(w), x.dtype)) or linear(x, w)
     )
     threads = torch.get_num_threads()
-    assert (
-        min(caption_seconds(WIDE, seconds=0.0).values()) > 0 and torch.get_num_threads() == threads
-    )
+    assert min(caption_seconds(WIDE, seconds=0.0).values()) > 0 and torch.get_num_threads() == threads
     tokens = WIDE.num_context_tokens
     shapes = {(tokens, 256, 1024), (tokens, 1024, 256), (3, 256, 512), (3, 512, 256)}
     assert set(seen) == {(*shape, dtype) for shape in shapes for dtype in (BF16, FP32)}
@@ -139,9 +134,7 @@ def test_from_pretrained_tells_what_it_chose(monkeypatch, tmp_path):
     assert len(told) == 1 and {p.dtype for p in model.parameters()} == {FP32}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert (
-            Prismer.from_pretrained(tmp_path / "wide", dtype=BF16).decoder.head_weight.dtype == BF16
-        )
+        assert Prismer.from_pretrained(tmp_path / "wide", dtype=BF16).decoder.head_weight.dtype == BF16
 
 
 DENIED = """
@@ -169,18 +162,13 @@ for dtype in (None, "auto"):
 """
 
 
-@pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="denied are instructions of x86"
-)
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="denied are instructions of x86")
 def test_without_bf16_instructions(tmp_path):
     """In a process that is denied them, really measured: training and inference choose fp32, and bf16 is widened."""
     Prismer(WIDE).to(BF16).save_pretrained(tmp_path / "wide")
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run(
-        [sys.executable, "-c", DENIED, str(tmp_path / "wide")],
-        env=environment,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", DENIED, str(tmp_path / "wide")], env=environment, capture_output=True, text=True
     )
     if done.returncode == 77:
         pytest.skip(f"bf16 is no slower here even so: {done.stdout}")

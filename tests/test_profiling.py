@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from prismer import cli
-from prismer.counting import Counter
-from prismer.profiling import Peaks, Row, StepProfile, check_trace, format_table, measure_peaks
+from prismer.cli.main import main as cli
+from prismer.costs.counting import Counter
+from prismer.costs.profiling import Peaks, Row, StepProfile, check_trace, format_table, measure_peaks
 
 CPU = torch.device("cpu")
 PEAKS = Peaks(matrix={torch.float32: 1e9, torch.bfloat16: 4e9}, memory=1e8)
@@ -21,7 +21,7 @@ PEAKS = Peaks(matrix={torch.float32: 1e9, torch.bfloat16: 4e9}, memory=1e8)
 @pytest.fixture
 def quick_peaks(monkeypatch):
     """Given peaks: the machine is measured by `test_measured_peaks` alone."""
-    monkeypatch.setattr("prismer.profiling.measure_peaks", lambda device: PEAKS)
+    monkeypatch.setattr("prismer.costs.profiling.measure_peaks", lambda device: PEAKS)
 
 
 def test_rows_and_trace(tmp_path, quick_peaks):
@@ -86,9 +86,9 @@ def test_table_is_a_roofline():
 
 def test_measured_peaks(monkeypatch):
     """Small here; what is measured is what torch does by the clock, within what a busy machine allows."""
-    monkeypatch.setattr("prismer.profiling._SIDE", 256)
-    monkeypatch.setattr("prismer.profiling._COPIED", 2**22)
-    monkeypatch.setattr("prismer.profiling._PATIENCE", 0.05)
+    monkeypatch.setattr("prismer.costs.profiling._SIDE", 256)
+    monkeypatch.setattr("prismer.costs.profiling._COPIED", 2**22)
+    monkeypatch.setattr("prismer.costs.profiling._PATIENCE", 0.05)
     peaks = measure_peaks.__wrapped__(CPU)
     assert set(peaks.matrix) == {torch.float32, torch.bfloat16}
     assert 1e8 < peaks.matrix[torch.float32] < 1e13 and 1e8 < peaks.memory < 1e13

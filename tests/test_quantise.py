@@ -11,25 +11,18 @@ import sys
 import pytest
 import torch
 
-from prismer.checkpoint import shipped_folder
-from prismer.cli import main
-from prismer.dataloading.features import Semantics
-from prismer.dataloading.loader import Loader
-from prismer.dataloading.scenes import render_dataset
-from prismer.dataloading.shards import ShardDataset
-from prismer.evaluation import Knowledge, describe, scores
+from prismer.cli.main import main
+from prismer.dataloading.feed.features import Semantics
+from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.scenes.dataset import render_dataset
+from prismer.dataloading.store.shards import ShardDataset
 from prismer.freezing import freeze
 from prismer.kernels.modules import MLP, MultiheadAttention
 from prismer.model import Prismer
-from prismer.quantise import (
-    Int8Attention,
-    Int8Linear,
-    Int8MLP,
-    check_device,
-    quantise,
-    weight_steps,
-)
+from prismer.quantise import Int8Attention, Int8Linear, Int8MLP, check_device, quantise, weight_steps
+from prismer.shipped import shipped_folder
 from prismer.text import causal_attend
+from prismer.training.evaluation import Knowledge, describe, scores
 
 SCENES = 24
 
@@ -89,9 +82,7 @@ def test_int8_linear_is_its_definition():
     t = x.abs().amax(1, keepdim=True) / 127
     product = (x / t).round().double() @ (weight / s).round().double().T
     exact = product * t * s.T + bias
-    torch.testing.assert_close(
-        Int8Linear(weight, bias).eval()(x), exact.float(), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(Int8Linear(weight, bias).eval()(x), exact.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_the_others():
@@ -121,9 +112,7 @@ def test_without_vnni():
         "import sys, pytest; from prismer.quantise import weight_steps; assert weight_steps() == 63; "
         "sys.exit(pytest.main(['-q', sys.argv[1], '-k', 'exact or linear or attention or mlp or layers']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, __file__], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", program, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -143,10 +132,7 @@ def test_int8_mlp(activation):
 
 def test_text_layers(tiny, int8):
     """RoBERTa's sub-layers keep their residual, their norm and the order of queries, keys and values."""
-    ours, theirs = (
-        copy.deepcopy(int8.decoder.layers[0]),
-        draw(copy.deepcopy(tiny.decoder.layers[0])),
-    )
+    ours, theirs = (copy.deepcopy(int8.decoder.layers[0]), draw(copy.deepcopy(tiny.decoder.layers[0])))
     wrapped = type(ours.attention)(theirs.attention).eval(), type(ours.mlp)(theirs.mlp).eval()
     x = torch.randn(2, 9, tiny.config.text_width)
     attend = causal_attend(torch.ones(2, 9, dtype=torch.bool))
@@ -163,11 +149,7 @@ def test_the_frozen_towers_and_nothing_else(tiny, int8):
     assert not int8.training and not any(p.requires_grad for p in int8.parameters())
     kept, before = dict(int8.named_parameters()), dict(model.named_parameters())
     trained = {name for name, p in before.items() if p.requires_grad}
-    norms = {
-        name
-        for name, p in before.items()
-        if not p.requires_grad and ("norm" in name or "ln_" in name)
-    }
+    norms = {name for name, p in before.items() if not p.requires_grad and ("norm" in name or "ln_" in name)}
     assert set(kept) == trained | norms
     for name, parameter in kept.items():
         assert torch.equal(parameter, before[name]), name
@@ -182,9 +164,7 @@ def test_accuracy_cost(tiny, int8, validation):
     semantics = Semantics.for_config(tiny.config)
     found, tokens = {}, {}
     for name, model in (("fp32", tiny), ("int8", int8)):
-        loader = Loader(
-            validation, batch_size=12, training=False, config=tiny.config, semantics=semantics, threads=1
-        )  # fmt: skip
+        loader = Loader(validation, batch_size=12, training=False, config=tiny.config, semantics=semantics, threads=1)
         records = describe(model, loader, task="joint", knowledge=Knowledge(answers=answers))
         found[name] = scores(records)
         with torch.inference_mode():
@@ -219,19 +199,8 @@ def test_what_int8_cannot_do(int8, tmp_path):
 def test_command_line(tiny, int8, validation, tmp_path, capsys):
     path, question = tmp_path / "scene.jpg", "What colour is the cube?"
     path.write_bytes(validation[0].jpeg)
-    ask = [
-        "answer",
-        str(path),
-        question,
-        "--answers",
-        "red,green,blue",
-        "--device",
-        "cpu",
-        "--json",
-    ]
+    ask = ["answer", str(path), question, "--answers", "red,green,blue", "--device", "cpu", "--json"]
     assert main([*ask, "--int8"]) == 0
     score = json.loads(capsys.readouterr().out)["score"]
-    ours, theirs = (
-        model.answer(path, [question], ["red", "green", "blue"])[0].score for model in (int8, tiny)
-    )
+    ours, theirs = (model.answer(path, [question], ["red", "green", "blue"])[0].score for model in (int8, tiny))
     assert score == pytest.approx(ours, rel=1e-5) != pytest.approx(theirs, rel=1e-5)

@@ -9,25 +9,36 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
-import harness
 import pytest
-import test_jobs as bench
 import torch
-import whole_jobs as jobs
-from job_runner import Job, measure
-from word_lists import ANSWERS, CLASSES, QUESTIONS
 
 import prismer
+from benchmarks import harness
+from benchmarks import test_jobs as bench
+from benchmarks import whole_jobs as jobs
+from benchmarks.job_runner import Job, measure
+from benchmarks.word_lists import ANSWERS, CLASSES, QUESTIONS
 from prismer.config import PrismerConfig, preset, prismer_base
-from prismer.tasks import encode_answer, encode_question
+from prismer.texts import encode_answer, encode_question
 from prismer.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_folder(Path(prismer.__file__).parent / "assets" / "tiny")
 SMALL = PrismerConfig(
-    image_size=80, label_size=64, vision_width=32, vision_depth=2, vision_heads=2, resampler_depth=1, resampler_heads=4,
-    num_latents=8, text_width=24, text_depth=2, text_heads=2, text_mlp_width=48, init_std=0.2,
+    image_size=80,
+    label_size=64,
+    vision_width=32,
+    vision_depth=2,
+    vision_heads=2,
+    resampler_depth=1,
+    resampler_heads=4,
+    num_latents=8,
+    text_width=24,
+    text_depth=2,
+    text_heads=2,
+    text_mlp_width=48,
+    init_std=0.2,
     vocab_size=TOKENIZER.vocab_size,
-)  # fmt: skip
+)
 OURS, BASELINE = harness.OURS, jobs.BASELINE
 
 
@@ -35,7 +46,7 @@ OURS, BASELINE = harness.OURS, jobs.BASELINE
 def rows(monkeypatch):
     """What is measured goes here; the session's own rows stay empty."""
     found = []
-    monkeypatch.setattr("job_runner.ROWS", found)
+    monkeypatch.setattr("benchmarks.job_runner.ROWS", found)
     return found
 
 
@@ -184,9 +195,13 @@ def test_peak_of_a_step_is_above_gradients():
         weight.grad = None
 
     job = Job(
-        room="train", shape="S", part="step", calls={OURS: step, BASELINE: step}, check=lambda outcomes: None,
+        room="train",
+        shape="S",
+        part="step",
+        calls={OURS: step, BASELINE: step},
+        check=lambda outcomes: None,
         reset=reset,
-    )  # fmt: skip
+    )
     assert all(row.peak_mb < 0.1 for row in measure(job).values()), "the gradient, 4 MB, counts"
 
 
@@ -196,9 +211,21 @@ def test_report(model, rows, tmp_path):
     found = measure(JOBS["answer"](model))
     assert found[BASELINE].ratio == pytest.approx(found[BASELINE].milliseconds / found[OURS].milliseconds)
     op = harness.Row(
-        room="layer_norm", shape="BASE", dtype="float32", part="forward", contender=OURS, milliseconds=1.0, ratio=1.0,
-        low=1.0, high=1.0, peak_mb=1.0, host_ms=1.0, gb_per_s=1.0, tflop_per_s=0.0, rounds=3,
-    )  # fmt: skip
+        room="layer_norm",
+        shape="BASE",
+        dtype="float32",
+        part="forward",
+        contender=OURS,
+        milliseconds=1.0,
+        ratio=1.0,
+        low=1.0,
+        high=1.0,
+        peak_mb=1.0,
+        host_ms=1.0,
+        gb_per_s=1.0,
+        tflop_per_s=0.0,
+        rounds=3,
+    )
     rows += [op, dataclasses.replace(op, contender="eager", ratio=2.0)]
     lines = report.table(rows)
     assert len(lines) == 3 and "operators" in lines[1] and "eager 2.00" in lines[2]

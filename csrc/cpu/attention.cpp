@@ -1,4 +1,4 @@
-// Attention on the CPU, as kernels/attention.py defines it, without dropout and extra keys.
+// Attention on the CPU, as kernels/attention/__init__.py defines it, without dropout and extra keys.
 //
 // Queries and keys meet in blocks of 96 by 96, whose scores stay in the nearest caches. A task is
 // 96 queries of one head, which go over the blocks of keys with a running maximum. All sums are in

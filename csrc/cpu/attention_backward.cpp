@@ -1,4 +1,4 @@
-// Gradients of attention on the CPU, as kernels/attention.py defines them.
+// Gradients of attention on the CPU, as kernels/attention/__init__.py defines them.
 //
 // A task is one head. Its blocks of 96 keys by 96 queries are formed again from the saved
 // logarithms of the sums, with keys as rows, so that the gradients of keys and values need no

@@ -1,4 +1,4 @@
-// Decode attention on the CPU, as defined in kernels/decode_attention.py: few queries per row over
+// Decode attention on the CPU, as defined in kernels/decode_attention/__init__.py: few queries per row over
 // long shared keys, and over the listed slots of a suffix; formulas in shared/attention.h.
 //
 // A task is (row, head, chunk of queries, split of the keys), all sizes fixed, so that results do

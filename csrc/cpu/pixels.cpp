@@ -1,4 +1,4 @@
-// What the trainer's loader does to one sample on the CPU, see dataloading/native_pixels.py.
+// What the trainer's loader does to one sample on the CPU, see dataloading/feed/native_pixels.py.
 // Batches run side by side in the loader's threads, so an op works in the thread that calls it.
 // Plain loops: the compiler makes vectors of them, for each instruction set, once each job is
 // copied to where a byte that is written cannot change it.

@@ -1,4 +1,4 @@
-// Decode attention, the keys split over blocks; semantics in kernels/decode_attention.py.
+// Decode attention, the keys split over blocks; semantics in kernels/decode_attention/__init__.py.
 //
 // Few queries meet many keys, so blocks are made of (row and head, tile of queries, split of the
 // shared keys), and one more split for the private suffixes. A block brings 32 keys and values at a

@@ -62,9 +62,7 @@ def distinct(boxes: np.ndarray) -> np.ndarray:
     return np.array(kept, np.int64)
 
 
-def paint(
-    boxes: np.ndarray, size: int, depth: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def paint(boxes: np.ndarray, size: int, depth: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Paint boxes into a map of ids, nearer ones in front.
 
     The order that holds (spec: Prismer, label generation). Boxes come in detection order and become pixels first. One
@@ -90,9 +88,7 @@ def paint(
         ValueError: if `depth` has another shape or dtype.
     """
     if depth is not None and (depth.shape != (size, size) or depth.dtype != np.uint8):
-        raise ValueError(
-            f"the depth map is {depth.dtype} {depth.shape}; boxes are painted on uint8 {(size, size)}"
-        )
+        raise ValueError(f"the depth map is {depth.dtype} {depth.shape}; boxes are painted on uint8 {(size, size)}")
     pixels = rasterise(boxes, size)
     kept = distinct(pixels)
     pixels = pixels[kept]
@@ -135,9 +131,7 @@ def highest(scores: Tensor, threshold: float, limit: int) -> Tensor:
     return order[scores[order] > threshold]
 
 
-def as_found(
-    boxes: Tensor, scores: Tensor, classes: Tensor, label_size: int, depth: Found | None
-) -> Found:
+def as_found(boxes: Tensor, scores: Tensor, classes: Tensor, label_size: int, depth: Found | None) -> Found:
     """What a detector says about one image.
 
     Args:
@@ -186,9 +180,4 @@ def _sums(depth: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     integral = np.zeros((depth.shape[0] + 1, depth.shape[1] + 1), np.int64)
     depth.cumsum(axis=0, dtype=np.int64).cumsum(axis=1, out=integral[1:, 1:])
     left, top, right, bottom = pixels.T
-    return (
-        integral[bottom, right]
-        - integral[top, right]
-        - integral[bottom, left]
-        + integral[top, left]
-    )
+    return integral[bottom, right] - integral[top, right] - integral[bottom, left] + integral[top, left]

@@ -79,9 +79,7 @@ def choose(asked: str | Sequence[str]) -> list[Choice]:
     return _in_order(list(chosen.values()))
 
 
-def load_networks(
-    asked: str | Sequence[str], device: str | torch.device = "cpu"
-) -> tuple[list[Network], list[str]]:
+def load_networks(asked: str | Sequence[str], device: str | torch.device = "cpu") -> tuple[list[Network], list[str]]:
     """Load what can be loaded.
 
     Args:

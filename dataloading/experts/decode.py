@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prismer.dataloading import dali
+from prismer.dataloading.feed import dali
 
 GREY = 114
 """What fills the square around an image that keeps its proportions."""
@@ -30,22 +30,13 @@ class ExpertPipeline:
     """
 
     def __init__(
-        self,
-        geometries: set[Geometry],
-        *,
-        batch_size: int,
-        threads: int = 2,
-        device: str | torch.device = "cpu",
+        self, geometries: set[Geometry], *, batch_size: int, threads: int = 2, device: str | torch.device = "cpu"
     ):
         self.geometries = sorted(geometries)
         self.device = torch.device(device)
-        self._graph = dali.Graph(
-            self._define, batch_size=batch_size, threads=threads, device=device
-        )
+        self._graph = dali.Graph(self._define, batch_size=batch_size, threads=threads, device=device)
 
-    def __call__(
-        self, images: list[bytes]
-    ) -> dict[Geometry, tuple[Tensor, list[tuple[int, int]]]]:
+    def __call__(self, images: list[bytes]) -> dict[Geometry, tuple[Tensor, list[tuple[int, int]]]]:
         """Decode one batch.
 
         Args:

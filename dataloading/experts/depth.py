@@ -8,12 +8,7 @@ from torch import Tensor
 
 from prismer.dataloading.experts.network import Card, Found, Images, Network, intensities, min_max
 from prismer.dataloading.experts.pretrained import load_pretrained
-from prismer.dataloading.experts.vit_trunk import (
-    HEAD_LICENCE,
-    HEAD_SIDE,
-    HEAD_TRAINED_ON,
-    GeometryExpert,
-)
+from prismer.dataloading.experts.vit_trunk import HEAD_LICENCE, HEAD_SIDE, HEAD_TRAINED_ON, GeometryExpert
 
 
 class VitSDepth(GeometryExpert):

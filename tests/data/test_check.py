@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismer.dataloading.check import Problem, check_dataset, sample_problems
-from prismer.dataloading.shards import Sample, ShardWriter
+from prismer.dataloading.store.check import Problem, check_dataset, sample_problems
+from prismer.dataloading.store.shards import Sample, ShardWriter
 
 CLASSES = {"seg": ["ground", "sky"], "obj_detection": ["cube", "cone"]}
 
@@ -37,9 +37,7 @@ def make_sample(i=0, **changes):
     }
     meta = {
         "captions": ["a cube"],
-        "questions": [
-            {"question": "what?", "answers": [{"answer": "cube", "weight": 1.0}], "kind": "x"}
-        ],
+        "questions": [{"question": "what?", "answers": [{"answer": "cube", "weight": 1.0}], "kind": "x"}],
         "instances": {"0": 1, "1": 0},
         "words": {"0": "stop"},
         "size": [6, 10],
@@ -50,9 +48,7 @@ def make_sample(i=0, **changes):
 
 
 def write_dataset(folder, samples, classes=CLASSES, samples_per_shard=3):
-    with ShardWriter(
-        folder, classes=classes, source="made up", samples_per_shard=samples_per_shard
-    ) as writer:
+    with ShardWriter(folder, classes=classes, source="made up", samples_per_shard=samples_per_shard) as writer:
         for sample in samples:
             writer.write(sample)
     return folder
@@ -75,9 +71,7 @@ def flip(folder, shard, member):
 
 
 def test_a_whole_dataset_has_no_problems(tmp_path):
-    report = check_dataset(
-        write_dataset(tmp_path, [make_sample(i) for i in range(7)]), progress=False
-    )
+    report = check_dataset(write_dataset(tmp_path, [make_sample(i) for i in range(7)]), progress=False)
     assert report.ok and report.problems == [] and report.samples == 7
     assert report.counts["captions"] == report.counts["answers"] == report.counts["words"] == 7
     assert report.counts["objects"] == 14 and report.counts["depth maps"] == 7
@@ -93,9 +87,7 @@ def test_every_problem_is_listed_and_none_hides_another(tmp_path):
     Image.fromarray(noise).save(file, "JPEG")
     # the headers are whole, the last pixels are missing
     samples[3] = make_sample(3, jpeg=file.getvalue()[:-400], meta={"size": [64, 64]})
-    samples[4] = make_sample(
-        4, meta={"captions": ["  ", "fine", ""], "words": {}}, jpeg=b"\xff\xd8nothing"
-    )
+    samples[4] = make_sample(4, meta={"captions": ["  ", "fine", ""], "words": {}}, jpeg=b"\xff\xd8nothing")
     write_dataset(tmp_path, samples)
     flip(tmp_path, "shard-000000.tar", "key0.jpg")
     flip(tmp_path, "shard-000000.tar", "key1.json")
@@ -127,8 +119,10 @@ def test_every_problem_is_listed_and_none_hides_another(tmp_path):
     [
         ({"labels": {"seg": np.full((4, 4), 2, np.uint8)}}, "the seg map holds 1 ids .* 2 entries .*2 is the first"),
         ({"labels": {"seg": np.arange(4, dtype=np.uint8).reshape(2, 2)}}, "different sizes"),
-        ({"labels": {n: np.full((4, 5), 0, np.uint8) for n in ("depth", "seg", "obj_detection", "ocr_detection")}},
-         "the depth map is 4 x 5; store a square"),
+        (
+            {"labels": {n: np.full((4, 5), 0, np.uint8) for n in ("depth", "seg", "obj_detection", "ocr_detection")}},
+            "the depth map is 4 x 5; store a square",
+        ),
         ({"meta": {"instances": {"0": 1}}}, "the obj_detection map holds 1 ids .* 1 entries .*1 is the first"),
         ({"meta": {"instances": {"0": 1, "1": 2}}}, "object 1 is of class 2, the class table has 2 names"),
         ({"meta": {"instances": {"0": 1, "1": "cube"}}}, "object 1 is of class 'cube'"),
@@ -145,7 +139,7 @@ def test_every_problem_is_listed_and_none_hides_another(tmp_path):
         ({"meta": {"size": [10, 6]}}, r"the image is \[6, 10\] \(height, width\), its json says \[10, 6\]"),
         ({"jpeg": b"\xff\xd8"}, "the image is in no known format"),
     ],
-)  # fmt: skip
+)
 def test_problems_of_a_sample(tmp_path, changes, message):
     sample = make_sample(1, **changes)
     problems = found(write_dataset(tmp_path, [make_sample(0), sample, make_sample(2)]))
@@ -158,9 +152,7 @@ def test_problems_of_a_sample(tmp_path, changes, message):
 def test_a_grey_jpeg_is_named():
     file = io.BytesIO()
     Image.new("L", (10, 6)).save(file, "JPEG")
-    assert sample_problems(make_sample(jpeg=file.getvalue()), CLASSES) == [
-        "the image is JPEG L; expected an RGB JPEG"
-    ]
+    assert sample_problems(make_sample(jpeg=file.getvalue()), CLASSES) == ["the image is JPEG L; expected an RGB JPEG"]
 
 
 def test_a_question_without_answers_is_a_test_question():
@@ -181,17 +173,12 @@ def test_ids_need_class_tables(tmp_path):
     [
         (lambda folder: (folder / "shard-000001.tar").unlink(), "cannot be read"),
         (lambda folder: (folder / "shard-000001.index.json").unlink(), "cannot be read"),
-        (
-            lambda folder: (folder / "shard-000001.index.json").write_text("{}"),
-            "fails its checksum",
-        ),
+        (lambda folder: (folder / "shard-000001.index.json").write_text("{}"), "fails its checksum"),
     ],
     ids=["tar gone", "index gone", "index torn"],
 )
 def test_a_lost_file_is_one_line_and_the_rest_is_checked(tmp_path, damage, message):
-    write_dataset(
-        tmp_path, [make_sample(i) for i in range(8)] + [make_sample(8, meta={"captions": [""]})]
-    )
+    write_dataset(tmp_path, [make_sample(i) for i in range(8)] + [make_sample(8, meta={"captions": [""]})])
     damage(tmp_path)
     problems = found(tmp_path)
     assert list(problems) == [("shard-000001.tar", ""), ("shard-000002.tar", "key8")]
@@ -218,9 +205,7 @@ def test_damage_between_the_members_is_found(tmp_path):
     data = bytearray(path.read_bytes())
     data[3] ^= 1
     path.write_bytes(data)
-    assert found(tmp_path) == {
-        ("shard-000000.tar", ""): "the file fails its checksum; copy it again"
-    }
+    assert found(tmp_path) == {("shard-000000.tar", ""): "the file fails its checksum; copy it again"}
 
 
 def test_keys_that_occur_twice(tmp_path):
@@ -237,9 +222,7 @@ def test_keys_that_occur_twice(tmp_path):
     index["shards"].append(entry)
     index["count"] += 3
     (first / "index.json").write_text(json.dumps(index))
-    assert found(first) == {
-        ("shard-000001.tar", "key1"): "the key is also in shard-000000.tar; rename one"
-    }
+    assert found(first) == {("shard-000001.tar", "key1"): "the key is also in shard-000000.tar; rename one"}
 
 
 def test_stray_files(tmp_path):
@@ -247,15 +230,10 @@ def test_stray_files(tmp_path):
     for name in ("shard-000007.tar", "shard-000000.tar.partial", "notes.txt"):
         (tmp_path / name).write_bytes(b"x")
     report = check_dataset(tmp_path, progress=False)
-    assert [str(p).split(" belongs")[0] for p in report.problems] == [
-        "shard-000000.tar.partial",
-        "shard-000007.tar",
-    ]
+    assert [str(p).split(" belongs")[0] for p in report.problems] == ["shard-000000.tar.partial", "shard-000007.tar"]
 
 
-@pytest.mark.parametrize(
-    "content", [None, b"", b"{", b"{}", b'{"format": "prismer-shards", "version": 9}']
-)
+@pytest.mark.parametrize("content", [None, b"", b"{", b"{}", b'{"format": "prismer-shards", "version": 9}'])
 def test_an_unusable_index_is_the_only_problem(tmp_path, content):
     write_dataset(tmp_path, [make_sample()])
     (tmp_path / "index.json").unlink()
@@ -266,8 +244,5 @@ def test_an_unusable_index_is_the_only_problem(tmp_path, content):
 
 
 def test_problems_read_as_lines():
-    assert (
-        str(Problem("shard-000001.tar", "key5", "it is gone"))
-        == "shard-000001.tar: key5: it is gone"
-    )
+    assert str(Problem("shard-000001.tar", "key5", "it is gone")) == "shard-000001.tar: key5: it is gone"
     assert str(Problem("", "", "it is gone")) == "it is gone"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from prismer.config import prismer_base, prismer_tiny
-from prismer.dataloading.features import FeatureTables, Semantics, write_table
+from prismer.dataloading.feed.features import FeatureTables, Semantics, write_table
 
 WORDS = (
     "stop stops shop ship bank bar park bike boat book bus cafe cake city club door exit farm film fish food free "
@@ -20,9 +20,7 @@ WORDS = (
 def test_spelling_is_pinned():
     # a model was trained on these numbers: they may never change
     row = Semantics.spelling().rows(["stop"])[0]
-    assert row[:8] == pytest.approx(
-        [1.3484, 1.3484, 0.26968, -0.26968, 1.3484, 0.26968, -0.26968, 1.3484], abs=1e-6
-    )
+    assert row[:8] == pytest.approx([1.3484, 1.3484, 0.26968, -0.26968, 1.3484, 0.26968, -0.26968, 1.3484], abs=1e-6)
 
 
 def test_spelling_separates_words():
@@ -34,10 +32,7 @@ def test_spelling_separates_words():
     worst = np.unravel_index(cosine.argmax(), cosine.shape)
     assert cosine.max() < 0.95, f"{WORDS[worst[0]]} and {WORDS[worst[1]]} are too near"
     assert np.abs(np.median(cosine)) < 0.1
-    near = {
-        (a, b): cosine[WORDS.index(a), WORDS.index(b)]
-        for a, b in [("stop", "stops"), ("bar", "bank")]
-    }
+    near = {(a, b): cosine[WORDS.index(a), WORDS.index(b)] for a, b in [("stop", "stops"), ("bar", "bank")]}
     # the same beginning is nearer than the same letters elsewhere
     assert near["stop", "stops"] > 0.6 and near["bar", "bank"] > 0.3
     assert cosine[WORDS.index("abc"), WORDS.index("cba")] < near["stop", "stops"]
@@ -46,9 +41,7 @@ def test_spelling_separates_words():
 
 def test_spelling_ignores_case_and_blanks_and_reads_any_letters():
     semantics = Semantics.spelling()
-    a, b, c, umlaut, empty = semantics.rows(
-        ["Traffic  Light ", "traffic light", "trafficlight", "größe", ""]
-    )
+    a, b, c, umlaut, empty = semantics.rows(["Traffic  Light ", "traffic light", "trafficlight", "größe", ""])
     assert np.array_equal(a, b) and not np.array_equal(a, c)
     assert np.isfinite(umlaut).all() and np.isfinite(empty).all()
     assert semantics.rows([]).shape == (0, 64)
@@ -61,9 +54,7 @@ def test_table_round_trip(tmp_path):
     semantics = Semantics.for_config(prismer_base(), tmp_path)
     assert semantics.rows(["stop", "traffic light"]) == pytest.approx(np.float32(features[[2, 1]]))
     assert semantics.background == pytest.approx(np.float32(background))
-    with pytest.raises(
-        ValueError, match="'zebra' is not in the semantics table in .* `prismer semantics add"
-    ):
+    with pytest.raises(ValueError, match="'zebra' is not in the semantics table in .* `prismer semantics add"):
         semantics.rows(["stop", "zebra"])
     assert not list(tmp_path.glob("*.partial"))
 
@@ -113,32 +104,19 @@ def test_feature_tables():
     assert np.array_equal(features[0], semantics.background)
     for b, expected in enumerate(
         [
-            dict(
-                seg=["cube", "sky"],
-                obj_detection=["cube", "sphere"],
-                ocr_detection=["stop", "taxi"],
-            ),
-            dict(
-                seg=["cube", "sky"], obj_detection=["cube", "cube"], ocr_detection=["taxi", "zoo"]
-            ),
+            dict(seg=["cube", "sky"], obj_detection=["cube", "sphere"], ocr_detection=["stop", "taxi"]),
+            dict(seg=["cube", "sky"], obj_detection=["cube", "cube"], ocr_detection=["taxi", "zoo"]),
         ]
     ):
         for expert, texts in expected.items():
             ids = labels[expert][0, :2]
-            assert np.array_equal(features[rows[expert][b, ids]], semantics.rows(texts)), (
-                b,
-                expert,
-            )
+            assert np.array_equal(features[rows[expert][b, ids]], semantics.rows(texts)), (b, expert)
 
 
 def test_feature_tables_without_labels():
-    tables = FeatureTables(
-        prismer_tiny(experts=("depth", "ocr_detection")), CLASSES, Semantics.spelling()
-    )
+    tables = FeatureTables(prismer_tiny(experts=("depth", "ocr_detection")), CLASSES, Semantics.spelling())
     rows, features = tables.collate([tables.look_up({}, {})])
-    assert (
-        list(rows) == ["ocr_detection"] and not rows["ocr_detection"].any() and len(features) == 1
-    )
+    assert list(rows) == ["ocr_detection"] and not rows["ocr_detection"].any() and len(features) == 1
     # experts that the model lacks are not looked at, whatever their maps hold
     tables.look_up(maps(seg=[99]), {})
 
@@ -151,9 +129,7 @@ def test_words_without_features_are_background(tmp_path):
     tables = FeatureTables(prismer_tiny(), CLASSES, semantics)
     labels = maps(seg=[0, 1, 255, 255], ocr_detection=[0, 1, 2, 3])
     meta = {"words": {"0": "Stop", "1": "zebra", "2": "qux", "3": "Zebra "}}
-    with pytest.warns(
-        UserWarning, match=r"as background: 'qux' \(1\), 'zebra' \(2\); .* add "
-    ) as seen:
+    with pytest.warns(UserWarning, match=r"as background: 'qux' \(1\), 'zebra' \(2\); .* add ") as seen:
         meanings = [tables.look_up(labels, meta)]
         # of another sample: counted, not told
         meanings.append(tables.look_up(labels, {"words": dict.fromkeys("0123", "new")}))

@@ -14,22 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_importers import add, encode, make_folder, picture, run, write, write_labels
 
-from prismer.cli import main
-from prismer.dataloading import folders, importers, shard_writer
-from prismer.dataloading.importers import import_records, to_jpeg
-from prismer.dataloading.records import (
-    caption_records,
-    class_records,
-    folder_records,
-    tar_records,
-    vqa_records,
-)
-from prismer.dataloading.scenes import render_dataset
-from prismer.dataloading.shards import ShardDataset
-from prismer.images import load_image
+from prismer.cli.main import main
+from prismer.dataloading.feed.images import load_image
+from prismer.dataloading.scenes.dataset import render_dataset
+from prismer.dataloading.sources import folders, importers
+from prismer.dataloading.sources.importers import import_records, to_jpeg
+from prismer.dataloading.sources.lists import caption_records, class_records, folder_records, tar_records, vqa_records
+from prismer.dataloading.store import writer as shard_writer
+from prismer.dataloading.store.shards import ShardDataset
 from prismer.reading import lines_of, parse_json, read_lines
+from tests.data.test_importers import add, encode, make_folder, picture, run, write, write_labels
 
 DEEP = "[" * 3000
 
@@ -103,21 +98,36 @@ def test_a_question_list_is_no_caption_list(tmp_path):
 @pytest.mark.parametrize(
     "fault",
     [
-        5, None, [], "a.jpg", {}, {"image": None}, {"image": ["a.jpg"]}, {"image": {"a.jpg": 1}}, {"image": "."},
-        {"image": "a\0.jpg"}, {"image": "\ud800.jpg"}, {"image": "../a.jpg"},
-        {"caption": 5}, {"caption": None}, {"caption": {"a cat": 1}}, {"caption": ""}, {"caption": ["a", None]},
-        {"caption": "\ud800"}, {"caption": True}, {"caption": float("nan")}, {"img_id": []}, {"img_id": {"a": 1}},
-        {"img_id": None}, {"img_id": True},
+        5,
+        None,
+        [],
+        "a.jpg",
+        {},
+        {"image": None},
+        {"image": ["a.jpg"]},
+        {"image": {"a.jpg": 1}},
+        {"image": "."},
+        {"image": "a\0.jpg"},
+        {"image": "\ud800.jpg"},
+        {"image": "../a.jpg"},
+        {"caption": 5},
+        {"caption": None},
+        {"caption": {"a cat": 1}},
+        {"caption": ""},
+        {"caption": ["a", None]},
+        {"caption": "\ud800"},
+        {"caption": True},
+        {"caption": float("nan")},
+        {"img_id": []},
+        {"img_id": {"a": 1}},
+        {"img_id": None},
+        {"img_id": True},
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_a_bad_entry_of_a_caption_list_costs_itself_alone(tmp_path, fault):
     write(tmp_path / "in/a.jpg", encode(picture()))
-    bad = (
-        {"image": "a.jpg", "caption": "a dog", **fault}
-        if isinstance(fault, dict) and fault
-        else fault
-    )
+    bad = {"image": "a.jpg", "caption": "a dog", **fault} if isinstance(fault, dict) and fault else fault
     lists = tmp_path / "l.json"
     lists.write_text(json.dumps([{"image": "a.jpg", "caption": "a cat"}, bad]))
     samples, report = run(caption_records(lists, tmp_path / "in"), tmp_path / "out")
@@ -129,15 +139,36 @@ def test_a_bad_entry_of_a_caption_list_costs_itself_alone(tmp_path, fault):
 @pytest.mark.parametrize(
     "fault",
     [
-        {"question": None}, {"question": 5}, {"question": ""}, {"question": ["who?"]}, {"question": "\ud800"},
-        {"dataset": []}, {"dataset": {}}, {"dataset": "gqa"}, {"question_id": []}, {"question_id": None},
-        {"answer": None}, {"answer": 5}, {"answer": ""}, {"answer": {"yes": 10}}, {"answer": ["a", 5]},
-        {"answer": [["a"]]}, {"weight": "1"}, {"weight": None}, {"weight": float("nan")}, {"weight": float("inf")},
-        {"weight": -1}, {"weight": 0}, {"weight": 10**400}, {"weight": True}, {"weight": []}, {"answers": ["b"]},
+        {"question": None},
+        {"question": 5},
+        {"question": ""},
+        {"question": ["who?"]},
+        {"question": "\ud800"},
+        {"dataset": []},
+        {"dataset": {}},
+        {"dataset": "gqa"},
+        {"question_id": []},
+        {"question_id": None},
+        {"answer": None},
+        {"answer": 5},
+        {"answer": ""},
+        {"answer": {"yes": 10}},
+        {"answer": ["a", 5]},
+        {"answer": [["a"]]},
+        {"weight": "1"},
+        {"weight": None},
+        {"weight": float("nan")},
+        {"weight": float("inf")},
+        {"weight": -1},
+        {"weight": 0},
+        {"weight": 10**400},
+        {"weight": True},
+        {"weight": []},
+        {"answers": ["b"]},
         {"question_id": 1, "question": "another?"},
     ],
     ids=lambda fault: ascii(fault)[:40],
-)  # fmt: skip
+)
 def test_a_bad_entry_of_a_question_list_costs_itself_alone(tmp_path, fault):
     write(tmp_path / "in/a.jpg", encode(picture()))
     good = {"image": "a.jpg", "question": "what?", "answer": "cat", "weight": 0.4, "question_id": 1}
@@ -146,19 +177,14 @@ def test_a_bad_entry_of_a_question_list_costs_itself_alone(tmp_path, fault):
     lists.write_text(json.dumps([bad, good][:: 1 if fault.get("question_id") != 1 else -1]))
     samples, report = run(vqa_records([lists], tmp_path / "in"), tmp_path / "out")
     (question,) = samples["a"].meta["questions"]
-    assert (question["question"], question["answers"]) == (
-        "what?",
-        [{"answer": "cat", "weight": 0.4}],
-    )
+    assert (question["question"], question["answers"]) == ("what?", [{"answer": "cat", "weight": 0.4}])
     assert len(report.skipped) == 1 and f" of {lists} " in report.skipped[0]["reason"]
 
 
 def test_raw_answers_of_ten_people_are_kept_in_their_order(tmp_path):
     write(tmp_path / "in/a.jpg", encode(picture()))
     given = ["red", "red", "dark red", "red", "maroon", "red", "red", "red", "brown", "dark red"]
-    answers = [
-        {"answer": text, "answer_confidence": "yes", "answer_id": i} for i, text in enumerate(given)
-    ]
+    answers = [{"answer": text, "answer_confidence": "yes", "answer_id": i} for i, text in enumerate(given)]
     lists = write(
         tmp_path / "l.json",
         [
@@ -177,9 +203,7 @@ def test_raw_answers_of_ten_people_are_kept_in_their_order(tmp_path):
 
 def test_a_key_given_twice_is_named(tmp_path):
     write(tmp_path / "in/a.jpg", encode(picture()))
-    entries = (
-        '[{"image": "a.jpg", "caption": "a"}, {"image": "a.jpg", "caption": "b", "caption": "c"}]'
-    )
+    entries = '[{"image": "a.jpg", "caption": "a"}, {"image": "a.jpg", "caption": "b", "caption": "c"}]'
     lists = write(tmp_path / "l.json", entries)
     samples, report = run(caption_records(lists, tmp_path / "in"), tmp_path / "out")
     assert captions_of(samples) == {"a": ["a"]} and "one key twice" in report.skipped[0]["reason"]
@@ -199,21 +223,12 @@ def test_a_key_given_twice_is_named(tmp_path):
         ([{"id": 1, "qas": []}], "has no 'image' .it has id, qas."),
         (5, "name the list"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("kind", ["captions", "vqa"])
 def test_published_formats_are_recognised(tmp_path, capsys, content, message, kind):
     (tmp_path / "in").mkdir()
     lists = write(tmp_path / "l.json", content)
-    command = [
-        "data",
-        "import",
-        kind,
-        str(lists),
-        "--images",
-        str(tmp_path / "in"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    command = ["data", "import", kind, str(lists), "--images", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
     assert main(command) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1
@@ -224,26 +239,15 @@ def test_published_formats_are_recognised(tmp_path, capsys, content, message, ki
 def test_reference_ids_are_the_same_as_number_and_text(tmp_path):
     for i in (7, 8):
         write(tmp_path / f"in/{i}.jpg", encode(picture()))
-    lists = write(
-        tmp_path / "l.json", [{"image": "7.jpg"}, {"image": "8.jpg"}, {"image": "gone.jpg"}]
-    )
+    lists = write(tmp_path / "l.json", [{"image": "7.jpg"}, {"image": "8.jpg"}, {"image": "gone.jpg"}])
     annotations = [{"image_id": "7", "caption": "a"}, {"image_id": 8, "caption": "b"}]
-    annotations += [
-        {"image_id": 9, "caption": "c"},
-        {"image_id": 8, "caption": 5},
-        {"image_id": 8},
-        "x",
-    ]
+    annotations += [{"image_id": 9, "caption": "c"}, {"image_id": 8, "caption": 5}, {"image_id": 8}, "x"]
     reference = write(tmp_path / "gt.json", {"annotations": annotations})
     records = caption_records(lists, tmp_path / "in", captions_file=reference)
     samples, report = run(records, tmp_path / "out")
     assert captions_of(samples) == {"7": ["a"], "8": ["b"]}
     reasons = [entry["reason"] for entry in report.skipped]
-    assert [n for n in (3, 4, 5) if any(r.startswith(f"annotation {n} of") for r in reasons)] == [
-        3,
-        4,
-        5,
-    ]
+    assert [n for n in (3, 4, 5) if any(r.startswith(f"annotation {n} of") for r in reasons)] == [3, 4, 5]
     assert [o["reason"] for o in report.others] == [
         "1 image ids belong to no image of the list, the first 9",
         "it has no captions of 1 images of the list, the first gone.jpg",
@@ -287,20 +291,13 @@ def test_every_file_of_a_folder_is_imported_or_named(tmp_path):
         write(root / folder / "a.jpg", encode(picture()))
     samples, report = run(folder_records(root), tmp_path / "out")
     texts = sorted(captions_of(samples).values())
-    assert texts == [
-        [],
-        [],
-        ["from the deep\u2028still the first line"],
-        ["from upper case"],
-        ["one", "two"],
-    ]
+    assert texts == [[], [], ["from the deep\u2028still the first line"], ["from upper case"], ["one", "two"]]
     assert sorted(Path(s["image"]).name for s in report.skipped) == ["e.avif", "f.heic"]
     assert others_of(report, root) == {
         "stray.txt": "a text without an image",
         "notes.npy": "not an image or a text by its name",
         **dict.fromkeys(
-            (".DS_Store", "deep/._d.jpg", ".git", "@eaDir", "__MACOSX", ".ipynb_checkpoints"),
-            "hidden, or of a tool",
+            (".DS_Store", "deep/._d.jpg", ".git", "@eaDir", "__MACOSX", ".ipynb_checkpoints"), "hidden, or of a tool"
         ),
     }
 
@@ -308,22 +305,30 @@ def test_every_file_of_a_folder_is_imported_or_named(tmp_path):
 @pytest.mark.parametrize(
     "notes",
     [
-        "5", "null", "[]", '"text"', "", "{", DEEP, '{"caption": 5}', '{"caption": {"a cat": 1}}',
-        '{"caption": ["a", 5]}', '{"caption": "\\ud800"}', '{"caption": "a", "caption": "b"}', '{"caption": "..."}',
-        b'{"caption": "\xff"}', '{"caption": "a", "url": ["u"]}', '{"caption": "a", "url": "\\ud800"}',
+        "5",
+        "null",
+        "[]",
+        '"text"',
+        "",
+        "{",
+        DEEP,
+        '{"caption": 5}',
+        '{"caption": {"a cat": 1}}',
+        '{"caption": ["a", 5]}',
+        '{"caption": "\\ud800"}',
+        '{"caption": "a", "caption": "b"}',
+        '{"caption": "..."}',
+        b'{"caption": "\xff"}',
+        '{"caption": "a", "url": ["u"]}',
+        '{"caption": "a", "url": "\\ud800"}',
         '{"caption": NaN}',
     ],
     ids=lambda notes: ascii(notes)[:40],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("packing", ["folder", "tar"])
 def test_a_bad_json_beside_an_image_is_skipped_and_named(tmp_path, notes, packing):
     notes = notes if isinstance(notes, bytes) else notes.encode()
-    files = {
-        "a.jpg": encode(picture()),
-        "a.json": notes,
-        "b.jpg": encode(picture()),
-        "b.txt": b"good",
-    }
+    files = {"a.jpg": encode(picture()), "a.json": notes, "b.jpg": encode(picture()), "b.txt": b"good"}
     (tmp_path / "in").mkdir()
     if packing == "tar":
         with tarfile.open(tmp_path / "in/t.tar", "w") as tar:
@@ -400,9 +405,7 @@ def test_a_name_that_is_no_utf8_is_written_so_that_it_can_be_read(tmp_path, caps
     write(root / "good.jpg", encode(picture()))
     assert main(["data", "import", "folder", str(root), "--out", str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
-    assert (
-        "1 of 2 images imported, 1 skipped" in out and r"\udcff.jpg" in err and r"\udcfe.txt" in err
-    )
+    assert "1 of 2 images imported, 1 skipped" in out and r"\udcff.jpg" in err and r"\udcfe.txt" in err
     report = json.loads((tmp_path / "out/import-report.json").read_text("utf-8"))
     assert report["skipped"][0]["image"].endswith(r"\udcff.jpg")
 
@@ -421,9 +424,7 @@ def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(folders.os, "scandir", refuse)
     samples, report = run(folder_records(tmp_path / "in"), tmp_path / "out")
     assert list(samples) == ["b--b"]
-    assert others_of(report, tmp_path / "in") == {
-        "a": "the folder cannot be read (Permission denied)"
-    }
+    assert others_of(report, tmp_path / "in") == {"a": "the folder cannot be read (Permission denied)"}
 
 
 def test_a_dataset_inside_a_folder_of_photos_is_not_imported_again(tmp_path):
@@ -444,8 +445,10 @@ def test_tool_folders_are_no_classes_and_deeper_images_are_of_the_outermost(tmp_
     write(tmp_path / "in/cat/a.txt", "a text")
     samples, report = run(class_records(tmp_path / "in"), tmp_path / "out")
     assert {key: sample.meta["class"] for key, sample in samples.items()} == {
-        "cat--a": "cat", "dog--b": "dog", "dog--more--c": "dog",
-    }  # fmt: skip
+        "cat--a": "cat",
+        "dog--b": "dog",
+        "dog--more--c": "dog",
+    }
     assert ShardDataset(tmp_path / "out").classes["class"] == ["cat", "dog"]
     named = others_of(report, tmp_path / "in")
     assert named.pop("cat/a.txt").startswith("the first of 1 texts")
@@ -481,7 +484,7 @@ def test_folders_with_one_class_name_are_said(tmp_path):
         ('"tench"', None, "holds one str"),
         ('{"n1": "a", "n1": "b", "n2": "c"}', None, "'n1' twice"),
     ],
-)  # fmt: skip
+)
 def test_a_class_table_of_another_schema_is_refused(tmp_path, classes, names, message):
     for name in ("n1/a.jpg", "n2/b.jpg"):
         write(tmp_path / "in" / name, encode(picture()))
@@ -515,11 +518,22 @@ def test_members_of_one_name_belong_together_wherever_they_lie(tmp_path):
 def test_every_member_is_imported_or_named(tmp_path):
     jpeg = encode(picture())
     members = [
-        ("photo.v2.jpg", jpeg), ("photo.v2.txt", b"two dots"), ("photo.v3.JPG", jpeg),
-        ("a.jpg", jpeg), ("a.seg.png", b"1"), ("a.cls", b"3"), ("b.jpg", jpeg), ("b.cls", b"4"), ("b.png", jpeg),
-        ("c.jpg", jpeg), ("c.txt", b"first"), ("c.jpg", jpeg), ("c.txt", b"second"), ("._a.jpg", b"1"),
+        ("photo.v2.jpg", jpeg),
+        ("photo.v2.txt", b"two dots"),
+        ("photo.v3.JPG", jpeg),
+        ("a.jpg", jpeg),
+        ("a.seg.png", b"1"),
+        ("a.cls", b"3"),
+        ("b.jpg", jpeg),
+        ("b.cls", b"4"),
+        ("b.png", jpeg),
+        ("c.jpg", jpeg),
+        ("c.txt", b"first"),
+        ("c.jpg", jpeg),
+        ("c.txt", b"second"),
+        ("._a.jpg", b"1"),
         ("alone.txt", b"no image"),
-    ]  # fmt: skip
+    ]
     make_tar(tmp_path / "in/t.tar", members)
     with tarfile.open(tmp_path / "in/t.tar", "a") as tar:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE):
@@ -531,12 +545,7 @@ def test_every_member_is_imported_or_named(tmp_path):
     samples, report = run(tar_records(tmp_path / "in"), tmp_path / "out")
     assert sorted(captions_of(samples).values()) == [[], [], [], ["first"], ["two dots"]]
     reasons = [entry["reason"] for entry in report.skipped]
-    for start in (
-        "b.png: its sample has",
-        "c.jpg: t.tar holds",
-        "c.txt: t.tar holds",
-        "no image in t.tar",
-    ):
+    for start in ("b.png: its sample has", "c.jpg: t.tar holds", "c.txt: t.tar holds", "no image in t.tar"):
         assert sum(reason.startswith(start) for reason in reasons) == 1, start
     assert sum("is a link or no plain file" in reason for reason in reasons) == 4
     assert len(reasons) == 8
@@ -581,9 +590,7 @@ def test_a_fault_does_not_count_as_imported_on_resume(tmp_path):
 def broken_png():
     """A PNG of which one block in the middle is damaged."""
     rng = np.random.default_rng(0)
-    data = bytearray(
-        encode(Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)), "PNG")
-    )
+    data = bytearray(encode(Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)), "PNG"))
     data[len(data) // 2] ^= 255
     return bytes(data)
 
@@ -600,14 +607,21 @@ def test_one_rule_decides_what_decodes(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("obj_detection/{}.json", DEEP), ("obj_detection/{}.json", '{"0": 1e999}'),
-        ("obj_detection/{}.json", '{"0": 0.5}'), ("ocr_detection/{}.pt", "fifo"), ("depth/{}.png", "folder"),
-        ("obj_detection/{}.json", '{"0": true, "1": 0}'), ("obj_detection/{}.json", '{"0": 1, "0": 0, "1": 0}'),
-        ("obj_detection/{}.json", "[]"), ("obj_detection/{}.json", '{"x": 1}'), ("obj_detection/{}.json", "fifo"),
-        ("seg_coco/{}.png", "fifo"), ("depth/{}.png", "loop"),
+        ("obj_detection/{}.json", DEEP),
+        ("obj_detection/{}.json", '{"0": 1e999}'),
+        ("obj_detection/{}.json", '{"0": 0.5}'),
+        ("ocr_detection/{}.pt", "fifo"),
+        ("depth/{}.png", "folder"),
+        ("obj_detection/{}.json", '{"0": true, "1": 0}'),
+        ("obj_detection/{}.json", '{"0": 1, "0": 0, "1": 0}'),
+        ("obj_detection/{}.json", "[]"),
+        ("obj_detection/{}.json", '{"x": 1}'),
+        ("obj_detection/{}.json", "fifo"),
+        ("seg_coco/{}.png", "fifo"),
+        ("depth/{}.png", "loop"),
     ],
     ids=lambda value: value[:20],
-)  # fmt: skip
+)
 def test_odd_label_files_are_named(tmp_path, name, content):
     for i in (1, 2):
         write(tmp_path / f"data/vqav2/train2014/{i}.jpg", encode(picture()))
@@ -624,9 +638,7 @@ def test_odd_label_files_are_named(tmp_path, name, content):
         path.mkdir()
     else:
         path.write_text(content)
-    records = caption_records(
-        write(tmp_path / "l.json", entries), tmp_path / "data", labels=tmp_path / "labels"
-    )
+    records = caption_records(write(tmp_path / "l.json", entries), tmp_path / "data", labels=tmp_path / "labels")
     tables = {"seg": ["person", "sky", "tree"], "obj_detection": ["cup", "dog"]}
     samples, report = run(records, tmp_path / "out", class_tables=tables)
     assert list(samples) == ["train2014--2"]
@@ -670,9 +682,7 @@ def test_a_full_disk_leaves_what_was_whole(tmp_path, monkeypatch, when):
     left = left_in(tmp_path / "out")
     assert not [name for name in left if name.endswith(".partial") or name == ".writer.lock"]
     tars = {name[:12] for name in left if name.endswith(".tar")}
-    assert tars == {
-        name[:12] for name in left if name.startswith("shard") and name.endswith(".json")
-    }
+    assert tars == {name[:12] for name in left if name.startswith("shard") and name.endswith(".json")}
     report = import_records(records, tmp_path / "out", **settings)
     assert report.imported == 6
     import_records(records, tmp_path / "whole", **settings)
@@ -688,16 +698,7 @@ def test_a_full_disk_under_the_renderer_leaves_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shard_writer.OpenShard, "_put", full)
         with pytest.raises(OSError):
-            render_dataset(
-                tmp_path / "out",
-                train=2,
-                val=0,
-                test=0,
-                size=32,
-                label_size=32,
-                workers=1,
-                progress=False,
-            )
+            render_dataset(tmp_path / "out", train=2, val=0, test=0, size=32, label_size=32, workers=1, progress=False)
     assert left_in(tmp_path / "out") == [".scenes.lock"]
 
 

@@ -16,18 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from prismer.dataloading import importers
-from prismer.dataloading.check import check_dataset
-from prismer.dataloading.importers import import_records, read_official_labels, to_jpeg
-from prismer.dataloading.places import safe_key
-from prismer.dataloading.records import (
-    caption_records,
-    class_records,
-    folder_records,
-    tar_records,
-    vqa_records,
-)
-from prismer.dataloading.shards import Sample, ShardDataset, ShardWriter
+from prismer.dataloading.sources import importers
+from prismer.dataloading.sources.importers import import_records, read_official_labels, to_jpeg
+from prismer.dataloading.sources.lists import caption_records, class_records, folder_records, tar_records, vqa_records
+from prismer.dataloading.sources.record import safe_key
+from prismer.dataloading.store.check import check_dataset
+from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 
 TABLES = {"seg": ["person", "sky", "tree"], "obj_detection": ["cup", "dog"]}
 
@@ -85,16 +79,9 @@ def test_coco_captions(tmp_path):
     for i, name in enumerate(names):
         write(tmp_path / "data" / name, encode(picture(i)))
     entries = [(0, "A man."), (1, "A cat."), (0, "One man")]
-    lists = write(
-        tmp_path / "l.json", [{"image": names[i], "caption": text} for i, text in entries]
-    )
-    samples, _ = run(
-        caption_records(lists, tmp_path / "data"), tmp_path / "out", licence="CC BY 4.0"
-    )
-    assert list(samples) == [
-        "train2014--COCO_train2014_000000000009",
-        "train2014--COCO_train2014_000000000025",
-    ]
+    lists = write(tmp_path / "l.json", [{"image": names[i], "caption": text} for i, text in entries])
+    samples, _ = run(caption_records(lists, tmp_path / "data"), tmp_path / "out", licence="CC BY 4.0")
+    assert list(samples) == ["train2014--COCO_train2014_000000000009", "train2014--COCO_train2014_000000000025"]
     first, second = samples.values()
     assert first.meta == {
         "captions": ["A man.", "One man"],
@@ -110,15 +97,9 @@ def test_coco_captions(tmp_path):
 def test_coco_test_list_takes_its_captions_from_the_annotations(tmp_path):
     write(tmp_path / "data/vqav2/val2014/COCO_val2014_000000000007.jpg", encode(picture()))
     lists = write(tmp_path / "l.json", [{"image": "val2014/COCO_val2014_000000000007.jpg"}])
-    annotations = [
-        {"image_id": 7, "caption": "a"},
-        {"image_id": 8, "caption": "b"},
-        {"image_id": 7, "caption": "c"},
-    ]
+    annotations = [{"image_id": 7, "caption": "a"}, {"image_id": 8, "caption": "b"}, {"image_id": 7, "caption": "c"}]
     captions = write(tmp_path / "gt.json", {"annotations": annotations})
-    samples, _ = run(
-        caption_records(lists, tmp_path / "data", captions_file=captions), tmp_path / "out"
-    )
+    samples, _ = run(caption_records(lists, tmp_path / "data", captions_file=captions), tmp_path / "out")
     (sample,) = samples.values()
     assert sample.meta["captions"] == ["a", "c"]
     samples, _ = run(caption_records(lists, tmp_path / "data"), tmp_path / "bare")
@@ -134,9 +115,7 @@ def test_nocaps_list(tmp_path):
 
 def test_visual_genome_paths_are_cut(tmp_path):
     write(tmp_path / "data/vg/VG_100K/2.jpg", encode(picture()))
-    lists = write(
-        tmp_path / "l.json", [{"image": "/x/visual-genome/VG_100K/2.jpg", "caption": "a tree"}]
-    )
+    lists = write(tmp_path / "l.json", [{"image": "/x/visual-genome/VG_100K/2.jpg", "caption": "a tree"}])
     samples, _ = run(caption_records(lists, tmp_path / "data", dataset="vg"), tmp_path / "out")
     assert samples["VG_100K--2"].meta["captions"] == ["a tree"]
 
@@ -162,14 +141,7 @@ def test_vqa_lists(tmp_path):
     )
     vg = write(
         tmp_path / "vg.json",
-        [
-            {
-                "dataset": "vg",
-                "image": "visual-genome/VG_100K/3.jpg",
-                "question": "Who?",
-                "answer": "me",
-            }
-        ],
+        [{"dataset": "vg", "image": "visual-genome/VG_100K/3.jpg", "question": "Who?", "answer": "me"}],
     )
     samples, _ = run(vqa_records([vqa, vg], tmp_path / "data"), tmp_path / "out")
     assert list(samples) == ["train2014--1", "train2014--2", "VG_100K--3"]
@@ -188,9 +160,7 @@ def test_vqa_lists(tmp_path):
         },
     ]
     assert [(q["id"], len(q["answers"])) for q in two] == [(20, 1), (21, 0)]
-    assert three == [
-        {"question": "Who?", "answers": [{"answer": "me", "weight": 0.2}], "kind": "vg"}
-    ]
+    assert three == [{"question": "Who?", "answers": [{"answer": "me", "weight": 0.2}], "kind": "vg"}]
     assert "captions" not in samples["VG_100K--3"].meta, "a question set is no caption set"
 
 
@@ -227,10 +197,7 @@ def test_img2dataset_folder(tmp_path):
     write(root / "00000/000000001.txt", "first line\nsecond line\n")
     write(root / "00000/000000001.json", {"caption": "not this one"})
     write(root / "00001/000010000.JPEG", encode(picture(2)))
-    write(
-        root / "00001/000010000.json",
-        {"caption": " from json ", "url": "http://a/b.jpg", "status": "success"},
-    )
+    write(root / "00001/000010000.json", {"caption": " from json ", "url": "http://a/b.jpg", "status": "success"})
     write(root / "00001/000010001.png", encode(picture(3), "PNG"))
     write(root / "alone.webp", encode(picture(4), "WEBP"))
     write(root / "00001/000010002.jpg", encode(picture(5)))
@@ -273,10 +240,7 @@ def test_img2dataset_tars(tmp_path):
     assert {key: sample.meta["captions"] for key, sample in samples.items()} == {
         f"0000{shard}--00000000{i}": [f"caption {shard} {i}"] for shard in (0, 1) for i in (0, 1)
     }
-    assert [s["reason"] for s in report.skipped] == [
-        "no image in 00000.tar",
-        "no image in 00001.tar",
-    ]
+    assert [s["reason"] for s in report.skipped] == ["no image in 00000.tar", "no image in 00001.tar"]
 
 
 @pytest.mark.parametrize(
@@ -319,9 +283,7 @@ def test_our_own_tars_are_imported_as_they_are(tmp_path):
             writer.write(sample)
     for path in (tmp_path / "in").glob("*.json"):
         path.unlink()
-    back, _ = run(
-        tar_records(tmp_path / "in"), tmp_path / "out", class_tables=tables, samples_per_shard=2
-    )
+    back, _ = run(tar_records(tmp_path / "in"), tmp_path / "out", class_tables=tables, samples_per_shard=2)
     assert list(back) == [sample.key for sample in samples]
     for sample in samples:
         assert (back[sample.key].jpeg, back[sample.key].meta) == (sample.jpeg, sample.meta)
@@ -340,9 +302,7 @@ def test_imagenet_folder(tmp_path, form):
         "none": None,
     }[form]
     classes = write(tmp_path / "c.json", classes) if classes else None
-    names = (
-        write(tmp_path / "n.json", ["great white shark", "tench"]) if form == "indices" else None
-    )
+    names = write(tmp_path / "n.json", ["great white shark", "tench"]) if form == "indices" else None
     records = class_records(tmp_path / "val", classes=classes, names=names)
     samples, _ = run(records, tmp_path / "out")
     expected = ["n01", "n02 x"] if form == "none" else ["tench", "great white shark"]
@@ -355,10 +315,7 @@ def test_imagenet_folder(tmp_path, form):
 def test_imagenet_folder_needs_all_names(tmp_path):
     write(tmp_path / "val/n01/a.jpg", encode(picture()))
     write(tmp_path / "val/n02/a.jpg", encode(picture()))
-    for classes, message in (
-        ({"n01": "tench"}, "no name for n02"),
-        (["tench"], "1 names for 2 folders"),
-    ):
+    for classes, message in (({"n01": "tench"}, "no name for n02"), (["tench"], "1 names for 2 folders")):
         with pytest.raises(ValueError, match=message):
             class_records(tmp_path / "val", classes=write(tmp_path / "c.json", classes))
 
@@ -394,9 +351,19 @@ def test_exif_orientation_is_applied(orientation):
 
 @pytest.mark.parametrize(
     ("form", "mode"),
-    [("PNG", "RGB"), ("PNG", "L"), ("PNG", "P"), ("PNG", "1"), ("JPEG", "L"), ("JPEG", "CMYK"), ("TIFF", "CMYK"),
-     ("WEBP", "RGB"), ("GIF", "P"), ("BMP", "RGB")],
-)  # fmt: skip
+    [
+        ("PNG", "RGB"),
+        ("PNG", "L"),
+        ("PNG", "P"),
+        ("PNG", "1"),
+        ("JPEG", "L"),
+        ("JPEG", "CMYK"),
+        ("TIFF", "CMYK"),
+        ("WEBP", "RGB"),
+        ("GIF", "P"),
+        ("BMP", "RGB"),
+    ],
+)
 def test_other_images_become_rgb_jpegs(form, mode):
     image = picture(mode=mode, size=(32, 16))
     jpeg, size, _ = to_jpeg(encode(image, form, **({"quality": 95} if form == "JPEG" else {})))
@@ -555,7 +522,7 @@ class Malicious:
         ("ocr_detection/1.pt", "malicious", "word table"),
     ],
     ids=lambda value: "" if isinstance(value, (bytes, dict)) else value,
-)  # fmt: skip
+)
 def test_damaged_labels_are_named_and_skipped(labelled, monkeypatch, name, content, reason):
     monkeypatch.chdir(labelled)
     expert, file = name.split("/")
@@ -669,10 +636,7 @@ def test_sigkill_and_resume(tmp_path):
     done = len([p for p in target.glob("shard-*.tar")])
     written = []
     write_sample = ShardWriter.write
-    ShardWriter.write = lambda self, sample: (
-        written.append(sample.key),
-        write_sample(self, sample),
-    )
+    ShardWriter.write = lambda self, sample: (written.append(sample.key), write_sample(self, sample))
     try:
         report = import_records(records, target, **settings)
     finally:
@@ -688,24 +652,8 @@ def test_sigkill_and_resume(tmp_path):
 
 
 def test_safe_keys():
-    names = [
-        "a/b",
-        "a--b",
-        "a-/b",
-        "a/-b",
-        "a.b",
-        "a_b",
-        "a b",
-        "x" * 91,
-        "x" * 92,
-        "\N{SNOWMAN}",
-        "a/b/c",
-        "a//b",
-    ]
+    names = ["a/b", "a--b", "a-/b", "a/-b", "a.b", "a_b", "a b", "x" * 91, "x" * 92, "\N{SNOWMAN}", "a/b/c", "a//b"]
     keys = [safe_key(name) for name in names]
     assert len(set(keys)) == len(names)
     assert all(len(key) <= 90 and key.isascii() and "." not in key for key in keys)
-    assert (
-        safe_key("train2014/COCO_train2014_000000000009")
-        == "train2014--COCO_train2014_000000000009"
-    )
+    assert safe_key("train2014/COCO_train2014_000000000009") == "train2014--COCO_train2014_000000000009"

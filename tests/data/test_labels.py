@@ -9,17 +9,14 @@ import zlib
 import numpy as np
 import pytest
 
-from prismer.dataloading.labels import CODES, blank_planes, pack_labels, unpack_labels
+from prismer.dataloading.store.labels import CODES, blank_planes, pack_labels, unpack_labels
 from prismer.experts import EXPERTS
 
 
 def random_planes(seed=0, height=37, width=41):
     rng = np.random.default_rng(seed)
     shape = {1: (height, width), 3: (height, width, 3)}
-    return {
-        name: rng.integers(0, 256, shape[expert.planes], dtype=np.uint8)
-        for name, expert in EXPERTS.items()
-    }
+    return {name: rng.integers(0, 256, shape[expert.planes], dtype=np.uint8) for name, expert in EXPERTS.items()}
 
 
 def with_checksum(data):
@@ -62,14 +59,7 @@ def test_smooth_maps_are_small():
 
 
 def test_codes_never_change():
-    assert CODES == {
-        "depth": 1,
-        "normal": 2,
-        "seg": 3,
-        "edge": 4,
-        "obj_detection": 5,
-        "ocr_detection": 6,
-    }
+    assert CODES == {"depth": 1, "normal": 2, "seg": 3, "edge": 4, "obj_detection": 5, "ocr_detection": 6}
     assert set(CODES) == set(EXPERTS)
 
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from prismer.batch import IGNORE_INDEX, Batch
 from prismer.config import prismer_tiny
-from prismer.dataloading.augment import AugmentConfig
-from prismer.dataloading.batch import IGNORE_INDEX, Batch
-from prismer.dataloading.features import Semantics
-from prismer.dataloading.loader import Loader
-from prismer.dataloading.shards import Sample, ShardDataset, ShardWriter
+from prismer.dataloading.feed.augment import AugmentConfig
+from prismer.dataloading.feed.features import Semantics
+from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 
 CONFIG = prismer_tiny(image_size=48, label_size=32)
 CLASSES = {"seg": ["cube", "sky", "ground"], "obj_detection": ["sphere", "cube"]}
@@ -99,12 +99,10 @@ def broken(tmp_path_factory) -> ShardDataset:
 @pytest.mark.filterwarnings("ignore:skipping sample")
 def test_json_of_other_writers(tmp_path, monkeypatch, text, reason):
     """Bytes that this library's writer refuses, with the right checksum."""
-    from prismer.dataloading import shard_writer
+    from prismer.dataloading.store import writer as shard_writer
 
     honest = shard_writer.to_json
-    monkeypatch.setattr(
-        shard_writer, "to_json", lambda value: text if "odd" in value else honest(value)
-    )
+    monkeypatch.setattr(shard_writer, "to_json", lambda value: text if "odd" in value else honest(value))
     dataset = write(tmp_path / "data", [make_sample(0, odd=True), *map(make_sample, range(1, 9))])
     loader = make_loader(dataset)
     keys = [key for batch in loader.epoch(0) for key in batch.keys]
@@ -122,13 +120,7 @@ def choose(meta: dict, rng: np.random.Generator) -> list:
 
 def make_loader(dataset: ShardDataset, **changes) -> Loader:
     defaults = dict(
-        config=CONFIG,
-        batch_size=8,
-        texts=choose,
-        group_size=2,
-        semantics=SEMANTICS,
-        augment=AugmentConfig(),
-        seed=7,
+        config=CONFIG, batch_size=8, texts=choose, group_size=2, semantics=SEMANTICS, augment=AugmentConfig(), seed=7
     )
     return Loader(dataset, **(defaults | changes))
 
@@ -138,11 +130,7 @@ def samples_of(batch: Batch) -> list[dict]:
     images, texts = batch.images, batch.texts
     out = []
     for b, key in enumerate(batch.keys):
-        parts = {
-            "key": key,
-            "rgb": images.rgb[b],
-            **{n: map_[b] for n, map_ in images.labels.items()},
-        }
+        parts = {"key": key, "rgb": images.rgb[b], **{n: map_[b] for n, map_ in images.labels.items()}}
         for name, rows in images.rows.items():
             parts[f"{name} features"] = images.features[rows[b]]
         if texts is not None:
@@ -163,8 +151,7 @@ def test_two_ranks_see_the_global_batches_of_one(dataset):
     """Two processes of batch 8 and one of batch 16 agree bit for bit: order, augmentation, texts, dropped labels."""
     whole = list(make_loader(dataset, batch_size=16, drop_labels=0.3).epoch(2))
     ranks = [
-        list(make_loader(dataset, rank=rank, world=2, drop_labels=0.3, threads=1 + rank).epoch(2))
-        for rank in range(2)
+        list(make_loader(dataset, rank=rank, world=2, drop_labels=0.3, threads=1 + rank).epoch(2)) for rank in range(2)
     ]
     assert len(whole) == COUNT // 16 == len(ranks[0]) == len(ranks[1])
     for step, batch in enumerate(whole):
@@ -228,9 +215,7 @@ def test_groups_have_one_size(dataset):
     texts.close()
     assert batch.ids.shape == (8, 5, 3)
     assert not batch.weights[:, 2:].any() and (batch.labels[:, 2:] == IGNORE_INDEX).all()
-    assert (batch.ids[:, 2:, 0] == CONFIG.bos_id).all() and (
-        batch.ids[:, 2:, 1:] == CONFIG.pad_id
-    ).all()
+    assert (batch.ids[:, 2:, 0] == CONFIG.bos_id).all() and (batch.ids[:, 2:, 1:] == CONFIG.pad_id).all()
     (batch, *_) = make_loader(dataset, texts=None).epoch(0)
     assert batch.texts is None
 
@@ -239,9 +224,7 @@ def test_groups_have_one_size(dataset):
 def test_evaluation_sees_every_sample_once(dataset, world):
     keys, steps = [], []
     for rank in range(world):
-        loader = make_loader(
-            dataset, augment=None, training=False, batch_size=5, rank=rank, world=world
-        )
+        loader = make_loader(dataset, augment=None, training=False, batch_size=5, rank=rank, world=world)
         batches = list(loader.epoch(0))
         assert len(batches) == loader.steps_per_epoch
         steps.append(len(batches))
@@ -272,11 +255,7 @@ def test_labels_are_dropped_as_often_as_asked(dataset):
                 assert len(set(dropped)) == 1
                 blank[epoch, sample["key"]] = dropped[0]
     assert 0.35 < np.mean(list(blank.values())) < 0.65
-    assert any(
-        blank[0, key] != blank[1, key]
-        for (_, key) in blank
-        if (0, key) in blank and (1, key) in blank
-    )
+    assert any(blank[0, key] != blank[1, key] for (_, key) in blank if (0, key) in blank and (1, key) in blank)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -294,9 +273,7 @@ def test_broken_samples_are_skipped_and_reported(broken, training):
     if training:
         assert all(len(batch.keys) == 8 == len(batch.images.rgb) for batch in batches)
     else:
-        assert sorted(keys) == sorted(
-            2 * [f"sample-{i:03d}" for i in range(COUNT) if f"sample-{i:03d}" not in bad]
-        )
+        assert sorted(keys) == sorted(2 * [f"sample-{i:03d}" for i in range(COUNT) if f"sample-{i:03d}" not in bad])
 
 
 @pytest.mark.filterwarnings("ignore:skipping sample")
@@ -307,8 +284,7 @@ def test_broken_samples_change_nothing_else(dataset, broken):
     got = [s for batch in make_loader(broken).epoch(0) for s in samples_of(batch)]
     assert len(sound) == len(got) == 32
     assert_same(
-        [s for s in sound if s["key"] not in bad],
-        [g for s, g in zip(sound, got, strict=True) if s["key"] not in bad],
+        [s for s in sound if s["key"] not in bad], [g for s, g in zip(sound, got, strict=True) if s["key"] not in bad]
     )
     for i, sample in enumerate(sound[:-8]):
         if sample["key"] in bad:
@@ -337,9 +313,7 @@ def test_a_damaged_shard_is_skipped(tmp_path):
 
 
 def test_the_first_skip_warns(broken):
-    with pytest.warns(
-        UserWarning, match=r"skipping sample sample-0\d\d of shard-00000\d.tar"
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"skipping sample sample-0\d\d of shard-00000\d.tar") as caught:
         list(make_loader(broken).epoch(0))
     said = [str(warning.message) for warning in caught]
     assert len([text for text in said if "skipping sample" in text]) == 1, said
@@ -350,9 +324,7 @@ def test_nothing_readable_is_an_error(dataset):
     def refuse(meta, rng):
         raise ValueError("a sample has no 'questions'")
 
-    with pytest.raises(
-        RuntimeError, match="no readable sample among 37 in a row; .*no 'questions'"
-    ):
+    with pytest.raises(RuntimeError, match="no readable sample among 37 in a row; .*no 'questions'"):
         list(make_loader(dataset, texts=refuse).epoch(0))
 
 
@@ -380,9 +352,7 @@ def test_batches_are_prepared_ahead(dataset):
         seen.append(meta)
         return choose(meta, rng)
 
-    batches = make_loader(
-        dataset, texts=choose_and_note, batch_size=4, prefetch=2, threads=1
-    ).epoch(0)
+    batches = make_loader(dataset, texts=choose_and_note, batch_size=4, prefetch=2, threads=1).epoch(0)
     next(batches)
     deadline = threading.Event()
     for _ in range(100):

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from prismer.config import prismer_tiny
-from prismer.dataloading import dali, native_pixels
-from prismer.dataloading.augment import AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
-from prismer.dataloading.pipeline import ImagePipeline, rotate_normals
+from prismer.dataloading.feed import dali, native_pixels
+from prismer.dataloading.feed.augment import AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
+from prismer.dataloading.feed.pipeline import ImagePipeline, rotate_normals
 from prismer.experts import EXPERTS
 
 if not native_pixels.is_built():
@@ -27,9 +27,7 @@ ANGLE = math.radians(15)
 AFFINES = {
     "shift": np.array([[1.0, 0, 0.165], [0, 1, -0.1]]),
     "shear": np.array([[1.0, 0.15, 0], [0, 1, 0]]),
-    "rotate": np.array(
-        [[math.cos(ANGLE), -math.sin(ANGLE), 0], [math.sin(ANGLE), math.cos(ANGLE), 0]]
-    ),
+    "rotate": np.array([[math.cos(ANGLE), -math.sin(ANGLE), 0], [math.sin(ANGLE), math.cos(ANGLE), 0]]),
     "away": np.array([[1.0, 0, 3], [0, 1, 0]]),
 }
 BOX = (0.0, 0.0, 1.0, 1.0)
@@ -141,10 +139,7 @@ def test_lookup_tables_are_those_of_dali(isa, autocontrast, equalize, flip):
 def test_maps_take_the_nearest_value(isa, window, affine, flip):
     size, maps = 61, labels(48, 3) | {"edge": labels(80, 4)["edge"]}
     params = AugmentParams(flip=flip, affine=np.eye(2, 3) if affine is None else AFFINES[affine])
-    out = {
-        name: torch.full((e.planes, size, size), 77, dtype=torch.uint8)
-        for name, e in EXPERTS.items()
-    }
+    out = {name: torch.full((e.planes, size, size), 77, dtype=torch.uint8) for name, e in EXPERTS.items()}
     del maps["seg"]
     native_pixels.augment_maps(maps, window, params, out)
     assert (out["seg"] == EXPERTS["seg"].fill).all()
@@ -161,9 +156,7 @@ def test_maps_take_the_nearest_value(isa, window, affine, flip):
         got = out[name].numpy()
         if name == "normal":
             matrix = torch.from_numpy(params.normal_matrix())[None]
-            expected = rotate_normals(torch.from_numpy(expected[None].astype(np.uint8)), matrix)[
-                0
-            ].numpy()
+            expected = rotate_normals(torch.from_numpy(expected[None].astype(np.uint8)), matrix)[0].numpy()
             assert np.array_equal(got.any(0), expected.any(0))
         wrong = np.abs(got.astype(int) - expected) > (name == "normal")
         # rounding decides where a pixel looks right between two others, as the shear often has it
@@ -177,9 +170,7 @@ def test_an_image_does_not_depend_on_the_instruction_set(monkeypatch):
         params = AugmentParams(flip=True, equalize=True, affine=AFFINES["rotate"])
         out = {n: torch.zeros(e.planes, 50, 50, dtype=torch.uint8) for n, e in EXPERTS.items()}
         native_pixels.augment_maps(maps, BOX, params, out)
-        results.append(
-            [photo(pixels(99, 99), params), *(m.numpy().astype(int) for m in out.values())]
-        )
+        results.append([photo(pixels(99, 99), params), *(m.numpy().astype(int) for m in out.values())])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             # fused multiply-adds round once
@@ -193,13 +184,8 @@ def test_native_ops_and_dali_agree(monkeypatch):
     monkeypatch.setattr(native_pixels, "is_built", lambda: False)
     dalis = ImagePipeline(config, batch_size=32, augmented=True)
     assert native.native and not dalis.native
-    params = [
-        draw_params(AugmentConfig(), keyed_rng(Draw.AUGMENT, 3, 0, i), 4 / 3) for i in range(32)
-    ]
-    assert all(
-        any(getattr(p, name) for p in params)
-        for name in ("flip", "equalize", "autocontrast", "warps")
-    )
+    params = [draw_params(AugmentConfig(), keyed_rng(Draw.AUGMENT, 3, 0, i), 4 / 3) for i in range(32)]
+    assert all(any(getattr(p, name) for p in params) for name in ("flip", "equalize", "autocontrast", "warps"))
     for p in params:
         box = native_pixels.whole_pixels(p.window, 240, 320)
         p.window = tuple(np.array(box) / [320, 240, 320, 240])
@@ -277,10 +263,7 @@ def test_values_in_use(size):
 
 def test_maps_may_be_read_only_or_strided():
     maps = labels(64, 0)
-    out, again = (
-        {n: torch.zeros(e.planes, 40, 40, dtype=torch.uint8) for n, e in EXPERTS.items()}
-        for _ in "ab"
-    )
+    out, again = ({n: torch.zeros(e.planes, 40, 40, dtype=torch.uint8) for n, e in EXPERTS.items()} for _ in "ab")
     native_pixels.augment_maps(maps, BOX, AugmentParams(), out)
     for name in maps:
         maps[name] = np.asfortranarray(maps[name])
@@ -299,56 +282,16 @@ WINDOW = torch.tensor(BOX, dtype=torch.float64)
 @pytest.mark.parametrize(
     "call, message",
     [
-        (
-            lambda: ops.augment_photo(byte(4, 5, 3), None, False, False, False, byte(3, 4, 4)),
-            r"\(R, R, 3\)",
-        ),
-        (
-            lambda: ops.augment_photo(byte(4, 4, 3), None, False, False, False, byte(3, 5, 5)),
-            r"expected \(3, 4, 4\)",
-        ),
-        (
-            lambda: ops.augment_photo(
-                byte(4, 4, 3).float(), None, False, False, False, byte(3, 4, 4)
-            ),
-            "uint8",
-        ),
-        (
-            lambda: ops.augment_photo(
-                byte(4, 4, 3), torch.eye(2), False, False, False, byte(3, 4, 4)
-            ),
-            r"\(2, 3\)",
-        ),
-        (
-            lambda: ops.augment_maps([byte(4, 4)], [], WINDOW, None, False, None, [byte(1, 2, 2)]),
-            "one of each",
-        ),
-        (
-            lambda: ops.augment_maps([byte(4, 4)], [0], WINDOW, None, False, None, [byte(3, 2, 2)]),
-            r"\(1, 2, 2\)",
-        ),
-        (
-            lambda: ops.augment_maps([byte(0, 4)], [0], WINDOW, None, False, None, [byte(1, 2, 2)]),
-            r"\(h, w\)",
-        ),
-        (
-            lambda: ops.augment_maps(
-                [byte(4, 4)], [256], WINDOW, None, False, None, [byte(1, 2, 2)]
-            ),
-            "0 to 255",
-        ),
-        (
-            lambda: ops.augment_maps(
-                [byte(4, 4)], [0], WINDOW * 2, None, False, None, [byte(1, 2, 2)]
-            ),
-            "shares",
-        ),
-        (
-            lambda: ops.augment_maps(
-                [byte(4, 4)], [0], WINDOW, None, False, torch.eye(3), [byte(1, 2, 2)]
-            ),
-            r"\(2, 2\)",
-        ),
+        (lambda: ops.augment_photo(byte(4, 5, 3), None, False, False, False, byte(3, 4, 4)), r"\(R, R, 3\)"),
+        (lambda: ops.augment_photo(byte(4, 4, 3), None, False, False, False, byte(3, 5, 5)), r"expected \(3, 4, 4\)"),
+        (lambda: ops.augment_photo(byte(4, 4, 3).float(), None, False, False, False, byte(3, 4, 4)), "uint8"),
+        (lambda: ops.augment_photo(byte(4, 4, 3), torch.eye(2), False, False, False, byte(3, 4, 4)), r"\(2, 3\)"),
+        (lambda: ops.augment_maps([byte(4, 4)], [], WINDOW, None, False, None, [byte(1, 2, 2)]), "one of each"),
+        (lambda: ops.augment_maps([byte(4, 4)], [0], WINDOW, None, False, None, [byte(3, 2, 2)]), r"\(1, 2, 2\)"),
+        (lambda: ops.augment_maps([byte(0, 4)], [0], WINDOW, None, False, None, [byte(1, 2, 2)]), r"\(h, w\)"),
+        (lambda: ops.augment_maps([byte(4, 4)], [256], WINDOW, None, False, None, [byte(1, 2, 2)]), "0 to 255"),
+        (lambda: ops.augment_maps([byte(4, 4)], [0], WINDOW * 2, None, False, None, [byte(1, 2, 2)]), "shares"),
+        (lambda: ops.augment_maps([byte(4, 4)], [0], WINDOW, None, False, torch.eye(3), [byte(1, 2, 2)]), r"\(2, 2\)"),
         (lambda: ops.undifference(byte(4)), r"\(h, w\)"),
         (lambda: ops.undifference(byte(4, 6)[:, ::2]), "contiguous"),
         (lambda: ops.values_in_use(torch.zeros(3)), "uint8"),

@@ -8,16 +8,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from official_loader import LABEL_SIZE, MEAN, STD, OfficialDataset, _rand_augment, _warp, expand
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from benchmarks.official_loader import LABEL_SIZE, MEAN, STD, OfficialDataset, _rand_augment, _warp, expand
 from prismer.config import prismer_base
-from prismer.dataloading.features import Semantics
-from prismer.dataloading.importers import import_records
-from prismer.dataloading.loader import Loader
-from prismer.dataloading.records import caption_records
-from prismer.dataloading.shards import ShardDataset
+from prismer.dataloading.feed.features import Semantics
+from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.sources.importers import import_records
+from prismer.dataloading.sources.lists import caption_records
+from prismer.dataloading.store.shards import ShardDataset
 from prismer.kernels.label_map import label_map
 from prismer.stems import normalise_low_level, normalise_rgb
 
@@ -76,9 +76,7 @@ def folder(tmp_path_factory):
 
 def official(folder, **options) -> OfficialDataset:
     tables = dict(
-        seg=rows(CLASSES["seg"]),
-        objects=rows(CLASSES["obj_detection"]),
-        background=torch.from_numpy(BACKGROUND_ROW),
+        seg=rows(CLASSES["seg"]), objects=rows(CLASSES["obj_detection"]), background=torch.from_numpy(BACKGROUND_ROW)
     )
     options = dict(image_size=SIDE, augment=False) | options
     return OfficialDataset(folder / "images", folder / "labels", ["set/a", "set/b"], **tables, **options)
@@ -87,21 +85,14 @@ def official(folder, **options) -> OfficialDataset:
 def our_batch(folder, **sizes):
     config = prismer_base(**(dict(image_size=SIDE, label_size=LABEL_SIZE) | sizes))
     loader = Loader(
-        ShardDataset(folder / "shards"),
-        config=config,
-        batch_size=2,
-        semantics=SEMANTICS,
-        training=False,
-        threads=1,
+        ShardDataset(folder / "shards"), config=config, batch_size=2, semantics=SEMANTICS, training=False, threads=1
     )
     return next(loader.epoch(0)).images
 
 
 def test_baseline_values(folder):
     sample = official(folder)[0]
-    assert {
-        name: (tuple(t.shape), t.dtype) for name, t in sample.items() if name != "obj_detection"
-    } == {
+    assert {name: (tuple(t.shape), t.dtype) for name, t in sample.items() if name != "obj_detection"} == {
         "rgb": ((3, SIDE, SIDE), torch.float32),
         "depth": ((1, 224, 224), torch.float32),
         "normal": ((3, 224, 224), torch.float32),

@@ -15,10 +15,10 @@ import torch
 from PIL import Image, ImageOps
 
 from prismer.config import prismer_tiny
-from prismer.dataloading import native_pixels
-from prismer.dataloading.augment import AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
-from prismer.dataloading.dali import UndecodableImages
-from prismer.dataloading.pipeline import ImagePipeline, rotate_normals
+from prismer.dataloading.feed import native_pixels
+from prismer.dataloading.feed.augment import AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
+from prismer.dataloading.feed.dali import UndecodableImages
+from prismer.dataloading.feed.pipeline import ImagePipeline, rotate_normals
 from prismer.experts import EXPERTS
 
 R, L = 96, 64
@@ -56,9 +56,7 @@ def encode(pixels: np.ndarray, kind: str = "JPEG", mode: str | None = None, **op
 
 def gradient(height: int = 120, width: int = 160) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
-    return np.stack([x * 200 / width + 20, y * 200 / height + 30, (x + y) % 64 * 2], -1).astype(
-        np.uint8
-    )
+    return np.stack([x * 200 / width + 20, y * 200 / height + 30, (x + y) % 64 * 2], -1).astype(np.uint8)
 
 
 def blocks(size: int, cells: int = 6, seed: int = 0) -> np.ndarray:
@@ -68,9 +66,7 @@ def blocks(size: int, cells: int = 6, seed: int = 0) -> np.ndarray:
 
 
 def draws(count: int, **config) -> list[AugmentParams]:
-    return [
-        draw_params(AugmentConfig(**config), keyed_rng(Draw.AUGMENT, 5, 0, i)) for i in range(count)
-    ]
+    return [draw_params(AugmentConfig(**config), keyed_rng(Draw.AUGMENT, 5, 0, i)) for i in range(count)]
 
 
 def decoded(jpeg: bytes) -> Image.Image:
@@ -123,9 +119,7 @@ def test_image_and_map_stay_aligned(make_pipeline, label_size):
         for p in params:
             p.autocontrast = p.equalize = False
         rgb, maps = make_pipeline()([jpeg] * 8, [{"seg": seg}] * 8, params)
-        red = torch.nn.functional.interpolate(rgb[:, :1].float(), (L, L), mode="nearest-exact")[
-            :, 0
-        ]
+        red = torch.nn.functional.interpolate(rgb[:, :1].float(), (L, L), mode="nearest-exact")[:, 0]
         seen, labels = (red / 25).round(), maps["seg"][:, 0]
         inside = labels != 255
         for i, p in enumerate(params):
@@ -188,9 +182,7 @@ TURN = np.array([[math.cos(ANGLE), -math.sin(ANGLE), 0], [math.sin(ANGLE), math.
 
 
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize(
-    "affine", [np.eye(2, 3), TURN, TURN @ np.diag([1, 1, 0]) + [[0, 0, 0.1], [0, 0, 0]]]
-)
+@pytest.mark.parametrize("affine", [np.eye(2, 3), TURN, TURN @ np.diag([1, 1, 0]) + [[0, 0, 0.1], [0, 0, 0]]])
 def test_normals_turn_with_the_image(make_pipeline, flip, affine):
     """A sphere stays a sphere: its map after the augmentation is that of a sphere drawn where it has moved to."""
     centre = np.array([0.4, 0.6])
@@ -205,9 +197,7 @@ def test_normals_turn_with_the_image(make_pipeline, flip, affine):
     assert both.sum() > 0.9 * expected.any(-1).sum()
     dot = ((got / 127.5 - 1) * (expected / 127.5 - 1)).sum(-1)[both]
     angle = np.degrees(np.arccos(dot.clip(-1, 1)))
-    assert np.median(angle) < 2.5 and np.percentile(angle, 95) < 8, (
-        f"{np.median(angle):.1f} degrees"
-    )
+    assert np.median(angle) < 2.5 and np.percentile(angle, 95) < 8, f"{np.median(angle):.1f} degrees"
     # around the sphere the map stays fill
     assert (got.any(-1) & ~expected.any(-1)).sum() < 0.1 * both.sum()
 
@@ -263,9 +253,7 @@ def test_maps_of_one_sample_may_differ_in_size(make_pipeline):
     labels = {"seg": blocks(60), "obj_detection": blocks(120), "normal": sphere(30)}
     _, maps = make_pipeline(augmented=False)([encode(gradient())], [labels])
     assert torch.equal(maps["seg"], maps["obj_detection"])
-    expected = np.asarray(Image.fromarray(labels["normal"]).resize((L, L), Image.NEAREST)).astype(
-        int
-    )
+    expected = np.asarray(Image.fromarray(labels["normal"]).resize((L, L), Image.NEAREST)).astype(int)
     assert (np.abs(maps["normal"][0].permute(1, 2, 0).numpy() - expected) > 0).mean() < 0.15
 
 

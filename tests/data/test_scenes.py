@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismer.dataloading import raycast, scene_labels, scenes
-from prismer.dataloading.scene_text import ATTRIBUTES
-from prismer.dataloading.shards import ShardDataset
+from prismer.dataloading.scenes import dataset as scenes
+from prismer.dataloading.scenes import labels as scene_labels
+from prismer.dataloading.scenes import raycast
+from prismer.dataloading.scenes.text import ATTRIBUTES
+from prismer.dataloading.store.shards import ShardDataset
 
 SIGN, GROUND, SKY = (scenes.SEG_CLASSES.index(name) for name in ("sign", "ground", "sky"))
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
@@ -69,9 +71,7 @@ def test_trace_agrees_with_ray_marching(shape):
 
     t = np.zeros(rays.shape[1])
     for _ in range(160):
-        t = np.minimum(
-            t + distance(camera.position[:, None] + t * rays) / np.linalg.norm(rays, axis=0), 40
-        )
+        t = np.minimum(t + distance(camera.position[:, None] + t * rays) / np.linalg.norm(rays, axis=0), 40)
     hit = t < 39
     found = (trace.part == 0).ravel()
     # rays that graze the outline may go either way
@@ -101,14 +101,10 @@ def test_windows_cut_nothing_off(monkeypatch):
 def test_shadow_falls_away_from_the_light():
     rng = np.random.default_rng(0)
     camera, looks = scenes._sample_camera(rng), scenes._sample_looks(rng)
-    ball = raycast.Primitive(
-        "sphere", np.array([0.0, 0.9, 0.0]), np.full(3, 0.5), 0.0, 0, (0.5, 0.5, 0.5)
-    )
+    ball = raycast.Primitive("sphere", np.array([0.0, 0.9, 0.0]), np.full(3, 0.5), 0.0, 0, (0.5, 0.5, 0.5))
     layout = raycast.Layout(camera, [ball], [{"shape": "sphere"}], **looks)
     trace = raycast.cast(camera, [ball], 128)
-    point = camera.position[:, None, None] + np.where(trace.part == -2, 0, trace.t) * camera.rays(
-        128
-    )
+    point = camera.position[:, None, None] + np.where(trace.part == -2, 0, trace.t) * camera.rays(128)
     lights = np.broadcast_to(layout.light[:, None, None], (3, 128, 128)).astype(np.float32)
     sunny, _ = raycast._shadows(layout, 128, trace, point.astype(np.float32), lights)
     ground = trace.part == -1
@@ -134,10 +130,7 @@ def test_render_scene_is_reproducible():
 
 
 def test_scene_does_not_depend_on_sizes():
-    small, large = (
-        scenes.render_scene(5, size=48, label_size=80),
-        scenes.render_scene(5, size=96, label_size=80),
-    )
+    small, large = (scenes.render_scene(5, size=48, label_size=80), scenes.render_scene(5, size=96, label_size=80))
     assert small.rgb.shape == (48, 48, 3) and large.rgb.shape == (96, 96, 3)
     for name in small.planes:
         assert (small.planes[name] == large.planes[name]).all(), name
@@ -155,9 +148,7 @@ def test_planes_are_well_formed(rendered):
         assert set(scene.planes) == experts
         for name, plane in scene.planes.items():
             shape = (128, 128, 3) if name == "normal" else (128, 128)
-            assert plane.dtype == np.uint8 and plane.shape == shape and plane.flags.c_contiguous, (
-                name
-            )
+            assert plane.dtype == np.uint8 and plane.shape == shape and plane.flags.c_contiguous, name
         meta, planes = scene.meta, scene.planes
         assert planes["seg"].max() < len(scenes.SEG_CLASSES)
         ids = {str(i) for i in np.unique(planes["obj_detection"])} - {"255"}
@@ -165,11 +156,7 @@ def test_planes_are_well_formed(rendered):
         assert all(0 <= c < len(scenes.OBJECT_CLASSES) for c in meta["instances"].values())
         assert {str(i) for i in np.unique(planes["ocr_detection"])} - {"255"} == set(meta["words"])
         assert list(meta["words"].values()) == [sign["word"] for sign in meta["scene"]["signs"]]
-        assert (
-            meta["size"] == [128, 128]
-            and meta["source"] == "rendered scenes"
-            and meta["licence"] == "Apache-2.0"
-        )
+        assert meta["size"] == [128, 128] and meta["source"] == "rendered scenes" and meta["licence"] == "Apache-2.0"
         assert planes["depth"].min() == 0 and planes["depth"].max() == 255
         json.dumps(meta, allow_nan=False)
 
@@ -218,9 +205,7 @@ def test_description_matches_the_labels(rendered):
 
 def test_colours_are_where_the_description_says(rendered):
     """A pixel of a small neighbourhood that holds one object only has the hue of its paint."""
-    paints = {
-        name: np.array(paint) / np.linalg.norm(paint) for name, paint in scenes._PAINT.items()
-    }
+    paints = {name: np.array(paint) / np.linalg.norm(paint) for name, paint in scenes._PAINT.items()}
     right = total = 0
     for scene in rendered:
         linear = (scene.rgb / 255) ** 2.2
@@ -328,16 +313,12 @@ def _check_caption(scene: dict, caption: str) -> None:
     if match:
         first, second, third, fourth = match.groups()
         (sign,) = [sign for sign in scene["signs"] if sign["word"] == (first or fourth)]
-        assert any(
-            _related(thing, "in front of", sign) > 0 for thing in _find(scene, second or third)
-        )
+        assert any(_related(thing, "in front of", sign) > 0 for thing in _find(scene, second or third))
         return
     if match := re.fullmatch(r"(.+?) (?:that stands |standing )?on the ground", caption):
         caption = match[1]
     whole = "namely" in caption or "just one object" in caption
-    if match := re.match(
-        r"(\w+) objects? on the ground, namely (.+)|(just one object), (.+)", caption
-    ):
+    if match := re.match(r"(\w+) objects? on the ground, namely (.+)|(just one object), (.+)", caption):
         assert len(scene["objects"]) == NUMBERS.get(match[1], 1)
         caption = match[2] or match[4]
     listed = 0
@@ -355,19 +336,14 @@ def _check_caption(scene: dict, caption: str) -> None:
 
 def test_captions_are_true(metas):
     for meta in metas:
-        assert 4 <= len(meta["captions"]) <= 5 and len(set(meta["captions"])) == len(
-            meta["captions"]
-        )
+        assert 4 <= len(meta["captions"]) <= 5 and len(set(meta["captions"])) == len(meta["captions"])
         for caption in meta["captions"]:
             assert len(caption.split()) <= 24 and re.fullmatch(r"[a-z ,]+", caption)
             _check_caption(meta["scene"], caption)
         # the first one leaves nothing out
         first = meta["captions"][0]
         assert all(sign["word"] in first.split() for sign in meta["scene"]["signs"])
-        counts = [
-            NUMBERS.get(word, 1)
-            for word in re.findall(r"\b(an?|two|three|four|five) (?!sign)", first)
-        ]
+        counts = [NUMBERS.get(word, 1) for word in re.findall(r"\b(an?|two|three|four|five) (?!sign)", first)]
         assert sum(counts) == len(meta["scene"]["objects"])
 
 
@@ -376,12 +352,7 @@ def test_caption_check_notices_lies(metas):
     noticed = total = 0
     for meta in metas:
         for caption in meta["captions"]:
-            for truth, lie in [
-                ("left of", "right of"),
-                ("cube", "sphere"),
-                ("red", "blue"),
-                ("three", "four"),
-            ]:
+            for truth, lie in [("left of", "right of"), ("cube", "sphere"), ("red", "blue"), ("three", "four")]:
                 if truth in caption and lie not in caption:
                     total += 1
                     try:
@@ -401,29 +372,23 @@ def _answer(scene: dict, question: str, kind: str) -> str:
         return (first if text.split(" on the ")[-1].startswith("left") else second)["word"]
     if kind == "count":
         noun = re.fullmatch(
-            r"how many (.+?) (?:are there|are in the picture|do you see)|what is the number of (.+)",
-            text,
+            r"how many (.+?) (?:are there|are in the picture|do you see)|what is the number of (.+)", text
         )
         return str(len(_find(scene, noun[1] or noun[2])))
     if kind == "yes/no":
         noun = re.fullmatch(
-            r"(?:is there an?|do you see an?|can you see an?|are there any) (.+?)(?: in the picture)?",
-            text,
+            r"(?:is there an?|do you see an?|can you see an?|are there any) (.+?)(?: in the picture)?", text
         )
         return "yes" if _find(scene, noun[1]) else "no"
     if match := re.fullmatch(rf"is (the .+?) (?:{_RELATION}) (the .+)", text):
         first, *relations, second = match.groups()
         gap = _related(_one(scene, first), next(filter(None, relations)), _one(scene, second))
         return "yes" if gap > 0 else "no"
-    attribute, name = re.fullmatch(
-        r"what (?:is the )?(colour|shape) (?:is|of) (the .+)", text
-    ).groups()
+    attribute, name = re.fullmatch(r"what (?:is the )?(colour|shape) (?:is|of) (the .+)", text).groups()
     if match := re.fullmatch(rf"the object (?:{_RELATION}) (the .+)", name):
         *relations, anchor = match.groups()
         relation, anchor = next(filter(None, relations)), _one(scene, anchor)
-        (thing,) = [
-            o for o in scene["objects"] if o is not anchor and _related(o, relation, anchor) > 0
-        ]
+        (thing,) = [o for o in scene["objects"] if o is not anchor and _related(o, relation, anchor) > 0]
     else:
         thing = _one(scene, name)
     return thing[attribute]
@@ -447,14 +412,7 @@ def test_questions_do_not_give_themselves_away(metas):
             answers.setdefault(q["kind"], Counter())[q["answers"][0]["answer"]] += 1
     assert set(answers) == {"yes/no", "count", "colour", "shape", "relation", "read"}
     share = {kind: max(counts.values()) / counts.total() for kind, counts in answers.items()}
-    limits = {
-        "yes/no": 0.56,
-        "count": 0.40,
-        "colour": 0.25,
-        "shape": 0.38,
-        "relation": 0.45,
-        "read": 0.15,
-    }
+    limits = {"yes/no": 0.56, "count": 0.40, "colour": 0.25, "shape": 0.38, "relation": 0.45, "read": 0.15}
     assert all(share[kind] < limit for kind, limit in limits.items()), share
     assert set(answers["count"]) == set("012345")
     assert 9 <= sum(c.total() for c in answers.values()) / len(metas) <= 15
@@ -463,20 +421,11 @@ def test_questions_do_not_give_themselves_away(metas):
     for meta in metas:
         for q in meta["questions"]:
             if q["kind"] == "yes/no" and q["answers"][0]["answer"] == "no":
-                noun = (
-                    q["question"]
-                    .removesuffix("?")
-                    .replace(" in the picture", "")
-                    .split(maxsplit=3)[-1]
-                )
+                noun = q["question"].removesuffix("?").replace(" in the picture", "").split(maxsplit=3)[-1]
                 wanted = _wanted(noun.removeprefix("a ").removeprefix("an ").removeprefix("any "))
                 if len(wanted) > 1:
                     total += 1
-                    hard += any(
-                        o[key] == value
-                        for o in meta["scene"]["objects"]
-                        for key, value in wanted.items()
-                    )
+                    hard += any(o[key] == value for o in meta["scene"]["objects"] for key, value in wanted.items())
     assert hard / total > 0.95
 
 
@@ -493,10 +442,7 @@ def test_splits_share_no_scene():
     seeds = [scenes.scene_seed(s, n, i) for s in (0, 1) for n in splits for i in range(500)]
     assert len(set(seeds)) == len(seeds)
     described = [
-        {
-            json.dumps(scenes.render_scene(scenes.scene_seed(0, split, i), 32, 32).meta["scene"])
-            for i in range(12)
-        }
+        {json.dumps(scenes.render_scene(scenes.scene_seed(0, split, i), 32, 32).meta["scene"]) for i in range(12)}
         for split in splits
     ]
     assert all(len(split) == 12 for split in described)
@@ -506,10 +452,7 @@ def test_splits_share_no_scene():
 def test_render_dataset(tmp_path):
     settings = dict(train=12, val=2, test=0, size=32, label_size=48, progress=False)
     scenes.render_dataset(tmp_path / "a", workers=1, **settings)
-    assert sorted(p.name for p in (tmp_path / "a").iterdir() if not p.name.startswith(".")) == [
-        "train",
-        "val",
-    ]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir() if not p.name.startswith(".")) == ["train", "val"]
     samples = _contents(tmp_path / "a" / "train")
     assert [s.key for s in samples] == [f"train-{i:06d}" for i in range(12)]
     expected = scenes.render_scene(scenes.scene_seed(0, "train", 3), 32, 48)
@@ -534,10 +477,7 @@ def test_render_dataset(tmp_path):
     # what is there is kept, and a new split joins it
     before = shards[0].stat()
     scenes.render_dataset(tmp_path / "a", workers=1, **(settings | {"test": 2}))
-    assert (
-        shards[0].stat().st_mtime_ns == before.st_mtime_ns
-        and shards[0].stat().st_ino == before.st_ino
-    )
+    assert shards[0].stat().st_mtime_ns == before.st_mtime_ns and shards[0].stat().st_ino == before.st_ino
     assert len(ShardDataset(tmp_path / "a" / "test")) == 2
     with pytest.raises(ValueError, match="delete it or choose another folder"):
         scenes.render_dataset(tmp_path / "a", workers=1, **(settings | {"seed": 1}))

@@ -17,27 +17,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prismer.cli_semantics import add_semantics_commands
-from prismer.dataloading import semantics as rooms
-from prismer.dataloading.clip_text import TextTower
-from prismer.dataloading.features import Semantics
-from prismer.dataloading.official_semantics import import_official
-from prismer.dataloading.semantics import add, build, fit_pca
-from prismer.dataloading.semantics_texts import dataset_texts, file_texts, vocabulary_words
-from prismer.dataloading.shards import Sample, ShardWriter
+from prismer.cli.semantics import add_semantics_commands
+from prismer.dataloading.feed.features import Semantics
+from prismer.dataloading.semantics import table as rooms
+from prismer.dataloading.semantics.clip_text import TextTower
+from prismer.dataloading.semantics.published import import_official
+from prismer.dataloading.semantics.table import add, build, fit_pca
+from prismer.dataloading.semantics.texts import dataset_texts, file_texts, vocabulary_words
+from prismer.dataloading.store.shards import Sample, ShardWriter
 
 CONTEXT, WIDTH = 12, 80
 MODEL = {
     "embed_dim": WIDTH,
     "quick_gelu": True,
     "vision_cfg": {"image_size": 32, "patch_size": 16, "layers": 1, "width": 32, "head_width": 16},
-    "text_cfg": {
-        "context_length": CONTEXT,
-        "width": 96,
-        "heads": 3,
-        "layers": 2,
-        "vocab_size": 49408,
-    },
+    "text_cfg": {"context_length": CONTEXT, "width": 96, "heads": 3, "layers": 2, "vocab_size": 49408},
 }
 # enough for 64 components, of several lengths
 TEXTS = [
@@ -136,9 +130,9 @@ def test_a_file_of_weights_for_a_named_architecture(clip, tmp_path):
 
 def test_pca_is_that_of_svd():
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(300, WIDTH)) * np.geomspace(5, 0.01, WIDTH) @ np.linalg.qr(
-        rng.normal(size=(WIDTH, WIDTH))
-    )[0] + rng.normal(size=WIDTH)
+    x = rng.normal(size=(300, WIDTH)) * np.geomspace(5, 0.01, WIDTH) @ np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[
+        0
+    ] + rng.normal(size=WIDTH)
     x = x.astype(np.float32)
     pca, kept = fit_pca(torch.from_numpy(x))
     mean = x.astype(np.float64).mean(0)
@@ -164,32 +158,37 @@ def test_build(run, clip, tmp_path, small_vocabulary):
     data = tmp_path / "data"
     write_dataset(
         data / "train",
-        {
-            "seg": ["Sky", "traffic  Light"],
-            "obj_detection": ["sphere"],
-            "class": ["not an expert's"],
-        },
+        {"seg": ["Sky", "traffic  Light"], "obj_detection": ["sphere"], "class": ["not an expert's"]},
         [{"0": "STOP", "7": "taxi"}, None, {"0": "stop"}],
     )
     write_dataset(data / "val", {"seg": ["sky"]}, [{"0": "exit"}])
     (tmp_path / "more.txt").write_text("\n".join(["größe", "", " Zoo ", *TEXTS]), "utf-8")
     out = tmp_path / "made" / "table"
     said = run(
-        "build", "--clip", clip, "--out", out, "--data", data, "--texts", tmp_path / "more.txt",
-        "--prompt", "a {}", "--background", "nothing", "--device", "cpu",
-    )  # fmt: skip
-    names = sorted(
-        {"sky", "traffic light", "sphere", "stop", "taxi", "exit", "größe", "zoo", *TEXTS}
+        "build",
+        "--clip",
+        clip,
+        "--out",
+        out,
+        "--data",
+        data,
+        "--texts",
+        tmp_path / "more.txt",
+        "--prompt",
+        "a {}",
+        "--background",
+        "nothing",
+        "--device",
+        "cpu",
     )
+    names = sorted({"sky", "traffic light", "sphere", "stop", "taxi", "exit", "größe", "zoo", *TEXTS})
     assert f"{out}: {len(names)} texts" in said
     assert json.loads((out / "semantics.json").read_text()) == names
 
     fitted = sorted({*names, *VOCABULARY})
     embeddings = embed(clip, [f"a {text}" for text in ["nothing", *fitted]])
     pca = load_file(out / "pca.safetensors")
-    assert {key: tuple(value.shape) for key, value in pca.items()} == {
-        "mean": (WIDTH,), "components": (64, WIDTH)
-    }  # fmt: skip
+    assert {key: tuple(value.shape) for key, value in pca.items()} == {"mean": (WIDTH,), "components": (64, WIDTH)}
     np.testing.assert_allclose(pca["mean"], embeddings[1:].mean(0), atol=1e-5)
     _, singular, components = np.linalg.svd(embeddings[1:] - embeddings[1:].mean(0))
     # the first ones, which no rounding of the embeddings turns
@@ -199,9 +198,7 @@ def test_build(run, clip, tmp_path, small_vocabulary):
     table = Semantics.from_table(out)
     expected = project(out, embeddings)
     np.testing.assert_allclose(table.background, expected[0], rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(
-        table.rows(names), expected[1:][[fitted.index(n) for n in names]], rtol=1e-3, atol=1e-4
-    )
+    np.testing.assert_allclose(table.rows(names), expected[1:][[fitted.index(n) for n in names]], rtol=1e-3, atol=1e-4)
     assert np.array_equal(table.rows(["Traffic LIGHT"]), table.rows(["traffic light"]))
 
     recipe = json.loads((out / "semantics-recipe.json").read_text())
@@ -256,9 +253,7 @@ def test_unreadable_samples_are_told(tmp_path):
 
 @pytest.fixture
 def table(clip, tmp_path):
-    build(
-        tmp_path / "table", str(clip), TEXTS, prompt="some {}", vocabulary=False, sources=["first"]
-    )
+    build(tmp_path / "table", str(clip), TEXTS, prompt="some {}", vocabulary=False, sources=["first"])
     return tmp_path / "table"
 
 
@@ -323,10 +318,7 @@ def test_build_with_the_pca_of_another_table(clip, table, tmp_path):
 @pytest.mark.parametrize(
     "source, message",
     [
-        (
-            "ViT-L-14-quickgelu",
-            "no CLIP weights are at hand for ViT-L-14-quickgelu; name their file",
-        ),
+        ("ViT-L-14-quickgelu", "no CLIP weights are at hand for ViT-L-14-quickgelu; name their file"),
         ("ViT-L-14-quickgelu@{}/none.pt", "no CLIP weights are at .*none.pt"),
         ("ViT-B-32@{}/garbage.pt", r"ViT-B-32@.*garbage.pt cannot be loaded \(.*\); give weights"),
         ("nothing-of-the-kind", "neither a folder nor an architecture"),
@@ -485,7 +477,7 @@ def test_a_text_file_that_is_none_is_one_sentence(tmp_path, kind):
     "recipe",
     ["[]", "[" * 3000, '{"a": 1, "a": 2}', {"tower": 5}, {"prompt": None}, {"sources": "x"}, {"background": "\ud800"}],
     ids=lambda value: ascii(value)[:24],
-)  # fmt: skip
+)
 def test_a_recipe_of_wrong_types_is_one_sentence(table, recipe):
     path = table / rooms.RECIPE_FILE
     if isinstance(recipe, dict):

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismer.dataloading.shard_index import to_json
-from prismer.dataloading.shards import CorruptSample, Sample, ShardDataset, ShardWriter
+from prismer.dataloading.store.index import to_json
+from prismer.dataloading.store.shards import CorruptSample, Sample, ShardDataset, ShardWriter
 
 CLASSES = {"seg": ["ground", "sky"], "obj_detection": ["cube"]}
 
@@ -113,9 +113,7 @@ def test_any_tar_reader_can_read_a_shard(folder):
                 keys.append(key)
                 assert (member.mtime, member.uid, member.gid, member.uname) == (0, 0, 0, "")
                 assert member.isfile()
-    assert keys == [make_sample(i // 3).key for i in range(30)], (
-        "members of a sample are neighbours"
-    )
+    assert keys == [make_sample(i // 3).key for i in range(30)], "members of a sample are neighbours"
     for i in range(10):
         expected = make_sample(i)
         group = groups[expected.key]
@@ -133,9 +131,7 @@ def test_no_traces_of_the_writer(folder):
     assert {path.name for path in folder.iterdir()} == names | {"index.json"}
 
 
-@pytest.mark.parametrize(
-    "key", ["", "a.b", "a/b", "a b", "\N{GREEK SMALL LETTER ALPHA}", "a" * 91, "a\n"]
-)
+@pytest.mark.parametrize("key", ["", "a.b", "a/b", "a b", "\N{GREEK SMALL LETTER ALPHA}", "a" * 91, "a\n"])
 def test_malformed_keys_are_refused(tmp_path, key):
     sample = make_sample(0)
     sample.key = key
@@ -199,9 +195,7 @@ def test_everything_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     steps = []
     replace = os.replace
     monkeypatch.setattr(
-        os,
-        "fsync",
-        lambda handle: steps.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))),
+        os, "fsync", lambda handle: steps.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
     )
 
     def log_replace(source, target):
@@ -317,14 +311,8 @@ def test_no_dataset_is_a_sentence(tmp_path, folder):
 
 
 def test_errors_read_as_sentences():
-    error = pickle.loads(
-        pickle.dumps(CorruptSample("shard-000001.tar", "key_005", "its jpg is gone"))
-    )
-    assert (error.shard, error.key, error.reason) == (
-        "shard-000001.tar",
-        "key_005",
-        "its jpg is gone",
-    )
+    error = pickle.loads(pickle.dumps(CorruptSample("shard-000001.tar", "key_005", "its jpg is gone")))
+    assert (error.shard, error.key, error.reason) == ("shard-000001.tar", "key_005", "its jpg is gone")
     assert str(error) == "sample key_005 of shard-000001.tar cannot be read: its jpg is gone"
     assert str(CorruptSample("s.tar", "", "gone")) == "s.tar cannot be read: gone"
 
@@ -374,13 +362,8 @@ def test_resume_after_an_error(tmp_path, folder):
         raise KeyboardInterrupt
     with pytest.raises(ValueError, match="not a finished dataset"):
         ShardDataset(target)
-    assert {path.name for path in target.iterdir()} == {
-        "shard-000000.tar",
-        "shard-000000.index.json",
-    }
-    with ShardWriter(
-        target, classes=CLASSES, source="made up", samples_per_shard=4, resume=True
-    ) as writer:
+    assert {path.name for path in target.iterdir()} == {"shard-000000.tar", "shard-000000.index.json"}
+    with ShardWriter(target, classes=CLASSES, source="made up", samples_per_shard=4, resume=True) as writer:
         assert writer.written_keys == {make_sample(i).key for i in range(4)}
         for i in range(4, 10):
             writer.write(make_sample(i))
@@ -405,9 +388,7 @@ def test_resume_replaces_damaged_shards_alone(folder, kind):
     write_dataset(folder, resume=True)
     assert bytes_of(folder) == expected
     for kept in ("shard-000000.tar", "shard-000002.tar"):
-        assert (folder / kept).stat().st_mtime_ns == stamps[kept], (
-            "a whole shard is not written again"
-        )
+        assert (folder / kept).stat().st_mtime_ns == stamps[kept], "a whole shard is not written again"
 
 
 def test_resume_withdraws_the_index_before_the_shard_it_promises(folder):

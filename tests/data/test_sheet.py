@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismer.dataloading.labels import blank_planes
-from prismer.dataloading.shards import Sample, ShardDataset, ShardWriter
-from prismer.dataloading.sheet import colour_map, contact_sheet, draw_sheet
+from prismer.dataloading.store.labels import blank_planes
+from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
+from prismer.dataloading.views.contact_sheet import colour_map, contact_sheet, draw_sheet
 from prismer.experts import EXPERTS
 
 CLASSES = {"seg": ["ground", "sky"], "obj_detection": ["cube"]}
@@ -54,9 +54,7 @@ def test_columns_can_be_chosen_and_absent_maps_are_shown_as_such():
     sheet = contact_sheet([with_depth, without], CLASSES)
     assert sheet.width == 2 * 24 + 2 * 208 + 8, "no columns for experts that nobody has"
     row = (sheet.height - 44 - 4) // 2
-    assert cell(sheet, 1, 1, row_height=row).min() > 80, (
-        "paper, where black is the far end of depth"
-    )
+    assert cell(sheet, 1, 1, row_height=row).min() > 80, "paper, where black is the far end of depth"
     assert cell(sheet, 0, 1).min() == 0
     narrow = contact_sheet([make_sample()], CLASSES, columns=("image", "edge"))
     assert narrow.width == sheet.width
@@ -88,9 +86,7 @@ def test_ids_have_colours_of_their_own():
 
 
 def test_an_unnamed_class_is_shown_by_its_number():
-    assert (
-        contact_sheet([make_sample()], {}).height == contact_sheet([make_sample()], CLASSES).height
-    )
+    assert contact_sheet([make_sample()], {}).height == contact_sheet([make_sample()], CLASSES).height
 
 
 def test_refusals():
@@ -122,10 +118,8 @@ def test_draw_sheet(tmp_path, name, form):
 
 
 @pytest.mark.parametrize(
-    "meta",
-    [{"captions": 5}, {"captions": ["\ud800"]}, {"questions": [{"question": 5}]}, {"words": [1]}],
-    ids=ascii,
-)  # fmt: skip
+    "meta", [{"captions": 5}, {"captions": ["\ud800"]}, {"questions": [{"question": 5}]}, {"words": [1]}], ids=ascii
+)
 def test_texts_and_tables_of_wrong_types_are_one_sentence(meta):
     with pytest.raises(ValueError, match="the sample key0 cannot be shown: "):
         contact_sheet([make_sample(**meta)], CLASSES)

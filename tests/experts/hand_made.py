@@ -23,9 +23,7 @@ class Graph:
         if half:
             entry["quantization"] = {"dtype": "float16", "original_dtype": "float32"}
         self.manifest.append(entry)
-        self.data += value.astype(
-            "<f2" if half else "<f4" if dtype == "float32" else "<i4"
-        ).tobytes()
+        self.data += value.astype("<f2" if half else "<f4" if dtype == "float32" else "<i4").tobytes()
         self.nodes.append({"name": name, "op": "Const", "attr": {"dtype": {"type": "DT_FLOAT"}}})
         return name
 
@@ -66,9 +64,7 @@ def small_graph(rng):
     graph.outputs = ("out", "out_1")
     graph.add("Placeholder", "x")
     graph.add("Pad", "padded", "x", graph.const("pads", [[0, 0], [0, 0], [1, 0], [2, 1]]))
-    graph.add(
-        "PadV2", "lower", "padded", graph.const("pads2", [[0, 0], [0, 0], [0, 1], [0, 0]]), "low"
-    )
+    graph.add("PadV2", "lower", "padded", graph.const("pads2", [[0, 0], [0, 0], [0, 1], [0, 0]]), "low")
     graph.const("low", np.float32(-3))
     graph.add("Transpose", "last", "lower", graph.const("perm", [0, 2, 3, 1]))
     graph.const("kernel", kernel.astype(np.float32), half=True)
@@ -83,14 +79,7 @@ def small_graph(rng):
     graph.add("SplitV", "split", "both", graph.const("parts", [5, 7]), graph.const("axis2", 3))
     graph.add("Sigmoid", "sig", "split")
     graph.const("places", [[1]])
-    graph.add(
-        "SparseToDense",
-        "dense",
-        "places",
-        graph.const("length", [3]),
-        graph.const("v", [5]),
-        "zero",
-    )
+    graph.add("SparseToDense", "dense", "places", graph.const("length", [3]), graph.const("v", [5]), "zero")
     graph.const("zero", 0)
     graph.add("AddV2", "shape", "dense", graph.const("rest", [1, 4, 35]))
     graph.add("Reshape", "flat", "sig", "shape")
@@ -120,13 +109,7 @@ def nanodet_graph(seed=0):
     for i, stride in enumerate((8, 16, 32)):
         cells = (416 // stride) ** 2
         weight = rng.standard_normal((stride, stride, 3, 124)).astype(np.float32) / stride
-        graph.add(
-            "Conv2D",
-            f"c{i}",
-            "last",
-            graph.const(f"w{i}", weight, half=True),
-            **graph.window(stride),
-        )
+        graph.add("Conv2D", f"c{i}", "last", graph.const(f"w{i}", weight, half=True), **graph.window(stride))
         graph.add("Transpose", f"t{i}", f"c{i}", "to_first")
         graph.add("SplitV", f"s{i}", f"t{i}", "parts", "axis")
         graph.add("Sigmoid", f"g{i}", f"s{i}")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from stand_ins import Brightness, Halves
 
 from prismer.dataloading.experts.job import label_records
 from prismer.dataloading.experts.labeller import Labeller
-from prismer.dataloading.records import folder_records
+from prismer.dataloading.sources.lists import folder_records
+from tests.experts.stand_ins import Brightness, Halves
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["jobs", "nvidia.dali.fn", "nvidia.dali.auto_aug.augmentations"])
@@ -74,13 +74,7 @@ def run_watched(photos: Path, out: Path, sizes) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     label_records(
-        folder_records(photos),
-        out,
-        labeller,
-        source="photos",
-        samples_per_shard=500,
-        workers=2,
-        progress=False,
+        folder_records(photos), out, labeller, source="photos", samples_per_shard=500, workers=2, progress=False
     )
     done.set()
     watcher.join()

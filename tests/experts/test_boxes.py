@@ -81,9 +81,7 @@ def test_paint_equals_masks(step, depths):
 def test_paint_the_nearer_in_front_though_first():
     depth = np.full((10, 10), 50, np.uint8)
     depth[:, :3] = 200
-    boxes = np.array(
-        [[0, 0, 0.6, 1], [0.4, 0, 1, 1]]
-    )  # the first one is nearer, the second is painted later
+    boxes = np.array([[0, 0, 0.6, 1], [0.4, 0, 1, 1]])  # the first one is nearer, the second is painted later
     plane, _ = paint(boxes, 10, depth)
     assert (plane[:, :6] == 0).all() and (plane[:, 6:] == 1).all()
     plane, _ = paint(boxes, 10)

@@ -7,12 +7,12 @@ import io
 import json
 
 import pytest
-from jobs import write_photos
 from PIL import Image, ImageDraw
 
-from prismer.cli import main
-from prismer.dataloading.check import check_dataset
-from prismer.dataloading.shards import ShardDataset
+from prismer.cli.main import main
+from prismer.dataloading.store.check import check_dataset
+from prismer.dataloading.store.shards import ShardDataset
+from tests.experts.jobs import write_photos
 
 NO_WEIGHTS = "edge=gradient"
 
@@ -147,8 +147,8 @@ def test_missing_experts_are_named_and_the_rest_goes_on(tmp_path, capsys):
 def test_a_slide_with_boxes_and_words():
     import numpy as np
 
-    from prismer.dataloading.slide import draw_slide
-    from prismer.images import ExpertLabels
+    from prismer.dataloading.feed.images import ExpertLabels
+    from prismer.dataloading.views.slide import draw_slide
 
     file = io.BytesIO()
     Image.new("RGB", (200, 100), (250, 250, 250)).save(file, "JPEG")
@@ -156,11 +156,7 @@ def test_a_slide_with_boxes_and_words():
     plane[10:30, 10:40] = 0
     labels = ExpertLabels(
         {"obj_detection": plane, "ocr_detection": plane},
-        {
-            "instances": {"0": 1},
-            "words": {"0": "open"},
-            "boxes": {"obj_detection": {"0": [0.15, 0.15, 0.6, 0.5, 0.9]}},
-        },
+        {"instances": {"0": 1}, "words": {"0": "open"}, "boxes": {"obj_detection": {"0": [0.15, 0.15, 0.6, 0.5, 0.9]}}},
         {"obj_detection": ["cat", "dog"]},
     )
     bare = ExpertLabels({"obj_detection": plane}, {"instances": {"0": 1}}, labels.classes)

@@ -1,6 +1,6 @@
 """Depth networks: pre- and post-processing against hand-made outputs, tiny random models, the trunk's conversion.
 
-    pytest tests/experts/test_depth.py
+pytest tests/experts/test_depth.py
 """
 
 import hashlib
@@ -88,10 +88,7 @@ def test_constant_depth_is_black():
 
 @pytest.mark.parametrize(
     ("kind", "mean", "std"),
-    [
-        (DptHybrid, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-        (DepthAnythingV2, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    ],
+    [(DptHybrid, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), (DepthAnythingV2, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))],
 )
 def test_pixels_are_normalised_rgb(kind, mean, std):
     model = Recorder(RAMP[:1])
@@ -368,7 +365,7 @@ def test_fetched_trunk_is_the_graph_of_the_package():
 
 @needs_trunk
 def test_fetched_trunk_tells_a_floor_from_a_horizon():
-    from prismer.dataloading.scenes import render_scene, scene_seed
+    from prismer.dataloading.scenes.dataset import render_scene, scene_seed
 
     scene = render_scene(scene_seed(0, "val", 1))
     pixels = torch.from_numpy(scene.rgb).permute(2, 0, 1)[None].float()

@@ -4,10 +4,10 @@ Run: pytest tests/experts/test_detectors.py"""
 import numpy as np
 import pytest
 import torch
-from hand_made import random_images, same_found
 
 from prismer.dataloading.experts.network import Images, MissingWeights
 from prismer.dataloading.experts.objects import COCO, DFine, Owlv2, RtDetr
+from tests.experts.hand_made import random_images, same_found
 
 
 def tiny_rt_detr():
@@ -54,9 +54,7 @@ def test_rt_detr(rt_detr_folder):
     together = network.predict(images, {})
     assert all(found.boxes for found in together)
     for i, found in enumerate(together):
-        same_found(
-            found, network.predict(Images(images.pixels[i : i + 1], [(640, 640)], 32), {})[0]
-        )
+        same_found(found, network.predict(Images(images.pixels[i : i + 1], [(640, 640)], 32), {})[0])
 
 
 def test_rt_detr_reads_as_transformers_does(rt_detr_folder):
@@ -104,15 +102,7 @@ def owlv2_folder(tmp_path_factory):
     torch.manual_seed(0)
     text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     vision = dict(text, image_size=960, patch_size=160)
-    words = [
-        "!",
-        "a",
-        "photo",
-        "of",
-        *sorted({w for name in COCO for w in name.split()}),
-        "red",
-        "ball",
-    ]
+    words = ["!", "a", "photo", "of", *sorted({w for name in COCO for w in name.split()}), "red", "ball"]
     text |= dict(
         vocab_size=len(words) + 2,
         max_position_embeddings=16,
@@ -120,16 +110,14 @@ def owlv2_folder(tmp_path_factory):
         bos_token_id=len(words),
         eos_token_id=len(words) + 1,
     )
-    Owlv2ForObjectDetection(
-        Owlv2Config(text_config=text, vision_config=vision, projection_dim=16)
-    ).save_pretrained(folder)
+    Owlv2ForObjectDetection(Owlv2Config(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(
+        folder
+    )
     vocabulary = {word: i for i, word in enumerate([*words, "<start>", "<end>"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = [(word, vocabulary[word]) for word in ("<start>", "<end>")]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        "<start> $A <end>", special_tokens=ends
-    )
+    tokenizer.post_processor = processors.TemplateProcessing("<start> $A <end>", special_tokens=ends)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="!").save_pretrained(folder)
     return folder
 
@@ -158,9 +146,7 @@ def test_owlv2_as_transformers_computes_it(owlv2_folder, monkeypatch):
         (owlv2_folder / "classes.txt").unlink()
     assert network.classes == ["red ball", "cat", "dining table"]
     seen = {}
-    monkeypatch.setattr(
-        network, "read", lambda logits, boxes, *_: seen.update(logits=logits, boxes=boxes)
-    )
+    monkeypatch.setattr(network, "read", lambda logits, boxes, *_: seen.update(logits=logits, boxes=boxes))
     images = random_images(2, 960)
     network.predict(images, {})
     tokens = AutoTokenizer.from_pretrained(owlv2_folder)(

@@ -1,6 +1,6 @@
 """Edge experts: polarity, scaling, the network's arithmetic, weights through files, batches.
 
-    pytest tests/experts/test_edge.py
+pytest tests/experts/test_edge.py
 """
 
 import zipfile

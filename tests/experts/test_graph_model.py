@@ -4,9 +4,9 @@ Run: pytest tests/experts/test_graph_model.py"""
 import numpy as np
 import pytest
 import torch
-from hand_made import Graph, small_graph
 
 from prismer.dataloading.experts.graph_model import GraphModel, convert_graph
+from tests.experts.hand_made import Graph, small_graph
 
 
 def test_graph_model(tmp_path):
@@ -19,9 +19,7 @@ def test_graph_model(tmp_path):
     outputs = model(x)
     assert list(outputs) == ["out", "out_1"]
     for name, expected in zip(outputs, run(x), strict=True):
-        torch.testing.assert_close(
-            outputs[name], expected, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(outputs[name], expected, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize(

@@ -12,26 +12,24 @@ import zlib
 
 import numpy as np
 import pytest
-from jobs import CONTEXT, contents, run_job, run_watched, write_photos
 from PIL import Image
-from stand_ins import Brightness, Halves
 
-from prismer.dataloading.check import check_dataset
 from prismer.dataloading.experts.job import label_records, source_records
 from prismer.dataloading.experts.labeller import Labeller
-from prismer.dataloading.importers import import_records
-from prismer.dataloading.records import folder_records
-from prismer.dataloading.shard_writer import OpenShard, write_together
-from prismer.dataloading.shards import ShardDataset
+from prismer.dataloading.sources.importers import import_records
+from prismer.dataloading.sources.lists import folder_records
+from prismer.dataloading.store.check import check_dataset
+from prismer.dataloading.store.shards import ShardDataset
+from prismer.dataloading.store.writer import OpenShard, write_together
+from tests.experts.jobs import CONTEXT, contents, run_job, run_watched, write_photos
+from tests.experts.stand_ins import Brightness, Halves
 
 
 def label(photos, out, networks=(Brightness, Halves), per_shard=8, label_size=32, **options):
     labeller = Labeller([network() for network in networks], label_size=label_size, batch_size=4)
     records, classes = source_records(photos)
     options = {"source": "photos", "progress": False, **options}
-    return label_records(
-        records, out, labeller, classes=classes, samples_per_shard=per_shard, **options
-    )
+    return label_records(records, out, labeller, classes=classes, samples_per_shard=per_shard, **options)
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +89,7 @@ def test_killed_ten_times_ends_with_the_same_bytes(tmp_path):
 def test_any_number_of_processes_gives_the_same_bytes(photos, tmp_path, world):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     run_job(photos, alone, per_shard=4)
-    ranks = [
-        CONTEXT.Process(target=run_job, args=(photos, shared, rank, world, 4))
-        for rank in range(world)
-    ]
+    ranks = [CONTEXT.Process(target=run_job, args=(photos, shared, rank, world, 4)) for rank in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:

@@ -11,17 +11,17 @@ import tarfile
 
 import numpy as np
 import pytest
-from jobs import contents, write_photos
 from PIL import Image
-from stand_ins import Brightness
-from test_job import label
 
-from prismer.cli import main
-from prismer.dataloading import shard_writer
-from prismer.dataloading.check import check_dataset
+from prismer.cli.main import main
 from prismer.dataloading.experts.labeller import Labeller
-from prismer.dataloading.labels import pack_labels
-from prismer.dataloading.shards import ShardDataset
+from prismer.dataloading.store import writer as shard_writer
+from prismer.dataloading.store.check import check_dataset
+from prismer.dataloading.store.labels import pack_labels
+from prismer.dataloading.store.shards import ShardDataset
+from tests.experts.jobs import contents, write_photos
+from tests.experts.stand_ins import Brightness
+from tests.experts.test_job import label
 
 
 def broken_png() -> bytes:
@@ -49,10 +49,7 @@ def test_a_damaged_block_is_refused_wherever_an_image_is_read(tmp_path, capsys):
     ):
         assert main(command) == 0
         assert "broken.png" in capsys.readouterr().err
-    assert (
-        main(["show", str(photos / "broken.png"), "--experts", "edge=gradient", "--model", "none"])
-        == 2
-    )
+    assert main(["show", str(photos / "broken.png"), "--experts", "edge=gradient", "--model", "none"]) == 2
     assert "broken.png cannot be shown: the image cannot be decoded" in capsys.readouterr().err
 
 
@@ -80,23 +77,26 @@ def test_what_is_no_image_is_named_and_ends_nothing(tmp_path):
 @pytest.mark.parametrize(
     "meta",
     [
-        {"captions": 5}, {"captions": "abc"}, {"captions": [None]}, {"questions": [{}]}, {"boxes": []},
+        {"captions": 5},
+        {"captions": "abc"},
+        {"captions": [None]},
+        {"questions": [{}]},
+        {"boxes": []},
         {"boxes": {"seg": 5}},
-        {"class": []}, [], None, {"captions": ["\ud800"]},
+        {"class": []},
+        [],
+        None,
+        {"captions": ["\ud800"]},
     ],
     ids=ascii,
-)  # fmt: skip
+)
 def test_a_sample_of_wrong_types_is_skipped_and_named(tmp_path, meta):
     photos = write_photos(tmp_path / "photos", 2)
     (tmp_path / "in").mkdir()
     with tarfile.open(tmp_path / "in/shard-000000.tar", "w") as tar:
         for i, notes in enumerate((meta, {"captions": ["a cube"]})):
             jpeg = (photos / f"photo-{i:05d}.jpg").read_bytes()
-            for end, data in (
-                ("jpg", jpeg),
-                ("json", json.dumps(notes).encode()),
-                ("labels", pack_labels({})),
-            ):
+            for end, data in (("jpg", jpeg), ("json", json.dumps(notes).encode()), ("labels", pack_labels({}))):
                 info = tarfile.TarInfo(f"k{i}.{end}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -144,9 +144,7 @@ def test_a_full_disk_leaves_what_was_whole(tmp_path, monkeypatch, when):
     left = sorted(path.name for path in out.iterdir())
     assert not [name for name in left if name.endswith(".partial")]
     tars = {name[:12] for name in left if name.endswith(".tar")}
-    assert tars == {
-        name[:12] for name in left if name.startswith("shard") and name.endswith(".json")
-    }
+    assert tars == {name[:12] for name in left if name.startswith("shard") and name.endswith(".json")}
     assert label(photos, out, per_shard=3).labelled == 9
     assert contents(out) == contents(whole)
     assert len(ShardDataset(out)) == 9

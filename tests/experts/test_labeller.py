@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from stand_ins import Brightness, Halves
 
 from prismer.config import prismer_tiny
-from prismer.dataloading.dali import UndecodableImages
 from prismer.dataloading.experts import catalogue
 from prismer.dataloading.experts.decode import GREY, ExpertPipeline, Geometry
 from prismer.dataloading.experts.labeller import Labeller
 from prismer.dataloading.experts.network import Images, MissingWeights, intensities, min_max
+from prismer.dataloading.feed.dali import UndecodableImages
+from prismer.dataloading.feed.images import image_batch
 from prismer.experts import EXPERTS
-from prismer.images import image_batch
+from tests.experts.stand_ins import Brightness, Halves
 
 
 def jpeg(width: int, height: int, colour=(200, 30, 10)) -> bytes:
@@ -172,11 +172,7 @@ def stand_ins(monkeypatch):
 
     class Words(Brightness):
         card = replace(
-            Brightness.card,
-            name="words",
-            expert="ocr_detection",
-            reads=("obj_detection",),
-            needs=("obj_detection",),
+            Brightness.card, name="words", expert="ocr_detection", reads=("obj_detection",), needs=("obj_detection",)
         )
 
         @classmethod
@@ -228,9 +224,7 @@ def test_an_unknown_expert_gives_a_sentence():
 def test_the_rest_goes_on_without_missing_weights(stand_ins):
     networks, missing = catalogue.load_networks("all")
     assert [network.card.name for network in networks] == ["brightness", "halves"]
-    assert missing == [
-        "ocr_detection: the weights of words are not here; run `prismer experts fetch words`"
-    ]
+    assert missing == ["ocr_detection: the weights of words are not here; run `prismer experts fetch words`"]
     with pytest.warns(UserWarning, match="experts fetch words"):
         assert len(Labeller.load("all").networks) == 2
     with pytest.raises(MissingWeights, match="which is not at work"):

@@ -1,6 +1,6 @@
 """The lexicon's nearest entry is the one that measuring every entry by hand gives, in bounded time.
 
-    pytest tests/experts/test_lexicon.py
+pytest tests/experts/test_lexicon.py
 """
 
 import random

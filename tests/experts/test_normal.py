@@ -1,6 +1,6 @@
 """Normal networks: axes against scenes and planes that are known, ranges of spec 4.2, tiny random models.
 
-    pytest tests/experts/test_normal.py
+pytest tests/experts/test_normal.py
 """
 
 import math
@@ -9,20 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_depth import assert_alone_equals_together, batch, save_trunk, tiny_depth_anything
 
 from prismer.dataloading.experts import vit_trunk
 from prismer.dataloading.experts.depth import VitSDepth
 from prismer.dataloading.experts.network import Found, Images, MissingWeights
-from prismer.dataloading.experts.normal import (
-    NETWORKS,
-    DepthNormals,
-    Sapiens2Normal,
-    VitSNormal,
-    normal_maps,
-)
+from prismer.dataloading.experts.normal import NETWORKS, DepthNormals, Sapiens2Normal, VitSNormal, normal_maps
 from prismer.dataloading.experts.weights import weights_home
-from prismer.dataloading.scenes import render_scene, scene_seed
+from prismer.dataloading.scenes.dataset import render_scene, scene_seed
+from tests.experts.test_depth import assert_alone_equals_together, batch, save_trunk, tiny_depth_anything
 
 
 def vectors(plane):

@@ -8,13 +8,13 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from hand_made import nanodet_graph, random_images, same_found, small_graph
 
 from prismer.dataloading.experts import objects
 from prismer.dataloading.experts.graph_model import convert_graph
 from prismer.dataloading.experts.network import Found, Images, MissingWeights
 from prismer.dataloading.experts.objects import COCO, NanoDet
 from prismer.dataloading.experts.weights import Package, fetch
+from tests.experts.hand_made import nanodet_graph, random_images, same_found, small_graph
 
 
 @pytest.fixture
@@ -127,9 +127,7 @@ def test_nanodet_boxes_from_cells():
         fractions = np.array(box) / (416, 208, 416, 208)
         np.testing.assert_allclose(found.boxes[i], (*fractions, score), atol=1e-5)
     # 148..196 of 416 are 37..49 of 104; 60..124 of 208 are 30..62 of 104
-    assert (found.plane[30:62, 37:49] == 0).all() and found.plane[30, 36] == 255 == found.plane[
-        62, 37
-    ]
+    assert (found.plane[30:62, 37:49] == 0).all() and found.plane[30, 36] == 255 == found.plane[62, 37]
     assert (found.plane == 0).sum() == 32 * 12
 
 

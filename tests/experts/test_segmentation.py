@@ -8,13 +8,7 @@ import torch.nn.functional as F
 
 from prismer.dataloading.experts.network import Found, Images, MissingWeights
 from prismer.dataloading.experts.objects import COCO, NanoDet
-from prismer.dataloading.experts.segmentation import (
-    NETWORKS,
-    BoxesGrabCut,
-    Mask2FormerAde,
-    Mask2FormerCoco,
-    semantic,
-)
+from prismer.dataloading.experts.segmentation import NETWORKS, BoxesGrabCut, Mask2FormerAde, Mask2FormerCoco, semantic
 
 SIZE = 96
 
@@ -95,9 +89,7 @@ def test_grabcut_repeats_itself():
     cv2.randu(np.zeros((50, 50), np.uint8), 0, 255)
     np.testing.assert_array_equal(first, cut(pixels, found))
     images = Images(torch.stack([scene(), pixels]), [(SIZE, SIZE)] * 2, SIZE)
-    both = BoxesGrabCut.load().predict(
-        images, {"obj_detection": [objects(((1, 1, 50, 50), 0)), found]}
-    )
+    both = BoxesGrabCut.load().predict(images, {"obj_detection": [objects(((1, 1, 50, 50), 0)), found]})
     np.testing.assert_array_equal(first, both[1].plane)
 
 

@@ -13,11 +13,11 @@ from dataclasses import replace
 
 import pytest
 from safetensors import SafetensorError
-from stand_ins import Brightness
 
 from prismer.dataloading.experts import weights
 from prismer.dataloading.experts.network import MissingWeights
 from prismer.dataloading.experts.weights import Package, fetch, fetched_folder, from_hub
+from tests.experts.stand_ins import Brightness
 
 INSIDE = {"model/a.bin": b"weights", "model/b.json": b"{}"}
 
@@ -61,13 +61,7 @@ def packed(request, tmp_path):
     members = {name: sha(content) for name, content in INSIDE.items()}
     return (
         Package(
-            folder="small",
-            registry=kind,
-            name="small",
-            version="1.0",
-            sha256=sha(data),
-            megabytes=1,
-            members=members,
+            folder="small", registry=kind, name="small", version="1.0", sha256=sha(data), megabytes=1, members=members
         ),
         archive,
     )

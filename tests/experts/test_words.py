@@ -1,6 +1,6 @@
 """Word expert: Prismer's rules for what is kept, words cut from lines, painting, and reading drawn text.
 
-    pytest tests/experts/test_words.py
+pytest tests/experts/test_words.py
 """
 
 import shutil
@@ -194,9 +194,7 @@ def batch(*pictures: Image.Image, label_size: int = 240) -> Images:
     pixels = np.full((len(pictures), 960, 960, 3), 114, np.uint8)
     for row, picture in zip(pixels, pictures, strict=True):
         row[: picture.height, : picture.width] = picture
-    return Images(
-        torch.from_numpy(pixels).permute(0, 3, 1, 2), [(p.height, p.width) for p in pictures], label_size
-    )
+    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), [(p.height, p.width) for p in pictures], label_size)
 
 
 SIGN = [("COFFEE SHOP", (60, 80), 64), ("open 24 hours", (300, 300), 40)]

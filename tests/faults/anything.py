@@ -16,17 +16,35 @@ from hypothesis import strategies as st
 _TIMES = int(os.environ.get("PRISMER_FAULTS", 0))
 
 ODD_TEXTS = (
-    "", " ", "\u2028", "\x0c", "\ufeffa cube", "a\u0085b", "\ud800", "\x00", "...", "?", "</s>", "a" * 3000, "-1",
-    "1e999", "NaN", "null", "../x", "/etc", "кошка", "猫", "😀", "a\nb\r\nc",
-)  # fmt: skip
+    "",
+    " ",
+    "\u2028",
+    "\x0c",
+    "\ufeffa cube",
+    "a\u0085b",
+    "\ud800",
+    "\x00",
+    "...",
+    "?",
+    "</s>",
+    "a" * 3000,
+    "-1",
+    "1e999",
+    "NaN",
+    "null",
+    "../x",
+    "/etc",
+    "кошка",
+    "猫",
+    "😀",
+    "a\nb\r\nc",
+)
 ODD_NUMBERS = (0, -1, 1, 255, 256, 2**31, 2**63, 10**300, -0.0, 0.5, 1e300, float("nan"), float("inf"))
 
 texts = st.sampled_from(ODD_TEXTS) | st.text(max_size=8)
 scalars = st.none() | st.booleans() | st.sampled_from(ODD_NUMBERS) | texts
 anything = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
-    max_leaves=6,
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=6
 )
 """Any JSON value, NaN and lone surrogates included."""
 

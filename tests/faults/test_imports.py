@@ -1,6 +1,6 @@
 """Whatever lists, tars and folders hold, an import ends with every image in the dataset or named, or with one sentence.
 
-    python -m pytest tests/faults/test_imports.py
+python -m pytest tests/faults/test_imports.py
 """
 
 import io
@@ -11,14 +11,14 @@ import tarfile
 
 import numpy as np
 import pytest
-from anything import anything, cases, damaged, dump, mutated, texts
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from prismer.cli import main
-from prismer.dataloading.check import check_dataset
-from prismer.dataloading.shards import ShardDataset
+from prismer.cli.main import main
+from prismer.dataloading.store.check import check_dataset
+from prismer.dataloading.store.shards import ShardDataset
+from tests.faults.anything import anything, cases, damaged, dump, mutated, texts
 
 
 def jpeg(i: int) -> bytes:
@@ -83,10 +83,16 @@ def is_named(name: str, skipped, printed) -> bool:
 
 CAPTIONS = [{"image": f"{i}.jpg", "caption": f"caption number {i}"} for i in range(6)]
 QUESTIONS = [
-    {"dataset": "vqa", "image": f"{i % 3}.jpg", "question": f"question {i}?", "answer": ["yes", "no"][: i % 3],
-     "question_id": i, "weight": 0.5}
+    {
+        "dataset": "vqa",
+        "image": f"{i % 3}.jpg",
+        "question": f"question {i}?",
+        "answer": ["yes", "no"][: i % 3],
+        "question_id": i,
+        "weight": 0.5,
+    }
     for i in range(6)
-]  # fmt: skip
+]
 
 
 @cases(150)
@@ -97,9 +103,7 @@ def test_caption_lists(place, capsys, entries, tail, mark):
     for i in range(6):
         (images / f"{i}.jpg").write_bytes(JPEGS[i])
     (place / "list.json").write_bytes(b"\xef\xbb\xbf" * mark + dump(entries) + tail)
-    samples, skipped, printed = run(
-        ["captions", place / "list.json", "--images", images], place / "out", capsys
-    )
+    samples, skipped, printed = run(["captions", place / "list.json", "--images", images], place / "out", capsys)
     if not samples and not skipped:
         return
     found = {text for sample in samples for text in sample.meta["captions"]}
@@ -122,9 +126,7 @@ def test_question_lists(place, capsys, entries):
     for i in range(3):
         (images / f"{i}.jpg").write_bytes(JPEGS[i])
     (place / "list.json").write_bytes(dump(entries))
-    samples, skipped, printed = run(
-        ["vqa", place / "list.json", "--images", images], place / "out", capsys
-    )
+    samples, skipped, printed = run(["vqa", place / "list.json", "--images", images], place / "out", capsys)
     if not samples and not skipped:
         return
     found = {q["question"] for sample in samples for q in sample.meta["questions"]}
@@ -181,7 +183,8 @@ def test_tars(place, capsys, entries, form):
     lost = [
         name
         for name, data in images.items()
-        if data not in kept and not is_named(name, skipped, printed)
+        if data not in kept
+        and not is_named(name, skipped, printed)
         # a member that belongs to an image is named with its sample
         and not is_named(name.rpartition("/")[2].partition(".")[0], skipped, printed)
     ]
@@ -202,11 +205,8 @@ def test_damaged_tars(place, capsys, data):
     assert len(samples) + len(skipped) >= len(images) or "00.tar" in printed
 
 
-names = (
-    texts.map(lambda text: text.replace("/", "_").replace("\0", "_"))
-    | st.sampled_from(
-        ["photo", "photo.x", ".hidden", "a b", "x" * 240, "\udcff\udcfe", "Ünï", "new\nline", "-dash", "tab\t"]
-    )
+names = texts.map(lambda text: text.replace("/", "_").replace("\0", "_")) | st.sampled_from(
+    ["photo", "photo.x", ".hidden", "a b", "x" * 240, "\udcff\udcfe", "Ünï", "new\nline", "-dash", "tab\t"]
 )
 files = st.tuples(
     st.sampled_from(["", "", "", "sub", "sub/deep", "sub/deep/er"]),

@@ -1,6 +1,6 @@
 """Whatever became of a model folder, it loads as it was saved or is refused in one sentence, before it costs memory.
 
-    python -m pytest tests/faults/test_model_files.py
+python -m pytest tests/faults/test_model_files.py
 """
 
 import json
@@ -10,18 +10,28 @@ import warnings
 
 import pytest
 import torch
-from anything import cases, damaged, dump, is_sentence, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prismer.config import prismer_tiny
 from prismer.model import Prismer
 from prismer.tokenizer import Tokenizer
+from tests.faults.anything import cases, damaged, dump, is_sentence, mutated
 
 SMALL = dict(
-    image_size=32, label_size=32, vision_width=16, vision_depth=1, vision_heads=2, resampler_depth=1,
-    resampler_heads=2, num_latents=4, text_width=16, text_depth=1, text_heads=2, text_mlp_width=32,
-)  # fmt: skip
+    image_size=32,
+    label_size=32,
+    vision_width=16,
+    vision_depth=1,
+    vision_heads=2,
+    resampler_depth=1,
+    resampler_heads=2,
+    num_latents=4,
+    text_width=16,
+    text_depth=1,
+    text_heads=2,
+    text_mlp_width=32,
+)
 
 
 class Saved:

@@ -1,6 +1,6 @@
 """Whatever settings a run is given and whatever became of its files, it starts as told or says one sentence.
 
-    python -m pytest tests/faults/test_run_files.py
+python -m pytest tests/faults/test_run_files.py
 """
 
 import dataclasses
@@ -11,28 +11,37 @@ import warnings
 
 import pytest
 import torch
-from anything import ODD_NUMBERS, anything, cases, damaged, dump, is_sentence, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prismer.config import prismer_tiny
-from prismer.engine import check_settings
-from prismer.evaluation import Knowledge
 from prismer.files import write_checksums, write_json
 from prismer.model import Prismer
-from prismer.progress import Progress, read_metrics
-from prismer.run_folder import INDEX, SETTINGS, STATE, RunFolder
 from prismer.tokenizer import Tokenizer
-from prismer.train_config import TrainConfig, merge, read_config
+from prismer.training.config import TrainConfig, merge, read_config
+from prismer.training.evaluation import Knowledge
+from prismer.training.progress import Progress, read_metrics
+from prismer.training.run_folder import INDEX, SETTINGS, STATE, RunFolder
+from prismer.training.zero import check_settings
+from tests.faults.anything import ODD_NUMBERS, anything, cases, damaged, dump, is_sentence, mutated
 
 FIELDS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 ENGINE = {
-    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "steps_per_print": 100,
-    "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True,
-                          "stage3_param_persistence_threshold": 1e4, "offload_optimizer": {"device": "none"}},
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "steps_per_print": 100,
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "stage3_param_persistence_threshold": 1e4,
+        "offload_optimizer": {"device": "none"},
+    },
     "prismer": {"task": "joint", "steps": 10, "learning_rate": 1e-3, "drop_labels": 0.25, "run": "tiny"},
-}  # fmt: skip
+}
 
 
 def refused(action) -> bool:
@@ -85,10 +94,21 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     tokenizer = Tokenizer.train(["a cube"], 280)
     sizes = dict(
-        image_size=16, label_size=32, vision_width=8, vision_depth=1, vision_heads=1, resampler_depth=1,
-        resampler_heads=1, num_latents=2, text_width=8, text_depth=1, text_heads=1, text_mlp_width=8,
-        experts=("depth",), vocab_size=tokenizer.vocab_size,
-    )  # fmt: skip
+        image_size=16,
+        label_size=32,
+        vision_width=8,
+        vision_depth=1,
+        vision_heads=1,
+        resampler_depth=1,
+        resampler_heads=1,
+        num_latents=2,
+        text_width=8,
+        text_depth=1,
+        text_heads=1,
+        text_mlp_width=8,
+        experts=("depth",),
+        vocab_size=tokenizer.vocab_size,
+    )
     torch.manual_seed(0)
     model = Prismer(prismer_tiny(**sizes), tokenizer)
     RunFolder(folder).settle(TrainConfig(), lambda: "fp32")
@@ -101,14 +121,19 @@ def whole(tmp_path_factory):
         checkpoint = folder / "checkpoints" / name
         model.save_pretrained(checkpoint)
         state = dict(
-            step=step, epoch=0, samples=16 * step, loss_sum=1.0, loss_count=1, precision="fp32", world_size=1, seed=42,
+            step=step,
+            epoch=0,
+            samples=16 * step,
+            loss_sum=1.0,
+            loss_count=1,
+            precision="fp32",
+            world_size=1,
+            seed=42,
             score=0.1 * step,
-        )  # fmt: skip
+        )
         write_json(checkpoint / STATE, state)
         write_checksums(checkpoint)
-    write_json(
-        folder / "checkpoints" / INDEX, dict(last=names[2], best=names[1], best_score=0.2, written=names)
-    )
+    write_json(folder / "checkpoints" / INDEX, dict(last=names[2], best=names[1], best_score=0.2, written=names))
     return folder
 
 

@@ -1,6 +1,6 @@
 """Whatever the JSON of a sample holds, it is used whole or skipped and named; nothing raises anything else.
 
-    python -m pytest tests/faults/test_sample_json.py
+python -m pytest tests/faults/test_sample_json.py
 """
 
 import io
@@ -9,33 +9,42 @@ import warnings
 
 import numpy as np
 import pytest
-from anything import cases, dump, mutated
 from hypothesis import given
 from PIL import Image
 
 from prismer.config import prismer_tiny
-from prismer.dataloading import shard_writer
-from prismer.dataloading.check import check_dataset
-from prismer.dataloading.features import Semantics
-from prismer.dataloading.loader import Loader
-from prismer.dataloading.sample_schema import meta_problems
-from prismer.dataloading.shards import Sample, ShardDataset, ShardWriter
-from prismer.dataloading.sheet import contact_sheet
-from prismer.evaluation import survey
-from prismer.tasks import caption_texts, classification_texts, collate, joint_texts, vqa_texts
+from prismer.dataloading.feed.features import Semantics
+from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.store import writer as shard_writer
+from prismer.dataloading.store.check import check_dataset
+from prismer.dataloading.store.schema import meta_problems
+from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
+from prismer.dataloading.views.contact_sheet import contact_sheet
+from prismer.texts import caption_texts, classification_texts, collate, joint_texts, vqa_texts
 from prismer.tokenizer import Tokenizer
+from prismer.training.evaluation import survey
+from tests.faults.anything import cases, dump, mutated
 
 CONFIG = prismer_tiny(image_size=32, label_size=16)
 CLASSES = {"seg": ["ground", "sky"], "obj_detection": ["cube", "cone"], "class": ["cat", "dog"]}
 WHOLE = {
     "captions": ["a cube", "two cones"],
     "questions": [
-        {"question": "what?", "answers": [{"answer": "cube", "weight": 0.6}, {"answer": "cone", "weight": 0.4}],
-         "kind": "shape", "raw_answers": ["cube", "cube", "cone"], "id": 7},
+        {
+            "question": "what?",
+            "answers": [{"answer": "cube", "weight": 0.6}, {"answer": "cone", "weight": 0.4}],
+            "kind": "shape",
+            "raw_answers": ["cube", "cube", "cone"],
+            "id": 7,
+        },
         {"question": "how many?", "answers": [], "kind": "count"},
     ],
-    "class": 1, "instances": {"0": 1, "1": 0}, "words": {"0": "stop"}, "size": [20, 30], "source": "made up",
-}  # fmt: skip
+    "class": 1,
+    "instances": {"0": 1, "1": 0},
+    "words": {"0": "stop"},
+    "size": [20, 30],
+    "source": "made up",
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +100,7 @@ def test_in_is_out_and_named(tmp_path_factory, tokenizer, metas):
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         # what is in the envelope need not be an object
-        patch.setattr(
-            shard_writer, "to_json", lambda value: dump(value["envelope"] if "envelope" in value else value)
-        )
+        patch.setattr(shard_writer, "to_json", lambda value: dump(value["envelope"] if "envelope" in value else value))
         patch.setattr("os.fsync", lambda handle: None)
         with ShardWriter(folder, classes=CLASSES, source="x", samples_per_shard=10) as writer:
             for i, meta in enumerate(metas):
@@ -104,9 +111,7 @@ def test_in_is_out_and_named(tmp_path_factory, tokenizer, metas):
     assert {problem.key for problem in report.problems} == bad
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loader = Loader(
-            dataset, config=CONFIG, batch_size=4, semantics=Semantics.spelling(), training=False
-        )
+        loader = Loader(dataset, config=CONFIG, batch_size=4, semantics=Semantics.spelling(), training=False)
         keys = [key for batch in loader.epoch(0) for key in batch.keys]
     assert sorted([*keys, *(skipped.key for skipped in loader.skipped)]) == sorted(
         f"key-{i}" for i in range(len(metas))

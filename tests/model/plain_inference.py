@@ -30,15 +30,7 @@ def token_logits(decoder, context, prompt, generated, pad_reads):
 
 
 def plain_beam_search(
-    next_log_probs,
-    prompt_length,
-    eos_id,
-    *,
-    beams,
-    max_new_tokens,
-    min_new_tokens,
-    length_penalty,
-    scoring,
+    next_log_probs, prompt_length, eos_id, *, beams, max_new_tokens, min_new_tokens, length_penalty, scoring
 ):
     """(tokens, score) of the best hypothesis; `next_log_probs(tokens)` gives a list of V numbers."""
 
@@ -78,13 +70,9 @@ def plain_generate(decoder, context, groups, *, read_out="last", **options):
     for b, prompt, pad_reads in _texts(groups, read_out):
 
         def next_log_probs(tokens, image=context[b : b + 1], prompt=prompt, pad_reads=pad_reads):
-            return (
-                token_logits(decoder, image, prompt, tokens, pad_reads)[-1].log_softmax(-1).tolist()
-            )
+            return token_logits(decoder, image, prompt, tokens, pad_reads)[-1].log_softmax(-1).tolist()
 
-        results.append(
-            plain_beam_search(next_log_probs, len(prompt), decoder.config.eos_id, **options)
-        )
+        results.append(plain_beam_search(next_log_probs, len(prompt), decoder.config.eos_id, **options))
     return results
 
 

@@ -41,10 +41,7 @@ class Bottleneck(nn.Module):
     def __init__(self, width, late):
         super().__init__()
         self.adaptor = nn.Module()
-        self.adaptor.down_proj, self.adaptor.up_proj = (
-            nn.Linear(width, width),
-            nn.Linear(width, width),
-        )
+        self.adaptor.down_proj, self.adaptor.up_proj = (nn.Linear(width, width), nn.Linear(width, width))
         self.adaptor_ln = nn.LayerNorm(width)
         self.late = late
 
@@ -109,9 +106,7 @@ class Vision(nn.Module):
         self.ln_pre, self.ln_post = nn.LayerNorm(D), nn.LayerNorm(D)
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.ModuleList(
-            nn.ModuleList(
-                [ClipBlock(D, c.vision_heads, c.vision_activation), Bottleneck(D, late=False)]
-            )
+            nn.ModuleList([ClipBlock(D, c.vision_heads, c.vision_activation), Bottleneck(D, late=False)])
             for _ in range(c.vision_depth)
         )
         if c.experts:
@@ -159,11 +154,7 @@ class Cross(nn.Module):
         def split(x):
             return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-        q, k, v = (
-            split(self.self.query(h)),
-            split(self.self.key(context)),
-            split(self.self.value(context)),
-        )
+        q, k, v = (split(self.self.query(h)), split(self.self.key(context)), split(self.self.value(context)))
         weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
         return self.output((weights @ v).transpose(1, 2).flatten(2), h)
 
@@ -173,9 +164,15 @@ class Text(nn.Module):
         super().__init__()
         H, self.pad_id = c.text_width, c.pad_id
         config = RobertaConfig(
-            vocab_size=c.vocab_size, hidden_size=H, num_hidden_layers=c.text_depth, num_attention_heads=c.text_heads,
-            intermediate_size=c.text_mlp_width, layer_norm_eps=1e-5, is_decoder=True, attn_implementation="eager",
-        )  # fmt: skip
+            vocab_size=c.vocab_size,
+            hidden_size=H,
+            num_hidden_layers=c.text_depth,
+            num_attention_heads=c.text_heads,
+            intermediate_size=c.text_mlp_width,
+            layer_norm_eps=1e-5,
+            is_decoder=True,
+            attn_implementation="eager",
+        )
         self.roberta = nn.Module()
         e = self.roberta.embeddings = nn.Module()
         e.register_buffer("position_ids", torch.arange(c.max_positions)[None])
@@ -185,9 +182,7 @@ class Text(nn.Module):
         e.LayerNorm = nn.LayerNorm(H)
         self.roberta.encoder = nn.Module()
         self.roberta.encoder.layer = nn.ModuleList(
-            nn.ModuleList(
-                [RobertaLayer(config), Cross(config, c.vision_width), Bottleneck(H, late=True)]
-            )
+            nn.ModuleList([RobertaLayer(config), Cross(config, c.vision_width), Bottleneck(H, late=True)])
             for _ in range(c.text_depth)
         )
         self.roberta.encoder.output_layer = RobertaLayer(config)
@@ -195,26 +190,17 @@ class Text(nn.Module):
         self.lm_head.dense, self.lm_head.layer_norm = nn.Linear(H, H), nn.LayerNorm(H)
         self.lm_head.decoder = nn.Linear(H, c.vocab_size)
         # tied, and the bias has two names
-        self.lm_head.decoder.weight, self.lm_head.bias = (
-            e.word_embeddings.weight,
-            self.lm_head.decoder.bias,
-        )
+        self.lm_head.decoder.weight, self.lm_head.bias = (e.word_embeddings.weight, self.lm_head.decoder.bias)
 
     def forward(self, ids, context):
         """(B, T) ids and (B, N, D) context -> (B, T, V) logits."""
         T, keep = ids.shape[1], ids != self.pad_id
         e = self.roberta.embeddings
         positions = keep.cumsum(1) * keep + self.pad_id
-        h = (
-            e.word_embeddings(ids)
-            + e.token_type_embeddings.weight[0]
-            + e.position_embeddings(positions)
-        )
+        h = e.word_embeddings(ids) + e.token_type_embeddings.weight[0] + e.position_embeddings(positions)
         h = e.LayerNorm(h)
         seen = keep[:, None] & torch.ones(T, T).tril().bool()
-        mask = torch.zeros(seen.shape, dtype=h.dtype).masked_fill(~seen, torch.finfo(h.dtype).min)[
-            :, None
-        ]
+        mask = torch.zeros(seen.shape, dtype=h.dtype).masked_fill(~seen, torch.finfo(h.dtype).min)[:, None]
         for layer, cross, adaptor in self.roberta.encoder.layer:
             h = adaptor(cross(layer.attention(h, attention_mask=mask)[0], context))
             h = layer.output(layer.intermediate(h), h)
@@ -237,18 +223,12 @@ def randomise(module, seed=0, std=0.2):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(tensor, mean, std):
-        tensor.copy_(
-            mean + std * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        )
+        tensor.copy_(mean + std * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
 
     with torch.no_grad():
         for name, tensor in module.named_parameters():
             # no fan-in of the tests is so wide that sums grow out of bounds
-            spread = (
-                std
-                if tensor.dim() < 2 or "embedding" in name
-                else min(std, 1.5 * tensor[0].numel() ** -0.5)
-            )
+            spread = std if tensor.dim() < 2 or "embedding" in name else min(std, 1.5 * tensor[0].numel() ** -0.5)
             is_scale = tensor.dim() == 1 and name.endswith("weight")
             draw(tensor, 1.0 if is_scale else 0.0, spread)
         for name, tensor in module.named_buffers():

@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from plain_published import bicubic, randomise
 
-import prismer.backbones as backbones
+import prismer.weights.backbones as backbones
 from prismer.config import ALL_EXPERTS, prismer_base, prismer_huge, prismer_large
 from prismer.freezing import freeze
 from prismer.model import Prismer
-from prismer.start import start_model
 from prismer.tokenizer import Tokenizer
+from prismer.weights.initial_model import start_model
+from tests.model.plain_published import bicubic, randomise
 
 CLIPS = {
     # name: vision settings, whether QuickGELU
@@ -26,19 +26,19 @@ CLIPS = {
     "prismer-test-h": (dict(image_size=70, layers=3, width=80, head_width=40, patch_size=14), False),
     "prismer-test-wide": (dict(image_size=64, layers=1, width=64, head_width=16, patch_size=16, mlp_ratio=2.0), True),
     "prismer-test-scale": (
-        dict(image_size=64, layers=1, width=64, head_width=16, patch_size=16, ls_init_value=1e-5), True,
+        dict(image_size=64, layers=1, width=64, head_width=16, patch_size=16, ls_init_value=1e-5),
+        True,
     ),
-    "prismer-test-nopre": (
-        dict(image_size=64, layers=1, width=64, head_width=16, patch_size=16, no_ln_pre=True), True,
-    ),
+    "prismer-test-nopre": (dict(image_size=64, layers=1, width=64, head_width=16, patch_size=16, no_ln_pre=True), True),
     "prismer-test-tanh": (
         dict(image_size=64, layers=1, width=64, head_width=16, patch_size=16, act_kwargs={"approximate": "tanh"}),
         False,
     ),
     "prismer-test-pool": (
-        dict(image_size=64, layers=1, width=64, head_width=16, patch_size=16, attentional_pool=True), True,
+        dict(image_size=64, layers=1, width=64, head_width=16, patch_size=16, attentional_pool=True),
+        True,
     ),
-}  # fmt: skip
+}
 NEW = dict(resampler_heads=4, resampler_depth=1, num_latents=4, label_size=64)
 
 
@@ -60,13 +60,18 @@ def make_clip(name, path, seed=0, dtype=torch.float32):
 
 def make_roberta(folder, seed=1, tokenizer=True, cls=transformers.RobertaForMaskedLM, **changes):
     """A small RoBERTa saved in the layout of the hub, and the same as a causal model."""
-    words = Tokenizer.train(
-        ["a red cube on the ground"] * 3 + ["Is there a sphere?"] * 2, vocab_size=270
-    )
+    words = Tokenizer.train(["a red cube on the ground"] * 3 + ["Is there a sphere?"] * 2, vocab_size=270)
     settings = dict(
-        vocab_size=words.vocab_size, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=72,
-        max_position_embeddings=40, type_vocab_size=1, layer_norm_eps=1e-5, hidden_dropout_prob=0.2,
-    )  # fmt: skip
+        vocab_size=words.vocab_size,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=72,
+        max_position_embeddings=40,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+        hidden_dropout_prob=0.2,
+    )
     config = transformers.RobertaConfig(**{**settings, **changes})
     model = randomise(cls(config), seed)
     model.save_pretrained(folder)
@@ -116,12 +121,8 @@ def parts(tmp_path_factory):
 def test_vision_tower(tmp_path, parts, name, dtype):
     """QuickGELU at 16 wide heads, exact GELU at 40 wide ones, from files in fp32 and fp16."""
     visual = make_clip(name, tmp_path / "clip.pt", dtype=dtype)
-    visual.load_state_dict(
-        {key: tensor.to(dtype).float() for key, tensor in visual.state_dict().items()}
-    )
-    model = Prismer.from_backbones(
-        name, parts[0] / "roberta", vision_weights=tmp_path / "clip.pt", experts=(), **NEW
-    )
+    visual.load_state_dict({key: tensor.to(dtype).float() for key, tensor in visual.state_dict().items()})
+    model = Prismer.from_backbones(name, parts[0] / "roberta", vision_weights=tmp_path / "clip.pt", experts=(), **NEW)
     settings, quick = CLIPS[name]
     assert model.config.vision_heads == settings["width"] // settings["head_width"]
     assert model.config.vision_activation == ("quick_gelu" if quick else "gelu")
@@ -134,17 +135,10 @@ def test_vision_tower(tmp_path, parts, name, dtype):
 def test_positional_table_is_resized(parts, size):
     folder, visual, _ = parts
     model = Prismer.from_backbones(
-        "prismer-test-b",
-        folder / "roberta",
-        vision_weights=folder / "clip.pt",
-        image_size=size,
-        experts=(),
-        **NEW,
+        "prismer-test-b", folder / "roberta", vision_weights=folder / "clip.pt", image_size=size, experts=(), **NEW
     )
     expected = bicubic(visual.positional_embedding[1:], size // 16)
-    torch.testing.assert_close(
-        model.encoder.positional_embedding.detach(), expected, rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(model.encoder.positional_embedding.detach(), expected, rtol=0, atol=1e-6)
     assert model.config.image_size == size
 
 
@@ -159,9 +153,7 @@ def test_text_tower(parts, tmp_path, where):
     if where == "safetensors":
         options["text_weights"] = folder / "roberta" / "model.safetensors"
     model = build(parts, **options)
-    causal = transformers.RobertaForCausalLM.from_pretrained(
-        folder / "roberta", is_decoder=True
-    ).eval()
+    causal = transformers.RobertaForCausalLM.from_pretrained(folder / "roberta", is_decoder=True).eval()
     decoder = model.decoder
     for layer in decoder.layers:
         layer.cross.forward = lambda x, context: x
@@ -187,15 +179,14 @@ def test_only_the_towers_come_from_elsewhere(parts):
     freeze(one, "freeze_lang_vision")
     ends = ("decoder.embeddings.", "decoder.head.")
     copied = {n for n, p in one.named_parameters() if not p.requires_grad or n.startswith(ends)} | {
-        "encoder.positional_embedding", "encoder.stems.rgb.weight",
+        "encoder.positional_embedding",
+        "encoder.stems.rgb.weight",
         *(f"encoder.{norm}.{leaf}" for norm in ("ln_pre", "ln_post") for leaf in ("weight", "bias")),
-    }  # fmt: skip
+    }
     _, visual, roberta = parts
     # without class token and projection; without the second name of the tied matrix and bias
     assert len(copied) == len(list(visual.parameters())) - 2 + len(list(roberta.parameters()))
-    for (name, p), q, r in zip(
-        one.named_parameters(), again.parameters(), other.parameters(), strict=True
-    ):
+    for (name, p), q, r in zip(one.named_parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q), name
         # biases of zero and norms of one are the same at any seed
         assert torch.equal(p, r) == (name in copied or p.std() == 0), name
@@ -208,10 +199,7 @@ def test_new_parts_are_initialised(parts):
     for layer in model.decoder.layers:
         new = [layer.cross.query, layer.cross.key, layer.cross.value, layer.cross.output]
         for linear in [*new, layer.adaptor.down, layer.adaptor.up]:
-            assert (
-                linear.weight.std().item() == pytest.approx(0.02, rel=0.15)
-                and not linear.bias.any()
-            )
+            assert linear.weight.std().item() == pytest.approx(0.02, rel=0.15) and not linear.bias.any()
         for norm in (layer.cross.norm, layer.adaptor.norm):
             assert (norm.weight == 1).all() and not norm.bias.any()
     extra = model.decoder.extra
@@ -219,16 +207,10 @@ def test_new_parts_are_initialised(parts):
     for block in model.encoder.blocks:
         bound = 64**-0.5
         for linear in (block.adaptor.down, block.adaptor.up):
-            assert (
-                0.95 * bound < linear.weight.abs().max() <= bound
-                and linear.bias.abs().max() <= bound
-            )
+            assert 0.95 * bound < linear.weight.abs().max() <= bound and linear.bias.abs().max() <= bound
     attention = model.encoder.resampler.blocks[0].attn
     bound = (6 / (4 * 64)) ** 0.5
-    assert (
-        0.95 * bound < attention.in_proj_weight.abs().max() <= bound
-        and not attention.in_proj_bias.any()
-    )
+    assert 0.95 * bound < attention.in_proj_weight.abs().max() <= bound and not attention.in_proj_bias.any()
     assert model.encoder.resampler.latents.std().item() == pytest.approx(64**-0.5, rel=0.2)
 
 
@@ -250,9 +232,8 @@ def test_all_experts_and_training(parts, tmp_path):
     before = model.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in started.state_dict().items())
     freeze(started, "freeze_lang_vision")
-    from test_model import make_images
-
-    from prismer.dataloading.batch import Batch, TextBatch
+    from prismer.batch import Batch, TextBatch
+    from tests.model.test_model import make_images
 
     ids = torch.randint(3, 200, (2, 1, 7))
     texts = TextBatch(ids=ids, labels=ids, weights=torch.ones(2, 1))
@@ -284,8 +265,7 @@ def test_presets_are_what_open_clip_has(name, config):
     sizes = backbones._clip_sizes(open_clip, name, visual)
     assert sizes == {field: getattr(config, field) for field in sizes} and len(sizes) == 6
     text = transformers.RobertaConfig(
-        **backbones._ROBERTA["roberta-base" if config.name == "base" else "roberta-large"],
-        **backbones._ROBERTA_COMMON,
+        **backbones._ROBERTA["roberta-base" if config.name == "base" else "roberta-large"], **backbones._ROBERTA_COMMON
     )
     sizes |= backbones._roberta_sizes("roberta", text)
     assert backbones._preset_of(sizes, ALL_EXPERTS) == config.name
@@ -328,16 +308,13 @@ def test_local_parts_are_quiet(parts, tmp_path):
         (dict(resampler_heads=5), "vision_width 64 is not a multiple of resampler_heads 5"),
     ],
     ids=lambda value: "-".join(map(str, next(iter(value.items())))) if isinstance(value, dict) else "",
-)  # fmt: skip
+)
 @pytest.mark.filterwarnings("ignore:the vision tower")
 def test_one_sentence(parts, tmp_path, options, message):
     make_clip("prismer-test-h", tmp_path / "h")
     (tmp_path / "garbage").write_bytes(b"not weights")
     files = {"h": tmp_path / "h", "garbage": tmp_path / "garbage"}
-    options = {
-        key: files.get(value, value) if key.endswith("weights") else value
-        for key, value in options.items()
-    }
+    options = {key: files.get(value, value) if key.endswith("weights") else value for key, value in options.items()}
     options = {"vision": "prismer-test-b", **NEW, **options}
     with pytest.raises(ValueError, match=message) as caught:
         Prismer.from_backbones(text=parts[0] / "roberta", **options)
@@ -366,13 +343,7 @@ def test_other_text_models(tmp_path, changes, message):
 @pytest.mark.filterwarnings("ignore:the vision tower")
 def test_bert_and_other_sizes(tmp_path, parts):
     folder = tmp_path / "bert"
-    sizes = dict(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        vocab_size=30,
-    )
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=30)
     transformers.BertForMaskedLM(transformers.BertConfig(**sizes)).save_pretrained(folder)
     with pytest.raises(ValueError, match="has model_type 'bert'"):
         Prismer.from_backbones("prismer-test-b", folder, **NEW)
@@ -393,22 +364,16 @@ def test_known_names_need_no_hub(tmp_path, monkeypatch, parts):
         raise OSError(f"We couldn't connect\nto load {source}")
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
-    with pytest.raises(
-        ValueError, match=r"transformers cannot load roberta-base \(We couldn't connect\); give"
-    ):
+    with pytest.raises(ValueError, match=r"transformers cannot load roberta-base \(We couldn't connect\); give"):
         Prismer.from_backbones("prismer-test-b", **NEW)
     monkeypatch.setitem(
         backbones._ROBERTA,
         "roberta-base",
         dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=72),
     )
-    monkeypatch.setattr(
-        backbones, "_ROBERTA_COMMON", backbones._ROBERTA_COMMON | dict(max_position_embeddings=40)
-    )
+    monkeypatch.setattr(backbones, "_ROBERTA_COMMON", backbones._ROBERTA_COMMON | dict(max_position_embeddings=40))
     roberta = make_roberta(tmp_path / "r", vocab_size=50265, tokenizer=False)
     torch.save(roberta.state_dict(), tmp_path / "words.bin")
     model = Prismer.from_backbones("prismer-test-b", text_weights=tmp_path / "words.bin", **NEW)
-    assert torch.equal(
-        model.decoder.embeddings.word.weight, roberta.roberta.embeddings.word_embeddings.weight
-    )
+    assert torch.equal(model.decoder.embeddings.word.weight, roberta.roberta.embeddings.word_embeddings.weight)
     assert model.tokenizer.vocab_size == 50265

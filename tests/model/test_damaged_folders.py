@@ -13,23 +13,33 @@ import time
 
 import pytest
 import torch
-from disk import full_after
 from safetensors.torch import save_file
 
-from prismer.checkpoint import shipped_folder
 from prismer.config import PrismerConfig, prismer_tiny
+from prismer.costs.info import report
 from prismer.errors import is_a_sentence
 from prismer.files import find_damage
-from prismer.info import report
 from prismer.model import Prismer
-from prismer.official import save_official
-from prismer.start import start_config, start_model
+from prismer.shipped import shipped_folder
 from prismer.tokenizer import Tokenizer
+from prismer.weights.initial_model import start_config, start_model
+from prismer.weights.published import save_official
+from tests.faults.disk import full_after
 
 SIZES = dict(
-    image_size=64, label_size=64, vision_width=32, vision_depth=2, vision_heads=2, resampler_depth=1,
-    resampler_heads=2, num_latents=4, text_width=32, text_depth=2, text_heads=2, text_mlp_width=64,
-)  # fmt: skip
+    image_size=64,
+    label_size=64,
+    vision_width=32,
+    vision_depth=2,
+    vision_heads=2,
+    resampler_depth=1,
+    resampler_heads=2,
+    num_latents=4,
+    text_width=32,
+    text_depth=2,
+    text_heads=2,
+    text_mlp_width=64,
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +87,7 @@ def test_no_weight_changes_unseen(folder):
 
 
 def test_the_sizes_of_files_are_compared(folder):
-    (folder / "merges.txt").write_text(
-        (folder / "merges.txt").read_text().rsplit("\n", 2)[0] + "\n"
-    )
+    (folder / "merges.txt").write_text((folder / "merges.txt").read_text().rsplit("\n", 2)[0] + "\n")
     assert "merges.txt is damaged" in refusal(lambda: Prismer.from_pretrained(folder))
 
 
@@ -102,34 +110,56 @@ def test_a_published_file_of_which_a_bit_flipped(model, tmp_path):
     save_official(model, path)
     Prismer.from_pretrained(path, config=model.config)
     flip(path, 8 * (path.stat().st_size // 2))
-    assert "is damaged (the checksum of" in refusal(
-        lambda: Prismer.from_pretrained(path, config=model.config)
-    )
+    assert "is damaged (the checksum of" in refusal(lambda: Prismer.from_pretrained(path, config=model.config))
 
 
 def test_what_ships_is_whole(monkeypatch, tmp_path):
     for name in ("tiny", "tiny-towers", "roberta"):
-        assert (shipped_folder(name) / "checksums.json").is_file() and find_damage(
-            shipped_folder(name)
-        ) is None
+        assert (shipped_folder(name) / "checksums.json").is_file() and find_damage(shipped_folder(name)) is None
     shutil.copytree(shipped_folder("tiny-towers"), tmp_path / "t")
     flip(tmp_path / "t" / "towers.safetensors", 8 * 1_000_000)
-    monkeypatch.setattr("prismer.start.shipped_folder", lambda name: tmp_path / "t")
+    monkeypatch.setattr("prismer.weights.initial_model.shipped_folder", lambda name: tmp_path / "t")
     assert "towers.safetensors is damaged" in refusal(lambda: start_model("tiny"))
 
 
 ABSURD = {
-    "vision_depth": 10**9, "text_depth": 10**6, "resampler_depth": 10**7, "vision_width": 2**40, "text_width": 2**33,
-    "text_mlp_width": 10**12, "vocab_size": 10**13, "max_positions": 10**12, "num_latents": 10**12,
-    "num_instances": 10**11, "image_size": 10**6, "label_size": 10**9, "vision_heads": 0, "text_heads": -2,
-    "patch_size": 10**6, "bos_id": -1, "caption_max_length": 0, "vision_activation": "relu", "name": 5,
-    "experts": [[]], "dropout": 1.0, "init_std": -1.0, "caption_prefix": "\ud800", "semantics": None,
-}  # fmt: skip
+    "vision_depth": 10**9,
+    "text_depth": 10**6,
+    "resampler_depth": 10**7,
+    "vision_width": 2**40,
+    "text_width": 2**33,
+    "text_mlp_width": 10**12,
+    "vocab_size": 10**13,
+    "max_positions": 10**12,
+    "num_latents": 10**12,
+    "num_instances": 10**11,
+    "image_size": 10**6,
+    "label_size": 10**9,
+    "vision_heads": 0,
+    "text_heads": -2,
+    "patch_size": 10**6,
+    "bos_id": -1,
+    "caption_max_length": 0,
+    "vision_activation": "relu",
+    "name": 5,
+    "experts": [[]],
+    "dropout": 1.0,
+    "init_std": -1.0,
+    "caption_prefix": "\ud800",
+    "semantics": None,
+}
 LARGE = {
-    "vision_depth": 1000, "text_depth": 1000, "resampler_depth": 1000, "vision_width": 65_536, "text_width": 65_536,
-    "text_mlp_width": 200_000, "vocab_size": 10**7, "max_positions": 10**7, "num_latents": 50_000,
+    "vision_depth": 1000,
+    "text_depth": 1000,
+    "resampler_depth": 1000,
+    "vision_width": 65_536,
+    "text_width": 65_536,
+    "text_mlp_width": 200_000,
+    "vocab_size": 10**7,
+    "max_positions": 10**7,
+    "num_latents": 50_000,
     "num_instances": 60_000,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("field, value", [*ABSURD.items(), *LARGE.items()])
@@ -147,11 +177,18 @@ def test_an_absurd_config_builds_nothing(folder, field, value):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("", "is not JSON"), ("[]", "unknown settings"), ("5", "unknown settings"), ('{"dropout": NaN}', "NaN"),
-        ('{"dropout": 1e999}', "1e999"), ('{"dropout": 0, "dropout": 0}', "twice"), ("[" * 10**5, "too deeply"),
-        ('{"experts": 5}', "experts is 5"), ('{"experts": [{}]}', "unknown expert"), ("{}", "does not fit"),
+        ("", "is not JSON"),
+        ("[]", "unknown settings"),
+        ("5", "unknown settings"),
+        ('{"dropout": NaN}', "NaN"),
+        ('{"dropout": 1e999}', "1e999"),
+        ('{"dropout": 0, "dropout": 0}', "twice"),
+        ("[" * 10**5, "too deeply"),
+        ('{"experts": 5}', "experts is 5"),
+        ('{"experts": [{}]}', "unknown expert"),
+        ("{}", "does not fit"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_config(folder, text, words):
     (folder / "config.json").write_text(text)
     assert words in refusal(lambda: Prismer.from_pretrained(folder))
@@ -165,29 +202,47 @@ def test_no_number_of_a_config_is_absurd(field, value):
 
 
 TOKENIZERS = {
-    "vocab list": ("vocab.json", "[]"), "vocab null": ("vocab.json", "null"),
-    "vocab bytes": ("vocab.json", b"\xff\xfe"), "vocab deep": ("vocab.json", "[" * 10**5),
-    "vocab surrogate": ("vocab.json", '{"\\ud800": 0}'), "merges bytes": ("merges.txt", b"\xff\xff"),
+    "vocab list": ("vocab.json", "[]"),
+    "vocab null": ("vocab.json", "null"),
+    "vocab bytes": ("vocab.json", b"\xff\xfe"),
+    "vocab deep": ("vocab.json", "[" * 10**5),
+    "vocab surrogate": ("vocab.json", '{"\\ud800": 0}'),
+    "merges bytes": ("merges.txt", b"\xff\xff"),
     "merges one": ("merges.txt", "#version: 0.2\na\n"),
     **{
         f"tokenizer {number}": ("tokenizer.json", text)
-        for number, text in enumerate((
-            "5", "[]", '{"model": 5}', '{"model": {"type": "BPE"}, "pre_tokenizer": "ByteLevel"}',
-            *(
-                json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}}, "pre_tokenizer": {"type": "ByteLevel"}} | more)
-                for more in (
-                    {"added_tokens": 5}, {"added_tokens": [5]}, {"added_tokens": [{"id": 1}]}, {"added_tokens": None},
-                    {"added_tokens": [{"id": "x", "content": []}]}, {"added_tokens": [{"id": 2, "content": 5}]},
-                )
-            ),
-            *(
-                json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": merges},
-                            "pre_tokenizer": {"type": "ByteLevel"}})
-                for merges in (5, None, [5], [None], [["a"]], [["a", 5]], {"a": 1})
-            ),
-        ))
+        for number, text in enumerate(
+            (
+                "5",
+                "[]",
+                '{"model": 5}',
+                '{"model": {"type": "BPE"}, "pre_tokenizer": "ByteLevel"}',
+                *(
+                    json.dumps(
+                        {"model": {"type": "BPE", "vocab": {"a": 0}}, "pre_tokenizer": {"type": "ByteLevel"}} | more
+                    )
+                    for more in (
+                        {"added_tokens": 5},
+                        {"added_tokens": [5]},
+                        {"added_tokens": [{"id": 1}]},
+                        {"added_tokens": None},
+                        {"added_tokens": [{"id": "x", "content": []}]},
+                        {"added_tokens": [{"id": 2, "content": 5}]},
+                    )
+                ),
+                *(
+                    json.dumps(
+                        {
+                            "model": {"type": "BPE", "vocab": {"a": 0}, "merges": merges},
+                            "pre_tokenizer": {"type": "ByteLevel"},
+                        }
+                    )
+                    for merges in (5, None, [5], [None], [["a"]], [["a", 5]], {"a": 1})
+                ),
+            )
+        )
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", TOKENIZERS)
@@ -219,9 +274,7 @@ def test_a_full_disk_leaves_the_old_model(model, folder, tmp_path):
 def test_an_interrupted_save_is_told(folder):
     """A kill between the two renames: the sentence says where the model lies."""
     folder.rename(folder.with_name(".m-old"))
-    assert "was interrupted, and the earlier model lies in" in refusal(
-        lambda: Prismer.from_pretrained(folder)
-    )
+    assert "was interrupted, and the earlier model lies in" in refusal(lambda: Prismer.from_pretrained(folder))
 
 
 def test_weights_are_written_as_they_are(tmp_path):
@@ -237,9 +290,7 @@ def test_what_is_no_name_of_a_model(source):
     assert "the model is" in refusal(lambda: Prismer.from_pretrained(source))
 
 
-@pytest.mark.parametrize(
-    "data", [b"hi", b"\x80\x02junk", b"\x80\x05.", b"GIF89a", b"PK\3\4junk", b"{}", b"["]
-)
+@pytest.mark.parametrize("data", [b"hi", b"\x80\x02junk", b"\x80\x05.", b"GIF89a", b"PK\3\4junk", b"{}", b"["])
 def test_bytes_that_are_no_torch_file(tmp_path, data):
     (tmp_path / "pytorch_model.bin").write_bytes(data)
     message = refusal(lambda: Prismer.from_pretrained(tmp_path / "pytorch_model.bin"))
@@ -253,16 +304,11 @@ def test_tensors_without_names(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
-@pytest.mark.parametrize(
-    "which", ["encoder.positional_embedding", "decoder.embeddings.word.weight"]
-)
+@pytest.mark.parametrize("which", ["encoder.positional_embedding", "decoder.embeddings.word.weight"])
 def test_weights_that_are_no_floats(model, folder, dtype, which):
     """Loaded as they are, int8 weights without their scales are other weights."""
     state = model.state_dict()
-    save_file(
-        {k: (t.to(dtype) if k == which else t).clone() for k, t in state.items()},
-        folder / "model.safetensors",
-    )
+    save_file({k: (t.to(dtype) if k == which else t).clone() for k, t in state.items()}, folder / "model.safetensors")
     (folder / "checksums.json").unlink()
     message = refusal(lambda: Prismer.from_pretrained(folder))
     assert f"{which} as {dtype}" in message

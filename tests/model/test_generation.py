@@ -3,12 +3,12 @@ that the rule is the published one, and that it does the work it claims. Run: py
 
 import pytest
 import torch
-from plain_inference import plain_beam_search, plain_generate
 
 import prismer.generation as generation
 from prismer.config import PrismerConfig
 from prismer.generation import beam_search
 from prismer.text import TextDecoder
+from tests.model.plain_inference import plain_beam_search, plain_generate
 
 CONFIG = PrismerConfig(
     vision_width=24,
@@ -21,9 +21,7 @@ CONFIG = PrismerConfig(
     vocab_size=29,
     max_positions=40,
 )
-PLAIN = {
-    "beams": 3, "max_new_tokens": 7, "min_new_tokens": 2, "length_penalty": 1.0, "scoring": "classic"
-}  # fmt: skip
+PLAIN = {"beams": 3, "max_new_tokens": 7, "min_new_tokens": 2, "length_penalty": 1.0, "scoring": "classic"}
 
 
 def build_decoder(seed=0, dtype=torch.float64, end_bias=1.8):
@@ -51,9 +49,7 @@ def draw_prompts(lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def prompt(length):
-        return [0] + torch.randint(
-            3, CONFIG.vocab_size, (length - 1,), generator=generator
-        ).tolist()
+        return [0] + torch.randint(3, CONFIG.vocab_size, (length - 1,), generator=generator).tolist()
 
     return [[prompt(length) for length in group] for group in lengths]
 
@@ -141,9 +137,7 @@ def test_fp32():
 def test_done_prompts_stay_as_they_are(beams):
     """Under a penalty that favours length, hypotheses that would beat a done prompt's come too late for it."""
     options = {**PLAIN, "beams": beams, "length_penalty": 2.0, "min_new_tokens": 1}
-    ours = compare(
-        build_decoder(0, end_bias=2.5), draw_context(8), draw_prompts([[4]] * 8), **options
-    )
+    ours = compare(build_decoder(0, end_bias=2.5), draw_context(8), draw_prompts([[4]] * 8), **options)
     assert len({len(tokens) for tokens in ours.tokens}) > 1
 
 
@@ -170,11 +164,7 @@ def test_the_image_matters():
 
 def test_work(count):
     """One projection per image; the prompt once; then `beams` tokens a step, but not for the last one."""
-    decoder, context, groups = (
-        build_decoder(0, end_bias=-30.0),
-        draw_context(2),
-        draw_prompts([[4], [4]]),
-    )
+    decoder, context, groups = (build_decoder(0, end_bias=-30.0), draw_context(2), draw_prompts([[4], [4]]))
     options = {**PLAIN, "max_new_tokens": 6}
     beam_search(decoder, context, groups, **options)
     assert count == {"images": 2, "tokens": 2 * (4 + 3 * 5)}
@@ -214,41 +204,38 @@ def test_caches_stay_in_place(monkeypatch):
     assert listed == [[step] for step in range(1, 7) for _ in range(layers)]
 
 
-@pytest.mark.parametrize(
-    "beams, length_penalty, min_new_tokens", [(3, 1.0, 2), (4, -1.0, 0), (5, 0.0, 1)]
-)
+@pytest.mark.parametrize("beams, length_penalty, min_new_tokens", [(3, 1.0, 2), (4, -1.0, 0), (5, 0.0, 1)])
 def test_plain_rule_is_the_library_rule(beams, length_penalty, min_new_tokens):
     """The plain search, in its modern scoring, agrees with transformers on a model of transformers."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=23, n_positions=20, n_embd=16, n_layer=1, n_head=2,
-        bos_token_id=0, eos_token_id=2, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=23, n_positions=20, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=2, pad_token_id=1
+    )
     lengths = set()
     for seed in (0, 1, 4):
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(config).eval().double().requires_grad_(False)
         for parameter in model.parameters():
             parameter.normal_(0, 0.5)
-        model.transformer.ln_f.bias += (
-            0.6 * model.transformer.wte.weight[2]
-        )  # ends come now and then
+        model.transformer.ln_f.bias += 0.6 * model.transformer.wte.weight[2]  # ends come now and then
         prompt = [0, 5, 7, 9]
 
         def next_log_probs(tokens, model=model, prompt=prompt):
             return model(torch.tensor([prompt + tokens])).logits[0, -1].log_softmax(-1).tolist()
 
-        options = {
-            "max_new_tokens": 6, "min_new_tokens": min_new_tokens, "length_penalty": length_penalty
-        }  # fmt: skip
-        tokens, score = plain_beam_search(
-            next_log_probs, len(prompt), 2, beams=beams, scoring="modern", **options
-        )
+        options = {"max_new_tokens": 6, "min_new_tokens": min_new_tokens, "length_penalty": length_penalty}
+        tokens, score = plain_beam_search(next_log_probs, len(prompt), 2, beams=beams, scoring="modern", **options)
         theirs = model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, 4, dtype=torch.int64), num_beams=beams,
-            do_sample=False, early_stopping=False, return_dict_in_generate=True, output_scores=True, **options,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, 4, dtype=torch.int64),
+            num_beams=beams,
+            do_sample=False,
+            early_stopping=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **options,
+        )
         written = theirs.sequences[0, len(prompt) :].tolist()
         lengths.add(len(tokens))
         assert tokens == (written[: written.index(2)] if 2 in written else written)

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from prismer.config import prismer_base, prismer_tiny
-from prismer.dataloading.features import Semantics
-from prismer.dataloading.labels import pack_labels
-from prismer.dataloading.loader import Loader
-from prismer.dataloading.scenes import OBJECT_CLASSES, SEG_CLASSES, render_scene
-from prismer.dataloading.shards import Sample, ShardDataset, ShardWriter
+from prismer.dataloading.feed.features import Semantics
+from prismer.dataloading.feed.images import ExpertLabels, image_batch, load_image, load_images
+from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.scenes.dataset import OBJECT_CLASSES, SEG_CLASSES, render_scene
+from prismer.dataloading.store.labels import pack_labels
+from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 from prismer.experts import EXPERTS
-from prismer.images import ExpertLabels, image_batch, load_image, load_images
 
 SIZE = 32
 CLASSES = {"seg": SEG_CLASSES, "obj_detection": OBJECT_CLASSES}
@@ -51,9 +51,7 @@ def assert_near(got: torch.Tensor, wanted: torch.Tensor, levels: int) -> None:
 RGB = gradient()
 GREY = RGB.convert("L")
 # 200 more than the exact values: what the 8-bit picture leaves out
-SIXTEEN = Image.fromarray(
-    np.minimum(np.asarray(GREY).astype(np.uint32) * 257 + 200, 65535).astype(np.uint16)
-)
+SIXTEEN = Image.fromarray(np.minimum(np.asarray(GREY).astype(np.uint32) * 257 + 200, 65535).astype(np.uint16))
 KINDS = {  # name -> bytes, the picture it shows, grey levels lost by its compression
     "png": (encoded(RGB, "PNG"), RGB, 0),
     "jpeg": (encoded(RGB, "JPEG", quality=95), RGB, 12),
@@ -71,11 +69,7 @@ KINDS = {  # name -> bytes, the picture it shows, grey levels lost by its compre
     "16-bit-tiff": (encoded(SIXTEEN, "TIFF"), GREY, 0),
     "cmyk-jpeg": (encoded(RGB.convert("CMYK"), "JPEG", quality=95), RGB, 12),
     "cmyk-tiff": (encoded(RGB.convert("CMYK"), "TIFF"), RGB, 0),
-    "one-pixel": (
-        encoded(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG"),
-        Image.new("RGB", (1, 1), (9, 8, 7)),
-        0,
-    ),
+    "one-pixel": (encoded(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG"), Image.new("RGB", (1, 1), (9, 8, 7)), 0),
     "one-row": (encoded(RGB.crop((0, 0, 80, 1)), "PNG"), RGB.crop((0, 0, 80, 1)), 0),
 }
 
@@ -135,9 +129,7 @@ def test_animation_gives_its_first_frame_and_warns_once():
         first = load_image(data, SIZE)
         load_image(data, SIZE)
     assert_near(first, expected(RGB), 0)
-    assert [str(w.message) for w in seen] == [
-        "an image has several frames or pages; only the first is used"
-    ]
+    assert [str(w.message) for w in seen] == ["an image has several frames or pages; only the first is used"]
 
 
 def test_large_jpeg_is_decoded_small_and_looks_the_same():
@@ -185,17 +177,10 @@ def huge_png() -> bytes:
     """60000 x 60000 pixels in a few bytes."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 BROKEN = {
@@ -204,15 +189,9 @@ BROKEN = {
     "html": (b"<!doctype html><html>404</html>", "not an image"),
     "bomb": (huge_png(), "million pixels; shrink it"),
     "float": (encoded(GREY.convert("F"), "TIFF"), "floating-point"),
-    "32-bit": (
-        encoded(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"),
-        "more than 16 bits",
-    ),
+    "32-bit": (encoded(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "more than 16 bits"),
     **{
-        f"truncated-{kind}-{keep}": (
-            KINDS[kind][0][: int(len(KINDS[kind][0]) * keep)],
-            "damaged|not an image",
-        )
+        f"truncated-{kind}-{keep}": (KINDS[kind][0][: int(len(KINDS[kind][0]) * keep)], "damaged|not an image")
         for kind in ("png", "jpeg", "webp", "gif", "tiff", "bmp")
         for keep in (0.04, 0.3, 0.8)
     },
@@ -295,9 +274,7 @@ def scenes() -> list[Sample]:
 def features_per_pixel(images) -> dict[str, torch.Tensor]:
     """What the stems read: the tables are free to order their rows as they like."""
     return {
-        name: torch.stack(
-            [images.features[images.rows[name][b, ids[0].long()]] for b, ids in enumerate(label)]
-        )
+        name: torch.stack([images.features[images.rows[name][b, ids[0].long()]] for b, ids in enumerate(label)])
         for name, label in images.labels.items()
         if EXPERTS[name].is_ids
     }
@@ -310,14 +287,7 @@ def test_image_batch_agrees_with_the_loader(scenes, label_size, tmp_path):
         for sample in scenes:
             writer.write(sample)
     semantics = Semantics.spelling()
-    loader = Loader(
-        ShardDataset(tmp_path),
-        config=config,
-        batch_size=3,
-        semantics=semantics,
-        training=False,
-        threads=1,
-    )
+    loader = Loader(ShardDataset(tmp_path), config=config, batch_size=3, semantics=semantics, training=False, threads=1)
     (batch,) = loader.epoch(0)
     labels = [ExpertLabels(sample.labels, sample.meta, CLASSES) for sample in scenes]
     ours = image_batch([sample.jpeg for sample in scenes], config, labels)
@@ -339,9 +309,7 @@ def test_labels_from_files(scenes, tmp_path):
         ExpertLabels.from_file(path)
     (tmp_path / "a.json").write_text(json.dumps({**scenes[0].meta, "classes": CLASSES}))
     from_files = image_batch([scenes[0].jpeg, RGB], config, [path, None])
-    direct = image_batch(
-        [scenes[0].jpeg], config, [ExpertLabels(scenes[0].labels, scenes[0].meta, CLASSES)]
-    )
+    direct = image_batch([scenes[0].jpeg], config, [ExpertLabels(scenes[0].labels, scenes[0].meta, CLASSES)])
     for name in config.experts:
         assert torch.equal(from_files.labels[name][:1], direct.labels[name])
         assert (from_files.labels[name][1] == EXPERTS[name].fill).all()
@@ -373,10 +341,7 @@ def test_unfit_maps():
     plane = np.zeros((4, 4), np.uint8)
     for planes, words in (
         ({"depht": plane}, "unknown expert 'depht'"),
-        (
-            {"depth": plane.astype(np.float32)},
-            r"depth map of the expert labels is float32 \(4, 4\)",
-        ),
+        ({"depth": plane.astype(np.float32)}, r"depth map of the expert labels is float32 \(4, 4\)"),
         ({"normal": plane}, r"expected uint8 \(h, w, 3\)"),
         ({"seg": plane[..., None]}, r"expected uint8 \(h, w\)"),
     ):

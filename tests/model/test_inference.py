@@ -6,27 +6,19 @@ import copy
 import numpy as np
 import pytest
 import torch
-from plain_inference import plain_generate, plain_rank
 from safetensors.torch import load_file, save_file
 
+from prismer.batch import ImageBatch
 from prismer.config import prismer_tiny
-from prismer.dataloading.batch import ImageBatch
 from prismer.inference import Answer, Candidates
 from prismer.model import Prismer
-from prismer.tasks import collate, encode_class, encode_qa
+from prismer.texts import collate, encode_class, encode_qa
 from prismer.tokenizer import Tokenizer
+from tests.model.plain_inference import plain_generate, plain_rank
 
 ANSWERS = ["yes", "no", "red", "dark red", "dark blue", "2", "no", "red cube"]
-QUESTIONS = [
-    ["What is it?", "Which colour has the small cube on the left?", "How many?"],
-    [],
-    ["Is it red"],
-]
-TEXTS = [
-    " Yes No Red Dark red Dark blue dark",
-    "What is it? Which colour has the small cube?",
-    "A photo of a",
-]
+QUESTIONS = [["What is it?", "Which colour has the small cube on the left?", "How many?"], [], ["Is it red"]]
+TEXTS = [" Yes No Red Dark red Dark blue dark", "What is it? Which colour has the small cube?", "A photo of a"]
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +26,21 @@ def model():
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(TEXTS * 3, 290)
     config = prismer_tiny(
-        experts=("depth", "seg"), image_size=32, label_size=32, vision_width=16, vision_heads=2, vision_depth=1,
-        resampler_depth=1, resampler_heads=2, num_latents=4, text_width=32, text_depth=2, text_mlp_width=48,
-        vocab_size=tokenizer.vocab_size, caption_prefix="A picture of",
-    )  # fmt: skip
+        experts=("depth", "seg"),
+        image_size=32,
+        label_size=32,
+        vision_width=16,
+        vision_heads=2,
+        vision_depth=1,
+        resampler_depth=1,
+        resampler_heads=2,
+        num_latents=4,
+        text_width=32,
+        text_depth=2,
+        text_mlp_width=48,
+        vocab_size=tokenizer.vocab_size,
+        caption_prefix="A picture of",
+    )
     model = Prismer(config, tokenizer).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         # images and positions speak loudly, so that texts differ
@@ -52,9 +55,7 @@ def model():
 @pytest.fixture
 def images():
     g = torch.Generator().manual_seed(0)
-    batch = ImageBatch.without_labels(
-        torch.zeros(3, 3, 32, 32, dtype=torch.uint8), ("depth", "seg"), 32
-    )
+    batch = ImageBatch.without_labels(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), ("depth", "seg"), 32)
     batch.rgb = torch.randint(0, 256, (3, 3, 32, 32), generator=g, dtype=torch.uint8)
     batch.rgb[1, 0], batch.rgb[2, :, ::2] = 255, 0
     batch.labels["depth"] = torch.randint(0, 256, (3, 1, 32, 32), generator=g, dtype=torch.uint8)
@@ -85,10 +86,7 @@ def question_groups(model, questions):
     """The tokens of questions, spelt out here: `<s>` and the question, capitalised, with `?`."""
     tokenizer = model.tokenizer
     return [
-        [
-            [0, *tokenizer.encode(question if question.endswith("?") else question + "?")]
-            for question in group
-        ]
+        [[0, *tokenizer.encode(question if question.endswith("?") else question + "?")] for question in group]
         for group in questions
     ]
 
@@ -107,13 +105,17 @@ def check_answers(found, plain, texts):
 def test_caption(model, images, beams, prefix):
     written = "A picture of" if prefix is None else prefix
     prompt = [0, *model.tokenizer.encode(written)]
-    captions = model.caption(
-        images, beams=beams, prefix=prefix, max_length=len(prompt) + 6, min_length=len(prompt) + 2
-    )
+    captions = model.caption(images, beams=beams, prefix=prefix, max_length=len(prompt) + 6, min_length=len(prompt) + 2)
     plain = plain_generate(
-        model.decoder, model.encode(images), [[prompt]] * 3,
-        beams=beams, max_new_tokens=6, min_new_tokens=2, length_penalty=1.0, scoring="classic",
-    )  # fmt: skip
+        model.decoder,
+        model.encode(images),
+        [[prompt]] * 3,
+        beams=beams,
+        max_new_tokens=6,
+        min_new_tokens=2,
+        length_penalty=1.0,
+        scoring="classic",
+    )
     expected = [model.tokenizer.decode(tokens).strip() for tokens, _ in plain]
     assert captions == [text[:1].upper() + text[1:].lower() + "." for text in expected]
     assert len(set(captions)) == 3
@@ -145,9 +147,7 @@ def test_answer_from_a_list(model, images, top_k, read_out):
     assert [len(group) for group in found] == [3, 0, 1]
     tokens = [[*model.tokenizer.encode(" " + answer.capitalize()), 2] for answer in ANSWERS]
     groups = question_groups(model, QUESTIONS)
-    plain = plain_rank(
-        model.decoder, model.encode(images), groups, tokens, top_k=top_k, read_out=read_out
-    )
+    plain = plain_rank(model.decoder, model.encode(images), groups, tokens, top_k=top_k, read_out=read_out)
     check_answers([answer for group in found for answer in group], plain, ANSWERS)
 
 
@@ -165,18 +165,23 @@ def test_scores_are_the_training_losses(model, images):
         losses = model.text_losses(model.encode(images), batch) / batch.labels.ge(0).sum(-1)
         for b, group in enumerate(found):
             for (source, text), loss in zip(pairs, losses[b].tolist(), strict=True):
-                scores = [
-                    score for name, score in group[sources.index(source)].ranked if name == text
-                ]
+                scores = [score for name, score in group[sources.index(source)].ranked if name == text]
                 assert scores == pytest.approx([-loss] * len(scores), abs=2e-5)
 
 
 def test_answer_freely(model, images):
     found = model.answer(images, QUESTIONS)
     plain = plain_generate(
-        model.decoder, model.encode(images), question_groups(model, QUESTIONS), read_out="pad",
-        beams=3, max_new_tokens=10, min_new_tokens=1, length_penalty=-1.0, scoring="classic",
-    )  # fmt: skip
+        model.decoder,
+        model.encode(images),
+        question_groups(model, QUESTIONS),
+        read_out="pad",
+        beams=3,
+        max_new_tokens=10,
+        min_new_tokens=1,
+        length_penalty=-1.0,
+        scoring="classic",
+    )
     for answer, (tokens, score) in zip([a for group in found for a in group], plain, strict=True):
         assert answer.text == model.tokenizer.decode(tokens).strip().lower()
         assert answer.score == pytest.approx(score, abs=1e-3)
@@ -190,9 +195,7 @@ def test_answer_nesting(model, images):
     assert all(isinstance(answer, Answer) for answer in flat)
     assert [[a.text for a in group] for group in nested] == [[a.text] for a in flat]
     candidates = Candidates.answers(model.tokenizer, ANSWERS)
-    again = model.answer(
-        images, [["What is it?", "How many?"], ["What is it?"], ["Is it?", "How many?"]], candidates
-    )
+    again = model.answer(images, [["What is it?", "How many?"], ["What is it?"], ["Is it?", "How many?"]], candidates)
     for alone, other in ((flat[0], again[0][1]), (flat[1], again[1][0]), (flat[2], again[2][1])):
         assert alone.score == pytest.approx(other.score, abs=1e-5)
     assert model.answer(images, [[], [], []], ANSWERS) == [[], [], []]
@@ -204,9 +207,7 @@ def test_classify(model, images, top_k):
     found = model.classify(images, names, top_k=top_k)
     tokens = [[*model.tokenizer.encode(" " + name.lower()), 2] for name in names]
     prompt = [0, *model.tokenizer.encode("A photo of a")]
-    plain = plain_rank(
-        model.decoder, model.encode(images), [[prompt]] * 3, tokens, top_k=top_k, read_out="last"
-    )
+    plain = plain_rank(model.decoder, model.encode(images), [[prompt]] * 3, tokens, top_k=top_k, read_out="last")
     check_answers(found, plain, names)
     candidates = Candidates.classes(model.tokenizer, names)
     assert model.classify(images, candidates, top_k=top_k) == found
@@ -225,28 +226,13 @@ def test_images_are_encoded_once(model, images, calls):
 @pytest.mark.parametrize(
     "ask, message",
     [
-        (
-            lambda model, images: model.answer(images, "What?", ANSWERS),
-            "questions is one string for 3 images",
-        ),
-        (
-            lambda model, images: model.answer(images, ["What?"], ANSWERS),
-            "questions is a list of 1 for 3 images",
-        ),
-        (
-            lambda model, images: model.answer(images, ["What?", ["What?"], []]),
-            "mixes strings and lists",
-        ),
-        (
-            lambda model, images: model.answer(images, ["What?", "", "What?"]),
-            "the question '' is empty",
-        ),
+        (lambda model, images: model.answer(images, "What?", ANSWERS), "questions is one string for 3 images"),
+        (lambda model, images: model.answer(images, ["What?"], ANSWERS), "questions is a list of 1 for 3 images"),
+        (lambda model, images: model.answer(images, ["What?", ["What?"], []]), "mixes strings and lists"),
+        (lambda model, images: model.answer(images, ["What?", "", "What?"]), "the question '' is empty"),
         (lambda model, images: model.answer(images, ["What?"] * 3, []), r"answers is \[\]"),
         (lambda model, images: model.answer(images, ["What?"] * 3, "yes"), "answers is 'yes'"),
-        (
-            lambda model, images: model.answer(images, ["What?"] * 3, ["yes", " "]),
-            "the answer ' ' is empty",
-        ),
+        (lambda model, images: model.answer(images, ["What?"] * 3, ["yes", " "]), "the answer ' ' is empty"),
         (lambda model, images: model.answer(images, ["What?"] * 3, ANSWERS, top_k=0), "top_k is 0"),
         (lambda model, images: model.classify(images, []), r"class_names is \[\]"),
         (lambda model, images: model.caption(images, beams=0), "beams is 0"),
@@ -323,9 +309,7 @@ def test_a_prefix_of_all_tensors_is_left_out(model, tmp_path, prefix):
     save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
     # of the file as it was written
     (tmp_path / "m" / "checksums.json").unlink()
-    for a, b in zip(
-        Prismer.from_pretrained(tmp_path / "m").parameters(), model.parameters(), strict=True
-    ):
+    for a, b in zip(Prismer.from_pretrained(tmp_path / "m").parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -333,9 +317,7 @@ def test_refuses_a_model_that_cannot_be_asked(model, images):
     mute = Prismer(model.config).eval()
     with pytest.raises(ValueError, match="the model has no tokenizer"):
         mute.caption(images)
-    empty = ImageBatch.without_labels(
-        torch.zeros(0, 3, 32, 32, dtype=torch.uint8), ("depth", "seg"), 32
-    )
+    empty = ImageBatch.without_labels(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), ("depth", "seg"), 32)
     with pytest.raises(ValueError, match="the batch holds no images"):
         model.caption(empty)
     model.train()

@@ -7,18 +7,18 @@ import dataclasses
 import pytest
 import torch
 import torch._dynamo.testing
-from test_generation import CONFIG, PLAIN, build_decoder, draw_context, draw_prompts
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from prismer.batch import Batch, ImageBatch, TextBatch
 from prismer.config import preset, prismer_tiny
-from prismer.counting import Counter
-from prismer.dataloading.batch import Batch, ImageBatch, TextBatch
+from prismer.costs.counting import Counter
 from prismer.freezing import freeze
 from prismer.generation import BeamSearch, beam_search, read_prompts
 from prismer.model import Prismer
 from prismer.ranking import AnswerTrie, rank_answers
 from prismer.stems import normalise_rgb
 from prismer.text import TextDecoder
+from tests.model.test_generation import CONFIG, PLAIN, build_decoder, draw_context, draw_prompts
 
 MOST_PER_TOKEN = 230
 # operators at BASE; 12 layers and the extra one
@@ -37,9 +37,15 @@ def begin(decoder, context, groups, *, beams=3, max_new_tokens=7, read_out="last
     cross = decoder.project_context(context)
     prompts = read_prompts(decoder, cross, groups, read_out, max_new_tokens)
     return BeamSearch(
-        decoder, cross, prompts,
-        beams=beams, max_new_tokens=max_new_tokens, min_new_tokens=2, length_penalty=1.0, classic=True,
-    )  # fmt: skip
+        decoder,
+        cross,
+        prompts,
+        beams=beams,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=2,
+        length_penalty=1.0,
+        classic=True,
+    )
 
 
 @pytest.fixture
@@ -141,10 +147,20 @@ def test_one_program_for_all_steps(compiled):
 
 def tiny():
     config = prismer_tiny(
-        experts=("depth", "normal", "obj_detection"), image_size=32, label_size=32, vision_width=32, vision_heads=2,
-        vision_depth=1, resampler_depth=1, resampler_heads=2, num_latents=4, text_width=32, text_depth=1,
-        text_mlp_width=48, vocab_size=40,
-    )  # fmt: skip
+        experts=("depth", "normal", "obj_detection"),
+        image_size=32,
+        label_size=32,
+        vision_width=32,
+        vision_heads=2,
+        vision_depth=1,
+        resampler_depth=1,
+        resampler_heads=2,
+        num_latents=4,
+        text_width=32,
+        text_depth=1,
+        text_mlp_width=48,
+        vocab_size=40,
+    )
     torch.manual_seed(0)
     return Prismer(config)
 

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from prismer.batch_norm import GlobalBatchNorm2d
 from prismer.kernels.modules import Adaptor, MultiheadAttention
-from prismer.layers import GlobalBatchNorm2d
 
 
 def _norm_and_input() -> tuple[GlobalBatchNorm2d, torch.Tensor, torch.Tensor]:
@@ -32,8 +32,15 @@ def _one_rank(rank: int, port: int, results) -> None:
     dist.all_reduce(norm.weight.grad)
     dist.all_reduce(norm.bias.grad)
     # numpy arrays: tensors would travel through shared memory that ends with this process
-    results.put((rank, *(t.detach().numpy() for t in (
-        y, x.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var))))  # fmt: skip
+    results.put(
+        (
+            rank,
+            *(
+                t.detach().numpy()
+                for t in (y, x.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var)
+            ),
+        )
+    )
     dist.destroy_process_group()
 
 
@@ -56,8 +63,7 @@ def test_batch_norm_over_two_processes():
     x.requires_grad_()
     y = reference(x)
     y.backward(dy)
-    expected = (y, x.grad, reference.weight.grad, reference.bias.grad,
-                reference.running_mean, reference.running_var)  # fmt: skip
+    expected = (y, x.grad, reference.weight.grad, reference.bias.grad, reference.running_mean, reference.running_var)
     names = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
     for i, (name, want) in enumerate(zip(names, expected, strict=True), start=1):
         parts = [torch.from_numpy(rank[i]) for rank in (first, second)]

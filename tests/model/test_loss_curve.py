@@ -7,16 +7,24 @@ Run: pytest tests/model/test_loss_curve.py -s        20 steps; with 200: pytest 
 import pytest
 import torch
 
+from prismer.batch import IGNORE_INDEX, Batch, ImageBatch, TextBatch
 from prismer.config import prismer_tiny
-from prismer.dataloading.batch import IGNORE_INDEX, Batch, ImageBatch, TextBatch
 from prismer.freezing import freeze
 from prismer.kernels.dispatch import use_backend
 from prismer.model import Prismer
 
 CONFIG = prismer_tiny(
-    experts=("normal", "seg", "obj_detection"), image_size=32, label_size=32, vision_width=64, vision_depth=2,
-    resampler_depth=1, text_width=64, text_depth=2, text_mlp_width=128, vocab_size=60,
-)  # fmt: skip
+    experts=("normal", "seg", "obj_detection"),
+    image_size=32,
+    label_size=32,
+    vision_width=64,
+    vision_depth=2,
+    resampler_depth=1,
+    text_width=64,
+    text_depth=2,
+    text_mlp_width=128,
+    vocab_size=60,
+)
 
 
 def batches(number):

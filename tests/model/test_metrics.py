@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 
-from prismer.metrics import (
+from prismer.training.metrics import (
     answer_scores,
     bleu,
     caption_scores,
@@ -39,24 +39,13 @@ REFERENCES = [
         "The brown dog's running through tall grass.",
         "A dog plays.",
     ],
-    [
-        "Two men ride horses along a beach.",
-        "Men riding horses on the sand",
-        "People on horseback at the beach; sunny!",
-    ],
+    ["Two men ride horses along a beach.", "Men riding horses on the sand", "People on horseback at the beach; sunny!"],
     ["Lots of red apples in a box", "A close-up of 1,000 apples.", "Apples of Dr. Smith (red)."],
-    [
-        "A kitchen with a stove, a sink and a window.",
-        "A small kitchen containing a stove & a sink.",
-    ],
+    ["A kitchen with a stove, a sink and a window.", "A small kitchen containing a stove & a sink."],
     ["An old man wearing a hat in the morning...", "The man's hat is black.", "A man in a hat"],
     ["Some giraffes eat leaves", "Two giraffes standing in a field of tall grass"],
     ["A street sign that says stop", "A red stop sign on the street corner.", "Stop sign."],
-    [
-        "A plate of food on a table.",
-        "Chicken, rice and broccoli on a plate.",
-        "A meal with a glass of water.",
-    ],
+    ["A plate of food on a table.", "Chicken, rice and broccoli on a plate.", "A meal with a glass of water."],
 ]
 TOOLKIT = {
     "BLEU-1": 0.7916666666556712,
@@ -112,9 +101,7 @@ TREEBANK = {
 
 
 def tokenized() -> tuple[list[list[str]], list[list[list[str]]]]:
-    return [tokenize_caption(c) for c in CANDIDATES], [
-        [tokenize_caption(r) for r in refs] for refs in REFERENCES
-    ]
+    return [tokenize_caption(c) for c in CANDIDATES], [[tokenize_caption(r) for r in refs] for refs in REFERENCES]
 
 
 @pytest.mark.parametrize("caption", TREEBANK)
@@ -229,16 +216,9 @@ def test_vqa_accuracy():
 
 def test_answer_scores():
     scores = answer_scores(
-        ["red", "2", "blue", "no"],
-        [["Red"], ["two"], ["green"], ["yes"]],
-        ["colour", "count", "colour", "exist"],
+        ["red", "2", "blue", "no"], [["Red"], ["two"], ["green"], ["yes"]], ["colour", "count", "colour", "exist"]
     )
-    expected = {
-        "accuracy": 0.5,
-        "accuracy/colour": 0.5,
-        "accuracy/count": 1.0,
-        "accuracy/exist": 0.0,
-    }
+    expected = {"accuracy": 0.5, "accuracy/colour": 0.5, "accuracy/count": 1.0, "accuracy/exist": 0.0}
     assert scores == expected and list(scores) == list(expected)
     assert answer_scores(["red"], [["red"]]) == {"accuracy": 1.0}
     with pytest.raises(ValueError, match="got 1 predictions for 2 questions"):

@@ -77,8 +77,16 @@ def test_no_biases_in_stems_and_no_class_token():
 @pytest.fixture
 def tiny():
     torch.manual_seed(0)
-    config = prismer_tiny(vision_depth=2, text_depth=2, vision_width=32, text_width=32, text_mlp_width=64,
-                          image_size=64, label_size=64, vocab_size=40)  # fmt: skip
+    config = prismer_tiny(
+        vision_depth=2,
+        text_depth=2,
+        vision_width=32,
+        text_width=32,
+        text_mlp_width=64,
+        image_size=64,
+        label_size=64,
+        vocab_size=40,
+    )
     model = Prismer(config)
     for p in model.parameters():
         # large enough that forgetting one shows
@@ -87,7 +95,7 @@ def tiny():
 
 
 def make_images(config, seed=0, batch=2):
-    from prismer.dataloading.batch import ImageBatch
+    from prismer.batch import ImageBatch
     from prismer.experts import EXPERTS
 
     g = torch.Generator().manual_seed(seed)
@@ -119,7 +127,7 @@ def test_encoder_order_and_expert_invariance(tiny):
 
 def test_every_parameter_reaches_the_loss(tiny):
     """No bias, norm or table is forgotten: the loss moves when any single tensor moves."""
-    from prismer.dataloading.batch import Batch, TextBatch
+    from prismer.batch import Batch, TextBatch
 
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 40, (2, 3, 7), generator=g)
@@ -127,8 +135,12 @@ def test_every_parameter_reaches_the_loss(tiny):
     ids[0, 0, 5:] = 1
     ids[1, 1, 3] = 1
     labels = torch.where(ids.eq(1), -100, ids)
-    batch = Batch(images=make_images(tiny.config), keys=["a", "b"], meta=[{}, {}],
-                  texts=TextBatch(ids=ids, labels=labels, weights=torch.rand(2, 3, generator=g)))  # fmt: skip
+    batch = Batch(
+        images=make_images(tiny.config),
+        keys=["a", "b"],
+        meta=[{}, {}],
+        texts=TextBatch(ids=ids, labels=labels, weights=torch.rand(2, 3, generator=g)),
+    )
     tiny.train()
     tiny(batch).backward()
     silent = [n for n, p in tiny.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
@@ -148,7 +160,7 @@ def test_instance_rows_are_deterministic_and_used(tiny):
 
 def test_texts_of_an_image_do_not_see_each_other(tiny):
     """Packing G texts per image gives what one text at a time gives."""
-    from prismer.dataloading.batch import TextBatch
+    from prismer.batch import TextBatch
 
     context = tiny.encode(make_images(tiny.config))
     ids = torch.randint(3, 40, (2, 3, 6))
@@ -164,7 +176,7 @@ def test_texts_of_an_image_do_not_see_each_other(tiny):
 @pytest.mark.parametrize("split", [0, 1, 3])
 def test_packed_parts_have_the_losses_of_the_padded_whole(tiny, split):
     """Captions and questions, each part as wide as its own longest text: no loss and no gradient changes."""
-    from prismer.tasks import collate
+    from prismer.texts import collate
 
     draw = torch.Generator().manual_seed(3)
     groups = [
@@ -193,8 +205,8 @@ def test_packed_parts_have_the_losses_of_the_padded_whole(tiny, split):
 @pytest.mark.parametrize("split", [0, 1])
 def test_training_loss_is_the_weighted_mean_of_the_texts(tiny, split):
     """The loss that forms its logits once is mean(weight * summed loss), in value and every gradient."""
-    from prismer.dataloading.batch import Batch
-    from prismer.tasks import collate
+    from prismer.batch import Batch
+    from prismer.texts import collate
 
     draw = torch.Generator().manual_seed(4)
     groups = [
@@ -238,6 +250,7 @@ def test_dropout_is_where_roberta_has_it(tiny, monkeypatch):
     called, rates = [], []
     for name, module in drops.items():
         module.register_forward_hook(lambda *_, name=name: called.append(name))
+
     def recording(run):
         def recorded(*arguments, dropout, **options):
             rates.append(dropout)

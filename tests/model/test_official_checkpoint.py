@@ -10,26 +10,36 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_published import LOW_LEVEL, PlainPrismer, bicubic, randomise
 from safetensors.torch import load_file, save_file
-from test_official_keys import published
 
-from prismer import official
-from prismer.checkpoint import load_tensors
-from prismer.cli import main
+from prismer.batch import ImageBatch
+from prismer.cli.main import main
 from prismer.config import ALL_EXPERTS, PRESETS, PrismerConfig, preset
-from prismer.dataloading.batch import ImageBatch
 from prismer.experts import EXPERTS
-from prismer.load_report import Misfit, Report
 from prismer.model import Prismer
-from prismer.official import official_config, save_official
-from prismer.official_keys import IGNORED, to_official
 from prismer.stems import CLIP_MEAN, CLIP_STD
+from prismer.weights import published as official
+from prismer.weights.folder import load_tensors
+from prismer.weights.load_report import Misfit, Report
+from prismer.weights.names import IGNORED, to_official
+from prismer.weights.published import official_config, save_official
+from tests.model.plain_published import LOW_LEVEL, PlainPrismer, bicubic, randomise
+from tests.model.test_official_keys import published
 
 SMALL = dict(
-    image_size=80, label_size=224, vision_width=32, vision_depth=2, vision_heads=2, resampler_depth=4,
-    resampler_heads=4, text_width=24, text_depth=3, text_heads=2, text_mlp_width=96, vocab_size=50,
-)  # fmt: skip
+    image_size=80,
+    label_size=224,
+    vision_width=32,
+    vision_depth=2,
+    vision_heads=2,
+    resampler_depth=4,
+    resampler_heads=4,
+    text_width=24,
+    text_depth=3,
+    text_heads=2,
+    text_mlp_width=96,
+    vocab_size=50,
+)
 TEXT, VISION = "text_decoder.", "expert_encoder."
 WORD, MATRIX = f"{TEXT}roberta.embeddings.word_embeddings.weight", f"{TEXT}lm_head.decoder.weight"
 
@@ -42,11 +52,7 @@ def small(**changes) -> PrismerConfig:
 def small_preset(monkeypatch):
     """The architecture of the test files is one that is known by its sizes, like BASE."""
     monkeypatch.setitem(PRESETS, "small", small)
-    monkeypatch.setitem(
-        PRESETS,
-        "small14",
-        lambda **changes: small(**{"name": "small14", "patch_size": 14, **changes}),
-    )
+    monkeypatch.setitem(PRESETS, "small14", lambda **changes: small(**{"name": "small14", "patch_size": 14, **changes}))
 
 
 def write(path, config, seed=0, change=lambda tensors: None):
@@ -62,9 +68,7 @@ def write(path, config, seed=0, change=lambda tensors: None):
 def inputs(config, seed=1, batch=2):
     """An ImageBatch, and the same as the plain model reads it."""
     g = torch.Generator().manual_seed(seed)
-    rgb = torch.randint(
-        0, 256, (batch, 3, config.image_size, config.image_size), generator=g, dtype=torch.uint8
-    )
+    rgb = torch.randint(0, 256, (batch, 3, config.image_size, config.image_size), generator=g, dtype=torch.uint8)
     labels, rows, plain = {}, {}, {}
     features = torch.randn(9, 64, generator=g)
     for name in config.experts:
@@ -81,9 +85,7 @@ def inputs(config, seed=1, batch=2):
             low, high = x.min(1).values[:, None], x.max(1).values[:, None]
             plain[name] = (2 * (x - low) / (high - low + 1e-6) - 1).view(shape)
     instance_rows = torch.randint(0, 128, (256,), generator=g)
-    images = ImageBatch(
-        rgb=rgb, labels=labels, rows=rows, features=features, instance_rows=instance_rows
-    )
+    images = ImageBatch(rgb=rgb, labels=labels, rows=rows, features=features, instance_rows=instance_rows)
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     objects = labels["obj_detection"][:, 0] if "obj_detection" in labels else None
     return images, ((rgb / 255 - mean) / std, plain, objects, instance_rows)
@@ -106,9 +108,7 @@ def logits_of(model, ids, context):
 def close(name, ours, plain, relative):
     """The largest difference, against the largest entry."""
     error = ((ours - plain).abs().max() / plain.abs().max()).item()
-    assert error <= relative, (
-        f"{name} is off by {error:.2g} of its largest entry, allowed {relative:.2g}"
-    )
+    assert error <= relative, f"{name} is off by {error:.2g} of its largest entry, allowed {relative:.2g}"
 
 
 def compare(model, plain, seed=1):
@@ -119,15 +119,11 @@ def compare(model, plain, seed=1):
     config = model.config
     images, (rgb, labels, objects, rows) = inputs(config, seed)
     ids = draw_ids(config)
-    for dtype, relative in ((torch.float32, 1e-5), (torch.float64, 1e-6))[
-        : 1 if config.experts else 2
-    ]:
+    for dtype, relative in ((torch.float32, 1e-5), (torch.float64, 1e-6))[: 1 if config.experts else 2]:
         model, plain = model.to(dtype), plain.to(dtype)
         with torch.no_grad():
             ours = model.encode(images)
-            theirs = plain.expert_encoder(
-                rgb.to(dtype), {k: v.to(dtype) for k, v in labels.items()}, objects, rows
-            )
+            theirs = plain.expert_encoder(rgb.to(dtype), {k: v.to(dtype) for k, v in labels.items()}, objects, rows)
             close("context", ours, theirs, relative)
             close("logits", logits_of(model, ids, ours), plain.text_decoder(ids, theirs), relative)
     plain.float()
@@ -136,9 +132,7 @@ def compare(model, plain, seed=1):
 # loading
 
 
-@pytest.mark.parametrize(
-    "experts", [ALL_EXPERTS, ("depth", "seg"), ("obj_detection", "normal"), ()], ids=str
-)
+@pytest.mark.parametrize("experts", [ALL_EXPERTS, ("depth", "seg"), ("obj_detection", "normal"), ()], ids=str)
 @pytest.mark.parametrize("patch", [16, 14])
 def test_from_pretrained(tmp_path, experts, patch):
     """A file without config gives the tokens and logits of the model that wrote it."""
@@ -188,15 +182,11 @@ def test_architecture_is_found(name, side):
     sets = [ALL_EXPERTS, (), ("seg",), ("depth", "obj_detection"), tuple(reversed(ALL_EXPERTS))]
     for experts in sets:
         config = preset(name, experts=experts, image_size=side)
-        meta = {
-            key: torch.empty(shape, device="meta") for key, shape in published_with(config).items()
-        }
+        meta = {key: torch.empty(shape, device="meta") for key, shape in published_with(config).items()}
         found = official_config(meta, "file")
         ordered = tuple(e for e in ALL_EXPERTS if e in experts)
         assert found == config.replace(
-            name=name if experts else f"{name}-z",
-            experts=ordered,
-            caption_prefix="" if side == 224 else "A picture of",
+            name=name if experts else f"{name}-z", experts=ordered, caption_prefix="" if side == 224 else "A picture of"
         )
 
 
@@ -212,9 +202,7 @@ def test_only_whole_published_sizes_are_presets():
     config = preset("base", experts=())
     table = {key: torch.empty(shape, device="meta") for key, shape in published(config).items()}
     cut = {key: value for key, value in table.items() if "encoder.layer.11." not in key}
-    with pytest.raises(
-        ValueError, match=r"the nearest is base, but for text_depth 11 \(not 12\).*config="
-    ):
+    with pytest.raises(ValueError, match=r"the nearest is base, but for text_depth 11 \(not 12\).*config="):
         official_config(cut, "file")
     for key in (f"{VISION}positional_embedding", f"{VISION}conv1.rgb.weight"):
         with pytest.raises(ValueError, match=f"file lacks {re.escape(key)}"):
@@ -250,9 +238,7 @@ def test_dtype_and_grad(tmp_path):
     write(tmp_path / "a.bin", small())
     model = Prismer.from_pretrained(tmp_path / "a.bin", dtype=torch.bfloat16)
     whole = Prismer.from_pretrained(tmp_path / "a.bin")
-    for (name, ours), full in zip(
-        model.state_dict().items(), whole.state_dict().values(), strict=True
-    ):
+    for (name, ours), full in zip(model.state_dict().items(), whole.state_dict().values(), strict=True):
         expected = full if "running" in name or "num_batches" in name else full.bfloat16()
         assert torch.equal(ours, expected), name
     assert all(p.requires_grad for p in model.parameters())
@@ -391,12 +377,8 @@ def test_wrong_experts(tmp_path, stored, asked):
         with pytest.raises(ValueError) as caught:
             Prismer.from_pretrained(tmp_path / "a.bin", **options)
         sentence = str(caught.value).splitlines()[-1]
-        assert (
-            "a model works with the experts that it was trained with; set experts to [" in sentence
-        )
-        has, wants = re.search(
-            r" has (?:the experts )?(.+), but asked for (?:is|are) (.+): a model", sentence
-        ).groups()
+        assert "a model works with the experts that it was trained with; set experts to [" in sentence
+        has, wants = re.search(r" has (?:the experts )?(.+), but asked for (?:is|are) (.+): a model", sentence).groups()
         assert set(has.split(", ")) == set(stored or ["no experts"])
         assert set(wants.split(", ")) == set(asked or ["none"])
         assert ("from_backbones" in sentence) == (not set(asked) <= set(stored))
@@ -410,14 +392,10 @@ def test_right_experts_in_another_order(tmp_path):
 
 def test_wrong_experts_of_a_model_folder(tmp_path):
     Prismer(small(experts=("seg", "depth"))).save_pretrained(tmp_path / "m")
-    with pytest.raises(
-        ValueError, match=r"has the experts seg, depth, .*set experts to \['seg', 'depth'"
-    ):
+    with pytest.raises(ValueError, match=r"has the experts seg, depth, .*set experts to \['seg', 'depth'"):
         Prismer.from_pretrained(tmp_path / "m", experts=ALL_EXPERTS)
     (tmp_path / "m" / "config.json").write_text(small().to_json())
-    with pytest.raises(
-        Misfit, match=r"has the experts depth, seg, but asked for are depth, normal"
-    ):
+    with pytest.raises(Misfit, match=r"has the experts depth, seg, but asked for are depth, normal"):
         Prismer.from_pretrained(tmp_path / "m")
 
 
@@ -431,23 +409,11 @@ def reshape(name, function):
 
 BLOCK = f"{VISION}transformer.resblocks.1"
 FAULTS = {
-    "missing bias": (
-        drop(f"{BLOCK}.0.attn.out_proj.bias"),
-        r"missing +encoder.blocks.\*.attn.out_proj.bias",
-    ),
-    "missing norm": (
-        drop(f"{TEXT}roberta.encoder.layer.0.1.output.LayerNorm.weight"),
-        "missing +decoder.layers",
-    ),
+    "missing bias": (drop(f"{BLOCK}.0.attn.out_proj.bias"), r"missing +encoder.blocks.\*.attn.out_proj.bias"),
+    "missing norm": (drop(f"{TEXT}roberta.encoder.layer.0.1.output.LayerNorm.weight"), "missing +decoder.layers"),
     "unexpected": (rename(IGNORED, f"{TEXT}x.y"), "unexpected +text_decoder.x.y +1x514"),
-    "transposed": (
-        reshape(f"{BLOCK}.0.mlp.c_fc.weight", torch.t),
-        "other shape +encoder.* +32x128 +128x32",
-    ),
-    "not a grid": (
-        reshape(f"{VISION}positional_embedding", lambda t: t[1:]),
-        "other shape .*positional.*24x32 +25x32",
-    ),
+    "transposed": (reshape(f"{BLOCK}.0.mlp.c_fc.weight", torch.t), "other shape +encoder.* +32x128 +128x32"),
+    "not a grid": (reshape(f"{VISION}positional_embedding", lambda t: t[1:]), "other shape .*positional.*24x32 +25x32"),
     "misnamed layer": (
         rename(f"{BLOCK}.1.adaptor_ln.bias", f"{BLOCK}.1.ln_adaptor.bias"),
         r"(?s)missing +encoder.*adaptor.norm.bias.*unexpected +expert_encoder.transformer.resblocks.\*.\*.ln_adaptor",
@@ -542,9 +508,7 @@ def test_report(tmp_path, caplog):
 def test_report_joins_layers_and_ends():
     shape = torch.Size((3, 4))
     rows = {f"a.{i}.b.{j}.weight": shape for i in range(12) for j in range(2)}
-    assert "missing  a.*.b.*.weight  x24               3x4" in str(
-        Report(source="s", loaded=0, missing=rows)
-    )
+    assert "missing  a.*.b.*.weight  x24               3x4" in str(Report(source="s", loaded=0, missing=rows))
     many = Report(source="s", loaded=0, missing={f"t{i}": shape for i in range(100)})
     assert len(str(many).splitlines()) == 43 and str(many).endswith("... and 60 more rows")
     assert str(Report(source="s", loaded=5)) == "s: 5 tensors loaded"
@@ -579,9 +543,7 @@ def test_hub_id(hub):
     loaded = Prismer.from_pretrained("someone/prismer").state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
     ((name, patterns),) = hub.calls
-    assert name == "someone/prismer" and {"config.json", "model.safetensors", "vocab.json"} <= set(
-        patterns
-    )
+    assert name == "someone/prismer" and {"config.json", "model.safetensors", "vocab.json"} <= set(patterns)
     assert not any("*" in p or p.endswith(".bin") for p in patterns)
 
 
@@ -597,23 +559,13 @@ def test_a_published_checkpoint_of_the_hub(hub):
 
 
 def test_offline(hub, tmp_path, monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"^there is no folder no/body, .* from the hub \(no connection\); check"
-    ):
+    with pytest.raises(ValueError, match=r"^there is no folder no/body, .* from the hub \(no connection\); check"):
         Prismer.from_pretrained("no/body")
     hub.calls.clear()
     # nothing that is, or looks like, a path is asked of the hub
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
-    for source in (
-        "runs/tiny",
-        "runs/tyni",
-        "./no/body",
-        "/no/body",
-        "nobody",
-        "a b/c",
-        tmp_path / "none",
-    ):
+    for source in ("runs/tiny", "runs/tyni", "./no/body", "/no/body", "nobody", "a b/c", tmp_path / "none"):
         with pytest.raises(ValueError, match="has no config.json|no model folder"):
             Prismer.from_pretrained(source)
     assert hub.calls == []

@@ -6,7 +6,7 @@ import torch
 
 from prismer.config import ALL_EXPERTS, preset
 from prismer.model import Prismer
-from prismer.official_keys import IGNORED, from_official, to_official
+from prismer.weights.names import IGNORED, from_official, to_official
 
 NUM_KEYS = {"base": 843, "base-z": 635, "large": 1443, "large-z": 1235, "huge": 1587, "huge-z": 1379}
 

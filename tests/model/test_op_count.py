@@ -11,9 +11,9 @@ import dataclasses
 import pytest
 import torch
 
+from prismer.batch import Batch, ImageBatch, TextBatch
 from prismer.config import preset
-from prismer.counting import Counter
-from prismer.dataloading.batch import Batch, ImageBatch, TextBatch
+from prismer.costs.counting import Counter
 from prismer.freezing import freeze
 from prismer.kernels.dispatch import use_backend
 from prismer.model import Prismer
@@ -41,9 +41,7 @@ def count_step(mode: str, side: int) -> collections.Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "side"),
-    (("freeze_lang_vision", 224), ("freeze_vision", 480)),
-    ids=("pretrain-224", "finetune-480"),
+    ("mode", "side"), (("freeze_lang_vision", 224), ("freeze_vision", 480)), ids=("pretrain-224", "finetune-480")
 )
 def test_ops_of_a_training_step(mode, side):
     with use_backend("triton"):

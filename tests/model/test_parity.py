@@ -21,10 +21,6 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_inference import plain_beam_search
-from plain_published import PlainPrismer, ResamplerBlock, randomise
-from test_backbones import encode_without_adaptors, open_clip_tokens
-from test_official_checkpoint import draw_ids, inputs, logits_of, small
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, RobertaConfig, RobertaForCausalLM
 
@@ -32,18 +28,20 @@ from prismer.config import ALL_EXPERTS, PrismerConfig
 from prismer.generation import beam_search
 from prismer.kernels.modules import PerceiverResampler
 from prismer.model import Prismer
-from prismer.official import to_ours
-from prismer.official_keys import from_clip, to_official
 from prismer.ranking import AnswerTrie, rank_answers
 from prismer.text import TextDecoder
 from prismer.vision import VisionEncoder
+from prismer.weights.names import from_clip, to_official
+from prismer.weights.published import to_ours
+from tests.model.plain_inference import plain_beam_search
+from tests.model.plain_published import PlainPrismer, ResamplerBlock, randomise
+from tests.model.test_backbones import encode_without_adaptors, open_clip_tokens
+from tests.model.test_official_checkpoint import draw_ids, inputs, logits_of, small
 
 
 def assert_close(name, ours, theirs, relative=1e-5):
     error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    assert error <= relative, (
-        f"{name} is off by {error:.2g} of its largest entry, allowed {relative:.2g}"
-    )
+    assert error <= relative, f"{name} is off by {error:.2g} of its largest entry, allowed {relative:.2g}"
 
 
 def assert_gradients_close(pairs, relative=1e-4):
@@ -70,15 +68,22 @@ def build_towers(name, dtype=torch.float32):
     tower = dict(TOWERS[name])
     quick = tower.pop("quick")
     activation = open_clip.transformer.QuickGELU if quick else nn.GELU
-    theirs = open_clip.transformer.VisionTransformer(
-        **tower, mlp_ratio=4.0, output_dim=16, act_layer=activation
-    )
+    theirs = open_clip.transformer.VisionTransformer(**tower, mlp_ratio=4.0, output_dim=16, act_layer=activation)
     theirs = randomise(theirs).to(dtype)
     config = PrismerConfig(
-        image_size=tower["image_size"], patch_size=tower["patch_size"], vision_width=tower["width"],
-        vision_depth=tower["layers"], vision_heads=tower["heads"], vision_activation="quick_gelu" if quick else "gelu",
-        experts=(), text_width=16, text_depth=1, text_heads=2, text_mlp_width=16, vocab_size=20,
-    )  # fmt: skip
+        image_size=tower["image_size"],
+        patch_size=tower["patch_size"],
+        vision_width=tower["width"],
+        vision_depth=tower["layers"],
+        vision_heads=tower["heads"],
+        vision_activation="quick_gelu" if quick else "gelu",
+        experts=(),
+        text_width=16,
+        text_depth=1,
+        text_heads=2,
+        text_mlp_width=16,
+        vocab_size=20,
+    )
     ours = Prismer(config).eval().to(dtype)
     own = ours.state_dict()
     for key, tensor in theirs.state_dict(prefix="visual.").items():
@@ -131,25 +136,9 @@ def test_encoder_bf16(name, assert_no_worse):
 # the decoder, and transformers
 
 DECODERS = {
-    "base": dict(
-        text_width=768,
-        text_depth=2,
-        text_heads=12,
-        text_mlp_width=3072,
-        vision_width=768,
-        vocab_size=2000,
-    ),
-    "huge": dict(
-        text_width=256,
-        text_depth=3,
-        text_heads=4,
-        text_mlp_width=512,
-        vision_width=320,
-        vocab_size=300,
-    ),
-    "odd": dict(
-        text_width=24, text_depth=4, text_heads=2, text_mlp_width=40, vision_width=40, vocab_size=29
-    ),
+    "base": dict(text_width=768, text_depth=2, text_heads=12, text_mlp_width=3072, vision_width=768, vocab_size=2000),
+    "huge": dict(text_width=256, text_depth=3, text_heads=4, text_mlp_width=512, vision_width=320, vocab_size=300),
+    "odd": dict(text_width=24, text_depth=4, text_heads=2, text_mlp_width=40, vision_width=40, vocab_size=29),
 }
 
 
@@ -169,12 +158,18 @@ def build_decoders(name, dtype=torch.float32, cross=True, seed=0):
     depth = config.text_depth
     theirs = RobertaForCausalLM(
         RobertaConfig(
-            vocab_size=config.vocab_size, hidden_size=config.text_width, num_hidden_layers=depth + 1,
-            num_attention_heads=config.text_heads, intermediate_size=config.text_mlp_width, is_decoder=True,
-            max_position_embeddings=config.max_positions, type_vocab_size=1, layer_norm_eps=1e-5,
+            vocab_size=config.vocab_size,
+            hidden_size=config.text_width,
+            num_hidden_layers=depth + 1,
+            num_attention_heads=config.text_heads,
+            intermediate_size=config.text_mlp_width,
+            is_decoder=True,
+            max_position_embeddings=config.max_positions,
+            type_vocab_size=1,
+            layer_norm_eps=1e-5,
             add_cross_attention=cross,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     layers = theirs.roberta.encoder.layer
     for layer, our_layer in zip(layers if cross else (), ours.layers, strict=False):
         attention = layer.crossattention
@@ -194,9 +189,7 @@ def build_decoders(name, dtype=torch.float32, cross=True, seed=0):
             continue
         for name in to_official(f"decoder.{key}"):
             name = name.removeprefix("text_decoder.").replace("output_layer.", f"layer.{depth}.0.")
-            name = name.replace(".1.self.", ".crossattention.self.").replace(
-                ".1.output.", ".crossattention.output."
-            )
+            name = name.replace(".1.self.", ".crossattention.self.").replace(".1.output.", ".crossattention.output.")
             for i in range(depth + 1):
                 name = name.replace(f"layer.{i}.0.", f"layer.{i}.").replace(f"{i}.0.", f"{i}.")
                 name = name.replace(f"layer.{i}.1.", f"layer.{i}.")
@@ -213,9 +206,7 @@ def plain_adaptor(module):
     def hook(_, __, output):
         x = output[0]
         h = torch.relu(x @ down.weight.T + down.bias) ** 2
-        return F.layer_norm(
-            x + (h @ up.weight.T + up.bias), x.shape[-1:], norm.weight, norm.bias
-        ), output[1]
+        return F.layer_norm(x + (h @ up.weight.T + up.bias), x.shape[-1:], norm.weight, norm.bias), output[1]
 
     return hook
 
@@ -264,9 +255,7 @@ def test_decoder_gradients(name):
     for model in (ours, twin, theirs):
         model.requires_grad_(True)
     for logits in (ours_logits(ours, ids, contexts[0]), theirs_logits(theirs, ids, contexts[1])):
-        F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1, reduction="sum"
-        ).backward()
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1, reduction="sum").backward()
     grads = {"context": (contexts[0].grad, contexts[1].grad)}
     their_grads = {key: p.grad for key, p in theirs.named_parameters()}
     twins = dict(twin.named_parameters())
@@ -281,20 +270,16 @@ def test_decoder_gradients(name):
             grads[f"{i}.cross.{part}.weight"] = ours_linear.weight.grad, theirs_linear.weight.grad
             ours_linear = getattr(layer.attention, part)
             theirs_linear = getattr(layers[i].attention.self, part)
-            grads[f"{i}.attention.{part}.weight"] = (
-                ours_linear.weight.grad,
-                theirs_linear.weight.grad,
-            )
+            grads[f"{i}.attention.{part}.weight"] = (ours_linear.weight.grad, theirs_linear.weight.grad)
         grads[f"{i}.mlp.output.bias"] = layer.mlp.output.bias.grad, layers[i].output.dense.bias.grad
-        grads[f"{i}.mlp.norm.weight"] = (
-            layer.mlp.norm.weight.grad,
-            layers[i].output.LayerNorm.weight.grad,
-        )
+        grads[f"{i}.mlp.norm.weight"] = (layer.mlp.norm.weight.grad, layers[i].output.LayerNorm.weight.grad)
     last = layers[-1].intermediate.dense
     grads["extra"] = ours.extra.mlp.intermediate.weight.grad, last.weight.grad
     for ours_name, their_name in (
-        ("word", "word_embeddings"), ("position", "position_embeddings"), ("token_type", "token_type_embeddings"),
-    ):  # fmt: skip
+        ("word", "word_embeddings"),
+        ("position", "position_embeddings"),
+        ("token_type", "token_type_embeddings"),
+    ):
         ours_table = getattr(ours.embeddings, ours_name).weight.grad
         grads[ours_name] = ours_table, their_grads[f"roberta.embeddings.{their_name}.weight"]
     grads["head"] = ours.head.dense.weight.grad, their_grads["lm_head.dense.weight"]
@@ -310,9 +295,7 @@ def test_decoder_bf16(name, assert_no_worse):
     exact = exact.double()
     for layer, our_layer in zip(exact.roberta.encoder.layer, ours.layers, strict=False):
         layer.crossattention._forward_hooks.clear()
-        layer.crossattention.register_forward_hook(
-            plain_adaptor(copy.deepcopy(our_layer.adaptor).double())
-        )
+        layer.crossattention.register_forward_hook(plain_adaptor(copy.deepcopy(our_layer.adaptor).double()))
     ids, context = ids_of(ours.config), torch.randn(2, 9, ours.config.vision_width).bfloat16()
     with torch.no_grad():
         assert_no_worse(
@@ -325,19 +308,15 @@ def test_decoder_bf16(name, assert_no_worse):
 
 def test_training_loss_is_the_smoothed_one():
     """Label smoothing 0.1, summed over a text's tokens, with question, pads and `<s>` as no targets (spec 1.7)."""
-    from prismer.dataloading.batch import TextBatch
+    from prismer.batch import TextBatch
 
     ours, theirs = build_decoders("huge")
-    model = Prismer(
-        PrismerConfig(**DECODERS["huge"], vision_heads=8, max_positions=40, experts=())
-    ).eval()
+    model = Prismer(PrismerConfig(**DECODERS["huge"], vision_heads=8, max_positions=40, experts=())).eval()
     model.decoder = ours
     ids, context = ids_of(ours.config), torch.randn(2, 9, ours.config.vision_width)
     labels = torch.where(ids.eq(1), -100, ids)
     labels[:, :3] = -100
-    losses = model.text_losses(
-        context, TextBatch(ids=ids[:, None], labels=labels[:, None], weights=torch.ones(2, 1))
-    )
+    losses = model.text_losses(context, TextBatch(ids=ids[:, None], labels=labels[:, None], weights=torch.ones(2, 1)))
     log_probs = theirs_logits(theirs, ids, context).log_softmax(-1)
     for b in range(2):
         loss = 0.0
@@ -438,9 +417,7 @@ class PositionsFromPad:
         return args, kwargs
 
 
-def generate(
-    model, prompts, context, *, cache, beams, max_new_tokens, min_new_tokens, length_penalty
-):
+def generate(model, prompts, context, *, cache, beams, max_new_tokens, min_new_tokens, length_penalty):
     """transformers' tokens without prompt and end, and its scores."""
     options = {"use_cache": False}
     hook = model.roberta.embeddings.register_forward_pre_hook(PositionsFromPad(1), with_kwargs=True)
@@ -449,10 +426,21 @@ def generate(
         options = {"past_key_values": EncoderDecoderCache(*caches)}
     ids = torch.tensor(prompts)
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), encoder_hidden_states=context, num_beams=beams, do_sample=False,
-        early_stopping=False, return_dict_in_generate=True, output_scores=True, max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens, length_penalty=length_penalty, pad_token_id=1, eos_token_id=2, **options,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        encoder_hidden_states=context,
+        num_beams=beams,
+        do_sample=False,
+        early_stopping=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        length_penalty=length_penalty,
+        pad_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
     hook.remove()
     written = [row[len(prompts[0]) :].tolist() for row in out.sequences]
     return [row[: row.index(2)] if 2 in row else row for row in written], out.sequences_scores
@@ -465,9 +453,7 @@ SEARCHES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "search", SEARCHES, ids=lambda s: f"beams{s['beams']}-penalty{s['length_penalty']}"
-)
+@pytest.mark.parametrize("search", SEARCHES, ids=lambda s: f"beams{s['beams']}-penalty{s['length_penalty']}")
 @pytest.mark.parametrize("cache", [False, True], ids=["recomputed", "cached"])
 def test_beam_search_is_generate(search, cache):
     """Modern scoring: the tokens and scores of transformers' generate on transformers' model, images in a batch."""
@@ -485,9 +471,7 @@ def test_beam_search_is_generate(search, cache):
     assert len(lengths) > 1 and len(seen) > 4
 
 
-@pytest.mark.parametrize(
-    "search", SEARCHES, ids=lambda s: f"beams{s['beams']}-penalty{s['length_penalty']}"
-)
+@pytest.mark.parametrize("search", SEARCHES, ids=lambda s: f"beams{s['beams']}-penalty{s['length_penalty']}")
 def test_classic_scoring_on_transformers_model(search):
     """The rule of the time, written plainly, on logits of transformers' model; it chooses otherwise than the modern."""
     differs = False
@@ -500,15 +484,9 @@ def test_classic_scoring_on_transformers_model(search):
         for b, prompt in enumerate(prompts):
 
             def next_log_probs(tokens, prompt=prompt, image=context[b : b + 1], model=theirs):
-                return (
-                    theirs_logits(model, torch.tensor([prompt + tokens]), image)[0, -1]
-                    .log_softmax(-1)
-                    .tolist()
-                )
+                return theirs_logits(model, torch.tensor([prompt + tokens]), image)[0, -1].log_softmax(-1).tolist()
 
-            tokens, score = plain_beam_search(
-                next_log_probs, len(prompt), 2, scoring="classic", **search
-            )
+            tokens, score = plain_beam_search(next_log_probs, len(prompt), 2, scoring="classic", **search)
             assert found.tokens[b] == tokens
             assert found.scores[b].item() == pytest.approx(score, rel=1e-6)
         modern = beam_search(ours, context, groups, scoring="modern", **search)
@@ -518,17 +496,7 @@ def test_classic_scoring_on_transformers_model(search):
 
 # ranking, and the published procedure
 
-ANSWERS = [
-    [7, 2],
-    [7, 8, 2],
-    [5, 9, 11, 2],
-    [5, 9, 12, 2],
-    [22, 2],
-    [7, 8, 8, 8, 2],
-    [9, 5, 2],
-    [14, 2],
-    [14, 3, 2],
-]
+ANSWERS = [[7, 2], [7, 8, 2], [5, 9, 11, 2], [5, 9, 12, 2], [22, 2], [7, 8, 8, 8, 2], [9, 5, 2], [14, 2], [14, 3, 2]]
 
 
 def published_ranking(model, context, questions, k, extra_pads):
@@ -539,9 +507,7 @@ def published_ranking(model, context, questions, k, extra_pads):
     """
     columns = max(map(len, questions)) + extra_pads
     padded = torch.tensor([q + [1] * (columns - len(q)) for q in questions])
-    first = theirs_logits(model, padded, context)[:, -1].softmax(-1)[
-        :, [answer[0] for answer in ANSWERS]
-    ]
+    first = theirs_logits(model, padded, context)[:, -1].softmax(-1)[:, [answer[0] for answer in ANSWERS]]
     results = []
     for b in range(len(questions)):
         kept = sorted(first[b].sort(descending=True, stable=True).indices[:k].tolist())
@@ -568,18 +534,18 @@ def test_ranking_is_the_published_procedure(read_out, k):
         questions = [[0, *torch.randint(3, 29, (n,)).tolist()] for n in (3, 6, 2)]
         groups = [[q] for q in questions]
         found = rank_answers(ours, context, groups, trie, top_k=k, read_out=read_out)
-        expected = published_ranking(
-            theirs, context, questions, k, extra_pads=int(read_out == "pad")
-        )
+        expected = published_ranking(theirs, context, questions, k, extra_pads=int(read_out == "pad"))
         assert found.best.tolist() == [chosen for chosen, _, _ in expected]
         assert found.candidates.tolist() == [kept for _, kept, _ in expected]
         scores = torch.tensor([scores for *_, scores in expected], dtype=torch.float64)
         torch.testing.assert_close(found.scores, scores, rtol=1e-6, atol=1e-9)
         best |= set(found.best.tolist())
         alone = torch.cat(
-            [rank_answers(ours, context[b : b + 1], [[q]], trie, top_k=k, read_out=read_out).scores
-             for b, q in enumerate(questions)]
-        )  # fmt: skip
+            [
+                rank_answers(ours, context[b : b + 1], [[q]], trie, top_k=k, read_out=read_out).scores
+                for b, q in enumerate(questions)
+            ]
+        )
         assert torch.allclose(alone, found.scores) == (read_out == "pad")
     assert len(best) > 1
 
@@ -589,9 +555,7 @@ def test_fp32_logits_choose_alike():
     ours, theirs = build_decoders("base")
     context = torch.randn(2, 30, 768)
     questions = [[0, 5, 9, 20], [0, 7]]
-    found = rank_answers(
-        ours, context, [[q] for q in questions], AnswerTrie(ANSWERS, 2), top_k=4, read_out="batch"
-    )
+    found = rank_answers(ours, context, [[q] for q in questions], AnswerTrie(ANSWERS, 2), top_k=4, read_out="batch")
     expected = published_ranking(theirs, context, questions, 4, extra_pads=0)
     assert found.candidates.tolist() == [kept for _, kept, _ in expected]
     assert_close("scores", found.scores, torch.tensor([scores for *_, scores in expected]))
@@ -601,7 +565,7 @@ def test_encoder_alone_is_the_model_s():
     """What the tests above run by hand is what `VisionEncoder` does with uint8 pixels."""
     ours, theirs = build_towers("odd")
     assert isinstance(ours.encoder, VisionEncoder)
-    from prismer.dataloading.batch import ImageBatch
+    from prismer.batch import ImageBatch
     from prismer.stems import CLIP_MEAN, CLIP_STD
 
     rgb = torch.randint(0, 256, (2, 3, 60, 60), dtype=torch.uint8)

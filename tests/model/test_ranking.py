@@ -4,11 +4,11 @@ is what is claimed. Run: pytest tests/model/test_ranking.py"""
 import numpy as np
 import pytest
 import torch
-from plain_inference import plain_rank
-from test_generation import CONFIG, build_decoder, count, draw_context, draw_prompts
 
 import prismer.ranking as ranking
 from prismer.ranking import AnswerTrie, rank_answers
+from tests.model.plain_inference import plain_rank
+from tests.model.test_generation import CONFIG, build_decoder, count, draw_context, draw_prompts
 
 __all__ = ["count"]  # a fixture
 
@@ -75,12 +75,8 @@ def test_random_answers():
     answers = [rng.integers(3, 6, rng.integers(1, 6)).tolist() + [END] for _ in range(100)]
     groups = draw_prompts([[3, 5], [4]])
     ours = compare(build_decoder(2), draw_context(2), groups, answers)
-    kept = rank_answers(
-        build_decoder(2), draw_context(2), groups, AnswerTrie(answers, END), top_k=60, max_tokens=64
-    )
-    torch.testing.assert_close(
-        kept.scores, ours.scores.gather(1, kept.candidates), rtol=0, atol=1e-10
-    )
+    kept = rank_answers(build_decoder(2), draw_context(2), groups, AnswerTrie(answers, END), top_k=60, max_tokens=64)
+    torch.testing.assert_close(kept.scores, ours.scores.gather(1, kept.candidates), rtol=0, atol=1e-10)
 
 
 def test_label_smoothing_is_the_config_s():
@@ -119,9 +115,7 @@ def test_ties_go_to_the_first_in_the_list():
         ranked = compare(decoder, draw_context(1), [[[0, 9]]], answers, top_k=top_k)
         assert ranked.candidates.tolist() == [list(range(1, 1 + top_k))]
     decoder.head.bias[4] += 20.0
-    assert rank_answers(
-        decoder, draw_context(1), [[[0, 9]]], AnswerTrie(answers, END)
-    ).best.tolist() == [2]
+    assert rank_answers(decoder, draw_context(1), [[[0, 9]]], AnswerTrie(answers, END)).best.tolist() == [2]
 
 
 def test_batch_mates_do_not_matter():
@@ -134,9 +128,7 @@ def test_batch_mates_do_not_matter():
             for prompt in group:
                 alone = rank_answers(decoder, context[b : b + 1], [[prompt]], trie, top_k=top_k)
                 assert alone.candidates.tolist() == together.candidates[p : p + 1].tolist()
-                torch.testing.assert_close(
-                    alone.scores, together.scores[p : p + 1], rtol=0, atol=1e-10
-                )
+                torch.testing.assert_close(alone.scores, together.scores[p : p + 1], rtol=0, atol=1e-10)
                 p += 1
 
 
@@ -145,8 +137,7 @@ def test_read_outs_differ():
     decoder, context, groups = build_decoder(4), draw_context(2), draw_prompts([[3], [6]])
     trie = AnswerTrie(ANSWERS, END)
     pad, last, batch = (
-        rank_answers(decoder, context, groups, trie, read_out=read_out).scores
-        for read_out in ("pad", "last", "batch")
+        rank_answers(decoder, context, groups, trie, read_out=read_out).scores for read_out in ("pad", "last", "batch")
     )
     assert (pad - last).abs().amax(1).min() > 1e-3
     torch.testing.assert_close(batch[0], pad[0], rtol=0, atol=1e-10)

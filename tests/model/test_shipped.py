@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from prismer.checkpoint import shipped_folder
-from prismer.cli import main
-from prismer.dataloading.scenes import render_scene, scene_seed
+from prismer.cli.main import main
+from prismer.dataloading.scenes.dataset import render_scene, scene_seed
 from prismer.freezing import freeze
 from prismer.model import Prismer
+from prismer.shipped import shipped_folder
 
 
 @pytest.fixture(scope="module")

@@ -124,16 +124,12 @@ def test_errors(expert, make_label, seed):
     found = judge(ours, stem, label, rows, features, dy)
     for name, value in found.items():
         times, floor = (2, FLOOR) if name == "output" else (3, 2 * FLOOR)
-        assert value <= times * theirs[name] + floor, (
-            f"{name}: {value:.2g}, plain {theirs[name]:.2g}"
-        )
+        assert value <= times * theirs[name] + floor, f"{name}: {value:.2g}, plain {theirs[name]:.2g}"
 
 
 def test_without_gradients_the_statistics_are_the_same():
     stem, label, rows, features = draw("depth", smooth_maps, 0)
     frozen = copy.deepcopy(stem).requires_grad_(False)
-    torch.testing.assert_close(
-        frozen(label, rows, features), stem(label, rows, features), rtol=0, atol=0
-    )
+    torch.testing.assert_close(frozen(label, rows, features), stem(label, rows, features), rtol=0, atol=0)
     for (name, a), b in zip(stem.named_buffers(), frozen.buffers(), strict=True):
         assert torch.equal(a, b), name

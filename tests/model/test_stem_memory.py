@@ -8,9 +8,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from live_bytes import kept_bytes
 
 from prismer.stems import ExpertStem, normalise_low_level
+from tests.ops.live_bytes import kept_bytes
 
 
 class PlainStem(ExpertStem):

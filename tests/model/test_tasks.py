@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from prismer.dataloading.batch import IGNORE_INDEX
-from prismer.tasks import (
+from prismer.batch import IGNORE_INDEX
+from prismer.texts import (
     caption_texts,
     classification_texts,
     clean_caption,
@@ -160,10 +160,7 @@ def test_encode_qa_is_cut(tokenizer):
     ids, labels = encode_qa(tokenizer, "disproportionate " * 30, "red", max_positions=20)
     assert len([i for i in ids if i != PAD]) == 18 and ids.count(PAD) == 1
     assert targets(labels) == answer and ids[0] == BOS
-    with pytest.raises(
-        ValueError,
-        match="the answer 'red' has 2 tokens, which leaves no question within 5 positions",
-    ):
+    with pytest.raises(ValueError, match="the answer 'red' has 2 tokens, which leaves no question within 5 positions"):
         encode_qa(tokenizer, "what", "red", max_positions=5)
 
 
@@ -171,10 +168,7 @@ def test_collate():
     a = ([BOS, 5, PAD, 6, EOS], [IGNORE_INDEX] * 3 + [6, EOS], 0.25)
     b = ([BOS, 7, EOS], [IGNORE_INDEX, 7, EOS], 1.0)
     batch = collate([[b, a], [b], []])
-    assert (
-        batch.ids.dtype == batch.labels.dtype == torch.int64
-        and batch.weights.dtype == torch.float32
-    )
+    assert batch.ids.dtype == batch.labels.dtype == torch.int64 and batch.weights.dtype == torch.float32
     filler = [BOS, PAD, PAD, PAD, PAD]
     short = [BOS, 7, EOS, PAD, PAD]
     assert batch.ids.tolist() == [[short, a[0]], [short, filler], [filler, filler]]
@@ -199,9 +193,7 @@ def test_collate_refuses():
 
 
 def test_caption_texts(tokenizer):
-    every = [
-        (*encode_caption(tokenizer, caption, "A picture of"), 1.0) for caption in META["captions"]
-    ]
+    every = [(*encode_caption(tokenizer, caption, "A picture of"), 1.0) for caption in META["captions"]]
     choose = caption_texts(tokenizer, "A picture of", 2)
     seen = set()
     for seed in range(40):
@@ -219,15 +211,10 @@ def test_caption_texts(tokenizer):
 
 def test_vqa_texts(tokenizer):
     pairs = [("what is red", "cube", 0.7), ("what is red", "box", 0.3), ("how many", "two", 1.0)]
-    every = [
-        (*encode_qa(tokenizer, question, answer), weight) for question, answer, weight in pairs
-    ]
+    every = [(*encode_qa(tokenizer, question, answer), weight) for question, answer, weight in pairs]
     assert vqa_texts(tokenizer, 5)(META, np.random.default_rng(0)) == every
     choose = vqa_texts(tokenizer, 2)
-    draws = [
-        [every.index(text) for text in choose(META, np.random.default_rng(seed))]
-        for seed in range(40)
-    ]
+    draws = [[every.index(text) for text in choose(META, np.random.default_rng(seed))] for seed in range(40)]
     assert all(len(set(draw)) == 2 for draw in draws)
     assert {i for draw in draws for i in draw} == {0, 1, 2}
     assert vqa_texts(tokenizer, 2)({"questions": []}, np.random.default_rng(0)) == []
@@ -256,9 +243,7 @@ def test_long_answers_are_refused_drawn_or_not(tokenizer):
 def test_joint_texts(tokenizer):
     texts = joint_texts(tokenizer, "", 2, 9)(META, np.random.default_rng(0))
     assert len(texts) == 2 + 3
-    assert all(PAD not in ids for ids, _, _ in texts[:2]) and all(
-        PAD in ids for ids, _, _ in texts[2:]
-    )
+    assert all(PAD not in ids for ids, _, _ in texts[:2]) and all(PAD in ids for ids, _, _ in texts[2:])
     batch = collate([texts, texts[:1]])
     assert batch.ids.shape[:2] == (2, 5) and batch.weights[1].tolist() == [1, 0, 0, 0, 0]
 

@@ -6,12 +6,12 @@ Run: pytest tests/model/test_tied.py
 
 import pytest
 import torch
-from live_bytes import peak_bytes
 from torch import nn
 
 from prismer.kernels.cross_entropy import linear_cross_entropy
 from prismer.kernels.dispatch import use_backend
-from prismer.tied import look_up
+from prismer.tied_embedding import look_up
+from tests.ops.live_bytes import peak_bytes
 
 V, D, PAD = 50, 8, 1
 IDS = torch.tensor([[3, 7, 7, PAD], [7, 49, PAD, PAD]])
@@ -99,8 +99,8 @@ def test_where_the_embedding_does_it(table):
 def test_the_model_takes_it(monkeypatch):
     """A training step of the model goes through the node, and its gradients are those without it."""
     import prismer.model
+    from prismer.batch import TextBatch
     from prismer.config import prismer_tiny
-    from prismer.dataloading.batch import TextBatch
 
     torch.manual_seed(0)
     model = prismer.model.Prismer(prismer_tiny(dropout=0.0, text_depth=2))

@@ -32,9 +32,7 @@ def roberta() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def build_script():
-    spec = importlib.util.spec_from_file_location(
-        "build_tokenizer", ROOT / "scripts" / "build_tokenizer.py"
-    )
+    spec = importlib.util.spec_from_file_location("build_tokenizer", ROOT / "scripts" / "build_tokenizer.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -61,14 +59,7 @@ def test_encode_known_ids(roberta):
     fox = "The quick brown fox jumps over the lazy dog"
     assert roberta.encode(fox) == [133, 2119, 6219, 23602, 13855, 81, 5, 22414, 2335]
     assert roberta.encode("") == []
-    ids = (
-        roberta.bos_id,
-        roberta.pad_id,
-        roberta.eos_id,
-        roberta.unk_id,
-        roberta.mask_id,
-        roberta.vocab_size,
-    )
+    ids = (roberta.bos_id, roberta.pad_id, roberta.eos_id, roberta.unk_id, roberta.mask_id, roberta.vocab_size)
     assert ids == (0, 1, 2, 3, 50264, 50265)
 
 
@@ -81,12 +72,8 @@ def test_encode_equals_plain_bpe(roberta, build_script):
     # the word pattern of GPT-2
     pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     for text in hard_strings():
-        words = [
-            "".join(alphabet[b] for b in word.encode()) for word in regex.findall(pattern, text)
-        ]
-        expected = [
-            vocab[part] for word in words for part in build_script.split_by_ranks(word, ranks)
-        ]
+        words = ["".join(alphabet[b] for b in word.encode()) for word in regex.findall(pattern, text)]
+        expected = [vocab[part] for word in words for part in build_script.split_by_ranks(word, ranks)]
         assert roberta.encode(text) == expected, repr(text)
 
 
@@ -97,9 +84,7 @@ def test_encode_equals_transformers(roberta):
     texts = [text for text in hard_strings() if "<s>" not in text and "</s>" not in text]
     assert len(texts) > 500
     for text in texts:
-        assert roberta.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], repr(
-            text
-        )
+        assert roberta.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], repr(text)
 
 
 @pytest.mark.parametrize("name", ["roberta", "small"])
@@ -123,31 +108,20 @@ def test_specials(roberta):
 
 def test_train():
     tokenizer = Tokenizer.train(SMALL_TEXTS, 280)
-    special = (
-        tokenizer.bos_id,
-        tokenizer.pad_id,
-        tokenizer.eos_id,
-        tokenizer.unk_id,
-        tokenizer.mask_id,
-    )
+    special = (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.mask_id)
     assert tokenizer.vocab_size == 280 and special == (0, 1, 2, 3, 279)
     text = "What colour is the cube?"
     assert len(tokenizer.encode(text)) < len(text.encode())
     # nothing occurs twice: bytes and specials are all there is
     assert Tokenizer.train(["abcdefg"], 300).vocab_size == 261
-    with pytest.raises(
-        ValueError, match="vocab_size 260 does not hold every byte; ask for 261 or more"
-    ):
+    with pytest.raises(ValueError, match="vocab_size 260 does not hold every byte; ask for 261 or more"):
         Tokenizer.train(SMALL_TEXTS, 260)
 
 
 def test_train_is_deterministic(tmp_path):
     # hash seeds differ between processes
     texts = [
-        f"{a} {b} of {c}"
-        for a in ("red", "blue", "green")
-        for b in ("cube", "ball")
-        for c in ("one", "two", "ten")
+        f"{a} {b} of {c}" for a in ("red", "blue", "green") for b in ("cube", "ball") for c in ("one", "two", "ten")
     ]
     Tokenizer.train(texts, 300).save(tmp_path / "here")
     code = (
@@ -157,9 +131,7 @@ def test_train_is_deterministic(tmp_path):
     command = [sys.executable, "-c", code, json.dumps(texts), str(tmp_path / "there")]
     subprocess.run(command, check=True, cwd=ROOT, timeout=60)
     for name in SHA256:
-        assert (tmp_path / "here" / name).read_bytes() == (
-            tmp_path / "there" / name
-        ).read_bytes(), name
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
 
 
 def test_save_and_from_folder(roberta, tmp_path):
@@ -203,9 +175,7 @@ def test_from_folder_refuses(tmp_path):
         (tmp_path / "vocab.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             Tokenizer.from_folder(tmp_path)
-    specials = {
-        token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "a", "b", "<mask>"])
-    }
+    specials = {token: i for i, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", "a", "b", "<mask>"])}
     (tmp_path / "vocab.json").write_text(json.dumps(specials))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
     with pytest.raises(ValueError, match="the merge 'a b' is not of tokens"):
@@ -217,9 +187,7 @@ def test_from_folder_refuses(tmp_path):
 
 def test_build_script_recovers_the_shipped_files(build_script):
     """The recipe, fed with tables made back from its results."""
-    character_to_byte = {
-        character: byte for byte, character in build_script.byte_alphabet().items()
-    }
+    character_to_byte = {character: byte for byte, character in build_script.byte_alphabet().items()}
     merges = (ASSETS / "merges.txt").read_text(encoding="utf-8")
     joined = [line.replace(" ", "") for line in merges.split("\n")[1:-1]]
     gpt2 = [bytes([b]) for b in range(256)]
@@ -227,9 +195,7 @@ def test_build_script_recovers_the_shipped_files(build_script):
     assert build_script.build_merges(gpt2) == merges
     vocab_text = (ASSETS / "vocab.json").read_text(encoding="utf-8")
     roberta = [
-        token.encode()
-        if i in build_script.ROBERTA_LITERALS
-        else bytes(character_to_byte[c] for c in token)
+        token.encode() if i in build_script.ROBERTA_LITERALS else bytes(character_to_byte[c] for c in token)
         for token, i in json.loads(vocab_text).items()
     ]
     roberta[50108:50112] = [b" "] * 4

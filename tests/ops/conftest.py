@@ -6,7 +6,7 @@ import pytest
 @pytest.fixture(params=("baseline", "avx2", "avx512"))
 def isa(request, monkeypatch):
     """Native ops on one instruction set."""
-    from native_sets import HERE
+    from tests.ops.native_sets import HERE
 
     if request.param not in HERE:
         pytest.skip(f"this processor has no {request.param}")

@@ -29,9 +29,7 @@ _ARITHMETIC = (
     "fadd fsub fmul fdiv frem fneg precise_divf fma clampf fabs floor ceil exp exp2 log log2 sin cos sqrt precise_sqrt "
     "rsqrt erf minimumf minnumf maximumf maxnumf"
 ).split()
-_COMPARISONS = [
-    f"fcmp{order}{name}" for order in "OU" for name in ("LT", "GT", "LE", "GE", "EQ", "NE")
-]
+_COMPARISONS = [f"fcmp{order}{name}" for order in "OU" for name in ("LT", "GT", "LE", "GE", "EQ", "NE")]
 _POINTER_MOVES = "addptr splat unsplat broadcast expand_dims reshape trans bitcast".split()
 
 
@@ -78,9 +76,7 @@ def _round_to_tf32(numbers: np.ndarray) -> np.ndarray:
 
 
 def _is_bf16(handle: Any) -> bool:
-    return (
-        isinstance(handle, triton_interpreter.TensorHandle) and handle.dtype.scalar == tl.bfloat16
-    )
+    return isinstance(handle, triton_interpreter.TensorHandle) and handle.dtype.scalar == tl.bfloat16
 
 
 def _as_fp32(handle: Any) -> Any:
@@ -147,9 +143,7 @@ def _comparison(original: Callable) -> Callable:
 def _cast(original: Callable) -> Callable:
     def cast(self, src, dst_type):
         if dst_type.scalar != tl.bfloat16 or _is_bf16(src):
-            return (
-                src if dst_type.scalar == tl.bfloat16 else original(self, _as_fp32(src), dst_type)
-            )
+            return src if dst_type.scalar == tl.bfloat16 else original(self, _as_fp32(src), dst_type)
         return triton_interpreter.TensorHandle(_encode(src.data.astype(np.float32)), tl.bfloat16)
 
     return cast
@@ -173,10 +167,7 @@ def _dot(original: Callable) -> Callable:
     def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         a, b, d = map(_as_fp32, (a, b, d))
         if input_precision == tf32 and a.data.dtype == b.data.dtype == np.float32:
-            a, b = (
-                triton_interpreter.TensorHandle(_round_to_tf32(operand.data), tl.float32)
-                for operand in (a, b)
-            )
+            a, b = (triton_interpreter.TensorHandle(_round_to_tf32(operand.data), tl.float32) for operand in (a, b))
         return original(self, a, b, d, input_precision, max_num_imprecise_acc)
 
     return dot
@@ -207,9 +198,7 @@ def _sum(original: Callable) -> Callable:
         # compiled code adds halves in the dtype itself, rounding every time; so must this, or it flatters
         bf16 = input.dtype == tl.bfloat16
         data = input.handle.data.reshape(-1) if self.axis is None else input.handle.data
-        data = np.moveaxis(
-            _decode(data) if bf16 else data, 0 if self.axis is None else self.axis, -1
-        )
+        data = np.moveaxis(_decode(data) if bf16 else data, 0 if self.axis is None else self.axis, -1)
         while data.shape[-1] > 1:
             half = data.shape[-1] // 2
             data = data[..., :half] + data[..., half:]
@@ -249,9 +238,7 @@ def bf16_interpreter() -> Iterator[None]:
         patches.add(
             builder,
             "get_bf16",
-            lambda self, value: triton_interpreter.TensorHandle(
-                _encode(np.array([value], np.float32)), tl.bfloat16
-            ),
+            lambda self, value: triton_interpreter.TensorHandle(_encode(np.array([value], np.float32)), tl.bfloat16),
         )
         yield
 
@@ -279,9 +266,7 @@ class _Argument:
 def _argument(name: str, tensor: torch.Tensor) -> _Argument:
     elements, count = None, 0
     if tensor.numel():
-        count = 1 + sum(
-            (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        )
+        count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() < count or 0 in tensor.stride():
         elements = np.zeros(count, dtype=bool)
         np.lib.stride_tricks.as_strided(elements, tensor.shape, tensor.stride())[...] = True
@@ -352,19 +337,13 @@ class _Launch:
             for argument in known:
                 if argument.reaches(addresses).all():
                     return argument
-            raise self.fault(
-                f"{verb} through a pointer of unknown origin lands outside all arguments"
-            )
+            raise self.fault(f"{verb} through a pointer of unknown origin lands outside all arguments")
         inside = argument.reaches(addresses)
         if inside.all():
             return argument
         address = int(addresses[~inside][0])
         offset = (address - argument.low) / argument.itemsize
-        hit = [
-            o.name
-            for o in self.arguments.values()
-            if o is not argument and o.reaches(np.array([address])).all()
-        ]
+        hit = [o.name for o in self.arguments.values() if o is not argument and o.reaches(np.array([address])).all()]
         raise self.fault(
             f"{verb} through {argument.name} reaches {int((~inside).sum())} addresses outside it, "
             f"the first at element {offset:g} of a span of {argument.count}"
@@ -390,34 +369,24 @@ class _Launch:
         if shadow is not None:
             self._race(argument, shadow, addresses, verb, None if values is None else values[mask])
 
-    def _race(
-        self, argument: _Argument, shadow: _Shadow, addresses: np.ndarray, verb: str, values
-    ) -> None:
+    def _race(self, argument: _Argument, shadow: _Shadow, addresses: np.ndarray, verb: str, values) -> None:
         at = (addresses.astype(np.int64) - shadow.low) // shadow.itemsize
         mine = self.program + 1
         writer = shadow.writer[at]
         if verb == "load":
             if ((writer != 0) & (writer != mine)).any():
-                raise self.fault(
-                    f"race: loads from {argument.name} what another program of the launch stored"
-                )
+                raise self.fault(f"race: loads from {argument.name} what another program of the launch stored")
             reader = shadow.reader[at]
             shadow.reader[at] = np.where((reader == 0) | (reader == mine), mine, _MANY)
             return
         # several programs may add to one integer, in any order; all else that meets is a race
         if verb == "store" and ((writer != 0) & (writer != mine)).any():
-            raise self.fault(
-                f"race: two programs of the launch store to the same address of {argument.name}"
-            )
+            raise self.fault(f"race: two programs of the launch store to the same address of {argument.name}")
         if verb == "atomic" and ((writer != 0) & (writer != mine) & (writer != _MANY)).any():
-            raise self.fault(
-                f"race: an atomic on {argument.name} meets the store of another program"
-            )
+            raise self.fault(f"race: an atomic on {argument.name} meets the store of another program")
         reader = shadow.reader[at]
         if ((reader != 0) & (reader != mine)).any():
-            raise self.fault(
-                f"race: stores to {argument.name} where another program of the launch loads"
-            )
+            raise self.fault(f"race: stores to {argument.name} where another program of the launch loads")
         shadow.writer[at] = _MANY if verb == "atomic" else mine
         if values is not None and at.size > 1:
             lanes = np.arange(at.size, dtype=np.int32)
@@ -425,9 +394,7 @@ class _Launch:
             last = shadow.lane[at]
             clash = last != lanes
             if clash.any() and (values[clash].tobytes() != values[last[clash]].tobytes()):
-                raise self.fault(
-                    f"race: one store puts different values to the same address of {argument.name}"
-                )
+                raise self.fault(f"race: one store puts different values to the same address of {argument.name}")
 
 
 def _unwrapped(error: BaseException) -> BaseException:

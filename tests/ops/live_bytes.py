@@ -51,9 +51,7 @@ def _course(fn: Callable[[], object]) -> list[int]:
     return course
 
 
-def _allocations(
-    events: list[_ProfilerEvent], operator: int | None
-) -> Iterator[tuple[_ProfilerEvent, int | None]]:
+def _allocations(events: list[_ProfilerEvent], operator: int | None) -> Iterator[tuple[_ProfilerEvent, int | None]]:
     """Each allocation and release, with the outermost operator of torch that it happened in."""
     for event in events:
         kind, fields = event.typed

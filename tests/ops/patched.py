@@ -35,9 +35,7 @@ def step(model: nn.Module, inputs: dict, call=None) -> dict[str, Tensor]:
     model.zero_grad()
     outputs = tensors((model if call is None else call)(**leaves))
     draw = torch.Generator().manual_seed(1)
-    loss = sum(
-        (y * torch.randn(y.shape, generator=draw).to(y)).sum() for y in outputs.values() if y.requires_grad
-    )
+    loss = sum((y * torch.randn(y.shape, generator=draw).to(y)).sum() for y in outputs.values() if y.requires_grad)
     loss.backward()
     trained = {name: x for name, x in leaves.items() if isinstance(x, Tensor)} | dict(model.named_parameters())
     grads = {f"d{name}": x.grad.clone() for name, x in trained.items() if x.grad is not None}

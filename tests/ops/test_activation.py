@@ -8,12 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from prismer.kernels import dispatch
-from prismer.kernels.activation import (
-    ACTIVATIONS,
-    bias_activation,
-    bias_activation_op,
-    bias_activation_reference,
-)
+from prismer.kernels.activation import ACTIVATIONS, bias_activation, bias_activation_op, bias_activation_reference
 from prismer.kernels.dispatch import use_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "on_backend")
@@ -219,7 +214,7 @@ def test_gradcheck(activation):
 @pytest.mark.parametrize("bias", (False, True), ids=("bare", "biased"))
 def test_ledger(bias):
     """The bytes that the kernels move are those of the docstring; every address and every write is checked."""
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     R, D = 37, 300
     h, b = draw(R, D, torch.bfloat16)

@@ -7,11 +7,11 @@ Run: pytest tests/ops/test_adaptor.py
 import pytest
 import torch
 import torch.nn.functional as F
-from product_ledger import Cost, check, column_sums, product
 
 from prismer.kernels import adaptor as room
 from prismer.kernels.adaptor import adaptor, adaptor_reference
 from prismer.kernels.dispatch import use_backend
+from tests.ops.product_ledger import Cost, check, column_sums, product
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "on_backend")
 
@@ -116,9 +116,7 @@ def test_reference_is_that_of_torch(late):
     tensors = draw(7, 60, 31, torch.float64)
     with use_backend("reference"):
         torch.testing.assert_close(adaptor(*tensors, late=late, eps=0.5), plain(*tensors, late=late, eps=0.5))
-    torch.testing.assert_close(
-        adaptor_reference(*tensors, late=late, eps=0.5), plain(*tensors, late=late, eps=0.5)
-    )  # fmt: skip
+    torch.testing.assert_close(adaptor_reference(*tensors, late=late, eps=0.5), plain(*tensors, late=late, eps=0.5))
     assert adaptor_reference(*draw(7, 60, 31, torch.bfloat16), late=late).dtype == torch.bfloat16
 
 
@@ -186,7 +184,7 @@ def test_row_alone_and_repeats(late):
 @pytest.mark.parametrize("trains", FROZEN.values(), ids=FROZEN)
 def test_frozen(trains, late, on_backend, count_calls):
     """Saved bytes are those of the docstring, and no product is made for what is frozen."""
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     R, D, E = 6, 20, 24
     tensors = draw(R, D, E, torch.bfloat16)
@@ -272,12 +270,25 @@ def test_opcheck(requires_grad, late):
     _, r, total, mean, rstd = torch.ops.prismer.adaptor(*(t.detach() for t in tensors), late, 1e-5)
     for trains in FROZEN.values() if requires_grad else ():
         arguments = (
-            torch.randn(20, 6).T, x, r, total if late else None, mean, rstd, gamma, beta, down, down_bias,
-            up, up_bias, late, 1e-5, [bool(f) for f in trains],
-        )  # fmt: skip
+            torch.randn(20, 6).T,
+            x,
+            r,
+            total if late else None,
+            mean,
+            rstd,
+            gamma,
+            beta,
+            down,
+            down_bias,
+            up,
+            up_bias,
+            late,
+            1e-5,
+            [bool(f) for f in trains],
+        )
         torch.library.opcheck(
             torch.ops.prismer.adaptor_backward, arguments, test_utils=("test_schema", "test_faketensor")
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
@@ -315,7 +326,7 @@ def test_gradcheck(late):
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
 def test_ledger(late):
     """FLOPs and bytes are those of the products that the docstring lists; every address and write is checked."""
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     R, D, E, dtype = 67, 60, 70, torch.bfloat16
     tensors = draw(R, D, E, dtype)
@@ -329,11 +340,11 @@ def test_ledger(late):
     with interpreted() as ledger:
         torch.ops.prismer.adaptor_backward(
             dy, tensors[0], r, total if late else None, mean, rstd, *tensors[1:], late, 1e-5, [True] * 7
-        )  # fmt: skip
+        )
     norm_backward = Cost(
         read=(2 + (not late)) * R * D * 2 + blocks * D * 2 + 8 * R + 8 * blocks * D,
         written=R * D * 2 + 8 * blocks * D + 8 * D,
-    )  # fmt: skip
+    )
     check(
         ledger,
         norm_backward,

@@ -12,8 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prismer.kernels import attention_torch, attention_triton, dispatch
+from prismer.kernels import dispatch
 from prismer.kernels.attention import attention, attention_reference
+from prismer.kernels.attention import torch_backend as attention_torch
+from prismer.kernels.attention import triton_backend as attention_triton
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.philox import philox, survivors
 
@@ -341,7 +343,7 @@ def test_saved_bytes(backend, blocks, on):
 
 @pytest.mark.parametrize("frozen", (("q",), ("k", "v"), ("extra_k", "extra_v"), ("q", "k", "v")), ids="-".join)
 def test_frozen_parts_are_not_computed(frozen, blocks, on, count_calls):
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     tensors, _ = draw(1, 1, 9, 17, 5, 32, "", torch.float32)
     dout = torch.randn(1, 1, 9, 32)
@@ -375,18 +377,14 @@ def formula(B, H, N, L, L2, K, what, BM, BN, s):
     later += [(N, -(-N // BM))] * -(-L2 // BN)
     rows = sum(n for n, _ in later)
     own = (2 * (L + L2) * K * s, L * masked, 8 * dropout * len(later))
-    keys_kernel = (
-        sum(own) + rows * (2 * K * s + 8),
-        own[0],
-        sum(blocks for _, blocks in later) * 8 * BM * BN * K,
-    )
+    keys_kernel = (sum(own) + rows * (2 * K * s + 8), own[0], sum(blocks for _, blocks in later) * 8 * BM * BN * K)
     return [tuple(B * H * x for x in kernel) for kernel in (forward, queries, keys_kernel)]
 
 
 @pytest.mark.parametrize("case", ("causal", "resampler", "all"))
 def test_ledger(case, blocks, on):
     """The bytes and FLOPs are those of the docstring; every address and every write is checked."""
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     BM, BN = 16, 32
     blocks(BM, BN)

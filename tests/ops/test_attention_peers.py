@@ -17,9 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prismer.kernels import attention_peers as peers
 from prismer.kernels import dispatch
-from prismer.kernels.attention import attention_reference, supports
+from prismer.kernels.attention import attention_reference, peers, supports
 
 BF16 = torch.bfloat16
 

@@ -17,7 +17,7 @@ import pytest
 import triton
 import triton.language as tl
 
-from prismer.kernels.cases import KernelCase
+from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.inspect import ARCHS, Budget, Row, bound, check, compile_case, cost_table
 
 
@@ -130,7 +130,7 @@ def test_planted_problem_is_reported(violations, name):
 def test_check_names_kernel_and_limits():
     row = Row(
         room="attention", name="forward", arch=120, registers=255, stack=8, shared=100 << 10, warps=4, needs_dot=True
-    )  # fmt: skip
+    )
     assert check([row]) == [
         "attention: forward on sm_120 uses 8 bytes of stack; 0 are allowed",
         "attention: forward on sm_120 uses 102400 bytes of shared memory; 101376 are allowed",
@@ -163,9 +163,14 @@ def test_bound_is_the_larger_of_memory_and_compute():
 def test_case_refuses_what_does_not_fit_the_kernel():
     with pytest.raises(ValueError, match=r"missing \['stride'\], unknown \['step'\]"):
         KernelCase(
-            name="copy", kernel=copy_kernel, signature=dict(p_x="*bf16", p_y="*bf16", step="i32"), constants=dict(B=16),
-            shape="", flops=0, bytes=0,
-        )  # fmt: skip
+            name="copy",
+            kernel=copy_kernel,
+            signature=dict(p_x="*bf16", p_y="*bf16", step="i32"),
+            constants=dict(B=16),
+            shape="",
+            flops=0,
+            bytes=0,
+        )
 
 
 def test_refuses_interpreted_kernels_and_unknown_rooms():

@@ -9,14 +9,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from live_bytes import kept_bytes
 from torch.library import opcheck
 
-from prismer.counting import Counter
+from prismer.costs.counting import Counter
 from prismer.kernels import cross_attention as room
 from prismer.kernels.cross_attention import cross_attention, cross_attention_reference
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.philox import survivors
+from tests.ops.live_bytes import kept_bytes
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -94,9 +94,7 @@ def test_rounding(case, dtype, assert_no_worse):
     assert all(value.dtype == dtype for value in got.values())
     if "dk_bias" in got:
         assert not got.pop("dk_bias").any()
-    assert_no_worse(
-        "", got, expected, lambda: results(plain, low, dout, torch.float64, **options), factor=2.0
-    )
+    assert_no_worse("", got, expected, lambda: results(plain, low, dout, torch.float64, **options), factor=2.0)
 
 
 @pytest.mark.parametrize("dropout", (0.0, 0.25))
@@ -109,9 +107,7 @@ def test_what_trains(dropout):
     for n in range(len(NAMES)):
         for frozen in itertools.combinations(NAMES, n):
             with Counter() as counter:
-                got = results(
-                    cross_attention, tensors, dout, torch.float64, frozen, **options, order="absorbed"
-                )
+                got = results(cross_attention, tensors, dout, torch.float64, frozen, **options, order="absorbed")
             for name, value in got.items():
                 torch.testing.assert_close(value, everything[name])
             grads = set(NAMES) - set(frozen)
@@ -179,9 +175,13 @@ def test_layouts():
     tensors["q"] = torch.cat([q, q], 1)[:, : q.shape[1]]
     tensors["context"] = context.transpose(0, 1).contiguous().transpose(0, 1)
     got = results(
-        cross_attention, tensors, torch.ones((), dtype=torch.float64).expand(q.shape), torch.float64, **options,
+        cross_attention,
+        tensors,
+        torch.ones((), dtype=torch.float64).expand(q.shape),
+        torch.float64,
+        **options,
         order="absorbed",
-    )  # fmt: skip
+    )
     for name, value in dense.items():
         torch.testing.assert_close(got[name], value)
 

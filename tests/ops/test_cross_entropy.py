@@ -10,13 +10,13 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from live_bytes import peak_bytes
 
 import prismer.kernels.cross_entropy as room
-import prismer.kernels.cross_entropy_triton as room_triton
-from prismer.kernels import cross_entropy_torch
+import prismer.kernels.cross_entropy.triton_backend as room_triton
 from prismer.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from prismer.kernels.cross_entropy import torch_backend as cross_entropy_torch
 from prismer.kernels.dispatch import use_backend
+from tests.ops.live_bytes import peak_bytes
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "on_backend")
 
@@ -476,7 +476,7 @@ def test_compile(trainable, reduction):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_ledger(dtype):
     """What the kernels move and multiply is the docstring's; every address and every write is checked."""
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     R, D, V = 70 if dtype == torch.float32 else 130, 40, 1100
     x, weight, bias, labels = draw(R, D, V, dtype)
@@ -516,7 +516,7 @@ def test_ledger(dtype):
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
 def test_ledger_of_scaling():
     """By 1, the usual gradient of a loss, nothing is moved but the factor itself."""
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     for factor in (1.0, 0.5):
         gradient = torch.randn(5000)
@@ -530,7 +530,7 @@ def test_ledger_of_scaling():
 
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
 def test_blocks_of_ignored_rows_are_skipped():
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     x, weight, bias, labels = draw(200, 16, 40, torch.float32)
     labels[64:192] = -100

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import prismer.kernels.cross_entropy as room
-import prismer.kernels.cross_entropy_triton as room_triton
-from prismer.kernels import cross_entropy_torch
+import prismer.kernels.cross_entropy.triton_backend as room_triton
 from prismer.kernels.cross_entropy import linear_cross_entropy
+from prismer.kernels.cross_entropy import torch_backend as cross_entropy_torch
 from prismer.kernels.dispatch import use_backend
 
 pytestmark = [
@@ -98,9 +98,7 @@ def overflowing_row(x, weight, bias, labels):
     x[3] = 3e38
 
 
-CASES = (
-    forbidden, padded, forbidden_target, all_forbidden, certain, nan_row, nan_entry, infinite_row, overflowing_row,
-)  # fmt: skip
+CASES = (forbidden, padded, forbidden_target, all_forbidden, certain, nan_row, nan_entry, infinite_row, overflowing_row)
 
 
 def results(op, tensors, labels, trainable=(True, True, True), **settings):

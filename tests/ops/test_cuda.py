@@ -51,12 +51,7 @@ def parametrize(names, values):
 
 
 @pytest.mark.parametrize(
-    "arch",
-    [
-        pytest.param("sm_80", marks=everything),
-        "sm_90a",
-        pytest.param("sm_100a", marks=everything),
-    ],
+    "arch", [pytest.param("sm_80", marks=everything), "sm_90a", pytest.param("sm_100a", marks=everything)]
 )
 @parametrize("name", NAMES)
 def test_compiles(name, arch, tmp_path):
@@ -65,10 +60,7 @@ def test_compiles(name, arch, tmp_path):
     cubin = tmp_path / "kernel.cubin"
     command = ["nvcc", "-cubin", "-Xptxas", "-v", "-std=c++20", "-O3", f"-arch={arch}", "-o", cubin]
     result = subprocess.run(
-        [*command, SOURCES / f"{name}.cu"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        [*command, SOURCES / f"{name}.cu"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert result.returncode == 0, result.stdout
     assert "warning" not in result.stdout, result.stdout
@@ -122,8 +114,7 @@ def test_extension(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "asked, reason",
-    [("0", "PRISMER_CUDA=0"), ("", "nvcc is not installed"), ("yes", "set it to 0 or 1")],
+    "asked, reason", [("0", "PRISMER_CUDA=0"), ("", "nvcc is not installed"), ("yes", "set it to 0 or 1")]
 )
 def test_extension_not_built(tmp_path, asked, reason):
     """One line says why there are no CUDA kernels, and the rest is built."""
@@ -172,9 +163,7 @@ class Host:
             request += [struct.pack("<q", len(data)), data, bytes(-len(data) % 8)]
         # leaks are the process's affair, it is about to end
         environment = {"ASAN_OPTIONS": "detect_leaks=0"}
-        return subprocess.run(
-            [self.program], input=b"".join(request), capture_output=True, env=environment
-        )
+        return subprocess.run([self.program], input=b"".join(request), capture_output=True, env=environment)
 
     def __call__(self, op, integers, buffers, **settings):
         """Overwrites the buffers with what the launcher left in them; the number of launches."""
@@ -289,9 +278,7 @@ def test_layer_norm(hosts, assert_no_worse, shape, dtype):
         y, total, mean, rstd = layer_norm(hosts("layer_norm"), x, None, weight, bias)
     total = x if residual is None else total
     affine = weight is not None
-    dx, dweight, dbias = layer_norm_backward(
-        hosts("layer_norm"), dy, dtotal, total, weight, mean, rstd, affine
-    )
+    dx, dweight, dbias = layer_norm_backward(hosts("layer_norm"), dy, dtotal, total, weight, mean, rstd, affine)
 
     def leaves(convert):
         return [None if t is None else convert(t).requires_grad_() for t in (total, weight, bias)]
@@ -504,15 +491,11 @@ def test_row_alone(hosts):
     alone = layer_norm(hosts("layer_norm"), x[3:4], residual[3:4], weight, bias)
     assert same(alone, [t[3:4] for t in batch])
     dx, *_ = layer_norm_backward(hosts("layer_norm"), dy, dtotal, batch[1], weight, *batch[2:], False)
-    one, *_ = layer_norm_backward(
-        hosts("layer_norm"), dy[3:4], dtotal[3:4], alone[1], weight, *alone[2:], False
-    )
+    one, *_ = layer_norm_backward(hosts("layer_norm"), dy[3:4], dtotal[3:4], alone[1], weight, *alone[2:], False)
     assert same([one], [dx[3:4]])
     q, *cache, ancestors = draw_decode_attention(3, 2, 17, 32, 37, 5, 3, torch.bfloat16)
     batch = decode_attention(hosts("decode_attention"), q, *cache, ancestors)
-    alone = decode_attention(
-        hosts("decode_attention"), *(t[1:2] for t in (q, *cache, ancestors))
-    )
+    alone = decode_attention(hosts("decode_attention"), *(t[1:2] for t in (q, *cache, ancestors)))
     assert same([alone], [batch[1:2]])
     cache[2] = cache[2][:, 16:]
     alone = decode_attention(hosts("decode_attention"), q[:, :, 16:], *cache, ancestors[:, 16:])

@@ -131,9 +131,7 @@ def test_decode_attention(shape, per_query, dtype, assert_no_worse):
     arguments = draw(shape, dtype, per_query)
     compare(arguments, assert_no_worse)
     if dtype == torch.float64:
-        torch.testing.assert_close(
-            decode_attention_reference(*arguments), plain(*arguments), rtol=1e-12, atol=1e-12
-        )
+        torch.testing.assert_close(decode_attention_reference(*arguments), plain(*arguments), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str, indirect=True)
@@ -279,13 +277,11 @@ def test_compile():
 
 
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
-@pytest.mark.parametrize(
-    "shape", ((2, 2, 3, 60, 270, 14, 5), (1, 2, 37, 96, 70, 50, 3)), ids=("beams", "candidates")
-)
+@pytest.mark.parametrize("shape", ((2, 2, 3, 60, 270, 14, 5), (1, 2, 37, 96, 70, 50, 3)), ids=("beams", "candidates"))
 @pytest.mark.parametrize("per_query", (False, True), ids=("mask-per-row", "mask-per-query"))
 def test_ledger(shape, per_query):
     """Bytes and FLOPs are those of the docstring; every address and every write is checked."""
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     R, H, Q, K, S, M, A = shape
     arguments = draw(shape, torch.bfloat16, per_query)
@@ -309,7 +305,7 @@ def test_ledger(shape, per_query):
 
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
 def test_slot_outside_the_cache_is_not_read():
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     arguments = draw(SHAPES["primes"], torch.float32)
     expected = decode_attention(*arguments)

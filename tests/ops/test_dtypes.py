@@ -19,9 +19,9 @@ from prismer.kernels.label_map import label_map
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
+from prismer.kernels.patch.resampler_projections import resampler_projections
+from prismer.kernels.patch.rms_norm import add_rms_norm, rms_norm
 from prismer.kernels.resampler_attention import resampler_attention, standardise
-from prismer.kernels.resampler_projections import resampler_projections
-from prismer.kernels.rms_norm import add_rms_norm, rms_norm
 
 B, M, L, D, H = 2, 4, 6, 16, 2
 
@@ -54,8 +54,13 @@ CALLS = {
         to(draw(M, D)), to(draw(L, D)), to(draw(L)), torch.tensor([0, 1, -100, 3])
     ),
     "decode_attention": lambda to: decode_attention(
-        to(draw(B, H, 1, 8)), to(draw(B, H, L, 8)), to(draw(B, H, L, 8)), torch.ones(B, L, dtype=torch.bool),
-        to(draw(B, H, 1, 8)), to(draw(B, H, 1, 8)), torch.zeros(B, 1, 1, dtype=torch.int64),
+        to(draw(B, H, 1, 8)),
+        to(draw(B, H, L, 8)),
+        to(draw(B, H, L, 8)),
+        torch.ones(B, L, dtype=torch.bool),
+        to(draw(B, H, 1, 8)),
+        to(draw(B, H, 1, 8)),
+        torch.zeros(B, 1, 1, dtype=torch.int64),
     ),
     "add_instance_rows": lambda to: add_instance_rows(
         to(draw(B, 4, D)), torch.zeros(B, 4, 4, dtype=torch.uint8), to(draw(3, D)), None, 2
@@ -64,13 +69,18 @@ CALLS = {
         torch.zeros(B, 4, 4, dtype=torch.uint8), torch.zeros(B, 256, dtype=torch.int64), to(draw(3, 64)), 2
     ),
     "resampler_attention": lambda to: resampler_attention(
-        to(draw(B, M, D)), standardise(to(draw(B, L, D))), to(draw(D)), to(draw(D)), to(draw(3 * D, D)),
-        to(draw(3 * D)), H,
+        to(draw(B, M, D)),
+        standardise(to(draw(B, L, D))),
+        to(draw(D)),
+        to(draw(D)),
+        to(draw(3 * D, D)),
+        to(draw(3 * D)),
+        H,
     ),
     "resampler_projections": lambda to: resampler_projections(
         to(draw(B, M, D)), to(draw(B, L, D)), to(draw(D)), to(draw(D)), *(to(draw(D, D)) for _ in range(3))
     )[1],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -5,11 +5,11 @@ Run: pytest tests/ops/test_gemm.py
 
 import pytest
 import torch
-from product_ledger import check, product
 
 from prismer.kernels import gemm as room
 from prismer.kernels.activation import bias_activation_reference
 from prismer.kernels.gemm import gemm, gemm_derivative, gemm_gradient
+from tests.ops.product_ledger import check, product
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "on_backend")
 
@@ -58,9 +58,7 @@ def test_gemm(shape, dtype, on_backend, assert_no_worse):
             left, right, offset, more = (t.to(dtype) for t in (operand, weight, bias, residual))
             return act(left @ right.T + offset, activation) + more
 
-        c, h = gemm(
-            a, weight, bias, backend=on_backend, activation=activation, residual=residual, square=square
-        )  # fmt: skip
+        c, h = gemm(a, weight, bias, backend=on_backend, activation=activation, residual=residual, square=square)
         assert c.is_contiguous() and c.dtype == dtype and not h.numel()
         assert_no_worse(f"c {activation}", c, plain(dtype), lambda plain=plain: plain(torch.float64))
 
@@ -94,7 +92,7 @@ def test_gemm_derivative(activation, biased, dtype, on_backend, assert_no_worse)
 
     got = gemm_derivative(
         dy, weight, h, bias, backend=on_backend, activation=activation, activated=True, sums=torch.float32
-    )  # fmt: skip
+    )
     named = lambda tensors: dict(zip(("dh", "a", "sums"), tensors, strict=True))  # noqa: E731
     assert_no_worse("", named(got), named(results(dtype)), lambda: named(results(torch.float64)), factor=3.0)
     assert got[2].dtype == torch.float32
@@ -127,9 +125,7 @@ def test_large_tiles(monkeypatch, assert_no_worse):
     """The tiles of large products, which no product that the interpreter can finish would choose."""
     large = room._tiles(128 * 96, 128, torch.bfloat16)
     assert large != room._tiles(64, 64, torch.bfloat16)
-    a, weight, bias, residual = (
-        draw(*s, dtype=torch.bfloat16) for s in ((260, 70), (130, 70), (130,), (260, 130))
-    )
+    a, weight, bias, residual = (draw(*s, dtype=torch.bfloat16) for s in ((260, 70), (130, 70), (130,), (260, 130)))
     small = gemm(a, weight, bias, backend="triton", activation="relu", residual=residual)[0]
     monkeypatch.setattr(room, "_tiles", lambda *_: large)
     c = gemm(a, weight, bias, backend="triton", activation="relu", residual=residual)[0]
@@ -164,7 +160,7 @@ def test_row_alone_and_repeats():
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_ledger(dtype):
     """FLOPs and bytes are those of the docstring; every address and every write is checked."""
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     R, N, K = 67, 130, 61
     s = dtype.itemsize
@@ -178,7 +174,7 @@ def test_ledger(dtype):
     with interpreted() as ledger:
         gemm_derivative(
             a, weight.T.contiguous(), c, bias, backend="triton", activation="gelu", activated=True, sums=dtype
-        )  # fmt: skip
+        )
     # h is read once more to activate it
     check(ledger, product(R, N, K, dtype, bias=s, read=2, written=1, sums=s))
     with interpreted() as ledger:

@@ -240,7 +240,7 @@ def test_row_outside_the_table(on_backend):
             with pytest.raises((IndexError, RuntimeError), match="out of range"):
                 add_instance_rows(x, ids, table, rows, grid)
             continue
-        from interpreter import interpreted
+        from tests.ops.interpreter import interpreted
 
         leaf = table.clone().requires_grad_()
         with interpreted():
@@ -255,7 +255,7 @@ def test_row_outside_the_table(on_backend):
 @pytest.mark.parametrize("with_positions", (True, False), ids=("positions", "alone"))
 def test_ledger(with_rows, with_positions):
     """Bytes and FLOPs are those of the docstring; every address and every write is checked."""
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     B, s, grid, num_rows, D = shape = (3, 23, 7, 70, 132)
     x, ids, table, rows, _, positions = draw(shape, torch.bfloat16, with_rows)
@@ -305,8 +305,12 @@ def test_ledger(with_rows, with_positions):
 )
 def test_errors(change, message):
     good = dict(
-        x=torch.zeros(2, 9, 6), ids=torch.zeros(2, 5, 5, dtype=torch.uint8), table=torch.zeros(4, 6),
-        rows=torch.zeros(256, dtype=torch.int64), grid=3, positions=torch.zeros(9, 6),
-    )  # fmt: skip
+        x=torch.zeros(2, 9, 6),
+        ids=torch.zeros(2, 5, 5, dtype=torch.uint8),
+        table=torch.zeros(4, 6),
+        rows=torch.zeros(256, dtype=torch.int64),
+        grid=3,
+        positions=torch.zeros(9, 6),
+    )
     with pytest.raises(ValueError, match=message):
         add_instance_rows(**{**good, **change})

@@ -8,8 +8,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter import KernelFault, bf16_interpreter, interpreted
 from triton.runtime import interpreter as triton_interpreter
+
+from tests.ops.interpreter import KernelFault, bf16_interpreter, interpreted
 
 pytestmark = pytest.mark.skipif(
     not triton.knobs.runtime.interpret, reason="Triton compiles here: TRITON_INTERPRET is not set"

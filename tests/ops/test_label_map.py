@@ -311,7 +311,7 @@ def test_row_outside_the_table(on_backend):
             with pytest.raises(RuntimeError, match=f"{bad}" if on_backend == "native" else "index|range"):
                 label_map(ids, wrong, features, 4)
             continue
-        from interpreter import interpreted
+        from tests.ops.interpreter import interpreted
 
         with interpreted():
             got = results(label_map, ids, wrong, features, 4, dy)
@@ -328,7 +328,7 @@ def test_row_outside_the_table(on_backend):
 @pytest.mark.parametrize("shape", ((2, 23, 17, 11, 150, 60), (1, 30, 30, 30, 9, 64)), ids=("resized", "looked-up"))
 def test_ledger(shape):
     """Bytes and FLOPs are those of the docstring; every address and every write is checked."""
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     B, h, w, size, F, C = shape
     ids, rows, features = draw(shape, torch.bfloat16, cell=6)
@@ -366,9 +366,7 @@ def tap_rows(ids, rows, size):
         return torch.tensor([floor(p) for p in places]), torch.tensor([ceil(p) for p in places])
 
     table = rows.gather(1, ids.flatten(1).long()).view(ids.shape)
-    return torch.stack(
-        [table[:, y][:, :, x].flatten() for y in axis(ids.shape[1]) for x in axis(ids.shape[2])], 1
-    )
+    return torch.stack([table[:, y][:, :, x].flatten() for y in axis(ids.shape[1]) for x in axis(ids.shape[2])], 1)
 
 
 @pytest.mark.parametrize("on_backend", ("torch",), indirect=True)

@@ -9,12 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from prismer.kernels.dispatch import use_backend
-from prismer.kernels.layer_norm import (
-    add_layer_norm,
-    add_layer_norm_reference,
-    layer_norm,
-    layer_norm_reference,
-)
+from prismer.kernels.layer_norm import add_layer_norm, add_layer_norm_reference, layer_norm, layer_norm_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "on_backend")
 
@@ -85,9 +80,7 @@ def compare(tensors, dtype, assert_no_worse, trainable=(True,) * 4):
         assert torch.equal(got["total"], expected["total"]), "total is not x + residual, rounded once"
         exact_inputs[:2] = got["total"].double(), torch.zeros_like(low[1], dtype=torch.float64)
     assert all(value.dtype == dtype for value in got.values())
-    assert_no_worse(
-        "", got, expected, lambda: results(plain, exact_inputs, torch.float64, dy, dtotal, trainable)
-    )
+    assert_no_worse("", got, expected, lambda: results(plain, exact_inputs, torch.float64, dy, dtotal, trainable))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -262,7 +255,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("residual", (False, True), ids=("alone", "add"))
 def test_ledger(residual):
     """The bytes that the kernels move are those of the docstring; every address and every write is checked."""
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     R, D = 37, 60
     x, res, weight, bias = draw(R, D, torch.bfloat16)

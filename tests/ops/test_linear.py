@@ -24,9 +24,7 @@ def as_one_op():
 
 def draw(count, dtype=torch.float64, bias=True, D=12):
     x = torch.randn(3, 5, D, dtype=torch.float64).to(dtype)
-    layers = [
-        (torch.randn(n, D).to(dtype), torch.randn(n).to(dtype) if bias else None) for n in (8, 7, 12)[:count]
-    ]
+    layers = [(torch.randn(n, D).to(dtype), torch.randn(n).to(dtype) if bias else None) for n in (8, 7, 12)[:count]]
     return x, layers
 
 
@@ -111,9 +109,7 @@ def test_opcheck_and_compile():
         torch.library.opcheck(torch.ops.prismer.linears, (x, w1, None, w2, None, None, None))
     needs = [True, True, False, False, True, False, False]
     dys = torch.randn(5, 8), torch.randn(5, 7).T.contiguous().T, None
-    torch.library.opcheck(
-        torch.ops.prismer.linears_backward, (x.detach(), *dys, w1.detach(), w2, None, needs)
-    )
+    torch.library.opcheck(torch.ops.prismer.linears_backward, (x.detach(), *dys, w1.detach(), w2, None, needs))
     x, layers = draw(3)
     tensors = [x] + [t for layer in layers for t in layer]
     tensors = [t.requires_grad_() for t in tensors]

@@ -7,12 +7,12 @@ Run: pytest tests/ops/test_mlp.py
 import pytest
 import torch
 import torch.nn.functional as F
-from product_ledger import check, column_sums, product
 
 from prismer.kernels import mlp as room
 from prismer.kernels.activation import ACTIVATIONS
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.mlp import mlp, mlp_reference
+from tests.ops.product_ledger import check, column_sums, product
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "on_backend")
 
@@ -120,9 +120,7 @@ def test_reference_is_that_of_torch():
     tensors = draw(7, 60, 96, 31, torch.float64)
     for activation in ACTIVATIONS:
         with use_backend("reference"):
-            torch.testing.assert_close(
-                mlp(*tensors, activation=activation), plain(*tensors, activation=activation)
-            )  # fmt: skip
+            torch.testing.assert_close(mlp(*tensors, activation=activation), plain(*tensors, activation=activation))
     assert mlp_reference(*draw(7, 60, 96, 31, torch.bfloat16), activation="gelu").dtype == torch.bfloat16
 
 
@@ -169,7 +167,7 @@ def test_row_alone_and_repeats():
 @pytest.mark.parametrize("trains", FROZEN.values(), ids=FROZEN)
 def test_frozen(trains, on_backend, count_calls):
     """Saved are h, x only if fc_weight trains, and parameters themselves; no product is made for what is frozen."""
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     R, D, E, outputs = 6, 20, 40, 24
     tensors = draw(R, D, E, outputs, torch.bfloat16)
@@ -199,9 +197,16 @@ def test_frozen(trains, on_backend, count_calls):
     need_dh = any(trains[:3])
     products = need_dh + trains[0] + trains[1] + trains[3]
     arguments = [
-        dy, x if trains[1] else None, torch.randn(R, E).bfloat16(), fc_weight, fc_bias, proj_weight, proj_bias,
-        "gelu", [bool(f) for f in trains],
-    ]  # fmt: skip
+        dy,
+        x if trains[1] else None,
+        torch.randn(R, E).bfloat16(),
+        fc_weight,
+        fc_bias,
+        proj_weight,
+        proj_bias,
+        "gelu",
+        [bool(f) for f in trains],
+    ]
     with torch.no_grad(), count_calls() as calls:
         room._backward(*arguments)
     if on_backend == "torch":
@@ -250,9 +255,7 @@ def test_opcheck(requires_grad):
     for trains in (FROZEN["all"], FROZEN["proj-bias"]) if requires_grad else ():
         needs = [bool(f) for f in trains]
         arguments = (dy, x if trains[1] else None, h, fc_weight, fc_bias, proj_weight, proj_bias, "gelu", needs)
-        torch.library.opcheck(
-            torch.ops.prismer.mlp_backward, arguments, test_utils=("test_schema", "test_faketensor")
-        )  # fmt: skip
+        torch.library.opcheck(torch.ops.prismer.mlp_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compile():
@@ -278,7 +281,7 @@ def test_gradcheck(activation):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_ledger(dtype):
     """FLOPs and bytes are those of the products that the docstring lists; every address and write is checked."""
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     R, D, E, outputs = 67, 60, 130, 61
     s = dtype.itemsize
@@ -286,14 +289,10 @@ def test_ledger(dtype):
     for keep in (False, True):
         with interpreted() as ledger:
             _, h = torch.ops.prismer.mlp(x, fc_weight, fc_bias, proj_weight, proj_bias, "gelu", keep)
-        check(
-            ledger, product(R, E, D, dtype, bias=s, written=keep), product(R, outputs, E, dtype, bias=s)
-        )  # fmt: skip
+        check(ledger, product(R, E, D, dtype, bias=s, written=keep), product(R, outputs, E, dtype, bias=s))
     dy = torch.randn(R, outputs).to(dtype)
     with interpreted() as ledger:
-        torch.ops.prismer.mlp_backward(
-            dy, x, h, fc_weight, fc_bias, proj_weight, proj_bias, "gelu", [True] * 5
-        )  # fmt: skip
+        torch.ops.prismer.mlp_backward(dy, x, h, fc_weight, fc_bias, proj_weight, proj_bias, "gelu", [True] * 5)
     check(
         ledger,
         product(R, E, outputs, dtype, bias=s, read=2, written=1, sums=s),  # dh, and a beside it

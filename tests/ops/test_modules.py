@@ -12,14 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prismer.kernels.dispatch import use_backend
-from prismer.kernels.modules import (
-    MLP,
-    Adaptor,
-    LayerNorm,
-    LinearCrossEntropy,
-    MultiheadAttention,
-    PerceiverResampler,
-)
+from prismer.kernels.modules import MLP, Adaptor, LayerNorm, LinearCrossEntropy, MultiheadAttention, PerceiverResampler
 
 B, N, L, D, HEADS, V = 2, 7, 11, 32, 4, 51
 NAMES = ("query", "key", "value", "output")

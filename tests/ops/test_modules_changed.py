@@ -6,11 +6,11 @@ Run: pytest tests/ops/test_modules_changed.py
 
 import pytest
 import torch
-from test_modules import PAIRS, PlainPacked, inputs, pair, step
-from test_patch_changes import CHANGES
 from torch import nn
 
 from prismer.kernels.modules import LayerNorm
+from tests.ops.test_modules import PAIRS, PlainPacked, inputs, pair, step
+from tests.ops.test_patch_changes import CHANGES
 
 LAYERS = {
     "quick_gelu": ("c_fc", "c_proj"),
@@ -21,12 +21,33 @@ LAYERS = {
     "separate": ("query", "key", "output"),
     "resampler": ("blocks.0.ln_1", "blocks.1.ln_2", "blocks.0.ln_ff", "blocks.1.mlp.c_fc"),
 }
-HOWS = ("adapted", "wrapped", "quantised", "pruned", "weight norm, old", "spectral norm", "parametrised", "offloaded",
-        "overridden", "hook", "pre-hook", "backward hook")  # fmt: skip
+HOWS = (
+    "adapted",
+    "wrapped",
+    "quantised",
+    "pruned",
+    "weight norm, old",
+    "spectral norm",
+    "parametrised",
+    "offloaded",
+    "overridden",
+    "hook",
+    "pre-hook",
+    "backward hook",
+)
 OF_NORMS = ("wrapped", "parametrised", "overridden", "hook", "backward hook", "rms norm")
-ROWS = [(name, layer, how) for name, layers in LAYERS.items() for layer in layers
-        for how in (OF_NORMS if "norm" in layer or "ln_" in layer else HOWS if name in ("quick_gelu", "separate")
-                    else ("adapted", "hook"))]  # fmt: skip
+ROWS = [
+    (name, layer, how)
+    for name, layers in LAYERS.items()
+    for layer in layers
+    for how in (
+        OF_NORMS
+        if "norm" in layer or "ln_" in layer
+        else HOWS
+        if name in ("quick_gelu", "separate")
+        else ("adapted", "hook")
+    )
+]
 
 
 def change(module, name, how):

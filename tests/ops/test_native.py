@@ -8,10 +8,10 @@ Run: pytest tests/ops/test_native.py
 import pytest
 import torch
 import torch.nn.functional as F
-from native_sets import HERE
 
 from prismer.kernels.decode_attention import decode_attention_reference
 from prismer.kernels.label_map import label_map_reference
+from tests.ops.native_sets import HERE
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -436,9 +436,7 @@ def test_row_alone(isa, dtype):
     dx = ops.layer_norm_backward(dy, dtotal, total, weight, mean, rstd, True)[0]
     part = slice(4, 5)
     assert_same(ops.layer_norm(x[part], residual[part], weight, bias, 1e-5), [t[part] for t in (y, total, mean, rstd)])
-    alone = ops.layer_norm_backward(
-        dy[part], dtotal[part], total[part], weight, mean[part], rstd[part], False
-    )
+    alone = ops.layer_norm_backward(dy[part], dtotal[part], total[part], weight, mean[part], rstd[part], False)
     assert torch.equal(alone[0], dx[part])
     for a in ACTIVATIONS:
         assert torch.equal(ops.bias_activation(x[part], bias, a), ops.bias_activation(x, bias, a)[part])

@@ -9,8 +9,8 @@ import functools
 import pytest
 import torch
 
-from prismer.kernels import attention_native
 from prismer.kernels.attention import attention, attention_reference
+from prismer.kernels.attention import native_backend as attention_native
 from prismer.kernels.dispatch import use_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -206,7 +206,7 @@ def test_expanded_keys(assert_no_worse):
 
 def test_what_is_chosen(monkeypatch, count_calls):
     """Ours on AVX-512, and for 16 bits on AVX2, where torch multiplies those slowly; torch's own elsewhere."""
-    from native_sets import HERE
+    from tests.ops.native_sets import HERE
 
     ran, forward = [], attention_native.forward
     monkeypatch.setattr(attention_native, "forward", lambda *args: ran.append("native") or forward(*args))

@@ -52,9 +52,7 @@ def check(state, logits, bias, targets):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "widths", ((1,), (15,), (16,), (17, 3), (4096,), (4097,), (5000, 4100, 7), (1,) * 20), ids=str
-)
+@pytest.mark.parametrize("widths", ((1,), (15,), (16,), (17, 3), (4096,), (4097,), (5000, 4100, 7), (1,) * 20), ids=str)
 @pytest.mark.parametrize("R", (1, 5))
 def test_statistics(isa, R, widths, dtype):
     V = sum(widths)

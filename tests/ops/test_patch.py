@@ -10,11 +10,11 @@ import pickle
 
 import pytest
 import torch
-from patched import assert_same, enlarge, step
 from torch import nn
 
 from prismer.kernels import patch
 from prismer.kernels.patch import Rule, apply_to, is_patched, restore
+from tests.ops.patched import assert_same, enlarge, step
 
 B, T, D = 2, 7, 32
 open_clip = pytest.importorskip("open_clip")
@@ -52,8 +52,14 @@ def test_report_and_undo():
     expected = step(model, dict(x=x))
     report = apply_to(model)
     assert report.replaced == [
-        "blocks.0", "blocks.0.ln_1", "blocks.0.attn", "blocks.1", "blocks.1.ln_1", "blocks.1.attn", "norm",
-    ]  # fmt: skip
+        "blocks.0",
+        "blocks.0.ln_1",
+        "blocks.0.attn",
+        "blocks.1",
+        "blocks.1.ln_1",
+        "blocks.1.attn",
+        "norm",
+    ]
     text = str(report)
     assert text.startswith("7 of 7 modules run on fused ops\n")
     for line in ("2 x ResidualAttentionBlock", "2 x MultiheadAttention", "3 x LayerNorm"):
@@ -163,13 +169,9 @@ KEPT = {
     "relu": (swap("blocks.0.mlp.gelu", nn.ReLU()), r"its activation ReLU\(\) has no fused op"),
     "wide norm": (swap("norm", nn.LayerNorm((T, D))), "it normalises 2 dimensions, the fused one the last alone"),
     "long norm": (swap("norm", nn.LayerNorm(65537)), "it normalises 65537 numbers, the fused one 65536 at most"),
-    "bias_k": (
-        swap("blocks.0.attn", nn.MultiheadAttention(D, 4, batch_first=True, add_bias_kv=True)), "it has bias_k",
-    ),
-    "longer mlp": (
-        lambda m: m.blocks[0].mlp.add_module("drop", nn.Dropout()), "its mlp is not c_fc, gelu, c_proj",
-    ),
-}  # fmt: skip
+    "bias_k": (swap("blocks.0.attn", nn.MultiheadAttention(D, 4, batch_first=True, add_bias_kv=True)), "it has bias_k"),
+    "longer mlp": (lambda m: m.blocks[0].mlp.add_module("drop", nn.Dropout()), "its mlp is not c_fc, gelu, c_proj"),
+}
 
 
 @pytest.mark.parametrize("name", KEPT)

@@ -12,15 +12,15 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from patched import assert_same, enlarge, step
-from test_patch_loss import build as causal_lm
-from test_patch_loss import labelled
-from test_patch_resamplers import CASES, large_parameters
-from test_patch_towers import FAMILIES
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from prismer.kernels.patch import apply_to, is_patched
+from tests.ops.patched import assert_same, enlarge, step
+from tests.ops.test_patch_loss import build as causal_lm
+from tests.ops.test_patch_loss import labelled
+from tests.ops.test_patch_resamplers import CASES, large_parameters
+from tests.ops.test_patch_towers import FAMILIES
 
 # what may happen to a layer
 
@@ -122,22 +122,16 @@ CHANGES = {
     "weight norm": lambda layer: nothing(parametrizations.weight_norm(layer)),
     "spectral norm, old": lambda layer: nothing(nn.utils.spectral_norm(layer)),
     "spectral norm": lambda layer: nothing(parametrizations.spectral_norm(layer)),
-    "parametrised": lambda layer: nothing(
-        parametrize.register_parametrization(layer, "weight", Shifted())
-    ),
+    "parametrised": lambda layer: nothing(parametrize.register_parametrization(layer, "weight", Shifted())),
     "offloaded": on_the_instance,
     "overridden": overridden,
     "hook": lambda layer: nothing(layer.register_forward_hook(lambda m, a, y: y * 2)),
     "pre-hook": lambda layer: nothing(layer.register_forward_pre_hook(lambda m, a: (a[0] * 2,))),
-    "backward hook": lambda layer: nothing(
-        layer.register_full_backward_hook(lambda m, dx, dy: (dx[0] * 2,))
-    ),
-    "backward pre-hook": lambda layer: nothing(
-        layer.register_full_backward_pre_hook(lambda m, dy: (dy[0] * 2,))
-    ),
+    "backward hook": lambda layer: nothing(layer.register_full_backward_hook(lambda m, dx, dy: (dx[0] * 2,))),
+    "backward pre-hook": lambda layer: nothing(layer.register_full_backward_pre_hook(lambda m, dy: (dy[0] * 2,))),
     "subclass": lambda layer: setattr(layer, "__class__", Halved),
     "rms norm": lambda layer: nn.RMSNorm(layer.normalized_shape) if isinstance(layer, nn.LayerNorm) else Lora(layer),
-}  # fmt: skip
+}
 
 
 def tower(name):
@@ -401,10 +395,7 @@ NORM, PACKED = ("ln_final", "weight"), (f"{BLOCK}.attn", "in_proj_weight")
 
 @pytest.mark.parametrize(
     ("name", "weight", "how"),
-    (
-        (*NORM, "parametrised"), (*NORM, "pruned"), (*NORM, "quantised"), (*PACKED, "parametrised"),
-        (*PACKED, "pruned"),
-    ),
+    ((*NORM, "parametrised"), (*NORM, "pruned"), (*NORM, "quantised"), (*PACKED, "parametrised"), (*PACKED, "pruned")),
 )
 def test_its_own_weights(name, weight, how):
     plain, inputs, *_ = case("open_clip mlp")

@@ -9,11 +9,11 @@ import logging
 
 import pytest
 import torch
-from patched import assert_no_worse, assert_same, enlarge, losses, step
 from torch import nn
 
 from prismer.kernels.patch import apply_to, restore
-from prismer.kernels.patch_loss import hands_on_logits
+from prismer.kernels.patch.loss import hands_on_logits
+from tests.ops.patched import assert_no_worse, assert_same, enlarge, losses, step
 
 transformers = pytest.importorskip("transformers")
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -23,8 +23,18 @@ SPECIAL = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2)
 SIZES = dict(vocab_size=V, hidden_size=D, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=24)
 WIDE = dict(**SIZES, intermediate_size=48, **SPECIAL)
 BERT = dict(**WIDE, is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-GPT2 = dict(vocab_size=V, n_embd=D, n_layer=2, n_head=4, n_positions=24, resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0, bos_token_id=0, eos_token_id=2)  # fmt: skip
+GPT2 = dict(
+    vocab_size=V,
+    n_embd=D,
+    n_layer=2,
+    n_head=4,
+    n_positions=24,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    bos_token_id=0,
+    eos_token_id=2,
+)
 MODELS = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "llama": ("LlamaForCausalLM", "LlamaConfig", WIDE),
@@ -34,7 +44,8 @@ MODELS = {
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", WIDE),
     "phi": ("PhiForCausalLM", "PhiConfig", WIDE),
     "mixtral": (
-        "MixtralForCausalLM", "MixtralConfig",
+        "MixtralForCausalLM",
+        "MixtralConfig",
         dict(**WIDE, num_key_value_heads=2, num_local_experts=3, output_router_logits=True),
     ),
     "opt": ("OPTForCausalLM", "OPTConfig", dict(**SIZES, **SPECIAL, ffn_dim=48, word_embed_proj_dim=D, dropout=0.0)),
@@ -42,7 +53,7 @@ MODELS = {
     "xlmr": ("XLMRobertaForCausalLM", "XLMRobertaConfig", BERT),
     "bert": ("BertLMHeadModel", "BertConfig", BERT),
     "electra": ("ElectraForCausalLM", "ElectraConfig", dict(**BERT, embedding_size=24)),
-}  # fmt: skip
+}
 KEPT = {
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", dict(**WIDE, num_key_value_heads=2, head_dim=8)),
     "cohere": ("CohereForCausalLM", "CohereConfig", dict(**WIDE, num_key_value_heads=2)),

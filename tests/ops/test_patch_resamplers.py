@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from prismer.counting import Counter
+from prismer.costs.counting import Counter
 from prismer.kernels.patch import apply_to, is_patched
 
 D, LATENTS = 48, 6
@@ -39,9 +39,14 @@ def flamingo_pytorch(depth=2, width=D, heads=4, dim_head=8, latents=LATENTS):
 
 def open_flamingo(depth=2, width=D, heads=4, dim_head=8, latents=LATENTS, media=None, frames=None):
     return flamingo_module("open_flamingo").PerceiverResampler(
-        dim=width, depth=depth, dim_head=dim_head, heads=heads, num_latents=latents, max_num_media=media,
+        dim=width,
+        depth=depth,
+        dim_head=dim_head,
+        heads=heads,
+        num_latents=latents,
+        max_num_media=media,
         max_num_frames=frames,
-    )  # fmt: skip
+    )
 
 
 def idefics(depth=2, width=D, heads=4, dim_head=8, latents=LATENTS, qk=False):
@@ -59,9 +64,14 @@ def idefics2(depth=2, width=D, heads=4, dim_head=8, latents=LATENTS, keys=2, att
     from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
     config = Idefics2PerceiverConfig(
-        hidden_size=width, resampler_depth=depth, resampler_n_heads=heads, resampler_head_dim=dim_head,
-        resampler_n_latents=latents, num_key_value_heads=keys, hidden_act=act,
-    )  # fmt: skip
+        hidden_size=width,
+        resampler_depth=depth,
+        resampler_n_heads=heads,
+        resampler_head_dim=dim_head,
+        resampler_n_latents=latents,
+        num_key_value_heads=keys,
+        hidden_act=act,
+    )
     config._attn_implementation = attn
     return Idefics2PerceiverResampler(config)
 

@@ -10,20 +10,27 @@ import logging
 
 import pytest
 import torch
-from patched import assert_no_worse, assert_same, enlarge, losses, step
 from torch import nn
 
 from prismer.kernels.patch import apply_to
+from tests.ops.patched import assert_no_worse, assert_same, enlarge, losses, step
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 B, T, V, D = 2, 7, 61, 32
-VISION = dict(hidden_size=D, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, image_size=16,
-              patch_size=8)  # fmt: skip
-TEXT = dict(vocab_size=V, hidden_size=D, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=24)  # fmt: skip
+VISION = dict(
+    hidden_size=D, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+)
+TEXT = dict(
+    vocab_size=V,
+    hidden_size=D,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=24,
+)
 BERT = dict(**TEXT, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 SPECIAL = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2)
 
@@ -58,11 +65,20 @@ def coca():
     return open_clip.coca_model.CoCa(
         D,
         open_clip.coca_model.MultimodalCfg(width=D, context_length=T, heads=4, layers=2),
-        open_clip.model.CLIPTextCfg(context_length=T, vocab_size=V, width=D, heads=4, layers=2, embed_cls=True,
-                                    output_tokens=True),
-        open_clip.model.CLIPVisionCfg(layers=2, width=D, head_width=8, patch_size=8, image_size=16,
-                                      attentional_pool=True, attn_pooler_heads=4, output_tokens=True),
-    )  # fmt: skip
+        open_clip.model.CLIPTextCfg(
+            context_length=T, vocab_size=V, width=D, heads=4, layers=2, embed_cls=True, output_tokens=True
+        ),
+        open_clip.model.CLIPVisionCfg(
+            layers=2,
+            width=D,
+            head_width=8,
+            patch_size=8,
+            image_size=16,
+            attentional_pool=True,
+            attn_pooler_heads=4,
+            output_tokens=True,
+        ),
+    )
 
 
 def hf(kind, config, **options):
@@ -87,10 +103,19 @@ def two_towers(kind, act="quick_gelu", **text):
 
 def blip():
     config = transformers.BlipConfig(
-        text_config=dict(**BERT, encoder_hidden_size=D, projection_dim=D, is_decoder=True, **SPECIAL, sep_token_id=2,
-                         label_smoothing=0.0),
-        vision_config=dict(**VISION, projection_dim=D), projection_dim=D, image_text_hidden_size=D,
-    )  # fmt: skip
+        text_config=dict(
+            **BERT,
+            encoder_hidden_size=D,
+            projection_dim=D,
+            is_decoder=True,
+            **SPECIAL,
+            sep_token_id=2,
+            label_smoothing=0.0,
+        ),
+        vision_config=dict(**VISION, projection_dim=D),
+        projection_dim=D,
+        image_text_hidden_size=D,
+    )
     return transformers.BlipForConditionalGeneration(config)
 
 
@@ -140,26 +165,31 @@ def bert_parts(name, *others):
 FAMILIES = {
     "open_clip-gelu": (open_clip_model, lambda: dict(image=pixels(), text=words()), BLOCK),
     "open_clip-quick_gelu": (
-        lambda: open_clip_model(quick_gelu=True), lambda: dict(image=pixels(), text=words()), BLOCK,
+        lambda: open_clip_model(quick_gelu=True),
+        lambda: dict(image=pixels(), text=words()),
+        BLOCK,
     ),
     "open_clip-layer_scale": (
-        lambda: open_clip_model(ls_init_value=0.7), lambda: dict(image=pixels(), text=words()), BLOCK,
+        lambda: open_clip_model(ls_init_value=0.7),
+        lambda: dict(image=pixels(), text=words()),
+        BLOCK,
     ),
     "open_clip-fp32_norms": (
-        lambda: open_clip_model(cast_dtype=torch.float16), lambda: dict(image=pixels(), text=words()),
+        lambda: open_clip_model(cast_dtype=torch.float16),
+        lambda: dict(image=pixels(), text=words()),
         BLOCK - {"LayerNorm"} | {"LayerNormFp32"},
     ),
     "open_clip-coca": (coca, lambda: dict(image=pixels(), text=words()), BLOCK),
     "clip": (two_towers("CLIP"), lambda: dict(input_ids=words(), pixel_values=pixels()), parts("CLIP")),
     "clip-padded": (
         two_towers("CLIP", "gelu"),
-        lambda: dict(input_ids=words(), pixel_values=pixels(), attention_mask=padding()), parts("CLIP"),
+        lambda: dict(input_ids=words(), pixel_values=pixels(), attention_mask=padding()),
+        parts("CLIP"),
     ),
-    "metaclip2": (
-        two_towers("MetaClip2"), lambda: dict(input_ids=words(), pixel_values=pixels()), parts("MetaClip2"),
-    ),
+    "metaclip2": (two_towers("MetaClip2"), lambda: dict(input_ids=words(), pixel_values=pixels()), parts("MetaClip2")),
     "siglip": (
-        two_towers("Siglip", "gelu_pytorch_tanh"), lambda: dict(input_ids=words(), pixel_values=pixels()),
+        two_towers("Siglip", "gelu_pytorch_tanh"),
+        lambda: dict(input_ids=words(), pixel_values=pixels()),
         parts("Siglip", "MultiheadAttention") - {"SiglipMLP"},
     ),
     "siglip-gelu-padded": (
@@ -168,23 +198,34 @@ FAMILIES = {
         parts("Siglip", "MultiheadAttention"),
     ),
     "siglip2": (
-        hf("Siglip2VisionModel", "Siglip2VisionConfig", hidden_act="gelu", num_patches=16,
-           **{k: v for k, v in VISION.items() if k != "image_size"}),
-        lambda: dict(pixel_values=torch.randn(B, 16, 192), spatial_shapes=torch.tensor([[4, 4], [3, 4]]),
-                     pixel_attention_mask=torch.arange(16) < torch.tensor([[16], [12]])),
+        hf(
+            "Siglip2VisionModel",
+            "Siglip2VisionConfig",
+            hidden_act="gelu",
+            num_patches=16,
+            **{k: v for k, v in VISION.items() if k != "image_size"},
+        ),
+        lambda: dict(
+            pixel_values=torch.randn(B, 16, 192),
+            spatial_shapes=torch.tensor([[4, 4], [3, 4]]),
+            pixel_attention_mask=torch.arange(16) < torch.tensor([[16], [12]]),
+        ),
         parts("Siglip2", "MultiheadAttention"),
     ),
     "vit": (
-        hf("ViTModel", "ViTConfig", **VISION), lambda: dict(pixel_values=pixels()),
+        hf("ViTModel", "ViTConfig", **VISION),
+        lambda: dict(pixel_values=pixels()),
         parts("ViT", kinds=("MLP", "Attention")),
     ),
     "deit": (
-        hf("DeiTModel", "DeiTConfig", **VISION, qkv_bias=False), lambda: dict(pixel_values=pixels()),
+        hf("DeiTModel", "DeiTConfig", **VISION, qkv_bias=False),
+        lambda: dict(pixel_values=pixels()),
         parts("DeiT", kinds=("MLP", "Attention")),
     ),
     "dinov2": (
         hf("Dinov2Model", "Dinov2Config", **{k: v for k, v in VISION.items() if k != "intermediate_size"}),
-        lambda: dict(pixel_values=pixels()), parts("Dinov2", kinds=("MLP", "Attention")),
+        lambda: dict(pixel_values=pixels()),
+        parts("Dinov2", kinds=("MLP", "Attention")),
     ),
     "blip": (
         blip,  # with labels: without them it fills a cache, and attends as it always did
@@ -195,55 +236,64 @@ FAMILIES = {
         lambda: transformers.models.blip.modeling_blip_text.BlipTextModel(
             transformers.BlipTextConfig(**BERT, encoder_hidden_size=D, projection_dim=D, **SPECIAL)
         ),
-        lambda: dict(input_ids=words(), attention_mask=padding(), is_decoder=False,
-                     **encoder(encoder_attention_mask=seen())),
+        lambda: dict(
+            input_ids=words(), attention_mask=padding(), is_decoder=False, **encoder(encoder_attention_mask=seen())
+        ),
         bert_parts("BlipText"),
     ),
     "blip2-vision": (vision_tower("Blip2"), lambda: dict(pixel_values=pixels()), parts("Blip2")),
     "instructblip-vision": (vision_tower("InstructBlip"), lambda: dict(pixel_values=pixels()), parts("InstructBlip")),
-    "qformer": (
-        qformer, queries,
-        parts("Blip2QFormer", kinds=("MultiHeadAttention", "SelfOutput", "Layer")),
-    ),
+    "qformer": (qformer, queries, parts("Blip2QFormer", kinds=("MultiHeadAttention", "SelfOutput", "Layer"))),
     "qformer-padded": (
-        qformer, lambda: queries(encoder_attention_mask=seen()),
+        qformer,
+        lambda: queries(encoder_attention_mask=seen()),
         parts("Blip2QFormer", kinds=("MultiHeadAttention", "SelfOutput", "Layer")),
     ),
     "instructblip-qformer": (
         lambda: qformer("InstructBlip"),
-        lambda: dict(input_ids=words(), attention_mask=torch.cat((torch.ones(B, 5, dtype=torch.long), padding()), 1),
-                     **queries(encoder_attention_mask=seen())),
+        lambda: dict(
+            input_ids=words(),
+            attention_mask=torch.cat((torch.ones(B, 5, dtype=torch.long), padding()), 1),
+            **queries(encoder_attention_mask=seen()),
+        ),
         parts("InstructBlipQFormer", kinds=("MultiHeadAttention", "SelfOutput", "Output", "Layer")),
     ),
     **{
         name.lower(): (
-            hf(f"{name}Model", f"{name}Config", **BERT, **SPECIAL), lambda: dict(input_ids=words()), bert_parts(name),
+            hf(f"{name}Model", f"{name}Config", **BERT, **SPECIAL),
+            lambda: dict(input_ids=words()),
+            bert_parts(name),
         )
         for name in ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
     },
     "bert-padded": (
-        hf("BertModel", "BertConfig", **BERT), lambda: dict(input_ids=words(), attention_mask=padding(left=True)),
+        hf("BertModel", "BertConfig", **BERT),
+        lambda: dict(input_ids=words(), attention_mask=padding(left=True)),
         bert_parts("Bert"),
     ),
     "bert-relu": (
-        hf("BertModel", "BertConfig", **BERT, hidden_act="relu"), lambda: dict(input_ids=words()),
+        hf("BertModel", "BertConfig", **BERT, hidden_act="relu"),
+        lambda: dict(input_ids=words()),
         bert_parts("Bert", "BertOutput") - {"BertLayer"},
     ),
     "roberta-decoder": (
         hf("RobertaModel", "RobertaConfig", **BERT, **SPECIAL, is_decoder=True, add_cross_attention=True),
-        lambda: dict(input_ids=words(), use_cache=False, **encoder()), bert_parts("Roberta", "RobertaCrossAttention"),
+        lambda: dict(input_ids=words(), use_cache=False, **encoder()),
+        bert_parts("Roberta", "RobertaCrossAttention"),
     ),
     "roberta-decoder-padded": (
         hf("RobertaModel", "RobertaConfig", **BERT, **SPECIAL, is_decoder=True, add_cross_attention=True),
-        lambda: dict(input_ids=words(), use_cache=False, attention_mask=padding(),
-                     **encoder(encoder_attention_mask=seen())),
+        lambda: dict(
+            input_ids=words(), use_cache=False, attention_mask=padding(), **encoder(encoder_attention_mask=seen())
+        ),
         bert_parts("Roberta", "RobertaCrossAttention"),
     ),
     "bert-decoder-chunked": (
         hf("BertModel", "BertConfig", **BERT, is_decoder=True, add_cross_attention=True, chunk_size_feed_forward=1),
-        lambda: dict(input_ids=words(), use_cache=False, **encoder()), bert_parts("Bert", "BertCrossAttention"),
+        lambda: dict(input_ids=words(), use_cache=False, **encoder()),
+        bert_parts("Bert", "BertCrossAttention"),
     ),
-}  # fmt: skip
+}
 
 
 def pair(name):
@@ -319,7 +369,7 @@ MHA = {
     "weights": ({}, dict(need_weights=True), False),
     "weights_of_heads": ({}, dict(need_weights=True, average_attn_weights=False), False),
     "dropout": (dict(dropout=0.4), {}, False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MHA)
@@ -464,9 +514,15 @@ def test_generation(cached):
             cache["past_key_values"] = transformers.EncoderDecoderCache(*empty)
         torch.manual_seed(0)
         return model.generate(
-            words(), **inputs, **cache, use_cache=cached, max_new_tokens=6, output_scores=True, do_sample=False,
+            words(),
+            **inputs,
+            **cache,
+            use_cache=cached,
+            max_new_tokens=6,
+            output_scores=True,
+            do_sample=False,
             return_dict_in_generate=True,
-        )  # fmt: skip
+        )
 
     got, expected = run(patched), run(plain)
     assert torch.equal(got.sequences, expected.sequences)
@@ -538,9 +594,13 @@ def clip_tower(family, act):
         layer = open_clip.transformer.QuickGELU if act == "quick_gelu" else nn.GELU
         return open_clip.transformer.Transformer(64, 3, 4, act_layer=layer)
     config = transformers.CLIPVisionConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, hidden_act=act,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        hidden_act=act,
         attn_implementation="sdpa",
-    )  # fmt: skip
+    )
     return transformers.models.clip.modeling_clip.CLIPEncoder(config)
 
 

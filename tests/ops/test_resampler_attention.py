@@ -12,14 +12,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from prismer.kernels import resampler_attention as room
-from prismer.kernels import resampler_triton
 from prismer.kernels.dispatch import asked, use_backend
-from prismer.kernels.resampler_attention import (
-    flops,
-    resampler_attention,
-    resampler_attention_reference,
-    standardise,
-)
+from prismer.kernels.resampler_attention import flops, resampler_attention, resampler_attention_reference, standardise
+from prismer.kernels.resampler_attention import triton_backend as resampler_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -149,7 +144,7 @@ def test_exact(shape):
         eye = torch.eye(D, dtype=torch.float64)
         y, _ = F.multi_head_attention_forward(
             query.transpose(0, 1), keys, keys, D, H, in_proj_weight, in_proj_bias, None, None, False, 0.0, eye, None
-        )  # fmt: skip
+        )
         return y.transpose(0, 1)
 
     all_results = [results(lambda *t: resampler_attention_reference(*t, H), tensors, torch.float64, dy)]
@@ -369,7 +364,7 @@ def test_gradcheck(order):
 
 def test_ledger(on_triton):
     """Bytes and products of every kernel are those of the docstring, times the tiles that read the same again."""
-    from interpreter import interpreted
+    from tests.ops.interpreter import interpreted
 
     B, M, L, D, H, s = 2, 5, 70, 72, 3, 2
     Q, NZ, NB = H * M, 1, 3
@@ -395,13 +390,18 @@ def test_ledger(on_triton):
         "_scale_kernel": (2 * scale[0], 2 * scale[1]),
         "_scores_kernel": (scores[0] + tiles + NB * number, tiles + NB * number),
         "_mix_kernel": (  # da; t again
-            columns * (2 * tiles + (1 + NB) * number) + keys + affine
-            + columns * (tiles * NZ // NB + (1 + NZ) * number) + rows + B * M * D * s + affine,
+            columns * (2 * tiles + (1 + NB) * number)
+            + keys
+            + affine
+            + columns * (tiles * NZ // NB + (1 + NZ) * number)
+            + rows
+            + B * M * D * s
+            + affine,
             2 * rows + number + rows,
         ),
         "_keys_kernel": (2 * NB * rows + columns * 2 * (tiles + NB * number), keys),
         "_norm_kernel": (4 * rows + 2 * number, -(-B * Q // 16) * 8 * D),
-    }  # fmt: skip
+    }
     everything = ("query", "x_hat", "norm", "in_proj_weight", "in_proj_bias")
     for names in (everything, ("x_hat",), ("query",), ("norm",)):
         needs = {name: name in names for name in everything}
@@ -438,9 +438,14 @@ def test_ledger(on_triton):
 )
 def test_errors(change, message):
     good = dict(
-        query=torch.zeros(2, 3, 8), x_hat=torch.zeros(2, 5, 8), norm_weight=torch.zeros(8), norm_bias=torch.zeros(8),
-        in_proj_weight=torch.zeros(24, 8), in_proj_bias=torch.zeros(24), num_heads=2,
-    )  # fmt: skip
+        query=torch.zeros(2, 3, 8),
+        x_hat=torch.zeros(2, 5, 8),
+        norm_weight=torch.zeros(8),
+        norm_bias=torch.zeros(8),
+        in_proj_weight=torch.zeros(24, 8),
+        in_proj_bias=torch.zeros(24),
+        num_heads=2,
+    )
     with pytest.raises(ValueError, match=message):
         resampler_attention(**{**good, **change})
 

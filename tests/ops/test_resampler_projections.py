@@ -9,10 +9,7 @@ import torch
 from torch.library import opcheck
 
 from prismer.kernels.dispatch import use_backend
-from prismer.kernels.resampler_projections import (
-    resampler_projections,
-    resampler_projections_reference,
-)
+from prismer.kernels.patch.resampler_projections import resampler_projections, resampler_projections_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -8,12 +8,7 @@ import torch
 from torch.library import opcheck
 
 from prismer.kernels.dispatch import use_backend
-from prismer.kernels.rms_norm import (
-    add_rms_norm,
-    add_rms_norm_reference,
-    rms_norm,
-    rms_norm_reference,
-)
+from prismer.kernels.patch.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

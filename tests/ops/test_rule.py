@@ -140,10 +140,7 @@ OPS = {
         ),
     ),
     "label_map": ("label_map", lambda m, dtype, rule: m.compare(*m.draw((2, 9, 9, 9, 37, 64), dtype), 9, rule)),
-    "instance_rows": (
-        "add_instance_rows",
-        lambda m, dtype, rule: m.compare(m.draw((3, 23, 5, 37, 61), dtype), rule),
-    ),
+    "instance_rows": ("add_instance_rows", lambda m, dtype, rule: m.compare(m.draw((3, 23, 5, 37, 61), dtype), rule)),
 }
 
 # a bias of all keys adds the same to all scores of a query, which a softmax does not see
@@ -155,7 +152,7 @@ UNSEEN = {"cross_attention": {3}}
 def test_planted_faults(name, dtype, assert_no_worse, monkeypatch):
     if name == "native_attention" and native_missing():
         pytest.skip(native_missing())
-    module = importlib.import_module(f"test_{name}")
+    module = importlib.import_module(f"tests.ops.test_{name}")
     op, run = OPS[name]
     whole, count = getattr(module, op), []
     with use_backend(None if name == "native_attention" else "torch"):

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from prismer.config import PrismerConfig, prismer_tiny
-from prismer.dataloading.scenes import render_dataset
-from prismer.dataloading.shards import ShardDataset
+from prismer.dataloading.scenes.dataset import render_dataset
+from prismer.dataloading.store.shards import ShardDataset
 from prismer.model import Prismer
-from prismer.progress import read_metrics
 from prismer.tokenizer import Tokenizer
+from prismer.training.progress import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = 64
@@ -27,9 +27,19 @@ SIDE = 64
 def small_config(**changes) -> PrismerConfig:
     """A Prismer of 0.2 M parameters with all six experts."""
     sizes = dict(
-        image_size=SIDE, label_size=SIDE, vision_width=32, vision_depth=2, vision_heads=2, resampler_depth=1,
-        resampler_heads=2, num_latents=4, text_width=32, text_depth=2, text_heads=2, text_mlp_width=64,
-    )  # fmt: skip
+        image_size=SIDE,
+        label_size=SIDE,
+        vision_width=32,
+        vision_depth=2,
+        vision_heads=2,
+        resampler_depth=1,
+        resampler_heads=2,
+        num_latents=4,
+        text_width=32,
+        text_depth=2,
+        text_heads=2,
+        text_mlp_width=64,
+    )
     return prismer_tiny(**{**sizes, **changes})
 
 
@@ -47,9 +57,7 @@ class Run:
 
     def losses(self) -> dict[int, float]:
         """Step -> training loss, from metrics.jsonl."""
-        return {
-            row["step"]: row["loss"] for row in read_metrics(self.folder) if row["kind"] == "train"
-        }
+        return {row["step"]: row["loss"] for row in read_metrics(self.folder) if row["kind"] == "train"}
 
     def wait_for_step(self, step: int, timeout: float = 240) -> None:
         """Return once `step` was logged."""
@@ -69,9 +77,7 @@ class Run:
 
     def ranks_alive(self) -> int:
         """Processes of the launch that still live, zombies aside."""
-        states = subprocess.run(
-            ["ps", "-o", "stat=", "-g", str(self.process.pid)], capture_output=True, text=True
-        )
+        states = subprocess.run(["ps", "-o", "stat=", "-g", str(self.process.pid)], capture_output=True, text=True)
         return sum(not line.startswith("Z") for line in states.stdout.split())
 
 
@@ -81,30 +87,16 @@ class Workshop:
     def __init__(self, folder: Path):
         self.folder, self.port = folder, 29600 + os.getpid() % 300
         self.processes: list[subprocess.Popen] = []
-        render_dataset(
-            folder / "data",
-            train=64,
-            val=8,
-            test=0,
-            size=SIDE,
-            label_size=SIDE,
-            workers=1,
-            progress=False,
-        )
+        render_dataset(folder / "data", train=64, val=8, test=0, size=SIDE, label_size=SIDE, workers=1, progress=False)
         train = ShardDataset(folder / "data" / "train")
         texts = [
             text
             for i in range(len(train))
-            for text in [
-                *train.meta(i)["captions"],
-                *(q["question"] for q in train.meta(i)["questions"]),
-            ]
+            for text in [*train.meta(i)["captions"], *(q["question"] for q in train.meta(i)["questions"])]
         ]
         tokenizer = Tokenizer.train(texts, 320)
         torch.manual_seed(0)
-        Prismer(small_config(vocab_size=tokenizer.vocab_size), tokenizer).save_pretrained(
-            folder / "model"
-        )
+        Prismer(small_config(vocab_size=tokenizer.vocab_size), tokenizer).save_pretrained(folder / "model")
 
     def launch(
         self,
@@ -119,15 +111,27 @@ class Workshop:
         Files beyond `largest_file` bytes fail, as on a full disk.
         """
         section = dict(
-            data=str(self.folder / "data"), model=str(self.folder / "model"), batch_size=8, log_every=1,
-            save_every=3, eval_every=1000, eval_batch_size=8, warmup_steps=2, captions_per_image=1,
+            data=str(self.folder / "data"),
+            model=str(self.folder / "model"),
+            batch_size=8,
+            log_every=1,
+            save_every=3,
+            eval_every=1000,
+            eval_batch_size=8,
+            warmup_steps=2,
+            captions_per_image=1,
             questions_per_image=2,
-        )  # fmt: skip
+        )
         # small parameters are sharded too, as large models' are
         zero = dict.fromkeys(
-            ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_max_live_parameters",
-             "stage3_prefetch_bucket_size"), 0,
-        )  # fmt: skip
+            (
+                "stage3_param_persistence_threshold",
+                "stage3_max_reuse_distance",
+                "stage3_max_live_parameters",
+                "stage3_prefetch_bucket_size",
+            ),
+            0,
+        )
         config = dict(zero_optimization=dict(stage=3, **zero), prismer={**section, **settings})
         (self.folder / f"{run}.json").write_text(json.dumps(config))
         folder = self.folder / "runs" / run
@@ -136,20 +140,8 @@ class Workshop:
         binaries = Path(sys.executable).parent
         command = {
             "python": [sys.executable],
-            "deepspeed": [
-                binaries / "deepspeed",
-                "--num_accelerators",
-                count,
-                "--master_port",
-                str(self.port),
-            ],
-            "torchrun": [
-                binaries / "torchrun",
-                "--nproc_per_node",
-                count,
-                "--master_port",
-                str(self.port),
-            ],
+            "deepspeed": [binaries / "deepspeed", "--num_accelerators", count, "--master_port", str(self.port)],
+            "torchrun": [binaries / "torchrun", "--nproc_per_node", count, "--master_port", str(self.port)],
         }[name]
         arguments = [
             ROOT / "train.py",
@@ -161,10 +153,9 @@ class Workshop:
             *flags,
         ]
         log = self.folder / f"{run}.log"
-        environment = {
-            k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        }
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environment["OMP_NUM_THREADS"] = "1"
+
         def prepare() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
             # tests that run under nohup would hand it on as ignored
@@ -173,9 +164,13 @@ class Workshop:
         with open(log, "a") as file:
             process = subprocess.Popen(
                 [str(word) for word in (*command, *arguments)],
-                stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=self.folder, start_new_session=True,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=self.folder,
+                start_new_session=True,
                 preexec_fn=prepare,
-            )  # fmt: skip
+            )
         self.processes.append(process)
         return Run(process, folder, log)
 

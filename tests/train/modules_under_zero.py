@@ -15,24 +15,22 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
-from prismer import engine as engines
-from prismer.kernels.modules import (
-    MLP,
-    Adaptor,
-    LayerNorm,
-    LinearCrossEntropy,
-    MultiheadAttention,
-    PerceiverResampler,
-)
+from prismer.kernels.modules import MLP, Adaptor, LayerNorm, LinearCrossEntropy, MultiheadAttention, PerceiverResampler
 from prismer.kernels.patch import apply_to
-from prismer.train_config import TrainConfig
+from prismer.training import zero as engines
+from prismer.training.config import TrainConfig
 
 D, V, STEPS, ROWS = 32, 61, 4, 4
 # every parameter is sharded, gathered and released, however small
 EVERYTHING = dict.fromkeys(
-    ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_max_live_parameters",
-     "stage3_prefetch_bucket_size"), 0,
-)  # fmt: skip
+    (
+        "stage3_param_persistence_threshold",
+        "stage3_max_reuse_distance",
+        "stage3_max_live_parameters",
+        "stage3_prefetch_bucket_size",
+    ),
+    0,
+)
 
 
 class Other(nn.Module):
@@ -65,16 +63,31 @@ class Patched(nn.Module):
     def __init__(self):
         super().__init__()
         config = transformers.RobertaConfig(
-            vocab_size=V, hidden_size=D, intermediate_size=2 * D, num_attention_heads=4, num_hidden_layers=1,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="sdpa",
-        )  # fmt: skip
+            vocab_size=V,
+            hidden_size=D,
+            intermediate_size=2 * D,
+            num_attention_heads=4,
+            num_hidden_layers=1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            attn_implementation="sdpa",
+        )
         clip = transformers.CLIPVisionConfig(
             hidden_size=D, intermediate_size=2 * D, num_attention_heads=4, attn_implementation="sdpa"
         )
         gpt2 = transformers.GPT2Config(
-            vocab_size=V, n_embd=D, n_layer=1, n_head=4, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, use_cache=False,
-        )  # fmt: skip
+            vocab_size=V,
+            n_embd=D,
+            n_layer=1,
+            n_head=4,
+            n_positions=16,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+            use_cache=False,
+        )
         self.embed = nn.Embedding(V, D)
         self.block = open_clip.transformer.ResidualAttentionBlock(D, 4, ls_init_value=0.5)
         self.frozen = transformers.models.clip.modeling_clip.CLIPEncoderLayer(clip).requires_grad_(False)

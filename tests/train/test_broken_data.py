@@ -1,6 +1,6 @@
 """Broken samples of every kind never end a run: they are skipped, counted and named; a split of nothing else ends it.
 
-    python -m pytest tests/train/test_broken_data.py
+python -m pytest tests/train/test_broken_data.py
 """
 
 import json
@@ -8,9 +8,9 @@ import json
 import numpy as np
 import pytest
 
-from prismer.dataloading.shards import Sample, ShardDataset, ShardWriter
-from prismer.evaluation import Survey, collect_knowledge, describe, scores, survey
-from prismer.progress import read_metrics
+from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
+from prismer.training.evaluation import Survey, collect_knowledge, describe, scores, survey
+from prismer.training.progress import read_metrics
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -71,19 +71,16 @@ def copy_with_faults(source, folder, count):
 @pytest.fixture(autouse=True)
 def json_of_anything(monkeypatch):
     """The writer refuses NaN and surrogates; other people's writers do not."""
-    from prismer.dataloading import shard_writer
+    from prismer.dataloading.store import writer as shard_writer
 
-    monkeypatch.setattr(
-        shard_writer, "to_json", lambda value: json.dumps(value).encode("utf-8", "surrogatepass")
-    )
+    monkeypatch.setattr(shard_writer, "to_json", lambda value: json.dumps(value).encode("utf-8", "surrogatepass"))
 
 
 @pytest.fixture
 def faulty(tmp_path, workshop):
     data = workshop.folder / "data"
     broken = {
-        split: copy_with_faults(data / split, tmp_path / split, count)
-        for split, count in (("train", 24), ("val", 6))
+        split: copy_with_faults(data / split, tmp_path / split, count) for split, count in (("train", 24), ("val", 6))
     }
     return tmp_path, broken
 
@@ -204,7 +201,7 @@ class Answering:
 
 
 def test_raw_answers_win_over_weights(monkeypatch):
-    from prismer import evaluation
+    from prismer.training import evaluation
 
     monkeypatch.setattr(evaluation.Candidates, "answers", lambda tokenizer, texts: texts)
     people = ["red"] * 2 + ["blue"] * 8

@@ -33,9 +33,7 @@ def test_freeze(model, mode):
     if mode in ("freeze_vision", "freeze_lang_vision"):
         expected |= {n for n, _ in model.named_parameters() if inherited(n, "encoder.blocks", CLIP)}
     if mode in ("freeze_lang", "freeze_lang_vision"):
-        expected |= {
-            n for n, _ in model.named_parameters() if inherited(n, "decoder.layers", ROBERTA)
-        }
+        expected |= {n for n, _ in model.named_parameters() if inherited(n, "decoder.layers", ROBERTA)}
     assert frozen == expected
     # 12 tensors per CLIP block, 16 per RoBERTa layer
     assert len(frozen) == 2 * 12 * ("vision" in mode) + 3 * 16 * ("lang" in mode)
@@ -47,10 +45,20 @@ def test_always_trainable(model):
     freeze(model, "freeze_lang_vision")
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     parts = (
-        "encoder.stems.rgb", "encoder.stems.depth", "encoder.positional_embedding", "encoder.instance_embedding",
-        "encoder.resampler", "encoder.ln_pre", "encoder.ln_post", "encoder.blocks.0.adaptor", "decoder.extra",
-        "decoder.embeddings.word", "decoder.layers.0.cross", "decoder.layers.0.adaptor", "decoder.head",
-    )  # fmt: skip
+        "encoder.stems.rgb",
+        "encoder.stems.depth",
+        "encoder.positional_embedding",
+        "encoder.instance_embedding",
+        "encoder.resampler",
+        "encoder.ln_pre",
+        "encoder.ln_post",
+        "encoder.blocks.0.adaptor",
+        "decoder.extra",
+        "decoder.embeddings.word",
+        "decoder.layers.0.cross",
+        "decoder.layers.0.adaptor",
+        "decoder.head",
+    )
     for part in parts:
         assert any(name.startswith(part) for name in trains), part
 

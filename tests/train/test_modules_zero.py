@@ -23,11 +23,21 @@ def test_modules_under_zero(workshop, tmp_path, model, processes):
     workshop.port += 1
     out = tmp_path / "report.json"
     done = subprocess.run(
-        [Path(sys.executable).parent / "torchrun", "--nproc_per_node", str(processes), "--master_port",
-         str(workshop.port), Path(__file__).with_name("modules_under_zero.py"), out, model],
-        capture_output=True, text=True, timeout=500,
+        [
+            Path(sys.executable).parent / "torchrun",
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            str(workshop.port),
+            Path(__file__).with_name("modules_under_zero.py"),
+            out,
+            model,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=500,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-    )  # fmt: skip
+    )
     assert out.is_file(), done.stderr[-3000:]
     report = json.loads(out.read_text())
     assert report["losses"] == pytest.approx(report["expected"], rel=1e-5)

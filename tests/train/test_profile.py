@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prismer.run_folder import RunFolder
-from prismer.trainer import Trainer
+from prismer.training.run_folder import RunFolder
+from prismer.training.trainer import Trainer
 
 pytestmark = pytest.mark.timeout(900)
 

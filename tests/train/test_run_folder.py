@@ -11,13 +11,13 @@ import sys
 
 import pytest
 import torch
-from disk import full_after
 
 from prismer.files import write_checksums, write_json
-from prismer.progress import Progress, read_metrics, tell
-from prismer.run_folder import OPTIMIZER, RunFolder, export_checkpoint, read_answers
 from prismer.tensor_files import save_tensors
-from prismer.train_config import TrainConfig
+from prismer.training.config import TrainConfig
+from prismer.training.progress import Progress, read_metrics, tell
+from prismer.training.run_folder import OPTIMIZER, RunFolder, export_checkpoint, read_answers
+from tests.faults.disk import full_after
 
 CONFIG = TrainConfig(batch_size=32)
 
@@ -27,10 +27,7 @@ def put(run: RunFolder, step: int, score: float | None = None) -> None:
     target = run.checkpoints / f"step-{step:08d}"
     aside = target.with_name(target.name + ".partial")
     aside.mkdir(parents=True)
-    sums = {
-        name: save_tensors({"x": torch.rand(50)}, aside / name)
-        for name in ("model.safetensors", OPTIMIZER)
-    }
+    sums = {name: save_tensors({"x": torch.rand(50)}, aside / name) for name in ("model.safetensors", OPTIMIZER)}
     write_json(aside / "config.json", {})
     write_json(aside / "trainer.json", dict(step=step, loss_sum=0.5, loss_count=1, score=score))
     write_checksums(aside, sums)
@@ -38,9 +35,7 @@ def put(run: RunFolder, step: int, score: float | None = None) -> None:
 
 
 def steps(run: RunFolder) -> list[str]:
-    return sorted(
-        path.name.removeprefix("step-").lstrip("0") for path in run.checkpoints.glob("step-*")
-    )
+    return sorted(path.name.removeprefix("step-").lstrip("0") for path in run.checkpoints.glob("step-*"))
 
 
 @pytest.fixture
@@ -69,9 +64,7 @@ def test_nothing_else_is_deleted(run):
     for step in (5, 6, 7, 8):
         put(run, step)
     assert steps(run) == ["1", "7", "7.1", "8"]
-    assert (
-        json.loads((foreign.with_name("step-00000007.1") / "trainer.json").read_text())["step"] == 4
-    )
+    assert json.loads((foreign.with_name("step-00000007.1") / "trainer.json").read_text())["step"] == 4
     index = run.index()
     write_json(run.checkpoints / "index.json", {**index, "last": "step-00000001"})
     put(run, 2)
@@ -88,14 +81,22 @@ def test_an_index_of_an_earlier_version(run):
 
 
 INDEX_FAULTS = {
-    "lost": None, "empty": "", "cut": '{"last": "step', "list": "[]", "null": "null", "no last": "{}",
-    "number": '{"last": 5}', "other": '{"last": "../../x"}', "gone": '{"last": "step-00000009"}',
+    "lost": None,
+    "empty": "",
+    "cut": '{"last": "step',
+    "list": "[]",
+    "null": "null",
+    "no last": "{}",
+    "number": '{"last": 5}',
+    "other": '{"last": "../../x"}',
+    "gone": '{"last": "step-00000009"}',
     "best gone": '{"last": "step-00000004", "best": "step-00000002"}',
     "best list": '{"last": "step-00000004", "best": []}',
-    "score": '{"last": "step-00000004", "best_score": "x"}', "nan": '{"last": "step-00000004", "best_score": NaN}',
+    "score": '{"last": "step-00000004", "best_score": "x"}',
+    "nan": '{"last": "step-00000004", "best_score": NaN}',
     "written": '{"last": "step-00000004", "written": 5}',
     "written names": '{"last": "step-00000004", "written": ["/"]}',
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", INDEX_FAULTS)
@@ -106,13 +107,7 @@ def test_an_index_that_is_lost_or_damaged(run, fault):
         file.unlink()
     else:
         file.write_text(INDEX_FAULTS[fault])
-    for ask in (
-        run.last,
-        run.best,
-        run.check,
-        lambda: run.settle(CONFIG, lambda: "fp32"),
-        lambda: put(run, 5),
-    ):
+    for ask in (run.last, run.best, run.check, lambda: run.settle(CONFIG, lambda: "fp32"), lambda: put(run, 5)):
         with pytest.raises(ValueError, match="index.json|is missing") as caught:
             ask()
         shutil.rmtree(run.checkpoints / "step-00000005.partial", ignore_errors=True)
@@ -124,9 +119,7 @@ def test_an_index_that_is_lost_or_damaged(run, fault):
     assert run.index() == {"last": "step-00000004", "best": "step-00000001", "best_score": 0.5}
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", OPTIMIZER, "trainer.json", "config.json", "checksums.json"]
-)
+@pytest.mark.parametrize("name", ["model.safetensors", OPTIMIZER, "trainer.json", "config.json", "checksums.json"])
 @pytest.mark.parametrize("fault", ["flipped", "empty", "gone"])
 def test_a_damaged_checkpoint_is_named(run, name, fault):
     """So is the last that is whole; no bit flips unseen."""
@@ -144,17 +137,13 @@ def test_a_damaged_checkpoint_is_named(run, name, fault):
     with pytest.raises(ValueError) as caught:
         run.check()
     text = str(caught.value)
-    assert (
-        name in text and "step-00000003 is whole" in text and "\n" not in text and "--fresh" in text
-    )
+    assert name in text and "step-00000003 is whole" in text and "\n" not in text and "--fresh" in text
     assert steps(run) == ["1", "3", "4"]
 
 
 def test_a_damaged_best_checkpoint(run):
     (run.best() / "model.safetensors").write_bytes(b"")
-    with pytest.raises(
-        ValueError, match='step-00000001/model.* is damaged.*"best": "step-00000003"'
-    ):
+    with pytest.raises(ValueError, match='step-00000001/model.* is damaged.*"best": "step-00000003"'):
         run.check()
 
 
@@ -185,10 +174,21 @@ GOOD = dict(step=1, kind="train", loss=0.5, learning_rate=0.1)
 
 @pytest.mark.parametrize(
     "line",
-    [b"5", b"[]", b"{}", b"\xff", b'{"step": "1", "kind": "train"}', b'{"step": 1}', b'{"step": 1, "kind": 5}',
-     b'{"step": 1, "kind": "train", "loss": "x"}', b'{"step": 1, "kind": "skipped", "key": "a"}',
-     b'{"step": 1, "kind": "validation", "score": []}', b'{"step": 1, "ki', b"[" * 100_000],
-)  # fmt: skip
+    [
+        b"5",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b'{"step": "1", "kind": "train"}',
+        b'{"step": 1}',
+        b'{"step": 1, "kind": 5}',
+        b'{"step": 1, "kind": "train", "loss": "x"}',
+        b'{"step": 1, "kind": "skipped", "key": "a"}',
+        b'{"step": 1, "kind": "validation", "score": []}',
+        b'{"step": 1, "ki',
+        b"[" * 100_000,
+    ],
+)
 def test_damaged_metrics(run, line):
     """A line in the middle is named, and none after it is lost; a last line that was cut short is left out."""
     good = json.dumps(GOOD).encode() + b"\n"
@@ -216,10 +216,7 @@ def test_a_run_is_trained_by_one(run, tmp_path):
     """Not even --fresh moves one that is in use away."""
     run._lock.close()
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, run.path / ".lock"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", HOLD, run.path / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
     for fresh in (False, True):
@@ -265,10 +262,7 @@ def test_a_full_disk_loses_no_checkpoint(run, monkeypatch):
     with pytest.raises(OSError, match="index.json"), full_after(20):
         run._enter(aside, target, None)
     assert run.index() == before and steps(run) == ["1", "3", "4"]
-    assert (
-        sorted(os.listdir(run.checkpoints))[0] == "index.json"
-        and len(os.listdir(run.checkpoints)) == 4
-    )
+    assert sorted(os.listdir(run.checkpoints))[0] == "index.json" and len(os.listdir(run.checkpoints)) == 4
     put(run, 5)
     assert steps(run) == ["1", "4", "5"]
 

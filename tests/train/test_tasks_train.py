@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from prismer.dataloading.scene_text import ATTRIBUTES
-from prismer.dataloading.shards import Sample, ShardDataset, ShardWriter
+from prismer.dataloading.scenes.text import ATTRIBUTES
+from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -48,9 +48,15 @@ def test_every_task_trains(workshop, classes_data):
     for task in SCORES:
         data = classes_data if task == "classify" else workshop.folder / "data"
         runs[task] = workshop.launch(
-            f"task-{task}", task=task, steps=4, data=str(data), precision="fp32", flip=0.5,
-            crop_min_area=0.5, augment_ops=2,
-        )  # fmt: skip
+            f"task-{task}",
+            task=task,
+            steps=4,
+            data=str(data),
+            precision="fp32",
+            flip=0.5,
+            crop_min_area=0.5,
+            augment_ops=2,
+        )
     for task, run in runs.items():
         assert run.end() == 0, f"{task}:\n{run.text()}"
         results = json.loads((run.folder / "results.json").read_text())

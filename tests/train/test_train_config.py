@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from prismer.engine import check_settings
-from prismer.train_config import TASK_DEFAULTS, TrainConfig, merge, read_config
+from prismer.training.config import TASK_DEFAULTS, TrainConfig, merge, read_config
+from prismer.training.zero import check_settings
 
 ZERO3 = Path(__file__).resolve().parents[2] / "zero3.json"
 
@@ -29,10 +29,7 @@ def test_shipped_settings_give_the_default_run():
     merged = merge(config, engine, world_size=2, precision="bf16")
     assert merged["train_batch_size"] == config.batch_size
     assert merged["train_micro_batch_size_per_gpu"] * 2 * config.accumulation == config.batch_size
-    assert (
-        merged["bf16"]["enabled"] is True
-        and merged["gradient_clipping"] == config.gradient_clipping
-    )
+    assert merged["bf16"]["enabled"] is True and merged["gradient_clipping"] == config.gradient_clipping
     assert merged["zero_optimization"]["stage"] == 3
     assert "auto" not in json.dumps(merged)
     assert engine["train_batch_size"] == "auto", "merge changed its argument"
@@ -43,9 +40,7 @@ def test_task_defaults(tmp_path, task):
     config, _ = read(tmp_path, {}, task=task, epochs=None)
     assert config.task == task
     assert {name: getattr(config, name) for name in TASK_DEFAULTS[task]} == TASK_DEFAULTS[task]
-    assert config.freeze == (
-        "freeze_lang_vision" if task in ("joint", "pretrain") else "freeze_vision"
-    )
+    assert config.freeze == ("freeze_lang_vision" if task in ("joint", "pretrain") else "freeze_vision")
 
 
 def test_flags_win_over_section_over_task(tmp_path):
@@ -81,10 +76,7 @@ def test_flags_win_over_section_over_task(tmp_path):
         ({"prismer": {"drop_labels": 2}}, "at most 1"),
         ({"prismer": {"crop_min_area": 0}}, "crop_min_area is 0"),
         ({"prismer": {"min_learning_rate": 0.1}}, "min_learning_rate 0.1 is above learning_rate"),
-        (
-            {"prismer": {"questions_per_image": 10**9}},
-            "questions_per_image is 1000000000; it must be at most 1024",
-        ),
+        ({"prismer": {"questions_per_image": 10**9}}, "questions_per_image is 1000000000; it must be at most 1024"),
         ({"prismer": {"captions_per_image": 10**9}}, "at most 1024"),
         ({"prismer": {"batch_size": 10**9}}, "batch_size is 1000000000; it must be at most"),
         ({"prismer": {"eval_batch_size": 10**9}}, "eval_batch_size is"),
@@ -106,10 +98,7 @@ def test_flags_win_over_section_over_task(tmp_path):
         ({"zero_optimization": "x"}, "zero_optimization is 'x' .* must be an object"),
         ({"zero_optimization": []}, "must be an object"),
         ({"zero_optimization": None}, "must be an object"),
-        (
-            {"zero_optimization": {"offload_optimizer": 5}},
-            "offload_optimizer is 5 .* must be an object",
-        ),
+        ({"zero_optimization": {"offload_optimizer": 5}}, "offload_optimizer is 5 .* must be an object"),
         ({"zero_optimization": {"offload_param": "cpu"}}, "offload_param is 'cpu'"),
         ({"zero_optimization": {"stage": True}}, "stage is True; it must be 3"),
         ({"train_batch_size": True}, "train_batch_size is True .* a whole number"),
@@ -150,9 +139,7 @@ def test_broken_json(tmp_path, text, message):
 
 def test_no_config_file(tmp_path):
     for name, message in {"": "a folder, not a file; name a file\\)", "none.json": "is missing"}.items():
-        with pytest.raises(
-            ValueError, match=f"{message}; correct it, or name another with --config"
-        ):
+        with pytest.raises(ValueError, match=f"{message}; correct it, or name another with --config"):
             read_config(tmp_path / name)
 
 
@@ -161,13 +148,9 @@ def test_a_byte_order_mark_means_nothing(tmp_path):
     assert read_config(tmp_path / "engine.json")[0].steps == 7
 
 
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig) if field.type is not str])
 @pytest.mark.parametrize(
-    "name", [field.name for field in dataclasses.fields(TrainConfig) if field.type is not str]
-)
-@pytest.mark.parametrize(
-    "value",
-    [float("nan"), float("inf"), -1, 2**63, None, "1", [], {}, 10**400],
-    ids=lambda value: str(value)[:9],
+    "value", [float("nan"), float("inf"), -1, 2**63, None, "1", [], {}, 10**400], ids=lambda value: str(value)[:9]
 )
 def test_no_number_is_absurd(name, value):
     with pytest.raises(ValueError) as caught:
@@ -214,22 +197,13 @@ def one_process():
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        (
-            {"zero_optimization": {"reduce_bucket_size": -1}},
-            "reduce_bucket_size: Input should be greater",
-        ),
-        (
-            {"zero_optimization": {"reduce_bucket_size": "x"}},
-            "reduce_bucket_size: Input should be a valid integer",
-        ),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, "reduce_bucket_size: Input should be greater"),
+        ({"zero_optimization": {"reduce_bucket_size": "x"}}, "reduce_bucket_size: Input should be a valid integer"),
         ({"zero_optimization": {"overlap": True}}, "overlap: Extra inputs are not permitted"),
         ({"zero_optimization": {"offload_param": {"device": 5}}}, "offload_param.device"),
         ({"bf16": {"enbled": True}}, "enbled"),
         ({"communication_data_type": "float7"}, "DeepSpeed does not take the engine settings"),
-        (
-            {"data_types": {"grad_accum_dtype": "float7"}},
-            "data_types is",
-        ),
+        ({"data_types": {"grad_accum_dtype": "float7"}}, "data_types is"),
         ({"flops_profiler": {"top_modules": "x"}}, "top_modules"),
         ({"train_batch_size": 64}, "train_batch_size is 64 in the engine settings"),
     ],
@@ -247,10 +221,7 @@ def test_shipped_settings_are_taken(one_process):
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        (
-            {"train_batch_size": 64},
-            "train_batch_size is 64 in the engine settings, but batch_size of the run gives 32",
-        ),
+        ({"train_batch_size": 64}, "train_batch_size is 64 in the engine settings, but batch_size of the run gives 32"),
         ({"train_micro_batch_size_per_gpu": 32}, "but batch_size of the run gives 8"),
         ({"gradient_accumulation_steps": 4}, "but accumulation of the run gives 2"),
         ({"gradient_clipping": 0.5}, "but gradient_clipping of the run gives 1.0"),
@@ -271,9 +242,7 @@ def test_equal_values_are_no_contradiction():
 
 
 def test_batch_that_does_not_divide():
-    with pytest.raises(
-        ValueError, match="32 does not divide among 3 processes x 1 .* multiple of 3"
-    ):
+    with pytest.raises(ValueError, match="32 does not divide among 3 processes x 1 .* multiple of 3"):
         TrainConfig(batch_size=32).micro_batch(3)
 
 

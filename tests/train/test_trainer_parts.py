@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from prismer import precision
-from prismer.evaluation import Knowledge, blind_guesses, collect_knowledge, scores
-from prismer.progress import Progress, plot_metrics, read_metrics
-from prismer.report import results_table
-from prismer.run_data import choose_texts
-from prismer.run_folder import RunFolder, write_json, write_safetensors
-from prismer.start import start_config, start_model
-from prismer.train_config import TrainConfig
-from prismer.trainer import instance_rows, keyed_seed, learning_rate
+from prismer.training.config import TrainConfig
+from prismer.training.data import choose_texts
+from prismer.training.evaluation import Knowledge, blind_guesses, collect_knowledge, scores
+from prismer.training.progress import Progress, plot_metrics, read_metrics
+from prismer.training.results import results_table
+from prismer.training.run_folder import RunFolder, write_json, write_safetensors
+from prismer.training.trainer import instance_rows, keyed_seed, learning_rate
+from prismer.weights.initial_model import start_config, start_model
 
 CONFIG = TrainConfig(batch_size=32, learning_rate=1e-2, min_learning_rate=1e-4, warmup_steps=10)
 
@@ -31,17 +31,13 @@ def test_learning_rate():
     assert rates[10] == pytest.approx(1e-2)
     # halfway down the cosine
     assert rates[60] == pytest.approx((1e-2 + 1e-4) / 2)
-    assert rates[60] == pytest.approx(
-        1e-4 + (1e-2 - 1e-4) * 0.5 * (1 + math.cos(math.pi * 50 / 100))
-    )
+    assert rates[60] == pytest.approx(1e-4 + (1e-2 - 1e-4) * 0.5 * (1 + math.cos(math.pi * 50 / 100)))
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False)) and rates[-1] > 1e-4
 
 
 def test_learning_rate_without_warmup():
     assert learning_rate(0, 10, replace(CONFIG, warmup_steps=0)) == 1e-2
-    assert learning_rate(4, 5, CONFIG) == pytest.approx(1e-2), (
-        "a run shorter than its warm-up warms up faster"
-    )
+    assert learning_rate(4, 5, CONFIG) == pytest.approx(1e-2), "a run shorter than its warm-up warms up faster"
 
 
 def test_instance_rows():
@@ -49,9 +45,7 @@ def test_instance_rows():
     assert rows.shape == (256,) and torch.equal(rows[:128], rows[128:])
     assert torch.equal(rows[:128].sort().values, torch.arange(128))
     assert torch.equal(rows, instance_rows(1, 2, 128))
-    assert not torch.equal(rows, instance_rows(1, 3, 128)) and not torch.equal(
-        rows, instance_rows(2, 2, 128)
-    )
+    assert not torch.equal(rows, instance_rows(1, 3, 128)) and not torch.equal(rows, instance_rows(2, 2, 128))
 
 
 def test_keyed_seed():
@@ -59,9 +53,7 @@ def test_keyed_seed():
     assert len(seeds) == 125 and all(0 <= seed < 2**63 for seed in seeds)
 
 
-@pytest.mark.parametrize(
-    ("bf16", "fp32", "chosen"), [(50.0, 40.0, "bf16"), (40.0, 40.0, "bf16"), (8.0, 130.0, "fp32")]
-)
+@pytest.mark.parametrize(("bf16", "fp32", "chosen"), [(50.0, 40.0, "bf16"), (40.0, 40.0, "bf16"), (8.0, 130.0, "fp32")])
 def test_precision_is_never_the_slower(monkeypatch, bf16, fp32, chosen):
     rates = {torch.bfloat16: bf16, torch.float32: fp32}
     monkeypatch.setattr(precision, "block_rates", lambda width: rates)
@@ -73,10 +65,7 @@ def test_precision_is_never_the_slower(monkeypatch, bf16, fp32, chosen):
 @pytest.mark.parametrize("wanted", ["bf16", "fp32"])
 def test_precision_as_asked(monkeypatch, wanted):
     monkeypatch.setattr(precision, "block_rates", lambda width: pytest.fail("measured for nothing"))
-    assert precision.choose_precision(wanted, 128, torch.device("cpu")) == (
-        wanted,
-        f"precision: {wanted}, as asked",
-    )
+    assert precision.choose_precision(wanted, 128, torch.device("cpu")) == (wanted, f"precision: {wanted}, as asked")
 
 
 def test_block_rates():
@@ -88,9 +77,7 @@ def test_block_rates():
 
 def test_records_are_cut_at_the_resumed_step(tmp_path):
     rows = [dict(step=step, kind="train", loss=1.0 / step) for step in range(1, 9)]
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "ki'
-    )
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "ki')
     progress = Progress(tmp_path, 5, 20)
     progress.record(dict(step=6, kind="train", loss=0.25, learning_rate=1e-3, samples_per_s=3.0))
     progress.close()
@@ -98,13 +85,9 @@ def test_records_are_cut_at_the_resumed_step(tmp_path):
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6] and found[-1]["loss"] == 0.25
 
 
-@pytest.mark.parametrize(
-    "scored", [{}, {"CIDEr-D": 2.0}, {"CIDEr-D": 2.0, "accuracy": 0.5, "accuracy/yes/no": 0.7}]
-)
+@pytest.mark.parametrize("scored", [{}, {"CIDEr-D": 2.0}, {"CIDEr-D": 2.0, "accuracy": 0.5, "accuracy/yes/no": 0.7}])
 def test_plot(tmp_path, scored):
-    rows = [
-        dict(step=step, kind="train", loss=1.0 / step, learning_rate=1e-3) for step in range(1, 9)
-    ]
+    rows = [dict(step=step, kind="train", loss=1.0 / step, learning_rate=1e-3) for step in range(1, 9)]
     if scored:
         rows.append(dict(step=8, kind="validation", score=0.5, **scored))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -183,13 +166,9 @@ def question(kind, *answers, text="what?"):
 def test_knowledge(tmp_path):
     metas = [
         dict(
-            captions=["a", "b"],
-            questions=[question("yes/no", ("yes", 1.0)), question("count", ("2", 0.3), ("3", 0.6))],
+            captions=["a", "b"], questions=[question("yes/no", ("yes", 1.0)), question("count", ("2", 0.3), ("3", 0.6))]
         ),
-        dict(
-            captions=["b"],
-            questions=[question("yes/no", ("no", 1.0)), question("count", ("2", 0.5))],
-        ),
+        dict(captions=["b"], questions=[question("yes/no", ("no", 1.0)), question("count", ("2", 0.5))]),
         dict(captions=[], questions=[]),
     ]
     knowledge = collect_knowledge(Metas(metas), max_answers=3)
@@ -203,22 +182,27 @@ def test_knowledge(tmp_path):
 
 def test_scores_and_guesses():
     records = [
-        dict(key="0", caption="A red cube on the ground.", captions=["a red cube on the ground"],
-             questions=[dict(question="?", kind="count", answers=["2"], prediction="2"),
-                        dict(question="?", kind="yes/no", answers=["yes"], prediction="no")]),
-        dict(key="1", caption="A blue sphere.", captions=["two green cones near a sign"],
-             questions=[dict(question="?", kind="count", answers=["3"], prediction="3")]),
-    ]  # fmt: skip
+        dict(
+            key="0",
+            caption="A red cube on the ground.",
+            captions=["a red cube on the ground"],
+            questions=[
+                dict(question="?", kind="count", answers=["2"], prediction="2"),
+                dict(question="?", kind="yes/no", answers=["yes"], prediction="no"),
+            ],
+        ),
+        dict(
+            key="1",
+            caption="A blue sphere.",
+            captions=["two green cones near a sign"],
+            questions=[dict(question="?", kind="count", answers=["3"], prediction="3")],
+        ),
+    ]
     found = scores(records)
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert (found["accuracy/count"], found["accuracy/yes/no"]) == (1.0, 0.0)
-    assert (
-        found["score"] == pytest.approx((found["CIDEr-D"] / 10 + 2 / 3) / 2)
-        and found["CIDEr-D"] > 1
-    )
-    guessed = scores(
-        blind_guesses(records, Knowledge(guesses={"count": "2", "yes/no": "yes"}, caption="a cube"))
-    )
+    assert found["score"] == pytest.approx((found["CIDEr-D"] / 10 + 2 / 3) / 2) and found["CIDEr-D"] > 1
+    guessed = scores(blind_guesses(records, Knowledge(guesses={"count": "2", "yes/no": "yes"}, caption="a cube")))
     assert (guessed["accuracy/count"], guessed["accuracy/yes/no"]) == (0.5, 1.0)
     assert records[1]["caption"] == "A blue sphere.", "the guesses overwrote the records"
     table = results_table([found, guessed, found], 2)
@@ -238,13 +222,7 @@ def test_start(workshop):
 
 @pytest.mark.parametrize(
     ("task", "group_size", "prefix"),
-    [
-        ("joint", 5, True),
-        ("caption", 2, True),
-        ("pretrain", 2, False),
-        ("vqa", 3, False),
-        ("classify", 1, False),
-    ],
+    [("joint", 5, True), ("caption", 2, True), ("pretrain", 2, False), ("vqa", 3, False), ("classify", 1, False)],
 )
 def test_choose_texts(workshop, task, group_size, prefix):
     model = start_model(str(workshop.folder / "model"))

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prismer.dataloading.batch import ImageBatch
+from prismer.batch import ImageBatch
 from prismer.freezing import freeze
 from prismer.model import Prismer
-from prismer.run_folder import OPTIMIZER, RunFolder, export_checkpoint
+from prismer.training.run_folder import OPTIMIZER, RunFolder, export_checkpoint
 
 STEPS = 12
 
@@ -36,9 +36,21 @@ def whole_run(workshop):
 
 def test_outputs(whole_run):
     folder = whole_run.folder
-    for name in ("finished.json", "results.json", "results.md", "loss.png", "samples.png", "answers.json",
-                 "guesses.json", "train_config.json", "metrics.jsonl", "model/model.safetensors", "model/config.json",
-                 "model/vocab.json", "model/answers.json"):  # fmt: skip
+    for name in (
+        "finished.json",
+        "results.json",
+        "results.md",
+        "loss.png",
+        "samples.png",
+        "answers.json",
+        "guesses.json",
+        "train_config.json",
+        "metrics.jsonl",
+        "model/model.safetensors",
+        "model/config.json",
+        "model/vocab.json",
+        "model/answers.json",
+    ):
         assert (folder / name).is_file(), name
     assert list(folder.glob("tensorboard/events*"))
     assert sorted(whole_run.losses()) == list(range(1, STEPS + 1))
@@ -65,18 +77,13 @@ def test_frozen_towers(workshop, whole_run):
         assert (trained[name] == parameter).all().item() == (name not in trainable), name
     moments = load_file(last / OPTIMIZER)
     assert {name.rpartition(".")[0] for name in moments} == trainable
-    assert all(moment.any() for name, moment in moments.items() if "position" not in name), (
-        "a moment is all zero"
-    )
+    assert all(moment.any() for name, moment in moments.items() if "position" not in name), "a moment is all zero"
 
 
 def test_export(workshop, whole_run, tmp_path):
     checkpoint = export_checkpoint(whole_run.folder, tmp_path / "model")
     assert checkpoint == RunFolder(whole_run.folder).best()
-    exported, stored = (
-        load_file(tmp_path / "model/model.safetensors"),
-        load_file(checkpoint / "model.safetensors"),
-    )
+    exported, stored = (load_file(tmp_path / "model/model.safetensors"), load_file(checkpoint / "model.safetensors"))
     assert exported.keys() == stored.keys()
     assert all((exported[name] == stored[name]).all() for name in stored)
     model = Prismer.from_pretrained(tmp_path / "model")
@@ -84,11 +91,7 @@ def test_export(workshop, whole_run, tmp_path):
     grey = torch.full((1, 3, side, side), 118, dtype=torch.uint8)
     images = ImageBatch.without_labels(grey, model.config.experts, model.config.label_size)
     assert isinstance(model.caption(images)[0], str)
-    assert {path.suffix for path in (tmp_path / "model").iterdir()} == {
-        ".safetensors",
-        ".json",
-        ".txt",
-    }
+    assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".safetensors", ".json", ".txt"}
 
 
 def test_killed_run_resumes_exactly(workshop):
@@ -151,13 +154,7 @@ def test_two_processes_stop_and_resume_as_one(workshop, whole_run):
 def test_non_finite_loss_stops(workshop):
     """Both processes end, and one of them says why."""
     run = workshop.launch(
-        "diverged",
-        "deepspeed 2",
-        steps=20,
-        precision="fp32",
-        learning_rate=1e30,
-        warmup_steps=0,
-        gradient_clipping=0.0,
+        "diverged", "deepspeed 2", steps=20, precision="fp32", learning_rate=1e30, warmup_steps=0, gradient_clipping=0.0
     )
     assert run.end() == 2, run.text()
     assert run.text().count("not finite at step 2; the last checkpoint is of step 0") == 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from prismer.run_folder import RunFolder
+from prismer.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -24,12 +24,22 @@ def test_zero_is_plain_training(workshop, tmp_path, small, processes):
     workshop.port += 1
     out = tmp_path / "report.json"
     done = subprocess.run(
-        [Path(sys.executable).parent / "torchrun", "--nproc_per_node", str(processes), "--master_port",
-         str(workshop.port), Path(__file__).with_name("zero_against_plain.py"), workshop.folder / "model",
-         str(small), out],
-        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-    )  # fmt: skip
+        [
+            Path(sys.executable).parent / "torchrun",
+            "--nproc_per_node",
+            str(processes),
+            "--master_port",
+            str(workshop.port),
+            Path(__file__).with_name("zero_against_plain.py"),
+            workshop.folder / "model",
+            str(small),
+            out,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
     assert out.is_file(), done.stderr[-3000:]
     report = json.loads(out.read_text())
     assert report["losses"] == pytest.approx(report["expected"], rel=2e-5)
@@ -48,10 +58,7 @@ def test_a_dead_rank_ends_the_run(workshop):
     run = workshop.launch("dead", "deepspeed 2", steps=2000, save_every=2, precision="fp32")
     run.wait_for_step(4)
     ranks = subprocess.run(["pgrep", "-f", f"train.py.*{run.folder}"], capture_output=True, text=True).stdout
-    workers = [
-        int(pid) for pid in ranks.split()
-        if "--local_rank=1\0" in Path(f"/proc/{pid}/cmdline").read_text()
-    ]  # fmt: skip
+    workers = [int(pid) for pid in ranks.split() if "--local_rank=1\0" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(workers[-1], signal.SIGKILL)
     assert run.end(120) != 0
     end = time.monotonic() + 30
@@ -61,6 +68,6 @@ def test_a_dead_rank_ends_the_run(workshop):
     assert not (run.folder / "finished.json").exists()
     last = RunFolder(run.folder).last()
     assert last is not None
-    from prismer.checkpoint import from_pretrained
+    from prismer.weights.folder import from_pretrained
 
     from_pretrained(last)

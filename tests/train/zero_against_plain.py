@@ -1,6 +1,6 @@
 """A few steps of the same batches under ZeRO-3 and in plain PyTorch, on every rank; test_zero.py launches this.
 
-    torchrun --nproc_per_node 2 zero_against_plain.py MODEL_FOLDER SMALL_MODEL OUT.json
+torchrun --nproc_per_node 2 zero_against_plain.py MODEL_FOLDER SMALL_MODEL OUT.json
 """
 
 import json
@@ -10,19 +10,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from prismer import engine as engines
-from prismer.checkpoint import from_pretrained
-from prismer.dataloading.batch import Batch, ImageBatch
+from prismer.batch import Batch, ImageBatch
 from prismer.freezing import freeze
-from prismer.tasks import collate
-from prismer.train_config import TrainConfig
+from prismer.texts import collate
+from prismer.training import zero as engines
+from prismer.training.config import TrainConfig
+from prismer.weights.folder import from_pretrained
 
 STEPS, IMAGES = 5, 8
 # every parameter is sharded, gathered and released, however small: what a large model's are
 EVERYTHING = dict.fromkeys(
-    ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_max_live_parameters",
-     "stage3_prefetch_bucket_size"), 0,
-)  # fmt: skip
+    (
+        "stage3_param_persistence_threshold",
+        "stage3_max_reuse_distance",
+        "stage3_max_live_parameters",
+        "stage3_prefetch_bucket_size",
+    ),
+    0,
+)
 
 
 def make_batch(config, step: int, images: slice) -> Batch:

@@ -1,0 +1,160 @@
+"""What augmentation does to one sample, as plain numbers drawn from a generator keyed by the sample, not by the run.
+
+The recipe is Prismer's (arXiv:2303.02506, released code): a random resized crop, a horizontal flip, and RandAugment
+with n = 2 and m = 5 of ten operations, of which identity, brightness and sharpness change nothing at that magnitude.
+Differences, both on purpose: shifts are a share of the side for images and labels alike (in the released code a label
+of 224 px moved by as many pixels as an image of 480), and the image is sheared and rotated about its centre.
+
+Coordinates are centred and relative: x to the right and y down, both in -0.5..0.5 over the side of the square output.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+
+SHEAR = 0.15
+SHIFT = 0.165
+ROTATION = math.radians(15)
+RATIO = (3 / 4, 4 / 3)
+_CROP_ATTEMPTS = 10
+
+
+class Draw(IntEnum):
+    """What a generator is for; part of its key, so that no two uses share random numbers."""
+
+    ORDER = 0
+    AUGMENT = 1
+    TEXTS = 2
+    LABELS = 3
+
+
+def keyed_rng(draw: Draw, seed: int, epoch: int, index: int = 0) -> np.random.Generator:
+    """The generator of one purpose for one sample in one epoch: the same in every process and after every resume."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((draw, seed, epoch, index))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How strongly training samples are augmented.
+
+    Raises:
+        ValueError: if a field is out of range.
+    """
+
+    min_area: float = 0.5
+    # smallest share of the image that the random crop keeps; 1 keeps the whole image
+    flip: float = 0.5
+    # probability of a mirror image; 0 where left and right matter to the texts
+    num_ops: int = 2
+    # operations of RandAugment, drawn with replacement; 0 for crop and flip alone
+
+    def __post_init__(self):
+        if not 0 < self.min_area <= 1:
+            raise ValueError(f"min_area is {self.min_area}; it must lie in (0, 1]")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is {self.flip}; it is a probability, give 0 to 1")
+        if self.num_ops < 0:
+            raise ValueError(f"num_ops is {self.num_ops}; it must be at least 0")
+
+
+@dataclass
+class AugmentParams:
+    """The draws for one sample; the defaults leave it as it is.
+
+    They are applied in this order: crop, resize, flip, autocontrast, equalize, affine map.
+
+    Attributes:
+        window: x0, y0, x1, y1 of the crop as shares of the width and height.
+        flip: whether left and right are swapped.
+        autocontrast, equalize: whether the histogram of the image (never of a label) is stretched or equalized.
+        affine: (2, 3) float64, where in the source each output point looks.
+    """
+
+    window: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    flip: bool = False
+    autocontrast: bool = False
+    equalize: bool = False
+    affine: np.ndarray = field(default_factory=lambda: np.eye(2, 3))
+
+    @property
+    def warps(self) -> bool:
+        """Whether the affine map moves anything."""
+        return not np.array_equal(self.affine, np.eye(2, 3))
+
+    def pixel_matrix(self, side: int) -> np.ndarray:
+        """(2, 3) fp32: `affine` for pixel coordinates (the first pixel's centre at 0.5) of a `side` x `side` map."""
+        linear = self.affine[:, :2]
+        centre = np.full(2, 0.5)
+        shift = side * (self.affine[:, 2] + centre - linear @ centre)
+        return np.column_stack([linear, shift]).astype(np.float32)
+
+    def normal_matrix(self) -> np.ndarray:
+        """(2, 2) float64 for the x and y (up) components of surface normals; z stays, the vector is then rescaled.
+
+        Normals follow the inverse transpose of the map that moves points, which is the transpose of the map from
+        output to source. The crop does not take part: its change of proportions is the camera's, not the surface's.
+        """
+        up = np.diag([1.0, -1.0])
+        mirror = np.diag([-1.0 if self.flip else 1.0, 1.0])
+        return up @ self.affine[:, :2].T @ up @ mirror
+
+
+def draw_params(config: AugmentConfig, rng: np.random.Generator, aspect: float = 1.0) -> AugmentParams:
+    """Draw the augmentation of one sample.
+
+    Args:
+        config: how strong.
+        rng: the sample's own generator.
+        aspect: width / height of the image, which the ratio of the crop (3/4 to 4/3) refers to.
+    """
+    flip = bool(rng.random() < config.flip)
+    affine, photometric = np.eye(3), set()
+    for _ in range(config.num_ops):
+        op = OPS[rng.integers(len(OPS))]
+        sign = -1.0 if rng.random() < 0.5 else 1.0
+        if op in _GEOMETRIC:
+            # a point of the output looks through the last operation first
+            affine = affine @ np.vstack([_GEOMETRIC[op](sign), [0.0, 0.0, 1.0]])
+        else:
+            photometric.add(op)
+    return AugmentParams(
+        window=_draw_window(config.min_area, rng, aspect),
+        flip=flip,
+        autocontrast="autocontrast" in photometric,
+        equalize="equalize" in photometric,
+        affine=affine[:2],
+    )
+
+
+def _rotation(sign: float) -> np.ndarray:
+    cos, sin = math.cos(ROTATION), sign * math.sin(ROTATION)
+    return np.array([[cos, -sin, 0.0], [sin, cos, 0.0]])
+
+
+_GEOMETRIC = {
+    "shear_x": lambda sign: np.array([[1.0, sign * SHEAR, 0.0], [0.0, 1.0, 0.0]]),
+    "shear_y": lambda sign: np.array([[1.0, 0.0, 0.0], [sign * SHEAR, 1.0, 0.0]]),
+    "shift_x": lambda sign: np.array([[1.0, 0.0, sign * SHIFT], [0.0, 1.0, 0.0]]),
+    "shift_y": lambda sign: np.array([[1.0, 0.0, 0.0], [0.0, 1.0, sign * SHIFT]]),
+    "rotate": _rotation,
+}
+OPS = (*_GEOMETRIC, "autocontrast", "equalize", "identity", "brightness", "sharpness")
+
+
+def _draw_window(min_area: float, rng: np.random.Generator, aspect: float) -> tuple[float, float, float, float]:
+    if min_area == 1:
+        return 0.0, 0.0, 1.0, 1.0
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    for _ in range(_CROP_ATTEMPTS):
+        area = min_area + (1 - min_area) * rng.random()
+        ratio = math.exp(low + (high - low) * rng.random())
+        width, height = math.sqrt(area * ratio / aspect), math.sqrt(area * aspect / ratio)
+        if width <= 1 and height <= 1:
+            x, y = (1 - width) * rng.random(), (1 - height) * rng.random()
+            return x, y, x + width, y + height
+    # an image too long for any such crop: its middle, cut to the nearest ratio allowed
+    width = min(1.0, RATIO[1] / aspect)
+    height = min(1.0, aspect / RATIO[0])
+    return (1 - width) / 2, (1 - height) / 2, (1 + width) / 2, (1 + height) / 2

@@ -1,0 +1,333 @@
+"""Shards -> batches: which sample comes when, its texts and tables, and the thread that works ahead of the model.
+
+The order is a function of (seed, epoch) alone, a global batch is a slice of it, and a rank takes its part of the slice;
+every random number is keyed by (seed, epoch, sample). So one process of batch 16 and two of batch 8 see the same global
+batches, and a run resumes at any step from (epoch, step) without a saved state.
+"""
+
+import queue
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prismer.batch import IGNORE_INDEX, Batch, ImageBatch
+from prismer.config import PrismerConfig
+from prismer.dataloading.feed.augment import AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
+from prismer.dataloading.feed.dali import UndecodableImages
+from prismer.dataloading.feed.features import FeatureTables, Meanings, Semantics
+from prismer.dataloading.feed.pipeline import ImagePipeline
+from prismer.dataloading.store.schema import check_meta
+from prismer.dataloading.store.shards import CorruptSample, Sample, ShardDataset
+from prismer.texts import ChooseTexts, Text, collate
+
+_MAX_SKIPS_IN_A_ROW = 1000
+# in a shuffled order, so many bad samples in a row mean a mistake in the set-up and not a bad sample
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that was left out: the shard and key that name it (key "" if unknown), and why."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass
+class _Item:
+    """One sample on its way into a batch."""
+
+    index: int
+    sample: Sample
+    params: AugmentParams | None
+    meanings: Meanings
+    texts: list[Text]
+
+
+class Loader:
+    """Batches of a dataset for one rank.
+
+    In training, global batches are slices of a new order each epoch, the incomplete last one is left out, and an
+    unreadable sample is replaced by the next readable one in the order. In evaluation the order is that of the
+    dataset, every sample comes exactly once, unreadable ones are left out, and the last batch may be short.
+
+    Args:
+        dataset: the samples; its class tables say what the ids of seg and obj_detection maps mean.
+        config: the model to feed: experts, image and label size, token ids.
+        batch_size: images per batch and rank.
+        texts: chooses the texts of one image from its JSON (see prismer/texts.py); None for batches without texts.
+        group_size: texts per image, G; shorter choices are filled up with texts of weight 0.
+        split: texts of an image before those of another length (captions before questions), see TextBatch.
+        semantics: features of class names and words.
+        augment: how training images are augmented; None only resizes them.
+        seed: of the order and of all draws.
+        rank, world: this process and how many there are.
+        training: see above.
+        threads: CPU threads that decode, and as many that read.
+        prefetch: batches prepared ahead.
+        device: where images and maps are processed, and where batches end up.
+        drop_labels: probability that all maps of a training sample are taken away, so that the model also learns to
+            work from the photo alone.
+
+    Attributes:
+        steps_per_epoch: batches of this rank in an epoch.
+        skipped: the samples left out so far, each once.
+
+    Raises:
+        ValueError: if an argument is out of range, the dataset is smaller than a global batch of training, or a class
+            name has no features.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        *,
+        config: PrismerConfig,
+        batch_size: int,
+        texts: ChooseTexts | None = None,
+        group_size: int = 1,
+        split: int = 0,
+        semantics: Semantics,
+        augment: AugmentConfig | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        training: bool = True,
+        threads: int = 2,
+        prefetch: int = 2,
+        device: str | torch.device = "cpu",
+        drop_labels: float = 0.0,
+    ):
+        for name, value in dict(
+            batch_size=batch_size, group_size=group_size, threads=threads, prefetch=prefetch
+        ).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank is {rank} of {world}; ranks count from 0")
+        if not 0 <= drop_labels <= 1:
+            raise ValueError(f"drop_labels is {drop_labels}; it is a probability, give 0 to 1")
+        if not training and (augment is not None or drop_labels):
+            raise ValueError("evaluation neither augments nor drops labels; leave augment and drop_labels out")
+        if training and len(dataset) < batch_size * world:
+            raise ValueError(
+                f"the dataset has {len(dataset)} samples, one global batch {batch_size * world}; "
+                f"lower the batch size or give more samples"
+            )
+        self.dataset, self.config, self.batch_size = dataset, config, batch_size
+        self.texts, self.group_size, self.augment = texts, group_size, augment
+        self.split = split
+        self.seed, self.rank, self.world, self.training = seed, rank, world, training
+        self.threads, self.prefetch, self.drop_labels = threads, prefetch, drop_labels
+        self.device = torch.device(device)
+        self.skipped: list[Skipped] = []
+        self.steps_per_epoch = self._count_steps()
+
+        self._tables = FeatureTables(config, dataset.classes, semantics)
+        self._bad: set[int] = set()
+        self._bad_lock = threading.Lock()
+        # of the pipeline: an iterator that was left open may still be working ahead
+        self._turn = threading.Lock()
+        self._pipeline = ImagePipeline(
+            config, batch_size=batch_size, augmented=augment is not None, threads=threads, device=device
+        )
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from `start_step` on, prepared by a thread that ends with the iterator.
+
+        Raises:
+            ValueError: if `start_step` is not a step of the epoch or its end.
+            ValueError: from the iterator, if more texts are chosen for an image than a group holds.
+            RuntimeError: from the iterator, if 1000 samples in a row are unreadable.
+        """
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step is {start_step}; the epoch has steps 0 to {self.steps_per_epoch}")
+        return self._work_ahead(partial(self._batches, epoch, start_step))
+
+    def _count_steps(self) -> int:
+        count, global_batch = len(self.dataset), self.batch_size * self.world
+        if self.training:
+            return count // global_batch
+        # the last slice may not reach this rank
+        whole, rest = divmod(count, global_batch)
+        return whole + (rest > self.rank * self.batch_size)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        count = len(self.dataset)
+        if not self.training:
+            return np.arange(count)
+        # raw draws are the same in every numpy, which Generator.permutation does not promise
+        draws = keyed_rng(Draw.ORDER, self.seed, epoch).bit_generator.random_raw(count)
+        return np.argsort(draws, kind="stable")
+
+    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        find = partial(self._readable_item, epoch, self._order(epoch))
+        with ThreadPoolExecutor(self.threads) as pool:
+            # the samples of the next batch are read while DALI works on this one
+            reading = [pool.submit(find, p) for p in self._positions(start_step)]
+            for step in range(start_step, self.steps_per_epoch):
+                found, reading = reading, [pool.submit(find, p) for p in self._positions(step + 1)]
+                batch = self._batch([future.result() for future in found], step, find)
+                if batch is not None:
+                    yield batch
+
+    def _positions(self, step: int) -> range:
+        """Places in the epoch's order that this rank's batch takes; none after the last step."""
+        if step >= self.steps_per_epoch:
+            return range(0)
+        begin = (step * self.world + self.rank) * self.batch_size
+        return range(begin, min(begin + self.batch_size, len(self.dataset)))
+
+    def _batch(self, found: list[_Item | None], step: int, find: Callable[[int], _Item | None]) -> Batch | None:
+        """The batch of `step` from what was found; None if an evaluation batch has no readable sample."""
+        while True:
+            items = [item for item in found if item is not None]
+            if not items:
+                return None
+            try:
+                with self._turn:
+                    rgb, labels = self._pipeline(
+                        [item.sample.jpeg for item in items],
+                        [item.sample.labels for item in items],
+                        None if self.augment is None else [item.params for item in items],
+                    )
+            except UndecodableImages as error:
+                for i, reason in error.reasons.items():
+                    self._skip(items[i].index, reason)
+                found = [find(position) for position in self._positions(step)]
+            else:
+                return self._assemble(items, rgb, labels)
+
+    def _readable_item(self, epoch: int, order: np.ndarray, position: int) -> _Item | None:
+        """The sample at `position`, or in training the next one of the order that is readable."""
+        reason = "they were skipped before"
+        for offset in range(min(len(order), _MAX_SKIPS_IN_A_ROW) if self.training else 1):
+            index = int(order[(position + offset) % len(order)])
+            if index in self._bad:
+                continue
+            try:
+                return self._item(epoch, index)
+            except ValueError as error:
+                reason = str(error)
+                self._skip(index, error)
+        if not self.training:
+            return None
+        raise RuntimeError(f"no readable sample among {offset + 1} in a row; the last: {reason}")
+
+    def _item(self, epoch: int, index: int) -> _Item:
+        sample = self.dataset[index]
+        check_meta(sample.meta, self.dataset.classes)
+        meanings = self._tables.look_up(sample.labels, sample.meta)
+        texts = []
+        if self.texts is not None:
+            texts = self.texts(sample.meta, keyed_rng(Draw.TEXTS, self.seed, epoch, index))
+        params = None
+        if self.augment is not None:
+            rng = keyed_rng(Draw.AUGMENT, self.seed, epoch, index)
+            height, width = sample.meta.get("size", (1, 1))
+            params = draw_params(self.augment, rng, width / height)
+        if self.drop_labels:
+            rng = keyed_rng(Draw.LABELS, self.seed, epoch, index)
+            if rng.random() < self.drop_labels:
+                sample.labels, meanings = {}, Meanings()
+        return _Item(index, sample, params, meanings, texts)
+
+    def _assemble(self, items: list[_Item], rgb: Tensor, labels: dict[str, Tensor]) -> Batch:
+        rows, features = self._tables.collate([item.meanings for item in items])
+        texts = None
+        if self.texts is not None:
+            largest = max(len(item.texts) for item in items)
+            if largest > self.group_size:
+                raise ValueError(
+                    f"{largest} texts were chosen for an image, group_size is {self.group_size}; enlarge it"
+                )
+            # groups of one size everywhere: the loss is a mean over B x G, on every rank
+            filler = ([self.config.bos_id], [IGNORE_INDEX], 0.0)
+            groups = [item.texts + [filler] * (self.group_size - len(item.texts)) for item in items]
+            texts = collate(groups, pad_id=self.config.pad_id, bos_id=self.config.bos_id, split=self.split)
+        images = ImageBatch(
+            rgb=rgb,
+            labels=labels,
+            rows={expert: torch.from_numpy(table) for expert, table in rows.items()},
+            features=torch.from_numpy(features),
+        )
+        keys, meta = [item.sample.key for item in items], [item.sample.meta for item in items]
+        batch = Batch(images=images, texts=texts, keys=keys, meta=meta)
+        if self.device.type == "cpu":
+            return batch
+        with torch.cuda.stream(self._pipeline.stream):
+            batch = batch.to(self.device)
+            self._pipeline.stream.synchronize()
+        return batch
+
+    def _skip(self, index: int, reason: str | CorruptSample | ValueError) -> None:
+        with self._bad_lock:
+            if index in self._bad:
+                return
+            self._bad.add(index)
+        if isinstance(reason, CorruptSample):
+            skipped = Skipped(reason.shard, reason.key, reason.reason)
+        else:
+            shard = self.dataset.shards[self.dataset.shard_of(index)]
+            skipped = Skipped(shard, self.dataset.key(index), str(reason))
+        if not self.skipped:
+            warnings.warn(
+                f"skipping sample {skipped.key} of {skipped.shard}: {skipped.reason}; others will be skipped "
+                f"silently and listed in Loader.skipped",
+                stacklevel=2,
+            )
+        self.skipped.append(skipped)
+
+    def _work_ahead(self, produce: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
+        """Iterate `produce()` in a thread, at most `prefetch` batches ahead; closing the iterator ends the thread."""
+        ready: queue.Queue = queue.Queue(self.prefetch)
+        stop = threading.Event()
+        end = object()
+
+        def put(item: object) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def work() -> None:
+            # holds for this thread alone: an OpenMP team of its own would exceed the cores, and then libgomp puts the
+            # model's threads to sleep at every barrier, which halves the speed of training on two cores
+            torch.set_num_threads(1)
+            try:
+                for batch in produce():
+                    put(batch)
+                    if stop.is_set():
+                        return
+                put(end)
+            except BaseException as error:  # noqa: BLE001 - it is raised again by the consumer
+                put(error)
+
+        thread = threading.Thread(target=work, name="prismer-loader", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not end:
+                if isinstance(item, BaseException):
+                    raise item
+                yield self._hand_over(item)
+        finally:
+            stop.set()
+            thread.join()
+
+    def _hand_over(self, batch: Batch) -> Batch:
+        if self.device.type == "cuda":
+            # made on the pipeline's stream: the allocator must not reuse them while the model's kernels read them
+            images, texts = batch.images, batch.texts
+            tensors = [images.rgb, images.features, *images.labels.values(), *images.rows.values()]
+            tensors += [texts.ids, texts.labels, texts.weights] if texts is not None else []
+            for tensor in tensors:
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+        return batch

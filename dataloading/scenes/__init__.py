@@ -1,0 +1,1 @@
+"""The embedded dataset: ray-cast scenes with exact labels."""

@@ -1,0 +1,1 @@
+"""Tables that give class names and words as 64 numbers each."""

@@ -1,0 +1,226 @@
+"""Go through every byte of a dataset folder and list what is wrong with it, by shard and key."""
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from prismer.dataloading.store.index import SHARD_FILE
+from prismer.dataloading.store.schema import meta_problems
+from prismer.dataloading.store.shards import CorruptSample, Sample, ShardDataset
+from prismer.experts import BACKGROUND, EXPERTS
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong: in which shard ("" for the folder), with which sample ("" for the shard), and what."""
+
+    shard: str
+    key: str
+    text: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.shard, self.key, self.text) if part)
+
+
+@dataclass
+class Report:
+    """What `check_dataset` found.
+
+    Attributes:
+        folder: the dataset.
+        samples: samples that the index promises.
+        counts: captions, questions, answers, objects, words and maps per expert, in samples without a problem.
+        problems: all of them, in the order of the shards.
+    """
+
+    folder: Path
+    samples: int = 0
+    counts: Counter = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def lines(self) -> list[str]:
+        """The report as text: one line of counts, one per problem, one verdict."""
+        counted = ", ".join(f"{count} {name}" for name, count in self.counts.items() if count)
+        verdict = "no problems" if self.ok else f"problems: {len(self.problems)}"
+        return [
+            f"{self.folder}: {self.samples} samples" + (f" ({counted})" if counted else ""),
+            *(str(problem) for problem in self.problems),
+            verdict,
+        ]
+
+
+def check_dataset(folder: str | Path, progress: bool = True, workers: int = 4) -> Report:
+    """Read and check all of a dataset; a problem never hides the next one.
+
+    Checked are the index, each shard's checksum and each member's, that every JPEG decodes, sizes of the label maps,
+    ids against class, object and word tables, texts, and keys that occur twice.
+
+    Args:
+        folder: a dataset folder.
+        progress: show a bar with the time left.
+        workers: threads that decode.
+
+    Returns:
+        A Report; nothing is raised for damaged data.
+    """
+    report = Report(Path(folder))
+    try:
+        dataset = ShardDataset(folder)
+    except ValueError as error:
+        report.problems.append(Problem("", "", str(error)))
+        return report
+    report.samples = len(dataset)
+    report.problems += _stray_files(dataset)
+    shard_of_key: dict[str, str] = {}
+    bar = tqdm(total=len(dataset), desc="checking", unit="sample", disable=not progress)
+    with bar, ThreadPoolExecutor(workers) as pool:
+        for number, shard in enumerate(dataset.shards):
+            indices = range(dataset.starts[number], dataset.starts[number + 1])
+            fault = _shard_fault(dataset, number)
+            if fault:
+                report.problems.append(Problem(shard, "", fault))
+            try:
+                keys = [dataset.key(i) for i in indices]
+            except CorruptSample as error:
+                # without its index no sample of the shard can be found: one line for all
+                report.problems.append(Problem(shard, "", error.reason))
+                bar.update(len(indices))
+                continue
+            for key in keys:
+                if key in shard_of_key:
+                    text = f"the key is also in {shard_of_key[key]}; rename one"
+                    report.problems.append(Problem(shard, key, text))
+                shard_of_key[key] = shard
+            if not (dataset.folder / shard).is_file():
+                bar.update(len(indices))
+                continue
+            for problems, counts in pool.map(lambda i: _check_sample(dataset, i), indices):
+                report.problems += problems
+                report.counts.update(counts)
+                bar.update()
+    return report
+
+
+def sample_problems(sample: Sample, classes: dict[str, list[str]]) -> list[str]:
+    """What is wrong with a readable sample, one sentence each; [] if all is well.
+
+    Args:
+        sample: as a ShardDataset gives it.
+        classes: the class tables of its dataset.
+    """
+    texts = meta_problems(sample.meta, classes)
+    return [*_image_problems(sample), *_label_problems(sample, classes), *texts]
+
+
+def _check_sample(dataset: ShardDataset, i: int) -> tuple[list[Problem], Counter]:
+    shard = dataset.shards[dataset.shard_of(i)]
+    try:
+        sample = dataset[i]
+    except CorruptSample as error:
+        return [Problem(shard, error.key, error.reason)], Counter()
+    problems = [Problem(shard, sample.key, text) for text in sample_problems(sample, dataset.classes)]
+    return problems, Counter() if problems else _counts(sample)
+
+
+def _image_problems(sample: Sample) -> Iterator[str]:
+    try:
+        with Image.open(io.BytesIO(sample.jpeg)) as image:
+            image.load()
+    except UnidentifiedImageError:
+        yield "the image is in no known format or damaged at its start"
+        return
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        yield f"the image does not decode ({error})"
+        return
+    if (image.format, image.mode) != ("JPEG", "RGB"):
+        yield f"the image is {image.format} {image.mode}; expected an RGB JPEG"
+    size = [image.height, image.width]
+    stored = sample.meta.get("size", size)
+    if stored != size and isinstance(stored, list):
+        yield f"the image is {size} (height, width), its json says {stored}"
+
+
+def _shard_fault(dataset: ShardDataset, number: int) -> str | None:
+    entry = dataset.entries[number]
+    path = dataset.folder / entry["name"]
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+            size = file.tell()
+    except OSError as error:
+        return f"the file cannot be read ({error.strerror}); copy it again"
+    if size != entry["size"]:
+        return f"the file has {size} bytes, the index says {entry['size']}; copy it again"
+    if digest.hexdigest() != entry["sha256"]:
+        return "the file fails its checksum; copy it again"
+    return None
+
+
+def _stray_files(dataset: ShardDataset) -> Iterator[Problem]:
+    listed = {name.removesuffix(".tar") for name in dataset.shards}
+    for path in sorted(dataset.folder.iterdir()):
+        match = SHARD_FILE.fullmatch(path.name)
+        if match and (match[3] or f"shard-{match[1]}" not in listed):
+            yield Problem("", "", f"{path.name} belongs to no shard of the index; remove it or resume its job")
+
+
+def _label_problems(sample: Sample, classes: dict[str, list[str]]) -> Iterator[str]:
+    sides = {name: plane.shape[:2] for name, plane in sample.labels.items()}
+    if len(set(sides.values())) > 1:
+        yield f"the label maps have different sizes ({_list_sizes(sides)}); store all at one size"
+    for name, (height, width) in sides.items():
+        if height != width:
+            yield f"the {name} map is {height} x {width}; store a square"
+    known = {
+        "seg": {str(i) for i in range(len(classes.get("seg", [])))},
+        "obj_detection": _ids_of(sample.meta.get("instances")),
+        "ocr_detection": _ids_of(sample.meta.get("words")),
+    }
+    for name, ids in known.items():
+        if name in sample.labels:
+            used = set(np.unique(sample.labels[name]).tolist()) - {BACKGROUND}
+            unknown = {i for i in used if str(i) not in ids}
+            if unknown:
+                yield (
+                    f"the {name} map holds {len(unknown)} ids that its table of {len(ids)} entries "
+                    f"does not know ({min(unknown)} is the first)"
+                )
+
+
+def _ids_of(table: object) -> set[str]:
+    return set(table) if isinstance(table, dict) else set()
+
+
+def _counts(sample: Sample) -> Counter:
+    meta = sample.meta
+    questions = meta.get("questions", [])
+    counts = Counter(
+        {
+            "captions": len(meta.get("captions", [])),
+            "questions": len(questions),
+            "answers": sum(len(question.get("answers", [])) for question in questions),
+            "objects": len(meta.get("instances", {})),
+            "words": len(meta.get("words", {})),
+        }
+    )
+    counts.update({f"{name} maps": int(name in sample.labels) for name in EXPERTS})
+    return counts
+
+
+def _list_sizes(sides: dict[str, tuple[int, int]]) -> str:
+    return ", ".join(f"{name} {height} x {width}" for name, (height, width) in sides.items())

@@ -1,0 +1,171 @@
+"""What a sample is, what the index files of a dataset folder hold, and how they are checked.
+
+`shard-000000.index.json` tells for each sample of one tar where its members lie, and their crc32; `index.json` lists
+the shards with their counts and checksums, the class tables and what the writer noted.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from prismer.reading import parse_json, read_bytes
+
+FORMAT = "prismer-shards"
+VERSION = 1
+MEMBERS = ("jpg", "json", "labels")
+"""The files of a sample, in the order in which they lie in the tar."""
+MAX_KEY = 90
+"""Longest key: the classic tar header has 100 bytes for a name."""
+CLASS_TABLES = ("seg", "obj_detection", "class")
+"""What may have a class table: two kinds of label maps, and the images of a set for classification."""
+SHARD_FILE = re.compile(r"shard-(\d{6})\.(tar|index\.json)(\.partial)?")
+"""The files that a writer makes, and may remove, besides index.json."""
+
+_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass
+class Sample:
+    """One image with everything known about it.
+
+    Attributes:
+        key: its name in the dataset, [A-Za-z0-9_-]+ (a dot would split it in WebDataset readers).
+        jpeg: the encoded image, RGB.
+        labels: expert -> uint8 map, see `pack_labels`; an absent expert is not in the dict.
+        meta: captions, questions, instances, words, size, source, licence (the text JSON of the data format).
+    """
+
+    key: str
+    jpeg: bytes
+    labels: dict[str, np.ndarray]
+    meta: dict
+
+
+class CorruptSample(ValueError):
+    """A sample that cannot be read: `shard` and `key` name it (key "" if unknown), `reason` says why."""
+
+    def __init__(self, shard: str, key: str, reason: str):
+        # the three arguments, so that the exception survives the trip from a worker process
+        super().__init__(shard, key, reason)
+        self.shard, self.key, self.reason = shard, key, reason
+
+    def __str__(self) -> str:
+        return f"{f'sample {self.key} of ' if self.key else ''}{self.shard} cannot be read: {self.reason}"
+
+
+class Sidecar:
+    """A parsed `shard-NNNNNN.index.json`; the numbers of 1000 samples as one array of 72 kB."""
+
+    def __init__(self, data: bytes, name: str):
+        shard = name.replace(".index.json", ".tar")
+        try:
+            fields = parse_json(data, "it", "copy it again")
+            if fields["format"] != FORMAT or fields["version"] != VERSION or fields["shard"] != shard:
+                raise ValueError("another format, version or shard")
+            self.shard, self.size, self.sha256 = shard, int(fields["size"]), fields["sha256"]
+            self.fingerprint, self.experts = fields["fingerprint"], fields["experts"]
+            # what a labelling job left out of this shard
+            self.skipped: list[dict[str, str]] = fields.get("skipped", [])
+            self.keys: list[str] = fields["keys"]
+            self.members = np.array(fields["members"], dtype=np.int64).reshape(len(self.keys), len(MEMBERS), 3)
+            ends = self.members[..., 0] + self.members[..., 1]
+            if self.members.min(initial=0) < 0 or ends.max(initial=0) > self.size:
+                raise ValueError("a member lies outside the shard")
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise CorruptSample(shard, "", f"its {name} is damaged ({error}); write the shard again") from None
+
+    def entry(self, data: bytes) -> dict:
+        """What `index.json` notes about this shard; `data` are the bytes of the sidecar."""
+        return {
+            "name": self.shard,
+            "count": len(self.keys),
+            "size": self.size,
+            "sha256": self.sha256,
+            "index_sha256": hashlib.sha256(data).hexdigest(),
+            "experts": self.experts,
+        }
+
+
+def read_index(folder: str | Path) -> dict:
+    """The parsed and checked `index.json` of a dataset folder.
+
+    Raises:
+        ValueError: if it is absent, damaged or of an unknown version.
+    """
+    path = Path(folder) / "index.json"
+    try:
+        data = read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{folder} is not a finished dataset (no index.json); run the job that writes it again, it will resume"
+        ) from None
+    index = parse_json(data, path, "copy it again or resume the job that writes it")
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"{path} is not the index of a {FORMAT} dataset; import the data first")
+    if index.get("version") != VERSION:
+        raise ValueError(f"{path} has version {index.get('version')}, this library reads {VERSION}; update the library")
+    try:
+        check_classes(index["classes"])
+        if not all(SHARD_FILE.fullmatch(entry["name"]) for entry in index["shards"]):
+            raise ValueError("a shard has a name that no writer gives")
+        if sum(entry["count"] for entry in index["shards"]) != index["count"]:
+            raise ValueError(f"the counts of the shards do not add up to {index['count']}")
+        missing = {"source", "experts", "about"} - set(index)
+        for entry in index["shards"]:
+            missing |= {"size", "sha256", "index_sha256"} - set(entry)
+        if missing:
+            raise ValueError(f"{', '.join(sorted(missing))} is missing")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again") from None
+    return index
+
+
+def is_key(name: str) -> bool:
+    """Whether tar and WebDataset readers would give this key back unchanged."""
+    return bool(_KEY.fullmatch(name)) and len(name) <= MAX_KEY
+
+
+def check_key(key: str) -> None:
+    """Refuse what is no key.
+
+    Raises:
+        ValueError: if the key is not [A-Za-z0-9_-]+ of at most 90 characters.
+    """
+    if not is_key(key):
+        raise ValueError(f"key {key!r} is not 1 to {MAX_KEY} of the characters A-Z a-z 0-9 _ -; rename the sample")
+
+
+def check_classes(classes: dict[str, list[str]]) -> None:
+    """Refuse class tables that the maps could not refer to.
+
+    Raises:
+        ValueError: if a table is none of CLASS_TABLES, is not a list of names, or seg has more than 255.
+    """
+    for expert, names in classes.items():
+        if expert not in CLASS_TABLES:
+            raise ValueError(f"classes names {expert!r}; choose from {', '.join(CLASS_TABLES)}")
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"the class table of {expert} must be a list of non-empty strings")
+    if len(classes.get("seg", [])) > 255:
+        raise ValueError(f"the class table of seg has {len(classes['seg'])} names; a uint8 map holds at most 255")
+
+
+def to_json(value) -> bytes:
+    """Compact UTF-8 JSON; equal values give equal bytes.
+
+    Raises:
+        ValueError: if a value is not JSON (NaN included), is nested too deeply, or a text is not Unicode.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except TypeError as error:
+        raise ValueError(f"{error}; give numbers, strings, lists and dicts with string keys") from None
+    except UnicodeEncodeError as error:
+        part = ascii(error.object[error.start : error.end])
+        raise ValueError(f"a text holds {part}, which UTF-8 cannot hold; replace it") from None
+    except RecursionError:
+        raise ValueError("a value is nested too deeply to be written as JSON") from None

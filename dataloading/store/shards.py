@@ -1,0 +1,175 @@
+"""A dataset on disk: tar shards that any WebDataset reader opens, with an index for random access and checksums.
+
+A folder holds `shard-000000.tar`, ... with members KEY.jpg, KEY.json, KEY.labels; beside each a
+`shard-000000.index.json` (per sample: where its members lie and their crc32), and one `index.json` (shards, counts,
+checksums, class tables), which is written last. A writer killed at any moment therefore leaves either a whole dataset
+or a folder without `index.json` whose finished shards are kept by the next `ShardWriter(..., resume=True)`.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import BinaryIO
+
+from prismer.dataloading.store.index import MEMBERS, CorruptSample, Sample, Sidecar, read_index
+from prismer.dataloading.store.labels import unpack_labels
+from prismer.dataloading.store.writer import ShardWriter
+from prismer.reading import open_regular, read_bytes
+
+__all__ = ["CorruptSample", "Sample", "ShardDataset", "ShardWriter", "read_index"]
+
+
+class ShardDataset:
+    """Random access to a dataset folder; safe to share between threads and to inherit or send to worker processes.
+
+    Only `index.json` is read at first; a shard is opened when one of its samples is asked for. A sample costs one
+    `pread`, and its bytes are checked against their crc32 before any decoder sees them.
+
+    Attributes:
+        classes: "seg", "obj_detection" and, for classification, "class" -> list of class names.
+        experts: expert -> number of samples that have its map.
+        source, about: what the writer noted.
+        shards: names of the tars; shard s holds samples starts[s] .. starts[s + 1] - 1.
+        entries: what `index.json` says of each shard (name, count, size, sha256, ...).
+
+    Raises:
+        ValueError: if the folder has no `index.json`, or one that is damaged or of an unknown version.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        index = read_index(self.folder)
+        self.classes: dict[str, list[str]] = index["classes"]
+        self.experts: dict[str, int] = index["experts"]
+        self.source: str = index["source"]
+        self.about: dict = index["about"]
+        self.entries: list[dict] = index["shards"]
+        self.shards: list[str] = [entry["name"] for entry in self.entries]
+        self.starts: list[int] = [0, *accumulate(entry["count"] for entry in self.entries)]
+        # bounded: ten million samples are ten thousand shards, more than a process may open
+        self._sidecars = _Recent(256, self._load_sidecar)
+        self._files = _Recent(64, self._open_shard)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, i: int) -> Sample:
+        """Read and check sample `i`.
+
+        Raises:
+            CorruptSample: if the shard is missing or cut short, or a member is damaged.
+            IndexError: if there is no sample `i`.
+        """
+        shard, row = self._locate(i)
+        sidecar = self._sidecars(shard)
+        jpeg, text, packed = self._read(shard, sidecar, row, slice(None))
+        try:
+            labels = unpack_labels(packed)
+        except ValueError as error:
+            raise CorruptSample(sidecar.shard, sidecar.keys[row], str(error)) from None
+        return Sample(sidecar.keys[row], jpeg, labels, _parse_meta(text, sidecar, row))
+
+    def key(self, i: int) -> str:
+        """The key of sample `i`, without touching the tar."""
+        shard, row = self._locate(i)
+        return self._sidecars(shard).keys[row]
+
+    def shard_of(self, i: int) -> int:
+        """The position in `shards` of the tar that holds sample `i`."""
+        return self._locate(i)[0]
+
+    def meta(self, i: int) -> dict:
+        """The JSON of sample `i` alone: a read of a few hundred bytes, left to the page cache to keep.
+
+        Raises:
+            CorruptSample: as for `self[i]`.
+        """
+        shard, row = self._locate(i)
+        sidecar = self._sidecars(shard)
+        (text,) = self._read(shard, sidecar, row, slice(1, 2))
+        return _parse_meta(text, sidecar, row)
+
+    def __reduce__(self):
+        return ShardDataset, (self.folder,)
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"sample {i} of a dataset of {len(self)}")
+        i %= len(self)
+        shard = bisect_right(self.starts, i) - 1
+        return shard, i - self.starts[shard]
+
+    def _read(self, shard: int, sidecar: Sidecar, row: int, which: slice) -> list[bytes]:
+        key = sidecar.keys[row]
+        members = sidecar.members[row, which].tolist()
+        begin, end = members[0][0], members[-1][0] + members[-1][1]
+        # the reference keeps the descriptor open even if another thread makes the cache drop it
+        file = self._files(shard)
+        try:
+            data = os.pread(file.fileno(), end - begin, begin)
+        except OSError as error:
+            raise CorruptSample(sidecar.shard, key, f"reading fails ({error.strerror}); check the disk") from None
+        if len(data) != end - begin:
+            missing = end - begin - len(data)
+            raise CorruptSample(sidecar.shard, key, f"the tar ends {missing} bytes too early; copy it again")
+        parts = []
+        for extension, (offset, size, checksum) in zip(MEMBERS[which], members, strict=True):
+            part = data[offset - begin : offset - begin + size]
+            if zlib.crc32(part) != checksum:
+                raise CorruptSample(sidecar.shard, key, f"its {extension} fails the checksum; copy the shard again")
+            parts.append(part)
+        return parts
+
+    def _load_sidecar(self, shard: int) -> Sidecar:
+        entry = self.entries[shard]
+        name = entry["name"].replace(".tar", ".index.json")
+        try:
+            data = read_bytes(self.folder / name)
+        except OSError as error:
+            reason = f"{name} cannot be read ({error.strerror}); copy it again"
+            raise CorruptSample(entry["name"], "", reason) from None
+        if hashlib.sha256(data).hexdigest() != entry["index_sha256"]:
+            raise CorruptSample(entry["name"], "", f"{name} fails its checksum; copy it again")
+        sidecar = Sidecar(data, name)
+        if len(sidecar.keys) != entry["count"]:
+            reason = f"{name} lists {len(sidecar.keys)} samples, index.json {entry['count']}; copy both again"
+            raise CorruptSample(entry["name"], "", reason)
+        return sidecar
+
+    def _open_shard(self, shard: int) -> BinaryIO:
+        name = self.shards[shard]
+        try:
+            return open_regular(self.folder / name)  # closed when the cache lets go
+        except OSError as error:
+            raise CorruptSample(name, "", f"the file cannot be opened ({error.strerror}); copy it again") from None
+
+
+class _Recent:
+    """A small cache that drops the oldest item; without a lock, which a fork could leave held for ever."""
+
+    def __init__(self, size: int, load: Callable[[int], object]):
+        self.size, self.load = size, load
+        self.items: dict[int, object] = {}
+
+    def __call__(self, i: int):
+        item = self.items.get(i)
+        if item is None:
+            item = self.items[i] = self.load(i)
+            for old in list(self.items)[: -self.size]:
+                self.items.pop(old, None)
+        return item
+
+
+def _parse_meta(text: bytes, sidecar: Sidecar, row: int) -> dict:
+    try:
+        meta = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptSample(sidecar.shard, sidecar.keys[row], f"its json does not parse ({error})") from None
+    if not isinstance(meta, dict):
+        raise CorruptSample(sidecar.shard, sidecar.keys[row], f"its json is a {type(meta).__name__}, not an object")
+    return meta

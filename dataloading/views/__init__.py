@@ -1,0 +1,1 @@
+"""Samples drawn as pictures for people."""

@@ -1,0 +1,83 @@
+"""One photo with everything the experts say about it, as a picture for a slide: 1600 x 900, PNG."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from prismer.dataloading.feed.images import ExpertLabels
+from prismer.dataloading.store.shards import Sample
+from prismer.dataloading.views.contact_sheet import GREY, INK, RULE, TITLES, draw_column, fit, font_of, id_colours, wrap
+
+_SIZE, _MARGIN, _GAP, _CELL = (1600, 900), 44, 14, 274
+_PHOTO = (632, 2 * (_CELL + 36) - 36)
+# width and height that the photo is fitted into
+
+
+def draw_slide(
+    jpeg: bytes, labels: ExpertLabels, *, caption: str = "", networks: dict[str, str] | None = None
+) -> bytes:
+    """Draw a photo with boxes and words, its maps, and a caption.
+
+    Args:
+        jpeg: the photo, an upright RGB JPEG.
+        labels: what the experts say about it.
+        caption: written large below; "" leaves it out.
+        networks: expert (or "caption") -> who made it, in small print.
+
+    Returns:
+        The bytes of a PNG.
+    """
+    photo = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    sample = Sample("photo", jpeg, labels.planes, labels.meta)
+    slide = Image.new("RGB", _SIZE, "white")
+    draw = ImageDraw.Draw(slide)
+    marked = _mark(photo, labels)
+    slide.paste(marked, (_MARGIN + (_PHOTO[0] - marked.width) // 2, _MARGIN + 36))
+    left = _MARGIN + _PHOTO[0] + 30
+    for number, column in enumerate(title for title in TITLES if title != "image"):
+        x = left + number % 3 * (_CELL + _GAP)
+        y = _MARGIN + number // 3 * (_CELL + 36)
+        draw.text((x, y), TITLES[column], font=font_of(17, bold=True), fill=INK)
+        cell = fit(draw_column(column, sample, photo, labels.classes, _CELL), _CELL)
+        slide.paste(cell, (x, y + 36 - 8))
+    y = _MARGIN + 36 + _PHOTO[1] + 34
+    draw.line((_MARGIN, y, _SIZE[0] - _MARGIN, y), fill=RULE, width=2)
+    width = _SIZE[0] - 2 * _MARGIN
+    for line in wrap(caption, width, font_of(34))[:2]:
+        draw.text((_MARGIN, y + 22), line, font=font_of(34), fill=INK)
+        y += 48
+    credit = " · ".join(f"{TITLES.get(name, name)}: {who}" for name, who in (networks or {}).items())
+    for number, line in enumerate(wrap(credit, width, font_of(15))[:2]):
+        draw.text((_MARGIN, _SIZE[1] - 58 + 22 * number), line, font=font_of(15), fill=GREY)
+    file = io.BytesIO()
+    slide.save(file, "PNG")
+    return file.getvalue()
+
+
+def _mark(photo: Image.Image, labels: ExpertLabels) -> Image.Image:
+    """The photo fitted into its place, with the boxes of objects and words drawn on it."""
+    scale = min(_PHOTO[0] / photo.width, _PHOTO[1] / photo.height)
+    size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
+    picture = photo.resize(size, Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(picture)
+    names = labels.classes.get("obj_detection", [])
+    instances = labels.meta.get("instances", {})
+    for i, box in labels.meta.get("boxes", {}).get("obj_detection", {}).items():
+        colour = tuple((id_colours()[int(i)] * 0.75).astype(int).tolist())
+        name = names[instances[i]] if i in instances else i
+        _outline(draw, size, box, f"{name} {box[4]:.2f}", colour)
+    for i, box in labels.meta.get("boxes", {}).get("ocr_detection", {}).items():
+        _outline(draw, size, box, labels.meta.get("words", {}).get(i, i), INK)
+    return picture
+
+
+def _outline(draw, size: tuple[int, int], box: list[float], text: str, colour: tuple) -> None:
+    left, top, right, bottom = (np.array(box[:4]) * [*size, *size]).round().astype(int).tolist()
+    draw.rectangle((left, top, max(left + 1, right), max(top + 1, bottom)), outline=colour, width=3)
+    font = font_of(15, bold=True)
+    width = draw.textlength(text, font=font) + 10
+    x = int(max(0, min(left, size[0] - width)))
+    y = top - 22 if top >= 22 else top
+    draw.rectangle((x, y, x + width, y + 22), fill=colour)
+    draw.text((x + 5, y + 2), text, font=font, fill="white")

@@ -1,0 +1,441 @@
+"""The Triton kernels of `cross_entropy`: a GPU's loss, its statistics, and dz by chunks of rows.
+
+`statistics` forms the loss with no logits in memory. `gradients` has one buffer of (rows, V rounded up to whole tiles)
+numbers in the dtype of x: it holds logits, then dz in their place, from which torch's products make dx and dweight.
+All sums are in a fixed order, the tiles that a row sees do not depend on its batch, and fp32 is multiplied as fp32.
+
+For tiles of BR x BV x BD, Rb = ceil(R / BR) blocks of rows, Vb = ceil(V / BV) tiles and S = ceil(V / 1024) splits,
+where every row counts, in numbers of s bytes and a bias of w bytes (labels of 8):
+    statistics  FLOPs 2 (Rb BR)(Vb BV)(ceil(D / BD) BD) issued; read (R Vb + V Rb) D s + Rb V w + 8 S R,
+                written 16 S R; combine reads 16 S R + 8 R and writes 12 R; with logits in memory s R Vb BV written too
+    dz          again from x: FLOPs and reads of x, W and bias as above; from logits: s R Vb BV read, and V w not;
+                both: 16 R Vb read (12 R Vb of statistics and factor, 8 R Vb of labels), s R Vb BV written,
+                4 Rb V for the bias
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prismer.kernels.aot.cases import KernelCase
+
+_BUFFER_BYTES = 2**27
+# dz of a chunk of rows: 1280 rows of RoBERTa's vocabulary in bf16
+
+
+def pieces(count: int, limit: int) -> list[slice]:
+    """Cut `count` things evenly into pieces of at most `limit`."""
+    if not count:
+        return []
+    pieces = -(-count // limit)
+    size = -(-count // pieces)
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+@triton.jit
+def _logits(
+    p_x, p_weight, p_bias, o_row, m_row, o_col, m_col, D, depth, BR: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr
+):
+    """A tile of logits in fp32; `depth` is D, or 0 where no row of the tile counts."""
+    o_d = tl.arange(0, BD)
+    p_a = p_x + o_row[:, None] * D + o_d[None, :]
+    p_b = p_weight + o_col[None, :] * D + o_d[:, None]
+    b_z = tl.zeros((BR, BV), tl.float32)
+    for d in range(0, depth, BD):
+        m_d = o_d < D - d
+        b_x = tl.load(p_a + d, mask=m_row[:, None] & m_d[None, :], other=0.0)
+        b_weight = tl.load(p_b + d, mask=m_d[:, None] & m_col[None, :], other=0.0)
+        b_z = tl.dot(b_x, b_weight, b_z, input_precision="ieee")
+    return b_z + tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _statistics_kernel(
+    p_x,
+    p_weight,
+    p_bias,
+    p_labels,
+    p_top,
+    p_sum,
+    p_target,
+    p_total,
+    p_z,
+    R,
+    D,
+    V,
+    stride_z,
+    ignore_index,
+    STORE: tl.constexpr,
+    TILES: tl.constexpr,
+    BR: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """One program: a block of rows and TILES tiles of the vocabulary, whose partial statistics have a row of their own.
+
+    Rows that are ignored are masked rather than packed away: packed texts leave few of them, the products that follow
+    are of a fixed size in any case, and a block that has no other rows skips its products.
+    """
+    o_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    i_split = tl.program_id(1).to(tl.int64)
+    m_in = o_row < R
+    b_label = tl.load(p_labels + o_row, mask=m_in, other=ignore_index)
+    m_row = b_label != ignore_index
+    b_top = tl.full((BR,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BR,), tl.float32)
+    b_target = tl.zeros((BR,), tl.float32)
+    b_total = tl.zeros((BR,), tl.float32)
+    first = i_split * TILES
+    last = tl.minimum(first + TILES, tl.cdiv(V, BV))
+    last = tl.where(tl.max(m_row.to(tl.int32), 0) > 0, last, first)
+    for i in range(first, last):
+        o_col = i * BV + tl.arange(0, BV)
+        m_col = o_col < V
+        b_z = _logits(p_x, p_weight, p_bias, o_row, m_row, o_col, m_col, D, D, BR, BV, BD)
+        if STORE:
+            # the gradient sees the rounded logits: with statistics of others, p_y - 1 would not vanish when p_y is 1
+            b_low = b_z.to(p_z.dtype.element_ty)
+            tl.store(p_z + o_row[:, None] * stride_z + o_col[None, :], b_low, mask=m_in[:, None])
+            b_z = b_low.to(tl.float32)
+        b_target += tl.sum(tl.where(o_col[None, :] == b_label[:, None], b_z, 0.0), 1)
+        b_total += tl.sum(tl.where(m_col[None, :], b_z, 0.0), 1)
+        b_z = tl.where(m_col[None, :], b_z, float("-inf"))
+        b_higher = tl.maximum(b_top, tl.max(b_z, 1))
+        # where nothing but minus infinity was seen so far, the differences would be no numbers
+        b_base = tl.where(b_higher == float("-inf"), 0.0, b_higher)
+        b_sum = b_sum * tl.exp(b_top - b_base) + tl.sum(tl.exp(b_z - b_base[:, None]), 1)
+        b_top = b_higher
+    o = i_split * R + o_row
+    tl.store(p_top + o, b_top, mask=m_in)
+    tl.store(p_sum + o, b_sum, mask=m_in)
+    tl.store(p_target + o, b_target, mask=m_in)
+    tl.store(p_total + o, b_total, mask=m_in)
+
+
+@triton.jit
+def _combine_kernel(
+    p_top,
+    p_sum,
+    p_target,
+    p_total,
+    p_labels,
+    p_losses,
+    p_row_top,
+    p_log_sum,
+    R,
+    V,
+    splits,
+    smoothing,
+    ignore_index,
+    BR: tl.constexpr,
+    BS: tl.constexpr,
+):
+    """Losses and statistics of whole rows from those of the splits, in a fixed order; ignored rows are zeros."""
+    o_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_split = tl.arange(0, BS)
+    m_in = o_row < R
+    o = o_split[:, None] * R + o_row[None, :]
+    m = (o_split < splits)[:, None] & m_in[None, :]
+    m_row = tl.load(p_labels + o_row, mask=m_in, other=ignore_index) != ignore_index
+    b_tops = tl.load(p_top + o, mask=m & m_row[None, :], other=float("-inf"))
+    b_top = tl.where(m_row, tl.max(b_tops, 0), 0.0)
+    b_sum = tl.sum(tl.load(p_sum + o, mask=m, other=0.0) * tl.exp(b_tops - b_top[None, :]), 0)
+    b_log_sum = tl.where(m_row, tl.log(tl.where(m_row, b_sum, 1.0)), 0.0)
+    b_target = tl.sum(tl.load(p_target + o, mask=m, other=0.0), 0)
+    b_mean = tl.sum(tl.load(p_total + o, mask=m, other=0.0), 0) / V
+    # differences first: large logits cancel before they are added to what is small
+    b_spread = tl.where(smoothing > 0, smoothing * (b_top - b_mean), 0.0)
+    b_loss = b_log_sum + (1 - smoothing) * (b_top - b_target) + b_spread
+    tl.store(p_losses + o_row, tl.where(m_row, b_loss, 0.0), mask=m_in)
+    tl.store(p_row_top + o_row, b_top, mask=m_in)
+    tl.store(p_log_sum + o_row, b_log_sum, mask=m_in)
+
+
+@triton.jit
+def _dz_kernel(
+    p_x,
+    p_weight,
+    p_bias,
+    p_labels,
+    p_top,
+    p_log_sum,
+    p_factor,
+    p_z,
+    p_dbias,
+    R,
+    D,
+    V,
+    stride_z,
+    smoothing,
+    ignore_index,
+    AGAIN: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    SUM_BIAS: tl.constexpr,
+    BR: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """A tile of dz, from logits formed AGAIN or from those in p_z, in their place; columns beyond V are zeros."""
+    i_block = tl.program_id(0).to(tl.int64)
+    o_row = i_block * BR + tl.arange(0, BR)
+    o_col = tl.program_id(1).to(tl.int64) * BV + tl.arange(0, BV)
+    m_in, m_col = o_row < R, o_col < V
+    b_label = tl.load(p_labels + o_row, mask=m_in, other=ignore_index)
+    m_row = b_label != ignore_index
+    p_tile = p_z + o_row[:, None] * stride_z + o_col[None, :]
+    if AGAIN:
+        depth = tl.where(tl.max(m_row.to(tl.int32), 0) > 0, D, 0)
+        b_z = _logits(p_x, p_weight, p_bias, o_row, m_row, o_col, m_col, D, depth, BR, BV, BD)
+    else:
+        b_z = tl.load(p_tile, mask=m_row[:, None], other=0.0).to(tl.float32)
+    # an ignored row's probabilities are 0
+    b_top = tl.load(p_top + o_row, mask=m_row, other=float("inf"))
+    b_log_sum = tl.load(p_log_sum + o_row, mask=m_row, other=0.0)
+    b_dz = tl.exp((b_z - b_top[:, None]) - b_log_sum[:, None]) - smoothing / V
+    b_dz = tl.where(o_col[None, :] == b_label[:, None], b_dz - (1 - smoothing), b_dz)
+    if HAS_FACTOR:
+        b_dz *= tl.load(p_factor + o_row, mask=m_row, other=0.0)[:, None]
+    b_dz = tl.where(m_row[:, None] & m_col[None, :], b_dz, 0.0)
+    tl.store(p_tile, b_dz.to(p_z.dtype.element_ty), mask=m_in[:, None])
+    if SUM_BIAS:
+        tl.store(p_dbias + i_block * V + o_col, tl.sum(b_dz, 0), mask=m_col)
+
+
+@triton.jit
+def _scale_kernel(p_gradient, p_factor, N, BLOCK: tl.constexpr):
+    """gradient *= factor, a number on the device; where it is 1, nothing is read or written."""
+    b_factor = tl.load(p_factor).to(tl.float32)
+    if b_factor != 1.0:
+        o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        b_gradient = tl.load(p_gradient + o, mask=o < N, other=0.0).to(tl.float32)
+        tl.store(p_gradient + o, (b_gradient * b_factor).to(p_gradient.dtype.element_ty), mask=o < N)
+
+
+def _tiles(dtype: torch.dtype, dot: bool = True) -> dict[str, int]:
+    """Tile shapes, the same for any number of rows, so that a row's loss does not depend on its batch."""
+    if dtype == torch.float32:
+        return dict(BR=64, BV=64, BD=32, num_warps=4, num_stages=3)
+    if not dot:
+        return dict(BR=64, BV=64, BD=32, num_warps=4, num_stages=3)
+    # of 128 x 128 the statistics would need more registers than there are
+    return dict(BR=128, BV=64, BD=64, num_warps=8, num_stages=3)
+
+
+def _split_tiles(BV: int) -> int:
+    """Tiles of a program of the statistics: 1024 entries of the vocabulary, 50 splits of RoBERTa's."""
+    return 1024 // BV
+
+
+def statistics(x, weight, bias, labels, smoothing, ignore_index, losses, stats, z) -> None:
+    """Losses and statistics of some rows; with `z`, a buffer for their logits, these are left there."""
+    (R, D), V = x.shape, weight.shape[0]
+    tiles = _tiles(x.dtype)
+    each = _split_tiles(tiles["BV"])
+    splits = triton.cdiv(V, each * tiles["BV"])
+    partial = torch.empty(4, splits, R, dtype=torch.float32, device=x.device)
+    _statistics_kernel[(triton.cdiv(R, tiles["BR"]), splits)](
+        x,
+        weight,
+        bias,
+        labels,
+        *partial,
+        z,
+        R,
+        D,
+        V,
+        0 if z is None else z.stride(0),
+        ignore_index,
+        STORE=z is not None,
+        TILES=each,
+        **tiles,
+    )
+    _combine_kernel[(triton.cdiv(R, 32),)](
+        *partial,
+        labels,
+        losses,
+        *stats,
+        R,
+        V,
+        splits,
+        smoothing,
+        ignore_index,
+        BR=32,
+        BS=triton.next_power_of_2(splits),
+        num_warps=4,
+    )
+
+
+def _dz(x, weight, bias, labels, stats, factor, smoothing, ignore_index, again, z, dbias) -> None:
+    """Fill the buffer `z` with dz of some rows, from the logits there or `again` from x, and add to `dbias`."""
+    (R, D), V = x.shape, weight.shape[0]
+    tiles = _tiles(x.dtype, dot=again)
+    grid = triton.cdiv(R, tiles["BR"]), triton.cdiv(V, tiles["BV"])
+    sums = None
+    if dbias is not None:
+        sums = torch.empty(grid[0], V, dtype=torch.float32, device=x.device)
+    _dz_kernel[grid](
+        x,
+        weight,
+        bias,
+        labels,
+        *stats,
+        factor,
+        z,
+        sums,
+        R,
+        D,
+        V,
+        z.stride(0),
+        smoothing,
+        ignore_index,
+        AGAIN=again,
+        HAS_FACTOR=factor is not None,
+        SUM_BIAS=dbias is not None,
+        **tiles,
+    )
+    if dbias is not None:
+        dbias += sums.sum(0)
+
+
+def gradients(x, weight, bias, labels, factor, smoothing, ignore_index, losses, stats, again, needs):
+    """dx, dweight and dbias as `needs` says, by chunks of rows; unless `again`, losses and statistics on the way."""
+    (R, D), V = x.shape, weight.shape[0]
+    tiles = _tiles(x.dtype)
+    width = triton.cdiv(V, tiles["BV"]) * tiles["BV"]
+    limit = _BUFFER_BYTES // (width * x.element_size())
+    rows_each = max(limit // tiles["BR"], 1) * tiles["BR"]
+    buffer = x.new_empty(min(R, rows_each), width)
+    dx = torch.empty_like(x) if needs[0] else None
+    dbias = torch.zeros(V, dtype=torch.float32, device=x.device) if needs[2] else None
+    dweight = None
+    if needs[1]:
+        single = 0 < R <= rows_each
+        dweight = x.new_empty(V, D) if single else x.new_zeros(V, D, dtype=torch.float32)
+        # the product reads every row: whatever stands in an ignored one must not reach it
+        x_kept = x.masked_fill((labels == ignore_index)[:, None], 0)
+    for rows in pieces(R, rows_each):
+        part, z = (x[rows], weight, bias, labels[rows]), buffer[: rows.stop - rows.start]
+        part_stats = stats[:, rows]
+        if not again:
+            statistics(*part, smoothing, ignore_index, losses[rows], part_stats, z)
+        part_factor = None if factor is None else factor[rows]
+        _dz(*part, part_stats, part_factor, smoothing, ignore_index, again, z, dbias)
+        dz = z[:, :V]
+        if needs[0]:
+            torch.mm(dz, weight, out=dx[rows])
+        if needs[1] and single:
+            torch.mm(dz.t(), x_kept, out=dweight)
+        elif needs[1]:
+            add_product(dweight, dz.t(), x_kept[rows])
+    return dx, dweight, dbias
+
+
+def scale(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor, a number on the device."""
+    N = gradient.numel()
+    if N:
+        _scale_kernel[(triton.cdiv(N, 4096),)](gradient, factor, N, BLOCK=4096, num_warps=8)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in the dtype of `total`, fp32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        # torch's product of bf16 on a CPU knows no other result than bf16
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def kernel_cases() -> list[KernelCase]:
+    """What is compiled ahead of time: BASE and LARGE, eight images with three texts of 40 tokens each."""
+    cases = []
+    for model, R, D, V in (("BASE", 960, 768, 50265), ("LARGE", 960, 1024, 50265)):
+        tiles = _tiles(torch.bfloat16)
+        warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
+        each = _split_tiles(tiles["BV"])
+        splits = triton.cdiv(V, each * tiles["BV"])
+        bf16, fp32, i32 = "*bf16", "*fp32", "i32"
+        inputs = dict(p_x=bf16, p_weight=bf16, p_bias=bf16, p_labels="*i64")
+        sizes = dict(R=i32, D=i32, V=i32, stride_z=i32)
+        read = (R + V) * D * 2 + V * 2 + 8 * R
+        shape = f"{model}, {R} x {D} x {V}"
+        partial = dict(p_top=fp32, p_sum=fp32, p_target=fp32, p_total=fp32)
+        for store in (False, True):
+            cases.append(
+                KernelCase(
+                    name=f"{model} cross_entropy statistics" + " and logits" * store,
+                    kernel=_statistics_kernel,
+                    shape=shape,
+                    signature=inputs | partial | sizes | dict(ignore_index=i32) | (dict(p_z=bf16) if store else {}),
+                    constants=dict(STORE=store, TILES=each, **tiles) | ({} if store else dict(p_z=None)),
+                    divisible=("R", "D", "stride_z"),
+                    num_warps=warps,
+                    num_stages=stages,
+                    flops=2 * R * D * V,
+                    bytes=read + 16 * splits * R + store * 2 * R * V,
+                    dot=True,
+                )
+            )
+        for again in (False, True):
+            tiles = _tiles(torch.bfloat16, dot=again)
+            warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
+            sums = 4 * triton.cdiv(R, tiles["BR"]) * V
+            cases.append(
+                KernelCase(
+                    name=f"{model} cross_entropy dz" + " from x" * again,
+                    kernel=_dz_kernel,
+                    shape=shape,
+                    signature=inputs
+                    | dict(p_top=fp32, p_log_sum=fp32, p_factor=fp32, p_z=bf16, p_dbias=fp32)
+                    | sizes
+                    | dict(smoothing="fp32", ignore_index=i32),
+                    constants=dict(AGAIN=again, HAS_FACTOR=True, SUM_BIAS=True, **tiles),
+                    divisible=("R", "D", "stride_z"),
+                    num_warps=warps,
+                    num_stages=stages,
+                    flops=2 * R * D * V if again else 7 * R * V,
+                    bytes=(read if again else 2 * R * V + 8 * R) + 2 * R * V + 12 * R + sums,
+                    dot=again,
+                )
+            )
+        cases.append(
+            KernelCase(
+                name=f"{model} cross_entropy combine",
+                kernel=_combine_kernel,
+                shape=shape,
+                signature=partial
+                | dict(
+                    p_labels="*i64",
+                    p_losses=fp32,
+                    p_row_top=fp32,
+                    p_log_sum=fp32,
+                    R=i32,
+                    V=i32,
+                    splits=i32,
+                    smoothing="fp32",
+                    ignore_index=i32,
+                ),
+                constants=dict(BR=32, BS=triton.next_power_of_2(splits)),
+                divisible=("R",),
+                num_warps=4,
+                flops=8 * splits * R,
+                bytes=16 * splits * R + 20 * R,
+            )
+        )
+        cases.append(
+            KernelCase(
+                name=f"{model} cross_entropy scale",
+                kernel=_scale_kernel,
+                shape=f"{model}, {V} x {D}",
+                signature=dict(p_gradient=bf16, p_factor=fp32, N=i32),
+                constants=dict(BLOCK=4096),
+                divisible=("N",),
+                num_warps=8,
+                flops=V * D,
+                bytes=4 * V * D,
+            )
+        )
+    return cases

@@ -1,0 +1,243 @@
+"""Decode attention: few queries per row against one long shared prefix and a few slots of a growing suffix.
+
+    out[r, h, i] = attention of q[r, h, i] over the S shared keys where shared_mask and the slots ancestors[r, i]
+
+Beams of one prompt, or answers to one question, share their prefix: its keys and values exist once per row and are
+read by all queries, never repeated. What a query sees of the suffix is a list of slot numbers, its own included, so
+that reordering beams moves a small integer table and not the cache, and a tree of candidates is packed as one row.
+Source: shared-prefix decoding as in Prismer's generation and ranking (arXiv:2303.02506, section 4.1), computed once;
+softmax over parts as in FlashAttention (Dao et al., arXiv:2205.14135) and Flash-Decoding.
+
+For inference only: the op has no gradient. Legend: R rows, H heads, Q queries, K head size, S shared keys, M suffix
+slots, A ancestors.
+"""
+
+import torch
+from torch import Tensor
+
+from prismer.kernels import dispatch
+from prismer.kernels.decode_attention import triton_backend as decode_attention_triton
+from prismer.kernels.decode_attention.triton_backend import kernel_cases as kernel_cases
+
+_MAX_FLOATS = 2**24
+# of scores and gathered keys at a time: 64 MB in fp32
+_DENSE = 16
+# up to this many slots per listed one, multiplying by all slots beats gathering the listed ones: measured on one CPU
+# core, 12 heads of 64, 54 slots of which 18 are listed: 1.0 against 1.7 ms; 2,000 of which 6: 700 against 95 ms
+
+
+def decode_attention_reference(
+    q: Tensor,
+    shared_k: Tensor,
+    shared_v: Tensor,
+    shared_mask: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    ancestors: Tensor,
+) -> Tensor:
+    """The definition: all keys side by side under one mask. Arguments as in `decode_attention`; exact in float64."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    slots = torch.arange(suffix_k.shape[2], device=q.device)
+    suffix_mask = (ancestors[..., None] == slots).any(-2)  # (R, Q, M)
+    mask = torch.cat((_per_query(shared_mask).expand(-1, q.shape[2], -1), suffix_mask), -1)[:, None]
+    k = torch.cat((shared_k, suffix_k), 2).to(dtype)
+    v = torch.cat((shared_v, suffix_v), 2).to(dtype)
+    scores = (q.to(dtype) @ k.mT) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return (weights.masked_fill(~mask, 0.0) @ v).to(q.dtype)
+
+
+# torch
+
+
+def _forward_torch(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors) -> Tensor:
+    """Queries in chunks, so that memory is bounded; slots far more numerous than ancestors cost nothing."""
+    R, H, Q, K = q.shape
+    S, M, A = shared_k.shape[2], suffix_k.shape[2], ancestors.shape[2]
+    dense = M <= _DENSE * A
+    floats = S + M if dense else S + A * (2 * K + 1)
+    chunk = max(1, _MAX_FLOATS // max(1, R * H * floats))
+    attend = _attend_all_slots if dense else _attend_listed_slots
+    out = q.new_empty(q.shape)
+    for start in range(0, Q, chunk):
+        part = slice(start, start + chunk)
+        mask = shared_mask if shared_mask.shape[1] == 1 else shared_mask[:, part]
+        out[:, :, part] = attend(q[:, :, part], shared_k, shared_v, mask, suffix_k, suffix_v, ancestors[:, part])
+    return out
+
+
+def _attend_all_slots(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors) -> Tensor:
+    """Scores against every slot, those not listed masked: one matrix product where slots are few."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    S, M = shared_k.shape[2], suffix_k.shape[2]
+    listed = torch.zeros(*ancestors.shape[:2], M + 1, dtype=torch.bool, device=q.device)
+    listed = listed.scatter_(2, ancestors.where(ancestors >= 0, M), True)[..., :M]
+    queries = q.to(dtype) * q.shape[-1] ** -0.5
+    scores = torch.cat((queries @ shared_k.to(dtype).mT, queries @ suffix_k.to(dtype).mT), -1)
+    weights = _softmax(scores, shared_mask, listed)
+    out = weights[..., :S] @ shared_v.to(dtype) + weights[..., S:] @ suffix_v.to(dtype)
+    return out.to(q.dtype)
+
+
+def _attend_listed_slots(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors) -> Tensor:
+    """Scores against gathered slots only: A products per query where slots are many."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    S = shared_k.shape[2]
+    queries = q.to(dtype) * q.shape[-1] ** -0.5
+    k = _gather_slots(suffix_k, ancestors).to(dtype)  # (R, H, Q, A, K)
+    v = _gather_slots(suffix_v, ancestors).to(dtype)
+    scores = torch.cat((queries @ shared_k.to(dtype).mT, (k @ queries[..., None])[..., 0]), -1)
+    weights = _softmax(scores, shared_mask, ancestors >= 0)
+    out = weights[..., :S] @ shared_v.to(dtype) + (weights[..., None, S:] @ v)[..., 0, :]
+    return out.to(q.dtype)
+
+
+def _softmax(scores: Tensor, shared_mask: Tensor, suffix_mask: Tensor) -> Tensor:
+    """One softmax over both parts; overwrites `scores`."""
+    mask = torch.cat((shared_mask.expand(-1, suffix_mask.shape[1], -1), suffix_mask), -1)[:, None]
+    # the second fill is for a query that sees nothing, whose softmax is nan
+    return scores.masked_fill_(~mask, float("-inf")).softmax(-1).masked_fill(~mask, 0.0)
+
+
+def _gather_slots(suffix: Tensor, ancestors: Tensor) -> Tensor:
+    """(R, H, M, K) and (R, Q, A) -> (R, H, Q, A, K); any slot stands in for -1."""
+    R, H, _, K = suffix.shape
+    Q, A = ancestors.shape[1:]
+    rows = torch.arange(R, device=suffix.device)[:, None]
+    picked = suffix.transpose(1, 2)[rows, ancestors.reshape(R, Q * A).clamp_min(0)]  # (R, Q * A, H, K)
+    return picked.view(R, Q, A, H, K).permute(0, 3, 1, 2, 4)
+
+
+def _per_query(shared_mask: Tensor) -> Tensor:
+    return shared_mask[:, None] if shared_mask.dim() == 2 else shared_mask
+
+
+# the registered op
+
+
+def supports(backend: str, q: Tensor) -> str | None:
+    """None if `backend` serves queries like `q`, else the reason why not."""
+    if backend not in ("native", "triton"):
+        return None
+    if q.dtype == torch.float64:
+        return f"{backend} decode_attention computes in fp32, and q is float64"
+    K = q.shape[3]
+    if q.device.type == "cuda" and backend == "native" and (K % 8 or K > 256):
+        return f"native decode_attention on cuda serves head sizes that are multiples of 8 up to 256, not {K}"
+    if backend == "triton" and K > 256:
+        return f"triton decode_attention serves head sizes up to 256, not {K}"
+    return None
+
+
+def _with_rows_together(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of one layout, each vector contiguous; copies only what is not."""
+    if a.stride() != b.stride() or a.stride(-1) != 1:
+        return a.contiguous(), b.contiguous()
+    return a, b
+
+
+def _forward(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors):
+    backend = dispatch.choose("decode_attention", q.device, lambda name: supports(name, q))
+    if backend == "torch":
+        return _forward_torch(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors)
+    mask, ancestors = shared_mask.contiguous(), ancestors.contiguous()
+    if backend == "native":
+        q, shared_k, shared_v, suffix_k, suffix_v = (
+            t.contiguous() for t in (q, shared_k, shared_v, suffix_k, suffix_v)
+        )
+        return torch.ops.prismer_native.decode_attention(q, shared_k, shared_v, mask, suffix_k, suffix_v, ancestors)
+    out = _forward_fake(q)
+    if out.numel():
+        q = q if q.stride(-1) == 1 else q.contiguous()
+        shared = _with_rows_together(shared_k, shared_v)
+        suffix = _with_rows_together(suffix_k, suffix_v)
+        decode_attention_triton.forward(q, *shared, mask, *suffix, ancestors, out)
+    return out
+
+
+def _forward_fake(q, *_):
+    return q.new_empty(q.shape)
+
+
+_decode_attention = dispatch.define(
+    "decode_attention(Tensor q, Tensor shared_k, Tensor shared_v, Tensor shared_mask, Tensor suffix_k, Tensor suffix_v,"
+    " Tensor ancestors) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+
+
+# the public function
+
+
+def decode_attention(
+    q: Tensor,
+    shared_k: Tensor,
+    shared_v: Tensor,
+    shared_mask: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    ancestors: Tensor,
+) -> Tensor:
+    """Attend to a shared prefix and to listed suffix slots, with fp32 scores and softmax; scale 1 / sqrt(K).
+
+    There is no host synchronisation, so slot numbers are not checked: one outside -1..M-1 is the caller's bug. Keys and
+    values are read where they lie, in any strides (`native` copies those that are not contiguous).
+
+    Args:
+        q: (R, H, Q, K), fp32, bf16, fp16 or float64.
+        shared_k, shared_v: (R, H, S, K), in the dtype of `q`.
+        shared_mask: (R, S), or (R, Q, S) to differ by query; bool, True where a key is seen. What is not seen must be
+            finite all the same.
+        suffix_k, suffix_v: (R, H, M, K), in the dtype of `q`.
+        ancestors: (R, Q, A) int64 slot numbers, each at most once per query, -1 for none.
+
+    Returns:
+        (R, H, Q, K) in the dtype of `q`; zeros for a query that sees nothing.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit together, or an input requires a gradient that is recorded
+            (the reference has one).
+    """
+    _check(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors)
+    shared_mask = _per_query(shared_mask)
+    if dispatch.asked() == "reference":
+        return decode_attention_reference(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors)
+    inputs = (q, shared_k, shared_v, suffix_k, suffix_v)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        raise ValueError(
+            "decode_attention has no gradient, and an input requires one; "
+            "call it under torch.inference_mode(), or train with prismer.kernels.attention"
+        )
+    return _decode_attention(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors)
+
+
+def _check(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}; expected (rows, heads, queries, head size)")
+    if not q.is_floating_point():
+        raise ValueError(f"q is {q.dtype}; pass floats")
+    R, H, Q, K = q.shape
+    S, M = shared_k.shape[-2], suffix_k.shape[-2]
+    for name, tensor, shape in (
+        ("shared_k", shared_k, (R, H, S, K)),
+        ("shared_v", shared_v, (R, H, S, K)),
+        ("suffix_k", suffix_k, (R, H, M, K)),
+        ("suffix_v", suffix_v, (R, H, M, K)),
+    ):
+        if tensor.shape != shape or tensor.dtype != q.dtype:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected {shape} {q.dtype} to go with q")
+    if shared_mask.shape not in ((R, S), (R, Q, S)) or shared_mask.dtype != torch.bool:
+        raise ValueError(
+            f"shared_mask is {tuple(shared_mask.shape)} {shared_mask.dtype}; "
+            f"expected {(R, S)} or {(R, Q, S)} of torch.bool"
+        )
+    if ancestors.dim() != 3 or ancestors.shape[:2] != (R, Q) or ancestors.dtype != torch.int64:
+        raise ValueError(
+            f"ancestors is {tuple(ancestors.shape)} {ancestors.dtype}; expected ({R}, {Q}, any) of torch.int64"
+        )
+    others = (shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors)
+    if any(tensor.device != q.device for tensor in others):
+        raise ValueError(
+            f"q is on {q.device}, the others on {', '.join(str(t.device) for t in others)}; move them to one device"
+        )

@@ -1,0 +1,308 @@
+"""Triton kernels of decode attention; what they compute, and the legend, is in `decode_attention.py`.
+
+The keys are split: a program takes one row and head, BQ queries, and 256 shared keys or, one more split,
+all listed slots, which it gathers by their numbers. It leaves a maximum, a sum and an unnormalised output in fp32; a
+second kernel combines the T = ceil(S / 256) + (A > 0) parts in order. Parts depend on S alone and BQ on Q alone, so a
+row gives the same bits in any batch. Traffic, for numbers of s bytes, L listed slots over all queries of all rows:
+    split     reads R H Q K s T + 2 R H S K s ceil(Q / BQ) + R H S ceil(Q / BQ) of the mask (R H Q S if it differs by
+              query) + 8 R H Q A + 2 H L K s; writes R H T Q (4 K + 8)
+    combine   reads R H T Q (4 K + 8), writes R H Q K s
+    dots      4 K FLOPs for each of R H ceil(Q / BQ) BQ queries and each key, S rounded up to BN
+so a key costs its K s bytes once for up to 64 queries, where attention on repeated keys reads it for each of them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from prismer.kernels.aot.cases import KernelCase
+
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _raise_max(b_max, b_new):
+    """The new maximum, the shift to take off scores, and the factor for what was summed under the old maximum."""
+    b_new = tl.maximum(b_max, b_new)
+    # before the first key the maximum is -inf, and -inf - -inf would be nan
+    b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+    return b_new, b_shift, tl.exp2(b_max - b_shift)
+
+
+@triton.jit
+def _split_kernel(
+    p_q,
+    p_shared_k,
+    p_shared_v,
+    p_mask,
+    p_suffix_k,
+    p_suffix_v,
+    p_ancestors,
+    p_out,
+    p_max,
+    p_sum,
+    q_row,
+    q_head,
+    q_query,
+    shared_row,
+    shared_head,
+    shared_key,
+    suffix_row,
+    suffix_head,
+    suffix_slot,
+    H,
+    Q,
+    S,
+    M,
+    A,
+    splits,
+    scale,
+    PER_QUERY: tl.constexpr,
+    K: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    BQ: tl.constexpr,
+    BN: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Program (row and head, queries, part): KEYS shared keys, or all listed slots in the part after the last."""
+    i_both = tl.program_id(0).to(tl.int64)
+    i_row, i_head = i_both // H, i_both % H
+    i_part = tl.program_id(2)
+    o_query = tl.program_id(1) * BQ + tl.arange(0, BQ)
+    m_query = o_query < Q
+    # a head of 96 or 160 is 64 + 32 or 128 + 32 wide, and not padded to a power of two
+    o_k1 = tl.arange(0, K1)
+    m_k1 = o_k1 < K
+    p_q += i_row * q_row + i_head * q_head + o_query.to(tl.int64)[:, None] * q_query
+    b_q1 = tl.load(p_q + o_k1[None, :], mask=m_query[:, None] & m_k1[None, :], other=0.0)
+    b_out1 = tl.zeros((BQ, K1), tl.float32)
+    if K2 > 0:
+        o_k2 = K1 + tl.arange(0, K2)
+        m_k2 = o_k2 < K
+        b_q2 = tl.load(p_q + o_k2[None, :], mask=m_query[:, None] & m_k2[None, :], other=0.0)
+        b_out2 = tl.zeros((BQ, K2), tl.float32)
+    b_max = tl.full((BQ,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BQ,), tl.float32)
+
+    if i_part < splits:
+        base = i_row * shared_row + i_head * shared_head
+        for start in range(i_part * KEYS, tl.minimum(S, (i_part + 1) * KEYS), BN):
+            o_key = start + tl.arange(0, BN)
+            m_key = o_key < S
+            o = base + o_key.to(tl.int64)[:, None] * shared_key
+            m1 = m_key[:, None] & m_k1[None, :]
+            b_k1 = tl.load(p_shared_k + o + o_k1[None, :], mask=m1, other=0.0)
+            b_score = tl.dot(b_q1, b_k1.T, input_precision="ieee")
+            if K2 > 0:
+                m2 = m_key[:, None] & m_k2[None, :]
+                b_k2 = tl.load(p_shared_k + o + o_k2[None, :], mask=m2, other=0.0)
+                b_score = tl.dot(b_q2, b_k2.T, b_score, input_precision="ieee")
+            if PER_QUERY:
+                o_mask = (i_row * Q + o_query)[:, None] * S + o_key[None, :]
+                m = m_query[:, None] & m_key[None, :]
+                m = m & (tl.load(p_mask + o_mask, mask=m, other=0) != 0)
+            else:
+                m = (tl.load(p_mask + i_row * S + o_key, mask=m_key, other=0) != 0)[None, :]
+            b_score = tl.where(m, b_score * scale, float("-inf"))
+            b_max, b_shift, b_rescale = _raise_max(b_max, tl.max(b_score, 1))
+            b_weight = tl.exp2(b_score - b_shift[:, None])
+            b_sum = b_sum * b_rescale + tl.sum(b_weight, 1)
+            b_v1 = tl.load(p_shared_v + o + o_k1[None, :], mask=m1, other=0.0)
+            b_weight = b_weight.to(b_v1.dtype)
+            b_out1 *= b_rescale[:, None]
+            b_out1 = tl.dot(b_weight, b_v1, b_out1, input_precision="ieee")
+            if K2 > 0:
+                b_v2 = tl.load(p_shared_v + o + o_k2[None, :], mask=m2, other=0.0)
+                b_out2 *= b_rescale[:, None]
+                b_out2 = tl.dot(b_weight, b_v2, b_out2, input_precision="ieee")
+    else:
+        base = i_row * suffix_row + i_head * suffix_head
+        o_ancestors = (i_row * Q + o_query) * A
+        for i in range(A):
+            b_slot = tl.load(p_ancestors + o_ancestors + i, mask=m_query, other=-1)
+            m_slot = (b_slot >= 0) & (b_slot < M)
+            o = base + b_slot[:, None] * suffix_slot
+            m1 = m_slot[:, None] & m_k1[None, :]
+            b_k1 = tl.load(p_suffix_k + o + o_k1[None, :], mask=m1, other=0.0)
+            b_score = tl.sum(b_q1.to(tl.float32) * b_k1.to(tl.float32), 1)
+            if K2 > 0:
+                m2 = m_slot[:, None] & m_k2[None, :]
+                b_k2 = tl.load(p_suffix_k + o + o_k2[None, :], mask=m2, other=0.0)
+                b_score += tl.sum(b_q2.to(tl.float32) * b_k2.to(tl.float32), 1)
+            b_score = tl.where(m_slot, b_score * scale, float("-inf"))
+            b_max, b_shift, b_rescale = _raise_max(b_max, b_score)
+            b_weight = tl.exp2(b_score - b_shift)
+            b_sum = b_sum * b_rescale + b_weight
+            b_v1 = tl.load(p_suffix_v + o + o_k1[None, :], mask=m1, other=0.0).to(tl.float32)
+            b_out1 = b_out1 * b_rescale[:, None] + b_weight[:, None] * b_v1
+            if K2 > 0:
+                b_v2 = tl.load(p_suffix_v + o + o_k2[None, :], mask=m2, other=0.0).to(tl.float32)
+                b_out2 = b_out2 * b_rescale[:, None] + b_weight[:, None] * b_v2
+
+    o_part = (i_part.to(tl.int64) * tl.num_programs(0) + i_both) * Q + o_query
+    p_out += o_part[:, None] * K
+    tl.store(p_out + o_k1[None, :], b_out1, mask=m_query[:, None] & m_k1[None, :])
+    if K2 > 0:
+        tl.store(p_out + o_k2[None, :], b_out2, mask=m_query[:, None] & m_k2[None, :])
+    tl.store(p_max + o_part, b_max, mask=m_query)
+    tl.store(p_sum + o_part, b_sum, mask=m_query)
+
+
+@triton.jit
+def _combine_kernel(p_part, p_max, p_sum, p_out, N, parts, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+    """Merge the parts of BR of the N = R H Q queries, in order."""
+    o_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    o_col = tl.arange(0, BK)
+    m_row = o_row < N
+    m = m_row[:, None] & (o_col < K)[None, :]
+    b_max = tl.full((BR,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BR,), tl.float32)
+    b_out = tl.zeros((BR, BK), tl.float32)
+    o = o_row
+    for _ in range(parts):
+        b_part_max = tl.load(p_max + o, mask=m_row, other=float("-inf"))
+        b_max, b_shift, b_rescale = _raise_max(b_max, b_part_max)
+        b_scale = tl.exp2(b_part_max - b_shift)
+        b_sum = b_sum * b_rescale + tl.load(p_sum + o, mask=m_row, other=0.0) * b_scale
+        b_part = tl.load(p_part + o[:, None] * K + o_col[None, :], mask=m, other=0.0)
+        b_out = b_out * b_rescale[:, None] + b_part * b_scale[:, None]
+        o += N
+    # a query that saw nothing: 0 / 1
+    b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
+    tl.store(p_out + o_row[:, None] * K + o_col[None, :], b_out.to(p_out.dtype.element_ty), mask=m)
+
+
+_KEYS = 256  # shared keys of a part
+
+
+def _head_split(K: int) -> tuple[int, int]:
+    """Two powers of two that together hold a head where that is less than one does, else one and 0."""
+    whole = max(16, triton.next_power_of_2(K))
+    rest = max(16, triton.next_power_of_2(K - whole // 2)) if K > whole // 2 else 16
+    return (whole // 2, rest) if whole // 2 >= 16 and whole // 2 + rest < whole else (whole, 0)
+
+
+def _tiles(Q: int, K: int, dtype: torch.dtype) -> dict[str, int]:
+    """Queries and keys of a tile, by the number of queries and the bytes of a head."""
+    K1, K2 = _head_split(K)
+    if dtype == torch.float32:
+        # fp32 products keep their operands in registers
+        return dict(K1=K1, K2=K2, BQ=16, BN=32 if K <= 64 else 16, num_warps=4, num_stages=2)
+    BQ = min(64 if K <= 64 else 32, max(16, triton.next_power_of_2(Q)))
+    return dict(K1=K1, K2=K2, BQ=BQ, BN=64 if K <= 64 else 32, num_warps=4, num_stages=2)
+
+
+def _combine_tiles(K: int) -> dict[str, int]:
+    BK = triton.next_power_of_2(K)
+    return dict(BR=max(1, 1024 // BK), BK=BK, num_warps=4)
+
+
+def forward(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors, out) -> None:
+    R, H, Q, K = q.shape
+    S, M, A = shared_k.shape[2], suffix_k.shape[2], ancestors.shape[2]
+    splits = triton.cdiv(S, _KEYS)
+    parts = splits + (A > 0)
+    if not parts:
+        out.zero_()
+        return
+    tiles = _tiles(Q, K, q.dtype)
+    part = torch.empty(parts, R, H, Q, K, dtype=torch.float32, device=q.device)
+    maximum, total = (part.new_empty(parts, R, H, Q) for _ in range(2))
+    _split_kernel[(R * H, triton.cdiv(Q, tiles["BQ"]), parts)](
+        q,
+        shared_k,
+        shared_v,
+        shared_mask.view(torch.uint8),
+        suffix_k,
+        suffix_v,
+        ancestors,
+        part,
+        maximum,
+        total,
+        *q.stride()[:3],
+        *shared_k.stride()[:3],
+        *suffix_k.stride()[:3],
+        H,
+        Q,
+        S,
+        M,
+        A,
+        splits,
+        K**-0.5 * _LOG2_E,
+        PER_QUERY=shared_mask.shape[1] > 1,
+        K=K,
+        KEYS=_KEYS,
+        **tiles,
+    )
+    tiles = _combine_tiles(K)
+    _combine_kernel[(triton.cdiv(R * H * Q, tiles["BR"]),)](part, maximum, total, out, R * H * Q, parts, K=K, **tiles)
+
+
+def kernel_cases() -> list[KernelCase]:
+    """What is compiled ahead of time: 3 beams and 128 candidates at BASE and LARGE, and every head size."""
+    cases = []
+    bf16, fp32 = "*bf16", "*fp32"
+    strides = ("row", "head")
+    for model, R, H, K, Q, S, A, dtype in (
+        ("BASE, 3 beams", 8, 12, 64, 3, 964, 20, torch.bfloat16),
+        ("BASE, 128 candidates", 8, 12, 64, 128, 964, 6, torch.bfloat16),
+        ("LARGE, 3 beams", 8, 16, 64, 3, 1220, 20, torch.bfloat16),
+        ("head of 32", 8, 12, 32, 128, 964, 6, torch.bfloat16),
+        ("head of 96", 8, 12, 96, 128, 964, 6, torch.bfloat16),
+        ("head of 128", 8, 12, 128, 128, 964, 6, torch.bfloat16),
+        ("head of 160", 8, 12, 160, 128, 964, 6, torch.bfloat16),
+        ("BASE in fp32, 128 candidates", 8, 12, 64, 128, 964, 6, torch.float32),
+        ("head of 160 in fp32", 8, 12, 160, 128, 964, 6, torch.float32),
+    ):
+        tiles = _tiles(Q, K, dtype)
+        warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
+        pointer, size = (bf16, 2) if dtype == torch.bfloat16 else (fp32, 4)
+        parts, N, M = triton.cdiv(S, _KEYS) + 1, R * H * Q, Q * A
+        inputs = dict.fromkeys(("p_q", "p_shared_k", "p_shared_v", "p_suffix_k", "p_suffix_v"), pointer)
+        rest = dict(p_mask="*u8", p_ancestors="*i64", p_out=fp32, p_max=fp32, p_sum=fp32, scale="fp32")
+        integers = [
+            *(f"{name}_{axis}" for name in ("q", "shared", "suffix") for axis in strides),
+            "q_query",
+            "shared_key",
+            "suffix_slot",
+            "H",
+            "Q",
+            "S",
+            "M",
+            "A",
+            "splits",
+        ]
+        shape = f"{model}, 8 rows, {H} heads of {K}, {Q} queries, {S} shared keys, {A} ancestors"
+        partial = N * parts * (4 * K + 8)
+        cases += [
+            KernelCase(
+                name=f"{model} decode_attention split",
+                kernel=_split_kernel,
+                shape=shape,
+                signature=inputs | rest | dict.fromkeys(integers, "i32"),
+                constants=dict(PER_QUERY=False, K=K, KEYS=_KEYS, **tiles),
+                num_warps=warps,
+                num_stages=stages,
+                bytes=size * K * (N + 2 * R * H * (S + M)) + R * S + 8 * R * Q * A + partial,
+                flops=4 * N * K * (S + A),
+                dot=dtype == torch.bfloat16,
+                divisible=tuple(integers[:9]),
+            )
+        ]
+        if "BASE" in model or K == 160:
+            tiles = _combine_tiles(K)
+            warps = tiles.pop("num_warps")
+            cases.append(
+                KernelCase(
+                    name=f"{model} decode_attention combine",
+                    kernel=_combine_kernel,
+                    shape=shape,
+                    signature=dict(p_part=fp32, p_max=fp32, p_sum=fp32, p_out=pointer, N="i32", parts="i32"),
+                    constants=dict(K=K, **tiles),
+                    num_warps=warps,
+                    bytes=partial + size * N * K,
+                    flops=4 * N * K * parts,
+                )
+            )
+    return cases

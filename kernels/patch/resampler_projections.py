@@ -1,0 +1,254 @@
+"""Queries, keys and values of a resampler layer: latents beside inputs that are normalised once for all layers, one op.
+
+    x = x_hat * gamma + beta,   q = z W_q^T,   k = [x ; z] W_k^T,   v = [x ; z] W_v^T
+
+Kept is x_hat, which all layers read, and never x. Where the inputs are larger than the weights, x is not formed either,
+nor [x ; z]: gamma goes into the weights, and beta gives one row.
+
+    k_x = x_hat (W_k gamma)^T + W_k beta,   G = dk_x^T x_hat (the gradient of W_k gamma),   s = column sums of dk_x
+    dW_k = G gamma + s beta^T + dk_z^T z,   dgamma = column sums of G * W_k,   dbeta = W_k^T s,   and likewise for v
+    dx_hat = (dk_x W_k + dv_x W_v) gamma,   dz = dq W_q + dk_z W_k + dv_z W_v
+
+So a trained norm of frozen inputs needs no product for dx, which a norm apart computes for dgamma alone. Smaller inputs
+take the plain order: fewer passes over the weights, and one product where there were two, as wide as before.
+Source: the resampler of Flamingo, arXiv:2204.14198, section 3.1.1, whose layers share their inputs; associativity.
+
+For B images, M latents, L inputs, width D, I and J columns of q and of k: FLOPs 2 B D (M I + 2 (M + L) J) forward; as
+much again for dW_q, dW_k and dW_v, and for dz and dx_hat. Saved: z if a weight trains, x_hat if that or the norm does.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prismer.kernels import dispatch, matmul
+from prismer.kernels.mlp import check_linear
+
+
+def resampler_projections_reference(
+    z: Tensor, x_hat: Tensor, gamma: Tensor | None, beta: Tensor | None, w_q: Tensor, w_k: Tensor, w_v: Tensor | None
+) -> list[Tensor]:
+    """The definition, fp32 inside (float64 for float64). Shapes as in `resampler_projections`."""
+    compute = torch.promote_types(z.dtype, torch.float32)
+    rows, x = z.to(compute), x_hat.to(compute)
+    if gamma is not None:
+        x = x * gamma.to(compute)
+    if beta is not None:
+        x = x + beta.to(compute)
+    w_k, w_v = w_k.chunk(2) if w_v is None else (w_k, w_v)
+    keys = torch.cat([x, rows], 1)
+    pairs = (rows, w_q), (keys, w_k), (keys, w_v)
+    return [F.linear(t, weight.to(compute)).to(z.dtype) for t, weight in pairs]
+
+
+# the registered ops
+
+
+def _is_plain(x_hat_numel: int, weight: Tensor) -> bool:
+    """Whether the inputs are smaller than the weights of keys and values together, of which `weight` is one."""
+    return x_hat_numel <= 2 * weight.numel()
+
+
+def _keys_input(z: Tensor, x_hat: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+    """[x ; z], (B, L + M, D)."""
+    (B, M, D), L = z.shape, x_hat.shape[1]
+    keys = z.new_empty(B, L + M, D)
+    x = keys[:, :L]
+    if gamma is None:
+        x.copy_(x_hat)
+    else:
+        torch.mul(x_hat, gamma, out=x)
+    if beta is not None:
+        x += beta
+    keys[:, L:] = z
+    return keys
+
+
+def _forward(z, x_hat, gamma, beta, w_q, w_k, w_v):
+    z, x_hat = z.contiguous(), x_hat.contiguous()
+    weights = w_k.chunk(2) if w_v is None else (w_k, w_v)
+    if _is_plain(x_hat.numel(), weights[0]):
+        keys = _keys_input(z, x_hat, gamma, beta)
+        return matmul.linear(z, w_q), *(matmul.linear(keys, weight) for weight in weights)
+    outputs = [matmul.linear(z, w_q)]
+    for weight in weights:
+        scaled = weight if gamma is None else weight * gamma
+        offset = None if beta is None else torch.mv(weight, beta)
+        outputs.append(torch.cat([matmul.linear(x_hat, scaled, offset), matmul.linear(z, weight)], 1))
+    return tuple(outputs)
+
+
+def _forward_fake(z, x_hat, gamma, beta, w_q, w_k, w_v):
+    (B, M, _), N = z.shape, z.shape[1] + x_hat.shape[1]
+    J = w_k.shape[0] // 2 if w_v is None else w_k.shape[0]
+    return z.new_empty(B, M, w_q.shape[0]), z.new_empty(B, N, J), z.new_empty(B, N, J)
+
+
+def _backward(dq, dk, dv, z, x_hat, gamma, beta, w_q, w_k, w_v, M, needs):
+    """`needs`: of the arguments of `_forward`, in order. z and x_hat are there if a gradient needs them."""
+    results = _backward_fake(dq, dk, dv, z, x_hat, gamma, beta, w_q, w_k, w_v, M, needs)
+    dz, dx_hat, dgamma, dbeta, dw_q, dw_k, dw_v = results
+    B, L, D = len(dq), dk.shape[1] - M, w_q.shape[1]
+    need = dict(zip(("z", "x_hat", "gamma", "beta", "q", "k", "v"), needs, strict=True))
+    if w_v is None:
+        weights, dweights, need_weights = w_k.chunk(2), dw_k.chunk(2), (need["k"], need["k"])
+    else:
+        weights, dweights, need_weights = (w_k, w_v), (dw_k, dw_v), (need["k"], need["v"])
+    dq = dq.reshape(B * M, -1)
+    if need["q"]:
+        dw_q.copy_(matmul.mm(dq.T, z.reshape(-1, D)))
+    if need["z"]:
+        dz.view(-1, D).copy_(matmul.mm(dq, w_q))
+    layers = list(zip((dk, dv), weights, dweights, need_weights, strict=True))
+    order = _backward_plain if need["x_hat"] and _is_plain(B * L * D, weights[0]) else _backward_folded
+    order(layers, z, x_hat, gamma, beta, M, need, dz, dx_hat, dgamma, dbeta)
+    return results
+
+
+def _backward_plain(layers, z, x_hat, gamma, beta, M, need, dz, dx_hat, dgamma, dbeta):
+    """Through [x ; z], where dx_hat is wanted and the inputs are small."""
+    (B, N, _), D = layers[0][0].shape, layers[0][1].shape[1]
+    L = N - M
+    if any(trains for *_, trains in layers):
+        keys = _keys_input(z, x_hat, gamma, beta).view(-1, D)
+    dkeys = None
+    for d, weight, dweight, trains in layers:
+        d = d.reshape(B * N, -1)
+        dkeys = matmul.mm(d, weight) if dkeys is None else dkeys.add_(matmul.mm(d, weight))
+        if trains:
+            dweight.copy_(matmul.mm(d.T, keys))
+    dkeys = dkeys.view(B, N, D)
+    if need["z"]:
+        dz += dkeys[:, L:]
+    # copied first: torch sums rows that lie apart twenty times slower
+    dx = dx_hat.copy_(dkeys[:, :L]).view(-1, D)
+    if need["gamma"]:
+        torch.sum(dx * x_hat.reshape(-1, D), 0, out=dgamma)
+    if need["beta"]:
+        torch.sum(dx, 0, out=dbeta)
+    if gamma is not None:
+        dx *= gamma
+
+
+def _backward_folded(layers, z, x_hat, gamma, beta, M, need, dz, dx_hat, dgamma, dbeta):
+    """Without x: see the formulas above."""
+    (B, N, _), D = layers[0][0].shape, layers[0][1].shape[1]
+    L = N - M
+    rows = None if z is None else z.reshape(B * M, D)
+    inputs = None if x_hat is None else x_hat.reshape(B * L, D)
+    for i, (d, weight, dweight, trains) in enumerate(layers):
+        d_x, d_z = d[:, :L].reshape(B * L, -1), d[:, L:].reshape(B * M, -1)
+        if need["z"]:
+            dz.view(-1, D).addmm_(d_z, weight)
+        if need["x_hat"]:
+            dx = dx_hat.view(-1, D)
+            torch.addmm(dx, d_x, weight, beta=float(i > 0), out=dx)
+        if (trains or need["beta"]) and beta is not None:
+            sums = d_x.sum(0)
+        if trains or need["gamma"]:
+            grad = torch.mm(d_x.T, inputs, out=dweight if trains else None)
+        if need["gamma"]:
+            dgamma += (grad * weight).sum(0, dtype=dgamma.dtype)
+        if need["beta"]:
+            dbeta += torch.mv(weight.T, sums)
+        if trains:
+            if gamma is not None:
+                grad *= gamma
+            if beta is not None:
+                grad.addr_(sums, beta)
+            grad.addmm_(d_z.T, rows)
+    if need["x_hat"] and gamma is not None:
+        dx_hat *= gamma
+
+
+def _backward_fake(dq, dk, dv, z, x_hat, gamma, beta, w_q, w_k, w_v, M, needs):
+    (B, N, _), D = dk.shape, w_q.shape[1]
+    shapes = (B, M, D), (B, N - M, D), (D,), (D,), w_q.shape, w_k.shape, None if w_v is None else w_v.shape
+    empty = [dq.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)]
+    for i in (2, 3):
+        empty[i].zero_()  # summed over keys and values
+    return tuple(empty)
+
+
+_projections = dispatch.define(
+    "resampler_projections(Tensor z, Tensor x_hat, Tensor? gamma, Tensor? beta, Tensor w_q, Tensor w_k, Tensor? w_v)"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_projections_backward = dispatch.define(
+    "resampler_projections_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? z, Tensor? x_hat, Tensor? gamma,"
+    " Tensor? beta, Tensor w_q, Tensor w_k, Tensor? w_v, int M, bool[7] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    z, x_hat, gamma, beta, w_q, w_k, w_v = inputs
+    needs = ctx.needs_input_grad
+    if any(needs):
+        ctx.num_latents = z.shape[1]
+        weights_train = any(needs[4:])
+        ctx.save_for_backward(
+            z if weights_train else None,
+            x_hat if needs[2] or needs[5] or needs[6] else None,
+            gamma,
+            beta,
+            w_q,
+            w_k,
+            w_v,
+        )
+
+
+def _autograd(ctx, dq, dk, dv):
+    needs = list(ctx.needs_input_grad)
+    grads = _projections_backward(dq, dk, dv, *ctx.saved_tensors, ctx.num_latents, needs)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+dispatch.register_backward("resampler_projections", _setup_context, _autograd)
+
+
+# the public function
+
+
+def resampler_projections(
+    z: Tensor, x_hat: Tensor, gamma: Tensor | None, beta: Tensor | None, w_q: Tensor, w_k: Tensor, w_v: Tensor | None
+) -> list[Tensor]:
+    """q of the latents; k and v of the inputs, then the latents.
+
+    Args:
+        z: (B, M, D), the normalised latents, any floating dtype.
+        x_hat: (B, L, D), the inputs after a norm without its affine, which is `gamma` and `beta`; layers share it.
+        gamma, beta: (D,), or None for 1 and 0.
+        w_q: (I, D).
+        w_k, w_v: (J, D) each; with `w_v` None, w_k is both, (2 J, D).
+
+    Returns:
+        (B, M, I), (B, L + M, J) and (B, L + M, J).
+
+    Raises:
+        ValueError: if a shape or dtype does not fit; all are of the dtype of `z`.
+    """
+    if z.dim() != 3 or not z.is_floating_point():
+        raise ValueError(f"z is {z.dtype} of shape {tuple(z.shape)}; pass floats of shape (B, M, D)")
+    B, _, D = z.shape
+    if x_hat.dim() != 3 or x_hat.shape[::2] != (B, D) or x_hat.dtype != z.dtype:
+        raise ValueError(
+            f"x_hat is {x_hat.dtype} of shape {tuple(x_hat.shape)}; pass {z.dtype} of shape ({B}, L, {D}), like z"
+        )
+    for name, t in (("gamma", gamma), ("beta", beta)):
+        if t is not None and (t.shape != (D,) or t.dtype != z.dtype):
+            raise ValueError(f"{name} is {t.dtype} of shape {tuple(t.shape)}; pass {z.dtype} of shape ({D},), like z")
+    check_linear("q", w_q, None, D, z)
+    check_linear("k", w_k, None, D, z)
+    if w_v is not None:
+        check_linear("v", w_v, None, D, z, outputs=w_k.shape[0])
+    elif w_k.shape[0] % 2:
+        raise ValueError(f"w_k has {w_k.shape[0]} rows and w_v is None; pass as many rows for values as for keys")
+    arguments = z, x_hat, gamma, beta, w_q, w_k, w_v
+    if dispatch.asked() == "reference":
+        return resampler_projections_reference(*arguments)
+    return list(_projections(*arguments))

@@ -1,0 +1,159 @@
+"""RMS norm over the last dimension, alone or of a residual sum, with fp32 statistics.
+
+    y = x_hat * weight,   x_hat = x * rstd,   rstd = 1 / sqrt(mean(x^2) + eps)
+    g = dy * weight,   dx = rstd * (g - x_hat * mean(g * x_hat)),   dweight = sum over rows of dy * x_hat
+
+With a residual, `x` above is `total = x + residual`, rounded to its dtype. Of R rows, the input and R numbers are kept;
+plain operators keep three tensors of that size. One op to autograd, made of torch's operators inside.
+Source: Zhang and Sennrich, arXiv:1910.07467; the norms of Idefics2's resampler, arXiv:2405.02246.
+"""
+
+import torch
+from torch import Tensor
+
+from prismer.kernels import dispatch
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
+    """The definition, fp32 inside (float64 for float64). Shapes as in `rms_norm`."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(compute)
+    y = y * (y.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (y if weight is None else y * weight.to(compute)).to(x.dtype)
+
+
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """The definition of `add_rms_norm`."""
+    total = x + residual
+    return rms_norm_reference(total, weight, eps), total
+
+
+# the registered ops
+
+
+def _forward(x, residual, weight, eps):
+    compute = torch.promote_types(x.dtype, torch.float32)
+    total = x.new_empty(0) if residual is None else x + residual
+    x32 = (x if residual is None else total).to(compute)
+    rstd = torch.linalg.vector_norm(x32, dim=-1).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    y = x32 * rstd[:, None]
+    if weight is not None:
+        y *= weight
+    return y.to(x.dtype), total, rstd
+
+
+def _forward_fake(x, residual, weight, eps):
+    compute = torch.promote_types(x.dtype, torch.float32)
+    total = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), total, x.new_empty(x.shape[0], dtype=compute)
+
+
+def _backward(dy, dtotal, x, weight, rstd, affine):
+    compute = rstd.dtype
+    x_hat, dy = x.to(compute) * rstd[:, None], dy.to(compute)
+    dweight = (dy * x_hat).sum(0) if affine else rstd.new_empty(0)
+    g = dy if weight is None else dy * weight
+    means = torch.linalg.vecdot(g, x_hat)[:, None] / x.shape[1]
+    dx = torch.addcmul(g, x_hat, means, value=-1).mul_(rstd[:, None])
+    if dtotal is not None:
+        dx += dtotal
+    return dx.to(x.dtype), dweight.to(x.dtype if weight is None else weight.dtype)
+
+
+def _backward_fake(dy, dtotal, x, weight, rstd, affine):
+    dtype = x.dtype if weight is None else weight.dtype
+    return x.new_empty(x.shape), rstd.new_empty(x.shape[1] if affine else 0, dtype=dtype)
+
+
+_rms_norm = dispatch.define(
+    "rms_norm(Tensor x, Tensor? residual, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_rms_norm_backward = dispatch.define(
+    "rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor rstd, bool affine)"
+    " -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, residual, weight, _ = inputs
+    _, total, rstd = output
+    ctx.mark_non_differentiable(*((total, rstd) if residual is None else (rstd,)))
+    ctx.set_materialize_grads(False)
+    ctx.has_residual = residual is not None
+    if any(ctx.needs_input_grad):
+        ctx.save_for_backward(total if ctx.has_residual else x, weight, rstd)
+
+
+def _autograd(ctx, dy, dtotal, _):
+    if dy is None:
+        # only the sum went on: its gradient passes through
+        return dtotal, dtotal if ctx.has_residual else None, None, None
+    needs = ctx.needs_input_grad
+    dx, dweight = _rms_norm_backward(dy, dtotal, *ctx.saved_tensors, needs[2])
+    return dx if needs[0] else None, dx if needs[1] else None, dweight if needs[2] else None, None
+
+
+dispatch.register_backward("rms_norm", _setup_context, _autograd)
+
+
+# the public functions
+
+
+def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> None:
+    if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (..., D)")
+    if weight is not None and (weight.shape != x.shape[-1:] or not weight.is_floating_point()):
+        raise ValueError(
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)}; pass floats of shape {tuple(x.shape[-1:])}"
+        )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual is {residual.dtype} of shape {tuple(residual.shape)}; "
+            f"pass {x.dtype} of shape {tuple(x.shape)}, like x"
+        )
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
+    """Divide the last dimension of `x` by its root mean square, with fp32 statistics.
+
+    Args:
+        x: (..., D), any floating dtype.
+        weight: (D,), any floating dtype, or None for 1.
+        eps: added to the mean of the squares, not to its root.
+
+    Returns:
+        (..., D) in the dtype of `x`.
+
+    Raises:
+        ValueError: if a shape or dtype does not fit.
+    """
+    _check(x, None, weight)
+    if dispatch.asked() == "reference":
+        return rms_norm_reference(x, weight, eps)
+    return _rms_norm(x.reshape(-1, x.shape[-1]), None, weight, eps)[0].view(x.shape)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Add, then normalise: the end of one sub-layer and the beginning of the next.
+
+    Args:
+        x, residual: (..., D), of one dtype.
+        weight, eps: as in `rms_norm`.
+
+    Returns:
+        The normalised sum and the sum, both (..., D).
+
+    Raises:
+        ValueError: if a shape or dtype does not fit.
+    """
+    _check(x, residual, weight)
+    if dispatch.asked() == "reference":
+        return add_rms_norm_reference(x, residual, weight, eps)
+    y, total, _ = _rms_norm(x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1]), weight, eps)
+    return y.view(x.shape), total.view(x.shape)

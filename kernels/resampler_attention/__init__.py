@@ -1,0 +1,418 @@
+"""Attention of a resampler's latents over themselves and over the inputs, without keys and values of the inputs.
+
+    x = x_hat * gamma + beta,   keys = [query ; x],   x_hat = the inputs, standardised once for all layers
+    q_h = W_q,h query + b_q,h,   P_h = softmax over n of q_h . (W_k,h keys_n + b_k,h) / sqrt(K)
+    out_h = P_h (W_v,h keys + b_v,h)
+
+b_k adds the same number to all scores of a query, so it cancels, and its gradient is zero. The same value is computed
+in one of two orders. "ordinary" projects keys and values (2 N D^2 products an image) and then attends. "absorbed" moves
+the projections to the other side of the products with the keys, where there are few rows:
+
+    a_h = W_k,h^T q_h / sqrt(K)  (D numbers),  scores = (a_h * gamma) . x_hat_n + a_h . beta  and  a_h . query_m
+    t_h = gamma * (P_x x_hat) + beta * sum(P_x) + P_z query,                   out_h = W_v,h t_h + b_v,h
+
+so that x_hat itself is key and value of every head and layer, and keys and values of the inputs never exist. Source of
+the layer: the resampler of Prismer, arXiv:2303.02506, and Flamingo, arXiv:2204.14198; of the exchange: associativity.
+
+Matrix products for B images, M queries, L inputs, N = M + L keys, Q = H M absorbed queries (`flops` has the gradients):
+    absorbed  2 B (3 M D^2 + 2 Q N D),      ordinary  2 B (M D^2 + 2 N D^2 + 2 M N D)
+`order=None` takes the absorbed order where it needs less than 0.8 of the ordinary one, forward plus the gradients that
+this call needs; the rest is lost in its many small products (measured on a CPU: at 0.86 it is even or 10 % behind, at
+0.67 it takes 0.70 of the time, at 0.52 0.52). Without the projection of the queries, common to both, the absorbed order
+needs 0.66 (BASE), 0.51 (LARGE), 0.42 (HUGE) of the ordinary one with six experts, and 0.84 with one; all gradients
+together keep that ratio. Frozen weights are cheap in the ordinary order alone, which then does the gradients of BASE.
+
+Kept for the backward pass, in bytes, for numbers of s bytes, besides the inputs and parameters themselves:
+    absorbed  B M D s (q) + B Q N s (probabilities); and B Q D s + 4 B Q where the norm or in_proj_weight trains.
+              Triton pads N to W = 64 (ceil(M / 64) + ceil(L / 64)), and keeps 4 B Q W / 64 more
+    ordinary  B M D s (q) + B Q N s (probabilities) + 2 B N D s (keys and values)
+"""
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from prismer.kernels import dispatch, matmul
+from prismer.kernels.absorbed_projection import absorb, absorb_weight, release
+from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.layer_norm import layer_norm
+from prismer.kernels.resampler_attention import torch_backend as resampler_torch
+from prismer.kernels.resampler_attention import triton_backend as resampler_triton
+
+_MIXED = {"norm_weight", "norm_bias", "in_proj_weight"}  # what needs P_x x_hat again
+_ARGUMENTS = ("query", "x_hat", "norm_weight", "norm_bias", "in_proj_weight", "in_proj_bias")
+
+
+def standardise(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Zero mean and unit variance in the last dimension: `x_hat` of `resampler_attention`, one call for all layers."""
+    return layer_norm(x, None, None, eps)
+
+
+def resampler_attention_reference(
+    query: Tensor,
+    x_hat: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """The definition, fp32 inside (float64 for float64). Shapes as in `resampler_attention`."""
+    compute = torch.promote_types(query.dtype, torch.float32)
+    query32, x = query.to(compute), x_hat.to(compute) * norm_weight.to(compute)
+    keys = torch.cat([query32, x + norm_bias.to(compute)], dim=1)
+    weights, biases = in_proj_weight.to(compute).chunk(3), in_proj_bias.to(compute).chunk(3)
+    q, k, v = (
+        torch.nn.functional.linear(t, weight, bias).unflatten(2, (num_heads, -1)).transpose(1, 2)
+        for t, weight, bias in zip((query32, keys, keys), weights, biases, strict=True)
+    )
+    probs = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)
+    return (probs @ v).transpose(1, 2).flatten(2).to(query.dtype)
+
+
+def flops(order: str, B: int, M: int, L: int, D: int, H: int, grads: Collection[str] = ()) -> int:
+    """Floating-point operations of the matrix products of one call, forward and backward, counted exactly.
+
+    Args:
+        order: "absorbed" or "ordinary".
+        B, M, L, D, H: images, queries, inputs, width, heads.
+        grads: the arguments of `resampler_attention` that need a gradient, by name; none is the forward pass alone.
+
+    Returns:
+        Twice the multiply-adds. Sums, scalings and the softmax are not counted.
+    """
+    N, Q = M + L, H * M
+    query, x_hat, weight = (name in grads for name in ("query", "x_hat", "in_proj_weight"))
+    norm = "norm_weight" in grads or "norm_bias" in grads
+    dq = query or weight or "in_proj_bias" in grads
+    small = M * D * D  # one projection of the queries, or of their absorbed form
+    if order == "absorbed":
+        total = 3 * small + 2 * Q * N * D
+        if grads:
+            total += 2 * small + Q * N * D  # a again, dt, dprobs
+            total += (dq or norm) * Q * N * D + dq * small  # da, dq
+            total += x_hat * 2 * Q * L * D
+            total += query * (2 * Q * M * D + small)
+            total += weight * (3 * small + Q * M * D)  # three projections; t again
+    else:
+        total = small + 2 * N * D * D + 2 * M * N * D
+        if grads:
+            keys = query or x_hat or norm or weight
+            total += (1 + dq + 2 * keys) * M * N * D  # dprobs, dq, dk and dv
+            total += (x_hat or norm) * 2 * L * D * D + query * 3 * small
+            total += weight * (2 * L * D * D + 3 * small)
+    return 2 * B * total
+
+
+def cheaper_order(B: int, M: int, L: int, D: int, H: int, grads: Collection[str] = ()) -> str:
+    """The order that `order=None` takes; arguments as in `flops`."""
+    absorbed, ordinary = (flops(order, B, M, L, D, H, grads) for order in ("absorbed", "ordinary"))
+    return "absorbed" if absorbed < 0.8 * ordinary else "ordinary"
+
+
+# both backends of the absorbed order
+
+
+def _absorbed_forward(query, x_hat, gamma, beta, weight, bias, H, triton, keep, keep_mixed):
+    (B, M, D), scale = query.shape, (query.shape[2] // H) ** -0.5
+    w_q, w_k, w_v = weight.view(3, D, D)
+    q = matmul.linear(query.view(-1, D), w_q, bias[:D])
+    a, factor = absorb(q, w_k, H, scale), None
+    if triton:
+        t, probs, factor, share, mixed = resampler_triton.attend(a, query, x_hat, gamma, beta, keep_mixed)
+    else:
+        t, probs, share, mixed = resampler_torch.attend(a, query, x_hat, gamma, beta, keep, keep_mixed)
+    # the probabilities of a query sum to one, so b_v passes through
+    out = release(t, w_v, 1.0).add_(bias[2 * D :])
+    return out.view(B, M, D), q.view(B, M, D), probs, factor, share, mixed
+
+
+def _absorbed_backward(dy, query, x_hat, gamma, beta, weight, q, probs, factor, share, mixed, H, needs, results):
+    D, scale = query.shape[2], (query.shape[2] // H) ** -0.5
+    w_q, w_k, w_v = weight.view(3, D, D)
+    rows, q, dy = query.view(-1, D), q.view(-1, D), dy.view(-1, D)
+    dquery, _, _, _, dweight, dbias = results
+    a, dt = absorb(q, w_k, H, scale), absorb(dy, w_v, H, 1.0)
+    if factor.numel():
+        da, t = resampler_triton.attend_backward(
+            a, dt, query, x_hat, gamma, beta, probs, factor, share, mixed, needs, results
+        )
+    else:
+        da, t = resampler_torch.attend_backward(a, dt, query, x_hat, gamma, beta, probs, share, mixed, needs, results)
+    if needs["query"] or needs["in_proj_weight"] or needs["in_proj_bias"]:
+        dq = release(da, w_k, scale)
+    if needs["query"]:
+        dquery = dquery.view(-1, D)
+        dquery += matmul.mm(dq, w_q)
+    if needs["in_proj_weight"]:
+        dweight[:D] = matmul.mm(dq.T, rows)
+        absorb_weight(q, da, scale, dweight[D : 2 * D])
+        absorb_weight(dy, t, 1.0, dweight[2 * D :])
+    if needs["in_proj_bias"]:
+        resampler_torch.bias_gradient(dq, dy, dbias)
+
+
+# the registered ops
+
+
+def supports(backend: str, query: Tensor) -> str | None:
+    """None if `backend` serves the absorbed order of queries like `query`, else the reason why not."""
+    if backend == "triton" and query.dtype == torch.float64:
+        return "triton resampler_attention computes in fp32, and query is float64"
+    return None
+
+
+def _is_triton(query: Tensor, absorbed: bool) -> bool:
+    """The ordinary order is of torch products alone, whatever is asked for; so is an empty batch."""
+    if not absorbed or not query.numel():
+        return False
+    chosen = dispatch.choose("resampler_attention", query.device, lambda name: supports(name, query))
+    return chosen == "triton"
+
+
+def _forward(query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias, num_heads, absorbed, keep, keep_mixed):
+    query, x_hat, weight = (t.contiguous() for t in (query, x_hat, in_proj_weight))
+    arguments = query, x_hat, norm_weight, norm_bias, weight, in_proj_bias, num_heads
+    if absorbed:
+        triton = _is_triton(query, absorbed)
+        out, *state = _absorbed_forward(*arguments, triton, keep, keep_mixed)
+        kept = (keep, keep, keep and triton, keep_mixed, keep_mixed, False)
+        state = *state, None
+    else:
+        out, q, probs, kv = resampler_torch.ordinary_forward(*arguments, keep)
+        kept, state = (keep, keep, False, False, False, keep), (q, probs, *[None] * 3, kv)
+    empty = _forward_fake(*arguments, absorbed, False, False)[1:]
+    return out, *(t if k else e for t, k, e in zip(state, kept, empty, strict=True))
+
+
+def _forward_fake(
+    query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias, num_heads, absorbed, keep, keep_mixed
+):
+    (B, M, D), L = query.shape, x_hat.shape[1]
+    Q, compute = num_heads * M, torch.promote_types(query.dtype, torch.float32)
+    triton = keep and _is_triton(query, absorbed)
+    blocks = sum(resampler_triton.blocks_of(M, L))
+    width = blocks * resampler_triton.BLOCK if triton else M + L
+
+    def state(wanted, *shape, dtype=query.dtype):
+        return query.new_empty(shape if wanted else 0, dtype=dtype)
+
+    return (
+        query.new_empty(B, M, D),
+        state(keep, B, M, D),
+        state(keep, B, Q, width),
+        state(triton, B, Q, blocks, dtype=torch.float32),
+        state(keep_mixed, B, Q, dtype=compute),
+        state(keep_mixed, B, Q, D),
+        state(keep and not absorbed, B * (M + L), 2 * D),
+    )
+
+
+def _backward(
+    dy,
+    query,
+    x_hat,
+    norm_weight,
+    norm_bias,
+    in_proj_weight,
+    q,
+    probs,
+    factor,
+    share,
+    mixed,
+    kv,
+    num_heads,
+    query_,
+    x_hat_,
+    norm_,
+    weight_,
+    bias_,
+):
+    dy, query, x_hat, weight = (t.contiguous() for t in (dy, query, x_hat, in_proj_weight))
+    results = _backward_fake(
+        dy,
+        query,
+        x_hat,
+        norm_weight,
+        norm_bias,
+        weight,
+        q,
+        probs,
+        factor,
+        share,
+        mixed,
+        kv,
+        num_heads,
+        query_,
+        x_hat_,
+        norm_,
+        weight_,
+        bias_,
+    )
+    needs = dict(query=query_, x_hat=x_hat_, norm=norm_, in_proj_weight=weight_, in_proj_bias=bias_)
+    inputs = dy, query, x_hat, norm_weight, norm_bias, weight, q.contiguous(), probs.contiguous()
+    if not query.numel():
+        for t in results:
+            t.zero_()
+        return results
+    for t in results[2:4]:
+        t.zero_()
+    # what was kept says how it was made: the backward pass takes the order and the backend of its forward pass
+    if kv.numel():
+        resampler_torch.ordinary_backward(*inputs, kv, num_heads, needs, results)
+    else:
+        _absorbed_backward(*inputs, factor, share, mixed, num_heads, needs, results)
+    return results
+
+
+def _backward_fake(
+    dy,
+    query,
+    x_hat,
+    norm_weight,
+    norm_bias,
+    in_proj_weight,
+    q,
+    probs,
+    factor,
+    share,
+    mixed,
+    kv,
+    num_heads,
+    query_,
+    x_hat_,
+    norm_,
+    weight_,
+    bias_,
+):
+    compute = torch.promote_types(query.dtype, torch.float32)
+    D = query.shape[2]
+    return (
+        query.new_empty(query.shape if query_ else 0),
+        query.new_empty(x_hat.shape if x_hat_ else 0),
+        query.new_empty(D if norm_ else 0, dtype=compute),
+        query.new_empty(D if norm_ else 0, dtype=compute),
+        query.new_empty((3 * D, D) if weight_ else 0),
+        query.new_empty(3 * D if bias_ else 0),
+    )
+
+
+_resampler_attention = dispatch.define(
+    "resampler_attention(Tensor query, Tensor x_hat, Tensor norm_weight, Tensor norm_bias, Tensor in_proj_weight,"
+    " Tensor in_proj_bias, int num_heads, bool absorbed, bool keep, bool keep_mixed)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_resampler_attention_backward = dispatch.define(
+    "resampler_attention_backward(Tensor dy, Tensor query, Tensor x_hat, Tensor norm_weight, Tensor norm_bias,"
+    " Tensor in_proj_weight, Tensor q, Tensor probs, Tensor factor, Tensor share, Tensor mixed,"
+    " Tensor kv, int num_heads, bool need_query, bool need_x_hat, bool need_norm, bool need_weight, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, _, num_heads, _, keep, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    if any(ctx.needs_input_grad):
+        if not keep:
+            raise ValueError("keep is False, and an input needs a gradient; pass keep=True")
+        ctx.num_heads, ctx.dtypes = num_heads, [t.dtype for t in tensors[2:4]]
+        ctx.save_for_backward(*tensors[:5], *output[1:])
+
+
+def _autograd(ctx, dy, *_):
+    needs = ctx.needs_input_grad[:6]
+    if dy is None:
+        return (None,) * 10
+    dquery, dx_hat, dgamma, dbeta, dweight, dbias = _resampler_attention_backward(
+        dy, *ctx.saved_tensors, ctx.num_heads, *needs[:2], needs[2] or needs[3], *needs[4:]
+    )
+    grads = dquery, dx_hat, dgamma.to(ctx.dtypes[0]), dbeta.to(ctx.dtypes[1]), dweight, dbias
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4
+
+
+dispatch.register_backward("resampler_attention", _setup_context, _autograd)
+
+
+# the public function
+
+
+def _check(query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias, num_heads, order):
+    if query.dim() != 3 or not query.is_floating_point() or 0 in query.shape[1:]:
+        raise ValueError(f"query is {query.dtype} of shape {tuple(query.shape)}; pass floats of shape (B, M, D)")
+    B, _, D = query.shape
+    if x_hat.dim() != 3 or x_hat.shape[::2] != (B, D) or x_hat.dtype != query.dtype:
+        raise ValueError(
+            f"x_hat is {x_hat.dtype} of shape {tuple(x_hat.shape)}; "
+            f"pass {query.dtype} of shape ({B}, L, {D}), like query"
+        )
+    for name, tensor, shape in (
+        ("in_proj_weight", in_proj_weight, (3 * D, D)),
+        ("in_proj_bias", in_proj_bias, (3 * D,)),
+    ):
+        if tensor.shape != shape or tensor.dtype != query.dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                f"pass {query.dtype} of shape {shape}, like query"
+            )
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if tensor.shape != (D,) or not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass floats of shape ({D},)")
+    if num_heads < 1 or D % num_heads:
+        raise ValueError(f"num_heads is {num_heads}; pass a divisor of the width {D}")
+    if order not in (None, "absorbed", "ordinary"):
+        raise ValueError(f"order is {order!r}; pass 'absorbed', 'ordinary', or None for the cheaper")
+
+
+def resampler_attention(
+    query: Tensor,
+    x_hat: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    num_heads: int,
+    *,
+    order: str | None = None,
+) -> Tensor:
+    """Multi-head attention of `query` over the keys [query ; x_hat * norm_weight + norm_bias].
+
+    Args:
+        query: (B, M, D), the normalised latents, fp32, bf16, fp16 or float64.
+        x_hat: (B, L, D) of the same dtype, the inputs after `standardise`; layers share it.
+        norm_weight, norm_bias: (D,), the affine of the inputs' layer norm, any floating dtype.
+        in_proj_weight, in_proj_bias: (3 D, D) and (3 D,), packed as in `nn.MultiheadAttention`, like `query` in dtype.
+        num_heads: H, a divisor of D.
+        order: "absorbed" or "ordinary", equal but for rounding; None takes the one with fewer `flops` for this call.
+
+    Returns:
+        (B, M, D), the heads side by side, before the output projection.
+
+    Raises:
+        ValueError: if a shape, a dtype or `order` does not fit.
+    """
+    tensors = query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias
+    _check(*tensors, num_heads, order)
+    if dispatch.asked() == "reference":
+        return resampler_attention_reference(*tensors, num_heads)
+    grads = []
+    if torch.is_grad_enabled():
+        grads = [name for name, t in zip(_ARGUMENTS, tensors, strict=True) if t.requires_grad]
+    if order is None:
+        (B, M, D), L = query.shape, x_hat.shape[1]
+        order = cheaper_order(B, M, L, D, num_heads, grads)
+    absorbed = order == "absorbed"
+    keep_mixed = absorbed and not _MIXED.isdisjoint(grads)
+    return _resampler_attention(*tensors, num_heads, absorbed, bool(grads), keep_mixed)[0]
+
+
+def kernel_cases() -> list[KernelCase]:
+    """What is compiled ahead of time: BASE, LARGE and HUGE with six experts, 8 images."""
+    return resampler_triton.kernel_cases()

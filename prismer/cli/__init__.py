@@ -1,0 +1,1 @@
+"""The commands of `prismer`, one file for each group."""

@@ -1,0 +1,1 @@
+"""What a job costs: FLOPs, bytes and time, counted, profiled and planned."""

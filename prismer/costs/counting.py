@@ -1,0 +1,259 @@
+"""Exact counts of what a piece of PyTorch code does: FLOPs, operators issued, bytes read and written.
+
+`with Counter() as counter: model(batch).backward()` sees every operator, of the forward and of the backward pass. FLOPs
+are those of matrix products, convolutions and attention, 2 per multiply-add, from the shapes of each call; a mask saves
+none of them, as is the custom. Tensors may be real, on the meta device or fake (enter Counter inside FakeTensorMode).
+"""
+
+import collections
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from prismer.kernels import dispatch, resampler_attention
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_NO_LAUNCH = frozenset(
+    f"aten::{name}"
+    for name in (
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "_unsafe_view",
+        "_fused_sdp_choice",
+    )
+)
+_PICKS = frozenset(f"aten::{name}" for name in ("embedding", "gather", "index", "index_select"))
+_OVERWRITES = frozenset(f"aten::{name}" for name in ("copy_", "fill_", "zero_"))
+
+
+def _times_vector(matrix: Tensor, *_, **__) -> int:
+    return 2 * matrix.numel()
+
+
+def _plus_times_vector(_, matrix: Tensor, *__, **___) -> int:
+    return 2 * matrix.numel()
+
+
+def _times_packed_weight(x: Tensor, *_, out_val: Tensor, **__) -> int:
+    return 2 * x.numel() * out_val.shape[-1]
+
+
+def _outer(_, a: Tensor, b: Tensor, **__) -> int:
+    return 2 * a.numel() * b.numel()
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
+    return 2 * prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+
+
+def _attention_backward(_, q: Tensor, k: Tensor, v: Tensor, *__, **___) -> int:
+    # scores once more, dq and dk; the gradient of the weights, and dv
+    return 2 * prod(q.shape[:-1]) * k.shape[-2] * (3 * q.shape[-1] + 2 * v.shape[-1])
+
+
+def _native_attention_backward(dout, q, k, v, *rest, **_) -> int:
+    *_, dq, dk, _ = rest
+    # scores once more and the gradient of the weights; dq; dk and dv
+    return (2 + (dq is not None) + 2 * (dk is not None)) * 2 * q.numel() * k.shape[-2]
+
+
+def _convolution_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, _, __, ___, ____, transposed: bool, *rest, **______
+) -> int:
+    # dx and dweight each cost what the forward pass costs; groups are in the shape of the weight
+    need_dx, need_dweight, _ = rest[-1]
+    points = prod((x if transposed else dy).shape[2:])
+    return (need_dx + need_dweight) * 2 * x.shape[0] * points * weight.numel()
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, *_, **__) -> int:
+    return 2 * x.numel() * weight.shape[0]
+
+
+def _decode_attention(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors, **_) -> int:
+    """All shared keys for each query, and of the suffix the slots that are listed."""
+    R, H, Q, K = q.shape
+    listed = ancestors.numel() if _without_data(ancestors) else int((ancestors >= 0).sum())
+    return 4 * K * H * (R * Q * shared_k.shape[2] + listed)
+
+
+def _resampler_backward(_, query, x_hat, *rest) -> int:
+    """By the room's formula: what Triton's forward pass kept (its `factor`) is of no use to torch's backward pass."""
+    kv, num_heads, *needs = rest[-7:]
+    names = ("query", "x_hat", "norm_weight", "in_proj_weight", "in_proj_bias")
+    grads = [name for name, need in zip(names, needs, strict=True) if need]
+    call = ("ordinary" if kv.numel() else "absorbed", *query.shape[:2], x_hat.shape[1], query.shape[2], num_heads)
+    return resampler_attention.flops(*call, grads) - resampler_attention.flops(*call)
+
+
+# what torch's own registry of formulas lacks, or counts wrongly (convolutions in groups, backward)
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "aten::mv": _times_vector,
+    "aten::dot": _times_vector,
+    "aten::vdot": _times_vector,
+    "aten::addmv": _plus_times_vector,
+    "aten::addr": _outer,
+    "aten::_int_mm": flop_registry[torch.ops.aten.mm],
+    "aten::addbmm": flop_registry[torch.ops.aten.baddbmm],
+    "aten::_addmm_activation": flop_registry[torch.ops.aten.addmm],
+    "aten::_weight_int8pack_mm": _times_packed_weight,
+    "quantized::linear_dynamic": _times_packed_weight,
+    "aten::convolution_backward": _convolution_backward,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "mkldnn::_linear_pointwise": _onednn_linear,
+    "prismer_native::attention": _attention,
+    "prismer_native::attention_backward": _native_attention_backward,
+    "prismer_native::decode_attention": _decode_attention,
+}
+for _packet, _formula in flop_registry.items():
+    if isinstance(_packet, torch._ops.OpOverloadPacket):
+        _FORMULAS.setdefault(_packet._qualified_op_name, _formula)
+
+
+def _formula_of(name: str) -> Callable[..., int] | None:
+    # addmm_ multiplies as addmm does
+    return _FORMULAS.get(name) or _FORMULAS.get(name.removesuffix("_"))
+
+
+class Counter(TorchDispatchMode):
+    """Counts what is called inside `with Counter() as counter:`.
+
+    Registered ops (`prismer::*`) are one call each. On the CPU their implementation runs under the counter, so that
+    FLOPs and rows are of the operators inside; what cannot be looked into (a GPU's kernels, tensors without data) is a
+    row of its own, whose FLOPs are those of the op composed of torch's operators, on the same shapes.
+
+    Attributes:
+        flops: of matrix products, convolutions and attention, 2 per multiply-add.
+        issued: operator name -> times it was called; views and allocations are not counted.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+        self.issued: collections.Counter[str] = collections.Counter()
+        self._depth = 0
+        self._rows: dict[str, list[int]] = {}
+
+    @property
+    def calls(self) -> int:
+        """Operators issued, registered ops as one each; views and allocations not counted."""
+        return self.issued.total()
+
+    def rows(self) -> list[tuple[str, int, int, int]]:
+        """(operator, calls, FLOPs, bytes read and written) of the innermost operators seen, in order of appearance.
+
+        Bytes are those of the tensors in and out, each element once: less where a cache holds an input.
+        """
+        return [(name, *row) for name, row in self._rows.items()]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        if func.namespace == "prismer":
+            return self._registered(func, args, kwargs)
+        formula = _formula_of(name)
+        if formula is None and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+            # under inference_mode what torch composes of other operators, such as linear, arrives whole
+            with self:
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
+        if name == "aten::nonzero" and _without_data(args[0]):
+            # the worst case: of labels, every position has a target
+            return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+        if name == "aten::_local_scalar_dense" and _without_data(args[0]):
+            # of the gradient of a loss
+            return 1.0
+        out = func(*args, **kwargs)
+        if func.is_view or name in _NO_LAUNCH:
+            return out
+        if not self._depth:
+            self.issued[name] += 1
+        flops = formula(*args, **kwargs, out_val=out) if formula else 0
+        self._add(name, flops, _traffic(func, args, kwargs, out))
+        return out
+
+    def _registered(self, func, args: tuple, kwargs: dict):
+        if not self._depth:
+            self.issued[func._schema.name] += 1
+        implementation = dispatch.implementation(func._opname)
+        tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
+        in_reach = all(t.device.type == "cpu" and not _without_data(t) for t in tensors)
+        if in_reach and dispatch.asked() != "triton":
+            self._depth += 1
+            try:
+                with self:
+                    return implementation(*args, **kwargs)
+            finally:
+                self._depth -= 1
+        out = func(*args, **kwargs)
+        if func._opname == "resampler_attention_backward" and args[8].numel():
+            flops = _resampler_backward(*args)
+        else:
+            inside = Counter()
+            args_, kwargs_ = tree_map_only((Tensor, str), _without_kernels, (args, kwargs))
+            with dispatch.use_backend("torch"), inside:
+                implementation(*args_, **kwargs_)
+            flops = inside.flops
+        self._add(func._schema.name, flops, _traffic(func, args, kwargs, out))
+        return out
+
+    def _add(self, name: str, flops: int, traffic: int) -> None:
+        row = self._rows.setdefault(name, [0, 0, 0])
+        row[0] += 1
+        row[1] += flops
+        row[2] += traffic
+        self.flops += flops
+
+
+def _without_data(tensor: Tensor) -> bool:
+    return tensor.device.type == "meta" or isinstance(tensor, FakeTensor)
+
+
+def _without_kernels(argument: Tensor | str) -> Tensor | str:
+    """A tensor's shape alone (a fake one stays what it is), and torch for the backend that an op was told to use."""
+    if isinstance(argument, str):
+        return "torch" if argument in ("native", "triton") else argument
+    if _without_data(argument):
+        return argument
+    return torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device="meta")
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of the elements that there are: an expanded dimension has one."""
+    if tensor.layout != torch.strided:
+        return 0
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.itemsize * prod(1 if stride == 0 and size else size for size, stride in sizes)
+
+
+def _traffic(func, args: tuple, kwargs: dict, out) -> int:
+    """Bytes that a call must read and write."""
+    written = _bytes_of_all(out)
+    if func._schema.name in _PICKS:
+        # of a table, the rows picked
+        return 2 * written + _bytes_of_all(args[1:])
+    read = 0
+    for i, argument in enumerate(func._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        if not (changed and (argument.is_out or func._schema.name in _OVERWRITES)):
+            read += _bytes_of_all(value)
+        if changed and not func._schema.returns:
+            # what is changed in place is else returned, and counted there
+            written += _bytes_of_all(value)
+    return read + written
+
+
+def _bytes_of_all(values) -> int:
+    return sum(_bytes(leaf) for leaf in tree_iter(values) if isinstance(leaf, Tensor))

@@ -1,0 +1,1 @@
+"""Training: settings, data, ZeRO, the loop, run folders and evaluation."""

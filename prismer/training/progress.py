@@ -1,0 +1,208 @@
+"""What a run shows while it trains: a progress bar, metrics.jsonl, TensorBoard scalars and loss.png; rank 0 only."""
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from prismer.files import add_name, replacing, write_atomically
+from prismer.training.stopping import discard
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """Every line of metrics.jsonl, in order; a last line that a crash cut short is left out.
+
+    Raises:
+        ValueError: if another line is damaged.
+    """
+    file = Path(folder) / METRICS
+    if not file.exists():
+        return []
+    if not file.is_file():
+        raise ValueError(f"{file} is no file; move it away to go on without the earlier records")
+    lines, rows = file.read_bytes().split(b"\n"), []
+    for number, line in enumerate(lines, 1):
+        row = _read_row(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            # what follows the last line break was never finished
+            raise ValueError(
+                f"line {number} of {file} is damaged; delete the line, or move the file away to go on without it"
+            )
+    return rows
+
+
+def append_metrics(folder: Path, row: dict) -> None:
+    """Add one line to metrics.jsonl."""
+    try:
+        with open(Path(folder) / METRICS, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        add_name(error, Path(folder) / METRICS)
+        raise
+
+
+def _read_row(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
+        return None
+    values = {name: value for name, value in row.items() if name not in ("step", "kind")}
+    if row["kind"] == "skipped":
+        fits = all(isinstance(values.get(name), str) for name in ("split", "shard", "key"))
+    else:
+        fits = all(type(value) in (int, float) for value in values.values())
+    return row if fits else None
+
+
+def tell(text: str, file: TextIO) -> None:
+    """Print a line; a reader that has gone (`| head`, a closed terminal) ends the printing and not the run."""
+    try:
+        print(text, file=file, flush=True)
+    except OSError as error:
+        silence(file)
+        if error.errno not in (errno.EPIPE, errno.EIO) and file is not sys.stderr:
+            tell(f"standard output cannot be written ({error.strerror}); going on without it", sys.stderr)
+
+
+def silence(file: TextIO) -> None:
+    """Let what is written to `file`, and what still waits in it, go nowhere."""
+    discard(file.fileno())
+
+
+class Progress:
+    """The bar and the records of one run.
+
+    Args:
+        folder: the run folder.
+        start: the step that the run starts or resumes at; records of later steps are cut.
+        total: steps in all.
+    """
+
+    def __init__(self, folder: Path, start: int, total: int):
+        self.folder = Path(folder)
+        kept = [row for row in read_metrics(folder) if row["step"] <= start]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_atomically(self.folder / METRICS, text.encode())
+        # imported here: it takes seconds, and only rank 0 needs it
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(self.folder / "tensorboard", purge_step=start + 1)
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            desc="train",
+            unit="step",
+            dynamic_ncols=on_terminal,
+            # a log file wants a line now and then, a terminal a moving bar
+            mininterval=0.2 if on_terminal else 15,
+        )
+
+    def advance(self) -> None:
+        """One step is done."""
+        try:
+            self._bar.update()
+        except OSError:
+            silence(sys.stderr)
+
+    def record(self, row: dict) -> None:
+        """Keep one row of numbers; "step" names the step, "kind" what was measured."""
+        append_metrics(self.folder, row)
+        try:
+            for key, value in row.items():
+                if key not in ("step", "kind") and isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+            self._board.flush()
+        except OSError as error:
+            add_name(error, self.folder / "tensorboard")
+            raise
+        if row["kind"] == "train":
+            self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['samples_per_s']:.1f} samples/s", refresh=False)
+
+    def say(self, text: str) -> None:
+        """A line that does not tear the bar."""
+        try:
+            tqdm.write(text, file=sys.stderr)
+        except OSError:
+            silence(sys.stderr)
+
+    def close(self) -> None:
+        """End the bar and the curves."""
+        try:
+            self._bar.close()
+        except OSError:
+            silence(sys.stderr)
+        self._board.close()
+
+
+def plot_metrics(folder: Path) -> None:
+    """Draw loss.png from metrics.jsonl: training loss, learning rate, and the scores on the validation split."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(folder)
+    train = [row for row in rows if row["kind"] == "train" and {"loss", "learning_rate"} <= set(row)]
+    scored = [row for row in rows if row["kind"] == "validation"]
+    if not train:
+        return
+    names = list(scored[-1]) if scored else []
+    answers = [name for name in names if name.partition("/")[0] in ("accuracy", "top-1")]
+    panels = 1 + ("CIDEr-D" in names) + bool(answers)
+    figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 4.2), squeeze=False)
+    _plot_training(axes[0, 0], train)
+    axis = axes[0, 1] if panels > 1 else None
+    if "CIDEr-D" in names:
+        _plot_scores(axis, scored, ["CIDEr-D"], "captions, validation", "CIDEr-D (of 10)")
+        axis = axes[0, -1]
+    if answers:
+        _plot_scores(axis, scored, answers, "answers, validation", "accuracy")
+        axis.set_ylim(0, 1)
+    figure.tight_layout()
+    try:
+        with replacing(Path(folder) / "loss.png") as partial:
+            figure.savefig(partial, dpi=130, format="png")
+    finally:
+        plt.close(figure)
+
+
+def _plot_training(axis, rows: list[dict]) -> None:
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    axis.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="loss as logged")
+    axis.plot(steps, _smooth(losses), color="tab:blue", linewidth=2, label="smoothed")
+    axis.set(xlabel="optimizer step", ylabel="loss, summed over a text's tokens", title="training")
+    axis.grid(alpha=0.3)
+    rate = axis.twinx()
+    rate.plot(steps, [row["learning_rate"] for row in rows], color="gray", linestyle=":", label="learning rate")
+    rate.set_ylabel("learning rate", color="gray")
+    rate.set_ylim(bottom=0)
+    lines = [*axis.get_lines(), *rate.get_lines()]
+    axis.legend(lines, [line.get_label() for line in lines], loc="upper right")
+
+
+def _plot_scores(axis, rows: list[dict], names: list[str], title: str, ylabel: str) -> None:
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        whole = "/" not in name
+        label = name if whole else name.partition("/")[2]
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=2.5 if whole else 1.2, label=label)
+    axis.set(xlabel="optimizer step", ylabel=ylabel, title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right", fontsize="small", ncols=2)
+
+
+def _smooth(values: list[float], window: int = 9) -> list[float]:
+    """Centred running means; shorter windows at the ends."""
+    half = window // 2
+    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]

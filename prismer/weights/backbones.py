@@ -1,0 +1,266 @@
+"""A new Prismer around towers that others pre-trained: CLIP by way of open_clip, RoBERTa by way of transformers.
+
+The frozen parts are copied tensor for tensor (spec 2.3): of CLIP the vision tower without class token and projection,
+of RoBERTa the masked language model without pooler. Everything that has no source is new (spec 1.8).
+"""
+
+import difflib
+import logging
+import math
+import pickle
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from prismer.config import ALL_EXPERTS, PRESETS, PrismerConfig
+from prismer.stems import CLIP_MEAN, CLIP_STD, resize_positions
+from prismer.tokenizer import Tokenizer
+from prismer.weights.folder import POSITIONS, ROBERTA_VOCABULARY, has_tokenizer, read_tensors
+from prismer.weights.names import from_clip, from_roberta
+
+_NOT_TAKEN = ("visual.class_embedding", "visual.proj")
+_ROBERTA = {
+    "roberta-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
+    "roberta-large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+}
+# their sizes are known without asking the hub
+_ROBERTA_COMMON = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
+_FREE = ("image_size", "dropout")
+# what a preset may be given otherwise
+_log = logging.getLogger(__name__)
+
+
+def from_backbones(
+    vision: str = "ViT-B-16-quickgelu",
+    text: str | Path = "roberta-base",
+    *,
+    vision_weights: str | Path | None = None,
+    text_weights: str | Path | None = None,
+    experts: Sequence[str] = ALL_EXPERTS,
+    image_size: int | None = None,
+    seed: int = 0,
+    **changes,
+):
+    """Build a Prismer from a CLIP and a RoBERTa; save it with `save_pretrained` and train that folder.
+
+    Args:
+        vision: a ViT that open_clip knows by name; for OpenAI's weights a "-quickgelu" one, as they were trained so.
+        vision_weights: a local file of the whole CLIP; or a tag of open_clip, such as "openai", which downloads; None
+            leaves the tower random and warns.
+        text: a folder of transformers with a RoBERTa masked-LM; or a hub id such as "roberta-base", which downloads
+            what this machine lacks.
+        text_weights: a local file of its tensors; with "roberta-base" and "roberta-large" nothing else is then read.
+        experts: of the new model; () is PrismerZ.
+        image_size: RGB side in px, to which CLIP's positional table is resized; None keeps CLIP's own.
+        seed: of the new parts; the caller's random numbers are not touched.
+        changes: other fields of PrismerConfig, such as num_latents.
+
+    Returns:
+        Prismer in fp32 on the CPU, in evaluation mode, with the tokenizer of `text`.
+
+    Raises:
+        ValueError: if a tower is unknown, of another architecture than Prismer's, or its weights do not fit it.
+    """
+    from prismer.model import Prismer
+
+    # the libraries draw initial weights too, before they load others over them
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        # what is quick to read comes first
+        text_sizes, words, tokenizer = _read_roberta(str(text), text_weights)
+        vision_sizes, pixels = _read_clip(vision, vision_weights)
+        sizes = {**vision_sizes, **text_sizes}
+        if image_size is not None:
+            sizes["image_size"] = image_size
+        named = {"name": _preset_of(sizes, experts), **sizes, "experts": tuple(experts), **changes}
+        config = PrismerConfig(**named)
+        torch.default_generator.manual_seed(seed)
+        model = Prismer(config, tokenizer)
+    pixels[POSITIONS] = resize_positions(pixels[POSITIONS], config.grid)
+    encoder, decoder = model.encoder, model.decoder
+    towers = [encoder.stems["rgb"], encoder.ln_pre, encoder.ln_post, decoder.embeddings, decoder.head]
+    towers += [module for stack in (encoder.blocks, decoder.layers) for block in stack for module in block.pretrained]
+    inside = {id(tensor) for module in towers for tensor in module.parameters()}
+    inside.add(id(encoder.positional_embedding))
+    own = {key: tensor for key, tensor in model.named_parameters() if id(tensor) in inside}
+    _fill({k: t for k, t in own.items() if k.startswith("encoder.")}, pixels, vision)
+    _fill({k: t for k, t in own.items() if k.startswith("decoder.")}, words, str(text_weights or text))
+    new = sum(1 for _ in model.parameters()) - len(own)
+    _log.info("%d tensors come from %s and %s, %d are new", len(own), vision, text, new)
+    return model.eval()
+
+
+def _fill(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
+    """Copy a tower in, all of it."""
+    wrong = sorted(set(own) ^ set(tensors))
+    if wrong:
+        verb = "has no" if wrong[0] in own else "has a"
+        raise ValueError(
+            f"{source} {verb} {wrong[0]} (and {len(wrong) - 1} more such); give a CLIP ViT and a RoBERTa masked-LM"
+        )
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            if tensor.shape != own[key].shape:
+                raise ValueError(
+                    f"{source} has {key} of shape {tuple(tensor.shape)}, a Prismer of its other sizes "
+                    f"{tuple(own[key].shape)}; give a CLIP ViT and a RoBERTa masked-LM"
+                )
+            own[key].copy_(tensor)
+
+
+def _preset_of(sizes: dict, experts: Sequence[str]) -> str:
+    for name, make in PRESETS.items():
+        config = make()
+        if all(getattr(config, field) == value for field, value in sizes.items() if field not in _FREE):
+            return name if experts else f"{name}-z"
+    return "custom"
+
+
+def _read_clip(name: str, weights: str | Path | None) -> tuple[dict, dict[str, Tensor]]:
+    """The sizes of a vision tower as fields of PrismerConfig, and its tensors by our names."""
+    try:
+        import open_clip
+    except ImportError:
+        raise RuntimeError("open_clip reads CLIP and is not installed; run pip install open_clip_torch") from None
+
+    known = open_clip.list_models()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 3) or ["ViT-B-16-quickgelu"]
+        raise ValueError(f"open_clip knows no model {name!r}; did you mean {' or '.join(close)}?")
+    if weights is None:
+        warnings.warn(
+            f"the vision tower {name} is random; for a trained one give vision_weights, a file or a tag like 'openai'",
+            stacklevel=4,
+        )
+    elif not Path(weights).is_file():
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if str(weights) not in tags:
+            listed = ", ".join(tags) or "none"
+            raise ValueError(f"vision_weights {weights} is neither a file nor a tag of {name}; its tags are {listed}")
+    try:
+        pretrained = None if weights is None else str(weights)
+        model = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
+    except (RuntimeError, OSError, KeyError, AttributeError, pickle.UnpicklingError, SafetensorError) as error:
+        # of load_state_dict's message the second line says what is wrong first
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        raise ValueError(
+            f"{weights} does not load as open_clip's {name} ({lines[min(1, len(lines) - 1)][:160]}); "
+            "name the model that it was trained as, and give a state dict of all of it"
+        ) from None
+    sizes = _clip_sizes(open_clip, name, model.visual)
+    tensors = {}
+    for key, tensor in model.visual.state_dict(prefix="visual.").items():
+        if key not in _NOT_TAKEN:
+            tensors[from_clip(key) or key] = tensor
+    # the first row belongs to the class token
+    tensors[POSITIONS] = tensors[POSITIONS][1:].float()
+    return sizes, tensors
+
+
+def _clip_sizes(open_clip, name: str, visual: nn.Module) -> dict:
+    def refuse(why: str) -> ValueError:
+        return ValueError(f"{name} {why}; Prismer takes a plain CLIP ViT, such as ViT-B-16-quickgelu or ViT-H-14")
+
+    if not isinstance(visual, open_clip.transformer.VisionTransformer):
+        raise refuse(f"is a {type(visual).__name__}")
+    block = visual.transformer.resblocks[0]
+    attention = getattr(block, "attn", None)
+    if not isinstance(attention, nn.MultiheadAttention):
+        raise refuse(f"has an attention of its own ({type(attention).__name__})")
+    activation = block.mlp.gelu
+    exact = isinstance(activation, nn.GELU) and activation.approximate == "none"
+    if not exact and not isinstance(activation, open_clip.transformer.QuickGELU):
+        raise refuse(f"has the activation {activation}")
+    if visual.attn_pool is not None:
+        raise refuse("pools by attention, and its last norm comes after that")
+    if any(norm.eps != 1e-5 for norm in visual.modules() if isinstance(norm, nn.LayerNorm)):
+        raise refuse("has layer norms whose eps is not 1e-5")
+    height, width = visual.image_size
+    if height != width or len(set(visual.patch_size)) != 1:
+        raise refuse(f"reads images of {height} x {width} in patches of {visual.patch_size}")
+    if not all(
+        math.isclose(a, b, abs_tol=1e-4)
+        for a, b in zip((*visual.image_mean, *visual.image_std), (*CLIP_MEAN, *CLIP_STD), strict=True)
+    ):
+        raise refuse("was trained on images of another mean or standard deviation than CLIP's")
+    return dict(
+        image_size=height,
+        patch_size=visual.patch_size[0],
+        vision_width=visual.conv1.out_channels,
+        vision_depth=len(visual.transformer.resblocks),
+        vision_heads=attention.num_heads,
+        vision_activation="gelu" if exact else "quick_gelu",
+    )
+
+
+def _read_roberta(source: str, weights: str | Path | None) -> tuple[dict, dict[str, Tensor], Tokenizer | None]:
+    """The sizes of a RoBERTa as fields of PrismerConfig, its tensors by our names, and its tokenizer."""
+    import transformers
+
+    local = Path(source).is_dir()
+    if weights is not None and not Path(weights).is_file():
+        raise ValueError(f"text_weights {weights} is no file; give one, or leave it out to read those of {source}")
+    known = _ROBERTA.get(source.split("/")[-1]) if weights is not None and not local else None
+    if known is not None:
+        config = transformers.RobertaConfig(**known, **_ROBERTA_COMMON)
+    else:
+        config = _of_transformers(transformers.AutoConfig.from_pretrained, source, local)
+    sizes = _roberta_sizes(source, config)
+    if weights is not None:
+        stored = read_tensors(Path(weights))
+    else:
+        model, loading = _of_transformers(
+            transformers.RobertaForMaskedLM.from_pretrained,
+            source,
+            local,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        if loading["missing_keys"] or loading["mismatched_keys"]:
+            first = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))[0]
+            raise ValueError(f"{source} lacks {first}; give a RoBERTa saved with its masked-LM head")
+        stored = model.state_dict()
+    # under its second name a tied tensor comes again; the pooler and position_ids have no place
+    tensors = {ours: tensor for key, tensor in stored.items() if (ours := from_roberta(key)) is not None}
+    if local and has_tokenizer(Path(source)):
+        return sizes, tensors, Tokenizer.from_folder(source)
+    if sizes["vocab_size"] == ROBERTA_VOCABULARY:
+        return sizes, tensors, Tokenizer.roberta()
+    raise ValueError(
+        f"{source} has a vocabulary of {sizes['vocab_size']}, not RoBERTa's, and no tokenizer files; put them there"
+    )
+
+
+def _of_transformers(load: Callable, source: str, local: bool, **options):
+    try:
+        return load(source, local_files_only=local, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise ValueError(
+            f"transformers cannot load {source} ({reason}); give the folder of a RoBERTa masked-LM, or a hub id "
+            "while there is a connection"
+        ) from None
+
+
+def _roberta_sizes(source: str, config) -> dict:
+    required = dict(model_type="roberta", hidden_act="gelu", layer_norm_eps=1e-5, type_vocab_size=1)
+    for field, value in required.items():
+        found = getattr(config, field, None)
+        if found != value:
+            raise ValueError(f"{source} has {field} {found!r}, Prismer's decoder has {value!r}; give a RoBERTa")
+    return dict(
+        text_width=config.hidden_size,
+        text_depth=config.num_hidden_layers,
+        text_heads=config.num_attention_heads,
+        text_mlp_width=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        bos_id=config.bos_token_id,
+        pad_id=config.pad_token_id,
+        eos_id=config.eos_token_id,
+        dropout=config.hidden_dropout_prob,
+    )

@@ -1,0 +1,177 @@
+"""The published checkpoints: reading their architecture off the tensors, their names in and out (spec 2).
+
+A published checkpoint is one flat `pytorch_model.bin` of 635 to 1443 tensors without a config. What shapes cannot tell
+(heads, activation) comes from the preset whose sizes they are.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from prismer.config import PRESETS, PrismerConfig
+from prismer.experts import EXPERTS
+from prismer.files import replacing
+from prismer.weights.names import IGNORED, from_official, to_official
+
+BIN = "pytorch_model.bin"
+VISION, TEXT = "expert_encoder.", "text_decoder."
+
+_SIZES = (224, 480, 384)
+# px: pre-training, captions and questions, classes; several sides share a grid where the patch does not divide them
+
+
+def is_official(names: Iterable[str]) -> bool:
+    """Whether tensors bear the published names."""
+    return any(name.startswith((VISION, TEXT)) for name in names)
+
+
+def official_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfig:
+    """The architecture that published tensors have, from their shapes and the preset that has the same.
+
+    Raises:
+        ValueError: if a tensor that tells a size is missing, or the sizes are no preset's.
+    """
+    found = _sizes(tensors, source)
+    grid, experts = found.pop("grid"), found.pop("experts")
+    differing = {}
+    for name, make in PRESETS.items():
+        config = make(**({} if experts else {"name": f"{name}-z"}), experts=experts)
+        differing[name] = [field for field, value in found.items() if getattr(config, field) != value]
+        if not differing[name]:
+            patch = config.patch_size
+            side = next((side for side in _SIZES if side // patch == grid), grid * patch)
+            # only pre-training, whose captions have no prefix, is published with the 224 px table
+            prefix = {"caption_prefix": ""} if side == 224 else {}
+            return config.replace(image_size=side, **prefix)
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    config = PRESETS[nearest]()
+    text = ", ".join(f"{f} {found[f]} (not {getattr(config, f)})" for f in differing[nearest])
+    raise ValueError(
+        f"{source} has the sizes of no preset; the nearest is {nearest}, but for {text}; "
+        "get the file again if it was cut, or say what it is with config=PrismerConfig(...)"
+    )
+
+
+def _sizes(tensors: Mapping[str, Tensor], source: str) -> dict:
+    def shape(name: str) -> torch.Size:
+        if name not in tensors:
+            raise ValueError(f"{source} lacks {name}, so it is no whole Prismer checkpoint; get it again")
+        return tensors[name].shape
+
+    def count(pattern: str) -> int:
+        numbers = {int(m[1]) for name in tensors if (m := re.match(pattern, name))}
+        return max(numbers, default=-1) + 1
+
+    rows, width = shape(f"{VISION}positional_embedding")
+    word = f"{TEXT}roberta.embeddings.word_embeddings.weight"
+    if word not in tensors:
+        word = f"{TEXT}lm_head.decoder.weight"
+    stems = {m[1] for name in tensors if (m := re.match(rf"{VISION}conv1\.(\w+)\.", name))} - {"rgb"}
+    unknown = sorted(stems - set(EXPERTS))
+    if unknown:
+        raise ValueError(
+            f"{source} has experts this library does not know ({', '.join(unknown)}); known are {', '.join(EXPERTS)}"
+        )
+    found = dict(
+        experts=tuple(name for name in EXPERTS if name in stems),
+        grid=round(rows**0.5),
+        patch_size=shape(f"{VISION}conv1.rgb.weight")[-1],
+        vision_width=width,
+        vision_depth=count(rf"{VISION}transformer\.resblocks\.(\d+)\."),
+        text_width=shape(word)[1],
+        text_depth=count(rf"{TEXT}roberta\.encoder\.layer\.(\d+)\."),
+        text_mlp_width=shape(f"{TEXT}roberta.encoder.output_layer.intermediate.dense.weight")[0],
+        vocab_size=shape(word)[0],
+        max_positions=shape(f"{TEXT}roberta.embeddings.position_embeddings.weight")[0],
+    )
+    if stems:
+        found["resampler_depth"] = count(rf"{VISION}resampler\.perceiver_blocks\.(\d+)\.")
+        found["num_latents"] = shape(f"{VISION}resampler.latents")[0]
+    if "obj_detection" in stems:
+        found["num_instances"] = shape(f"{VISION}instance_embedding")[0]
+    return found
+
+
+def to_ours(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Published tensors under our names, and the names of those that mean nothing here.
+
+    A tensor stored twice (the tied matrix of the head, its bias) may be there once, under either name. Names that are
+    no tensor of Prismer stay as they are, for the loading report.
+
+    Raises:
+        ValueError: if two copies of a tied tensor differ.
+    """
+    ours, ignored = {}, []
+    for name, tensor in tensors.items():
+        key = from_official(name) or name
+        if name == IGNORED:
+            ignored.append(name)
+        elif key not in ours:
+            ours[key] = tensor
+        elif not _same(ours[key], tensor):
+            raise ValueError(
+                f"{source} holds two different {' and '.join(to_official(key))}, which are one tensor in Prismer; "
+                "delete the one that was not trained"
+            )
+    return ours, ignored
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+
+
+def save_official(model, path: str | Path) -> None:
+    """Write the weights of `model` as the published checkpoints are: one file, their names, fp32.
+
+    Config and tokenizer have no place in that format. An interrupted save leaves an old file as it was.
+
+    Args:
+        model: a Prismer.
+        path: the file; the published ones are called pytorch_model.bin.
+
+    Raises:
+        ValueError: if `path` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file, such as {path / BIN}")
+    tensors = {}
+    for key, value in model.state_dict().items():
+        value = value.detach().cpu()
+        value = (value.float() if value.is_floating_point() else value).contiguous()
+        # the same tensor under each of its names: it is stored once
+        tensors.update(dict.fromkeys(to_official(key), value))
+    # a buffer of the transformers version of the time, which its strict loading expects
+    tensors[IGNORED] = torch.arange(model.config.max_positions)[None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, open(partial, "wb") as file:
+        kept = _Errors(file)
+        try:
+            torch.save(tensors, kept)
+        except RuntimeError:
+            # torch says "unexpected pos" where the disk was full
+            if kept.error is not None:
+                raise kept.error from None
+            raise
+
+
+class _Errors:
+    """A file to write to that keeps the first error of the operating system, which torch replaces by its own."""
+
+    def __init__(self, file: IO[bytes]):
+        self.error: OSError | None = None
+        self._file = file
+
+    def write(self, data) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
