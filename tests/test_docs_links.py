@@ -13,9 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
-NAMED = re.compile(
-    r"(?<![\w/.])((?:prismer|kernels|dataloading|csrc|benchmarks|tests|scripts)/[\w/]+\.(?:py|cpp|cu|h))"
-)
+_FOLDERS = "prismer|kernels|dataloading|csrc|benchmarks|tests|scripts"
+NAMED = re.compile(rf"(?<![\w/.])((?:{_FOLDERS})/[\w/]+\.(?:py|cpp|cu|h))")
 
 SOURCES = subprocess.run(
     ["git", "ls-files", "*.py", "*.cpp", "*.h", "*.cu", "*.cuh"], cwd=ROOT, capture_output=True, text=True, check=True
