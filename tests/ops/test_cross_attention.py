@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from prismer.costs.counting import Counter
-from prismer.kernels import cross_attention as room
-from prismer.kernels.cross_attention import cross_attention, cross_attention_reference
+from prismer.kernels.cross_attention import cheaper_order, cross_attention, cross_attention_reference, flops
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.philox import survivors
 from tests.ops.live_bytes import kept_bytes
@@ -54,7 +53,7 @@ def plain(q, context, k_weight, k_bias, v_weight, v_bias, num_heads, dropout, se
     weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
     if dropout:
         B, H, N, L = weights.shape
-        weights = weights * survivors(seed, B, H, 0, N, L, 0, dropout) / (1 - dropout)
+        weights = weights * survivors(seed, B, H, 0, N, L, dropout) / (1 - dropout)
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
@@ -111,7 +110,7 @@ def test_what_trains(dropout):
             for name, value in got.items():
                 torch.testing.assert_close(value, everything[name])
             grads = set(NAMES) - set(frozen)
-            assert counter.flops == room.flops("absorbed", B, N, L, D, E, H, grads), frozen
+            assert counter.flops == flops("absorbed", B, N, L, D, E, H, grads), frozen
 
 
 @pytest.mark.parametrize("frozen", ((), ("q",), ("context",), ("k_weight", "v_weight"), NAMES[:5]), ids=str)
@@ -121,14 +120,14 @@ def test_flops_of_the_ordinary_order(frozen):
     tensors, options = draw(B, N, L, D, E, H, 0.0, True)
     with use_backend("torch"), Counter() as counter:
         results(cross_attention, tensors, torch.ones(B, N, D), torch.float64, frozen, **options, order="ordinary")
-    assert counter.flops == room.flops("ordinary", B, N, L, D, E, H, set(NAMES) - set(frozen))
+    assert counter.flops == flops("ordinary", B, N, L, D, E, H, set(NAMES) - set(frozen))
 
 
 def test_choice():
     """Few queries are absorbed, many are not; nor is anything on another device or for another backend."""
     B, L, D, H = 2, 40, 64, 4
     for N, order in ((2, "absorbed"), (40, "ordinary")):
-        assert room.cheaper_order(B, N, L, D, D, H, NAMES) == order
+        assert cheaper_order(B, N, L, D, D, H, NAMES) == order
         tensors, options = draw(B, N, L, D, D, H, 0.0, True)
         tensors = {name: t.float().requires_grad_() for name, t in tensors.items()}
         for backend, absorbed in ((None, order == "absorbed"), ("torch", order == "absorbed"), ("sdpa", False)):
@@ -141,8 +140,8 @@ def test_choice():
     assert "prismer::cross_attention" not in counter.issued
     # caption of 20 tokens, BASE: the figures of the docstring
     for L, ratio in ((964, 0.38), (260, 0.43)):
-        flops = [room.flops(order, 1, 20, L, 768, 768, 12, NAMES) for order in ("absorbed", "ordinary")]
-        assert abs(flops[0] / flops[1] - ratio) < 0.02
+        absorbed, ordinary = (flops(order, 1, 20, L, 768, 768, 12, NAMES) for order in ("absorbed", "ordinary"))
+        assert abs(absorbed / ordinary - ratio) < 0.02
 
 
 def test_drawn_dropout():

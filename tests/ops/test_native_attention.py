@@ -9,8 +9,7 @@ import functools
 import pytest
 import torch
 
-from prismer.kernels.attention import attention, attention_reference
-from prismer.kernels.attention import native_backend as attention_native
+from prismer.kernels.attention import attention, attention_reference, native_backend
 from prismer.kernels.dispatch import use_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -174,7 +173,7 @@ def test_to_the_bit(isa, dtype):
 def test_logarithms_of_sums(isa, dtype):
     """What is kept beside the output is what torch's operators keep: in base 2, infinity for who sees nothing."""
     (q, k, v), _, options = draw(2, 2, 110, 110, 32, "causal mask", dtype)
-    call = q, k, v, None, None, options["key_mask"], None, True, 0.0, 0.3
+    call = q, k, v, options["key_mask"], None, True, 0.0, 0.3
     got, wanted = (torch.ops.prismer.attention(*call, backend)[1] for backend in ("native", "torch"))
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     assert got[0, :, :3].isposinf().all() and got[1, :, -1].isfinite().all()
@@ -208,8 +207,8 @@ def test_what_is_chosen(monkeypatch, count_calls):
     """Ours on AVX-512, and for 16 bits on AVX2, where torch multiplies those slowly; torch's own elsewhere."""
     from tests.ops.native_sets import HERE
 
-    ran, forward = [], attention_native.forward
-    monkeypatch.setattr(attention_native, "forward", lambda *args: ran.append("native") or forward(*args))
+    ran, forward = [], native_backend.forward
+    monkeypatch.setattr(native_backend, "forward", lambda *args: ran.append("native") or forward(*args))
 
     def backend(dtype, **options):
         call = functools.partial(attention, *(torch.randn(1, 1, 4, options.pop("K", 32)).to(dtype),) * 3, **options)
@@ -237,7 +236,6 @@ def test_what_is_chosen(monkeypatch, count_calls):
         (40, {}, "multiples of 16, not 40"),
         (272, {}, "up to 256"),
         (32, dict(dropout=0.1), "no dropout"),
-        (32, dict(extra_k=torch.zeros(1, 1, 2, 32), extra_v=torch.zeros(1, 1, 2, 32)), "one segment"),
     ),
 )
 def test_refusals(K, change, message):
@@ -260,12 +258,12 @@ def test_torch_func():
 def test_opcheck(requires_grad):
     q, k, v = (torch.randn(2, 2, 9, 32, requires_grad=requires_grad) for _ in range(3))
     mask = torch.arange(9).expand(2, -1) > 1
-    arguments = (q, k, v, None, None, mask, None, True, 0.0, 0.2, "native")
+    arguments = (q, k, v, mask, None, True, 0.0, 0.2, "native")
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.prismer.attention, arguments, test_utils=utils)
     with torch.no_grad():
         out, lse = torch.ops.prismer.attention(*arguments)
-        back = (torch.randn_like(out), *arguments[:7], out, lse, *arguments[7:], requires_grad, True, False)
+        back = (torch.randn_like(out), *arguments[:5], out, lse, *arguments[5:], requires_grad, True)
         torch.library.opcheck(torch.ops.prismer.attention_backward, back, test_utils=utils)
     with torch.no_grad():
         out, lse = torch.empty(2, 9, 2, 32), torch.empty(2, 2, 9)
