@@ -43,7 +43,7 @@ def small_blocks(BM=32, BN=32):
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Small blocks, so that small tensors have several; call it again for others."""
+    """Small Triton blocks, so that small tensors have several; call it again for other sizes."""
 
     def use(BM=32, BN=32):
         monkeypatch.setattr(triton_backend, "tiles", small_blocks(BM, BN))
@@ -54,7 +54,7 @@ def blocks(monkeypatch):
 
 @pytest.fixture
 def on(running):
-    """Switches the backend inside a test."""
+    """Call it with a name to run the rest of the test on that backend."""
     with ExitStack() as stack:
         yield lambda backend: stack.enter_context(running(backend))
 
@@ -123,8 +123,8 @@ def compare(tensors, options, dtype, assert_no_worse, saturated=False):
     for name, value in got.items():
         assert value.dtype == dtype, name
         if saturated and name in ("dq", "dk"):
-            # dout . v and dout . out cancel where one key has all the weight: to a rounding, in every flash attention;
-            # but large scores are rounded too, in every order otherwise, and what this makes is left to the rule
+            # where one key has all the weight, dout . v and dout . out cancel up to one rounding, in every flash
+            # attention; the rule judges larger errors, since large scores are rounded too, in every order otherwise
             terms = (dout.double().abs() @ low["v"].double().abs().mT).amax()
             cancelled = terms * low["q" if name == "dk" else "k"].abs().amax()
             if (value.double() - exact[name]).abs().amax() <= 2 * torch.finfo(dtype).eps * cancelled:
@@ -150,8 +150,8 @@ def test_attention(backend, case, dtype, blocks, on, assert_no_worse):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("case", ("massive", "same", "tiny", "hot-key"))
 @pytest.mark.parametrize("backend", ("triton", "torch"))
-def test_adversarial(backend, case, dtype, blocks, on, assert_no_worse):
-    """Saturated and uniform softmax, vanishing numbers, one key that outweighs all and comes last."""
+def test_extreme_inputs(backend, case, dtype, blocks, on, assert_no_worse):
+    """A saturated and a uniform softmax, tiny numbers, and a last key that outweighs all others."""
     on(backend)
     tensors, options = draw(1, 1, 18, 40, 32, "")
     if case == "massive":
@@ -166,16 +166,16 @@ def test_adversarial(backend, case, dtype, blocks, on, assert_no_worse):
 
 
 @pytest.mark.parametrize("backend", ("triton", "torch"))
-def test_real_blocks(backend, on, assert_no_worse):
-    """The blocks that a launch would take, on the decoder's shape: all of it in one program."""
+def test_the_blocks_of_a_real_launch(backend, on, assert_no_worse):
+    """The decoder's shape with the blocks of a launch: one program computes all of it."""
     on(backend)
     assert triton_backend.tiles("forward", 64, 2, 40, 40, True)["BN"] == 64
     tensors, options = draw(1, 1, 40, 40, 64, "causal dropout", torch.bfloat16)
     compare(tensors, options, torch.bfloat16, assert_no_worse)
 
 
-def test_reference():
-    """The definition agrees with torch's attention and with `plain`, written apart."""
+def test_the_reference_is_torchs_attention():
+    """The definition agrees with torch's attention, and with `plain`, which is written independently."""
     for case in CASES.values():
         tensors, options = draw(*case)
         out = attention_reference(**tensors, **options)
@@ -214,14 +214,14 @@ def test_blocks_of_queries_give_the_same(monkeypatch):
         ),
     ),
 )
-def test_philox(counter, seed, words):
-    """The known answers of Philox 4x32-10."""
+def test_philox_gives_the_known_answers(counter, seed, words):
+    """The published test vectors of Philox 4x32-10."""
     got = philox(torch.tensor(seed), *(torch.tensor(c) for c in counter))
     assert tuple(int(word) for word in got) == words
 
 
-def test_dropout_depends_on_place_alone(blocks, on):
-    """With the unit matrix for values the output is the dropped weights: the same zeros in every backend and block."""
+def test_dropout_depends_on_the_place_alone(blocks, on):
+    """With a unit matrix as values the output is the dropped weights: the zeros agree in all backends and blocks."""
     tensors, _ = draw(2, 2, 64, 64, 64, "")
     tensors["v"][:] = torch.eye(64)
     tensors = {name: t.float() for name, t in tensors.items()}
@@ -249,8 +249,7 @@ def test_dropout_is_fair():
 
 
 @pytest.mark.parametrize("backend", ("torch", "sdpa", "reference"))
-def test_drawn_dropout(backend):
-    """Without a seed torch's generator decides."""
+def test_without_a_seed_torchs_generator_decides(backend):
     tensors, _ = draw(*CASES["self"], torch.float32)
     drawn = []
     for seed in (1, 1, 2):
@@ -277,8 +276,8 @@ def test_no_queries_or_no_keys(backend, N, L, blocks, on):
 
 
 @pytest.mark.parametrize("backend", ("triton", "torch"))
-def test_layouts(backend, blocks, on, assert_no_worse):
-    """A transposed last dimension, keys shared by all samples, an expanded gradient; gradients in (B, N, H, K)."""
+def test_layouts_of_inputs_and_gradients(backend, blocks, on, assert_no_worse):
+    """A transposed last dimension, keys that all samples share, an expanded gradient; gradients lie (B, N, H, K)."""
     on(backend)
     q = torch.randn(2, 2, 32, 9).mT.requires_grad_()
     k, v = (torch.randn(1, 2, 11, 32).expand(2, -1, -1, -1).requires_grad_() for _ in range(2))
@@ -292,8 +291,7 @@ def test_layouts(backend, blocks, on, assert_no_worse):
     assert all(t.transpose(1, 2).is_contiguous() for t in got.values())
 
 
-def test_sample_alone_and_repeats(blocks, on):
-    """Bit for bit: again, and each sample alone."""
+def test_repeats_and_a_sample_alone_give_the_same_bits(blocks, on):
     on("triton")
     tensors, options = draw(2, 2, 20, 53, 32, "mask", torch.bfloat16)
     dout = torch.randn(2, 2, 20, 32).bfloat16()
@@ -312,7 +310,7 @@ def test_sample_alone_and_repeats(blocks, on):
 
 @pytest.mark.parametrize("backend", ("triton", "torch"))
 def test_saved_bytes(backend, blocks, on):
-    """q, k, v, the output and one number a row, all views of what is there anyway; nothing if nothing trains."""
+    """Saved are q, k, v, the output and one number a row, without a copy; nothing if nothing trains."""
     on(backend)
     tensors, _ = draw(1, 2, 9, 17, 32, "", torch.bfloat16)
     saved = []
@@ -363,8 +361,8 @@ def formula(B, H, N, L, K, what, BM, BN, s):
 
 
 @pytest.mark.parametrize("case", ("causal", "resampler", "narrow"))
-def test_ledger(case, blocks, on):
-    """The bytes and FLOPs are those of the docstring; every address and every write is checked."""
+def test_traffic_is_the_published_formula(case, blocks, on):
+    """Bytes and FLOPs are those of the docstring; the interpreter checks every address and every write."""
     from tests.ops.interpreter import interpreted
 
     BM, BN = 16, 32
@@ -435,8 +433,8 @@ def test_gradcheck():
 # which backend
 
 
-def test_choice(count_calls):
-    """On a CPU ours where it is faster and with a seed, torch's own with dropout; the argument beats the context."""
+def test_which_backend_is_chosen(count_calls):
+    """On a CPU ours where it is faster or a seed is given, torch's own with dropout; the argument beats the context."""
     tensors, _ = draw(1, 1, 5, 5, 32, "", torch.float32)
 
     def ours(**options):
@@ -464,7 +462,7 @@ def test_choice(count_calls):
         (dict(dropout=0.1, seed=SEED), "sdpa", "a seed was given"),
     ),
 )
-def test_refusals(change, backend, message):
+def test_a_backend_that_cannot_run_the_call_says_why(change, backend, message):
     good = dict.fromkeys("qkv", torch.zeros(1, 1, 4, 32))
     with pytest.raises(RuntimeError, match=message):
         attention(**good | change, backend=backend)
@@ -488,7 +486,7 @@ def test_refusals(change, backend, message):
         (dict(backend="cuda"), "choose flash-attn, native, sdpa, triton"),
     ),
 )
-def test_errors(change, message):
+def test_bad_arguments(change, message):
     good = dict.fromkeys("qkv", torch.zeros(1, 1, 4, 32))
     with pytest.raises(ValueError, match=message):
         attention(**good | change)

@@ -1,8 +1,8 @@
-"""Proves that attention lent by other libraries is called as they publish it, and only for what they serve.
+"""Proves that the attention of other libraries is called as they publish it, and only for what they serve.
 
-Their GPU code does not run here. What is kept is the signature of each, read from the published package; a stand-in
-with that very signature, which computes by torch's attention, must give the right result through our adapter; and
-where a package is installed, its signature must still be the one kept.
+Their GPU code does not run here. This file keeps the signature of each, read from the published package. A stand-in
+with that signature computes by torch's attention, and must give the right result through our adapter. Where a package
+is installed, its signature must still be the one kept here.
 
 Run: pytest tests/ops/test_attention_peers.py
 """
@@ -26,7 +26,7 @@ BF16 = torch.bfloat16
 
 @dataclass(frozen=True)
 class Published:
-    """A function as its package declares it: (name, default) of every parameter, "-" where there is none."""
+    """A function as its package declares it: (name, default) of every parameter, with "-" where there is no default."""
 
     package: str
     source: str
@@ -105,12 +105,12 @@ RECORDS = {"flash-attn 2": FLASH2, "flash-attn 3": FLASH3, "flash-attn 4": FLASH
 
 
 class LowerTriangularMask:
-    """Stands for the class of that name in xformers.ops."""
+    """A stand-in for the class of that name in xformers.ops."""
 
 
 @pytest.fixture
 def install(monkeypatch):
-    """Puts stand-ins for packages where imports find them; returns the arguments of every call by parameter name."""
+    """Puts stand-ins for packages where imports find them; returns the arguments of every call, by parameter name."""
     names = ("flash_attn", "flash_attn.cute", "flash_attn_interface", "xformers", "xformers.ops")
     for name in names:
         monkeypatch.setitem(sys.modules, name, None)
@@ -153,8 +153,8 @@ def facts_of(capability=(9, 0), **changes):
 
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("name", RECORDS)
-def test_adapter(name, causal, install, monkeypatch):
-    """Arguments bind to the published signature, and layout, causality and scale arrive as they are meant."""
+def test_calls_bind_to_the_published_signature(name, causal, install, monkeypatch):
+    """Layout, causality, dropout and scale arrive as they are meant, and the output is right."""
     calls = install(RECORDS[name])
     q, k, v = torch.randn(2, 9, 3, 4, 64).permute(2, 0, 3, 1, 4)
     dropout = 0.1 if name in ("flash-attn 2", "xformers") else 0.0
@@ -175,8 +175,7 @@ def test_adapter(name, causal, install, monkeypatch):
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_published_signature(name):
-    """An installed package still declares what is kept here."""
+def test_an_installed_package_still_has_the_signature(name):
     record = RECORDS[name]
     module = pytest.importorskip(record.module, exc_type=Exception)
     if not hasattr(module, record.function):
@@ -186,8 +185,7 @@ def test_published_signature(name):
     assert got == record.parameters, f"{record.function} of {record.module} is no longer that of {record.package}"
 
 
-def test_xformers_names():
-    """The other names that the adapter takes from xFormers."""
+def test_an_installed_xformers_has_the_causal_mask():
     ops = pytest.importorskip("xformers.ops", exc_type=Exception)
     assert ops.LowerTriangularMask() is not None
 
@@ -212,8 +210,8 @@ def test_xformers_names():
         ((), facts_of((9, 0)), None),
     ),
 )
-def test_generation(installed, facts, generation, install):
-    """The best generation that is installed and serves the call, or none, with reasons."""
+def test_the_best_generation_of_flash_attn_is_taken(installed, facts, generation, install):
+    """It is the best that is installed and serves the call; if there is none, there are reasons."""
     for number in installed:
         install(FLASH[number])
     found = peers._generation(facts)
@@ -251,8 +249,7 @@ def test_supports(backend, facts, reason, install):
     assert found is None if reason is None else reason in found
 
 
-def test_packages(install, monkeypatch):
-    """Absent, there, and broken in its own way."""
+def test_packages_may_be_absent_or_broken(install, monkeypatch):
     assert "flash_attn.cute is not installed" in dispatch.package_missing("flash-attn")
     assert "xformers.ops is not installed" in dispatch.package_missing("xformers")
     install(FLASH4)

@@ -1,5 +1,5 @@
 """Proves that attention over a context is its definition, forward and every gradient, in both orders: with dropout, in
-several dtypes and layouts; that its FLOPs are those of the formula, and what it keeps.
+several dtypes and layouts; that its FLOPs are those of the formula; and how many bytes it saves.
 
 Run: pytest tests/ops/test_cross_attention.py
 """
@@ -70,8 +70,8 @@ def results(op, tensors, dout, dtype, frozen=(), **options):
 
 @pytest.mark.parametrize("order", ("absorbed", "ordinary"))
 @pytest.mark.parametrize("case", CASES)
-def test_definition(case, order):
-    """In float64; the gradient of the keys' bias is zero but for rounding."""
+def test_both_orders_are_the_definition(case, order):
+    """In float64; the gradient of the keys' bias is zero up to rounding."""
     tensors, options = draw(*CASES[case])
     dout = torch.randn_like(tensors["q"])
     wanted = results(plain, tensors, dout, torch.float64, **options)
@@ -84,7 +84,7 @@ def test_definition(case, order):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_rounding(case, dtype, assert_no_worse):
+def test_low_precision(case, dtype, assert_no_worse):
     tensors, options = draw(*CASES[case])
     low = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
     dout = torch.randn(low["q"].shape).to(dtype)
@@ -97,8 +97,8 @@ def test_rounding(case, dtype, assert_no_worse):
 
 
 @pytest.mark.parametrize("dropout", (0.0, 0.25))
-def test_what_trains(dropout):
-    """Every set of frozen arguments: gradients of the others are those of all, and FLOPs are the formula's."""
+def test_frozen_arguments(dropout):
+    """For every set of frozen arguments the other gradients do not change, and FLOPs are those of the formula."""
     B, N, L, D, E, H = 2, 3, 7, 8, 12, 2
     tensors, options = draw(B, N, L, D, E, H, dropout, True)
     dout = torch.randn_like(tensors["q"])
@@ -115,7 +115,7 @@ def test_what_trains(dropout):
 
 @pytest.mark.parametrize("frozen", ((), ("q",), ("context",), ("k_weight", "v_weight"), NAMES[:5]), ids=str)
 def test_flops_of_the_ordinary_order(frozen):
-    """With attention on torch's operators, whose backward pass forms the scores again."""
+    """Attention runs on torch's operators; its backward pass forms the scores again."""
     B, N, L, D, E, H = 2, 3, 7, 8, 12, 2
     tensors, options = draw(B, N, L, D, E, H, 0.0, True)
     with use_backend("torch"), Counter() as counter:
@@ -123,8 +123,8 @@ def test_flops_of_the_ordinary_order(frozen):
     assert counter.flops == flops("ordinary", B, N, L, D, E, H, set(NAMES) - set(frozen))
 
 
-def test_choice():
-    """Few queries are absorbed, many are not; nor is anything on another device or for another backend."""
+def test_which_order_is_chosen():
+    """Absorbed for few queries on a CPU; ordinary for many queries, on other devices and for other backends."""
     B, L, D, H = 2, 40, 64, 4
     for N, order in ((2, "absorbed"), (40, "ordinary")):
         assert cheaper_order(B, N, L, D, D, H, NAMES) == order
@@ -138,14 +138,13 @@ def test_choice():
     with Counter() as counter:
         cross_attention(**(meta | dict(q=meta["q"][:, :2])), **options)
     assert "prismer::cross_attention" not in counter.issued
-    # caption of 20 tokens, BASE: the figures of the docstring
+    # a caption of 20 tokens at BASE, as in the docstring
     for L, ratio in ((964, 0.38), (260, 0.43)):
         absorbed, ordinary = (flops(order, 1, 20, L, 768, 768, 12, NAMES) for order in ("absorbed", "ordinary"))
         assert abs(absorbed / ordinary - ratio) < 0.02
 
 
-def test_drawn_dropout():
-    """Without a seed torch's generator decides."""
+def test_without_a_seed_torchs_generator_decides():
     tensors, options = draw(*CASES["wide-context"])
     drawn = []
     for seed in (1, 1, 2):
@@ -154,8 +153,8 @@ def test_drawn_dropout():
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
-def test_kept_bytes():
-    """Queries and probabilities: no keys, no values, no mask; nothing without gradients."""
+def test_saved_bytes():
+    """Queries and probabilities are saved, but no keys, values or mask; nothing without gradients."""
     B, N, L, D, H = 2, 4, 50, 32, 4
     tensors, options = draw(B, N, L, D, D, H, 0.25, True)
     tensors = {name: t.float().requires_grad_() for name, t in tensors.items()}
@@ -187,7 +186,7 @@ def test_layouts():
 
 @pytest.mark.parametrize(("B", "N", "L"), ((0, 2, 3), (2, 0, 3), (2, 2, 0)))
 @pytest.mark.parametrize("order", (None, "absorbed"))
-def test_nothing_to_see(B, N, L, order):
+def test_no_images_queries_or_tokens(B, N, L, order):
     tensors, options = draw(B, N, L, 8, 8, 2, 0.0, True)
     for name, value in results(cross_attention, tensors, tensors["q"], torch.float64, **options, order=order).items():
         assert not value.isnan().any() and not value[..., :0].any(), name
@@ -195,7 +194,7 @@ def test_nothing_to_see(B, N, L, order):
 
 
 def test_compiled():
-    """One graph, whose sizes may vary, and the same gradients."""
+    """One graph serves several sizes and gives the same gradients."""
     compiled = torch.compile(cross_attention, backend="aot_eager", fullgraph=True, dynamic=True)
     for N in (2, 4, 5):
         tensors, options = draw(6, N, 40, 24, 24, 3, 0.25, True)
