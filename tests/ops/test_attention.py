@@ -25,13 +25,14 @@ CASES = {  # B, H, N, L, K, what else
     "self": (1, 2, 37, 37, 64, ""),
     "causal": (1, 1, 65, 65, 32, "causal"),
     "padded": (3, 1, 17, 45, 64, "mask"),
+    "causal-padded": (2, 1, 33, 33, 32, "causal mask"),
     "text": (2, 1, 40, 40, 64, "causal mask dropout"),
     "text-to-image": (1, 2, 7, 70, 128, "dropout"),
     "resampler": (1, 2, 20, 81, 96, ""),
     "wide-resampler": (1, 1, 33, 40, 160, ""),
     "narrow": (2, 1, 35, 35, 32, "causal mask dropout"),
 }
-SDPA_CASES = ("one", "self", "causal", "padded")
+SDPA_CASES = ("one", "self", "causal", "padded", "causal-padded")
 RUNS = [(backend, case) for backend in ("triton", "torch") for case in CASES] + [("sdpa", c) for c in SDPA_CASES]
 SEED = torch.tensor([-0x123456789ABCDEF])
 P = 0.3

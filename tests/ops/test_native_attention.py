@@ -13,7 +13,7 @@ from prismer.kernels.attention import attention, attention_reference, native_bac
 from prismer.kernels.dispatch import use_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-pytest.importorskip("native_sets")  # skips where the extension was not built
+pytest.importorskip("tests.ops.native_sets")  # skips where the extension was not built
 
 ops = torch.ops.prismer_native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,7 +9,7 @@ import torch
 from prismer.kernels import philox
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-pytest.importorskip("native_sets")  # skips where the extension was not built
+pytest.importorskip("tests.ops.native_sets")  # skips where the extension was not built
 
 ops = torch.ops.prismer_native
 SEEDS = (0, -1, -0x123456789ABCDEF, 2**63 - 1, 2**32)
