@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.official_loader import HIGH_LEVEL, LABEL_SIZE, LOW_LEVEL
-from prismer.dataloading.feed.features import Semantics
-from prismer.dataloading.scenes.dataset import WORDS, render_scene
-from prismer.dataloading.sources.importers import import_records
-from prismer.dataloading.sources.lists import caption_records
+from benchmarks.published_loader import HIGH_LEVEL, LABEL_SIZE, LOW_LEVEL
+from prismer.dataloading.scenes.dataset import render_scene
+from prismer.dataloading.scenes.layout import WORDS
+from prismer.dataloading.semantics.features import Semantics
+from prismer.dataloading.sources.coco_captions import caption_records
+from prismer.dataloading.sources.importer import import_records
 from prismer.experts import BACKGROUND
 
 COUNT = 32

@@ -33,13 +33,13 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from benchmarks.conftest import machine
 from benchmarks.loader_corpus import CLASSES, COUNT, HEIGHT, NAMES, WIDTH, write_corpus
-from benchmarks.official_loader import HIGH_LEVEL, LABEL_SIZE, LOW_LEVEL, OfficialDataset
+from benchmarks.published_loader import HIGH_LEVEL, LABEL_SIZE, LOW_LEVEL, OfficialDataset
 from prismer.config import PrismerConfig, prismer_base
 from prismer.dataloading.feed.augment import AugmentConfig, draw_params
-from prismer.dataloading.feed.features import FeatureTables, Semantics
+from prismer.dataloading.feed.image_pipeline import ImagePipeline
 from prismer.dataloading.feed.loader import Loader
-from prismer.dataloading.feed.pipeline import ImagePipeline
-from prismer.dataloading.store.labels import pack_labels
+from prismer.dataloading.semantics.features import FeatureTables, Semantics
+from prismer.dataloading.store.label_maps import pack_labels
 from prismer.dataloading.store.shards import ShardDataset
 
 BATCH = COUNT

@@ -16,11 +16,17 @@ import pytest
 from PIL import Image
 
 from prismer.cli.main import main
-from prismer.dataloading.feed.images import load_image
+from prismer.dataloading.feed.load_image import load_image
+from prismer.dataloading.feed.rgb import to_jpeg
 from prismer.dataloading.scenes.dataset import render_dataset
-from prismer.dataloading.sources import folders, importers
-from prismer.dataloading.sources.importers import import_records, to_jpeg
-from prismer.dataloading.sources.lists import caption_records, class_records, folder_records, tar_records, vqa_records
+from prismer.dataloading.sources import image_folders as folders
+from prismer.dataloading.sources import importer as importers
+from prismer.dataloading.sources.class_folders import class_records
+from prismer.dataloading.sources.coco_captions import caption_records
+from prismer.dataloading.sources.image_folders import folder_records
+from prismer.dataloading.sources.importer import import_records
+from prismer.dataloading.sources.vqa_questions import vqa_records
+from prismer.dataloading.sources.webdataset_tars import tar_records
 from prismer.dataloading.store import writer as shard_writer
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.reading import lines_of, parse_json, read_lines

@@ -16,10 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from prismer.dataloading.sources import importers
-from prismer.dataloading.sources.importers import import_records, read_official_labels, to_jpeg
-from prismer.dataloading.sources.lists import caption_records, class_records, folder_records, tar_records, vqa_records
-from prismer.dataloading.sources.record import safe_key
+from prismer.dataloading.feed.rgb import to_jpeg
+from prismer.dataloading.sources import importer as importers
+from prismer.dataloading.sources.class_folders import class_records
+from prismer.dataloading.sources.coco_captions import caption_records
+from prismer.dataloading.sources.image_folders import folder_records
+from prismer.dataloading.sources.importer import import_records
+from prismer.dataloading.sources.published_labels import read_published_labels
+from prismer.dataloading.sources.records import safe_key
+from prismer.dataloading.sources.vqa_questions import vqa_records
+from prismer.dataloading.sources.webdataset_tars import tar_records
 from prismer.dataloading.store.check import check_dataset
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 
@@ -553,7 +559,7 @@ def test_labels_turn_with_their_image(labelled):
 
 def test_read_official_labels_of_one_file(labelled):
     files = {"depth": labelled / "labels/depth/vqav2/train2014/1.png"}
-    planes, tables, blank = read_official_labels(files, TABLES, 224)
+    planes, tables, blank = read_published_labels(files, TABLES, 224)
     assert planes["depth"].shape == (224, 224) and tables == {} and blank == []
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from prismer.batch import IGNORE_INDEX, Batch
 from prismer.config import prismer_tiny
 from prismer.dataloading.feed.augment import AugmentConfig
-from prismer.dataloading.feed.features import Semantics
 from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 
 CONFIG = prismer_tiny(image_size=48, label_size=32)

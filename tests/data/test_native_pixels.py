@@ -14,10 +14,11 @@ from PIL import Image
 from prismer.config import prismer_tiny
 from prismer.dataloading.feed import dali, native_pixels
 from prismer.dataloading.feed.augment import AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
-from prismer.dataloading.feed.pipeline import ImagePipeline, rotate_normals
+from prismer.dataloading.feed.image_pipeline import ImagePipeline, rotate_normals
+from prismer.dataloading.store import native_ops
 from prismer.experts import EXPERTS
 
-if not native_pixels.is_built():
+if not native_ops.is_built():
     pytest.skip("prismer._C was not built", allow_module_level=True)
 
 ops = torch.ops.prismer_native
@@ -181,7 +182,7 @@ def test_native_ops_and_dali_agree(monkeypatch):
     """The same draws: photos within rounding, maps but for pixels on the borders of regions."""
     config = prismer_tiny(image_size=96, label_size=64)
     native = ImagePipeline(config, batch_size=32, augmented=True)
-    monkeypatch.setattr(native_pixels, "is_built", lambda: False)
+    monkeypatch.setattr(native_ops, "is_built", lambda: False)
     dalis = ImagePipeline(config, batch_size=32, augmented=True)
     assert native.native and not dalis.native
     params = [draw_params(AugmentConfig(), keyed_rng(Draw.AUGMENT, 3, 0, i), 4 / 3) for i in range(32)]
@@ -244,7 +245,7 @@ def test_whole_pixels(window, height, width, expected):
 def test_undifference(isa, height, width):
     plane = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
     expected = np.add.accumulate(plane, axis=0, dtype=np.uint8)
-    native_pixels.undifference(plane)
+    native_ops.undifference(plane)
     assert np.array_equal(plane, expected)
 
 
@@ -252,13 +253,13 @@ def test_undifference(isa, height, width):
 def test_values_in_use(size):
     for values in ([0], [255], [3, 200], range(256)):
         plane = np.random.default_rng(size).choice(list(values), (size,)).astype(np.uint8)
-        assert native_pixels.values_in_use(plane) == sorted(set(plane.tolist()))
-        assert native_pixels.values_in_use(np.sort(plane)) == sorted(set(plane.tolist()))
-    assert native_pixels.values_in_use(np.repeat(np.uint8([9, 0, 9, 4]), 8)) == [0, 4, 9]
+        assert native_ops.values_in_use(plane) == sorted(set(plane.tolist()))
+        assert native_ops.values_in_use(np.sort(plane)) == sorted(set(plane.tolist()))
+    assert native_ops.values_in_use(np.repeat(np.uint8([9, 0, 9, 4]), 8)) == [0, 4, 9]
     # the last one alone differs
     plane = np.zeros((3, 9), np.uint8)
     plane[-1, -1] = 9
-    assert native_pixels.values_in_use(plane) == [0, 9]
+    assert native_ops.values_in_use(plane) == [0, 9]
 
 
 def test_maps_may_be_read_only_or_strided():

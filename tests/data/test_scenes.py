@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from prismer.dataloading.scenes import dataset as scenes
-from prismer.dataloading.scenes import labels as scene_labels
-from prismer.dataloading.scenes import raycast
-from prismer.dataloading.scenes.text import ATTRIBUTES
+from prismer.dataloading.scenes import exact_labels as scene_labels
+from prismer.dataloading.scenes import layout, raycast
+from prismer.dataloading.scenes.captions_and_questions import ATTRIBUTES
 from prismer.dataloading.store.shards import ShardDataset
 
 SIGN, GROUND, SKY = (scenes.SEG_CLASSES.index(name) for name in ("sign", "ground", "sky"))
@@ -58,8 +58,8 @@ def _distance(shape: str, point: np.ndarray, extent: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("shape", ["sphere", "cube", "cylinder", "cone"])
 def test_trace_agrees_with_ray_marching(shape):
     rng = np.random.default_rng(3)
-    camera = scenes._sample_camera(rng)
-    extent = np.array(scenes._EXTENT[shape]) * 0.9
+    camera = layout.sample_camera(rng)
+    extent = np.array(layout.EXTENT[shape]) * 0.9
     yaw = 0.6
     primitive = raycast.Primitive(shape, np.array([0.3, extent[1], 0.8]), extent, yaw, 0, (1, 1, 1))
     trace = raycast.cast(camera, [primitive], 96)
@@ -89,10 +89,10 @@ def test_trace_agrees_with_ray_marching(shape):
 
 
 def test_windows_cut_nothing_off(monkeypatch):
-    layouts = [scenes._sample_layout(np.random.default_rng(i)) for i in range(6)]
-    narrow = [raycast.paint_picture(x, 64, raycast.cast(x.camera, x.primitives, 128)) for x in layouts]
+    layouts = [layout.sample_layout(np.random.default_rng(i)) for i in range(6)]
+    narrow = [raycast.paint_image(x, 64, raycast.cast(x.camera, x.primitives, 128)) for x in layouts]
     monkeypatch.setattr(raycast, "_window", lambda camera, points, n: (slice(0, n), slice(0, n)))
-    wide = [raycast.paint_picture(x, 64, raycast.cast(x.camera, x.primitives, 128)) for x in layouts]
+    wide = [raycast.paint_image(x, 64, raycast.cast(x.camera, x.primitives, 128)) for x in layouts]
     for a, b in zip(narrow, wide, strict=True):
         # contact shadows fade out: their window may cut off what is below one grey level
         assert np.abs(a.astype(int) - b).max() <= 1
@@ -100,13 +100,13 @@ def test_windows_cut_nothing_off(monkeypatch):
 
 def test_shadow_falls_away_from_the_light():
     rng = np.random.default_rng(0)
-    camera, looks = scenes._sample_camera(rng), scenes._sample_looks(rng)
+    camera, looks = layout.sample_camera(rng), layout.sample_looks(rng)
     ball = raycast.Primitive("sphere", np.array([0.0, 0.9, 0.0]), np.full(3, 0.5), 0.0, 0, (0.5, 0.5, 0.5))
-    layout = raycast.Layout(camera, [ball], [{"shape": "sphere"}], **looks)
+    scene = raycast.Layout(camera, [ball], [{"shape": "sphere"}], **looks)
     trace = raycast.cast(camera, [ball], 128)
     point = camera.position[:, None, None] + np.where(trace.part == -2, 0, trace.t) * camera.rays(128)
-    lights = np.broadcast_to(layout.light[:, None, None], (3, 128, 128)).astype(np.float32)
-    sunny, _ = raycast._shadows(layout, 128, trace, point.astype(np.float32), lights)
+    lights = np.broadcast_to(scene.light[:, None, None], (3, 128, 128)).astype(np.float32)
+    sunny, _ = raycast._shadows(scene, 128, trace, point.astype(np.float32), lights)
     ground = trace.part == -1
     # a point of the ground is in the dark if the line to the light passes the centre within a radius
     offset = ball.centre[:, None, None] - point
@@ -205,7 +205,7 @@ def test_description_matches_the_labels(rendered):
 
 def test_colours_are_where_the_description_says(rendered):
     """A pixel of a small neighbourhood that holds one object only has the hue of its paint."""
-    paints = {name: np.array(paint) / np.linalg.norm(paint) for name, paint in scenes._PAINT.items()}
+    paints = {name: np.array(paint) / np.linalg.norm(paint) for name, paint in layout.PAINT.items()}
     right = total = 0
     for scene in rendered:
         linear = (scene.rgb / 255) ** 2.2
@@ -227,10 +227,10 @@ def test_words_can_be_read(rendered):
     for scene in rendered:
         for index, sign in enumerate(scene.meta["scene"]["signs"]):
             signs += 1
-            assert sign["word"] in scenes.WORDS and 3 <= len(sign["word"]) <= 5
+            assert sign["word"] in layout.WORDS and 3 <= len(sign["word"]) <= 5
             mask = scene.planes["ocr_detection"] == index
             assert (scene.planes["seg"][mask] == SIGN).all()
-            left, top, right, bottom = scene_labels._box(mask)
+            left, top, right, bottom = scene_labels.bounding_box(mask)
             assert bottom - top >= 12 and right - left >= 6 * len(sign["word"])
             # dark and bright strokes alternate
             grey = scene.rgb.mean(2)[mask]
@@ -239,8 +239,8 @@ def test_words_can_be_read(rendered):
 
 
 def test_every_word_looks_different():
-    pictures = {raycast._letters(word).tobytes() for word in scenes.WORDS}
-    assert len(pictures) == len(scenes.WORDS) == len(set(scenes.WORDS)) >= 40
+    pictures = {raycast._letters(word).tobytes() for word in layout.WORDS}
+    assert len(pictures) == len(layout.WORDS) == len(set(layout.WORDS)) >= 40
 
 
 def test_paint_boxes():
@@ -248,11 +248,11 @@ def test_paint_boxes():
     depth = np.zeros((8, 8), np.uint8)
     depth[:, 4:] = 200
     far, near, inner = [0, 0, 5, 5], [3, 0, 8, 5], [1, 1, 3, 3]
-    painted = scene_labels._paint_boxes([near, far], depth)
+    painted = scene_labels.paint_boxes([near, far], depth)
     assert (painted[0, 3:5] == 0).all(), "the nearer box keeps the overlap whatever the order"
-    painted = scene_labels._paint_boxes([inner, far], depth)
+    painted = scene_labels.paint_boxes([inner, far], depth)
     assert (painted[1:3, 1:3] == 0).all() and painted[0, 0] == 1, "an inner box lies in front"
-    painted = scene_labels._paint_boxes([[0, 6, 3, 8], [1, 6, 4, 8]], depth)
+    painted = scene_labels.paint_boxes([[0, 6, 3, 8], [1, 6, 4, 8]], depth)
     assert painted[6].tolist()[:4] == [0, 1, 1, 1], "equal depth: later paints over earlier"
     assert (painted[:6] == 255).all()
 

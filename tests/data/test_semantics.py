@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prismer.cli.semantics import add_semantics_commands
-from prismer.dataloading.feed.features import Semantics
-from prismer.dataloading.semantics import table as rooms
-from prismer.dataloading.semantics.clip_text import TextTower
-from prismer.dataloading.semantics.published import import_official
-from prismer.dataloading.semantics.table import add, build, fit_pca
-from prismer.dataloading.semantics.texts import dataset_texts, file_texts, vocabulary_words
+from prismer.dataloading.semantics import clip_tables as rooms
+from prismer.dataloading.semantics.clip_tables import add, build, fit_pca
+from prismer.dataloading.semantics.clip_tower import TextTower
+from prismer.dataloading.semantics.features import Semantics
+from prismer.dataloading.semantics.published_tables import import_published
+from prismer.dataloading.semantics.table_texts import dataset_texts, file_texts, vocabulary_words
 from prismer.dataloading.store.shards import Sample, ShardWriter
 
 CONTEXT, WIDTH = 12, 80
@@ -433,7 +433,7 @@ def test_import_refuses(run, official, tmp_path):
         with pytest.raises(ValueError, match=message):
             run("import", *common, "--ade", changed)
     with pytest.raises(ValueError, match=r"expected \(64,\)"):
-        import_official(out, [folder / "coco_features.pt"], folder / "ade_features.pt")
+        import_published(out, [folder / "coco_features.pt"], folder / "ade_features.pt")
     assert not out.exists()
 
 
@@ -451,7 +451,7 @@ def test_nothing_is_unpickled(official, tmp_path, monkeypatch):
     (tmp_path / "empty.pt").write_bytes(b"")
     for name in ("trap.pt", "old.pt", "short.pt", "empty.pt"):
         with pytest.raises(ValueError, match=f"{name} is not a file of plain tensors"):
-            import_official(tmp_path / "out", [tmp_path / name], folder / "background_features.pt")
+            import_published(tmp_path / "out", [tmp_path / name], folder / "background_features.pt")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -492,10 +492,10 @@ def test_official_names_of_wrong_types_are_refused(tmp_path, labels):
     torch.save({"labels": labels, "features": torch.zeros(2, 64)}, tmp_path / "t.pt")
     torch.save(torch.zeros(64), tmp_path / "b.pt")
     with pytest.raises(ValueError, match="t.pt (holds no list|gives features to an empty name)"):
-        import_official(tmp_path / "out", [tmp_path / "t.pt"], tmp_path / "b.pt")
+        import_published(tmp_path / "out", [tmp_path / "t.pt"], tmp_path / "b.pt")
 
 
 def test_an_official_file_that_is_a_pipe_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "t.pt")
     with pytest.raises(OSError, match="named pipe"):
-        import_official(tmp_path / "out", [tmp_path / "t.pt"], tmp_path / "t.pt")
+        import_published(tmp_path / "out", [tmp_path / "t.pt"], tmp_path / "t.pt")

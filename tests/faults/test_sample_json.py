@@ -13,11 +13,11 @@ from hypothesis import given
 from PIL import Image
 
 from prismer.config import prismer_tiny
-from prismer.dataloading.feed.features import Semantics
 from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store import writer as shard_writer
 from prismer.dataloading.store.check import check_dataset
-from prismer.dataloading.store.schema import meta_problems
+from prismer.dataloading.store.sample_json import meta_problems
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 from prismer.dataloading.views.contact_sheet import contact_sheet
 from prismer.texts import caption_texts, classification_texts, collate, joint_texts, vqa_texts

@@ -1,9 +1,9 @@
-"""The text tower of a CLIP model, through open_clip: texts -> raw embeddings."""
+"""The text tower of a CLIP model, loaded with open_clip: texts -> raw embeddings."""
 
 import hashlib
-import pickle
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 _BATCH = 256
 _CONFIG = "open_clip_config.json"
+# what open_clip and torch raise on weights that are damaged or do not fit
+_LOAD_ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, EOFError, UnpicklingError, SafetensorError)
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
 
 
@@ -21,22 +23,22 @@ class TextTower:
 
     Args:
         source: a folder with open_clip_config.json and weights; or NAME@FILE, an architecture of open_clip and a file
-            of weights; or what open_clip finds on the hub, NAME@TAG or hf-hub:ORG/MODEL. Only the last two use the
-            network, if the files are not in the hub's cache.
+            of weights; or NAME@TAG or hf-hub:ORG/MODEL, which open_clip takes from the hub. Only the last two use the
+            network, and only if the files are not in the hub's cache.
         device: where it runs.
 
     Attributes:
         name: `source`, with paths made absolute.
         width: numbers per embedding.
-        sha256: of the text tower's tensors in fp32, by name: the same weights in another kind of file have the same.
+        sha256: of the tower's tensors in fp32, by name; it does not depend on the kind of weight file.
         library: version of open_clip.
 
     Raises:
-        ValueError: if there are no weights, or they do not fit.
+        ValueError: if there are no weights, or they do not fit the architecture.
     """
 
     def __init__(self, source: str, device: str | torch.device = "cpu"):
-        # imported here: it takes seconds
+        # not at the top: importing open_clip takes seconds
         import open_clip
 
         self.name, architecture, weights = _locate(str(source))
@@ -45,33 +47,24 @@ class TextTower:
                 architecture,
                 weights,
                 device=device,
-                # otherwise a tower of the hub would be asked for weights of its own
+                # otherwise open_clip would load a hub tower's own weights first
                 pretrained_text=False,
                 require_pretrained=True,
             )
             self._tokenize = open_clip.get_tokenizer(architecture)
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            TypeError,
-            LookupError,
-            EOFError,
-            pickle.UnpicklingError,
-            SafetensorError,
-        ) as error:
+        except _LOAD_ERRORS as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise ValueError(
                 f"the CLIP model {source} cannot be loaded ({reason}); "
                 f"give weights of its architecture, as safetensors or a state dict"
             ) from None
-        # only the text half is used; the other one is most of the memory
+        # only the text half is used; the vision half is most of the memory
         del model.visual
         self.library = open_clip.__version__
         self.sha256 = _digest(model)
         self._device = device
         self._tower = _Encode(model.eval().requires_grad_(False))
-        # what lies behind the end of a text cannot change its embedding: left out, it costs nothing
+        # in a causal tower, tokens after the end of a text cannot change its embedding: they are cut off to save time
         self._is_causal = (
             type(model) is open_clip.CLIP and model.attn_mask is not None and model.text_pool_type == "argmax"
         )
@@ -79,13 +72,13 @@ class TextTower:
 
     @torch.inference_mode()
     def embed(self, texts: list[str], progress: bool = False) -> Tensor:
-        """The projections of `texts`, not normalised; texts beyond the tower's length are cut, with one warning.
+        """The projections of `texts`, not normalised; longer texts than the tower reads are cut, with one warning.
 
         Returns:
             (len(texts), W) fp32 on the CPU.
 
         Raises:
-            ValueError: if one is not finite.
+            ValueError: if an embedding is not finite.
         """
         tokens = torch.cat([self._tokenize(texts[i : i + 4096]) for i in range(0, len(texts), 4096)])
         ends = tokens.argmax(1)
@@ -98,7 +91,7 @@ class TextTower:
             )
         embeddings = torch.empty(len(texts), self.width)
         with tqdm(total=len(texts), desc="embed", unit="text", disable=not progress) as bar:
-            # texts of one length go together
+            # sorted, so that a batch holds texts of one length
             for rows in ends.argsort(stable=True).split(_BATCH):
                 embeddings[rows] = self._run(tokens[rows]).cpu()
                 bar.update(len(rows))
@@ -129,7 +122,7 @@ class _Encode(nn.Module):
 
 
 def _locate(source: str) -> tuple[str, str, str | None]:
-    """The source with absolute paths, and what `open_clip.create_model` takes: architecture and weights."""
+    """The source with absolute paths, and the architecture and weights that `open_clip.create_model` takes."""
     import open_clip
 
     if source.startswith("hf-hub:"):
@@ -155,8 +148,8 @@ def _locate(source: str) -> tuple[str, str, str | None]:
         weights = str(Path(weights).resolve())
     elif weights not in open_clip.list_pretrained_tags_by_model(name):
         raise ValueError(
-            f"no CLIP weights are at {weights or 'hand'} for {name}; name their file as {name}@FILE, or let the hub "
-            f"be asked with a tag of open_clip, as in ViT-L-14-quickgelu@openai"
+            f"no CLIP weights are at {weights or 'hand'} for {name}; name their file as {name}@FILE, or load them from "
+            f"the hub by a tag of open_clip, as in ViT-L-14-quickgelu@openai"
         )
     return f"{name}@{weights}", name, weights
 
@@ -164,7 +157,7 @@ def _locate(source: str) -> tuple[str, str, str | None]:
 def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
-        # the temperature belongs to neither tower
+        # the temperature is part of neither tower
         if not key.startswith("logit_"):
             digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.float().cpu().numpy().tobytes())

@@ -1,54 +1,47 @@
-"""Captions and question/answer pairs that are true of a described scene, and no guess away.
+"""Captions and question/answer pairs that are true of a described scene, and whose answers cannot be guessed.
 
-A scene is the `meta["scene"]` of `scenes.py`: "objects" with shape, colour, size, material, `screen` (column and row of
-the centre as fractions of the picture) and `distance` from the camera, and "signs" with a word. Signs are not objects:
-they are not counted, and nothing is left of them. A relation is used only where nobody could dispute it, and an object
-is named by attributes that no other object has together.
+A scene is the `meta["scene"]` of `dataset.py`: "objects" with shape, colour, size, material, `screen` (column and row
+of the centre as fractions of the image) and `distance` from the camera, and "signs" with a word. Signs are not objects:
+they are neither counted nor used in relations. A relation is used only where it is beyond dispute, and the attributes
+that name an object fit no other object.
 """
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
+# of an object, in the order of English adjectives
 ATTRIBUTES = {
     "size": ["small", "large"],
     "material": ["matte", "shiny"],
     "colour": ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "white"],
     "shape": ["sphere", "cube", "cylinder", "cone"],
 }
-"""What an object is described by, in the order in which English puts it."""
 
 _NUMBERS = ["no", "one", "two", "three", "four", "five"]
+# least difference at which left/right (in image widths) and front/behind (in world units) are beyond dispute
 _SIDEWAYS = 0.09
 _DEEP = 0.9
-"""Least difference, in picture widths and in world units, at which left/right and front/behind are beyond dispute."""
 _OPPOSITE = {"left of": "right of", "right of": "left of", "in front of": "behind", "behind": "in front of"}
 _RELATIONS = list(_OPPOSITE)
+_NUM_CAPTIONS = 5
 _MAX_WORDS = 24
 
-# what may name an object, the short names first
+# combinations of attributes that may name an object, short names first
 _DESCRIPTIONS = [
-    ("shape",),
-    ("colour", "shape"),
-    ("size", "shape"),
-    ("material", "shape"),
-    ("size", "colour", "shape"),
-    ("material", "colour", "shape"),
-    ("size", "material", "shape"),
-    ("size", "material", "colour", "shape"),
-    ("colour",),
-    ("size",),
-    ("material",),
-    ("size", "colour"),
-    ("material", "colour"),
-    ("size", "material"),
-    ("size", "material", "colour"),
+    tuple(keys.split())
+    for keys in (
+        "shape, colour shape, size shape, material shape, size colour shape, material colour shape, "
+        "size material shape, size material colour shape, "
+        "colour, size, material, size colour, material colour, size material, size material colour"
+    ).split(", ")
 ]
 
 
 def relation_holds(relation: str, a: dict, b: dict) -> bool | None:
-    """Whether object `a` is e.g. "left of" object `b`; None where it is too close to call."""
+    """Whether object `a` is e.g. "left of" object `b`; None where the difference is too small to tell."""
     if relation in ("left of", "right of"):
         gap, enough = b["screen"][0] - a["screen"][0], _SIDEWAYS
     else:
@@ -58,12 +51,12 @@ def relation_holds(relation: str, a: dict, b: dict) -> bool | None:
     return (gap > 0) == (relation in ("left of", "in front of"))
 
 
-def write_captions(scene: dict, rng: np.random.Generator, number: int = 5) -> list[str]:
-    """Up to `number` different noun phrases of at most 24 words, in lower case; the first names every object.
+def write_captions(scene: dict, rng: np.random.Generator) -> list[str]:
+    """Up to five different noun phrases of at most 24 words, in lower case; the first names every object.
 
     Args:
         scene: `meta["scene"]`.
-        rng: where the wording comes from.
+        rng: draws the wording.
     """
     writers = [_caption_list, _caption_count, _caption_relation, _caption_relation, _caption_sign]
     captions: list[str] = []
@@ -71,7 +64,7 @@ def write_captions(scene: dict, rng: np.random.Generator, number: int = 5) -> li
         caption = writer(scene, rng)
         if caption not in captions and len(caption.split()) <= _MAX_WORDS:
             captions.append(caption)
-        if len(captions) == number:
+        if len(captions) == _NUM_CAPTIONS:
             break
     return captions
 
@@ -79,12 +72,12 @@ def write_captions(scene: dict, rng: np.random.Generator, number: int = 5) -> li
 def write_questions(scene: dict, rng: np.random.Generator) -> list[dict]:
     """About a dozen different questions: {"question", "answers": [{"answer", "weight": 1.0}], "kind"}, in lower case.
 
-    Kinds are "yes/no", "count", "colour", "shape", "relation" and "read". Each kind first draws the answer and then
-    looks for a question that has it, so that the answer cannot be told from the kind.
+    Kinds are "yes/no", "count", "colour", "shape", "relation" and "read". Each kind first draws the answer and then a
+    question with that answer, so that the kind does not give the answer away.
 
     Args:
         scene: `meta["scene"]`.
-        rng: where questions, answers and wording come from.
+        rng: draws questions, answers and wording.
     """
     plan = [
         (_ask_existence, 3),
@@ -111,11 +104,11 @@ def write_questions(scene: dict, rng: np.random.Generator) -> list[dict]:
     return list(questions.values())
 
 
+# subject (no two questions share one), question, answer, kind
 _Asked = tuple[str, str, str, str]
-"""What is asked about (two questions must not have it in common), question, answer, kind."""
 
 
-def _pick(rng: np.random.Generator, items: list):
+def _pick(rng: np.random.Generator, items: list) -> Any:
     return items[int(rng.integers(len(items)))]
 
 
@@ -142,13 +135,13 @@ def _select(thing: dict, keys: tuple[str, ...]) -> dict:
 
 
 def _definite(scene: dict, thing: dict, rng: np.random.Generator, without: tuple[str, ...] = ()) -> str | None:
-    """E.g. `the red cube`: attributes, none of `without`, that only `thing` has; None where there are none."""
+    """E.g. `the red cube`: attributes that only `thing` has, without those in `without`; None if there are none."""
     fitting = [
         keys for keys in _DESCRIPTIONS if not set(keys) & set(without) and _count(scene, _select(thing, keys)) == 1
     ]
     if "shape" not in without and any("shape" in keys for keys in fitting):
         fitting = [keys for keys in fitting if "shape" in keys]
-    # mostly a short name, sometimes more than is needed
+    # mostly a short name, sometimes a longer one than needed
     fitting = fitting[: 2 + int(rng.integers(3))]
     return "the " + _noun(_select(thing, _pick(rng, fitting))) if fitting else None
 
@@ -169,7 +162,7 @@ def _sign_phrase(sign: dict, rng: np.random.Generator) -> str:
 
 
 def _groups(scene: dict, keys: tuple[str, ...], rng: np.random.Generator) -> list[str]:
-    """E.g. `two red cubes`, `a blue sphere`: the objects by `keys`, equal ones together, in any order."""
+    """E.g. `two red cubes`, `a blue sphere`: the objects grouped by the attributes `keys`, in random order."""
     objects = [scene["objects"][i] for i in rng.permutation(len(scene["objects"]))]
     groups: dict[tuple, int] = {}
     for thing in objects:
@@ -183,7 +176,7 @@ def _groups(scene: dict, keys: tuple[str, ...], rng: np.random.Generator) -> lis
 
 
 def _listing(scene: dict, rng: np.random.Generator, room: int) -> list[str]:
-    """The objects in at most `room` words, as richly as that allows."""
+    """The objects in at most `room` words, with as many attributes as fit."""
     rich = [("size", "material", "colour", "shape"), ("size", "colour", "shape"), ("material", "colour", "shape")]
     rich = [rich[i] for i in rng.permutation(3)]
     for keys in [*rich, ("colour", "shape"), ("shape",)]:
@@ -215,7 +208,7 @@ def _caption_count(scene: dict, rng: np.random.Generator) -> str:
         if len(colours) == 1 and number > 1:
             return f"{_NUMBERS[number]} {colours.pop()} objects on the ground"
     listing = _join(_listing(scene, rng, _MAX_WORDS - 6))
-    # no colon: captions are cleaned of it
+    # no colon: cleaning removes it from captions
     return f"{head} on the ground, namely {listing}" if number > 1 else f"just one object, {listing}"
 
 
@@ -239,7 +232,7 @@ def _caption_relation(scene: dict, rng: np.random.Generator) -> str:
 
 
 def _caption_sign(scene: dict, rng: np.random.Generator) -> str:
-    """E.g. `a sign that says open behind a red cube`; without a sign, how many there are of each kind."""
+    """E.g. `a sign that says open behind a red cube`; without a sign, the number of objects of each kind."""
     if not scene["signs"]:
         keys = _pick(rng, [("shape",), ("colour", "shape"), ("size", "shape")])
         return _join(_groups(scene, keys, rng))
@@ -253,7 +246,7 @@ def _caption_sign(scene: dict, rng: np.random.Generator) -> str:
 
 
 def _ask_existence(scene: dict, rng: np.random.Generator) -> _Asked | None:
-    """Is there a red cube? A "no" changes one attribute of an object that is there."""
+    """Is there a red cube? For a "no", one attribute of an existing object is changed."""
     answer = _pick(rng, ["yes", "no"])
     kinds = [("colour", "shape")] * 4
     kinds += [("size", "shape"), ("material", "shape"), ("size", "colour")]
@@ -265,7 +258,7 @@ def _ask_existence(scene: dict, rng: np.random.Generator) -> _Asked | None:
         others = [value for value in ATTRIBUTES[key] if _count(scene, {**wanted, key: value}) == 0]
         if not others:
             return None
-        # hardest where the attribute belongs to another object
+        # hardest if the new attribute belongs to another object
         present = [value for value in others if _count(scene, {key: value})]
         wanted[key] = _pick(rng, present if present and rng.uniform() < 0.6 else others)
     one, many = _article(_noun(wanted)), _noun(wanted, many=True)
@@ -274,7 +267,7 @@ def _ask_existence(scene: dict, rng: np.random.Generator) -> _Asked | None:
 
 
 def _ask_count(scene: dict, rng: np.random.Generator) -> _Asked | None:
-    """How many red objects are there? The number is drawn first, among those that some question has."""
+    """How many red objects are there? The number is drawn first, from those that some question has as its answer."""
     choices: dict[int, list[dict]] = {len(scene["objects"]): [{}]}
     kinds = [("colour",), ("shape",), ("size",), ("material",), ("size", "shape"), ("material", "shape")]
     for keys in kinds:
@@ -288,7 +281,7 @@ def _ask_count(scene: dict, rng: np.random.Generator) -> _Asked | None:
     return f"number of {noun}", _pick(rng, wording).format(noun) + "?", str(number), "count"
 
 
-def _ask_attribute(attribute: str) -> Callable:
+def _ask_attribute(attribute: str) -> Callable[[dict, np.random.Generator], _Asked | None]:
     """What colour is the large cone? What shape is the green object?"""
 
     def ask(scene: dict, rng: np.random.Generator) -> _Asked | None:
@@ -323,7 +316,7 @@ def _ask_relation(scene: dict, rng: np.random.Generator) -> _Asked | None:
 
 
 def _ask_neighbour(scene: dict, rng: np.random.Generator) -> _Asked | None:
-    """What colour is the object left of the cone? Only one may be there, and none nearly there."""
+    """What colour is the object left of the cone? Exactly one object must be there, and none too close to tell."""
     anchors = []
     for b in scene["objects"]:
         for relation in _RELATIONS:
@@ -344,7 +337,7 @@ def _ask_neighbour(scene: dict, rng: np.random.Generator) -> _Asked | None:
 
 
 def _ask_reading(scene: dict, rng: np.random.Generator) -> _Asked | None:
-    """What does the sign say? With two signs, which of them is said."""
+    """What does the sign say? With two signs, the question says which."""
     signs = scene["signs"]
     if not signs:
         return None

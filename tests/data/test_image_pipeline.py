@@ -15,10 +15,10 @@ import torch
 from PIL import Image, ImageOps
 
 from prismer.config import prismer_tiny
-from prismer.dataloading.feed import native_pixels
 from prismer.dataloading.feed.augment import AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
 from prismer.dataloading.feed.dali import UndecodableImages
-from prismer.dataloading.feed.pipeline import ImagePipeline, rotate_normals
+from prismer.dataloading.feed.image_pipeline import ImagePipeline, rotate_normals
+from prismer.dataloading.store import native_ops
 from prismer.experts import EXPERTS
 
 R, L = 96, 64
@@ -30,7 +30,7 @@ def shared_pipeline(native: bool, experts: tuple[str, ...], augmented: bool) -> 
     # shared: the pipeline promises to keep nothing from batch to batch
     with pytest.MonkeyPatch.context() as patch:
         if not native:
-            patch.setattr(native_pixels, "is_built", lambda: False)
+            patch.setattr(native_ops, "is_built", lambda: False)
         pipeline = ImagePipeline(CONFIG.replace(experts=experts), batch_size=8, augmented=augmented)
     assert pipeline.native == native
     return pipeline
@@ -38,7 +38,7 @@ def shared_pipeline(native: bool, experts: tuple[str, ...], augmented: bool) -> 
 
 @pytest.fixture(params=["native", "dali"])
 def make_pipeline(request):
-    if request.param == "native" and not native_pixels.is_built():
+    if request.param == "native" and not native_ops.is_built():
         pytest.skip("prismer._C was not built")
 
     def make(experts=CONFIG.experts, augmented=True):

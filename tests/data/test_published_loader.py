@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from benchmarks.official_loader import LABEL_SIZE, MEAN, STD, OfficialDataset, _rand_augment, _warp, expand
+from benchmarks.published_loader import LABEL_SIZE, MEAN, STD, OfficialDataset, _rand_augment, _warp, expand
 from prismer.config import prismer_base
-from prismer.dataloading.feed.features import Semantics
 from prismer.dataloading.feed.loader import Loader
-from prismer.dataloading.sources.importers import import_records
-from prismer.dataloading.sources.lists import caption_records
+from prismer.dataloading.semantics.features import Semantics
+from prismer.dataloading.sources.coco_captions import caption_records
+from prismer.dataloading.sources.importer import import_records
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.kernels.label_map import label_map
 from prismer.stems import normalise_low_level, normalise_rgb

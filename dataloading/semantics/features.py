@@ -1,12 +1,12 @@
-"""Class names and words as 64 numbers each: what a high-level label map becomes on the device.
+"""Class names and words as 64 numbers each: the features that replace ids in a high-level label map on the device.
 
-Two sources: `from_table` reads numbers prepared elsewhere (CLIP text features after PCA, as in Prismer,
-arXiv:2303.02506; `prismer semantics` makes the table), `spelling` derives them from the letters and needs no files, so
-that a model can be trained, and can read any word, without a CLIP text tower.
+There are two sources. `from_table` reads CLIP text features after PCA (Prismer, arXiv:2303.02506, section 3.2), from a
+table that `prismer semantics` makes. `spelling` derives features from the letters: it needs neither files nor a CLIP
+text tower, and any word has some.
 
-A table never holds every word that a photo may show. A word without features is entered as background: its region then
-looks like a place without words, which the model has seen, and one warning names it (`Semantics.known_words`). A class
-name without features is an error, because every map of its expert would lose that class.
+No table holds every word that a photo may show. A word without features becomes background: its region then looks like
+a place without words, which the model knows, and one warning names the word (`Semantics.known_words`). A class name
+without features is an error, because every map of its expert would lose that class.
 """
 
 import json
@@ -17,13 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from prismer.config import PrismerConfig
-from prismer.dataloading.feed.native_pixels import values_in_use
+from prismer.dataloading.store.native_ops import values_in_use
 from prismer.experts import BACKGROUND, EXPERTS, FEATURE_WIDTH
 from prismer.files import write_atomically
 
@@ -34,33 +35,32 @@ _CACHED_WORDS = 65536
 
 
 class Semantics:
-    """Features of texts; case, and blanks at the ends or in a row, do not count.
+    """Features of texts, which are compared as `normalise` writes them.
+
+    Args:
+        lookup: normalised text -> (64,), or None if it has no features.
+        background: (64,) fp32, the features of "nothing here".
+        folder: of the table, for messages.
 
     Attributes:
-        background: (64,) fp32, the features of "nothing here".
-        unknown_words: words that `known_words` left out -> how often, in lower case.
+        background: as given.
+        unknown_words: normalised words that `known_words` left out -> how often.
     """
 
     def __init__(self, lookup: Callable[[str], np.ndarray | None], background: np.ndarray, folder: str = ""):
-        """
-        Args:
-            lookup: normalised text -> (64,), or None if it has no features.
-            background: (64,) fp32.
-            folder: where the table lies, for messages.
-        """
         # words repeat from image to image
         self._lookup = lru_cache(maxsize=_CACHED_WORDS)(lookup)
         self.background = background
         self.unknown_words: Counter[str] = Counter()
         self._folder = folder
-        # samples are looked up in several threads
+        # several threads look samples up
         self._counting = threading.Lock()
 
     def rows(self, texts: list[str]) -> np.ndarray:
         """(len(texts), 64) fp32, one row for each text.
 
         Raises:
-            ValueError: if a text is not in the table that was loaded.
+            ValueError: if a text is not in the table.
         """
         rows = np.empty((len(texts), FEATURE_WIDTH), np.float32)
         for row, text in zip(rows, texts, strict=True):
@@ -74,7 +74,7 @@ class Semantics:
         return rows
 
     def known_words(self, words: dict[int, str]) -> dict[int, str]:
-        """The `words` of one sample that have features; the others are counted, and the first ones warned of.
+        """The `words` of one sample that have features; the others are counted, and the first ones cause a warning.
 
         Args:
             words: id in the ocr_detection map -> word.
@@ -89,7 +89,7 @@ class Semantics:
                 named = ", ".join(f"{word!r} ({n})" for word, n in sorted(missing.items()))
                 warnings.warn(
                     f"words without features enter as background: {named}; list them in a file and run `prismer "
-                    f"semantics add {self._folder} --texts FILE`; further ones are only counted, in "
+                    f"semantics add {self._folder} --texts FILE`; later ones are only counted, in "
                     f"Semantics.unknown_words",
                     stacklevel=2,
                 )
@@ -99,9 +99,10 @@ class Semantics:
     def spelling(cls) -> "Semantics":
         """Features from the letters alone, the same on every machine.
 
-        Each byte at each of the first eight positions, and each pair of neighbouring bytes anywhere, owns a fixed
-        random vector of +1 and -1; a text is their sum (pairs count half), scaled to a mean square of 1. Texts that
-        start alike are near each other, others are nearly orthogonal. The background is 0.
+        Each byte at each of the first eight positions, and each pair of neighbouring bytes anywhere, has a fixed random
+        vector of +1 and -1. The features of a text are the sum of its vectors (pairs count half), scaled to a mean
+        square of 1. Texts with the same beginning are near each other, others are nearly orthogonal. The background
+        is 0.
         """
         return cls(_spell, np.zeros(FEATURE_WIDTH, np.float32))
 
@@ -132,11 +133,11 @@ class Semantics:
 
 @dataclass
 class Meanings:
-    """What the ids in the high-level maps of one sample stand for.
+    """The meaning of the ids in the high-level maps of one sample.
 
     Attributes:
-        rows: seg and obj_detection -> (256,) int64, for each id its row of the class features; 0 is the background.
-        words: id of the ocr_detection map -> word that has features; other ids are background.
+        rows: seg and obj_detection -> (256,) int64: for each id its row of the class features; 0 is the background.
+        words: id in the ocr_detection map -> word that has features; other ids are background.
     """
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
@@ -144,10 +145,10 @@ class Meanings:
 
 
 class FeatureTables:
-    """Turns the ids of label maps into rows of one features table: background, class names, then a batch's words.
+    """Maps the ids of label maps to rows of one features table: background, class names, then the words of a batch.
 
     Args:
-        config: whose experts count.
+        config: gives the experts; maps of others are not used.
         classes: the dataset's class tables, "seg" and "obj_detection" -> names.
         semantics: features of class names and words.
 
@@ -166,7 +167,7 @@ class FeatureTables:
         self._features = np.concatenate([semantics.background[None], semantics.rows(names)])
 
     def look_up(self, labels: dict[str, np.ndarray], meta: dict) -> Meanings:
-        """The meanings of the ids in use; a word without features has none and stays background.
+        """The meanings of the ids in use; a word without features stays background.
 
         Args:
             labels: expert -> uint8 map.
@@ -197,7 +198,7 @@ class FeatureTables:
         return meanings
 
     def collate(self, batch: list[Meanings]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Row tables and features of a batch, as `ImageBatch` has them.
+        """The rows and features of a batch for `ImageBatch`.
 
         Returns:
             expert -> (B, 256) int64, and features (F, 64) fp32.
@@ -240,7 +241,7 @@ def read_table(folder: str | Path) -> tuple[list[str], np.ndarray, np.ndarray]:
 
 
 def write_table(folder: str | Path, names: list[str], features: np.ndarray, background: np.ndarray) -> None:
-    """Write what `Semantics.from_table` reads.
+    """Write a table for `Semantics.from_table`.
 
     Args:
         folder: made if absent.
@@ -249,7 +250,7 @@ def write_table(folder: str | Path, names: list[str], features: np.ndarray, back
         background: (64,).
 
     Raises:
-        ValueError: if the sizes disagree or a name comes twice.
+        ValueError: if the sizes disagree or two names are equal.
     """
     if features.shape != (len(names), FEATURE_WIDTH) or background.shape != (FEATURE_WIDTH,):
         raise ValueError(
@@ -265,7 +266,7 @@ def write_table(folder: str | Path, names: list[str], features: np.ndarray, back
         "features": np.ascontiguousarray(features, np.float32),
         "background": np.ascontiguousarray(background, np.float32),
     }
-    # as bytes: safetensors' own writer hides from the caller that the disk is full
+    # as bytes: safetensors' own writer hides a full disk from the caller
     write_atomically(tensors_path, save(tensors))
     write_atomically(names_path, json.dumps(names, ensure_ascii=False, indent=0).encode())
 
@@ -275,7 +276,7 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _entry(meta: dict, table: str, i: int, kind: type):
+def _entry(meta: dict, table: str, i: int, kind: type) -> Any:
     entries = meta.get(table, {})
     entry = entries.get(str(i)) if isinstance(entries, dict) else None
     if not isinstance(entry, kind):
@@ -285,7 +286,7 @@ def _entry(meta: dict, table: str, i: int, kind: type):
 
 @lru_cache(maxsize=1)
 def _signs() -> tuple[np.ndarray, np.ndarray]:
-    # one 64-bit draw is one vector of 64 signs; raw draws of Philox are the same in every numpy
+    # one 64-bit draw is one vector of 64 signs; raw draws of Philox are the same in every version of numpy
     draws = np.random.Philox(key=2303_02506).random_raw((_POSITIONS + 256) * 256)
     return draws[: _POSITIONS * 256], draws[_POSITIONS * 256 :]
 
@@ -293,13 +294,13 @@ def _signs() -> tuple[np.ndarray, np.ndarray]:
 def _spell(text: str) -> np.ndarray:
     positions, bigrams = _signs()
     letters = text.encode()
-    # blanks around the text tell a first or last letter from one in the middle
+    # blanks around the text distinguish a first or last letter from one in the middle
     padded = b" " + letters + b" "
     single = [positions[256 * i + letter] for i, letter in enumerate(letters[:_POSITIONS])]
     pairs = [bigrams[256 * a + b] for a, b in zip(padded, padded[1:], strict=False)]
     draws = np.array(single + pairs, dtype="<u8")
     signs = np.unpackbits(draws.view(np.uint8).reshape(-1, 8), axis=1, bitorder="little") * 2.0 - 1.0
     weights = np.repeat([1.0, _BIGRAM_WEIGHT], [len(single), len(pairs)])
-    # sums of halves are exact in any order of addition, so that every machine gets the same bits
+    # sums of halves are exact in any order of addition: every machine gets the same bits
     vector = weights @ signs
     return (vector / np.sqrt(np.mean(vector**2))).astype(np.float32)

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 
-from prismer.dataloading.store.labels import CODES, blank_planes, pack_labels, unpack_labels
+from prismer.dataloading.store.label_maps import CODES, blank_planes, pack_labels, unpack_labels
 from prismer.experts import EXPERTS
 
 

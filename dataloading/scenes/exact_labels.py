@@ -1,33 +1,36 @@
-"""The exact expert labels and the description of a ray-cast scene, from a trace of its rays."""
+"""The exact expert labels and the description of a ray-cast scene, from a trace of its rays.
+
+The pixel values of each map have the meaning that store/label_maps.py gives.
+"""
 
 import numpy as np
 
+from prismer.dataloading.scenes.captions_and_questions import ATTRIBUTES
 from prismer.dataloading.scenes.raycast import GROUND, SKY, Layout, Trace, board_letters, local_points
-from prismer.dataloading.scenes.text import ATTRIBUTES
 from prismer.experts import BACKGROUND
 
 SEG_CLASSES = [*ATTRIBUTES["shape"], "sign", "ground", "sky"]
 OBJECT_CLASSES = [*ATTRIBUTES["shape"], "sign"]
 
+# distance at which depth labels are clipped; the sky has it too
 _FAR = 24.0
-"""Where depth labels are clipped: the sky and the ground beyond are this far."""
 
 
 def _owners(layout: Layout, part: np.ndarray) -> np.ndarray:
-    """The thing at each pixel; GROUND and SKY stay."""
+    """The index of the thing at each pixel; GROUND and SKY stay."""
     table = np.array([*(p.owner for p in layout.primitives), SKY, GROUND], np.int16)
     return table[part]
 
 
 def _depth_map(t: np.ndarray) -> np.ndarray:
-    """Inverse distance, near = bright, stretched to 0..255; the sky counts as _FAR away."""
+    """Inverse distance, near = bright, stretched to 0..255; the sky is _FAR away."""
     inverse = 1 / np.minimum(t, np.float32(_FAR))
     low, high = inverse.min(), inverse.max()
     return ((inverse - low) / (high - low) * 255).astype(np.uint8)
 
 
 def _edge_map(owner: np.ndarray, t: np.ndarray, normal: np.ndarray) -> np.ndarray:
-    """Dark lines on white where the thing, the distance or the surface direction jumps between neighbours."""
+    """Dark lines on white where the thing, the distance or the normal jumps between neighbours."""
     edge = np.zeros(t.shape, np.float32)
     inverse = 1 / np.minimum(t, np.float32(_FAR))
     for ahead, behind in (
@@ -47,7 +50,7 @@ def _edge_map(owner: np.ndarray, t: np.ndarray, normal: np.ndarray) -> np.ndarra
     return (255 - 255 * np.minimum(edge / 2, 1)).astype(np.uint8)
 
 
-def _box(mask: np.ndarray) -> list[int] | None:
+def bounding_box(mask: np.ndarray) -> list[int] | None:
     """[left, top, right, bottom] of the true pixels, right and bottom exclusive."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
@@ -55,8 +58,8 @@ def _box(mask: np.ndarray) -> list[int] | None:
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
-def _paint_boxes(boxes: list[list[int]], depth: np.ndarray) -> np.ndarray:
-    """Box masks in depth order: an inner box lies in front, else the brighter (nearer) one keeps the overlap."""
+def paint_boxes(boxes: list[list[int]], depth: np.ndarray) -> np.ndarray:
+    """Box masks in depth order: an inner box lies in front; otherwise the brighter (nearer) box keeps the overlap."""
     areas = np.zeros((len(boxes), *depth.shape), bool)
     for area, (left, top, right, bottom) in zip(areas, boxes, strict=True):
         area[top:bottom, left:right] = True
@@ -89,23 +92,23 @@ def _overlap(a: list[int], b: list[int]) -> float:
 
 
 def _view_normals(layout: Layout, trace: Trace) -> np.ndarray:
-    """Normals (3, n, n) in camera space; the sky, which has none, faces the camera."""
+    """Normals (3, n, n) in camera space; the normal of the sky faces the camera."""
     right, up, back = (sum(np.float32(axis[k]) * trace.normal[k] for k in range(3)) for axis in layout.camera.axes)
     return np.stack([right, up, np.where(trace.part == SKY, np.float32(1), back)])
 
 
 def label_planes(layout: Layout, size: int, trace: Trace) -> tuple[dict[str, np.ndarray], dict, dict]:
-    """The six label maps from a trace of one ray per label pixel, the instances table and the words table."""
+    """The six label maps, the instances table and the words table, from a trace of one ray per label pixel."""
     owner = _owners(layout, trace.part)
     view = _view_normals(layout, trace)
     shapes = [SEG_CLASSES.index(thing["shape"]) for thing in layout.things]
-    # indexed from the end by SKY and GROUND
+    # SKY and GROUND index from the end
     classes_of = np.array([*shapes, SEG_CLASSES.index("sky"), SEG_CLASSES.index("ground")], np.uint8)
     normal = ((np.clip(view, -1, 1) + 1) * np.float32(127.5)).astype(np.uint8)
     depth = _depth_map(trace.t)
     boxes, classes = [], []
     for index, thing in enumerate(layout.things):
-        box = _box(owner == index)
+        box = bounding_box(owner == index)
         if box is not None and all(_overlap(box, kept) <= 0.95 for kept in boxes):
             boxes.append(box)
             classes.append(OBJECT_CLASSES.index(thing["shape"]))
@@ -123,19 +126,19 @@ def label_planes(layout: Layout, size: int, trace: Trace) -> tuple[dict[str, np.
         "normal": np.ascontiguousarray(normal.transpose(1, 2, 0)),
         "seg": classes_of[owner],
         "edge": _edge_map(owner, trace.t, view),
-        "obj_detection": _paint_boxes(boxes, depth),
+        "obj_detection": paint_boxes(boxes, depth),
         "ocr_detection": words,
     }
     return planes, {str(i): c for i, c in enumerate(classes)}, table
 
 
 def describe(layout: Layout, size: int, trace: Trace) -> dict:
-    """The scene in words and numbers; boxes and pixel counts are of the picture, from 2 x 2 rays per pixel."""
+    """The scene in words and numbers; boxes and pixel counts refer to the image, of 2 x 2 rays per pixel."""
     owner = _owners(layout, trace.part)
     objects, signs = [], []
     for index, thing in enumerate(layout.things):
         mask = owner == index
-        left, top, right, bottom = _box(mask)
+        left, top, right, bottom = bounding_box(mask)
         centre = next(p.centre for p in layout.primitives if p.owner == index)
         column, row, distance = layout.camera.project(centre[None])[0]
         entry = {

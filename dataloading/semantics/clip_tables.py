@@ -1,19 +1,18 @@
-"""Semantics tables made here: texts through a CLIP text tower, then PCA, to 64 numbers each.
+"""Make semantics tables: texts through a CLIP text tower, then PCA, to 64 numbers each.
 
 feature(text) = (embedding(prompt with text) - mean) @ components^T, unscaled, where the embedding is the tower's raw
-projection, not normalised (Prismer, arXiv:2303.02506). A folder made by `build` holds the table that
-`features.Semantics.from_table` reads, `pca.safetensors` (mean (W,), components (64, W)) and `semantics-recipe.json`,
-which say how to add words later.
+projection, not normalised (Prismer, arXiv:2303.02506, section 3.2). A folder made by `build` holds the table for
+`Semantics.from_table`, and `pca.safetensors` (mean (W,), components (64, W)) and `semantics-recipe.json`, with which
+`add` extends it.
 """
 
 import json
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -21,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from prismer.dataloading.feed.features import normalise, read_table, write_table
-from prismer.dataloading.semantics.clip_text import TextTower
-from prismer.dataloading.semantics.texts import vocabulary_words
+from prismer.dataloading.semantics.clip_tower import TextTower
+from prismer.dataloading.semantics.features import normalise, read_table, write_table
+from prismer.dataloading.semantics.table_texts import vocabulary_words
 from prismer.experts import FEATURE_WIDTH
-from prismer.files import replace_folder, write_atomically
+from prismer.files import new_folder, write_atomically
 from prismer.reading import is_text, printable, read_json
 from prismer.tensor_files import save_tensors
 
@@ -34,12 +33,12 @@ RECIPE_FILE = "semantics-recipe.json"
 
 
 @dataclass(frozen=True)
-class Pca:
-    """A projection of text embeddings.
+class PcaProjection:
+    """A PCA projection of text embeddings.
 
     Attributes:
         mean: (W,) fp32.
-        components: (64, W) fp32, orthonormal rows, by falling variance.
+        components: (64, W) fp32, orthonormal rows in order of falling variance.
     """
 
     mean: Tensor
@@ -51,8 +50,8 @@ class Pca:
         return (centred @ self.components.double().T).float().numpy()
 
 
-def fit_pca(embeddings: Tensor) -> tuple[Pca, float]:
-    """Exact PCA to 64 components; of the two signs of each, the one whose largest entry is positive.
+def fit_pca(embeddings: Tensor) -> tuple[PcaProjection, float]:
+    """Exact PCA to 64 components; the sign of each makes its largest entry positive.
 
     Args:
         embeddings: (n, W) fp32.
@@ -71,7 +70,7 @@ def fit_pca(embeddings: Tensor) -> tuple[Pca, float]:
         )
     mean = embeddings.double().mean(0)
     covariance = torch.zeros(width, width, dtype=torch.float64)
-    # in parts: a copy in fp64 of a million embeddings would not fit everywhere
+    # in parts: an fp64 copy of a million embeddings would not fit into every memory
     for part in embeddings.split(8192):
         centred = part.double() - mean
         covariance += centred.T @ centred
@@ -79,7 +78,7 @@ def fit_pca(embeddings: Tensor) -> tuple[Pca, float]:
     components = vectors.T[-FEATURE_WIDTH:].flip(0)
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
     kept = (variances[-FEATURE_WIDTH:].sum() / variances.sum()).item()
-    return Pca(mean.float(), (components * largest.sign()).float().contiguous()), kept
+    return PcaProjection(mean.float(), (components * largest.sign()).float().contiguous()), kept
 
 
 def build(
@@ -100,13 +99,13 @@ def build(
     Args:
         out: the folder; absent or empty.
         clip: see `TextTower`.
-        texts: normalised; read once `out`, `pca` and the tower have turned out fit.
-        sources: where they come from, for the recipe.
-        prompt: wording with one {} for the text; default "{}", or what the folder `pca` used.
+        texts: normalised; read only after `out`, `pca` and the tower are checked.
+        sources: of the texts, for the recipe.
+        prompt: wording with one {} for the text; default "{}", or that of the folder `pca`.
         background: the text, put into the prompt too, whose features mean "nothing here"; default "background", or
-            what the folder `pca` used.
+            that of the folder `pca`.
         pca: a semantics folder whose projection is used; None fits one on `texts`.
-        vocabulary: also fit on `vocabulary_words`, embedded as the texts are.
+        vocabulary: also fit on `vocabulary_words`, embedded like the texts.
         device: where the tower runs.
         progress: show bars.
 
@@ -118,7 +117,7 @@ def build(
     """
     out = Path(out)
     check_absent(out)
-    given, earlier = (None, {}) if pca is None else _read_pca(Path(pca))
+    given, earlier = (None, {}) if pca is None else _read_projection(Path(pca))
     prompt = earlier.get("prompt", "{}") if prompt is None else prompt
     background = earlier.get("background", "background") if background is None else background
     for what, text in (("prompt", prompt), ("background", background)):
@@ -135,9 +134,9 @@ def build(
     if earlier:
         _check_tower(tower, Path(pca), given, earlier)
     elif given:
-        warnings.warn(f"{pca} has no {RECIPE_FILE}: nothing tells whether its PCA belongs to this tower", stacklevel=2)
+        warnings.warn(f"{pca} has no {RECIPE_FILE}, so nothing shows that its PCA fits this tower", stacklevel=2)
 
-    # only now: finding them may mean to read millions of samples
+    # only now: this may read millions of samples
     texts = sorted(set(texts))
     if not texts:
         raise ValueError("there are no texts to embed; name datasets or files that hold some")
@@ -182,23 +181,23 @@ def add(
     device: str = "cpu",
     progress: bool = False,
 ) -> int:
-    """Add texts to a folder that `build` made, with its PCA, prompt and tower; the rows there stay as they are.
+    """Add texts to a folder that `build` made, with its PCA, prompt and tower; existing rows do not change.
 
     Args:
         folder: replaced by its extended copy in one step; other files in it stay.
         texts: normalised.
-        clip: where the tower is, if not where the recipe says; see `TextTower`.
+        clip: the tower, if it is not where the recipe says; see `TextTower`.
         sources, device, progress: as for `build`.
 
     Returns:
-        How many texts were new.
+        The number of new texts.
 
     Raises:
-        ValueError: if the folder was not made by `build`, or the tower is another one.
+        ValueError: if the folder was not made by `build`, or the tower differs from that of the recipe.
     """
     folder = Path(folder)
     names, features, background = read_table(folder)
-    pca, recipe = _read_pca(folder)
+    pca, recipe = _read_projection(folder)
     if not recipe:
         raise ValueError(
             f"{folder} has no {RECIPE_FILE}, which names the tower; make a table with `prismer semantics build`"
@@ -220,7 +219,7 @@ def add(
 
 
 def check_absent(out: Path) -> None:
-    """See to it that nothing is overwritten.
+    """Refuse an output folder that is in use.
 
     Raises:
         ValueError: if `out` exists and is not an empty folder.
@@ -230,13 +229,11 @@ def check_absent(out: Path) -> None:
 
 
 def write_folder(
-    out: Path, names: list[str], features: np.ndarray, background: np.ndarray, pca: Pca | None, recipe: dict
+    out: Path, names: list[str], features: np.ndarray, background: np.ndarray, pca: PcaProjection | None, recipe: dict
 ) -> None:
-    """Write a semantics folder aside, with the other files that `out` holds, and put it in the place of `out`."""
+    """Write a semantics folder beside `out`, with the other files of `out`, and replace `out` by it."""
     out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with new_folder(out) as aside:
         if out.exists():
             shutil.copytree(out, aside, symlinks=True, dirs_exist_ok=True)
         write_table(aside, names, features, background)
@@ -245,26 +242,21 @@ def write_folder(
         write_atomically(aside / RECIPE_FILE, text.encode())
         if pca is not None:
             save_tensors({"mean": pca.mean, "components": pca.components}, aside / PCA_FILE)
-        # a temporary folder is for its owner alone
-        os.chmod(aside, 0o755)
-        replace_folder(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
-def refuse_pickle(path: str | Path) -> None:
-    """Say that the official PCA is not read.
+def refuse_pickle(path: str | Path) -> NoReturn:
+    """Refuse the published PCA.
 
     Raises:
         ValueError: always.
     """
     raise ValueError(
         f"{path} is a pickle, which can run any code when it is opened, and is never read; leave it out: imported "
-        f"tables work without it, and features of other words come from `prismer semantics build`"
+        f"tables work without it, and `prismer semantics build` makes features of other words"
     )
 
 
-def _read_pca(folder: Path) -> tuple[Pca, dict]:
+def _read_projection(folder: Path) -> tuple[PcaProjection, dict]:
     """The projection in `folder` and its recipe, {} if there is none."""
     if folder.suffix in (".pkl", ".pickle"):
         refuse_pickle(folder)
@@ -282,31 +274,31 @@ def _read_pca(folder: Path) -> tuple[Pca, dict]:
             raise ValueError(f"{RECIPE_FILE} lacks {', '.join(sorted(missing))}")
         texts = ("tower", "weights_sha256", "prompt", "background") if recipe else ()
         if not all(isinstance(recipe[name], str) and is_text(recipe[name]) for name in texts):
-            raise ValueError(f"{RECIPE_FILE} has values that are no texts")
+            raise ValueError(f"{RECIPE_FILE} has values that are not texts")
         if recipe and not isinstance(recipe["sources"], list):
-            raise ValueError(f"{RECIPE_FILE} has 'sources' that are no list")
+            raise ValueError(f"{RECIPE_FILE} has 'sources' that are not a list")
     except FileNotFoundError:
         raise ValueError(
-            f"no PCA is known for {folder} (it has no {PCA_FILE} of ours), so no text can be projected; "
+            f"no PCA is known for {folder} (it has no {PCA_FILE}), so no text can be projected; "
             f"make a table with `prismer semantics build`"
         ) from None
     except (SafetensorError, ValueError, AttributeError) as error:
         raise ValueError(f"the semantics folder {folder} is damaged: {error}") from None
-    return Pca(tensors["mean"].float(), tensors["components"].float()), recipe
+    return PcaProjection(tensors["mean"].float(), tensors["components"].float()), recipe
 
 
-def _check_tower(tower: TextTower, folder: Path, pca: Pca, recipe: dict) -> None:
-    """See to it that `tower` is the one that the table in `folder` was made with."""
+def _check_tower(tower: TextTower, folder: Path, pca: PcaProjection, recipe: dict) -> None:
+    """Refuse a tower other than the one that the table in `folder` was made with."""
     if tower.sha256 != recipe["weights_sha256"]:
         raise ValueError(
             f"the tower {tower.name} has weights {tower.sha256[:12]}..., the table in {folder} was made with "
             f"{recipe['weights_sha256'][:12]}... ({recipe['tower']}); use that tower, or build a new table"
         )
-    # equal weights are not yet an equal tower: the activation function is not among them
+    # equal weights do not make an equal tower: the activation function is not one of them
     embedding = tower.embed([recipe["prompt"].replace("{}", recipe["background"])])
     error = float(np.linalg.norm(pca(embedding)[0] - read_table(folder)[2]))
     if error > 1e-3 * embedding.norm():
         raise ValueError(
-            f"{tower.name} does not give the background of {folder} its features again (distance {error:.3g}); "
+            f"{tower.name} does not reproduce the background features of {folder} (distance {error:.3g}); "
             f"use the architecture that the table was made with, such as one with -quickgelu"
         )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismer.dataloading.store.labels import blank_planes
+from prismer.dataloading.store.label_maps import blank_planes
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 from prismer.dataloading.views.contact_sheet import colour_map, contact_sheet, draw_sheet
 from prismer.experts import EXPERTS

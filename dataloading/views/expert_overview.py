@@ -1,47 +1,47 @@
-"""One photo with everything the experts say about it, as a picture for a slide: 1600 x 900, PNG."""
+"""One image with everything the experts say about it, as a drawing for a slide: 1600 x 900, PNG."""
 
 import io
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from prismer.dataloading.feed.images import ExpertLabels
+from prismer.dataloading.feed.image_batch import ExpertLabels
 from prismer.dataloading.store.shards import Sample
 from prismer.dataloading.views.contact_sheet import GREY, INK, RULE, TITLES, draw_column, fit, font_of, id_colours, wrap
 
 _SIZE, _MARGIN, _GAP, _CELL = (1600, 900), 44, 14, 274
-_PHOTO = (632, 2 * (_CELL + 36) - 36)
-# width and height that the photo is fitted into
+# width and height that the image is fitted into
+_IMAGE = (632, 2 * (_CELL + 36) - 36)
 
 
-def draw_slide(
+def draw_overview(
     jpeg: bytes, labels: ExpertLabels, *, caption: str = "", networks: dict[str, str] | None = None
 ) -> bytes:
-    """Draw a photo with boxes and words, its maps, and a caption.
+    """Draw an image with boxes and words, its maps, and a caption.
 
     Args:
-        jpeg: the photo, an upright RGB JPEG.
-        labels: what the experts say about it.
+        jpeg: the image, an upright RGB JPEG.
+        labels: its expert labels.
         caption: written large below; "" leaves it out.
-        networks: expert (or "caption") -> who made it, in small print.
+        networks: expert (or "caption") -> the network that made it, in small print.
 
     Returns:
         The bytes of a PNG.
     """
-    photo = Image.open(io.BytesIO(jpeg)).convert("RGB")
-    sample = Sample("photo", jpeg, labels.planes, labels.meta)
-    slide = Image.new("RGB", _SIZE, "white")
-    draw = ImageDraw.Draw(slide)
-    marked = _mark(photo, labels)
-    slide.paste(marked, (_MARGIN + (_PHOTO[0] - marked.width) // 2, _MARGIN + 36))
-    left = _MARGIN + _PHOTO[0] + 30
+    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    sample = Sample("image", jpeg, labels.planes, labels.meta)
+    drawing = Image.new("RGB", _SIZE, "white")
+    draw = ImageDraw.Draw(drawing)
+    marked = _mark(image, labels)
+    drawing.paste(marked, (_MARGIN + (_IMAGE[0] - marked.width) // 2, _MARGIN + 36))
+    left = _MARGIN + _IMAGE[0] + 30
     for number, column in enumerate(title for title in TITLES if title != "image"):
         x = left + number % 3 * (_CELL + _GAP)
         y = _MARGIN + number // 3 * (_CELL + 36)
         draw.text((x, y), TITLES[column], font=font_of(17, bold=True), fill=INK)
-        cell = fit(draw_column(column, sample, photo, labels.classes, _CELL), _CELL)
-        slide.paste(cell, (x, y + 36 - 8))
-    y = _MARGIN + 36 + _PHOTO[1] + 34
+        cell = fit(draw_column(column, sample, image, labels.classes, _CELL), _CELL)
+        drawing.paste(cell, (x, y + 36 - 8))
+    y = _MARGIN + 36 + _IMAGE[1] + 34
     draw.line((_MARGIN, y, _SIZE[0] - _MARGIN, y), fill=RULE, width=2)
     width = _SIZE[0] - 2 * _MARGIN
     for line in wrap(caption, width, font_of(34))[:2]:
@@ -51,16 +51,16 @@ def draw_slide(
     for number, line in enumerate(wrap(credit, width, font_of(15))[:2]):
         draw.text((_MARGIN, _SIZE[1] - 58 + 22 * number), line, font=font_of(15), fill=GREY)
     file = io.BytesIO()
-    slide.save(file, "PNG")
+    drawing.save(file, "PNG")
     return file.getvalue()
 
 
-def _mark(photo: Image.Image, labels: ExpertLabels) -> Image.Image:
-    """The photo fitted into its place, with the boxes of objects and words drawn on it."""
-    scale = min(_PHOTO[0] / photo.width, _PHOTO[1] / photo.height)
-    size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
-    picture = photo.resize(size, Image.Resampling.LANCZOS)
-    draw = ImageDraw.Draw(picture)
+def _mark(image: Image.Image, labels: ExpertLabels) -> Image.Image:
+    """The image at its size in the drawing, with the boxes of objects and words."""
+    scale = min(_IMAGE[0] / image.width, _IMAGE[1] / image.height)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    resized = image.resize(size, Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(resized)
     names = labels.classes.get("obj_detection", [])
     instances = labels.meta.get("instances", {})
     for i, box in labels.meta.get("boxes", {}).get("obj_detection", {}).items():
@@ -69,10 +69,10 @@ def _mark(photo: Image.Image, labels: ExpertLabels) -> Image.Image:
         _outline(draw, size, box, f"{name} {box[4]:.2f}", colour)
     for i, box in labels.meta.get("boxes", {}).get("ocr_detection", {}).items():
         _outline(draw, size, box, labels.meta.get("words", {}).get(i, i), INK)
-    return picture
+    return resized
 
 
-def _outline(draw, size: tuple[int, int], box: list[float], text: str, colour: tuple) -> None:
+def _outline(draw: ImageDraw.ImageDraw, size: tuple[int, int], box: list[float], text: str, colour: tuple) -> None:
     left, top, right, bottom = (np.array(box[:4]) * [*size, *size]).round().astype(int).tolist()
     draw.rectangle((left, top, max(left + 1, right), max(top + 1, bottom)), outline=colour, width=3)
     font = font_of(15, bold=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from prismer.config import prismer_base, prismer_tiny
-from prismer.dataloading.feed.features import FeatureTables, Semantics, write_table
+from prismer.dataloading.semantics.features import FeatureTables, Semantics, write_table
 
 WORDS = (
     "stop stops shop ship bank bar park bike boat book bus cafe cake city club door exit farm film fish food free "

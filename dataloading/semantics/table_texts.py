@@ -1,4 +1,4 @@
-"""The texts that a semantics table is made of: names and words of datasets, lines of files, words of a vocabulary."""
+"""The texts of a semantics table: class names and words of datasets, lines of files, words of a vocabulary."""
 
 import json
 import warnings
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from prismer.dataloading.feed.features import normalise
+from prismer.dataloading.semantics.features import normalise
 from prismer.dataloading.store.shards import CorruptSample, ShardDataset
 from prismer.reading import is_text, read_lines
 from prismer.shipped import shipped_folder
 
 
 def dataset_texts(folders: Iterable[str | Path], progress: bool = False) -> set[str]:
-    """Class names and words of datasets, normalised; a folder of splits counts as all of them.
+    """Class names and words of datasets, normalised; a folder of splits stands for all its splits.
 
     Samples that cannot be read are left out with one warning.
 
@@ -37,7 +37,7 @@ def dataset_texts(folders: Iterable[str | Path], progress: bool = False) -> set[
                 except CorruptSample as error:
                     unreadable.append(error)
                     continue
-                # what is no table of words makes the sample unusable for the loader too, which says so
+                # another value makes the sample unusable for the loader too, which names it
                 if isinstance(words, dict):
                     texts.update(x for x in words.values() if isinstance(x, str) and is_text(x))
     if unreadable:
@@ -48,7 +48,7 @@ def dataset_texts(folders: Iterable[str | Path], progress: bool = False) -> set[
 
 
 def file_texts(files: Iterable[str | Path]) -> set[str]:
-    """The lines of UTF-8 text files, normalised; blank ones do not count.
+    """The lines of UTF-8 text files, normalised, without blank ones.
 
     Raises:
         ValueError: if a file cannot be read or is not UTF-8.
@@ -57,8 +57,8 @@ def file_texts(files: Iterable[str | Path]) -> set[str]:
 
 
 def vocabulary_words() -> list[str]:
-    """The words that RoBERTa's vocabulary holds whole, sorted: a blank, then letters a-z."""
+    """The whole words in RoBERTa's vocabulary (a blank, then letters a-z), sorted."""
     vocab = json.loads((shipped_folder("roberta") / "vocab.json").read_text(encoding="utf-8"))
-    # byte-level BPE writes the blank in front of a word as this letter
+    # byte-level BPE writes the blank before a word as this letter
     words = {token[1:].lower() for token in vocab if token.startswith("\u0120")}
     return sorted(word for word in words if word.isascii() and word.isalpha())

@@ -1,33 +1,34 @@
-"""The feature files of the official Prismer release (torch.save of names and rows) as a semantics folder."""
+"""The published feature files of Prismer (torch.save of names and rows) as a semantics folder."""
 
 import hashlib
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from prismer.dataloading.feed.features import normalise
-from prismer.dataloading.semantics.table import check_absent, refuse_pickle, write_folder
+from prismer.dataloading.semantics.clip_tables import check_absent, refuse_pickle, write_folder
+from prismer.dataloading.semantics.features import normalise
 from prismer.experts import FEATURE_WIDTH
 from prismer.reading import is_text, read_bytes
 
 
-def import_official(out: str | Path, tables: Iterable[str | Path], background: str | Path) -> tuple[int, int]:
-    """Make a semantics folder from the feature files of the official release; it has no PCA, as that is a pickle.
+def import_published(out: str | Path, tables: Iterable[str | Path], background: str | Path) -> tuple[int, int]:
+    """Make a semantics folder from the published feature files; without a PCA, because the published one is a pickle.
 
     Args:
         out: the folder; absent or empty.
-        tables: files of {"labels": n names, "features": (n, 64)}, as torch.save writes them.
+        tables: files of {"labels": n names, "features": (n, 64)}, written by torch.save.
         background: a file with one tensor (64,).
 
     Returns:
-        Names read, and how many different ones the table holds.
+        The number of names read, and of different names in the table.
 
     Raises:
-        ValueError: if a file is of another form, or two rows of one name disagree.
+        ValueError: if a file has another form, or two rows of one name disagree.
     """
     out = Path(out)
     check_absent(out)
@@ -44,11 +45,9 @@ def import_official(out: str | Path, tables: Iterable[str | Path], background: s
         for name, row in zip(labels, _rows(features, (len(labels), FEATURE_WIDTH), path), strict=True):
             name = normalise(name)
             if not name:
-                raise ValueError(f"{path} gives features to an empty name; use a file of the release")
+                raise ValueError(f"{path} gives features to an empty name; use a published file")
             if not np.allclose(rows.setdefault(name, row), row, rtol=0, atol=1e-4):
-                raise ValueError(
-                    f"{path} gives {name!r} other features than {origin[name]} does; use files of one release"
-                )
+                raise ValueError(f"{path} gives {name!r} other features than {origin[name]}; use files of one release")
             origin.setdefault(name, path)
         read += len(labels)
     if not rows:
@@ -65,20 +64,18 @@ def import_official(out: str | Path, tables: Iterable[str | Path], background: s
     return read, len(rows)
 
 
-def _load_tensors(path: Path):
+def _load_tensors(path: Path) -> Any:
     if path.suffix in (".pkl", ".pickle"):
         refuse_pickle(path)
     data = read_bytes(path)
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises its own kinds, and nearly any other, on damaged files
+    except Exception as error:  # torch raises nearly anything on damaged files
         reason = (str(error).strip().splitlines() or ["cut short"])[0][:120]
-        raise ValueError(
-            f"{path} is not a file of plain tensors ({reason}); use a feature file of the official release"
-        ) from None
+        raise ValueError(f"{path} is not a file of plain tensors ({reason}); use a published feature file") from None
 
 
-def _rows(value, shape: tuple[int, ...], path: str | Path) -> np.ndarray:
+def _rows(value: object, shape: tuple[int, ...], path: str | Path) -> np.ndarray:
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if got != shape or not value.is_floating_point() or not value.isfinite().all():
         raise ValueError(f"the features in {path} are {got}; expected {shape} finite numbers")

@@ -1,13 +1,13 @@
 """Encoded images and label maps -> uint8 tensors of one size: decode, crop, resize, flip, warp.
 
-All random numbers come from outside (`AugmentParams`). DALI decodes, and on a GPU it does the rest too. On a CPU its
-operators are slow: there native ops follow the decoder (`native_pixels`), and DALI's serve where those were not built.
-The two differ by rounding, and in the crop: native ops move its edges to the nearest edges of the picture's pixels,
-for photo and maps alike, and crop before they resize, where DALI cuts through pixels and its filter sees beyond.
+All random numbers come from outside (`AugmentParams`). DALI decodes, and on a GPU does the rest too. On a CPU, where
+DALI's operators are slow, native ops follow the decoder (`native_pixels`) if they were built. The two differ by
+rounding and in the crop. Native ops move the crop's edges to the nearest pixel edges, for image and maps alike, and
+crop before they resize; DALI cuts through pixels, and its resize filter sees beyond the crop.
 
-In DALI's graph the maps of a sample travel as one array of several channels, each value XOR the expert's `fill`: so 0
-means "nothing here" for all of them, and one fill value serves every warp. Surface normals are turned along with the
-pixels they belong to.
+In DALI's graph the maps of a sample travel as one array of several channels, each value XOR the expert's `fill`: 0
+then means "nothing here" for all of them, and one fill value serves every warp. Surface normals are turned together
+with their pixels.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -20,21 +20,24 @@ from torch import Tensor
 from prismer.config import PrismerConfig
 from prismer.dataloading.feed import dali, native_pixels
 from prismer.dataloading.feed.augment import AugmentParams
+from prismer.dataloading.store import native_ops
+from prismer.dataloading.store.label_maps import resize_nearest
 from prismer.experts import EXPERTS
 
 
 class ImagePipeline:
-    """Decodes and augments batches; stateless from batch to batch.
+    """Decodes and augments batches; keeps nothing from batch to batch.
 
     Args:
         config: gives the experts, the image size R and the label size L.
         batch_size: of the largest batch.
-        augmented: whether calls bring `AugmentParams`; otherwise images and maps are only resized.
-        threads: CPU threads that DALI decodes with, and as many that run the native ops.
-        device: "cpu", or a CUDA device: then the GPU decodes and the outputs are born there.
+        augmented: whether calls come with `AugmentParams`; otherwise images and maps are only resized.
+        threads: CPU threads of DALI's decoder, and as many of the native ops.
+        device: "cpu", or a CUDA device that decodes and holds the outputs.
 
     Attributes:
-        native: whether native ops do what follows the decoder.
+        native: whether native ops follow the decoder.
+        stream: CUDA stream on which the outputs are made; None on a CPU.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class ImagePipeline:
         self.experts = config.experts
         self.image_size, self.label_size = config.image_size, config.label_size
         self.augmented, self.device = augmented, torch.device(device)
-        self.native = self.device.type == "cpu" and native_pixels.is_built()
+        self.native = self.device.type == "cpu" and native_ops.is_built()
         self._graph = dali.Graph(
             partial(_decode_only, self.device) if self.native else self._define,
             batch_size=batch_size,
@@ -57,7 +60,7 @@ class ImagePipeline:
             device=device,
         )
         if self.native:
-            # each with one thread of torch's own: see Loader
+            # torch gets one thread in each: see Loader
             self._threads = threads
             self._pool = ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1))
         self.stream = self._graph.stream
@@ -68,18 +71,18 @@ class ImagePipeline:
         """Process one batch.
 
         Args:
-            images: B encoded images (JPEG; also PNG, BMP, WebP, TIFF), grey and CMYK become RGB.
-            labels: for each image expert -> uint8 map (h, w) or (h, w, 3) of any size; experts may be absent.
-            params: for each image its draws, exactly if `augmented`.
+            images: B encoded images (JPEG, PNG, BMP, WebP, TIFF); grey and CMYK become RGB.
+            labels: for each image, expert -> uint8 map (h, w) or (h, w, 3) of any size; maps may be missing.
+            params: for each image its draws if `augmented`, else None.
 
         Returns:
-            rgb (B, 3, R, R) uint8, and expert -> (B, planes, L, L) uint8, filled with `fill` where absent.
+            rgb (B, 3, R, R) uint8, and expert -> (B, planes, L, L) uint8; missing maps become the expert's `fill`.
 
         Raises:
             UndecodableImages: if DALI fails on some images; the pipeline stays usable.
         """
         if self.augmented != (params is not None):
-            raise ValueError("give augmentation parameters exactly if the pipeline was made with augmented=True")
+            raise ValueError("give augmentation parameters if the pipeline was made with augmented=True, else none")
         feeds = {"image": dali.image_feed(images)}
         if self.native:
             return self._run_native(self._graph.run_views(feeds), labels, params)
@@ -98,9 +101,9 @@ class ImagePipeline:
         return rgb, named
 
     def _run_native(
-        self, pictures: list[Tensor], labels: list[dict[str, np.ndarray]], params: list[AugmentParams] | None
+        self, decoded: list[Tensor], labels: list[dict[str, np.ndarray]], params: list[AugmentParams] | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        B, L = len(pictures), self.label_size
+        B, L = len(decoded), self.label_size
         rgb = torch.empty(B, 3, self.image_size, self.image_size, dtype=torch.uint8)
         named = {name: torch.empty(B, EXPERTS[name].planes, L, L, dtype=torch.uint8) for name in self.experts}
         if params is None:
@@ -108,19 +111,19 @@ class ImagePipeline:
 
         def process(first: int) -> None:
             for b in range(first, B, self._threads):
-                height, width = pictures[b].shape[:2]
+                height, width = decoded[b].shape[:2]
                 box = native_pixels.whole_pixels(params[b].window, height, width)
-                native_pixels.augment_photo(pictures[b], box, params[b], rgb[b])
+                native_pixels.augment_photo(decoded[b], box, params[b], rgb[b])
                 window = box[0] / width, box[1] / height, box[2] / width, box[3] / height
                 outputs = {name: maps[b] for name, maps in named.items()}
                 native_pixels.augment_maps(labels[b], window, params[b], outputs)
 
-        # a list, so that exceptions come out
+        # a list, so that exceptions are raised
         list(self._pool.map(process, range(self._threads)))
         return rgb, named
 
     def _define(self) -> tuple:
-        """The DALI graph; the names of its inputs are those of the feeds."""
+        """The DALI graph; its inputs have the names of the feeds."""
         from nvidia.dali import fn, types
         from nvidia.dali.auto_aug import augmentations
 
@@ -144,7 +147,7 @@ class ImagePipeline:
         if augmented:
             flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
             rgb = fn.flip(rgb, horizontal=flip)
-            # samples that a branch does not concern bypass it
+            # a branch runs only on the samples that need it
             if fn.external_source(name="autocontrast", dtype=types.BOOL, ndim=0):
                 rgb = augmentations.auto_contrast(rgb)
             if fn.external_source(name="equalize", dtype=types.BOOL, ndim=0):
@@ -173,14 +176,14 @@ def _decode_only(device: torch.device) -> tuple:
 
 
 def rotate_normals(maps: Tensor, matrices: Tensor) -> Tensor:
-    """Turn the vectors of normal maps, without moving their pixels.
+    """Turn the vectors of normal maps without moving their pixels.
 
     Args:
-        maps: (B, 3, h, w) uint8, (n + 1) / 2 * 255 of unit vectors; pixels with three zeros are fill and stay.
+        maps: (B, 3, h, w) uint8, (n + 1) / 2 * 255 of unit vectors; pixels of three zeros are fill and stay.
         matrices: (B, 2, 2) on the CPU, applied to x and y; z stays, then the vector is scaled to length 1.
 
     Returns:
-        (B, 3, h, w) uint8; samples with the unit matrix are returned bit for bit.
+        (B, 3, h, w) uint8; maps whose matrix is the identity come back bit for bit.
     """
     which = (matrices != torch.eye(2, dtype=matrices.dtype)).any(2).any(1).nonzero()[:, 0]
     if not len(which):
@@ -215,7 +218,7 @@ def _parameter_feeds(
 
 
 def _stack_maps(maps: dict[str, np.ndarray], experts: tuple[str, ...]) -> np.ndarray:
-    """The maps of one sample as (h, w, channels) uint8, 0 where an expert says nothing."""
+    """The maps of one sample as (h, w, channels) uint8; 0 is "nothing here"."""
     present = [maps[name] for name in experts if name in maps]
     height, width = (max((map_.shape[axis] for map_ in present), default=1) for axis in (0, 1))
     stack = np.zeros((height, width, sum(EXPERTS[name].planes for name in experts)), np.uint8)
@@ -225,11 +228,7 @@ def _stack_maps(maps: dict[str, np.ndarray], experts: tuple[str, ...]) -> np.nda
         if name in maps:
             map_ = maps[name].reshape(*maps[name].shape[:2], expert.planes)
             if map_.shape[:2] != (height, width):
-                map_ = map_[_nearest(height, map_.shape[0])[:, None], _nearest(width, map_.shape[1])]
+                map_ = resize_nearest(map_, height, width)
             np.bitwise_xor(map_, expert.fill, out=stack[..., channel : channel + expert.planes])
         channel += expert.planes
     return stack
-
-
-def _nearest(size: int, source_size: int) -> np.ndarray:
-    return (2 * np.arange(size) + 1) * source_size // (2 * size)
