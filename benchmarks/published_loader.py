@@ -1,9 +1,8 @@
-"""The baseline of test_dataloading.py: labels expanded to 64 channels per pixel on the host, as Prismer was released.
+"""The baseline of test_dataloading.py: the published way to load labels, expanded to 64 channels per pixel on the host.
 
-Written from a description of what it computes (arXiv:2303.02506, section 3.2), with torchvision and Pillow: every
-image and label PNG is decoded at its full size, cropped, flipped, warped and resized; ids become (64, 224, 224) fp32
-maps, one boolean mask per id and map. Operations of RandAugment that change
-nothing cost nothing here.
+Written from a description of the computation (Prismer, arXiv:2303.02506, section 3.2), with torchvision and Pillow:
+every image and label PNG is decoded at its full size, cropped, flipped, warped and resized; ids become (64, 224, 224)
+fp32 maps, by one boolean mask per id and map. Operations of RandAugment that change nothing cost nothing here.
 """
 
 import json
@@ -37,19 +36,20 @@ _OPS = (
 )
 
 
-class OfficialDataset(Dataset):
-    """One dictionary of tensors per image, as the default collation takes it.
+class PublishedDataset(Dataset):
+    """One dictionary of tensors per image, for the default collation.
 
     Files: `<images>/<name>.jpg`, `<labels>/<expert>/<name>.png`, for objects a `.json` {instance: class} and for words
     a `.pt` {id: {"features", "text"}} beside the PNG.
 
     Args:
+        images, labels: see above.
         names: of the images, without suffix.
         seg, objects: (classes, 64) fp32, features of the class tables.
         background: (64,) fp32.
-        image_size: side R of the picture.
+        image_size: side R of the image.
         augment: crop of `min_area` to 1 of the area, flip and RandAugment; otherwise only resized.
-        with_rgb, experts: what a sample holds; all of it by default.
+        with_rgb, experts: the parts of a sample; all by default.
 
     A sample holds: rgb (3, R, R) fp32, normalised; depth, edge (1, 224, 224) and normal (3, 224, 224) fp32 in -1..1;
     seg_coco and ocr_detection (64, 224, 224) fp32; obj_detection {"label": (64, 224, 224) fp32, "instance":
@@ -93,14 +93,14 @@ class OfficialDataset(Dataset):
 
     def _read(self, name: str) -> tuple[Image.Image, dict[str, Image.Image], dict]:
         with Image.open(self.images / f"{name}.jpg") as file:
-            # only its size is looked at where the picture is not wanted
+            # without RGB only the size of the image is used
             image = file.convert("RGB") if self.with_rgb else Image.new("1", file.size)
         maps, words = {}, {}
         for expert in self.experts:
             path = self.labels / expert / f"{name}.png"
             if expert == "ocr_detection":
                 if not path.with_suffix(".pt").exists():
-                    # nothing was read in this image
+                    # the image has no words
                     maps[expert] = Image.new("L", image.size, BACKGROUND)
                     continue
                 words = torch.load(path.with_suffix(".pt"), weights_only=True)
@@ -169,8 +169,10 @@ def _rand_augment(image: Image.Image, maps: dict) -> tuple[Image.Image, dict]:
     return image, maps
 
 
-def _warp(image: Image.Image, op: str, sign: int, resample: Image.Resampling, fill) -> Image.Image:
-    # shifts are a share of each picture's own side, so that labels stay on what they label
+def _warp(
+    image: Image.Image, op: str, sign: int, resample: Image.Resampling, fill: int | tuple[int, int, int]
+) -> Image.Image:
+    # shifts are a share of each image's own side, so that labels stay aligned
     shift = sign * _SHIFT * image.width
     matrix = {
         "shear_x": (1, sign * _SHEAR, 0, 0, 1, 0),

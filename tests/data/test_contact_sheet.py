@@ -1,6 +1,6 @@
 """Proves that a contact sheet shows each column in its place and colours, and writes the texts.
 
-python -m pytest -q tests/data/test_sheet.py
+python -m pytest tests/data/test_contact_sheet.py
 """
 
 import io
@@ -30,7 +30,7 @@ def make_sample(i=0, size=(40, 40), experts=tuple(EXPERTS), **meta):
 
 
 def cell(sheet, row, column, tile=208, row_height=None):
-    """The pixels of one picture in a sheet whose rows are equally high."""
+    """The pixels of one cell in a sheet whose rows are equally high."""
     left = 24 + column * (tile + 8)
     top = 44 + (row * row_height if row else 0)
     return np.asarray(sheet)[top : top + tile, left : left + tile].astype(int)
@@ -45,24 +45,22 @@ def test_columns_are_in_their_places():
     sky, ground = colour_map("seg", np.array([[1, 0]], np.uint8))[0].astype(int)
     assert (seg[5, 5] == sky).all() and (seg[-5, 5] == ground).all() and (sky != ground).any()
     objects = cell(sheet, 0, 5)
-    assert np.ptp(objects[5, 5]) == 0, "outside the box the photo is grey"
+    assert np.ptp(objects[5, 5]) == 0, "outside the box the image is grey"
     assert np.ptp(objects[104, 104]) > 30, "inside the box it is tinted"
 
 
-def test_columns_can_be_chosen_and_absent_maps_are_shown_as_such():
+def test_experts_without_maps_get_no_column_and_missing_maps_an_empty_cell():
     with_depth, without = make_sample(experts=("depth",)), make_sample(1, experts=())
     sheet = contact_sheet([with_depth, without], CLASSES)
-    assert sheet.width == 2 * 24 + 2 * 208 + 8, "no columns for experts that nobody has"
+    assert sheet.width == 2 * 24 + 2 * 208 + 8, "no columns for experts without a map"
     row = (sheet.height - 44 - 4) // 2
-    assert cell(sheet, 1, 1, row_height=row).min() > 80, "paper, where black is the far end of depth"
+    assert cell(sheet, 1, 1, row_height=row).min() > 80, "an empty cell is nearly white; the far end of depth is black"
     assert cell(sheet, 0, 1).min() == 0
-    narrow = contact_sheet([make_sample()], CLASSES, columns=("image", "edge"))
-    assert narrow.width == sheet.width
 
 
 @pytest.mark.parametrize("size", [(80, 40), (40, 80), (1, 40)])
-def test_pictures_keep_their_proportions(size):
-    sheet = contact_sheet([make_sample(size=size)], CLASSES, columns=("image", "edge"))
+def test_images_keep_their_proportions(size):
+    sheet = contact_sheet([make_sample(size=size, experts=("edge",))], CLASSES)
     red = np.abs(cell(sheet, 0, 0) - (200, 30, 30)).max(-1) < 12
     height, width = (int(red.any(axis).sum()) for axis in (1, 0))
     scale = 208 / max(size)
@@ -82,18 +80,16 @@ def test_ids_have_colours_of_their_own():
     colours = colour_map("seg", np.arange(256, dtype=np.uint8)[None])[0].astype(int)
     near = np.abs(colours[:20, None] - colours[None, :20]).sum(-1) + 999 * np.eye(20)
     assert near.min() > 25
-    assert colours[255].min() > 235, "the background is paper"
+    assert colours[255].min() > 235, "the background is nearly white"
 
 
 def test_an_unnamed_class_is_shown_by_its_number():
     assert contact_sheet([make_sample()], {}).height == contact_sheet([make_sample()], CLASSES).height
 
 
-def test_refusals():
+def test_missing_samples_and_damaged_images_are_refused():
     with pytest.raises(ValueError, match="no samples"):
         contact_sheet([], CLASSES)
-    with pytest.raises(ValueError, match="unknown column 'flow'"):
-        contact_sheet([make_sample()], CLASSES, columns=("flow",))
     sample = make_sample()
     sample.jpeg = b"\xff\xd8"
     with pytest.raises(ValueError, match="image of key0 does not decode"):
@@ -101,7 +97,7 @@ def test_refusals():
 
 
 @pytest.mark.parametrize(("name", "form"), [("s.png", "PNG"), ("s.jpg", "JPEG")])
-def test_draw_sheet(tmp_path, name, form):
+def test_a_sheet_is_written_as_png_or_jpeg(tmp_path, name, form):
     with ShardWriter(tmp_path / "data", classes=CLASSES, source="") as writer:
         for i in range(3):
             writer.write(make_sample(i))
@@ -120,6 +116,6 @@ def test_draw_sheet(tmp_path, name, form):
 @pytest.mark.parametrize(
     "meta", [{"captions": 5}, {"captions": ["\ud800"]}, {"questions": [{"question": 5}]}, {"words": [1]}], ids=ascii
 )
-def test_texts_and_tables_of_wrong_types_are_one_sentence(meta):
+def test_texts_and_tables_of_wrong_types_are_refused_in_one_sentence(meta):
     with pytest.raises(ValueError, match="the sample key0 cannot be shown: "):
         contact_sheet([make_sample(**meta)], CLASSES)

@@ -1,8 +1,8 @@
-"""Proves that images and maps come out right, aligned with each other, and that a broken image stays alone.
+"""Proves that images and maps are exact and stay aligned, and that a broken image affects no other one.
 
-Everything holds for the native ops and for DALI's operators alike.
+Every test runs with the native ops and with DALI's operators.
 
-python -m pytest tests/data/test_pipeline.py
+python -m pytest tests/data/test_image_pipeline.py
 """
 
 import io
@@ -27,7 +27,7 @@ CONFIG = prismer_tiny(image_size=R, label_size=L)
 
 @cache
 def shared_pipeline(native: bool, experts: tuple[str, ...], augmented: bool) -> ImagePipeline:
-    # shared: the pipeline promises to keep nothing from batch to batch
+    # shared, because the pipeline keeps nothing from batch to batch
     with pytest.MonkeyPatch.context() as patch:
         if not native:
             patch.setattr(native_ops, "is_built", lambda: False)
@@ -87,9 +87,9 @@ def test_evaluation_only_resizes(make_pipeline):
     assert np.array_equal(maps["seg"][0, 0].numpy(), nearest)
 
 
-# the right edge of the first one lies within a pixel of the picture: native ops take the nearest pixel edge
+# the right edge of the first window cuts through a pixel: native ops take the nearest pixel edge
 @pytest.mark.parametrize("window", [(0.1, 0.25, 0.73, 0.95), (0.1, 0.25, 0.75, 0.95)])
-def test_crop_is_that_of_pillow(make_pipeline, window):
+def test_the_crop_equals_that_of_pillow(make_pipeline, window):
     jpeg, seg = encode(gradient(), quality=95), blocks(120)
     pipeline = make_pipeline()
     rgb, maps = pipeline([jpeg], [{"seg": seg}], [AugmentParams(window=window)])
@@ -110,7 +110,7 @@ def test_crop_is_that_of_pillow(make_pipeline, window):
 
 @pytest.mark.parametrize("label_size", [60, 130, 240])
 def test_image_and_map_stay_aligned(make_pipeline, label_size):
-    """The red channel shows the ids of the map: after any augmentation both still agree."""
+    """The red channel shows the ids of the map: both agree after any augmentation."""
     ids = blocks(240, cells=3)
     jpeg = encode(np.stack([ids * 25, 0 * ids + 128, 0 * ids + 128], -1), quality=95, subsampling=0)
     seg = np.asarray(Image.fromarray(ids).resize((label_size, label_size), Image.NEAREST))
@@ -140,7 +140,7 @@ def test_warp_moves_pixels_as_the_matrix_says(make_pipeline):
         matrix = p.pixel_matrix(R).ravel().tolist()
         expected = decoded(jpeg).transform((R, R), Image.AFFINE, matrix, Image.BILINEAR)
         difference = np.abs(as_image(rgb[i]) - np.asarray(expected).astype(int))
-        # the two fill the outermost pixels differently
+        # Pillow and DALI fill the outermost pixels differently
         assert np.median(difference) <= 1 and (difference > 8).mean() < 0.03
 
 
@@ -184,7 +184,7 @@ TURN = np.array([[math.cos(ANGLE), -math.sin(ANGLE), 0], [math.sin(ANGLE), math.
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("affine", [np.eye(2, 3), TURN, TURN @ np.diag([1, 1, 0]) + [[0, 0, 0.1], [0, 0, 0]]])
 def test_normals_turn_with_the_image(make_pipeline, flip, affine):
-    """A sphere stays a sphere: its map after the augmentation is that of a sphere drawn where it has moved to."""
+    """The augmented map of a sphere equals the map of a sphere drawn at its new place."""
     centre = np.array([0.4, 0.6])
     params = AugmentParams(flip=flip, affine=affine)
     jpeg = encode(gradient())
@@ -198,11 +198,11 @@ def test_normals_turn_with_the_image(make_pipeline, flip, affine):
     dot = ((got / 127.5 - 1) * (expected / 127.5 - 1)).sum(-1)[both]
     angle = np.degrees(np.arccos(dot.clip(-1, 1)))
     assert np.median(angle) < 2.5 and np.percentile(angle, 95) < 8, f"{np.median(angle):.1f} degrees"
-    # around the sphere the map stays fill
+    # the map around the sphere stays fill
     assert (got.any(-1) & ~expected.any(-1)).sum() < 0.1 * both.sum()
 
 
-def test_rotate_normals_keeps_what_it_should():
+def test_rotate_normals_keeps_fill_and_unrotated_maps():
     maps = torch.from_numpy(sphere(32)).permute(2, 0, 1)[None].repeat(2, 1, 1, 1)
     matrices = torch.stack([torch.eye(2), torch.tensor([[0.0, -1], [1, 0]])]).double()
     turned = rotate_normals(maps, matrices)
@@ -231,7 +231,7 @@ def test_other_encodings_become_rgb(make_pipeline, name, mode, options):
     data = encode(pixels, name, mode, **options)
     rgb, _ = make_pipeline(augmented=False)([data, encode(pixels)], [{}, {}])
     expected = np.asarray(decoded(data).resize((R, R), Image.BICUBIC)).astype(int)
-    # CMYK to RGB has no one definition
+    # CMYK has several conversions to RGB
     assert np.abs(as_image(rgb[0]) - expected).mean() < (12 if mode == "CMYK" else 2)
 
 
@@ -275,7 +275,7 @@ def test_undecodable_images_are_named(make_pipeline, augmented):
     with pytest.raises(UndecodableImages, match="does not decode") as caught:
         pipeline(images, [{}] * 6, params)
     assert sorted(caught.value.reasons) == [1, 2, 3, 4]
-    # the pipeline lives on, and with it everything that came before the broken batch
+    # the pipeline works on, and tensors from before the broken batch are intact
     after, _ = pipeline([good], [{}], params and params[:1])
     assert torch.equal(before, after)
 
@@ -289,5 +289,5 @@ def test_images_of_any_shape(make_pipeline, height, width):
 
 
 def test_parameters_belong_to_an_augmented_pipeline(make_pipeline):
-    with pytest.raises(ValueError, match="exactly if"):
+    with pytest.raises(ValueError, match="if the pipeline was made with augmented=True, else none"):
         make_pipeline()([encode(gradient())], [{}])

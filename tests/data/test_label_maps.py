@@ -1,6 +1,6 @@
-"""Proves that packed labels give back the same maps, are the same bytes each time, and never give back wrong ones.
+"""Proves that packed labels give back the same maps, are the same bytes each time, and never give back wrong maps.
 
-python -m pytest -q tests/data/test_labels.py
+python -m pytest tests/data/test_labels.py
 """
 
 import struct
@@ -20,12 +20,12 @@ def random_planes(seed=0, height=37, width=41):
 
 
 def with_checksum(data):
-    """The same bytes with a checksum that fits: what a careless or hostile writer could make."""
+    """The same bytes with the right checksum, as a careless or hostile writer could make them."""
     return data[:6] + struct.pack("<I", zlib.crc32(data[10:])) + data[10:]
 
 
 @pytest.mark.parametrize("experts", [*((name,) for name in EXPERTS), tuple(EXPERTS), ()], ids=str)
-def test_round_trip(experts):
+def test_unpacking_gives_back_the_maps(experts):
     planes = {name: random_planes()[name] for name in experts}
     back = unpack_labels(pack_labels(planes))
     assert set(back) == set(experts)
@@ -35,7 +35,7 @@ def test_round_trip(experts):
 
 
 @pytest.mark.parametrize("side", [1, 2, 224])
-def test_round_trip_of_sizes(side):
+def test_maps_may_have_any_size(side):
     planes = {"depth": random_planes(1, side, 3)["depth"], "seg": random_planes(2, 5, side)["seg"]}
     back = unpack_labels(pack_labels(planes))
     for name, plane in planes.items():
@@ -71,7 +71,7 @@ def test_format_is_as_documented():
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_blank_planes(name):
+def test_a_blank_map_holds_the_fill_of_its_expert(name):
     plane = blank_planes(name, 5)
     assert plane.dtype == np.uint8 and plane.shape == ((5, 5, 3) if name == "normal" else (5, 5))
     assert (plane == (255 if EXPERTS[name].is_ids else 0)).all()
@@ -108,7 +108,7 @@ def test_every_truncation_is_found():
     ],
     ids=["version", "expert", "planes", "size", "count", "payload", "tail"],
 )
-def test_a_well_signed_wrong_file_is_refused(change, message):
+def test_a_wrong_file_with_the_right_checksum_is_refused(change, message):
     data = pack_labels({"seg": random_planes(0, 4, 4)["seg"]})
     with pytest.raises(ValueError, match=message):
         unpack_labels(with_checksum(change(data)))
@@ -118,14 +118,14 @@ def test_a_well_signed_wrong_file_is_refused(change, message):
     ("planes", "message"),
     [
         ({"flow": np.zeros((2, 2), np.uint8)}, "unknown expert 'flow'"),
-        ({"seg": np.zeros((2, 2), np.int64)}, "int64; give a uint8"),
-        ({"seg": [[1]]}, "list; give a uint8"),
-        ({"seg": np.zeros((2, 2, 1), np.uint8)}, r"expected \(h, w\)"),
-        ({"seg": np.zeros(4, np.uint8)}, r"expected \(h, w\)"),
-        ({"normal": np.zeros((2, 2), np.uint8)}, r"expected \(h, w, 3\)"),
-        ({"normal": np.zeros((3, 2, 2), np.uint8)}, r"expected \(h, w, 3\)"),
-        ({"seg": np.zeros((0, 2), np.uint8)}, "each side"),
-        ({"seg": np.zeros((1, 65536), np.uint8)}, "each side"),
+        ({"seg": np.zeros((2, 2), np.int64)}, r"int64 \(2, 2\); expected uint8 \(h, w\)"),
+        ({"seg": [[1]]}, "is list; give a numpy array"),
+        ({"seg": np.zeros((2, 2, 1), np.uint8)}, r"expected uint8 \(h, w\)"),
+        ({"seg": np.zeros(4, np.uint8)}, r"expected uint8 \(h, w\)"),
+        ({"normal": np.zeros((2, 2), np.uint8)}, r"expected uint8 \(h, w, 3\)"),
+        ({"normal": np.zeros((3, 2, 2), np.uint8)}, r"expected uint8 \(h, w, 3\)"),
+        ({"seg": np.zeros((0, 2), np.uint8)}, "is empty"),
+        ({"seg": np.zeros((1, 65536), np.uint8)}, "no side may exceed 65535"),
     ],
 )
 def test_malformed_maps_are_refused(planes, message):

@@ -1,6 +1,6 @@
-"""Proves that the baseline loader computes what it should, and that ours gives the model the same, counting bytes.
+"""Proves that the baseline loader is exact, that ours gives the model the same values, and counts the bytes of both.
 
-python -m pytest tests/data/test_official_loader.py
+python -m pytest tests/data/test_published_loader.py
 """
 
 import json
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from benchmarks.published_loader import LABEL_SIZE, MEAN, STD, OfficialDataset, _rand_augment, _warp, expand
+from benchmarks.published_loader import LABEL_SIZE, MEAN, STD, PublishedDataset, _rand_augment, _warp, expand
 from prismer.config import prismer_base
 from prismer.dataloading.feed.loader import Loader
 from prismer.dataloading.semantics.features import Semantics
@@ -23,8 +23,8 @@ from prismer.stems import normalise_low_level, normalise_rgb
 
 CLASSES = {"seg": ["sky", "ground", "wall"], "obj_detection": ["ball", "cube", "cone", "dog"]}
 BACKGROUND_ROW = np.linspace(-1, 1, 64, dtype=np.float32)
+# of the images, px
 SIDE = 64
-"""Of the pictures."""
 
 
 def row_of(text: str) -> np.ndarray:
@@ -40,8 +40,8 @@ def rows(names: list[str]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pictures a and b; b has no words. Their regions are halves and quarters, whose place is known at any size."""
-    folder = tmp_path_factory.mktemp("official")
+    """Images a and b; b has no words. Their regions are halves and quarters, whose place is known at any size."""
+    folder = tmp_path_factory.mktemp("published")
     height, width = 120, 160
     for name in "ab":
         rng = np.random.default_rng(ord(name))
@@ -74,12 +74,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def official(folder, **options) -> OfficialDataset:
+def published(folder, **options) -> PublishedDataset:
     tables = dict(
         seg=rows(CLASSES["seg"]), objects=rows(CLASSES["obj_detection"]), background=torch.from_numpy(BACKGROUND_ROW)
     )
     options = dict(image_size=SIDE, augment=False) | options
-    return OfficialDataset(folder / "images", folder / "labels", ["set/a", "set/b"], **tables, **options)
+    return PublishedDataset(folder / "images", folder / "labels", ["set/a", "set/b"], **tables, **options)
 
 
 def our_batch(folder, **sizes):
@@ -91,7 +91,7 @@ def our_batch(folder, **sizes):
 
 
 def test_baseline_values(folder):
-    sample = official(folder)[0]
+    sample = published(folder)[0]
     assert {name: (tuple(t.shape), t.dtype) for name, t in sample.items() if name != "obj_detection"} == {
         "rgb": ((3, SIDE, SIDE), torch.float32),
         "depth": ((1, 224, 224), torch.float32),
@@ -133,12 +133,12 @@ def test_baseline_values(folder):
     assert objects["instance"][0, 0, 0] == 0 and objects["instance"][0, 0, -1] == 255
 
 
-def test_no_words_is_background(folder):
-    words = official(folder)[1]["ocr_detection"]
+def test_an_image_without_words_is_background(folder):
+    words = published(folder)[1]["ocr_detection"]
     assert words.equal(torch.from_numpy(BACKGROUND_ROW)[:, None, None].expand(64, 224, 224))
 
 
-def test_expand():
+def test_ids_expand_to_their_features():
     ids = torch.tensor([[0, 7], [255, 7]], dtype=torch.uint8)
     table = {0: torch.full((64,), 2.0), 7: torch.arange(64.0)}
     expanded = expand(ids, table, torch.full((64,), -1.0))
@@ -146,7 +146,7 @@ def test_expand():
 
 
 def test_baseline_augments_image_and_labels_alike():
-    """A white square and its label stay together under every operation; outside is background."""
+    """A white square and its label stay aligned under every operation; outside is background."""
     size = 96
     square = np.zeros((size, size), np.uint8)
     square[30:60, 20:50] = 255
@@ -166,7 +166,7 @@ def test_baseline_augments_image_and_labels_alike():
 def test_crop_and_flip_keep_image_and_labels_together(folder):
     square = np.zeros((120, 160), np.uint8)
     square[20:60, 20:90] = 255
-    samples = official(folder, augment=True, image_size=224)
+    samples = published(folder, augment=True, image_size=224)
     sides = set()
     for _ in range(20):
         image = Image.fromarray(np.stack([square] * 3, -1))
@@ -186,8 +186,8 @@ def test_crop_and_flip_keep_image_and_labels_together(folder):
         ("shift_y", None, lambda x, y: 0.165 * 100),
     ],
 )
-def test_warp(op, shift_x, shift_y):
-    """A ramp tells where each pixel came from."""
+def test_warps_move_pixels_by_the_published_amounts(op, shift_x, shift_y):
+    """A ramp shows the source of each pixel."""
     y, x = np.mgrid[:100, :100]
     for ramp, shift in ((x, shift_x), (y, shift_y)):
         warped = _warp(Image.fromarray(ramp.astype(np.uint8)), op, 1, Image.Resampling.NEAREST, 255)
@@ -198,7 +198,7 @@ def test_warp(op, shift_x, shift_y):
 
 
 def test_augmented_samples_collate(folder):
-    batch = next(iter(DataLoader(official(folder, augment=True), batch_size=2)))
+    batch = next(iter(DataLoader(published(folder, augment=True), batch_size=2)))
     assert batch["rgb"].shape == (2, 3, SIDE, SIDE)
     assert batch["obj_detection"]["label"].shape == (2, 64, 224, 224)
     assert batch["obj_detection"]["label"].is_contiguous()
@@ -206,7 +206,7 @@ def test_augmented_samples_collate(folder):
 
 
 def test_our_batch_expands_to_the_baseline(folder):
-    theirs = next(iter(DataLoader(official(folder), batch_size=2)))
+    theirs = next(iter(DataLoader(published(folder), batch_size=2)))
     images = our_batch(folder)
     # both resize the same decoded pixels; one grey level is 0.015 after normalising
     difference = (normalise_rgb(images.rgb, torch.float32) - theirs["rgb"]).abs()
@@ -225,8 +225,8 @@ def test_our_batch_expands_to_the_baseline(folder):
 
 
 def test_upload_bytes(folder):
-    """What is counted by hand is what the tensors hold; the benchmark asserts the ratios on its pictures."""
-    sample = official(folder)[0]
+    """Bytes counted by hand equal those of the tensors; the benchmark asserts the ratios on its images."""
+    sample = published(folder)[0]
     theirs = sum(t.nbytes for name, t in sample.items() if name != "obj_detection")
     theirs += sum(t.nbytes for t in sample["obj_detection"].values())
     assert theirs == 4 * (3 * SIDE**2 + (5 + 3 * 64) * 224**2) + 8 * 224**2

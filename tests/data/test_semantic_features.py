@@ -1,6 +1,6 @@
-"""Proves that texts become the same 64 numbers everywhere, that different words stay apart, and that ids are checked.
+"""Proves that a text has the same 64 numbers on every machine, that words stay apart, and that ids are checked.
 
-python -m pytest tests/data/test_features.py
+python -m pytest tests/data/test_semantic_features.py
 """
 
 import json
@@ -18,7 +18,7 @@ WORDS = (
 
 
 def test_spelling_is_pinned():
-    # a model was trained on these numbers: they may never change
+    # models were trained on these numbers: they may never change
     row = Semantics.spelling().rows(["stop"])[0]
     assert row[:8] == pytest.approx([1.3484, 1.3484, 0.26968, -0.26968, 1.3484, 0.26968, -0.26968, 1.3484], abs=1e-6)
 
@@ -33,7 +33,7 @@ def test_spelling_separates_words():
     assert cosine.max() < 0.95, f"{WORDS[worst[0]]} and {WORDS[worst[1]]} are too near"
     assert np.abs(np.median(cosine)) < 0.1
     near = {(a, b): cosine[WORDS.index(a), WORDS.index(b)] for a, b in [("stop", "stops"), ("bar", "bank")]}
-    # the same beginning is nearer than the same letters elsewhere
+    # words with the same beginning are nearer than words with the same letters elsewhere
     assert near["stop", "stops"] > 0.6 and near["bar", "bank"] > 0.3
     assert cosine[WORDS.index("abc"), WORDS.index("cba")] < near["stop", "stops"]
     assert not semantics.background.any()
@@ -47,7 +47,7 @@ def test_spelling_ignores_case_and_blanks_and_reads_any_letters():
     assert semantics.rows([]).shape == (0, 64)
 
 
-def test_table_round_trip(tmp_path):
+def test_a_written_table_is_read_back(tmp_path):
     rng = np.random.default_rng(0)
     features, background = rng.normal(size=(3, 64)), rng.normal(size=64)
     write_table(tmp_path, ["person", "Traffic light", "stop"], features, background)
@@ -59,7 +59,7 @@ def test_table_round_trip(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_table_refuses_damage(tmp_path):
+def test_a_damaged_table_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no semantics table"):
         Semantics.from_table(tmp_path)
     with pytest.raises(ValueError, match="name the folder"):
@@ -87,8 +87,7 @@ def maps(**planes: list[int]) -> dict[str, np.ndarray]:
     return {name: np.array([values], np.uint8) for name, values in planes.items()}
 
 
-def test_feature_tables():
-    """Every pixel of every map finds, through its row, the features of the text that it stands for."""
+def test_every_id_finds_the_features_of_its_text():
     semantics = Semantics.spelling()
     tables = FeatureTables(prismer_tiny(), CLASSES, semantics)
     labels = maps(seg=[0, 1, 255], obj_detection=[3, 0, 255], ocr_detection=[0, 7, 255])
@@ -113,11 +112,11 @@ def test_feature_tables():
             assert np.array_equal(features[rows[expert][b, ids]], semantics.rows(texts)), (b, expert)
 
 
-def test_feature_tables_without_labels():
+def test_a_sample_without_labels_is_background():
     tables = FeatureTables(prismer_tiny(experts=("depth", "ocr_detection")), CLASSES, Semantics.spelling())
     rows, features = tables.collate([tables.look_up({}, {})])
     assert list(rows) == ["ocr_detection"] and not rows["ocr_detection"].any() and len(features) == 1
-    # experts that the model lacks are not looked at, whatever their maps hold
+    # maps of experts that the model lacks are ignored
     tables.look_up(maps(seg=[99]), {})
 
 
@@ -131,7 +130,7 @@ def test_words_without_features_are_background(tmp_path):
     meta = {"words": {"0": "Stop", "1": "zebra", "2": "qux", "3": "Zebra "}}
     with pytest.warns(UserWarning, match=r"as background: 'qux' \(1\), 'zebra' \(2\); .* add ") as seen:
         meanings = [tables.look_up(labels, meta)]
-        # of another sample: counted, not told
+        # words of another sample are only counted
         meanings.append(tables.look_up(labels, {"words": dict.fromkeys("0123", "new")}))
     assert len(seen) == 1
     assert semantics.unknown_words == {"zebra": 2, "qux": 1, "new": 4}
@@ -140,7 +139,7 @@ def test_words_without_features_are_background(tmp_path):
     assert np.array_equal(features[rows["ocr_detection"][0, 0]], semantics.rows(["stop"])[0])
     assert not rows["ocr_detection"][0, 1:4].any() and not rows["ocr_detection"][1].any()
     assert np.array_equal(features[rows["seg"][1, [0, 1]]], semantics.rows(["cube", "sky"]))
-    # a class is no word
+    # a class without features is an error
     with pytest.raises(ValueError, match="'cone' is not in the semantics table"):
         FeatureTables(prismer_tiny(), {"seg": ["cube", "cone"]}, semantics)
 
@@ -158,7 +157,7 @@ def test_words_without_features_are_background(tmp_path):
         (dict(ocr_detection=[0]), {"words": {"0": None}}, "id 0"),
     ],
 )
-def test_feature_tables_refuse_unknown_ids(labels, meta, message):
+def test_unknown_ids_are_refused(labels, meta, message):
     tables = FeatureTables(prismer_tiny(), CLASSES, Semantics.spelling())
     with pytest.raises(ValueError, match=message):
         tables.look_up(maps(**labels), meta)
