@@ -53,7 +53,7 @@ EXTENT = {
     "cone": (1.0, 1.12, 1.0),
 }
 
-# px; the image size at which a layout is judged, whatever size is rendered: a seed means one scene
+# image size in px at which a layout is judged; it does not depend on the rendered size, so that a seed is one scene
 _REFERENCE_SIZE = 128
 _MIN_PIXELS = 45
 

@@ -1,7 +1,4 @@
-"""Caption lists of COCO, NoCaps and Visual Genome -> records, one per image.
-
-No image is opened here: importer.py does that for every kind of source.
-"""
+"""Caption lists of COCO, NoCaps and Visual Genome -> records, one per image."""
 
 import re
 from pathlib import Path

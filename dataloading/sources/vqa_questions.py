@@ -1,7 +1,4 @@
-"""Question lists of VQAv2 and Visual Genome -> records, one per image with all its questions.
-
-No image is opened here: importer.py does that for every kind of source.
-"""
+"""Question lists of VQAv2 and Visual Genome -> records, one per image with all its questions."""
 
 from pathlib import Path
 
@@ -43,9 +40,8 @@ def vqa_records(list_files: list[str | Path], images: str | Path, *, labels: str
             )
         raw = _answers(entry)
         weight = entry.get("weight", _VG_WEIGHT if dataset == "vg" else 1.0)
-        problems = meta_problems(
-            {"questions": [{"question": text, "answers": [{"answer": a, "weight": weight} for a in raw]}]}
-        )
+        answers = [{"answer": answer, "weight": weight} for answer in raw]
+        problems = meta_problems({"questions": [{"question": text, "answers": answers}]})
         if problems:
             raise BadEntry(f"has a question that cannot be used: {problems[0]}")
         name = entry_id(entry, "question_id") if "question_id" in entry else text
@@ -71,9 +67,7 @@ def vqa_records(list_files: list[str | Path], images: str | Path, *, labels: str
     records = []
     for (dataset, image), questions in images_of.items():
         for question in questions.values():
-            question["answers"] = [
-                {"answer": answer, "weight": weight} for answer, weight in question["answers"].items()
-            ]
+            question["answers"] = [dict(answer=text, weight=weight) for text, weight in question["answers"].items()]
         records.append(paths[dataset].record(image, {"questions": list(questions.values())}))
     records += faults
     others = []

@@ -189,14 +189,16 @@ def _stray_files(dataset: ShardDataset) -> Iterator[Problem]:
 def _label_problems(sample: Sample, classes: dict[str, list[str]]) -> Iterator[str]:
     sides = {name: plane.shape[:2] for name, plane in sample.labels.items()}
     if len(set(sides.values())) > 1:
-        yield f"the label maps have different sizes ({_list_sizes(sides)}); store all at one size"
+        listed = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sides.items())
+        yield f"the label maps have different sizes ({listed}); store all at one size"
     for name, (height, width) in sides.items():
         if height != width:
             yield f"the {name} map is {height} x {width}; store a square"
+    instances, words = (sample.meta.get(table) for table in ("instances", "words"))
     known = {
         "seg": {str(i) for i in range(len(classes.get("seg", [])))},
-        "obj_detection": _ids_of(sample.meta.get("instances")),
-        "ocr_detection": _ids_of(sample.meta.get("words")),
+        "obj_detection": set(instances) if isinstance(instances, dict) else set(),
+        "ocr_detection": set(words) if isinstance(words, dict) else set(),
     }
     for name, ids in known.items():
         if name in sample.labels:
@@ -209,25 +211,15 @@ def _label_problems(sample: Sample, classes: dict[str, list[str]]) -> Iterator[s
                 )
 
 
-def _ids_of(table: object) -> set[str]:
-    return set(table) if isinstance(table, dict) else set()
-
-
 def _counts(sample: Sample) -> Counter:
     meta = sample.meta
     questions = meta.get("questions", [])
     counts = Counter(
-        {
-            "captions": len(meta.get("captions", [])),
-            "questions": len(questions),
-            "answers": sum(len(question.get("answers", [])) for question in questions),
-            "objects": len(meta.get("instances", {})),
-            "words": len(meta.get("words", {})),
-        }
+        captions=len(meta.get("captions", [])),
+        questions=len(questions),
+        answers=sum(len(question.get("answers", [])) for question in questions),
+        objects=len(meta.get("instances", {})),
+        words=len(meta.get("words", {})),
     )
     counts.update({f"{name} maps": int(name in sample.labels) for name in EXPERTS})
     return counts
-
-
-def _list_sizes(sides: dict[str, tuple[int, int]]) -> str:
-    return ", ".join(f"{name} {height} x {width}" for name, (height, width) in sides.items())

@@ -140,9 +140,8 @@ def draw_column(
     column: str, sample: Sample, image: Image.Image, classes: dict[str, list[str]], tile: int
 ) -> Image.Image | None:
     """One column of a sample in the proportions of the image, at most `tile` px; None if the sample has no map."""
-    scale = tile / max(image.size)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    image = image.resize(size, Image.Resampling.LANCZOS)
+    image = scale(image, tile, tile)
+    size = image.size
     if column == "image":
         return image
     if column not in sample.labels:
@@ -224,6 +223,12 @@ def _borders(ids: np.ndarray) -> np.ndarray:
     padded = np.pad(ids, 1, mode="edge")
     around = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
     return (ids != BACKGROUND) & np.logical_or.reduce([ids != other for other in around])
+
+
+def scale(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image at the largest size that fits into width x height px."""
+    factor = min(width / image.width, height / image.height)
+    return image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.LANCZOS)
 
 
 def fit(drawing: Image.Image | None, tile: int) -> Image.Image:

@@ -7,7 +7,18 @@ from PIL import Image, ImageDraw
 
 from prismer.dataloading.feed.image_batch import ExpertLabels
 from prismer.dataloading.store.shards import Sample
-from prismer.dataloading.views.contact_sheet import GREY, INK, RULE, TITLES, draw_column, fit, font_of, id_colours, wrap
+from prismer.dataloading.views.contact_sheet import (
+    GREY,
+    INK,
+    RULE,
+    TITLES,
+    draw_column,
+    fit,
+    font_of,
+    id_colours,
+    scale,
+    wrap,
+)
 
 _SIZE, _MARGIN, _GAP, _CELL = (1600, 900), 44, 14, 274
 # width and height that the image is fitted into
@@ -57,18 +68,16 @@ def draw_overview(
 
 def _mark(image: Image.Image, labels: ExpertLabels) -> Image.Image:
     """The image at its size in the drawing, with the boxes of objects and words."""
-    scale = min(_IMAGE[0] / image.width, _IMAGE[1] / image.height)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    resized = image.resize(size, Image.Resampling.LANCZOS)
+    resized = scale(image, *_IMAGE)
     draw = ImageDraw.Draw(resized)
     names = labels.classes.get("obj_detection", [])
     instances = labels.meta.get("instances", {})
     for i, box in labels.meta.get("boxes", {}).get("obj_detection", {}).items():
         colour = tuple((id_colours()[int(i)] * 0.75).astype(int).tolist())
         name = names[instances[i]] if i in instances else i
-        _outline(draw, size, box, f"{name} {box[4]:.2f}", colour)
+        _outline(draw, resized.size, box, f"{name} {box[4]:.2f}", colour)
     for i, box in labels.meta.get("boxes", {}).get("ocr_detection", {}).items():
-        _outline(draw, size, box, labels.meta.get("words", {}).get(i, i), INK)
+        _outline(draw, resized.size, box, labels.meta.get("words", {}).get(i, i), INK)
     return resized
 
 
