@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 
+from prismer.dataloading.store import native_ops
 from prismer.dataloading.store.label_maps import CODES, blank_planes, pack_labels, unpack_labels
 from prismer.experts import EXPERTS
 
@@ -32,6 +33,14 @@ def test_unpacking_gives_back_the_maps(experts):
     for name in experts:
         np.testing.assert_array_equal(back[name], planes[name])
         assert back[name].flags.writeable and back[name].flags.c_contiguous
+
+
+def test_numpy_serves_where_native_ops_were_not_built(monkeypatch):
+    monkeypatch.setattr(native_ops, "is_built", lambda: False)
+    planes = random_planes()
+    for name, plane in unpack_labels(pack_labels(planes)).items():
+        np.testing.assert_array_equal(plane, planes[name])
+        assert native_ops.values_in_use(plane) == np.unique(plane).tolist()
 
 
 @pytest.mark.parametrize("side", [1, 2, 224])
