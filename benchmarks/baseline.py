@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.official_loader import BACKGROUND, LOW_LEVEL, MEAN, STD, expand
+from benchmarks.published_loader import BACKGROUND, LOW_LEVEL, MEAN, STD, expand
 from prismer.batch import IGNORE_INDEX, Batch, ImageBatch
 from prismer.model import Prismer
 from prismer.texts import encode_answer, encode_class_name, encode_prompt, encode_question

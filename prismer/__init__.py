@@ -16,10 +16,10 @@ _HOMES = {
     "prismer_large": "prismer.config",
     "prismer_huge": "prismer.config",
     "Tokenizer": "prismer.tokenizer",
-    "load_image": "prismer.dataloading.feed.images",
-    "load_images": "prismer.dataloading.feed.images",
-    "image_batch": "prismer.dataloading.feed.images",
-    "ExpertLabels": "prismer.dataloading.feed.images",
+    "load_image": "prismer.dataloading.feed.load_image",
+    "load_images": "prismer.dataloading.feed.load_image",
+    "image_batch": "prismer.dataloading.feed.image_batch",
+    "ExpertLabels": "prismer.dataloading.feed.image_batch",
 }
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the keys are the names

@@ -133,7 +133,7 @@ class Prismer(nn.Module):
             if labels is not None:
                 raise ValueError("an ImageBatch holds its labels already; leave labels out")
             return images
-        from prismer.dataloading.feed.images import image_batch
+        from prismer.dataloading.feed.image_batch import image_batch
 
         images = images if isinstance(images, (list, tuple)) else [images]
         return image_batch(images, self.config, labels, semantics)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from prismer.dataloading.experts.vit_trunk import HEAD_SIDE
-from prismer.dataloading.scenes.raycast import GROUND, SKY, Camera, Primitive, _intersect, cast
+from prismer.dataloading.scenes.raycast import GROUND, SKY, Camera, Primitive, cast, intersect
 
 TARGET = 96
 """Side of the target maps: that of the head's outputs."""
@@ -239,7 +239,7 @@ def _photograph(rng: np.random.Generator, camera: Camera, parts: list[Primitive]
             # walls and ceilings let the sun in
             if part.extent.max() < 8:
                 o = part.to_local(*(origin - part.centre.astype(np.float32)[:, None]))
-                lit &= ~np.isfinite(_intersect(part.shape, o, part.to_local(*light)))
+                lit &= ~np.isfinite(intersect(part.shape, o, part.to_local(*light)))
         sunny[solid] = lit
     sun, ambient = u(0.3, 1.3), u(0.15, 0.7)
     facing = np.maximum(np.einsum("i,ihw->hw", light, trace.normal), 0)

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prismer.config import prismer_tiny
-from prismer.dataloading.scenes.dataset import SEG_CLASSES, WORDS, render_scene, scene_seed
-from prismer.dataloading.scenes.text import ATTRIBUTES
+from prismer.dataloading.scenes.captions_and_questions import ATTRIBUTES
+from prismer.dataloading.scenes.dataset import SEG_CLASSES, render_scene, scene_seed
+from prismer.dataloading.scenes.layout import WORDS
 from prismer.experts import BACKGROUND
 from prismer.files import write_checksums
 from prismer.stems import normalise_rgb

@@ -21,8 +21,8 @@ import prismer
 from prismer.cli.ask import read_texts
 from prismer.cli.main import main
 from prismer.config import prismer_tiny
-from prismer.dataloading.feed.features import write_table
 from prismer.dataloading.scenes.dataset import render_dataset
+from prismer.dataloading.semantics.features import write_table
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.model import Prismer
 from prismer.shipped import shipped_folder
@@ -437,7 +437,7 @@ def test_a_model_without_tokenizer_or_experts(run, copy, photos, tmp_path):
 
 
 def pack(planes: dict) -> bytes:
-    from prismer.dataloading.store.labels import pack_labels
+    from prismer.dataloading.store.label_maps import pack_labels
 
     return pack_labels(planes)
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from prismer.cli.main import main
-from prismer.dataloading.feed.features import Semantics
 from prismer.dataloading.feed.loader import Loader
 from prismer.dataloading.scenes.dataset import render_dataset
+from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.freezing import freeze
 from prismer.kernels.modules import MLP, MultiheadAttention

@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from prismer.dataloading.experts.labeller import Labeller
 from prismer.dataloading.feed.dali import UndecodableImages
-from prismer.dataloading.feed.images import ExpertLabels, resize_nearest
-from prismer.dataloading.sources.importers import skipped_entry, to_jpeg
-from prismer.dataloading.sources.record import Record, Records, Source
+from prismer.dataloading.feed.image_batch import ExpertLabels
+from prismer.dataloading.feed.rgb import to_jpeg
+from prismer.dataloading.sources.importer import skipped_entry
+from prismer.dataloading.sources.records import FilePart, ImageRecord, ImageRecords
 from prismer.dataloading.store.index import Sample, check_classes, to_json
-from prismer.dataloading.store.labels import pack_labels, unpack_labels
-from prismer.dataloading.store.schema import check_meta
+from prismer.dataloading.store.label_maps import pack_labels, resize_nearest, unpack_labels
+from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.writer import OpenShard, finished_shard, write_index, write_together
 from prismer.files import write_atomically
 from prismer.reading import read_json
@@ -62,14 +63,14 @@ class LabelReport:
 class _Ready:
     """A record whose image is known to be a JPEG that can be stored."""
 
-    record: Record
+    record: ImageRecord
     jpeg: bytes
     size: tuple[int, int]
     planes: dict[str, np.ndarray]
 
 
 def label_records(
-    records: Records,
+    records: ImageRecords,
     out: str | Path,
     labeller: Labeller,
     *,
@@ -126,7 +127,7 @@ class _Job:
 
     def __init__(
         self,
-        records: Records,
+        records: ImageRecords,
         folder: Path,
         labeller: Labeller,
         source: str,
@@ -162,7 +163,12 @@ class _Job:
         return min(self.samples_per_shard, self.count - number * self.samples_per_shard)
 
     def write_shard(
-        self, number: int, records: Iterator[Record], pool: ThreadPoolExecutor, ahead: ThreadPoolExecutor, bar: tqdm
+        self,
+        number: int,
+        records: Iterator[ImageRecord],
+        pool: ThreadPoolExecutor,
+        ahead: ThreadPoolExecutor,
+        bar: tqdm,
     ) -> list[Sample]:
         """Label the records of one shard, write it, and return its first samples."""
         first: list[Sample] = []
@@ -248,7 +254,7 @@ class _Job:
 
     def _decoded(
         self,
-        records: Iterator[Record],
+        records: Iterator[ImageRecord],
         pool: ThreadPoolExecutor,
         ahead: ThreadPoolExecutor,
         skipped: list[dict[str, str]],
@@ -256,7 +262,7 @@ class _Job:
     ) -> Iterator[tuple[list[_Ready], dict]]:
         """Batches of readable records with their pixels; the next is read and decoded while one is labelled."""
 
-        def skip(record: Record, reason: str) -> None:
+        def skip(record: ImageRecord, reason: str) -> None:
             skipped.append(skipped_entry(record, reason))
             bar.update()
 
@@ -274,7 +280,7 @@ class _Job:
             if batch:
                 yield batch
 
-        def decode(batch: list[_Ready]) -> tuple[list[_Ready], dict, list[tuple[Record, str]]]:
+        def decode(batch: list[_Ready]) -> tuple[list[_Ready], dict, list[tuple[ImageRecord, str]]]:
             faults = []
             while batch:
                 try:
@@ -300,7 +306,7 @@ class _Job:
         if coming is not None:
             yield from give(coming)
 
-    def _prepare(self, record: Record) -> _Ready:
+    def _prepare(self, record: ImageRecord) -> _Ready:
         """Runs in a thread.
 
         Raises:
@@ -324,7 +330,7 @@ class _Job:
             raise ValueError("its 'boxes' are no object of expert: {id: box}")
         to_json(record.meta)
         side = self.labeller.label_size
-        planes = {name: resize_nearest(plane, side) for name, plane in planes.items() if name not in self.experts}
+        planes = {name: resize_nearest(plane, side, side) for name, plane in planes.items() if name not in self.experts}
         return _Ready(record, jpeg, size, planes)
 
     def _sample(self, ready: _Ready, labels: ExpertLabels) -> Sample:
@@ -338,7 +344,7 @@ class _Job:
         return Sample(ready.record.key, ready.jpeg, {**ready.planes, **labels.planes}, meta)
 
 
-def source_records(source: str | Path, images: str | Path | None = None) -> tuple[Records, dict[str, list[str]]]:
+def source_records(source: str | Path, images: str | Path | None = None) -> tuple[ImageRecords, dict[str, list[str]]]:
     """The records of a folder of images, an img2dataset folder, a list of the COCO kind or shards.
 
     Args:
@@ -352,7 +358,9 @@ def source_records(source: str | Path, images: str | Path | None = None) -> tupl
     Raises:
         ValueError: if it is none of these.
     """
-    from prismer.dataloading.sources.lists import caption_records, folder_records, tar_records
+    from prismer.dataloading.sources.coco_captions import caption_records
+    from prismer.dataloading.sources.image_folders import folder_records
+    from prismer.dataloading.sources.webdataset_tars import tar_records
     from prismer.dataloading.store.shards import ShardDataset
 
     path = Path(source)
@@ -369,7 +377,7 @@ def source_records(source: str | Path, images: str | Path | None = None) -> tupl
     return folder_records(path), {}
 
 
-def _survey(records: Records) -> tuple[int, str, dict[str, Source | None]]:
+def _survey(records: ImageRecords) -> tuple[int, str, dict[str, FilePart | None]]:
     """How many records there are, a digest of their keys in order, and the first image of each repeated key."""
     digest, hashes = hashlib.sha256(), array("Q")
     for record in records:
@@ -379,7 +387,7 @@ def _survey(records: Records) -> tuple[int, str, dict[str, Source | None]]:
         hashes.append(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little"))
     values, counts = np.unique(np.frombuffer(hashes, np.uint64), return_counts=True)
     suspects = set(values[counts > 1].tolist())
-    first: dict[str, Source | None] = {}
+    first: dict[str, FilePart | None] = {}
     if suspects:
         for record, value in zip(records, hashes, strict=True):
             if value in suspects:
@@ -387,7 +395,7 @@ def _survey(records: Records) -> tuple[int, str, dict[str, Source | None]]:
     return len(hashes), digest.hexdigest()[:16], first
 
 
-def _parts(records: Records, size: int, wanted: set[int]) -> Iterator[tuple[int, Iterator[Record]]]:
+def _parts(records: ImageRecords, size: int, wanted: set[int]) -> Iterator[tuple[int, Iterator[ImageRecord]]]:
     """The records of each wanted shard, in one pass."""
     iterator, number = iter(records), 0
     while wanted:
@@ -401,9 +409,9 @@ def _parts(records: Records, size: int, wanted: set[int]) -> Iterator[tuple[int,
         number += 1
 
 
-def _ahead(pool: ThreadPoolExecutor, work, items: Iterator, limit: int) -> Iterator[tuple[Record, Future]]:
+def _ahead(pool: ThreadPoolExecutor, work, items: Iterator, limit: int) -> Iterator[tuple[ImageRecord, Future]]:
     """(item, future of work(item)) in order, at most `limit` begun ahead."""
-    waiting: list[tuple[Record, Future]] = []
+    waiting: list[tuple[ImageRecord, Future]] = []
     for item in items:
         waiting.append((item, pool.submit(work, item)))
         if len(waiting) > limit:

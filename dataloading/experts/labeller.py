@@ -19,9 +19,9 @@ from PIL import Image, ImageOps
 from prismer.dataloading.experts.catalogue import load_networks
 from prismer.dataloading.experts.decode import ExpertPipeline, Geometry
 from prismer.dataloading.experts.network import Found, Images, Network
-from prismer.dataloading.feed.images import ExpertLabels, ImageSource, from_array
-from prismer.dataloading.feed.pixels import to_rgb
-from prismer.dataloading.sources.importers import to_jpeg
+from prismer.dataloading.feed.image_batch import ExpertLabels
+from prismer.dataloading.feed.load_image import ImageSource, from_array
+from prismer.dataloading.feed.rgb import to_jpeg, to_rgb
 from prismer.reading import read_bytes
 
 _BATCH = {"cpu": 4, "cuda": 32}
@@ -111,7 +111,7 @@ class Labeller:
         """What the experts say about pictures.
 
         Args:
-            images: any number of what `prismer.dataloading.feed.images.load_image` opens.
+            images: any number of what `prismer.dataloading.feed.load_image.load_image` opens.
 
         Returns:
             One ExpertLabels for each.

@@ -91,7 +91,7 @@ class _Asked:
         if args.labels and args.experts:
             raise ValueError("--labels and --experts both give expert maps; choose one of them")
         # torch comes with it: a mistyped path should not wait for that
-        from prismer.dataloading.feed.images import ExpertLabels
+        from prismer.dataloading.feed.image_batch import ExpertLabels
 
         self.trace = args.profile
         if self.trace:
@@ -180,7 +180,8 @@ class _Asked:
         """(paths, their ImageBatch, errors of those that cannot be read); pictures are decoded a batch ahead."""
         from concurrent.futures import ThreadPoolExecutor
 
-        from prismer.dataloading.feed.images import image_batch, load_image
+        from prismer.dataloading.feed.image_batch import image_batch
+        from prismer.dataloading.feed.load_image import load_image
 
         config, size = self.model.config, _BATCH[self.model.device.type]
         waiting: deque = deque()
@@ -222,7 +223,7 @@ def load_model(source: str, folder: Path, device_name: str, *, precision: str = 
     """
     import torch
 
-    from prismer.dataloading.feed.features import TABLE_FILES, Semantics
+    from prismer.dataloading.semantics.features import TABLE_FILES, Semantics
     from prismer.model import Prismer
     from prismer.quantise import check_device, quantise
 

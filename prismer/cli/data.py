@@ -102,7 +102,7 @@ def _render(args: argparse.Namespace) -> None:
 
 
 def _caption_records(args: argparse.Namespace):
-    from prismer.dataloading.sources.lists import caption_records
+    from prismer.dataloading.sources.coco_captions import caption_records
 
     return caption_records(
         args.lists[0], args.images, labels=args.labels, dataset=args.dataset, captions_file=args.captions_file
@@ -110,31 +110,31 @@ def _caption_records(args: argparse.Namespace):
 
 
 def _vqa_records(args: argparse.Namespace):
-    from prismer.dataloading.sources.lists import vqa_records
+    from prismer.dataloading.sources.vqa_questions import vqa_records
 
     return vqa_records(args.lists, args.images, labels=args.labels)
 
 
 def _folder_records(args: argparse.Namespace):
-    from prismer.dataloading.sources.lists import folder_records
+    from prismer.dataloading.sources.image_folders import folder_records
 
     return folder_records(args.source_folder, labels=args.labels)
 
 
 def _class_records(args: argparse.Namespace):
-    from prismer.dataloading.sources.lists import class_records
+    from prismer.dataloading.sources.class_folders import class_records
 
     return class_records(args.source_folder, classes=args.classes, names=args.names, labels=args.labels)
 
 
 def _tar_records(args: argparse.Namespace):
-    from prismer.dataloading.sources.lists import tar_records
+    from prismer.dataloading.sources.webdataset_tars import tar_records
 
     return tar_records(args.source_folder)
 
 
 def _import(args: argparse.Namespace) -> None:
-    from prismer.dataloading.sources.importers import REPORT_FILE, import_records
+    from prismer.dataloading.sources.importer import REPORT_FILE, import_records
     from prismer.reading import printable
 
     for name in ("samples_per_shard", "label_size", "workers"):
@@ -210,7 +210,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _extract(args: argparse.Namespace) -> None:
-    from prismer.dataloading.store.labels import pack_labels
+    from prismer.dataloading.store.label_maps import pack_labels
     from prismer.files import write_atomically
     from prismer.reading import printable
 

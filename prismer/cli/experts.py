@@ -114,7 +114,7 @@ def _label(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from prismer.dataloading.sources.importers import to_jpeg
+    from prismer.dataloading.feed.rgb import to_jpeg
     from prismer.files import write_atomically
     from prismer.reading import read_bytes
 
@@ -132,7 +132,7 @@ def _show(args: argparse.Namespace) -> None:
 
         model, semantics = load_model(args.model, model_folder(args.model), args.device)
         (caption,) = model.caption([jpeg], labels=[labels], semantics=semantics)
-    from prismer.dataloading.views.slide import draw_slide
+    from prismer.dataloading.views.expert_overview import draw_overview
 
     names = {name: entry["network"] for name, entry in labeller.about["experts"].items()}
     if caption:
@@ -140,7 +140,7 @@ def _show(args: argparse.Namespace) -> None:
         known = ", which has only seen rendered scenes" if args.model == "tiny" else ""
         names["caption"] = f"{args.model}{known}"
     out = args.out or args.image.with_name(f"{args.image.stem}-experts.png")
-    write_atomically(out, draw_slide(jpeg, labels, caption=caption, networks=names))
+    write_atomically(out, draw_overview(jpeg, labels, caption=caption, networks=names))
     print(f"{out}{f': {caption}' if caption else ''}")
 
 

@@ -62,7 +62,7 @@ def add_semantics_commands(commands) -> None:
 
 def _build(args: argparse.Namespace) -> None:
     from prismer.cli.ask import pick_device
-    from prismer.dataloading.semantics.table import build
+    from prismer.dataloading.semantics.clip_tables import build
 
     recipe = build(
         args.out,
@@ -87,7 +87,7 @@ def _build(args: argparse.Namespace) -> None:
 
 def _add(args: argparse.Namespace) -> None:
     from prismer.cli.ask import pick_device
-    from prismer.dataloading.semantics.table import add
+    from prismer.dataloading.semantics.clip_tables import add
 
     if not args.data and not args.texts:
         raise ValueError("there is nothing to add; name datasets with --data or files with --texts")
@@ -103,15 +103,15 @@ def _add(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from prismer.dataloading.semantics.published import import_official
-    from prismer.dataloading.semantics.table import refuse_pickle
+    from prismer.dataloading.semantics.clip_tables import refuse_pickle
+    from prismer.dataloading.semantics.published_tables import import_published
 
     if args.pca is not None:
         refuse_pickle(args.pca)
     tables = [path for path in (args.coco, args.ade, args.detection) if path is not None]
     if not tables:
         raise ValueError("no names are imported; give --coco, --ade or --detection")
-    read, kept = import_official(args.out, tables, args.background)
+    read, kept = import_published(args.out, tables, args.background)
     print(f"{args.out}: {kept} texts, from {read} names")
     print(
         "no PCA is known for them, so this table cannot be extended: words that it lacks enter as background; "
@@ -121,7 +121,7 @@ def _import(args: argparse.Namespace) -> None:
 
 def _texts(args: argparse.Namespace) -> Iterator[str]:
     """The texts of the files, read now, and those of the datasets, read when they are asked for."""
-    from prismer.dataloading.semantics.texts import dataset_texts, file_texts
+    from prismer.dataloading.semantics.table_texts import dataset_texts, file_texts
 
     texts = file_texts(args.texts)
     datasets = (dataset_texts([folder], progress=_watched()) for folder in args.data)

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from prismer.dataloading.feed.augment import AugmentConfig
-from prismer.dataloading.feed.features import Semantics
 from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.model import Prismer
 from prismer.texts import ChooseTexts, answer_fits, caption_texts, classification_texts, joint_texts, vqa_texts

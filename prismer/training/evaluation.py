@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from prismer.dataloading.feed.loader import Loader
-from prismer.dataloading.store.schema import check_meta
+from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.shards import CorruptSample, ShardDataset
 from prismer.files import write_json
 from prismer.inference import Candidates

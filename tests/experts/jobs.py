@@ -14,7 +14,7 @@ from PIL import Image
 
 from prismer.dataloading.experts.job import label_records
 from prismer.dataloading.experts.labeller import Labeller
-from prismer.dataloading.sources.lists import folder_records
+from prismer.dataloading.sources.image_folders import folder_records
 from tests.experts.stand_ins import Brightness, Halves
 
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -147,8 +147,8 @@ def test_missing_experts_are_named_and_the_rest_goes_on(tmp_path, capsys):
 def test_a_slide_with_boxes_and_words():
     import numpy as np
 
-    from prismer.dataloading.feed.images import ExpertLabels
-    from prismer.dataloading.views.slide import draw_slide
+    from prismer.dataloading.feed.image_batch import ExpertLabels
+    from prismer.dataloading.views.expert_overview import draw_overview
 
     file = io.BytesIO()
     Image.new("RGB", (200, 100), (250, 250, 250)).save(file, "JPEG")
@@ -161,7 +161,7 @@ def test_a_slide_with_boxes_and_words():
     )
     bare = ExpertLabels({"obj_detection": plane}, {"instances": {"0": 1}}, labels.classes)
     with_boxes, without = (
-        np.asarray(Image.open(io.BytesIO(draw_slide(file.getvalue(), one))).convert("RGB")).astype(int)
+        np.asarray(Image.open(io.BytesIO(draw_overview(file.getvalue(), one))).convert("RGB")).astype(int)
         for one in (labels, bare)
     )
     photo = np.abs(with_boxes - without)[:, :676].max(axis=2) > 30

@@ -16,8 +16,8 @@ from PIL import Image
 
 from prismer.dataloading.experts.job import label_records, source_records
 from prismer.dataloading.experts.labeller import Labeller
-from prismer.dataloading.sources.importers import import_records
-from prismer.dataloading.sources.lists import folder_records
+from prismer.dataloading.sources.image_folders import folder_records
+from prismer.dataloading.sources.importer import import_records
 from prismer.dataloading.store.check import check_dataset
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.dataloading.store.writer import OpenShard, write_together

@@ -17,7 +17,7 @@ from prismer.cli.main import main
 from prismer.dataloading.experts.labeller import Labeller
 from prismer.dataloading.store import writer as shard_writer
 from prismer.dataloading.store.check import check_dataset
-from prismer.dataloading.store.labels import pack_labels
+from prismer.dataloading.store.label_maps import pack_labels
 from prismer.dataloading.store.shards import ShardDataset
 from tests.experts.jobs import contents, write_photos
 from tests.experts.stand_ins import Brightness

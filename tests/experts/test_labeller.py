@@ -17,7 +17,7 @@ from prismer.dataloading.experts.decode import GREY, ExpertPipeline, Geometry
 from prismer.dataloading.experts.labeller import Labeller
 from prismer.dataloading.experts.network import Images, MissingWeights, intensities, min_max
 from prismer.dataloading.feed.dali import UndecodableImages
-from prismer.dataloading.feed.images import image_batch
+from prismer.dataloading.feed.image_batch import image_batch
 from prismer.experts import EXPERTS
 from tests.experts.stand_ins import Brightness, Halves
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from prismer.dataloading.scenes.text import ATTRIBUTES
+from prismer.dataloading.scenes.captions_and_questions import ATTRIBUTES
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 
 pytestmark = pytest.mark.timeout(900)
