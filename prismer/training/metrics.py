@@ -1,8 +1,8 @@
-"""Scores of captions and answers: BLEU, ROUGE-L, CIDEr-D, VQA accuracy, top-1; pure Python and numpy.
+"""Scores of captions, answers and classes in Python and numpy: BLEU, ROUGE-L, CIDEr-D, VQA accuracy, top-1.
 
 Captions are compared as lists of tokens. `tokenize_caption` follows the Penn Treebank tokenizer of the COCO caption
-toolkit (lower case, contractions split, punctuation dropped), so that scores are comparable with published ones;
-METEOR and SPICE need Java programs and are left to that toolkit. Values are fractions: papers print BLEU 0.40 as 40
+toolkit (lower case, contractions split, punctuation dropped), so that scores are comparable with published ones. METEOR
+and SPICE are left to that toolkit, since they need Java programs. Scores are fractions: papers print BLEU 0.40 as 40
 and CIDEr 1.35 as 135.
 """
 
@@ -20,7 +20,8 @@ ROUGE_BETA = 1.2
 
 Tokens = Sequence[str]
 
-# what keeps its full stop: the first list in any capitals, the second only with a capital ("he had to wash.")
+# abbreviations, which keep their full stop: the first list in any case, the second only with a capital letter, since
+# "he had to wash." ends a sentence
 _ABBREVIATIONS = """mr mrs ms dr drs prof profs sen sens rep reps atty lt col gen messrs gov govs adm rev maj sgt cpl
 pvt mt capt st ste ave pres lieut hon brig comdr cmdr pfc spc supt det jr sr bros blvd rd esq inc co cos corp ltd plc
 etc vs jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri ala ariz calif colo conn fla ga
@@ -63,12 +64,12 @@ _SPLIT_WORDS = {
     "{": ("-lcb-",),
     "}": ("-rcb-",),
 }
-# the toolkit drops a fixed list of marks, in which neither brackets nor "!!" are found
+# the toolkit drops a fixed list of marks, which contains neither brackets nor "!!"
 _DROPPED = re.compile(r"['\"`,.:;!?]|-{1,}|\.{3,}")
 
 
 def tokenize_caption(caption: str) -> list[str]:
-    """The lower-case tokens that captions are compared by, without punctuation.
+    """The lower-case tokens of a caption, without punctuation.
 
     `"A dog's close-up, isn't it?"` gives a, dog, 's, close-up, is, n't, it.
     """
@@ -86,16 +87,16 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
 
         BLEU-n = min(1, exp(1 - r / c)) * (p_1 ... p_n)^(1/n)
 
-    p_k: share of the candidates' k-grams that occur in a reference of the same image, each counted at most as often
-    as in the reference that has it most; c: tokens of all candidates; r: tokens of the references closest in length,
-    the shorter on a tie.
+    p_k is the share of the candidates' k-grams that occur in a reference of the same image; a k-gram counts at most as
+    often as in the reference that contains it most often. c is the number of tokens of all candidates, and r that of
+    the references closest in length, of the shorter one on a tie.
 
     Args:
         candidates: for each image the tokens of one caption.
         references: for each image the tokens of its references.
 
     Returns:
-        (4,) fp64; 0 where no n-gram agrees.
+        (4,) fp64; 0 where no n-gram occurs in a reference.
 
     Raises:
         ValueError: if the two differ in length, or an image has no reference.
@@ -108,7 +109,8 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
         reference_length += min((abs(len(r) - len(candidate)), len(r)) for r in refs)[1]
         allowed: Counter = Counter()
         for ref in refs:
-            allowed |= _ngrams(ref)  # the maximum of the counts
+            # the larger of the counts
+            allowed |= _ngrams(ref)
         for ngram, count in (_ngrams(candidate) & allowed).items():
             matched[len(ngram) - 1] += count
         total += [max(0, len(candidate) - n) for n in range(MAX_NGRAM)]
@@ -122,7 +124,7 @@ def rouge_l(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 
         P = max_r lcs / |candidate|    R = max_r lcs / |r|    ROUGE-L = (1 + b^2) P R / (R + b^2 P),    b = 1.2
 
-    The best precision and the best recall may belong to two references.
+    The best precision and the best recall may belong to different references.
 
     Returns:
         (images,) fp64.
@@ -148,8 +150,8 @@ def cider_d(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
         10 / 4 * sum over n = 1..4 of mean over references r of
             exp(-(|c| - |r|)^2 / (2 * 6^2)) * min(g_n(c), g_n(r)) . g_n(r) / (|g_n(c)| |g_n(r)|)
 
-    g_n: for each n-gram its count times log(images / images with a reference that has it). The weights come from
-    `references`: scores belong to this set of images, and those of a single image are all 0.
+    g_n holds for each n-gram its count times log(images / images with a reference that contains it). These weights come
+    from `references`, so that a score is only valid within its set of images; the score of a single image is 0.
 
     Returns:
         (images,) fp64; their mean is the score of the corpus.
@@ -233,8 +235,8 @@ def _check(candidates: Sequence, references: Sequence[Sequence]) -> None:
         raise ValueError(f"image {empty} has no reference caption; leave the image out")
 
 
-# the contractions that the VQA evaluation restores when an apostrophe is missing; "its", "hell", "were" and other
-# words of their own are not among them
+# the contractions that the VQA evaluation restores when an apostrophe is missing; "its", "hell", "were" and others that
+# are also words without an apostrophe are not among them
 _CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't
 must've needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
@@ -245,7 +247,7 @@ would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll yo
 
 
 def _without_apostrophes(word: str) -> list[str]:
-    """`word` without one, or without each choice of several, of its apostrophes; one at least stays if it had two."""
+    """Every spelling of `word` without some of its apostrophes; of several, at least one stays."""
     at = [i for i, c in enumerate(word) if c == "'"]
     drops = itertools.chain.from_iterable(itertools.combinations(at, n) for n in range(1, max(2, len(at))))
     return ["".join(c for i, c in enumerate(word) if i not in drop) for drop in drops]
@@ -260,11 +262,11 @@ _ANSWER_MARKS = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def normalize_answer(answer: str) -> str:
-    """An answer as the VQA evaluation compares it.
+    """The form in which the VQA evaluation compares answers.
 
-    Lower case; punctuation removed where it touches a blank (or anywhere, in an answer with a comma between digits)
-    and a blank elsewhere; full stops removed unless a digit follows; zero to ten and none as digits; articles
-    removed; apostrophes restored in contractions.
+    The text becomes lower case. A punctuation mark is removed if it touches a blank somewhere in the answer, or if the
+    answer has a comma between digits; otherwise a blank replaces it. Full stops are removed unless a digit follows.
+    Zero to ten and none become digits, articles are removed, and contractions get their apostrophes back.
     """
     answer = " ".join(answer.split())
     text = answer
@@ -277,8 +279,8 @@ def normalize_answer(answer: str) -> str:
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
 
 
+# people who answered each question of VQA; the weight of an answer is the share of them that gave it
 PEOPLE = 10
-"""People who answered each question of VQA: what a weight of an answer is a share of."""
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str] | Mapping[str, float]) -> float:
@@ -286,12 +288,12 @@ def vqa_accuracy(prediction: str, answers: Sequence[str] | Mapping[str, float]) 
 
         mean over the answers a of min(1, #(others than a that agree) / 3)
 
-    That is the measure of VQA, made for ten people's answers. With fewer than four, which could not give 1, any
-    agreement counts as 1: a single true answer means exact match. The official script compares the raw texts where
-    all ten people wrote the same; here texts are always normalised.
+    This metric is made for the answers of ten people. With fewer than four answers it could not reach 1, so any
+    agreement counts as 1 there: with a single true answer it is exact match. The official script compares the raw texts
+    where all ten people wrote the same; here texts are always normalised.
 
     Args:
-        answers: what each person said, or distinct answers with their weights. Weights are shares of ten people,
+        answers: each person's answer, or distinct answers with their weights. Weights are shares of ten people,
             whatever their sum: 0.6, 0.2, 0.1, 0.1 are six, two, one and one.
 
     Raises:
@@ -310,7 +312,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str] | Mapping[str, float]) 
         agree = sum(normalize_answer(text) == prediction for text in answers)
         if people < 4:
             return float(agree > 0)
-    # leaving out one who agrees leaves one fewer to agree with
+    # leaving out a person who agrees leaves one fewer who agrees
     own, others = max(0.0, agree - 1), agree
     return (agree * min(1.0, own / 3) + (people - agree) * min(1.0, others / 3)) / people
 
@@ -323,9 +325,9 @@ def answer_scores(
     """Mean VQA accuracy, over all questions and for each kind of question.
 
     Args:
-        predictions: one answer for each question.
-        answers: the true answers of each question (`vqa_accuracy`).
-        kinds: the kind of each question ("colour", "count").
+        predictions: the predicted answer of each question.
+        answers: the true answers of each question, as for `vqa_accuracy`.
+        kinds: the kind of each question ("colour", "count"); None for the mean over all questions alone.
 
     Returns:
         "accuracy", then "accuracy/KIND" for the kinds in alphabetical order.
@@ -348,7 +350,7 @@ def answer_scores(
 
 
 def top1(predictions: Sequence, targets: Sequence) -> float:
-    """The share of predictions that equal their targets: class indices or names.
+    """The share of predictions (class indices or names) that equal their targets.
 
     Raises:
         ValueError: if the lengths differ or are 0.

@@ -20,9 +20,9 @@ from prismer.dataloading.store.check import check_dataset
 from prismer.dataloading.store.schema import meta_problems
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 from prismer.dataloading.views.contact_sheet import contact_sheet
-from prismer.texts import caption_texts, classification_texts, collate, joint_texts, vqa_texts
+from prismer.texts import caption_texts, class_texts, collate, joint_texts, question_texts
 from prismer.tokenizer import Tokenizer
-from prismer.training.evaluation import survey
+from prismer.training.text_statistics import count_texts
 from tests.faults.anything import cases, dump, mutated
 
 CONFIG = prismer_tiny(image_size=32, label_size=16)
@@ -66,9 +66,11 @@ def choosers(tokenizer):
     room = CONFIG.max_positions
     return (
         caption_texts(tokenizer, "a picture of", 2, room),
-        vqa_texts(tokenizer, 3, room),
-        joint_texts(tokenizer, "", 1, 2, room),
-        classification_texts(tokenizer, class_names=CLASSES["class"], max_positions=room),
+        question_texts(tokenizer, 3, room),
+        joint_texts(
+            {"captions": caption_texts(tokenizer, "", 1, room), "questions": question_texts(tokenizer, 2, room)}
+        ),
+        class_texts(tokenizer, class_names=CLASSES["class"], max_positions=room),
     )
 
 
@@ -118,7 +120,7 @@ def test_in_is_out_and_named(tmp_path_factory, tokenizer, metas):
     )
     assert {skipped.key for skipped in loader.skipped} == bad
     assert all(skipped.reason.isprintable() for skipped in loader.skipped)
-    assert len(survey(dataset).skipped) <= len(bad)
+    assert len(count_texts(dataset).skipped) <= len(bad)
 
 
 def faulty(meta) -> bool:

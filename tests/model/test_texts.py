@@ -1,6 +1,6 @@
 """Proves the rules of captions, questions, answers and class names: texts, token ids, labels, draws, collation.
 
-python -m pytest -q tests/model/test_tasks.py
+python -m pytest tests/model/test_texts.py
 """
 
 from multiprocessing.reduction import ForkingPickler
@@ -11,8 +11,9 @@ import torch
 
 from prismer.batch import IGNORE_INDEX
 from prismer.texts import (
+    ChooseTexts,
     caption_texts,
-    classification_texts,
+    class_texts,
     clean_caption,
     clean_question,
     collate,
@@ -25,7 +26,7 @@ from prismer.texts import (
     encode_question,
     format_answer,
     joint_texts,
-    vqa_texts,
+    question_texts,
 )
 from prismer.tokenizer import Tokenizer
 
@@ -79,7 +80,7 @@ def test_clean_caption(caption, expected):
     ],
 )
 def test_clean_question(question, expected):
-    # blanks stay where marks were, and the capital is given before the edges are stripped
+    # marks become blanks that stay, and the capital is set before the edges are stripped
     assert clean_question(question) == expected
 
 
@@ -99,7 +100,7 @@ def test_encode_caption(tokenizer):
     ids, labels = encode_caption(tokenizer, "A dog runs.", "A picture of")
     assert ids == [BOS, *tokenizer.encode("A picture of a dog runs"), EOS]
     assert labels[:4] == [IGNORE_INDEX] * 4 and labels[4:] == ids[4:]
-    # nothing to say still ends
+    # an empty caption still has an end
     assert encode_caption(tokenizer, "...") == ([BOS, EOS], [IGNORE_INDEX, EOS])
 
 
@@ -144,7 +145,7 @@ def test_encode_qa(tokenizer):
     question = encode_question(tokenizer, "what is this")
     answer = [*tokenizer.encode(" Fire engine"), EOS]
     assert encode_answer(tokenizer, "FIRE engine") == answer
-    # one read-out pad, whatever the lengths, and the first target right behind it
+    # one <pad> at any length, and the first target right after it
     assert ids == [*question, PAD, *answer]
     assert ids.count(PAD) == 1
     assert labels == [IGNORE_INDEX] * (len(question) + 1) + answer
@@ -156,7 +157,7 @@ def test_encode_qa_is_cut(tokenizer):
     answer = encode_answer(tokenizer, "red")
     ids, labels = encode_qa(tokenizer, "disproportionate " * 30, "red")
     assert len(ids) == 35 + 1 + len(answer) and targets(labels) == answer
-    # 20 positions hold 18 tokens, the pad not among them; the question gives way
+    # 20 positions hold 18 tokens besides the <pad>; the question is shortened
     ids, labels = encode_qa(tokenizer, "disproportionate " * 30, "red", max_positions=20)
     assert len([i for i in ids if i != PAD]) == 18 and ids.count(PAD) == 1
     assert targets(labels) == answer and ids[0] == BOS
@@ -176,7 +177,7 @@ def test_collate():
     short = [IGNORE_INDEX, 7, EOS, IGNORE_INDEX, IGNORE_INDEX]
     assert batch.labels.tolist() == [[short, a[1]], [short, ignored], [ignored, ignored]]
     assert batch.weights.tolist() == [[1.0, 0.25], [1.0, 0.0], [0.0, 0.0]]
-    # a text with a weight has the same tokens in every batch but for pads on the right
+    # a text has the same tokens in every batch, except for pads on the right
     alone = collate([[b]])
     assert alone.ids.tolist() == [[[BOS, 7, EOS]]]
     assert collate([[]]).ids.tolist() == [[[BOS]]] and collate([[]]).weights.tolist() == [[0.0]]
@@ -209,20 +210,26 @@ def test_caption_texts(tokenizer):
     assert text == (*encode_caption(tokenizer, "a dog", ""), 1.0)
 
 
-def test_vqa_texts(tokenizer):
+def test_question_texts(tokenizer):
     pairs = [("what is red", "cube", 0.7), ("what is red", "box", 0.3), ("how many", "two", 1.0)]
     every = [(*encode_qa(tokenizer, question, answer), weight) for question, answer, weight in pairs]
-    assert vqa_texts(tokenizer, 5)(META, np.random.default_rng(0)) == every
-    choose = vqa_texts(tokenizer, 2)
+    assert question_texts(tokenizer, 5)(META, np.random.default_rng(0)) == every
+    choose = question_texts(tokenizer, 2)
     draws = [[every.index(text) for text in choose(META, np.random.default_rng(seed))] for seed in range(40)]
     assert all(len(set(draw)) == 2 for draw in draws)
     assert {i for draw in draws for i in draw} == {0, 1, 2}
-    assert vqa_texts(tokenizer, 2)({"questions": []}, np.random.default_rng(0)) == []
+    assert question_texts(tokenizer, 2)({"questions": []}, np.random.default_rng(0)) == []
 
 
-def test_joint_texts_of_one_kind(tokenizer):
-    """Lists of captions and lists of questions are imported apart; an image of either trains."""
-    choose = joint_texts(tokenizer, "", 2, 9)
+def joint(tokenizer: Tokenizer, num_captions: int, num_questions: int) -> ChooseTexts:
+    return joint_texts(
+        {"captions": caption_texts(tokenizer, "", num_captions), "questions": question_texts(tokenizer, num_questions)}
+    )
+
+
+def test_a_sample_with_one_kind_of_text_trains(tokenizer):
+    """Lists of captions and lists of questions are imported apart; an image of either list is used."""
+    choose = joint(tokenizer, 2, 9)
     for name in ("captions", "questions"):
         texts = choose({name: META[name]}, np.random.default_rng(0))
         assert texts and len(texts) < len(choose(META, np.random.default_rng(0)))
@@ -231,42 +238,42 @@ def test_joint_texts_of_one_kind(tokenizer):
 
 
 def test_long_answers_are_refused_drawn_or_not(tokenizer):
-    """A question of nine has an answer that the positions cannot hold: the sample is never used, whatever is drawn."""
+    """An answer that the positions cannot hold excludes its sample, whichever questions are drawn."""
     long = {"question": "what?", "answers": [{"answer": "word " * 99, "weight": 1.0}]}
     meta = {"questions": [*META["questions"], long]}
     for seed in range(5):
         with pytest.raises(ValueError, match="the answer 'word word .* too long for 82 positions"):
-            vqa_texts(tokenizer, 1, 82)(meta, np.random.default_rng(seed))
-    assert vqa_texts(tokenizer, 1, 514)(meta, np.random.default_rng(0))
+            question_texts(tokenizer, 1, 82)(meta, np.random.default_rng(seed))
+    assert question_texts(tokenizer, 1, 514)(meta, np.random.default_rng(0))
 
 
 def test_joint_texts(tokenizer):
-    texts = joint_texts(tokenizer, "", 2, 9)(META, np.random.default_rng(0))
+    texts = joint(tokenizer, 2, 9)(META, np.random.default_rng(0))
     assert len(texts) == 2 + 3
     assert all(PAD not in ids for ids, _, _ in texts[:2]) and all(PAD in ids for ids, _, _ in texts[2:])
     batch = collate([texts, texts[:1]])
     assert batch.ids.shape[:2] == (2, 5) and batch.weights[1].tolist() == [1, 0, 0, 0, 0]
 
 
-def test_classification_texts(tokenizer):
+def test_class_texts(tokenizer):
     rng = np.random.default_rng(0)
     expected = (*encode_class(tokenizer, "A photo of a", "dog"), 1.0)
-    assert classification_texts(tokenizer, class_names=["cat", "Dog"])(META, rng) == [expected]
-    assert classification_texts(tokenizer)({"class": "Dog"}, rng) == [expected]
+    assert class_texts(tokenizer, class_names=["cat", "Dog"])(META, rng) == [expected]
+    assert class_texts(tokenizer)({"class": "Dog"}, rng) == [expected]
     with pytest.raises(ValueError, match="of class 1 but no class names were given"):
-        classification_texts(tokenizer)(META, rng)
+        class_texts(tokenizer)(META, rng)
     with pytest.raises(ValueError, match="of class 1 but there are 1"):
-        classification_texts(tokenizer, class_names=["cat"])(META, rng)
+        class_texts(tokenizer, class_names=["cat"])(META, rng)
 
 
 def test_choosers_refuse_another_dataset(tokenizer):
-    for choose in (caption_texts(tokenizer), vqa_texts(tokenizer), classification_texts(tokenizer)):
+    for choose in (caption_texts(tokenizer), question_texts(tokenizer), class_texts(tokenizer)):
         with pytest.raises(ValueError, match="a sample has no '.*', only source; choose a task"):
             choose({"source": "here"}, np.random.default_rng(0))
 
 
 def test_choosers_reach_other_processes():
     tokenizer = Tokenizer.train(["a dog", "a cat"], 261)
-    # what a spawned loader process is sent; a closure would raise
-    assert len(ForkingPickler.dumps(joint_texts(tokenizer, "", 1, 1))) > 0
-    assert len(ForkingPickler.dumps(classification_texts(tokenizer))) > 0
+    # a spawned loader process receives them; a closure would raise
+    assert len(ForkingPickler.dumps(joint(tokenizer, 1, 1))) > 0
+    assert len(ForkingPickler.dumps(class_texts(tokenizer))) > 0
