@@ -54,14 +54,14 @@ def main() -> int:
     arguments = parse_arguments()
     # imported late, so that --help and a mistyped flag are answered at once
     from prismer.training.engine_settings import read_config
-    from prismer.training.setup import set_up
+    from prismer.training.setup import Run
     from prismer.training.trainer import Trainer
 
     flags = ("task", "data", "model", "run", "steps", "epochs")
     trainer = None
     try:
         config, settings = read_config(arguments.config, **{name: getattr(arguments, name) for name in flags})
-        run = set_up(config, settings, local_rank=arguments.local_rank, fresh=arguments.fresh)
+        run = Run(config, settings, local_rank=arguments.local_rank, fresh=arguments.fresh)
         trainer = Trainer(run, profile=arguments.profile)
         return trainer.fit()
     except KeyboardInterrupt:

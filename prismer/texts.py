@@ -10,7 +10,6 @@ loss shifts the labels. A `<pad>` is never a key, always has the same position, 
 
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ MAX_WORDS = 30
 MAX_CAPTION_TOKENS = 30
 # `<s>` included
 MAX_QUESTION_TOKENS = 35
+CLASS_PREFIX = "A photo of a"
 
 Text = tuple[list[int], list[int], float]
 ChooseTexts = Callable[[dict, np.random.Generator], list[Text]]
@@ -215,56 +215,21 @@ def collate(groups: list[list[Text]], *, pad_id: int = 1, bos_id: int = 0, split
     )
 
 
-# choosers are partial applications of module functions, which can be sent to loader processes; closures cannot
+# a chooser is a partial application of a function below, which can be sent to loader processes; a closure cannot
 
 
-def caption_texts(
-    tokenizer: Tokenizer, prefix: str = "", num_texts: int = 1, max_positions: int | None = None
-) -> ChooseTexts:
-    """Choose up to `num_texts` captions of an image, drawn without replacement, each of weight 1."""
-    return partial(_choose_captions, tokenizer, prefix, num_texts, max_positions)
-
-
-def question_texts(tokenizer: Tokenizer, num_texts: int = 1, max_positions: int | None = None) -> ChooseTexts:
-    """Choose up to `num_texts` (question, distinct answer) pairs of an image, each with its answer's weight."""
-    return partial(_choose_questions, tokenizer, num_texts, max_positions)
-
-
-def class_texts(
-    tokenizer: Tokenizer,
-    prefix: str = "A photo of a",
-    class_names: list[str] | None = None,
-    max_positions: int | None = None,
-) -> ChooseTexts:
-    """The class of an image as one text.
-
-    Args:
-        class_names: the name of each class, needed where samples hold class indices.
-    """
-    return partial(_choose_class, tokenizer, prefix, class_names, max_positions)
-
-
-def joint_texts(choosers: dict[str, ChooseTexts]) -> ChooseTexts:
-    """Texts of several kinds in one group, so that the image is encoded once for all of them.
-
-    Args:
-        choosers: field of a sample's JSON -> chooser of its texts, in the order of the group. Kinds that a sample
-            lacks are left out, since lists of captions and of questions are imported apart; a sample that lacks all
-            kinds is refused.
-    """
-    return partial(_choose_joint, choosers)
-
-
-def _choose_captions(
+def choose_captions(
     tokenizer: Tokenizer, prefix: str, num_texts: int, max_positions: int | None, meta: dict, rng: np.random.Generator
 ) -> list[Text]:
+    """Up to `num_texts` captions of an image, drawn without replacement, each of weight 1."""
     captions = _draw(_field(meta, "captions"), num_texts, rng)
     return [(*encode_caption(tokenizer, caption, prefix, max_positions), 1.0) for caption in captions]
 
 
-def _choose_questions(
+def choose_questions(
     tokenizer: Tokenizer, num_texts: int, max_positions: int | None, meta: dict, rng: np.random.Generator
 ) -> list[Text]:
+    """Up to `num_texts` (question, distinct answer) pairs of an image, each with its answer's weight."""
     pairs = [
         (entry["question"], answer["answer"], float(answer["weight"]))
         for entry in _field(meta, "questions")
@@ -280,28 +245,32 @@ def _choose_questions(
     ]
 
 
-def _choose_joint(choosers: dict[str, ChooseTexts], meta: dict, rng: np.random.Generator) -> list[Text]:
+def choose_class(
+    tokenizer: Tokenizer, class_names: list[str], max_positions: int | None, meta: dict, rng: np.random.Generator
+) -> list[Text]:
+    """The class of an image as one text; `class_names` names the classes of samples that hold an index."""
+    name = _field(meta, "class")
+    if not isinstance(name, str):
+        if not 0 <= name < len(class_names):
+            raise ValueError(
+                f"a sample is of class {name} but {len(class_names)} names were given; give the name of every class"
+            )
+        name = class_names[name]
+    return [(*encode_class(tokenizer, CLASS_PREFIX, name, max_positions), 1.0)]
+
+
+def choose_joint(choosers: dict[str, ChooseTexts], meta: dict, rng: np.random.Generator) -> list[Text]:
+    """Texts of several kinds in one group, so that the image is encoded once for all of them.
+
+    Args:
+        choosers: field of a sample's JSON -> chooser of its texts, in the order of the group. Kinds that a sample
+            lacks are left out, since lists of captions and of questions are imported apart; a sample that lacks all
+            kinds is refused.
+    """
     present = [choose for name, choose in choosers.items() if name in meta]
     # without any, a chooser says what is missing
     present = present or list(choosers.values())[-1:]
     return [text for choose in present for text in choose(meta, rng)]
-
-
-def _choose_class(
-    tokenizer: Tokenizer,
-    prefix: str,
-    class_names: list[str] | None,
-    max_positions: int | None,
-    meta: dict,
-    rng: np.random.Generator,
-) -> list[Text]:
-    name = _field(meta, "class")
-    if not isinstance(name, str):
-        if class_names is None or not 0 <= name < len(class_names):
-            known = "no class names were given" if class_names is None else f"there are {len(class_names)}"
-            raise ValueError(f"a sample is of class {name} but {known}; give the name of every class")
-        name = class_names[name]
-    return [(*encode_class(tokenizer, prefix, name, max_positions), 1.0)]
 
 
 def _field(meta: dict, name: str) -> Any:

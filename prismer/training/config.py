@@ -22,29 +22,23 @@ _LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, 3.4e38
 # field -> smallest and largest value; any other number is at least 0 and fits into 31 bits or float32
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
-    "epochs": (0, MAX_STEPS),
-    "steps": (0, MAX_STEPS),
-    "warmup_steps": (0, MAX_STEPS),
+    **dict.fromkeys(("epochs", "steps", "warmup_steps"), (0, MAX_STEPS)),
     # no published run has batches of more than a million images
-    "batch_size": (1, 2**20),
-    "accumulation": (1, 2**20),
+    **dict.fromkeys(("batch_size", "accumulation"), (1, 2**20)),
     "eval_batch_size": (1, 2**12),
     # the richest published datasets (Visual Genome) have a few hundred texts for an image
     "captions_per_image": (1, 1024),
     "questions_per_image": (0, 1024),
     # the largest side of a JPEG; the model accepts less
     "image_size": (0, 65_535),
-    "flip": (0, 1),
-    "drop_labels": (0, 1),
-    "crop_min_area": (0, 1),
+    **dict.fromkeys(("flip", "drop_labels", "crop_min_area"), (0, 1)),
     # RandAugment has ten operations, and each may be drawn twice
     "augment_ops": (0, 20),
     "max_answers": (1, 2**20),
     "loader_threads": (1, 1024),
     # the smallest normal number of float32: some devices flush a smaller one to 0, and AdamW would divide 0 by 0
     "epsilon": (1.18e-38, _LARGEST_FLOAT),
-    "log_every": (1, _LARGEST_INT),
-    "save_every": (1, _LARGEST_INT),
+    **dict.fromkeys(("log_every", "save_every"), (1, _LARGEST_INT)),
 }
 
 
@@ -57,14 +51,11 @@ class TrainConfig:
         data: dataset folder with train/ and, optionally, val/; the default is rendered if it does not exist.
         model: preset or model folder to start from.
         run: name of the run's folder under runs/, or a path with a slash.
-        seed: seed of everything that is random.
-        epochs: passes over the training split.
-        steps: optimizer steps in all; 0 follows `epochs`.
-        batch_size: images of an optimizer step, over all processes, so that the loss curve does not depend on their
-            number.
+        seed: of everything that is random.
+        epochs, steps: passes over the training split, or optimizer steps in all; `steps` counts unless it is 0.
+        batch_size: images of an optimizer step over all processes, whose number does not change the loss curve.
         accumulation: forward passes that make one optimizer step.
-        captions_per_image: most captions drawn for an image.
-        questions_per_image: most (question, answer) pairs drawn for an image.
+        captions_per_image, questions_per_image: the most captions and (question, answer) pairs drawn for an image.
         image_size: side of the RGB input in px; 0 keeps the model's own.
         crop_min_area: smallest share of a training image that a random crop keeps; 1 crops nothing.
         flip: probability that a training image is mirrored; 0 where texts mention left and right.
@@ -72,24 +63,18 @@ class TrainConfig:
         drop_labels: share of training images that come without expert labels.
         semantics: folder of the semantics table, for models that need one.
         max_answers: number of distinct training answers that evaluation ranks, the most frequent ones.
-        learning_rate: peak learning rate, after warm-up.
-        min_learning_rate: learning rate at the end of the cosine schedule.
+        learning_rate, min_learning_rate: at the peak, and at the end of the cosine schedule.
         warmup_steps: steps of linear warm-up.
-        weight_decay: AdamW's weight decay.
+        weight_decay, beta1, beta2, epsilon: of AdamW.
         decay_norms: whether one-dimensional parameters (norms, biases) decay too, as in the official training.
-        beta1: decay of AdamW's first moment.
-        beta2: decay of AdamW's second moment.
-        epsilon: AdamW's epsilon.
         gradient_clipping: largest gradient norm; 0 does not clip.
         freeze: which inherited towers are frozen, see prismer/freezing.py.
         precision: bf16, fp32, or auto: bf16 unless this processor multiplies bf16 more slowly than fp32.
         gradient_checkpointing: whether the backward pass recomputes activations to save memory.
         loader_threads: threads of each process that decode images, and as many that read samples.
-        log_every: steps between two lines of metrics.jsonl.
-        save_every: steps between two checkpoints.
+        log_every, save_every: steps between lines of metrics.jsonl, and between checkpoints.
         eval_every: steps between two evaluations; 0 evaluates at the end of each epoch.
-        eval_images: validation images used during training; 0 uses all.
-        eval_batch_size: images per forward pass of evaluation.
+        eval_images, eval_batch_size: validation images used during training (0 for all), and per forward pass.
 
     Raises:
         ValueError: if a field is out of range; the message names the field and the remedy.
@@ -213,10 +198,8 @@ def _check_number(name: str, value: float, largest: float) -> None:
     least, most = _RANGES.get(name, (0, largest))
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}; give a finite number")
-    if value < 0:
-        raise ValueError(f"{name} is {shown(value)}; it must not be negative")
     if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")
+        raise ValueError(f"{name} is {shown(value)}; it must be at least {least}")
     if value > most:
         raise ValueError(f"{name} is {shown(value)}; it must be at most {most}")
 

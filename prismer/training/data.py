@@ -1,6 +1,7 @@
 """The data of a run: its two splits are checked, their texts counted, and their loaders opened."""
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from prismer.dataloading.feed.features import Semantics
 from prismer.dataloading.feed.loader import Loader
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.model import Prismer
-from prismer.texts import ChooseTexts, answer_fits, caption_texts, class_texts, joint_texts, question_texts
+from prismer.texts import ChooseTexts, answer_fits, choose_captions, choose_class, choose_joint, choose_questions
 from prismer.training.config import TrainConfig
 from prismer.training.streams import print_on_rank_zero
 from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TASKS
@@ -54,20 +55,19 @@ def check_texts(config: TrainConfig, model: Prismer, run: Path, first_start: boo
                 f"skipped; the first: {counts.skipped[0]}"
             )
         if split == "train":
-            _save_statistics(config, model, dataset, counts, run)
+            _statistics(config, model, dataset, counts).save(run)
 
 
-def _save_statistics(config: TrainConfig, model: Prismer, dataset: ShardDataset, counts: TextCounts, run: Path) -> None:
-    def fits(answer: str) -> bool:
-        return answer_fits(model.tokenizer, answer, model.config.max_positions)
-
+def _statistics(config: TrainConfig, model: Prismer, dataset: ShardDataset, counts: TextCounts) -> TextStatistics:
+    room = model.config.max_positions
+    fits = partial(answer_fits, model.tokenizer, max_positions=room)
     long = [answer for answer in counts.answers if not fits(answer)]
     if long:
         print_on_rank_zero(
-            f"{len(long)} answers are too long for the model's {model.config.max_positions} positions; their samples "
-            f"will be skipped (the first: {long[0][:60]!r}...)"
+            f"{len(long)} answers are too long for the model's {room} positions; their samples will be skipped "
+            f"(the first: {long[0][:60]!r}...)"
         )
-    TextStatistics.from_counts(counts, dataset.classes.get("class"), config.max_answers, fits).save(run)
+    return TextStatistics.from_counts(counts, dataset.classes.get("class"), config.max_answers, fits)
 
 
 def choose_texts(config: TrainConfig, model: Prismer, classes: list[str]) -> ChooseTexts:
@@ -79,11 +79,11 @@ def choose_texts(config: TrainConfig, model: Prismer, classes: list[str]) -> Cho
     task, tokenizer, room = TASKS[config.task], model.tokenizer, model.config.max_positions
     prefix = model.config.caption_prefix if task.caption_prefix else ""
     choosers = {
-        CAPTIONS: caption_texts(tokenizer, prefix, config.captions_per_image, room),
-        QUESTIONS: question_texts(tokenizer, config.questions_per_image, room),
-        CLASSES: class_texts(tokenizer, class_names=classes or None, max_positions=room),
+        CAPTIONS: partial(choose_captions, tokenizer, prefix, config.captions_per_image, room),
+        QUESTIONS: partial(choose_questions, tokenizer, config.questions_per_image, room),
+        CLASSES: partial(choose_class, tokenizer, classes, room),
     }
-    return joint_texts({kind.field: choosers[kind] for kind in task.texts})
+    return partial(choose_joint, {kind.field: choosers[kind] for kind in task.texts})
 
 
 def open_loaders(

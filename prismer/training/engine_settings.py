@@ -8,24 +8,18 @@ from prismer.errors import listed, shown
 from prismer.reading import read_json
 from prismer.training.config import TrainConfig
 
-# the settings that the JSON may hold, by type; DeepSpeed itself ignores any misspelled key
-_OBJECTS = frozenset("bf16 zero_optimization aio data_types flops_profiler comms_logger".split())
-_SWITCHES = frozenset(
-    "zero_force_ds_cpu_optimizer prescale_gradients sparse_gradients wall_clock_breakdown memory_breakdown "
-    "dump_state".split()
-)
-_COUNTS = frozenset(
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print".split()
-)
-_NUMBERS = frozenset("gradient_clipping gradient_predivide_factor".split())
-_OTHERS = frozenset({"communication_data_type"})
-_KNOWN = _OBJECTS | _SWITCHES | _COUNTS | _NUMBERS | _OTHERS
-_TYPES = (
-    (_OBJECTS, (dict,), "an object"),
-    (_SWITCHES, (bool,), "true or false"),
-    (_COUNTS, (int,), "a whole number"),
-    (_NUMBERS, (int, float), "a number"),
-)
+# setting -> (types, their name); DeepSpeed itself ignores any misspelled setting
+_OBJECT, _SWITCH = ((dict,), "an object"), ((bool,), "true or false")
+_COUNT, _NUMBER = ((int,), "a whole number"), ((int, float), "a number")
+_KNOWN = {
+    **dict.fromkeys("bf16 zero_optimization aio data_types flops_profiler comms_logger".split(), _OBJECT),
+    **dict.fromkeys("zero_force_ds_cpu_optimizer prescale_gradients sparse_gradients".split(), _SWITCH),
+    **dict.fromkeys("wall_clock_breakdown memory_breakdown dump_state".split(), _SWITCH),
+    **dict.fromkeys("train_batch_size train_micro_batch_size_per_gpu".split(), _COUNT),
+    **dict.fromkeys("gradient_accumulation_steps steps_per_print".split(), _COUNT),
+    **dict.fromkeys("gradient_clipping gradient_predivide_factor".split(), _NUMBER),
+    "communication_data_type": None,
+}
 _ACCUMULATION_DTYPES = (None, "fp32", "bf16", "fp16")
 _PROFILER = {
     "enabled": (bool,),
@@ -134,10 +128,9 @@ def _check(key: str, value: object) -> None:
 
     DeepSpeed checks the ranges of numbers itself (`zero.check_settings`).
     """
-    for keys, types, name in _TYPES:
-        if key not in keys:
-            continue
-        if type(value) not in types and not (value == "auto" and keys is not _OBJECTS):
+    if kind := _KNOWN.get(key):
+        types, name = kind
+        if type(value) not in types and not (value == "auto" and kind is not _OBJECT):
             raise ValueError(f"{key} is {shown(value)} in the engine settings; it must be {name}")
         if type(value) in (int, float) and value < (key != "gradient_clipping"):
             raise ValueError(f"{key} is {shown(value)} in the engine settings; it must be at least 1")

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from prismer.batch import ImageBatch
 from prismer.dataloading.feed.loader import Loader
-from prismer.inference import Candidates
+from prismer.inference import Answer, Candidates
 from prismer.model import Prismer
 from prismer.training.metrics import answer_scores, caption_scores, top1
 from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TASKS, TEXT_KINDS
@@ -18,9 +17,9 @@ from prismer.training.zero import gather_json
 def predict(
     model: Prismer,
     loader: Loader,
-    *,
     task: str,
     statistics: TextStatistics,
+    *,
     limit: int = 0,
     blank: bool = False,
     group: dist.ProcessGroup | None = None,
@@ -53,11 +52,18 @@ def predict(
         images = batch.images.blank() if blank else batch.images
         rows = [dict(order=[number, loader.rank, i], key=key) for i, key in enumerate(batch.keys)]
         if CAPTIONS in kinds:
-            _add_captions(rows, model, images, batch.meta)
+            for row, meta, text in zip(rows, batch.meta, model.caption(images), strict=True):
+                row.update(caption=text, captions=meta.get("captions", []))
         if answers is not None:
-            _add_answers(rows, model, images, batch.meta, answers)
+            asked = [meta.get("questions", []) for meta in batch.meta]
+            replies = model.answer(images, [[q["question"] for q in questions] for questions in asked], answers)
+            for row, questions, reply in zip(rows, asked, replies, strict=True):
+                row["questions"] = [_answered(*pair) for pair in zip(questions, reply, strict=True)]
         if classes is not None:
-            _add_classes(rows, model, images, batch.meta, classes, loader.dataset.classes.get("class"))
+            names = loader.dataset.classes.get("class")
+            for row, meta, reply in zip(rows, batch.meta, model.classify(images, classes), strict=True):
+                label = meta.get("class")
+                row.update({"class": names[label] if isinstance(label, int) else label, "prediction": reply.text})
         records += rows
     stream.close()
     if group is not None:
@@ -66,49 +72,17 @@ def predict(
     return records[:limit] if limit else records
 
 
-def _add_captions(rows: list[dict], model: Prismer, images: ImageBatch, metas: list[dict]) -> None:
-    for row, meta, text in zip(rows, metas, model.caption(images), strict=True):
-        row.update(caption=text, captions=meta.get("captions", []))
-
-
-def _add_answers(
-    rows: list[dict], model: Prismer, images: ImageBatch, metas: list[dict], candidates: Candidates
-) -> None:
-    groups = [meta.get("questions", []) for meta in metas]
-    replies = model.answer(images, [[q["question"] for q in questions] for questions in groups], candidates)
-    for row, questions, answers in zip(rows, groups, replies, strict=True):
-        row["questions"] = [
-            dict(
-                question=question["question"],
-                kind=question_kind(question),
-                answers=_true_answers(question),
-                prediction=answer.text,
-            )
-            for question, answer in zip(questions, answers, strict=True)
-        ]
-
-
-def _add_classes(
-    rows: list[dict],
-    model: Prismer,
-    images: ImageBatch,
-    metas: list[dict],
-    candidates: Candidates,
-    class_names: list[str] | None,
-) -> None:
-    for row, meta, answer in zip(rows, metas, model.classify(images, candidates), strict=True):
-        label = meta.get("class")
-        row.update({"class": class_names[label] if isinstance(label, int) else label, "prediction": answer.text})
-
-
-def _true_answers(question: dict) -> list[str] | dict[str, float]:
-    """Each person's answer where the dataset keeps them, else the distinct answers with their weights."""
-    if question.get("raw_answers"):
-        return question["raw_answers"]
+def _answered(question: dict, reply: Answer) -> dict:
+    """The record of one question; true answers are each person's where the dataset keeps them, else weighted ones."""
     weights: Counter = Counter()
     for answer in question.get("answers", ()):
         weights[answer["answer"]] += answer["weight"]
-    return dict(weights)
+    return dict(
+        question=question["question"],
+        kind=question_kind(question),
+        answers=question.get("raw_answers") or dict(weights),
+        prediction=reply.text,
+    )
 
 
 def scores(records: Sequence[dict]) -> dict[str, float]:
@@ -126,13 +100,7 @@ def scores(records: Sequence[dict]) -> dict[str, float]:
         result.update({name: all_scores[name] for name in ("BLEU-4", "CIDEr-D")})
     questions = [question for row in records for question in row.get("questions", ()) if question["answers"]]
     if questions:
-        result.update(
-            answer_scores(
-                [question["prediction"] for question in questions],
-                [question["answers"] for question in questions],
-                [question["kind"] for question in questions],
-            )
-        )
+        result.update(answer_scores(*([q[name] for q in questions] for name in ("prediction", "answers", "kind"))))
     classified = [row for row in records if row.get("class") is not None]
     if classified:
         result["top-1"] = top1([row["prediction"] for row in classified], [row["class"] for row in classified])

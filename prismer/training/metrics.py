@@ -1,9 +1,9 @@
-"""Scores of captions, answers and classes in Python and numpy: BLEU, ROUGE-L, CIDEr-D, VQA accuracy, top-1.
+"""Scores of captions, answers and classes in Python and numpy: BLEU, CIDEr-D, VQA accuracy, top-1.
 
 Captions are compared as lists of tokens. `tokenize_caption` follows the Penn Treebank tokenizer of the COCO caption
-toolkit (lower case, contractions split, punctuation dropped), so that scores are comparable with published ones. METEOR
-and SPICE are left to that toolkit, since they need Java programs. Scores are fractions: papers print BLEU 0.40 as 40
-and CIDEr 1.35 as 135.
+toolkit (lower case, contractions split, punctuation dropped), so that scores are comparable with published ones;
+ROUGE-L, METEOR and SPICE are left to that toolkit. Scores are fractions: papers print BLEU 0.40 as 40 and CIDEr 1.35 as
+135.
 """
 
 import itertools
@@ -16,7 +16,6 @@ import numpy as np
 
 MAX_NGRAM = 4
 CIDER_SIGMA = 6.0
-ROUGE_BETA = 1.2
 
 Tokens = Sequence[str]
 
@@ -50,20 +49,9 @@ _NEGATION = re.compile(r"(?<=[^\W\d_])(?=n't(?![^\W_]))", re.IGNORECASE)
 _TYPOGRAPHIC = str.maketrans(
     {"‘": "'", "’": "'", "“": '"', "”": '"', "«": '"', "»": '"', "–": "--", "—": "--", "…": "..."}
 )
-_SPLIT_WORDS = {
-    "cannot": ("can", "not"),
-    "gonna": ("gon", "na"),
-    "gotta": ("got", "ta"),
-    "wanna": ("wan", "na"),
-    "gimme": ("gim", "me"),
-    "lemme": ("lem", "me"),
-    "(": ("-lrb-",),
-    ")": ("-rrb-",),
-    "[": ("-lsb-",),
-    "]": ("-rsb-",),
-    "{": ("-lcb-",),
-    "}": ("-rcb-",),
-}
+_WORDS = "cannot can not;gonna gon na;gotta got ta;wanna wan na;gimme gim me;lemme lem me"
+_BRACKETS = "( -lrb-;) -rrb-;[ -lsb-;] -rsb-;{ -lcb-;} -rcb-"
+_REPLACED = {token: parts for token, *parts in map(str.split, f"{_WORDS};{_BRACKETS}".split(";"))}
 # the toolkit drops a fixed list of marks, which contains neither brackets nor "!!"
 _DROPPED = re.compile(r"['\"`,.:;!?]|-{1,}|\.{3,}")
 
@@ -78,7 +66,7 @@ def tokenize_caption(caption: str) -> list[str]:
     for token in _TOKEN.findall(text):
         if not _DROPPED.fullmatch(token):
             token = token.lower()
-            tokens.extend(_SPLIT_WORDS.get(token, (token,)))
+            tokens.extend(_REPLACED.get(token, [token]))
     return tokens
 
 
@@ -117,31 +105,6 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
     precision = matched / np.maximum(total, 1)
     brevity = math.exp(min(0.0, 1 - reference_length / candidate_length)) if candidate_length else 0.0
     return brevity * np.cumprod(precision) ** (1 / np.arange(1, MAX_NGRAM + 1))
-
-
-def rouge_l(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
-    """ROUGE-L of each caption (Lin 2004), as the COCO toolkit computes it.
-
-        P = max_r lcs / |candidate|    R = max_r lcs / |r|    ROUGE-L = (1 + b^2) P R / (R + b^2 P),    b = 1.2
-
-    The best precision and the best recall may belong to different references.
-
-    Returns:
-        (images,) fp64.
-
-    Raises:
-        ValueError: as `bleu`.
-    """
-    _check(candidates, references)
-    scores = np.zeros(len(candidates))
-    for i, (candidate, refs) in enumerate(zip(candidates, references, strict=True)):
-        common = [_longest_common_subsequence(candidate, ref) for ref in refs]
-        if max(common):
-            precision = max(common) / len(candidate)
-            recall = max(c / len(ref) for c, ref in zip(common, refs, strict=True) if ref)
-            beta2 = ROUGE_BETA**2
-            scores[i] = (1 + beta2) * precision * recall / (recall + beta2 * precision)
-    return scores
 
 
 def cider_d(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
@@ -196,7 +159,7 @@ def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]
         references: for each image its references, plain text.
 
     Returns:
-        BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D by name.
+        BLEU-1 to BLEU-4 and CIDEr-D by name.
 
     Raises:
         ValueError: as `bleu`.
@@ -204,7 +167,6 @@ def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]
     tokens = [tokenize_caption(caption) for caption in candidates]
     reference_tokens = [[tokenize_caption(caption) for caption in refs] for refs in references]
     scores = {f"BLEU-{n + 1}": float(s) for n, s in enumerate(bleu(tokens, reference_tokens))}
-    scores["ROUGE-L"] = float(rouge_l(tokens, reference_tokens).mean())
     scores["CIDEr-D"] = float(cider_d(tokens, reference_tokens).mean())
     return scores
 
@@ -213,15 +175,6 @@ def _ngrams(tokens: Tokens) -> Counter:
     """Every n-gram of 1 to 4 tokens with its count."""
     tokens = tuple(tokens)
     return Counter(tokens[i : i + n] for n in range(1, MAX_NGRAM + 1) for i in range(len(tokens) - n + 1))
-
-
-def _longest_common_subsequence(a: Tokens, b: Tokens) -> int:
-    row = [0] * (len(b) + 1)
-    for x in a:
-        diagonal = 0
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
-    return row[-1]
 
 
 def _check(candidates: Sequence, references: Sequence[Sequence]) -> None:
@@ -318,16 +271,14 @@ def vqa_accuracy(prediction: str, answers: Sequence[str] | Mapping[str, float]) 
 
 
 def answer_scores(
-    predictions: Sequence[str],
-    answers: Sequence[Sequence[str] | Mapping[str, float]],
-    kinds: Sequence[str] | None = None,
+    predictions: Sequence[str], answers: Sequence[Sequence[str] | Mapping[str, float]], kinds: Sequence[str]
 ) -> dict[str, float]:
     """Mean VQA accuracy, over all questions and for each kind of question.
 
     Args:
         predictions: the predicted answer of each question.
         answers: the true answers of each question, as for `vqa_accuracy`.
-        kinds: the kind of each question ("colour", "count"); None for the mean over all questions alone.
+        kinds: the kind of each question ("colour", "count").
 
     Returns:
         "accuracy", then "accuracy/KIND" for the kinds in alphabetical order.
@@ -335,18 +286,17 @@ def answer_scores(
     Raises:
         ValueError: if the lengths differ or are 0, or a question has no true answer.
     """
-    lengths = {len(predictions), len(answers), len(kinds) if kinds is not None else len(answers)}
-    if len(lengths) != 1 or 0 in lengths:
+    if not len(predictions) == len(answers) == len(kinds) != 0:
         raise ValueError(
-            f"got {len(predictions)} predictions for {len(answers)} questions"
-            f"{'' if kinds is None else f' of {len(kinds)} kinds'}; give one of each, at least one"
+            f"got {len(predictions)} predictions for {len(answers)} questions of {len(kinds)} kinds; "
+            f"give one of each, at least one"
         )
     scores = [vqa_accuracy(p, a) for p, a in zip(predictions, answers, strict=True)]
-    result = {"accuracy": float(np.mean(scores))}
     by_kind = defaultdict(list)
-    for kind, score in zip(kinds or (), scores, strict=False):
+    for kind, score in zip(kinds, scores, strict=True):
         by_kind[kind].append(score)
-    return result | {f"accuracy/{kind}": float(np.mean(by_kind[kind])) for kind in sorted(by_kind)}
+    means = {f"accuracy/{kind}": float(np.mean(by_kind[kind])) for kind in sorted(by_kind)}
+    return {"accuracy": float(np.mean(scores)), **means}
 
 
 def top1(predictions: Sequence, targets: Sequence) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from prismer.files import add_name, replacing, write_atomically
-from prismer.training.streams import redirect_to_devnull
+from prismer.training.streams import tolerant_of_closing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,10 +97,8 @@ class Progress:
 
     def advance(self) -> None:
         """Count one step."""
-        try:
+        with tolerant_of_closing(sys.stderr):
             self._bar.update()
-        except OSError:
-            redirect_to_devnull(sys.stderr.fileno())
 
     def record(self, row: dict) -> None:
         """Write numbers, and the "step" and "kind" (train or validation) of them, to metrics.jsonl and TensorBoard."""
@@ -118,17 +116,13 @@ class Progress:
 
     def print_line(self, text: str) -> None:
         """Print a line above the bar."""
-        try:
+        with tolerant_of_closing(sys.stderr):
             tqdm.write(text, file=sys.stderr)
-        except OSError:
-            redirect_to_devnull(sys.stderr.fileno())
 
     def close(self) -> None:
         """End the bar and close TensorBoard's file."""
-        try:
+        with tolerant_of_closing(sys.stderr):
             self._bar.close()
-        except OSError:
-            redirect_to_devnull(sys.stderr.fileno())
         self._board.close()
 
 

@@ -105,45 +105,29 @@ def draw_samples(path: Path, dataset: ShardDataset, records: Sequence[dict]) -> 
         dataset: holds the images; those that cannot be read again are left out.
         records: from `evaluation.predict`.
     """
-    shown, images = [], []
+    shown = []
     for record in records:
         try:
             jpeg = dataset[_index_of(record["key"], dataset)].jpeg
-            images.append(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+            shown.append((Image.open(io.BytesIO(jpeg)).convert("RGB"), record))
         except (CorruptSample, OSError) as error:
-            print_on_rank_zero(f"samples.png leaves {record['key']} out: {error}")
-            continue
-        shown.append(record)
-    if shown:
-        _draw(path, images, shown)
-
-
-def _index_of(key: str, dataset: ShardDataset) -> int:
-    for i in range(len(dataset)):
-        try:
-            if dataset.key(i) == key:
-                return i
-        # a shard without its index has no keys, and no records
-        except CorruptSample:
-            continue
-    raise AssertionError(f"{key} was read from {dataset.folder} and is not in it")
-
-
-def _draw(path: Path, images: Sequence[Image.Image], records: Sequence[dict]) -> None:
+            print_on_rank_zero(f"{path.name} leaves {record['key']} out: {error}")
+    if not shown:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = min(4, len(images))
-    rows = -(-len(images) // columns)
+    columns = min(4, len(shown))
+    rows = -(-len(shown) // columns)
     # each sample takes two cells: its image, and its texts below
     figure, axes = plt.subplots(
         2 * rows, columns, figsize=(4.2 * columns, 6.3 * rows), height_ratios=[3, 2.4] * rows, squeeze=False
     )
     for axis in axes.flat:
         axis.axis("off")
-    for i, (image, record) in enumerate(zip(images, records, strict=True)):
+    for i, (image, record) in enumerate(shown):
         row, column = divmod(i, columns)
         axes[2 * row, column].imshow(image)
         axes[2 * row, column].set_anchor("W")
@@ -164,6 +148,17 @@ def _draw(path: Path, images: Sequence[Image.Image], records: Sequence[dict]) ->
             figure.savefig(partial, dpi=110, format="png")
     finally:
         plt.close(figure)
+
+
+def _index_of(key: str, dataset: ShardDataset) -> int:
+    for i in range(len(dataset)):
+        try:
+            if dataset.key(i) == key:
+                return i
+        # a shard without its index has no keys, and no records
+        except CorruptSample:
+            continue
+    raise AssertionError(f"{key} was read from {dataset.folder} and is not in it")
 
 
 def _lines(record: dict, width: int = 50, num_questions: int = 4) -> list[tuple[str, str]]:

@@ -44,18 +44,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 _REMEDY = "restore it from a copy, or set this run aside with --fresh"
 
 # settings that a resumed run must not change: they decide the order of the data or the meaning of the optimizer's state
-FIXED = (
-    "task",
-    "data",
-    "model",
-    "seed",
-    "batch_size",
-    "captions_per_image",
-    "questions_per_image",
-    "image_size",
-    "freeze",
-    "decay_norms",
-)
+FIXED = "task data model seed batch_size captions_per_image questions_per_image image_size freeze decay_norms".split()
 
 
 class RunFolder:
@@ -122,18 +111,13 @@ class RunFolder:
             raise ValueError(f"{str(error).rstrip('; ')}; {self._recovery()}") from None
 
     def _check_index(self, index: dict) -> dict:
-        written = index.get("written", [])
-        names = [
-            index.get("last"),
-            index.get("best", index.get("last")),
-            *(written if type(written) is list else [None]),
-        ]
+        names, written = [index.get("last"), index.get("best", index.get("last"))], index.get("written", [])
         score = index.get("best_score", 0)
-        if not all(isinstance(name, str) and _STEP.fullmatch(name) for name in names):
+        if type(written) is not list or not all(type(n) is str and _STEP.fullmatch(n) for n in names + written):
             raise ValueError(f"{self.checkpoints / INDEX} names no checkpoint as last or best")
         if type(score) not in (int, float) or not math.isfinite(score):
             raise ValueError(f"{self.checkpoints / INDEX} has the score {score!r}")
-        missing = [name for name in names[:2] if not (self.checkpoints / name).is_dir()]
+        missing = [name for name in names if not (self.checkpoints / name).is_dir()]
         if missing:
             raise ValueError(f"{self.checkpoints / missing[0]} is missing")
         return index

@@ -1,19 +1,15 @@
 """Set-up: everything that training needs, built from the config, the dataset and the run folder."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from prismer.config import PrismerConfig
 from prismer.dataloading.feed.loader import Loader
 from prismer.dataloading.scenes.dataset import render_dataset
 from prismer.freezing import freeze
 from prismer.model import Prismer
 from prismer.precision import NAMES, choose_precision, slow_resumption
-from prismer.tokenizer import Tokenizer
 from prismer.training import zero
 from prismer.training.checkpoint import restore_optimizer
 from prismer.training.config import MAX_STEPS, TrainConfig
@@ -30,67 +26,8 @@ EMBEDDED_DATA = TrainConfig.data
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
-@dataclass(kw_only=True)
 class Run:
-    """One training run on one rank, ready to train.
-
-    Attributes:
-        config: the settings.
-        device: where this rank computes.
-        host_group: process group for tensors on the host.
-        folder: the run folder.
-        precision: "bf16" or "fp32".
-        model_config: architecture of the model.
-        tokenizer: of the model.
-        engine: DeepSpeed's engine around the model.
-        loader: of the training split.
-        val_loader: of the validation split, if there is one.
-        statistics: of the texts of the training split.
-        steps_per_epoch: optimizer steps of an epoch.
-        total_steps: optimizer steps of the run.
-        resumed: trainer.json of the checkpoint that the run resumes from; None at the first start.
-    """
-
-    config: TrainConfig
-    device: torch.device
-    host_group: dist.ProcessGroup
-    folder: RunFolder
-    precision: str
-    model_config: PrismerConfig
-    tokenizer: Tokenizer
-    engine: nn.Module
-    loader: Loader
-    val_loader: Loader | None
-    statistics: TextStatistics
-    steps_per_epoch: int
-    total_steps: int
-    resumed: dict | None
-
-    @property
-    def is_rank_zero(self) -> bool:
-        """Whether this process is rank 0, which prints and writes for all."""
-        return dist.get_rank() == 0
-
-    def new_replica(self) -> Prismer:
-        """An unsharded model without trained weights, in the precision of the run."""
-        model = Prismer(self.model_config, self.tokenizer)
-        return model.to(device=self.device, dtype=DTYPES[self.precision]).eval()
-
-    def predict(self, model: Prismer, *, limit: int = 0, blank: bool = False) -> list[dict]:
-        """Records of the validation split (collective), see `evaluation.predict`."""
-        return predict(
-            model,
-            self.val_loader,
-            task=self.config.task,
-            statistics=self.statistics,
-            limit=limit,
-            blank=blank,
-            group=self.host_group,
-        )
-
-
-def set_up(config: TrainConfig, settings: dict, *, local_rank: int | None = None, fresh: bool = False) -> Run:
-    """Build a run, on every rank: process group, precision, model, loaders, engine, and the state to resume from.
+    """One training run on one rank; to create it is to set it up, up to the state that it resumes from.
 
     Args:
         config: the settings of the run.
@@ -98,54 +35,65 @@ def set_up(config: TrainConfig, settings: dict, *, local_rank: int | None = None
         local_rank: the launcher's --local_rank, if it gave one.
         fresh: set an earlier run of this name aside (renamed, not deleted) instead of resuming it.
 
+    Attributes:
+        device: where this rank computes.
+        group: process group for tensors on the host.
+        is_rank_zero: whether this process prints and writes for all.
+        folder: the run folder.
+        precision: "bf16" or "fp32".
+        model, engine: the sharded model, and DeepSpeed's engine around it.
+        loader, val_loader: of the training split, and of the validation split if there is one.
+        statistics: of the training split's texts.
+        steps_per_epoch, total_steps: optimizer steps of an epoch and of the run.
+        resumed: trainer.json of the checkpoint that the run resumes from; None at the first start.
+
     Raises:
         ValueError: if config, settings, data, model and an earlier run of this name do not fit together.
     """
-    device = zero.start_distributed(local_rank)
-    group = zero.new_host_group()
-    folder = RunFolder(config.folder)
-    micro_batch = config.micro_batch(dist.get_world_size())
-    zero.check_settings(config, settings)
-    precision = zero.run_on_rank_zero(lambda: _prepare(config, folder, device, fresh), group)
 
-    checkpoint = folder.last()
-    if checkpoint:
-        model = from_pretrained(checkpoint)
-    else:
-        # every rank builds the same weights, of which DeepSpeed keeps a shard on each
-        model = start_model(config.model, config.image_size, config.seed)
-    model.set_gradient_checkpointing(config.gradient_checkpointing)
-    trainable, parameters = freeze(model, config.freeze)
-    print_on_rank_zero(f"trainable: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.0%})")
+    def __init__(
+        self, config: TrainConfig, settings: dict, *, local_rank: int | None = None, fresh: bool = False
+    ) -> None:
+        self.config = config
+        self.device, self.group = zero.start_distributed(local_rank)
+        self.is_rank_zero = dist.get_rank() == 0
+        self.folder = RunFolder(config.folder)
+        micro_batch = config.micro_batch(dist.get_world_size())
+        zero.check_settings(config, settings)
+        self.precision = zero.run_on_rank_zero(lambda: _prepare(config, self.folder, self.device, fresh), self.group)
 
-    first_start = checkpoint is None
-    zero.run_on_rank_zero(lambda: check_texts(config, model, folder.path, first_start), group)
-    statistics = TextStatistics.load(folder.path)
-    loader, val_loader = open_loaders(config, model, statistics.classes, micro_batch, device)
-    if val_loader:
-        check_readable(val_loader, group)
-    steps_per_epoch, total_steps = _count_steps(config, loader)
+        checkpoint = self.folder.last()
+        if checkpoint:
+            model = from_pretrained(checkpoint)
+        else:
+            # every rank builds the same weights, of which DeepSpeed keeps a shard on each
+            model = start_model(config.model, config.image_size, config.seed)
+        model.set_gradient_checkpointing(config.gradient_checkpointing)
+        trainable, parameters = freeze(model, config.freeze)
+        print_on_rank_zero(f"trainable: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.0%})")
 
-    engine = zero.build_engine(model.train(), config, settings, precision)
-    resumed = restore_optimizer(engine, checkpoint) if checkpoint else None
-    if resumed:
-        print_on_rank_zero(f"resuming {folder.path} at step {resumed['step']} of {total_steps}")
-    return Run(
-        config=config,
-        device=device,
-        host_group=group,
-        folder=folder,
-        precision=precision,
-        model_config=model.config,
-        tokenizer=model.tokenizer,
-        engine=engine,
-        loader=loader,
-        val_loader=val_loader,
-        statistics=statistics,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        resumed=resumed,
-    )
+        zero.run_on_rank_zero(lambda: check_texts(config, model, self.folder.path, checkpoint is None), self.group)
+        self.statistics = TextStatistics.load(self.folder.path)
+        classes = self.statistics.classes
+        self.loader, self.val_loader = open_loaders(config, model, classes, micro_batch, self.device)
+        if self.val_loader:
+            check_readable(self.val_loader, self.group)
+        self.steps_per_epoch, self.total_steps = _count_steps(config, self.loader)
+
+        self.model = model.train()
+        self.engine = zero.build_engine(model, config, settings, self.precision)
+        self.resumed = restore_optimizer(self.engine, checkpoint) if checkpoint else None
+        if self.resumed:
+            print_on_rank_zero(f"resuming {self.folder.path} at step {self.resumed['step']} of {self.total_steps}")
+
+    def new_replica(self) -> Prismer:
+        """An unsharded model without trained weights, in the precision of the run."""
+        model = Prismer(self.model.config, self.model.tokenizer)
+        return model.to(device=self.device, dtype=DTYPES[self.precision]).eval()
+
+    def predict(self, model: Prismer, **options) -> list[dict]:
+        """Records of the validation split (collective), with options of `evaluation.predict`."""
+        return predict(model, self.val_loader, self.config.task, self.statistics, group=self.group, **options)
 
 
 def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh: bool) -> str:

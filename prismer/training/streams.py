@@ -1,8 +1,10 @@
-"""Printing that a closed terminal, a closed pipe or a full disk ends, without ending the run."""
+"""Printing that ends, without ending the run, when a terminal or a pipe is closed or a disk is full."""
 
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 import torch.distributed as dist
@@ -15,9 +17,16 @@ def print_on_rank_zero(text: str) -> None:
 
 
 def print_line(text: str, stream: TextIO) -> None:
-    """Print a line; a stream that cannot be written is sent to os.devnull from then on."""
-    try:
+    """Print a line, unless the stream cannot be written."""
+    with tolerant_of_closing(stream):
         print(text, file=stream, flush=True)
+
+
+@contextmanager
+def tolerant_of_closing(stream: TextIO) -> Iterator[None]:
+    """Send a stream that cannot be written in this context to os.devnull from then on."""
+    try:
+        yield
     except OSError as error:
         redirect_to_devnull(stream.fileno())
         # a closed pipe and a closed terminal have no reader to warn

@@ -1,6 +1,6 @@
 """The training tasks: which texts each one trains on, which metric compares its checkpoints, and its default settings.
 
-Another task on the same kinds of text is another entry of TASKS. Another kind of text also needs a chooser in
+A new task on the same kinds of text is one entry of TASKS. A new kind of text also needs a chooser in
 prismer/texts.py (data.py calls it), a check in text_statistics.py, and predictions and scores in evaluation.py.
 """
 

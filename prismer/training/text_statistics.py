@@ -23,8 +23,7 @@ class TextCounts:
 
     Attributes:
         captions: caption -> number of occurrences.
-        classes: class name -> number of occurrences.
-        class_indices: number of samples whose class is an index.
+        classes: class (its name or index) -> number of occurrences.
         answers: answer -> sum of its weights.
         answers_by_kind: kind of question -> answer -> sum of its weights.
         skipped: for each sample that cannot be used, a message that names the sample and the reason.
@@ -32,7 +31,6 @@ class TextCounts:
 
     captions: Counter = field(default_factory=Counter)
     classes: Counter = field(default_factory=Counter)
-    class_indices: int = 0
     answers: Counter = field(default_factory=Counter)
     answers_by_kind: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
     skipped: list[str] = field(default_factory=list)
@@ -46,7 +44,7 @@ class TextCounts:
         Raises:
             ValueError: if no usable sample has a text that the task trains on.
         """
-        found = {CAPTIONS: self.captions, QUESTIONS: self.answers, CLASSES: self.classes or self.class_indices}
+        found = {CAPTIONS: self.captions, QUESTIONS: self.answers, CLASSES: self.classes}
         kinds = TASKS[task].texts
         if any(found[kind] for kind in kinds):
             return
@@ -73,9 +71,8 @@ def count_texts(dataset: ShardDataset) -> TextCounts:
             counts.skipped.append(f"sample {dataset.key(i)}: {error}")
             continue
         counts.captions.update(meta.get("captions", ()))
-        if isinstance(meta.get("class"), str):
+        if meta.get("class") is not None:
             counts.classes[meta["class"]] += 1
-        counts.class_indices += isinstance(meta.get("class"), int)
         for question in meta.get("questions", ()):
             for answer in question.get("answers", ()):
                 counts.answers[answer["answer"]] += answer["weight"]
@@ -105,7 +102,7 @@ class TextStatistics:
         counts: TextCounts,
         class_names: list[str] | None,
         max_answers: int,
-        fits: Callable[[str], bool] = lambda answer: True,
+        fits: Callable[[str], bool],
     ) -> "TextStatistics":
         """Statistics of a training split.
 
@@ -124,7 +121,7 @@ class TextStatistics:
             answers=list(itertools.islice(filter(fits, ranked(counts.answers)), max_answers)),
             guesses={kind: ranked(answers)[0] for kind, answers in sorted(counts.answers_by_kind.items())},
             caption=ranked(counts.captions)[0] if counts.captions else "",
-            classes=class_names or sorted(counts.classes),
+            classes=class_names or sorted(name for name in counts.classes if isinstance(name, str)),
         )
 
     def save(self, folder: Path) -> None:

@@ -23,10 +23,10 @@ from prismer.training.streams import print_on_rank_zero
 
 
 class Trainer:
-    """Trains one run: `Trainer(set_up(config, settings)).fit()`, on every rank.
+    """Trains one run: `Trainer(Run(config, settings)).fit()`, on every rank.
 
     Args:
-        run: from `set_up`.
+        run: what to train.
         profile: steps to profile on rank 0, after two of warm-up; 0 is none.
 
     Attributes:
@@ -39,13 +39,10 @@ class Trainer:
     def __init__(self, run: Run, *, profile: int = 0) -> None:
         self.run, self.config, self.engine = run, run.config, run.engine
         resumed = run.resumed or dict(step=0, loss_sum=0.0, loss_count=0)
-        self.step = resumed["step"]
+        self.step, self.loss_count = resumed["step"], resumed["loss_count"]
         self.saved_step = self.step if run.resumed else None
-        # since the last log; on the device, since reading it would wait for the step
-        self.loss_sum = torch.zeros((), device=run.device)
-        # stored is the sum over ranks
-        self.loss_sum += resumed["loss_sum"] / dist.get_world_size()
-        self.loss_count = resumed["loss_count"]
+        # losses since the last log; trainer.json has their sum over ranks
+        self.loss_sum = torch.tensor(resumed["loss_sum"] / dist.get_world_size(), device=run.device)
         self.profile = open_profile(run, profile, self.step) if profile else None
         self.progress: Progress | None = None
 
@@ -55,14 +52,14 @@ class Trainer:
         if self.step >= run.total_steps and (path / "finished.json").is_file():
             print_on_rank_zero(f"{path} is finished; raise --steps or --epochs, or set it aside with --fresh")
             return 0
+        started = time.time()
         if run.is_rank_zero:
             (path / "finished.json").unlink(missing_ok=True)
             self.progress = Progress(path, self.step, run.total_steps)
         loaders = {"train": run.loader, **({"val": run.val_loader} if run.val_loader else {})}
-        self.skipped = SkippedSamples(path, loaders, run.host_group)
-        started = time.time()
+        self.skipped = SkippedSamples(path, loaders, run.group)
 
-        with StopRequest(run.host_group) as stop:
+        with StopRequest(run.group) as stop:
             self._restart_clock()
             with closing(self._micro_batches()) as batches:
                 while self.step < run.total_steps and not stop.reason:
@@ -74,11 +71,11 @@ class Trainer:
             if stop.reason:
                 self.skipped.record(self.step)
                 print_on_rank_zero(self.skipped.summary())
-                zero.end_distributed(run.host_group)
+                zero.end_distributed(run.group)
                 print_on_rank_zero(f"stopped by {stop.reason}; saved at step {self.step} of {run.total_steps}")
                 return stop.exit_code
         finish_run(run, self.step, time.time() - started, self.skipped)
-        zero.end_distributed(run.host_group)
+        zero.end_distributed(run.group)
         return 0
 
     def _micro_batches(self) -> Iterator[Batch]:
@@ -92,16 +89,18 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         config, run = self.config, self.run
-        zero.set_learning_rate(self.engine, learning_rate(self.step, run.total_steps, config))
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, run.total_steps, config)
         # dropout differs between ranks and between steps, but not between a run and its resumption
         torch.manual_seed(keyed_seed(config.seed, self.step, dist.get_rank()))
-        rows = instance_rows(config.seed, self.step, run.model_config.num_instances).to(run.device)
+        rows = instance_rows(config.seed, self.step, run.model.config.num_instances).to(run.device)
         for _ in range(config.accumulation):
             batch = next(batches)
             batch.images.instance_rows = rows
             loss = self.engine(batch)
             self.engine.backward(loss)
             self.engine.step()
+            # stays on the device, since reading it would wait for the step
             self.loss_sum += loss.detach().float() / config.accumulation
         self.step += 1
         self.loss_count += 1
@@ -115,8 +114,7 @@ class Trainer:
     def _after_step(self, stopping: bool) -> None:
         """Log, evaluate and save, whichever is due."""
         config, step = self.config, self.step
-        last = step == self.run.total_steps
-        epoch_ends = step % self.run.steps_per_epoch == 0
+        last, epoch_ends = step == self.run.total_steps, step % self.run.steps_per_epoch == 0
         if self.progress:
             self.progress.advance()
         if self.profile and self.profile.finished:
@@ -143,20 +141,14 @@ class Trainer:
         return float(total)
 
     def _log(self) -> None:
-        loss = self._total_loss() / (self.loss_count * dist.get_world_size())
+        row = dict(step=self.step, kind="train", epoch=self.step / self.run.steps_per_epoch)
+        row["loss"] = self._total_loss() / (self.loss_count * dist.get_world_size())
         seconds = time.monotonic() - self.clock
         if self.progress:
-            self.progress.record(
-                dict(
-                    step=self.step,
-                    kind="train",
-                    epoch=self.step / self.run.steps_per_epoch,
-                    loss=loss,
-                    learning_rate=learning_rate(self.step - 1, self.run.total_steps, self.config),
-                    gradient_norm=float(self.engine.get_global_grad_norm()),
-                    samples_per_s=(self.step - self.clock_step) * self.config.batch_size / seconds,
-                )
-            )
+            row["learning_rate"] = learning_rate(self.step - 1, self.run.total_steps, self.config)
+            row["gradient_norm"] = float(self.engine.get_global_grad_norm())
+            row["samples_per_s"] = (self.step - self.clock_step) * self.config.batch_size / seconds
+            self.progress.record(row)
         self.loss_sum.zero_()
         self.loss_count = 0
         self._restart_clock()
@@ -200,11 +192,7 @@ class Trainer:
 
 
 def open_profile(run: Run, steps: int, done: int) -> StepProfile | None:
-    """A profile of the next steps on rank 0, None on other ranks.
-
-    Args:
-        steps: how many steps to profile.
-        done: how many steps the run has done.
+    """A profile of the next `steps` steps on rank 0, after `done` steps of the run; None on other ranks.
 
     Raises:
         ValueError: if `steps` is negative, or fewer steps are left than profiling takes.

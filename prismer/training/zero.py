@@ -28,11 +28,15 @@ SMALL_MODEL = 20_000_000
 Result = TypeVar("Result")
 
 
-def start_distributed(local_rank: int | None = None) -> torch.device:
-    """Join the process group of the launcher (`deepspeed`, `torchrun` or plain `python`); returns this rank's device.
+def start_distributed(local_rank: int | None = None) -> tuple[torch.device, dist.ProcessGroup]:
+    """Join the process group of the launcher (`deepspeed`, `torchrun` or plain `python`).
 
     Args:
         local_rank: the launcher's --local_rank; None takes LOCAL_RANK from the environment.
+
+    Returns:
+        This rank's device; and a group for tensors on the host, whose messages do not wait for the GPU, and whose ranks
+        wait up to 12 hours.
     """
     if "RANK" not in os.environ:
         # plain `python train.py` is a group of one process, which needs a free port
@@ -59,18 +63,13 @@ def start_distributed(local_rank: int | None = None) -> torch.device:
     else:
         device = torch.device("cpu")
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-    return device
+    return device, dist.new_group(backend="gloo", timeout=timedelta(hours=12))
 
 
 def end_distributed(group: dist.ProcessGroup) -> None:
     """Wait for every rank, then leave the process group (collective)."""
     dist.barrier(group)
     dist.destroy_process_group()
-
-
-def new_host_group() -> dist.ProcessGroup:
-    """A group for tensors on the host: its messages do not wait for the GPU, and its ranks wait up to 12 hours."""
-    return dist.new_group(backend="gloo", timeout=timedelta(hours=12))
 
 
 def gather_json(value: object, group: dist.ProcessGroup) -> list:
@@ -187,18 +186,7 @@ def build_engine(model: nn.Module, config: TrainConfig, settings: dict, precisio
     return engine
 
 
-def set_learning_rate(engine: nn.Module, rate: float) -> None:
-    """Set the learning rate of every parameter group, from the next step on."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-
-
 # whole tensors out of the shards
-
-
-def state_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by their state-dict names; a sharded parameter holds no data."""
-    return module.state_dict(keep_vars=True)
 
 
 @contextmanager
@@ -233,7 +221,7 @@ def gather_moment(parameter: Tensor, key: str) -> Tensor:
 def copy_weights(engine: nn.Module, replica: nn.Module) -> None:
     """Copy the engine's current weights into `replica`, an unsharded module of the same tree (collective)."""
     targets = replica.state_dict(keep_vars=True)
-    for name, tensor in state_tensors(engine.module).items():
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
         with gathered(tensor) as data:
             targets[name].data.copy_(data)
 

@@ -6,6 +6,7 @@ python -m pytest tests/faults/test_sample_json.py
 import io
 import json
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from prismer.dataloading.store.check import check_dataset
 from prismer.dataloading.store.schema import meta_problems
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 from prismer.dataloading.views.contact_sheet import contact_sheet
-from prismer.texts import caption_texts, class_texts, collate, joint_texts, question_texts
+from prismer.texts import choose_captions, choose_class, choose_joint, choose_questions, collate
 from prismer.tokenizer import Tokenizer
 from prismer.training.text_statistics import count_texts
 from tests.faults.anything import cases, dump, mutated
@@ -64,13 +65,13 @@ def make_sample(key, meta):
 
 def choosers(tokenizer):
     room = CONFIG.max_positions
+    captions = partial(choose_captions, tokenizer, "a picture of", 2, room)
+    questions = partial(choose_questions, tokenizer, 3, room)
     return (
-        caption_texts(tokenizer, "a picture of", 2, room),
-        question_texts(tokenizer, 3, room),
-        joint_texts(
-            {"captions": caption_texts(tokenizer, "", 1, room), "questions": question_texts(tokenizer, 2, room)}
-        ),
-        class_texts(tokenizer, class_names=CLASSES["class"], max_positions=room),
+        captions,
+        questions,
+        partial(choose_joint, {"captions": captions, "questions": questions}),
+        partial(choose_class, tokenizer, CLASSES["class"], room),
     )
 
 

@@ -71,7 +71,7 @@ def test_flags_win_over_the_section_and_the_section_over_the_task(tmp_path):
         ({"prismer": {"lerning_rate": 1.0}}, "holds lerning_rate; known settings are"),
         ({"prismer": []}, "holds list"),
         ({"prismer": {"task": []}}, "task is \\[\\]; it must be str"),
-        ({"prismer": {"learning_rate": -1e-3}}, "must not be negative"),
+        ({"prismer": {"learning_rate": -1e-3}}, "must be at least 0"),
     ],
 )
 def test_a_wrong_setting_is_refused(tmp_path, engine, message):

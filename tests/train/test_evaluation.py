@@ -43,7 +43,7 @@ def test_statistics_rank_texts_by_frequency(tmp_path):
         dict(captions=["b"], questions=[question("yes/no", ("no", 1.0)), question("count", ("2", 0.5))]),
         dict(captions=[], questions=[]),
     ]
-    statistics = TextStatistics.from_counts(count_texts(Metas(metas)), None, max_answers=3)
+    statistics = TextStatistics.from_counts(count_texts(Metas(metas)), None, 3, bool)
     # no and yes are equally frequent, hence in alphabetical order; 2 outweighs 3
     assert statistics.answers == ["no", "yes", "2"]
     assert statistics.guesses == {"count": "2", "yes/no": "no"} and statistics.caption == "b"
@@ -54,8 +54,8 @@ def test_statistics_rank_texts_by_frequency(tmp_path):
 
 def test_class_names_come_from_the_dataset_or_the_samples():
     counts = count_texts(Metas([{"class": "dog"}, {"class": "cat"}]))
-    assert TextStatistics.from_counts(counts, None, 9).classes == ["cat", "dog"]
-    assert TextStatistics.from_counts(counts, ["dog", "cat", "cow"], 9).classes == ["dog", "cat", "cow"]
+    assert TextStatistics.from_counts(counts, None, 9, bool).classes == ["cat", "dog"]
+    assert TextStatistics.from_counts(counts, ["dog", "cat", "cow"], 9, bool).classes == ["dog", "cat", "cow"]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_class_names_come_from_the_dataset_or_the_samples():
         ("joint", dict(classes={"a": 1}), False),
         ("vqa", dict(captions={"a": 1}), False),
         ("caption", dict(answers={"a": 1}), False),
-        ("classify", dict(class_indices=1), True),
+        ("classify", dict(classes={1: 1}), True),
         ("classify", dict(captions={"a": 1}), False),
     ],
 )

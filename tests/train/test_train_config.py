@@ -18,7 +18,7 @@ from prismer.training.config import TrainConfig
         ({"freeze": "all"}, "freeze is 'all'; choose from none"),
         ({"batch_size": "32"}, "batch_size is '32'; it must be int"),
         ({"batch_size": True}, "batch_size is True; it must be int"),
-        ({"learning_rate": -1e-3}, "must not be negative"),
+        ({"learning_rate": -1e-3}, "learning_rate is -0.001; it must be at least 0"),
         ({"log_every": 0}, "at least 1"),
         ({"epochs": 0}, "epochs and steps are both 0"),
         ({"batch_size": 10, "accumulation": 4}, "not a multiple of accumulation 4"),
