@@ -27,7 +27,7 @@ from prismer.dataloading.store.shards import ShardDataset
 from prismer.model import Prismer
 from prismer.shipped import shipped_folder
 from prismer.tokenizer import Tokenizer
-from prismer.training.run_folder import STATE
+from prismer.training.checkpoint import STATE
 
 ROOT = Path(prismer.__file__).resolve().parent.parent
 ANSWERS = ["Yes", "No", "Red", "Two"]

@@ -25,7 +25,8 @@ from prismer.kernels.dispatch import use_backend
 from prismer.kernels.mlp import mlp
 from prismer.kernels.resampler_attention import torch_backend as resampler_torch
 from prismer.model import Prismer
-from prismer.training.config import TASK_DEFAULTS, TrainConfig, read_config
+from prismer.training.config import TrainConfig
+from prismer.training.engine_settings import read_config
 from tests.ops.live_bytes import peak_bytes
 
 HERE = Path(__file__).parent
@@ -264,7 +265,7 @@ def test_plan_and_training_read_the_same_settings():
     with pytest.raises(ValueError, match="sub_group_size is -1; give a number"):
         ZeroSettings.from_engine(dict(zero_optimization=dict(sub_group_size=-1)))
     assert texts_of(train, prismer_base()) == ((1, 30), (9, 42))
-    vqa = TrainConfig(**{"task": "vqa", **TASK_DEFAULTS["vqa"], "questions_per_image": 4})
+    vqa = TrainConfig.for_task(task="vqa", questions_per_image=4)
     assert texts_of(vqa, prismer_base(max_positions=40)) == ((4, 38),)
 
 

@@ -175,7 +175,8 @@ def _export(args: argparse.Namespace) -> None:
     empty = args.out.is_dir() and not any(args.out.iterdir())
     if args.out.exists() and not empty and not (args.out / "model.safetensors").is_file():
         raise ValueError(f"{args.out} exists and is not a model folder; choose another --out")
-    from prismer.training.run_folder import export_checkpoint, read_answers
+    from prismer.training.run_folder import export_checkpoint
+    from prismer.training.text_statistics import read_answers
     from prismer.weights.folder import ANSWERS, from_pretrained, save_pretrained
 
     source = Path(args.source)
@@ -194,7 +195,8 @@ def _export(args: argparse.Namespace) -> None:
 
 def _checkpoint(source: str) -> Path | None:
     """The checkpoint to export of a run folder, or `source` if it is one; None for anything else."""
-    from prismer.training.run_folder import STATE, RunFolder
+    from prismer.training.checkpoint import STATE
+    from prismer.training.run_folder import RunFolder
 
     path = Path(source)
     return path if (path / STATE).is_file() else RunFolder(path).best()

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-TASKS = ("pretrain", "caption", "vqa", "classify", "joint")
+from prismer.training.tasks import TASKS
+
 EFFICIENCIES = (0.2, 0.3, 0.4, 0.5, 0.6)
 _COLUMNS = (
     ("weights", "parameters"),
@@ -31,7 +32,7 @@ def add_plan_command(commands) -> None:
         help="left for CUDA, cuDNN, NCCL and holes between blocks (default 4)",
     )
     plan.add_argument("--config", type=Path, metavar="JSON", help="zero3.json of the run")
-    plan.add_argument("--task", choices=TASKS, help="default: the config's, or pretrain")
+    plan.add_argument("--task", choices=tuple(TASKS), help="default: the config's, or pretrain")
     plan.add_argument("--image-size", type=int, metavar="PX", help="side of the RGB input")
     plan.add_argument("--freeze", metavar="MODE", help="default: the task's")
     plan.add_argument("--batch", type=int, metavar="N", help="images of a micro-batch of one GPU")
@@ -85,7 +86,8 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _settings(args: argparse.Namespace):
     """The run's TrainConfig and engine settings, from the config file and the flags."""
-    from prismer.training.config import TASK_DEFAULTS, TrainConfig, read_config
+    from prismer.training.config import TrainConfig
+    from prismer.training.engine_settings import read_config
 
     given = dict(
         task=args.task,
@@ -103,7 +105,7 @@ def _settings(args: argparse.Namespace):
         given = {"task": "pretrain", "model": "base"} | {
             name: value for name, value in given.items() if value is not None
         }
-        train, engine = TrainConfig(**{**TASK_DEFAULTS[given["task"]], **given}), {}
+        train, engine = TrainConfig.for_task(**given), {}
     return train, engine
 
 

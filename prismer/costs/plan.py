@@ -24,6 +24,7 @@ from prismer.config import PrismerConfig
 from prismer.costs.fake_step import DTYPES, FakeStep, FakeTrainer, Moment, Texts
 from prismer.texts import MAX_CAPTION_TOKENS, MAX_QUESTION_TOKENS
 from prismer.training.config import TrainConfig
+from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS
 
 ANSWER_TOKENS = 6
 """Tokens that a question's answer is taken to have, `</s>` included; few have more."""
@@ -51,7 +52,7 @@ class ZeroSettings:
 
     @classmethod
     def from_engine(cls, engine: dict) -> "ZeroSettings":
-        """Those of engine settings as `train_config.read_config` returns them; "auto" is the default.
+        """Those of engine settings as `engine_settings.read_config` returns them; "auto" is the default.
 
         Raises:
             ValueError: if a size is not a number of elements.
@@ -334,9 +335,9 @@ def texts_of(train: TrainConfig, config: PrismerConfig) -> Texts:
     """The texts that a run puts beside an image, as long as they can be."""
     # RoBERTa counts positions from padding_idx + 1
     room = config.max_positions - config.pad_id - 1
-    captions = (train.captions_per_image, min(MAX_CAPTION_TOKENS, room))
-    question = min(MAX_QUESTION_TOKENS + 1 + ANSWER_TOKENS, room)
-    questions = (train.questions_per_image, question)
-    if train.task == "vqa":
-        return (questions,)
-    return (captions, questions) if train.task == "joint" and questions[0] else (captions,)
+    tokens = {
+        CAPTIONS: MAX_CAPTION_TOKENS,
+        QUESTIONS: MAX_QUESTION_TOKENS + 1 + ANSWER_TOKENS,
+        CLASSES: MAX_CAPTION_TOKENS,
+    }
+    return tuple((count, min(tokens[kind], room)) for kind, count in train.texts_per_image.items() if count)

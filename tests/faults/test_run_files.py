@@ -18,10 +18,12 @@ from prismer.config import prismer_tiny
 from prismer.files import write_checksums, write_json
 from prismer.model import Prismer
 from prismer.tokenizer import Tokenizer
-from prismer.training.config import TrainConfig, merge, read_config
-from prismer.training.evaluation import Knowledge
+from prismer.training.checkpoint import STATE
+from prismer.training.config import TrainConfig
+from prismer.training.engine_settings import complete_settings, read_config
 from prismer.training.progress import Progress, read_metrics
-from prismer.training.run_folder import INDEX, SETTINGS, STATE, RunFolder
+from prismer.training.run_folder import INDEX, SETTINGS, RunFolder
+from prismer.training.text_statistics import TextStatistics
 from prismer.training.zero import check_settings
 from tests.faults.anything import ODD_NUMBERS, anything, cases, damaged, dump, is_sentence, mutated
 
@@ -62,7 +64,7 @@ def test_settings(tmp_path_factory, engine, tail):
 
     def start():
         config, settings = read_config(file)
-        merged = merge(config, settings, world_size=1, precision="fp32")
+        merged = complete_settings(config, settings, world_size=1, precision="fp32")
         check_settings(config, settings)
         assert merged["zero_optimization"]["stage"] == 3 and merged["bf16"]["enabled"] is False
 
@@ -111,8 +113,8 @@ def whole(tmp_path_factory):
     )
     torch.manual_seed(0)
     model = Prismer(prismer_tiny(**sizes), tokenizer)
-    RunFolder(folder).settle(TrainConfig(), lambda: "fp32")
-    Knowledge(answers=["yes", "no"], guesses={"x": "yes"}, caption="a cube").save(folder)
+    RunFolder(folder).reconcile_settings(TrainConfig(), lambda: "fp32")
+    TextStatistics(answers=["yes", "no"], guesses={"x": "yes"}, caption="a cube").save(folder)
     rows = [dict(step=i, kind="train", loss=1.0, learning_rate=0.1) for i in range(1, 4)]
     rows.append(dict(step=3, kind="skipped", split="train", shard="s", key="k", reason="r"))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -142,9 +144,9 @@ def resume(folder):
     run = RunFolder(folder)
     try:
         run.claim()
-        run.check()
-        run.settle(TrainConfig(), lambda: pytest.fail("an earlier run was taken for none"))
-        Knowledge.load(folder)
+        run.check_files()
+        run.reconcile_settings(TrainConfig(), lambda: pytest.fail("an earlier run was taken for none"))
+        TextStatistics.load(folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = Prismer.from_pretrained(run.last())

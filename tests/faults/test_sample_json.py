@@ -6,6 +6,7 @@ python -m pytest tests/faults/test_sample_json.py
 import io
 import json
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ from prismer.dataloading.store.check import check_dataset
 from prismer.dataloading.store.sample_json import meta_problems
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 from prismer.dataloading.views.contact_sheet import contact_sheet
-from prismer.texts import ChooseTexts, caption_texts, classification_texts, collate, joint_texts, vqa_texts
+from prismer.texts import ChooseTexts, choose_captions, choose_class, choose_joint, choose_questions, collate
 from prismer.tokenizer import Tokenizer
-from prismer.training.evaluation import survey
+from prismer.training.text_statistics import count_texts
 from tests.faults.anything import cases, dump, mutated
 
 CONFIG = prismer_tiny(image_size=32, label_size=16)
@@ -64,11 +65,13 @@ def make_sample(key: str, meta: dict) -> Sample:
 
 def choosers(tokenizer: Tokenizer) -> tuple[ChooseTexts, ...]:
     room = CONFIG.max_positions
+    captions = partial(choose_captions, tokenizer, "a picture of", 2, room)
+    questions = partial(choose_questions, tokenizer, 3, room)
     return (
-        caption_texts(tokenizer, "a picture of", 2, room),
-        vqa_texts(tokenizer, 3, room),
-        joint_texts(tokenizer, "", 1, 2, room),
-        classification_texts(tokenizer, class_names=CLASSES["class"], max_positions=room),
+        captions,
+        questions,
+        partial(choose_joint, {"captions": captions, "questions": questions}),
+        partial(choose_class, tokenizer, CLASSES["class"], room),
     )
 
 
@@ -118,7 +121,7 @@ def test_every_sample_is_used_or_named(tmp_path_factory, tokenizer, metas):
     )
     assert {skipped.key for skipped in loader.skipped} == bad
     assert all(skipped.reason.isprintable() for skipped in loader.skipped)
-    assert len(survey(dataset).skipped) <= len(bad)
+    assert len(count_texts(dataset).skipped) <= len(bad)
 
 
 def faulty(meta: object) -> bool:

@@ -1,8 +1,9 @@
 """Proves the rules of captions, questions, answers and class names: texts, token ids, labels, draws, collation.
 
-python -m pytest -q tests/model/test_tasks.py
+python -m pytest tests/model/test_texts.py
 """
 
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 
 from prismer.batch import IGNORE_INDEX
 from prismer.texts import (
-    caption_texts,
-    classification_texts,
+    ChooseTexts,
+    choose_captions,
+    choose_class,
+    choose_joint,
+    choose_questions,
     clean_caption,
     clean_question,
     collate,
@@ -24,8 +28,6 @@ from prismer.texts import (
     encode_qa,
     encode_question,
     format_answer,
-    joint_texts,
-    vqa_texts,
 )
 from prismer.tokenizer import Tokenizer
 
@@ -64,7 +66,7 @@ def targets(labels: list[int]) -> list[int]:
         ("...", ""),
     ],
 )
-def test_clean_caption(caption, expected):
+def test_captions_are_cleaned(caption, expected):
     assert clean_caption(caption) == expected
 
 
@@ -78,12 +80,12 @@ def test_clean_caption(caption, expected):
         ("is  it", "Is  it?"),
     ],
 )
-def test_clean_question(question, expected):
-    # blanks stay where marks were, and the capital is given before the edges are stripped
+def test_questions_are_cleaned(question, expected):
+    # marks become blanks that stay, and the capital is set before the edges are stripped
     assert clean_question(question) == expected
 
 
-def test_format_answer():
+def test_answers_are_formatted_and_empty_texts_refused():
     assert format_answer("RED car") == " Red car"
     for empty in ("", "  "):
         with pytest.raises(ValueError, match="the answer .* is empty"):
@@ -92,18 +94,18 @@ def test_format_answer():
             clean_question(empty)
 
 
-def test_encode_caption(tokenizer):
+def test_a_caption_is_trained_after_its_prefix(tokenizer):
     ids, labels = encode_caption(tokenizer, "a DOG runs.")
     assert ids == [BOS, *tokenizer.encode("A dog runs"), EOS]
     assert labels == [IGNORE_INDEX, *ids[1:]]
     ids, labels = encode_caption(tokenizer, "A dog runs.", "A picture of")
     assert ids == [BOS, *tokenizer.encode("A picture of a dog runs"), EOS]
     assert labels[:4] == [IGNORE_INDEX] * 4 and labels[4:] == ids[4:]
-    # nothing to say still ends
+    # an empty caption still has an end
     assert encode_caption(tokenizer, "...") == ([BOS, EOS], [IGNORE_INDEX, EOS])
 
 
-def test_encode_prompt(tokenizer):
+def test_a_prompt_is_the_start_of_its_captions(tokenizer):
     assert encode_prompt(tokenizer, "") == [BOS]
     assert len(encode_prompt(tokenizer, "A picture of")) == 4
     assert len(encode_prompt(tokenizer, "A photo of a")) == 5
@@ -111,7 +113,7 @@ def test_encode_prompt(tokenizer):
     assert ids[:4] == encode_prompt(tokenizer, "A picture of ")
 
 
-def test_encode_caption_is_cut(tokenizer):
+def test_a_long_caption_is_cut(tokenizer):
     caption = "extraordinarily disproportionate " * 15
     whole = tokenizer.encode(clean_caption(caption))
     assert len(whole) > 30
@@ -123,7 +125,7 @@ def test_encode_caption_is_cut(tokenizer):
         encode_caption(tokenizer, "a dog", "A picture of", max_positions=6)
 
 
-def test_encode_class(tokenizer):
+def test_a_class_name_is_trained_after_its_prefix(tokenizer):
     ids, labels = encode_class(tokenizer, "A photo of a", "German Shepherd, (dog)")
     name = tokenizer.encode(" german shepherd, (dog)")
     assert ids == [*encode_prompt(tokenizer, "A photo of a"), *name, EOS]
@@ -131,7 +133,7 @@ def test_encode_class(tokenizer):
     assert encode_class(tokenizer, "", "Dog")[0] == [BOS, *tokenizer.encode("dog"), EOS]
 
 
-def test_encode_question(tokenizer):
+def test_a_question_has_no_end_and_no_pad(tokenizer):
     ids = encode_question(tokenizer, "what is this")
     assert ids == [BOS, *tokenizer.encode("What is this?")]
     assert PAD not in ids and EOS not in ids
@@ -139,12 +141,12 @@ def test_encode_question(tokenizer):
     assert len(encode_question(tokenizer, "disproportionate " * 30)) == 35
 
 
-def test_encode_qa(tokenizer):
+def test_an_answer_is_trained_after_one_pad(tokenizer):
     ids, labels = encode_qa(tokenizer, "what is this", "FIRE engine")
     question = encode_question(tokenizer, "what is this")
     answer = [*tokenizer.encode(" Fire engine"), EOS]
     assert encode_answer(tokenizer, "FIRE engine") == answer
-    # one read-out pad, whatever the lengths, and the first target right behind it
+    # one <pad> at any length, and the first target right after it
     assert ids == [*question, PAD, *answer]
     assert ids.count(PAD) == 1
     assert labels == [IGNORE_INDEX] * (len(question) + 1) + answer
@@ -152,11 +154,11 @@ def test_encode_qa(tokenizer):
     assert ids[first - 1] == PAD
 
 
-def test_encode_qa_is_cut(tokenizer):
+def test_a_long_question_is_cut_and_its_answer_is_not(tokenizer):
     answer = encode_answer(tokenizer, "red")
     ids, labels = encode_qa(tokenizer, "disproportionate " * 30, "red")
     assert len(ids) == 35 + 1 + len(answer) and targets(labels) == answer
-    # 20 positions hold 18 tokens, the pad not among them; the question gives way
+    # 20 positions hold 18 tokens besides the <pad>; the question is shortened
     ids, labels = encode_qa(tokenizer, "disproportionate " * 30, "red", max_positions=20)
     assert len([i for i in ids if i != PAD]) == 18 and ids.count(PAD) == 1
     assert targets(labels) == answer and ids[0] == BOS
@@ -164,7 +166,7 @@ def test_encode_qa_is_cut(tokenizer):
         encode_qa(tokenizer, "what", "red", max_positions=5)
 
 
-def test_collate():
+def test_groups_are_padded_to_rectangles():
     a = ([BOS, 5, PAD, 6, EOS], [IGNORE_INDEX] * 3 + [6, EOS], 0.25)
     b = ([BOS, 7, EOS], [IGNORE_INDEX, 7, EOS], 1.0)
     batch = collate([[b, a], [b], []])
@@ -176,14 +178,14 @@ def test_collate():
     short = [IGNORE_INDEX, 7, EOS, IGNORE_INDEX, IGNORE_INDEX]
     assert batch.labels.tolist() == [[short, a[1]], [short, ignored], [ignored, ignored]]
     assert batch.weights.tolist() == [[1.0, 0.25], [1.0, 0.0], [0.0, 0.0]]
-    # a text with a weight has the same tokens in every batch but for pads on the right
+    # a text has the same tokens in every batch, except for pads on the right
     alone = collate([[b]])
     assert alone.ids.tolist() == [[[BOS, 7, EOS]]]
     assert collate([[]]).ids.tolist() == [[[BOS]]] and collate([[]]).weights.tolist() == [[0.0]]
     assert collate([[b], []], pad_id=9, bos_id=8).ids.tolist() == [[[BOS, 7, EOS]], [[8, 9, 9]]]
 
 
-def test_collate_refuses():
+def test_malformed_groups_are_refused():
     with pytest.raises(ValueError, match="no texts to collate"):
         collate([])
     with pytest.raises(ValueError, match="2 ids and 1 labels"):
@@ -192,9 +194,9 @@ def test_collate_refuses():
         collate([[([], [], 1.0)]])
 
 
-def test_caption_texts(tokenizer):
+def test_captions_are_drawn_without_replacement(tokenizer):
     every = [(*encode_caption(tokenizer, caption, "A picture of"), 1.0) for caption in META["captions"]]
-    choose = caption_texts(tokenizer, "A picture of", 2)
+    choose = partial(choose_captions, tokenizer, "A picture of", 2, None)
     seen = set()
     for seed in range(40):
         texts = choose(META, np.random.default_rng(seed))
@@ -203,26 +205,34 @@ def test_caption_texts(tokenizer):
         assert len(set(indices)) == 2
         seen.update(indices)
     assert seen == {0, 1, 2, 3}
-    assert caption_texts(tokenizer, "A picture of", 9)(META, np.random.default_rng(0)) == every
+    assert choose_captions(tokenizer, "A picture of", 9, None, META, np.random.default_rng(0)) == every
     # pre-training: no prefix
-    (text,) = caption_texts(tokenizer)({"captions": ["a dog"]}, np.random.default_rng(0))
+    (text,) = choose_captions(tokenizer, "", 1, None, {"captions": ["a dog"]}, np.random.default_rng(0))
     assert text == (*encode_caption(tokenizer, "a dog", ""), 1.0)
 
 
-def test_vqa_texts(tokenizer):
+def test_question_answer_pairs_keep_their_weights(tokenizer):
     pairs = [("what is red", "cube", 0.7), ("what is red", "box", 0.3), ("how many", "two", 1.0)]
     every = [(*encode_qa(tokenizer, question, answer), weight) for question, answer, weight in pairs]
-    assert vqa_texts(tokenizer, 5)(META, np.random.default_rng(0)) == every
-    choose = vqa_texts(tokenizer, 2)
+    assert choose_questions(tokenizer, 5, None, META, np.random.default_rng(0)) == every
+    choose = partial(choose_questions, tokenizer, 2, None)
     draws = [[every.index(text) for text in choose(META, np.random.default_rng(seed))] for seed in range(40)]
     assert all(len(set(draw)) == 2 for draw in draws)
     assert {i for draw in draws for i in draw} == {0, 1, 2}
-    assert vqa_texts(tokenizer, 2)({"questions": []}, np.random.default_rng(0)) == []
+    assert choose({"questions": []}, np.random.default_rng(0)) == []
 
 
-def test_joint_texts_of_one_kind(tokenizer):
-    """Lists of captions and lists of questions are imported apart; an image of either trains."""
-    choose = joint_texts(tokenizer, "", 2, 9)
+def joint(tokenizer: Tokenizer, num_captions: int, num_questions: int) -> ChooseTexts:
+    choosers = {
+        "captions": partial(choose_captions, tokenizer, "", num_captions, None),
+        "questions": partial(choose_questions, tokenizer, num_questions, None),
+    }
+    return partial(choose_joint, choosers)
+
+
+def test_a_sample_with_one_kind_of_text_trains(tokenizer):
+    """Lists of captions and lists of questions are imported apart; an image of either list is used."""
+    choose = joint(tokenizer, 2, 9)
     for name in ("captions", "questions"):
         texts = choose({name: META[name]}, np.random.default_rng(0))
         assert texts and len(texts) < len(choose(META, np.random.default_rng(0)))
@@ -230,43 +240,46 @@ def test_joint_texts_of_one_kind(tokenizer):
         choose({"source": "x"}, np.random.default_rng(0))
 
 
-def test_long_answers_are_refused_drawn_or_not(tokenizer):
-    """A question of nine has an answer that the positions cannot hold: the sample is never used, whatever is drawn."""
+def test_a_long_answer_is_refused_even_if_it_is_not_drawn(tokenizer):
+    """An answer that the positions cannot hold excludes its sample, whichever questions are drawn."""
     long = {"question": "what?", "answers": [{"answer": "word " * 99, "weight": 1.0}]}
     meta = {"questions": [*META["questions"], long]}
     for seed in range(5):
         with pytest.raises(ValueError, match="the answer 'word word .* too long for 82 positions"):
-            vqa_texts(tokenizer, 1, 82)(meta, np.random.default_rng(seed))
-    assert vqa_texts(tokenizer, 1, 514)(meta, np.random.default_rng(0))
+            choose_questions(tokenizer, 1, 82, meta, np.random.default_rng(seed))
+    assert choose_questions(tokenizer, 1, 514, meta, np.random.default_rng(0))
 
 
-def test_joint_texts(tokenizer):
-    texts = joint_texts(tokenizer, "", 2, 9)(META, np.random.default_rng(0))
+def test_captions_come_before_questions_in_a_group(tokenizer):
+    texts = joint(tokenizer, 2, 9)(META, np.random.default_rng(0))
     assert len(texts) == 2 + 3
     assert all(PAD not in ids for ids, _, _ in texts[:2]) and all(PAD in ids for ids, _, _ in texts[2:])
     batch = collate([texts, texts[:1]])
     assert batch.ids.shape[:2] == (2, 5) and batch.weights[1].tolist() == [1, 0, 0, 0, 0]
 
 
-def test_classification_texts(tokenizer):
+def test_the_class_of_a_sample_is_a_name_or_an_index(tokenizer):
     rng = np.random.default_rng(0)
     expected = (*encode_class(tokenizer, "A photo of a", "dog"), 1.0)
-    assert classification_texts(tokenizer, class_names=["cat", "Dog"])(META, rng) == [expected]
-    assert classification_texts(tokenizer)({"class": "Dog"}, rng) == [expected]
-    with pytest.raises(ValueError, match="of class 1 but no class names were given"):
-        classification_texts(tokenizer)(META, rng)
-    with pytest.raises(ValueError, match="of class 1 but there are 1"):
-        classification_texts(tokenizer, class_names=["cat"])(META, rng)
+    assert choose_class(tokenizer, ["cat", "Dog"], None, META, rng) == [expected]
+    assert choose_class(tokenizer, [], None, {"class": "Dog"}, rng) == [expected]
+    for names in ([], ["cat"]):
+        with pytest.raises(ValueError, match=f"of class 1 but {len(names)} names were given"):
+            choose_class(tokenizer, names, None, META, rng)
 
 
-def test_choosers_refuse_another_dataset(tokenizer):
-    for choose in (caption_texts(tokenizer), vqa_texts(tokenizer), classification_texts(tokenizer)):
+def test_a_dataset_for_another_task_is_refused(tokenizer):
+    for choose in (
+        partial(choose_captions, tokenizer, "", 1, None),
+        partial(choose_questions, tokenizer, 1, None),
+        partial(choose_class, tokenizer, [], None),
+    ):
         with pytest.raises(ValueError, match="a sample has no '.*', only source; choose a task"):
             choose({"source": "here"}, np.random.default_rng(0))
 
 
-def test_choosers_reach_other_processes():
+def test_choosers_can_be_sent_to_other_processes():
     tokenizer = Tokenizer.train(["a dog", "a cat"], 261)
-    # what a spawned loader process is sent; a closure would raise
-    assert len(ForkingPickler.dumps(joint_texts(tokenizer, "", 1, 1))) > 0
-    assert len(ForkingPickler.dumps(classification_texts(tokenizer))) > 0
+    # a spawned loader process receives them; a closure would raise
+    assert len(ForkingPickler.dumps(joint(tokenizer, 1, 1))) > 0
+    assert len(ForkingPickler.dumps(partial(choose_class, tokenizer, [], None))) > 0
