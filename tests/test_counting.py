@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from prismer import Prismer
 from prismer.batch import Batch, ImageBatch, TextBatch
 from prismer.config import preset
-from prismer.costs.counting import Counter
+from prismer.costs.counting import CostCounter
 from prismer.freezing import freeze
 from prismer.kernels.attention import attention
 from prismer.kernels.attention import native_backend as attention_native
@@ -25,7 +25,7 @@ R, D, V = 6, 10, 14  # rows, and widths in and out
 
 def count(run) -> tuple[int, int]:
     """FLOPs of the forward pass of `run()`, and of its backward pass."""
-    with Counter() as counter:
+    with CostCounter() as counter:
         out = run()
         forward = counter.flops
         if out.requires_grad:
@@ -151,12 +151,12 @@ def test_decode_attention():
     inputs = decode_inputs()
     R, H, Q, K = inputs[0].shape
     S, M, listed = 20, 12, 2 * 4 * 3 - 2
-    with use_backend("native"), torch.inference_mode(), Counter() as counter:
+    with use_backend("native"), torch.inference_mode(), CostCounter() as counter:
         decode_attention(*inputs)
     assert counter.flops == 4 * H * K * (R * Q * S + listed) and counter.calls == 1
     assert [row[0] for row in counter.rows()] == ["prismer_native::decode_attention"]
     # few slots: torch multiplies by all of them
-    with use_backend("torch"), torch.inference_mode(), Counter() as counter:
+    with use_backend("torch"), torch.inference_mode(), CostCounter() as counter:
         decode_attention(*inputs)
     assert counter.flops == 4 * H * K * R * Q * (S + M) and counter.calls == 1
 
@@ -213,7 +213,7 @@ def test_whole_model(mode):
 
 def test_calls_and_rows():
     x = draw(4, 8)
-    with Counter() as counter:
+    with CostCounter() as counter:
         y = torch.empty(4, 8)
         y.copy_(x)
         y.view(8, 4).add_(1.0)
@@ -231,7 +231,7 @@ def test_calls_and_rows():
 
 def test_a_registered_op_is_one_call():
     x, weight, bias = draw(R, D), draw(V, D), draw(V)
-    with Counter() as counter, torch.no_grad():
+    with CostCounter() as counter, torch.no_grad():
         mlp(x, weight, bias, draw(D, V), draw(D), activation="gelu")
     assert counter.issued["prismer::mlp"] == 1 and "aten::mm" not in counter.issued
     inner = {name: calls for name, calls, *_ in counter.rows()}

@@ -17,7 +17,7 @@ import torch
 from prismer import tied_embedding as tied
 from prismer.cli.main import main
 from prismer.config import prismer_base, prismer_tiny
-from prismer.costs.fake_step import FakeTrainer, _Watch, blank_batch
+from prismer.costs.fake_step import FakeTrainer, _MemoryWatch, blank_batch
 from prismer.costs.plan import SETUPS, Job, Plan, Setup, ZeroSettings, texts_of
 from prismer.freezing import freeze
 from prismer.kernels import cross_attention, matmul
@@ -129,7 +129,7 @@ def test_bytes_of_a_step(monkeypatch, mode, batch, texts, checkpointing, dropout
 def test_memory_inside_of_ops():
     R, D, E = 64, 32, 256
     x, up, down = (torch.empty(shape, device="meta") for shape in ((R, D), (E, D), (D, E)))
-    with use_backend("torch"), _Watch([x, up, down]) as watch:
+    with use_backend("torch"), _MemoryWatch([x, up, down]) as watch:
         mlp(x, up, None, down, None, activation="quick_gelu")
     # the hidden layer, before its activation and after, or that and the output
     assert 4 * R * (E + D) <= watch.peak.total <= 4 * R * (2 * E + D)

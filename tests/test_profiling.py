@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from prismer.cli.main import main as cli
-from prismer.costs.counting import Counter
-from prismer.costs.profiling import Peaks, Row, StepProfile, check_trace, format_table, measure_peaks
+from prismer.cli.main import main
+from prismer.costs.counting import CostCounter
+from prismer.costs.profiling import OperatorCost, Peaks, StepProfile, check_trace, format_table, measure_peaks
 
 CPU = torch.device("cpu")
 PEAKS = Peaks(matrix={torch.float32: 1e9, torch.bfloat16: 4e9}, memory=1e8)
@@ -41,7 +41,7 @@ def test_rows_and_trace(tmp_path, quick_peaks):
     # backward: both weights, and what comes between the layers
     backward = forward + 2 * 50 * 96 * 8
     assert by_name["aten::addmm"].flops == forward and by_name["aten::mm"].flops == backward
-    with Counter() as counter:
+    with CostCounter() as counter:
         layer.zero_grad()
         layer(x).sum().backward()
     assert sum(row.flops for row in rows) == counter.flops == forward + backward
@@ -64,10 +64,10 @@ def test_rows_and_trace(tmp_path, quick_peaks):
 
 def test_table_is_a_roofline():
     rows = [
-        Row(name="aten::mm", calls=2, seconds=0.4, flops=200_000_000, bytes=1_000_000),
+        OperatorCost(name="aten::mm", calls=2, seconds=0.4, flops=200_000_000, bytes=1_000_000),
         # 0.2 s of the 0.25 at the copy's rate
-        Row(name="aten::add", calls=5, seconds=0.25, flops=0, bytes=20_000_000),
-        *(Row(name=f"aten::rest{i}", calls=1, seconds=0.001, bytes=1000) for i in range(30)),
+        OperatorCost(name="aten::add", calls=5, seconds=0.25, flops=0, bytes=20_000_000),
+        *(OperatorCost(name=f"aten::rest{i}", calls=1, seconds=0.001, bytes=1000) for i in range(30)),
     ]
     text = format_table(rows, 0.1, 1.0, PEAKS, torch.float32)
     lines = {line[:36].strip(): line for line in text.splitlines()}
@@ -87,8 +87,8 @@ def test_table_is_a_roofline():
 def test_measured_peaks(monkeypatch):
     """Small here; what is measured is what torch does by the clock, within what a busy machine allows."""
     monkeypatch.setattr("prismer.costs.profiling._SIDE", 256)
-    monkeypatch.setattr("prismer.costs.profiling._COPIED", 2**22)
-    monkeypatch.setattr("prismer.costs.profiling._PATIENCE", 0.05)
+    monkeypatch.setattr("prismer.costs.profiling._COPY_BYTES", 2**22)
+    monkeypatch.setattr("prismer.costs.profiling._PEAK_SECONDS", 0.05)
     peaks = measure_peaks.__wrapped__(CPU)
     assert set(peaks.matrix) == {torch.float32, torch.bfloat16}
     assert 1e8 < peaks.matrix[torch.float32] < 1e13 and 1e8 < peaks.memory < 1e13
@@ -106,11 +106,11 @@ def test_refused_paths(tmp_path, name):
 def test_caption(tmp_path, capsys, quick_peaks):
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "red.png")
     trace = tmp_path / "trace.json.gz"
-    assert cli.main(["caption", str(tmp_path / "red.png"), "--device", "cpu", "--profile", str(trace)]) == 0
+    assert main(["caption", str(tmp_path / "red.png"), "--device", "cpu", "--profile", str(trace)]) == 0
     with_profile = capsys.readouterr()
     assert "host gap" in with_profile.err and "total" in with_profile.err
     assert json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    assert cli.main(["caption", str(tmp_path / "red.png"), "--device", "cpu"]) == 0
+    assert main(["caption", str(tmp_path / "red.png"), "--device", "cpu"]) == 0
     assert capsys.readouterr().out == with_profile.out
-    code = cli.main(["caption", str(tmp_path / "red.png"), "--profile", str(tmp_path / "absent" / "trace.json")])
+    code = main(["caption", str(tmp_path / "red.png"), "--profile", str(tmp_path / "absent" / "trace.json")])
     assert code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1

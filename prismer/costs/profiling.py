@@ -18,7 +18,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from prismer.costs.counting import Counter
+from prismer.costs.counting import CostCounter
 from prismer.kernels import matmul
 from prismer.kernels.dispatch import as_if_watched
 
@@ -143,7 +143,7 @@ class StepProfile:
     def __init__(self, trace: Path, *, device: torch.device, dtype: torch.dtype, steps: int, warmup: int = 2):
         check_trace(trace)
         self.trace, self.device, self.dtype, self.steps, self.warmup = trace, device, dtype, steps, warmup
-        self.counter, self._done = Counter(), 0
+        self.counter, self._done = CostCounter(), 0
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)

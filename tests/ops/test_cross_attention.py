@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from prismer.costs.counting import Counter
+from prismer.costs.counting import CostCounter
 from prismer.kernels import cross_attention as room
 from prismer.kernels.cross_attention import cross_attention, cross_attention_reference
 from prismer.kernels.dispatch import use_backend
@@ -106,7 +106,7 @@ def test_what_trains(dropout):
     everything = results(cross_attention, tensors, dout, torch.float64, **options, order="absorbed")
     for n in range(len(NAMES)):
         for frozen in itertools.combinations(NAMES, n):
-            with Counter() as counter:
+            with CostCounter() as counter:
                 got = results(cross_attention, tensors, dout, torch.float64, frozen, **options, order="absorbed")
             for name, value in got.items():
                 torch.testing.assert_close(value, everything[name])
@@ -119,7 +119,7 @@ def test_flops_of_the_ordinary_order(frozen):
     """With attention on torch's operators, whose backward pass forms the scores again."""
     B, N, L, D, E, H = 2, 3, 7, 8, 12, 2
     tensors, options = draw(B, N, L, D, E, H, 0.0, True)
-    with use_backend("torch"), Counter() as counter:
+    with use_backend("torch"), CostCounter() as counter:
         results(cross_attention, tensors, torch.ones(B, N, D), torch.float64, frozen, **options, order="ordinary")
     assert counter.flops == room.flops("ordinary", B, N, L, D, E, H, set(NAMES) - set(frozen))
 
@@ -132,11 +132,11 @@ def test_choice():
         tensors, options = draw(B, N, L, D, D, H, 0.0, True)
         tensors = {name: t.float().requires_grad_() for name, t in tensors.items()}
         for backend, absorbed in ((None, order == "absorbed"), ("torch", order == "absorbed"), ("sdpa", False)):
-            with use_backend(backend), Counter() as counter:
+            with use_backend(backend), CostCounter() as counter:
                 cross_attention(**tensors, **options)
             assert ("prismer::cross_attention" in counter.issued) == absorbed, (N, backend)
     meta = {name: t.to("meta") for name, t in tensors.items()}
-    with Counter() as counter:
+    with CostCounter() as counter:
         cross_attention(**(meta | dict(q=meta["q"][:, :2])), **options)
     assert "prismer::cross_attention" not in counter.issued
     # caption of 20 tokens, BASE: the figures of the docstring
