@@ -44,7 +44,7 @@ def test_import_reads_every_kind_of_source(run, images, tmp_path):
         (source / kind).mkdir(parents=True)
         shutil.copy(images[0], source / kind / "1.jpg")
     Image.open(images[1]).save(source / "cat" / "2.png")
-    (source / "cat" / "3.jpg").write_bytes(b"no picture")
+    (source / "cat" / "3.jpg").write_bytes(b"not an image")
     (source / "cat" / "1.txt").write_text("a cat\n")
     done = run("data", "import", "folder", source, "--out", tmp_path / "folder", "--label-size", 32)
     assert done.code == 0 and "3 of 4 images imported" in done.out and "3.jpg" in done.err

@@ -26,7 +26,7 @@ def test_export_of_a_run_writes_a_model_folder(run, model, images, tmp_path):
         run("caption", images[0], "--model", tmp_path / "model").out == run("caption", images[0], "--model", model).out
     )
     assert run("answer", images[0], "What?", "--model", tmp_path / "model").out.strip() in ANSWERS
-    # again over itself, but never over something else
+    # a second export replaces the first, but never another folder
     assert run("export", tmp_path / "run", "--out", tmp_path / "model").code == 0
     precious = tmp_path / "precious"
     precious.mkdir()

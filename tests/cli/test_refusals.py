@@ -71,7 +71,7 @@ def test_a_mistake_of_the_user_is_one_sentence(run, fault, copy, images, scenes,
         (tmp_path / name).write_bytes(data)
     for name in ("empty", "bad"):
         (tmp_path / name).mkdir()
-    (tmp_path / "bad" / "x.jpg").write_bytes(b"no picture")
+    (tmp_path / "bad" / "x.jpg").write_bytes(b"not an image")
     names = dict(
         image=images[0], copy=copy, scenes=scenes, tmp=tmp_path, empty=tmp_path / "empty", bad=tmp_path / "bad"
     )
