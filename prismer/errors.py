@@ -1,9 +1,16 @@
-"""Errors that are meant for the user: which they are, values as their sentences show them, and common checks."""
+"""Errors that are meant for the user, values as their sentences show them, and common checks.
+
+An InputError or a MachineError ends a command with its sentence; any other error is a mistake in this library, and its
+traceback is shown. Both classes are defined with the kernels, which import nothing from here.
+"""
 
 import dis
 import numbers
 from collections.abc import Iterable
 
+from prismer.kernels.errors import InputError, MachineError
+
+__all__ = ["InputError", "MachineError", "check_count", "listed", "shown"]
 _MAX_LENGTH = 60
 
 
@@ -23,11 +30,11 @@ def is_a_sentence(error: BaseException) -> bool:
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise ValueError unless `value` is a whole number of at least `least`; True and 3.0 are not whole numbers."""
+    """Raise InputError unless `value` is a whole number of at least `least`; True and 3.0 are not whole numbers."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} is {shown(value)}; give a whole number")
+        raise InputError(f"{name} is {shown(value)}; give a whole number")
     if value < least:
-        raise ValueError(f"{name} is {shown(value)}; it must be at least {least}")
+        raise InputError(f"{name} is {shown(value)}; it must be at least {least}")
 
 
 def shown(value: object) -> str:

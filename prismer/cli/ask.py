@@ -9,13 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prismer.cli.options import (
-    add_device_option,
-    add_experts_option,
-    load_labeller,
-    load_model,
-    positive,
-)
+from prismer.cli.options import add_device_option, add_experts_option, load_labeller, load_model, positive
 from prismer.cli.printing import is_watched
 from prismer.shipped import model_folder
 

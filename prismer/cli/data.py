@@ -50,9 +50,8 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_import(steps: argparse._SubParsersAction) -> None:
-    kinds = steps.add_parser("import", help="turn lists and folders of images into shards").add_subparsers(
-        metavar="KIND", required=True
-    )
+    importer = steps.add_parser("import", help="turn lists and folders of images into shards")
+    kinds = importer.add_subparsers(dest="kind", metavar="KIND", required=True)
 
     captions = kinds.add_parser("captions", help="a JSON list of images and captions (COCO, NoCaps, Visual Genome)")
     captions.add_argument("lists", nargs=1, type=Path, metavar="LIST")
@@ -63,23 +62,18 @@ def _add_import(steps: argparse._SubParsersAction) -> None:
     captions.add_argument(
         "--captions-file", type=Path, metavar="JSON", help="COCO captions, for a list without captions"
     )
-    captions.set_defaults(records=_caption_records)
 
     vqa = kinds.add_parser("vqa", help="JSON lists of images, questions and answers (VQAv2, Visual Genome)")
     vqa.add_argument("lists", nargs="+", type=Path, metavar="LIST")
     vqa.add_argument("--images", type=Path, required=True, metavar="DIR")
-    vqa.set_defaults(records=_vqa_records)
 
     folder = kinds.add_parser("folder", help="a folder of images with .txt or .json captions beside them")
-    folder.set_defaults(records=_folder_records)
 
     classes = kinds.add_parser("classes", help="a folder with one folder of images per class (ImageNet)")
     classes.add_argument("--classes", type=Path, metavar="JSON", help="{folder: name or index}, or a list of names")
     classes.add_argument("--names", type=Path, metavar="JSON", help="list of class names, if --classes gives indices")
-    classes.set_defaults(records=_class_records)
 
     tars = kinds.add_parser("tars", help="a folder of WebDataset tars")
-    tars.set_defaults(records=_tar_records)
 
     for kind in (folder, classes, tars):
         kind.add_argument("source_folder", type=Path, metavar="SOURCE")
@@ -114,36 +108,19 @@ def _render(args: argparse.Namespace) -> None:
     print(f"{args.out}: {', '.join(splits)} scenes")
 
 
-def _caption_records(args: argparse.Namespace) -> "Records":
-    from prismer.dataloading.sources.lists import caption_records
+def _records(args: argparse.Namespace) -> "Records":
+    from prismer.dataloading.sources import lists
 
-    return caption_records(
-        args.lists[0], args.images, labels=args.labels, dataset=args.dataset, captions_file=args.captions_file
-    )
-
-
-def _vqa_records(args: argparse.Namespace) -> "Records":
-    from prismer.dataloading.sources.lists import vqa_records
-
-    return vqa_records(args.lists, args.images, labels=args.labels)
-
-
-def _folder_records(args: argparse.Namespace) -> "Records":
-    from prismer.dataloading.sources.lists import folder_records
-
-    return folder_records(args.source_folder, labels=args.labels)
-
-
-def _class_records(args: argparse.Namespace) -> "Records":
-    from prismer.dataloading.sources.lists import class_records
-
-    return class_records(args.source_folder, classes=args.classes, names=args.names, labels=args.labels)
-
-
-def _tar_records(args: argparse.Namespace) -> "Records":
-    from prismer.dataloading.sources.lists import tar_records
-
-    return tar_records(args.source_folder)
+    if args.kind == "captions":
+        options = dict(labels=args.labels, dataset=args.dataset, captions_file=args.captions_file)
+        return lists.caption_records(args.lists[0], args.images, **options)
+    if args.kind == "vqa":
+        return lists.vqa_records(args.lists, args.images, labels=args.labels)
+    if args.kind == "folder":
+        return lists.folder_records(args.source_folder, labels=args.labels)
+    if args.kind == "classes":
+        return lists.class_records(args.source_folder, classes=args.classes, names=args.names, labels=args.labels)
+    return lists.tar_records(args.source_folder)
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -154,7 +131,7 @@ def _import(args: argparse.Namespace) -> None:
         check_count(f"--{name.replace('_', '-')}", getattr(args, name))
     if "source_folder" in args and args.source_folder.resolve() == args.out.resolve():
         raise ValueError(f"--out {args.out} is the folder to import; name another folder for the shards")
-    records = args.records(args)
+    records = _records(args)
     if not len(records):
         raise ValueError(f"there are no images to import; {describe_others(records)}")
     first = args.lists[0] if "lists" in args else args.source_folder

@@ -5,13 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prismer.cli.options import (
-    add_device_option,
-    add_experts_option,
-    load_labeller,
-    load_model,
-    positive,
-)
+from prismer.cli.options import add_device_option, add_experts_option, load_labeller, load_model, positive
 from prismer.cli.printing import describe_others, is_watched, print_left_out
 
 if TYPE_CHECKING:

@@ -220,7 +220,7 @@ def _costs(args: argparse.Namespace, train: "TrainConfig", plan: "Plan", batch: 
         shown = ", ".join(f"ZeRO {stage} {n / 1e9:,.3g}" for stage, n in enumerate(sent))
         lines.append(f"GB that one GPU sends in a step: {shown}")
         lines.append(
-            f"GB/s of network needed to send it while a GPU computes at efficiency {args.efficiency:g}: "
+            f"GB/s of network to send it during a step at efficiency {args.efficiency:g}: "
             f"ZeRO 0-2 {sent[2] / seconds / 1e9:,.3g}, ZeRO 3 {sent[3] / seconds / 1e9:,.3g}"
         )
     images = batch * world * plan.job.accumulation

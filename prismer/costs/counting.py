@@ -39,22 +39,6 @@ _ROW_READERS = frozenset(f"aten::{name}" for name in ("embedding", "gather", "in
 _OVERWRITES = frozenset(f"aten::{name}" for name in ("copy_", "fill_", "zero_"))
 
 
-def _times_vector(matrix: Tensor, *_, **__) -> int:
-    return 2 * matrix.numel()
-
-
-def _plus_times_vector(_, matrix: Tensor, *__, **___) -> int:
-    return 2 * matrix.numel()
-
-
-def _times_packed_weight(x: Tensor, *_, out_val: Tensor, **__) -> int:
-    return 2 * x.numel() * out_val.shape[-1]
-
-
-def _outer(_, a: Tensor, b: Tensor, **__) -> int:
-    return 2 * a.numel() * b.numel()
-
-
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
     return 2 * prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
@@ -79,10 +63,6 @@ def _convolution_backward(
     return (need_dx + need_dweight) * 2 * x.shape[0] * points * weight.numel()
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, *_, **__) -> int:
-    return 2 * x.numel() * weight.shape[0]
-
-
 def _decode_attention(q: Tensor, shared_k: Tensor, _, __, ___, ____, ancestors: Tensor, **_____) -> int:
     """All shared keys for each query, and the slots of the suffix that `ancestors` lists."""
     R, H, Q, K = q.shape
@@ -101,20 +81,20 @@ def _resampler_backward(_, query: Tensor, x_hat: Tensor, *rest) -> int:
 
 # formulas that torch's registry lacks, or has wrong (the backward pass of grouped convolutions)
 _FORMULAS: dict[str, Callable[..., int]] = {
-    "aten::mv": _times_vector,
-    "aten::dot": _times_vector,
-    "aten::vdot": _times_vector,
-    "aten::addmv": _plus_times_vector,
-    "aten::addr": _outer,
+    "aten::mv": lambda matrix, *_, **__: 2 * matrix.numel(),
+    "aten::dot": lambda x, *_, **__: 2 * x.numel(),
+    "aten::vdot": lambda x, *_, **__: 2 * x.numel(),
+    "aten::addmv": lambda _, matrix, *__, **___: 2 * matrix.numel(),
+    "aten::addr": lambda _, a, b, **__: 2 * a.numel() * b.numel(),
     "aten::_int_mm": flop_registry[torch.ops.aten.mm],
     "aten::addbmm": flop_registry[torch.ops.aten.baddbmm],
     "aten::_addmm_activation": flop_registry[torch.ops.aten.addmm],
-    "aten::_weight_int8pack_mm": _times_packed_weight,
-    "quantized::linear_dynamic": _times_packed_weight,
+    "aten::_weight_int8pack_mm": lambda x, *_, out_val, **__: 2 * x.numel() * out_val.shape[-1],
+    "quantized::linear_dynamic": lambda x, *_, out_val, **__: 2 * x.numel() * out_val.shape[-1],
     "aten::convolution_backward": _convolution_backward,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
-    "mkldnn::_linear_pointwise": _onednn_linear,
+    "mkldnn::_linear_pointwise": lambda x, weight, *_, **__: 2 * x.numel() * weight.shape[0],
     "prismer_native::attention": _attention,
     "prismer_native::attention_backward": _native_attention_backward,
     "prismer_native::decode_attention": _decode_attention,

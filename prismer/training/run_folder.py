@@ -36,6 +36,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from prismer.errors import shown
 from prismer.files import find_damage, take_lock, write_checksums, write_json
 from prismer.reading import read_json
 from prismer.tensor_files import write_safetensors
@@ -236,7 +237,7 @@ class RunFolder:
         for name in FIXED:
             if before[name] != now[name]:
                 raise ValueError(
-                    f"{self.path} was trained with {name} {before[name]!r}, not {now[name]!r}; "
+                    f"{self.path} was trained with {name} {shown(before[name])}, not {now[name]!r}; "
                     f"restore it, choose another --run, or set this run aside with --fresh"
                 )
         if config.precision not in ("auto", precision):

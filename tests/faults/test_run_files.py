@@ -188,6 +188,14 @@ def test_a_run_with_a_damaged_file_resumes_or_is_refused(tmp_path_factory, whole
     assert all(torch.equal(model.state_dict()[key], expected[key]) for key in expected)
 
 
+def test_a_long_stored_setting_is_shortened_in_the_refusal(tmp_path, whole):
+    run = shutil.copytree(whole, tmp_path / "run")
+    stored = json.loads((run / SETTINGS).read_bytes())
+    stored["settings"]["task"] = "a" * 3000
+    (run / SETTINGS).write_bytes(dump(stored))
+    assert refused(lambda: resume(run))
+
+
 @cases(50)
 @given(data=st.data())
 def test_damaged_metrics_are_cut_or_refused(tmp_path_factory, data):
