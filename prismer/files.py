@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from prismer.errors import InputError
 from prismer.reading import read_json
 
 # file name -> size and crc32, in every folder whose files belong together
@@ -95,7 +96,7 @@ def write_json(path: str | Path, value) -> None:
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
     except ValueError:
-        raise ValueError(f"{path} would hold a number that is not finite; the file was not changed") from None
+        raise InputError(f"{path} would hold a number that is not finite; the file was not changed") from None
     write_atomically(path, (text + "\n").encode())
 
 
@@ -119,7 +120,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     if os.path.lexists(folder) and not folder.is_dir():
-        raise ValueError(f"{folder} exists and is not a folder; give another name")
+        raise InputError(f"{folder} exists and is not a folder; give another name")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -207,7 +208,7 @@ def find_damage(folder: str | Path, names: Iterable[str] | None = None) -> str |
             continue
         entry, path = sums[name], folder / name
         if not isinstance(entry, dict) or set(entry) != {"size", "crc32"}:
-            raise ValueError(
+            raise InputError(
                 f"{folder / CHECKSUMS} is damaged (entry {name!r}); restore it, or delete it to go on without checksums"
             )
         if not path.is_file():
@@ -244,7 +245,7 @@ def take_lock(path: str | Path) -> IO[str]:
         file.seek(0)
         holder = " ".join(file.read(200).split()) or "another process"
         file.close()
-        raise ValueError(f"{path.parent} is in use by {holder}; wait for it, or end it first") from None
+        raise InputError(f"{path.parent} is in use by {holder}; wait for it, or end it first") from None
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -9,6 +9,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
+from prismer.errors import InputError
+
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -86,9 +88,9 @@ def decode_text(data: bytes, name: object, remedy: str = "save it as UTF-8") -> 
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); {remedy}") from None
+        raise InputError(f"{name} is not UTF-8 text (byte {error.start}); {remedy}") from None
     if "\0" in text:
-        raise ValueError(f"{name} is not UTF-8 text (it holds zero bytes); {remedy}")
+        raise InputError(f"{name} is not UTF-8 text (it holds zero bytes); {remedy}")
     return text
 
 
@@ -117,9 +119,9 @@ def parse_json(data: bytes | str, name: object, remedy: str = _REMEDY, *, lenien
     try:
         return json.loads(text, object_pairs_hook=_mark_repeated if lenient else _refuse_repeated, **strict)
     except RecursionError:
-        raise ValueError(f"{name} is not JSON (it is nested too deeply); {remedy}") from None
+        raise InputError(f"{name} is not JSON (it is nested too deeply); {remedy}") from None
     except ValueError as error:
-        raise ValueError(f"{name} is not JSON ({error}); {remedy}") from None
+        raise InputError(f"{name} is not JSON ({error}); {remedy}") from None
 
 
 def read_json(path: str | Path, kind: type | None = None, remedy: str = _REMEDY, *, lenient: bool = False):
@@ -136,13 +138,13 @@ def read_json(path: str | Path, kind: type | None = None, remedy: str = _REMEDY,
     try:
         data = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} is missing; {remedy}") from None
+        raise InputError(f"{path} is missing; {remedy}") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
     value = parse_json(data, path, remedy, lenient=lenient)
     if kind is not None and type(value) is not kind:
         found = _JSON_KINDS.get(type(value), "null")
-        raise ValueError(f"{path} holds {found}, not {_JSON_KINDS[kind]}; {remedy}")
+        raise InputError(f"{path} holds {found}, not {_JSON_KINDS[kind]}; {remedy}")
     return value
 
 
@@ -166,7 +168,7 @@ def read_text(path: str | os.PathLike) -> str:
     try:
         return decode_text(read_bytes(path), path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
@@ -193,16 +195,16 @@ def _refuse_repeated(pairs: list[tuple[str, object]]) -> dict:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it gives the key {twice!r} twice")
+        raise InputError(f"it gives the key {twice!r} twice")
     return found
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON")
+    raise InputError(f"{name} is no number in JSON")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is too large")
+        raise InputError(f"{text} is too large")
     return value

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from prismer.errors import InputError
 from prismer.files import add_name
 
 _DTYPES = {
@@ -85,4 +86,4 @@ def read_shapes(path: str | Path) -> dict[str, torch.Size]:
         with safe_open(path, "pt") as file:
             return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); export it again") from None
+        raise InputError(f"{path} is not a whole safetensors file ({error}); export it again") from None

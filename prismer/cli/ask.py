@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from prismer.cli.options import add_device_option, add_experts_option, load_labeller, load_model, positive
 from prismer.cli.printing import is_watched
+from prismer.errors import InputError
 from prismer.shipped import model_folder
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _answer(args: argparse.Namespace) -> int:
     if answers is None:
         answers = _stored_answers(request.folder)
     if args.top and answers is None:
-        raise ValueError(f"--top ranks a list of answers and the model {args.model} holds none; give --answers too")
+        raise InputError(f"--top ranks a list of answers and the model {args.model} holds none; give --answers too")
     return request.print_results("answer", lambda images: request.model.answer(images, [args.question], answers))
 
 
@@ -94,9 +95,9 @@ class _Request:
         for path in self.paths:
             _check_file(path)
         if args.labels and len(args.labels) != len(self.paths):
-            raise ValueError(f"there are {len(self.paths)} images and {len(args.labels)} --labels; give one for each")
+            raise InputError(f"there are {len(self.paths)} images and {len(args.labels)} --labels; give one for each")
         if args.labels and args.experts:
-            raise ValueError("--labels and --experts both give expert maps; choose one of them")
+            raise InputError("--labels and --experts both give expert maps; choose one of them")
         # this imports torch: a mistyped path should not wait for it
         from prismer.dataloading.feed.images import ExpertLabels
 
@@ -109,7 +110,7 @@ class _Request:
         self.folder = model_folder(args.model)
         self.model, self.semantics = load_model(args.model, args.device, precision=args.precision, int8=args.int8)
         if (args.labels or args.experts) and not self.model.config.experts:
-            raise ValueError(
+            raise InputError(
                 f"the model {args.model} has no experts and reads no labels; leave --labels and --experts out"
             )
         self.labeller = None
@@ -226,12 +227,12 @@ def read_texts(given: str, what: str) -> list[str]:
     if os.path.isfile(given):
         texts = _read_list(path)
     elif "," not in given and (os.path.isdir(given) or "/" in given or path.suffix):
-        raise ValueError(f"{what} names {given}, which is not a file; give a JSON list, a file of lines, or a,b,c")
+        raise InputError(f"{what} names {given}, which is not a file; give a JSON list, a file of lines, or a,b,c")
     else:
         texts = given.split(",")
     texts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
     if len(texts) < 2:
-        raise ValueError(f"{what} {given!r} holds {len(texts)} different texts; give at least two to choose from")
+        raise InputError(f"{what} {given!r} holds {len(texts)} different texts; give at least two to choose from")
     return texts
 
 
@@ -242,7 +243,7 @@ def _read_list(path: Path) -> list[str]:
     content = decode_text(read_bytes(path), path, remedy)
     texts = parse_json(content, path, remedy) if path.suffix == ".json" else lines_of(content)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f'{path} is not a list of strings; write it as ["a", "b"]')
+        raise InputError(f'{path} is not a list of strings; write it as ["a", "b"]')
     return texts
 
 
@@ -255,6 +256,6 @@ def _stored_answers(folder: Path) -> list[str] | None:
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name the image files in it, e.g. {path}/*.jpg")
+        raise InputError(f"{path} is a folder; name the image files in it, e.g. {path}/*.jpg")
     if not path.is_file():
-        raise ValueError(f"no image file {path}; check the path")
+        raise InputError(f"no image file {path}; check the path")

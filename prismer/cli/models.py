@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from prismer.errors import InputError
 from prismer.shipped import model_folder
 
 
@@ -38,13 +39,13 @@ def _export(args: argparse.Namespace) -> None:
     # the export replaces the whole folder, so it must never be one that holds something else
     empty = args.out.is_dir() and not any(args.out.iterdir())
     if args.out.exists() and not empty and not (args.out / "model.safetensors").is_file():
-        raise ValueError(f"{args.out} exists and is not a model folder; choose another --out")
+        raise InputError(f"{args.out} exists and is not a model folder; choose another --out")
     from prismer.training.run_folder import export_checkpoint, read_answers
     from prismer.weights.folder import ANSWERS, from_pretrained, save_pretrained
 
     source = Path(args.source)
     if source.is_dir() and args.out.resolve() == source.resolve():
-        raise ValueError(f"--out {args.out} is the folder to export; choose another")
+        raise InputError(f"--out {args.out} is the folder to export; choose another")
     if _checkpoint(args.source) is None and (not source.is_dir() or _holds_weights(source)):
         answers = model_folder(args.source) / ANSWERS
         listed = read_answers(answers) if answers.is_file() else None

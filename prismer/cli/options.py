@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from prismer.errors import InputError
 from prismer.shipped import model_folder
 
 if TYPE_CHECKING:
@@ -37,9 +38,9 @@ def pick_device(name: str) -> "torch.device":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (kind == "cpu" and index) or not (index or "0").isdecimal():
-        raise ValueError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N")
+        raise InputError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"no device {name}: torch sees {torch.cuda.device_count()} GPUs; choose auto or cpu")
+        raise InputError(f"no device {name}: torch sees {torch.cuda.device_count()} GPUs; choose auto or cpu")
     return torch.device(name)
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prismer.errors import check_count
+from prismer.errors import InputError, check_count
 
 if TYPE_CHECKING:
     from prismer.costs.plan import Memory, Plan, Setup
@@ -83,11 +83,11 @@ def _plan(args: argparse.Namespace) -> None:
             check_count(f"--{name.replace('_', '-')}", value)
     for name in ("gpu_memory", "peak"):
         if getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
     if not 0 < args.efficiency <= 1:
-        raise ValueError(f"--efficiency is {args.efficiency}; give a share of the peak, up to 1")
+        raise InputError(f"--efficiency is {args.efficiency}; give a share of the peak, up to 1")
     if not 0 <= args.reserve < args.gpu_memory:
-        raise ValueError(f"--reserve {args.reserve} leaves nothing of --gpu-memory {args.gpu_memory}; lower it")
+        raise InputError(f"--reserve {args.reserve} leaves nothing of --gpu-memory {args.gpu_memory}; lower it")
     train, engine = _settings(args)
     plan, batch = _plan_of(args, train, engine)
     budget = int((args.gpu_memory - args.reserve) * 1e9)
@@ -98,7 +98,7 @@ def _plan(args: argparse.Namespace) -> None:
     if not any(memory.total <= budget for _, memory, _ in rows):
         setup, _, largest = max(rows, key=lambda row: row[2])
         fits = f"{largest} with {_name(setup)}" if largest else "nothing, at any batch; more GPUs"
-        raise ValueError(
+        raise InputError(
             f"{batch} images per GPU do not fit into {args.gpu_memory:g} GB in any row; what would fit: {fits}"
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prismer.cli.options import add_device_option, pick_device
 from prismer.cli.printing import is_watched
+from prismer.errors import InputError
 
 
 def add_semantics_commands(commands: argparse._SubParsersAction) -> None:
@@ -97,7 +98,7 @@ def _add(args: argparse.Namespace) -> None:
     from prismer.dataloading.semantics.table import add
 
     if not args.data and not args.texts:
-        raise ValueError("there is nothing to add; name datasets with --data or files with --texts")
+        raise InputError("there is nothing to add; name datasets with --data or files with --texts")
     count = add(
         args.folder,
         _texts(args),
@@ -117,7 +118,7 @@ def _import(args: argparse.Namespace) -> None:
         refuse_pickle(args.pca)
     tables = [path for path in (args.coco, args.ade, args.detection) if path is not None]
     if not tables:
-        raise ValueError("no names are imported; give --coco, --ade or --detection")
+        raise InputError("no names are imported; give --coco, --ade or --detection")
     read, kept = import_official(args.out, tables, args.background)
     print(f"{args.out}: {kept} texts, from {read} names")
     print(

@@ -12,6 +12,7 @@ from torch import nn
 
 from prismer import __version__
 from prismer.config import PrismerConfig, preset
+from prismer.errors import InputError
 from prismer.freezing import FREEZE_MODES, freeze
 from prismer.kernels.dispatch import backends
 from prismer.model import Prismer
@@ -72,10 +73,10 @@ def model_config(model: str) -> PrismerConfig:
     folder = model_folder(model)
     if not folder.is_dir():
         if "/" in model:
-            raise ValueError(f"no model folder {model}; give a folder or a preset such as base or large-z")
+            raise InputError(f"no model folder {model}; give a folder or a preset such as base or large-z")
         return preset(model)
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} has no {CONFIG}; give a model folder or a preset such as base or large-z")
+        raise InputError(f"{folder} has no {CONFIG}; give a model folder or a preset such as base or large-z")
     return folder_config(folder)
 
 

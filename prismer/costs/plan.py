@@ -23,6 +23,7 @@ from torch import nn
 
 from prismer.config import PrismerConfig
 from prismer.costs.fake_step import DTYPES, FakeStep, FakeTrainer, Moment, Texts
+from prismer.errors import InputError
 from prismer.texts import MAX_CAPTION_TOKENS, MAX_QUESTION_TOKENS
 from prismer.training.config import TrainConfig
 
@@ -66,7 +67,7 @@ class ZeroSettings:
             elif isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
                 given[name] = int(value)
             else:
-                raise ValueError(f"{name} is {value!r}; give a number of elements, 0 or more")
+                raise InputError(f"{name} is {value!r}; give a number of elements, 0 or more")
         return cls(**given)
 
 

@@ -19,6 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from prismer.costs.counting import CostCounter
+from prismer.errors import InputError
 from prismer.kernels import matmul
 from prismer.kernels.dispatch import as_if_watched
 
@@ -90,7 +91,7 @@ def check_trace(path: Path) -> None:
         ValueError: if the name does not end in .json or .json.gz, or no file can be written there.
     """
     if not path.name.endswith((".json", ".json.gz")):
-        raise ValueError(f"a trace is JSON, but its name is {path}; end the name in .json.gz")
+        raise InputError(f"a trace is JSON, but its name is {path}; end the name in .json.gz")
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
@@ -98,7 +99,7 @@ def check_trace(path: Path) -> None:
         _aside(path).unlink()
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(
+        raise InputError(
             f"the trace {path} cannot be written ({reason}); name a file in a folder that exists"
         ) from None
 
