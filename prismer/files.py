@@ -166,7 +166,7 @@ def _set_aside(folder: Path) -> Path:
 # checksums
 
 
-def crc32_of(path: str | Path) -> int:
+def _crc32_of(path: str | Path) -> int:
     """The crc32 of a file's content."""
     crc, buffer = 0, memoryview(bytearray(1 << 22))
     with open(path, "rb") as file:
@@ -185,7 +185,7 @@ def write_checksums(folder: str | Path, known: Mapping[str, int] | None = None) 
     for path in sorted(Path(folder).iterdir()):
         if path.name != CHECKSUMS:
             sync(path)
-            crc = known[path.name] if path.name in known else crc32_of(path)
+            crc = known[path.name] if path.name in known else _crc32_of(path)
             sums[path.name] = dict(size=path.stat().st_size, crc32=f"{crc:08x}")
     write_json(Path(folder) / CHECKSUMS, sums)
 
@@ -213,7 +213,7 @@ def find_damage(folder: str | Path, names: Iterable[str] | None = None) -> str |
             )
         if not path.is_file():
             return name
-        if path.stat().st_size != entry["size"] or f"{crc32_of(path):08x}" != entry["crc32"]:
+        if path.stat().st_size != entry["size"] or f"{_crc32_of(path):08x}" != entry["crc32"]:
             return name
     return None
 

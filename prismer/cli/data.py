@@ -24,7 +24,7 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     )
     for split, default in (("train", 4000), ("val", 400), ("test", 400)):
         render.add_argument(f"--{split}", type=int, default=default, metavar="N", help=f"scenes (default {default})")
-    render.add_argument("--seed", type=int, default=0)
+    render.add_argument("--seed", type=int, default=0, help="of the scenes (default 0)")
     render.add_argument("--size", type=int, default=128, help="side of images and label maps, px (default 128)")
     render.add_argument("--workers", type=int, metavar="N", help="processes (default: one per usable core)")
     render.set_defaults(run=_render)
@@ -36,16 +36,16 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     check.set_defaults(run=_check)
 
     show = steps.add_parser("show", help="draw samples and all their expert labels in one PNG")
-    show.add_argument("folder", type=Path, metavar="DIR")
-    show.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="PNG")
-    show.add_argument("--count", type=int, default=8, metavar="N")
+    show.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
+    show.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="PNG", help="default sheet.png")
+    show.add_argument("--count", type=int, default=8, metavar="N", help="number of samples (default 8)")
     show.add_argument("--start", type=int, default=0, metavar="I", help="position of the first sample")
     show.set_defaults(run=_draw_samples)
 
     extract = steps.add_parser("extract", help="write one sample as KEY.jpg, KEY.labels and KEY.json")
-    extract.add_argument("folder", type=Path, metavar="DIR")
+    extract.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
     extract.add_argument("key", metavar="KEY")
-    extract.add_argument("--out", type=Path, default=Path(), metavar="FOLDER")
+    extract.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="default: the current folder")
     extract.set_defaults(run=_extract)
 
 

@@ -16,7 +16,7 @@ def add_semantics_commands(commands: argparse._SubParsersAction) -> None:
     steps = semantics.add_subparsers(metavar="COMMAND", required=True)
 
     build = steps.add_parser("build", help="build a table with a CLIP text tower")
-    build.add_argument("--out", required=True, type=Path, metavar="DIR")
+    build.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
     build.add_argument("--prompt", metavar="WORDING", help='prompt of the tower, where {} is the text (default "{}")')
     build.add_argument(
         "--background", metavar="TEXT", help='text whose features mean that nothing is there (default "background")'
@@ -66,7 +66,7 @@ def add_semantics_commands(commands: argparse._SubParsersAction) -> None:
     official.add_argument(
         "--pca", type=Path, metavar="FILE", help="refused: clip_pca.pkl is a pickle, which is never read"
     )
-    official.add_argument("--out", required=True, type=Path, metavar="DIR")
+    official.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
     official.set_defaults(run=_import)
 
 
