@@ -11,6 +11,7 @@ import pytest
 import prismer
 from prismer.config import prismer_tiny
 from prismer.dataloading.store.labels import pack_labels
+from prismer.kernels.dispatch import use_backend
 from prismer.model import Prismer
 from tests.cli.commands import SMALL_MODEL, assert_refused, raiser
 
@@ -151,6 +152,12 @@ def test_a_model_without_tokenizer_or_experts_is_refused(run, copy, images, tmp_
 def test_malformed_arguments_are_refused_by_argparse(run, command, words):
     done = run(*command.split())
     assert done.code == 2 and words in done.err and "Traceback" not in done.err
+
+
+def test_a_backend_that_cannot_run_here_is_refused(run, model, images):
+    with use_backend("flash-attn"):
+        done = run("caption", images[0], "--model", model, "--device", "cpu")
+    assert_refused(done, "backend flash-attn was asked for, but")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,13 @@ def test_the_entry_point_prints_its_version_and_refuses_a_missing_image():
     assert done.stderr == "prismer: no image file none.jpg; check the path\n"
 
 
+@pytest.mark.parametrize("name", ("PRISMER_BACKEND", "PRISMER_MATMUL"))
+def test_a_wrong_environment_variable_is_one_sentence(images, name):
+    done = process("caption", images[0], env={**os.environ, name: "fast"})
+    assert done.returncode == 2 and done.stderr.startswith(f"prismer: {name} is 'fast'; ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_building_the_parser_imports_nothing_heavy():
     code = "import sys, prismer, prismer.cli.main; prismer.cli.main.build_parser(); dir(prismer); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
