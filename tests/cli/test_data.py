@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from prismer.cli.printing import print_left_out
 from prismer.dataloading.store.shards import ShardDataset
 
 
@@ -63,3 +64,15 @@ def test_import_reads_every_kind_of_source(run, images, tmp_path):
         assert run(*listed).code == 0
     assert ShardDataset(tmp_path / "ocaptions").meta(0)["captions"] == ["A cat.", "One cat."]
     assert ShardDataset(tmp_path / "ovqa").meta(0)["questions"][0]["question"] == "A cat?"
+
+
+def test_only_the_first_files_that_were_left_out_are_named(capsys):
+    skipped = [dict(image=f"{i}.jpg" if i else "", key="k", reason="damaged") for i in range(7)]
+    others = [dict(file=f".{i}", reason="hidden") for i in range(3)]
+    print_left_out(skipped, others, Path("report.json"))
+    assert capsys.readouterr().err.splitlines() == [
+        "skipped k: damaged",
+        *(f"skipped {i}.jpg: damaged" for i in range(1, 5)),
+        "... and 2 more, all in report.json",
+        *(f"left alone .{i}: hidden" for i in range(3)),
+    ]

@@ -57,3 +57,9 @@ def test_info_shows_sizes_versions_and_kernels(run, model):
     for words in ("vision_width +32\n", "label_map, reference +usable", "trainable, freeze_lang_vision", "CPU +"):
         assert re.search(words, done.out), words
     assert re.search(r"total +274,335,321\n", run("info", "base-z").out)
+
+
+def test_a_folder_comes_before_the_shipped_model_of_its_name(run, model, tmp_path, monkeypatch):
+    shutil.copytree(model, tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert "vision_width        32" in run("info", "tiny").out
