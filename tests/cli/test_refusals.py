@@ -178,8 +178,11 @@ def test_a_mistake_in_this_library_keeps_its_traceback(run, monkeypatch, body, k
         run("info")
 
 
-@pytest.mark.parametrize("kind", ["ValueError", "RuntimeError"])
+@pytest.mark.parametrize("kind", ["InputError", "MachineError"])
 def test_an_error_that_this_library_raises_is_one_sentence(run, monkeypatch, kind):
-    monkeypatch.setattr("prismer.costs.info.info_text", raiser(f"raise {kind}('the moon is full; wait')"))
+    monkeypatch.setattr(
+        "prismer.costs.info.info_text",
+        raiser(f"from prismer.errors import {kind}; raise {kind}('the moon is full; wait')"),
+    )
     done = run("info")
     assert (done.code, done.err) == (2, "prismer: the moon is full; wait\n")
