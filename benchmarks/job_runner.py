@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.harness import OURS, ROWS, Row, peak_and_times, synchronize
-from prismer.costs.counting import Counter
+from prismer.costs.counting import CostCounter
 
 # what a convolution hands over to, and what ours uses in place of a registered op where nothing watches
 _PRODUCTS = frozenset(
@@ -76,7 +76,7 @@ def measure(job: Job, rounds: int = 1, in_turn: Callable = run_in_turn) -> dict[
     outcomes, counters = {}, {}
     for name, call in job.calls.items():
         job.reset()
-        with Counter() as counter:
+        with CostCounter() as counter:
             result = call()
         counters[name], outcomes[name] = counter, job.outcome(result)
         del result
@@ -120,7 +120,9 @@ def measure(job: Job, rounds: int = 1, in_turn: Callable = run_in_turn) -> dict[
     return rows
 
 
-def _row(job: Job, name: str, values: list[float], ours: list[float], peak: int, counter: Counter, share: float) -> Row:
+def _row(
+    job: Job, name: str, values: list[float], ours: list[float], peak: int, counter: CostCounter, share: float
+) -> Row:
     ratios = [a / b for a, b in zip(values, ours, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     median = statistics.median(values)

@@ -208,7 +208,7 @@ class RunFolder:
         for name in FIXED:
             if before[name] != now[name]:
                 raise ValueError(
-                    f"{self.path} was trained with {name} {before[name]!r}, not {now[name]!r}; "
+                    f"{self.path} was trained with {name} {shown(before[name])}, not {now[name]!r}; "
                     f"restore it, choose another --run, or set this run aside with --fresh"
                 )
         if config.precision not in ("auto", precision):

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from prismer.config import PrismerConfig, prismer_tiny
-from prismer.costs.info import report
+from prismer.costs.info import info_text
 from prismer.errors import is_a_sentence
 from prismer.files import find_damage
 from prismer.model import Prismer
@@ -168,7 +168,7 @@ def test_an_absurd_config_builds_nothing(folder, field, value):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, field: value}))
     begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for load in (Prismer.from_pretrained, start_config, report):
+    for load in (Prismer.from_pretrained, start_config, info_text):
         assert field in refusal(lambda load=load: load(str(folder)))
     assert time.monotonic() - begun < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000

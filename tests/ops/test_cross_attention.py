@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from prismer.costs.counting import Counter
+from prismer.costs.counting import CostCounter
 from prismer.kernels.cross_attention import cheaper_order, cross_attention, cross_attention_reference, flops
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.philox import survivors
@@ -105,7 +105,7 @@ def test_frozen_arguments(dropout):
     everything = results(cross_attention, tensors, dout, torch.float64, **options, order="absorbed")
     for n in range(len(NAMES)):
         for frozen in itertools.combinations(NAMES, n):
-            with Counter() as counter:
+            with CostCounter() as counter:
                 got = results(cross_attention, tensors, dout, torch.float64, frozen, **options, order="absorbed")
             for name, value in got.items():
                 torch.testing.assert_close(value, everything[name])
@@ -118,7 +118,7 @@ def test_flops_of_the_ordinary_order(frozen):
     """Attention runs on torch's operators; its backward pass forms the scores again."""
     B, N, L, D, E, H = 2, 3, 7, 8, 12, 2
     tensors, options = draw(B, N, L, D, E, H, 0.0, True)
-    with use_backend("torch"), Counter() as counter:
+    with use_backend("torch"), CostCounter() as counter:
         results(cross_attention, tensors, torch.ones(B, N, D), torch.float64, frozen, **options, order="ordinary")
     assert counter.flops == flops("ordinary", B, N, L, D, E, H, set(NAMES) - set(frozen))
 
@@ -131,11 +131,11 @@ def test_which_order_is_chosen():
         tensors, options = draw(B, N, L, D, D, H, 0.0, True)
         tensors = {name: t.float().requires_grad_() for name, t in tensors.items()}
         for backend, absorbed in ((None, order == "absorbed"), ("torch", order == "absorbed"), ("sdpa", False)):
-            with use_backend(backend), Counter() as counter:
+            with use_backend(backend), CostCounter() as counter:
                 cross_attention(**tensors, **options)
             assert ("prismer::cross_attention" in counter.issued) == absorbed, (N, backend)
     meta = {name: t.to("meta") for name, t in tensors.items()}
-    with Counter() as counter:
+    with CostCounter() as counter:
         cross_attention(**(meta | dict(q=meta["q"][:, :2])), **options)
     assert "prismer::cross_attention" not in counter.issued
     # a caption of 20 tokens at BASE, as in the docstring

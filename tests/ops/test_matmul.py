@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prismer.costs.counting import Counter
+from prismer.costs.counting import CostCounter
 from prismer.kernels import matmul
 from prismer.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from prismer.kernels.dispatch import use_backend
@@ -81,7 +81,7 @@ def test_loss_without_gradients(library):
 
 def test_counted(library):
     x, weight = torch.randn(3, 8), torch.randn(5, 8)
-    with Counter() as counter:
+    with CostCounter() as counter:
         linears(x, [(weight, None)])
     assert counter.flops == 2 * 3 * 5 * 8
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from prismer.costs.counting import Counter
+from prismer.costs.counting import CostCounter
 from prismer.kernels.patch import apply_to, is_patched
 
 D, LATENTS = 48, 6
@@ -217,7 +217,7 @@ def training_step(module, x, more):
             saved[storage.data_ptr()] = (storage.nbytes(), storage)
         return t
 
-    with Counter() as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with CostCounter() as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = module(x, *more)
         total = sum(n for n, _ in saved.values())
         y.backward(torch.ones_like(y))

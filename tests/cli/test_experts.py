@@ -1,6 +1,6 @@
-"""Proves that label, show, experts and --experts do what they say, with networks that need no weights.
+"""Proves what `prismer label`, `show` and `experts` and the option --experts do, with networks that need no weights.
 
-python -m pytest tests/experts/test_cli_experts.py
+Run: pytest tests/cli/test_experts.py
 """
 
 import io
@@ -24,7 +24,7 @@ def no_weights(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def photo(tmp_path):
+def image(tmp_path):
     """A dark disc on white."""
     image = Image.new("RGB", (160, 120), "white")
     ImageDraw.Draw(image).ellipse((50, 30, 110, 90), fill=(40, 60, 200))
@@ -32,7 +32,7 @@ def photo(tmp_path):
     return tmp_path / "disc.png"
 
 
-def test_label_writes_a_dataset_and_goes_on(tmp_path, capsys):
+def test_label_writes_a_dataset_and_resumes(tmp_path, capsys):
     photos = write_photos(tmp_path / "photos", 5)
     (photos / "photo-00002.jpg").write_bytes(b"junk")
     command = ["label", str(photos), "--out", str(tmp_path / "out"), "--experts", NO_WEIGHTS]
@@ -63,7 +63,7 @@ def test_label_writes_a_dataset_and_goes_on(tmp_path, capsys):
         (["experts", "fetch", "taste"], "unknown network 'taste'; choose from"),
     ],
 )
-def test_mistakes_give_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):
+def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jpg").write_bytes(b"")
     assert main(arguments) == 2
@@ -71,42 +71,42 @@ def test_mistakes_give_one_sentence(tmp_path, monkeypatch, capsys, arguments, me
     assert message in err and len(err.strip().splitlines()) == 1
 
 
-def test_an_empty_folder_gives_one_sentence(tmp_path, capsys):
+def test_an_empty_folder_is_one_sentence(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["label", str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2
     assert "lists no images" in capsys.readouterr().err
 
 
-def test_show_draws_a_slide_with_a_caption(photo, capsys):
-    assert main(["show", str(photo), "--experts", NO_WEIGHTS]) == 0
+def test_show_draws_a_slide_with_a_caption(image, capsys):
+    assert main(["show", str(image), "--experts", NO_WEIGHTS]) == 0
     out = capsys.readouterr().out
-    path = photo.with_name("disc-experts.png")
+    path = image.with_name("disc-experts.png")
     name, _, caption = out.strip().partition(": ")
     assert name == str(path) and caption.endswith(".")
     with Image.open(path) as slide:
         assert (slide.format, slide.size) == ("PNG", (1600, 900))
         with_caption = slide.convert("L")
-    plain = photo.with_name("plain.png")
-    assert main(["show", str(photo), "--experts", NO_WEIGHTS, "--model", "none", "--out", str(plain)]) == 0
+    plain = image.with_name("plain.png")
+    assert main(["show", str(image), "--experts", NO_WEIGHTS, "--model", "none", "--out", str(plain)]) == 0
     assert capsys.readouterr().out.strip() == str(plain)
     with Image.open(plain) as slide:
-        # the caption's place is white without one
+        # without a caption its place is white
         strip = (0, 700, 1600, 760)
         assert slide.convert("L").crop(strip).getextrema() == (255, 255)
         assert with_caption.crop(strip).getextrema()[0] < 100
 
 
-def test_captions_take_maps_made_on_the_fly(photo, capsys):
-    assert main(["caption", str(photo), "--experts", NO_WEIGHTS, "--json"]) == 0
+def test_caption_and_answer_label_the_image_first(image, capsys):
+    assert main(["caption", str(image), "--experts", NO_WEIGHTS, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["caption"].endswith(".")
-    assert main(["answer", str(photo), "What colour is it?", "--experts", NO_WEIGHTS]) == 0
+    assert main(["answer", str(image), "What colour is it?", "--experts", NO_WEIGHTS]) == 0
     assert capsys.readouterr().out.strip()
-    labels = [str(photo)]
-    assert main(["caption", str(photo), "--experts", NO_WEIGHTS, "--labels", *labels]) == 2
+    labels = [str(image)]
+    assert main(["caption", str(image), "--experts", NO_WEIGHTS, "--labels", *labels]) == 2
     assert "choose one of them" in capsys.readouterr().err
 
 
-def test_experts_change_what_the_model_reads(photo, monkeypatch, capsys):
+def test_expert_maps_reach_the_model(image, monkeypatch, capsys):
     from prismer.model import Prismer
 
     seen = []
@@ -117,8 +117,8 @@ def test_experts_change_what_the_model_reads(photo, monkeypatch, capsys):
         return real(self, images)
 
     monkeypatch.setattr(Prismer, "encode", encode)
-    main(["caption", str(photo)])
-    main(["caption", str(photo), "--experts", NO_WEIGHTS])
+    main(["caption", str(image)])
+    main(["caption", str(image), "--experts", NO_WEIGHTS])
     without, with_edges = seen
     assert (without == without.flatten()[0]).all()
     # dark where the disc ends, white inside and outside
@@ -127,7 +127,7 @@ def test_experts_change_what_the_model_reads(photo, monkeypatch, capsys):
     assert middle.min() < 60 and middle[0] > 200 and middle[len(middle) // 2] > 200
 
 
-def test_experts_list_names_what_is_missing_and_how_to_get_it(capsys):
+def test_experts_list_says_how_to_get_missing_weights(capsys):
     assert main(["experts", "list"]) == 0
     out = capsys.readouterr().out
     for name in ("nanodet-g (default)", "hed (default)", "dpt-hybrid", "mask2former-coco", "gradient"):
@@ -136,7 +136,7 @@ def test_experts_list_names_what_is_missing_and_how_to_get_it(capsys):
     assert "licence" in out
 
 
-def test_missing_experts_are_named_and_the_rest_goes_on(tmp_path, capsys):
+def test_experts_without_weights_are_skipped_with_a_warning(tmp_path, capsys):
     photos = write_photos(tmp_path / "photos", 1)
     asked = "edge=gradient,obj_detection"
     assert main(["label", str(photos), "--out", str(tmp_path / "out"), "--experts", asked]) == 0
@@ -144,7 +144,7 @@ def test_missing_experts_are_named_and_the_rest_goes_on(tmp_path, capsys):
     assert set(ShardDataset(tmp_path / "out")[0].labels) == {"edge"}
 
 
-def test_a_slide_with_boxes_and_words():
+def test_a_slide_shows_boxes_and_words():
     import numpy as np
 
     from prismer.dataloading.feed.image_batch import ExpertLabels
@@ -164,7 +164,7 @@ def test_a_slide_with_boxes_and_words():
         np.asarray(Image.open(io.BytesIO(draw_overview(file.getvalue(), one))).convert("RGB")).astype(int)
         for one in (labels, bare)
     )
-    photo = np.abs(with_boxes - without)[:, :676].max(axis=2) > 30
-    rows, columns = np.nonzero(photo)
-    # the photo is fitted into 632 px: the box starts at 15 % and ends at 60 % of it
+    image = np.abs(with_boxes - without)[:, :676].max(axis=2) > 30
+    rows, columns = np.nonzero(image)
+    # the image is fitted into 632 px: the box starts at 15 % and ends at 60 % of it
     assert abs(columns.min() - (44 + 0.15 * 632)) < 4 and abs(columns.max() - (44 + 0.6 * 632)) < 4
