@@ -79,7 +79,11 @@ def expected_files():
         files |= {f"prismer/{path.relative_to(ROOT)}" for path in (ROOT / room).rglob("*.py")}
     assets = (path for path in (ROOT / "prismer" / "assets").rglob("*") if path.is_file())
     files |= {str(path.relative_to(ROOT)) for path in assets if "__pycache__" not in path.parts}
-    assert {"prismer/kernels/label_map.py", "prismer/dataloading/store/shards.py", "prismer/training/trainer.py"} <= files
+    assert {
+        "prismer/kernels/label_map.py",
+        "prismer/dataloading/store/shards.py",
+        "prismer/training/trainer.py",
+    } <= files
     return files
 
 

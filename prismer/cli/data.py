@@ -9,7 +9,7 @@ from prismer.cli.printing import describe_others, is_watched, print_left_out
 from prismer.errors import InputError, check_count
 
 if TYPE_CHECKING:
-    from prismer.dataloading.sources.records import Records
+    from prismer.dataloading.sources.records import ImageRecords
     from prismer.dataloading.store.shards import ShardDataset
 
 
@@ -108,7 +108,7 @@ def _render(args: argparse.Namespace) -> None:
     print(f"{args.out}: {', '.join(splits)} scenes")
 
 
-def _records(args: argparse.Namespace) -> "Records":
+def _records(args: argparse.Namespace) -> "ImageRecords":
     from prismer.dataloading.sources.class_folders import class_records
     from prismer.dataloading.sources.coco_captions import caption_records
     from prismer.dataloading.sources.image_folders import folder_records

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prismer.dataloading.sources.records import Records
+    from prismer.dataloading.sources.records import ImageRecords
 
 
 def is_watched() -> bool:
@@ -34,7 +34,7 @@ def _print_first(most: int, lines: Iterator[str], count: int, rest: str) -> None
         print(f"... and {count - most} {rest}", file=sys.stderr)
 
 
-def describe_others(records: "Records") -> str:
+def describe_others(records: "ImageRecords") -> str:
     """What to check where a source holds no images: the first of the files that it holds instead."""
     if not records.others:
         return "check the list or folder"

@@ -347,7 +347,7 @@ def texts_of(train: TrainConfig, config: PrismerConfig) -> Texts:
     room = config.max_positions - config.pad_id - 1
     tokens = {
         CAPTIONS: MAX_CAPTION_TOKENS,
-        QUESTIONS: MAX_QUESTION_TOKENS + 1 + ANSWER_TOKENS,
+        QUESTIONS: MAX_QUESTION_TOKENS + 1 + _ANSWER_TOKENS,
         CLASSES: MAX_CAPTION_TOKENS,
     }
     return tuple((count, min(tokens[kind], room)) for kind, count in train.texts_per_image.items() if count)

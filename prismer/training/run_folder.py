@@ -26,6 +26,7 @@ from typing import IO
 import torch.distributed as dist
 from torch import nn
 
+from prismer.errors import shown
 from prismer.files import find_damage, take_lock, write_json
 from prismer.reading import read_json
 from prismer.training.checkpoint import STATE, read_state, write_checkpoint
