@@ -187,9 +187,11 @@ def _label_problems(sample: Sample, classes: dict[str, list[str]]) -> Iterator[s
         if height != width:
             yield f"the {name} map is {height} x {width}; store a square"
     known = {
-        "seg": {str(i) for i in range(len(classes.get("seg", [])))},
-        "obj_detection": _ids_of(sample.meta.get("instances")),
-        "ocr_detection": _ids_of(sample.meta.get("words")),
+        name: set(map(str, range(len(classes.get(name, [])))))
+        if expert.kind == "class"
+        else _ids_of(sample.meta.get(expert.table))
+        for name, expert in EXPERTS.items()
+        if expert.is_ids
     }
     for name, ids in known.items():
         if name in sample.labels:

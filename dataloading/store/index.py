@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prismer.experts import BACKGROUND, EXPERTS
 from prismer.reading import parse_json, read_bytes
 
 FORMAT = "prismer-shards"
@@ -20,7 +21,7 @@ MEMBERS = ("jpg", "json", "labels")
 """The files of a sample, in the order in which they lie in the tar."""
 MAX_KEY = 90
 """Longest key: the classic tar header has 100 bytes for a name."""
-CLASS_TABLES = ("seg", "obj_detection", "class")
+CLASS_TABLES = (*(name for name, expert in EXPERTS.items() if expert.has_classes), "class")
 """What may have a class table: two kinds of label maps, and the images of a set for classification."""
 SHARD_FILE = re.compile(r"shard-(\d{6})\.(tar|index\.json)(\.partial)?")
 """The files that a writer makes, and may remove, besides index.json."""
@@ -150,8 +151,9 @@ def check_classes(classes: dict[str, list[str]]) -> None:
             raise ValueError(f"classes names {expert!r}; choose from {', '.join(CLASS_TABLES)}")
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"the class table of {expert} must be a list of non-empty strings")
-    if len(classes.get("seg", [])) > 255:
-        raise ValueError(f"the class table of seg has {len(classes['seg'])} names; a uint8 map holds at most 255")
+        # the ids of such a map are class indices, and 255 is the background
+        if expert in EXPERTS and EXPERTS[expert].kind == "class" and len(names) > BACKGROUND:
+            raise ValueError(f"the class table of {expert} has {len(names)} names; a uint8 map holds at most 255")
 
 
 def to_json(value) -> bytes:

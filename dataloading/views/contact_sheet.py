@@ -14,15 +14,7 @@ from prismer.dataloading.store.shards import Sample, ShardDataset
 from prismer.experts import BACKGROUND, EXPERTS
 from prismer.files import write_atomically
 
-TITLES = {
-    "image": "image",
-    "depth": "depth (near = bright)",
-    "normal": "surface normals",
-    "seg": "segmentation",
-    "edge": "edges",
-    "obj_detection": "objects",
-    "ocr_detection": "words",
-}
+TITLES = {"image": "image"} | {name: expert.title for name, expert in EXPERTS.items()}
 """The columns that a sheet can have, with what is written above them."""
 
 INK, GREY, RULE, EMPTY = (32, 34, 40), (120, 124, 134), (222, 224, 230), (241, 242, 245)
@@ -116,16 +108,14 @@ def colour_map(expert: str, plane: np.ndarray) -> np.ndarray:
         expert: key of EXPERTS.
         plane: uint8 (h, w), or (h, w, 3) for surface normals.
     """
-    if expert == "normal":
+    if EXPERTS[expert].planes == 3:
         return plane
-    if expert == "edge":
-        return np.repeat(plane[..., None], 3, axis=-1)
-    return _depth_colours()[plane] if expert == "depth" else id_colours()[plane]
+    return (id_colours() if EXPERTS[expert].is_ids else _intensity_colours(EXPERTS[expert].colours))[plane]
 
 
 @lru_cache
-def _depth_colours() -> np.ndarray:
-    return (matplotlib.colormaps["magma"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+def _intensity_colours(name: str) -> np.ndarray:
+    return (matplotlib.colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
 @lru_cache
@@ -169,19 +159,19 @@ def draw_column(
         return Image.fromarray(colour_map(column, plane)).resize(size, Image.Resampling.BICUBIC)
     ids = np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.NEAREST))
     names = _names(column, sample, classes)
-    if column == "seg":
+    if EXPERTS[column].kind == "class":
         return _name_regions(Image.fromarray(colour_map(column, ids)), ids, names)
     return _mark_instances(photo, ids, names)
 
 
 def _names(column: str, sample: Sample, classes: dict[str, list[str]]) -> dict[int, str]:
-    if column == "ocr_detection":
-        return {int(i): word for i, word in sample.meta.get("words", {}).items()}
-    table = dict(enumerate(classes.get(column, [])))
-    if column == "seg":
-        return table
-    instances = sample.meta.get("instances", {})
-    return {int(i): table.get(class_id, str(class_id)) for i, class_id in instances.items()}
+    expert, names = EXPERTS[column], dict(enumerate(classes.get(column, [])))
+    if expert.kind == "class":
+        return names
+    entries = sample.meta.get(expert.table, {})
+    if expert.kind == "word":
+        return {int(i): word for i, word in entries.items()}
+    return {int(i): names.get(class_id, str(class_id)) for i, class_id in entries.items()}
 
 
 def _name_regions(picture: Image.Image, ids: np.ndarray, names: dict[int, str]) -> Image.Image:

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 from prismer.dataloading.feed.images import ExpertLabels
 from prismer.dataloading.store.shards import Sample
 from prismer.dataloading.views.contact_sheet import GREY, INK, RULE, TITLES, draw_column, fit, font_of, id_colours, wrap
+from prismer.experts import EXPERTS
 
 _SIZE, _MARGIN, _GAP, _CELL = (1600, 900), 44, 14, 274
 _PHOTO = (632, 2 * (_CELL + 36) - 36)
@@ -61,14 +62,16 @@ def _mark(photo: Image.Image, labels: ExpertLabels) -> Image.Image:
     size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
     picture = photo.resize(size, Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(picture)
-    names = labels.classes.get("obj_detection", [])
-    instances = labels.meta.get("instances", {})
-    for i, box in labels.meta.get("boxes", {}).get("obj_detection", {}).items():
-        colour = tuple((id_colours()[int(i)] * 0.75).astype(int).tolist())
-        name = names[instances[i]] if i in instances else i
-        _outline(draw, size, box, f"{name} {box[4]:.2f}", colour)
-    for i, box in labels.meta.get("boxes", {}).get("ocr_detection", {}).items():
-        _outline(draw, size, box, labels.meta.get("words", {}).get(i, i), INK)
+    boxes = labels.meta.get("boxes", {})
+    for expert in (name for name in EXPERTS if name in boxes):
+        entries, names = labels.meta.get(EXPERTS[expert].table, {}), labels.classes.get(expert, [])
+        for i, box in boxes[expert].items():
+            if EXPERTS[expert].kind == "word":
+                _outline(draw, size, box, entries.get(i, i), INK)
+            else:
+                colour = tuple((id_colours()[int(i)] * 0.75).astype(int).tolist())
+                name = names[entries[i]] if i in entries else i
+                _outline(draw, size, box, f"{name} {box[4]:.2f}", colour)
     return picture
 
 
