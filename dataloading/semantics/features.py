@@ -136,12 +136,12 @@ class Meanings:
     """The meaning of the ids in the high-level maps of one sample.
 
     Attributes:
-        rows: seg and obj_detection -> (256,) int64: for each id its row of the class features; 0 is the background.
-        words: id in the ocr_detection map -> word that has features; other ids are background.
+        rows: seg and obj_detection -> (256,) int64, for each id its row of the class features; 0 is the background.
+        words: ocr_detection -> {id: word} of the words that have features; other ids are background.
     """
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
-    words: dict[int, str] = field(default_factory=dict)
+    words: dict[str, dict[int, str]] = field(default_factory=dict)
 
 
 class FeatureTables:
@@ -160,7 +160,7 @@ class FeatureTables:
         self.experts = [name for name in config.experts if EXPERTS[name].is_ids]
         self.semantics = semantics
         self._first_row, self._num_classes, names = {}, {}, []
-        for expert in ("seg", "obj_detection"):
+        for expert in (name for name in EXPERTS if EXPERTS[name].has_classes):
             table = classes.get(expert, []) if expert in self.experts else []
             self._first_row[expert], self._num_classes[expert] = 1 + len(names), len(table)
             names += table
@@ -181,13 +181,14 @@ class FeatureTables:
             if expert not in labels:
                 continue
             used = [i for i in values_in_use(labels[expert]) if i != BACKGROUND]
-            if expert == "ocr_detection":
-                words = {i: _entry(meta, "words", i, str) for i in used}
-                meanings.words = self.semantics.known_words(words)
+            field = EXPERTS[expert].table
+            if EXPERTS[expert].kind == "word":
+                words = {i: _entry(meta, field, i, str) for i in used}
+                meanings.words[expert] = self.semantics.known_words(words)
                 continue
             rows = np.zeros(256, np.int64)
             for i in used:
-                class_id = i if expert == "seg" else _entry(meta, "instances", i, int)
+                class_id = i if field is None else _entry(meta, field, i, int)
                 if not 0 <= class_id < self._num_classes[expert]:
                     raise ValueError(
                         f"its {expert} map has class {class_id}, the class table has "
@@ -208,9 +209,10 @@ class FeatureTables:
         for b, meanings in enumerate(batch):
             for expert, table in meanings.rows.items():
                 rows[expert][b] = table
-            for i, word in meanings.words.items():
-                row = row_of_word.setdefault(word, len(self._features) + len(row_of_word))
-                rows["ocr_detection"][b, i] = row
+            for expert, words in meanings.words.items():
+                for i, word in words.items():
+                    row = row_of_word.setdefault(word, len(self._features) + len(row_of_word))
+                    rows[expert][b, i] = row
         return rows, np.concatenate([self._features, self.semantics.rows(list(row_of_word))])
 
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from prismer.dataloading.semantics.features import normalise
 from prismer.dataloading.store.shards import CorruptSample, ShardDataset
+from prismer.experts import EXPERTS
 from prismer.reading import is_text, read_lines
 from prismer.shipped import shipped_folder
 
@@ -23,23 +24,25 @@ def dataset_texts(folders: Iterable[str | Path], progress: bool = False) -> set[
     """
     texts: set[str] = set()
     unreadable: list[CorruptSample] = []
+    word_tables = [expert.table for expert in EXPERTS.values() if expert.kind == "word"]
     for folder in map(Path, folders):
         splits = sorted(path.parent for path in folder.glob("[!.]*/index.json"))
         has_splits = splits and not (folder / "index.json").exists()
         for split in splits if has_splits else [folder]:
             dataset = ShardDataset(split)
-            for expert in ("seg", "obj_detection"):
-                texts.update(dataset.classes.get(expert, []))
+            for name, expert in EXPERTS.items():
+                texts.update(dataset.classes.get(name, []) if expert.has_classes else [])
             samples = range(len(dataset))
             for i in tqdm(samples, f"words of {split}", unit="sample", disable=not progress):
                 try:
-                    words = dataset.meta(i).get("words")
+                    meta = dataset.meta(i)
                 except CorruptSample as error:
                     unreadable.append(error)
                     continue
-                # another value makes the sample unusable for the loader too, which names it
-                if isinstance(words, dict):
-                    texts.update(x for x in words.values() if isinstance(x, str) and is_text(x))
+                for field in word_tables:
+                    # any other value makes the sample unusable for the loader too, which names it
+                    if isinstance(words := meta.get(field), dict):
+                        texts.update(x for x in words.values() if isinstance(x, str) and is_text(x))
     if unreadable:
         warnings.warn(
             f"the words of {len(unreadable)} samples could not be read; the first: {unreadable[0]}", stacklevel=2

@@ -45,9 +45,10 @@ def read_published_labels(
             continue
         plane = _read_plane(expert, path, size, orientation)
         table: dict[str, object] = {}
-        if expert == "obj_detection" and plane is not None:
-            table = _read_instances(path.with_suffix(".json"), len(classes["obj_detection"]))
-        if expert == "ocr_detection" and plane is not None:
+        kind = EXPERTS[expert].kind
+        if kind == "object" and plane is not None:
+            table = _read_instances(path.with_suffix(".json"), len(classes[expert]))
+        if kind == "word" and plane is not None:
             table = _read_words(path.with_suffix(".pt"))
             # as in the published loader: a map without its table holds no words
             plane = plane if table else None
@@ -55,15 +56,13 @@ def read_published_labels(
             blank.append(expert)
             plane = blank_planes(expert, size)
         if EXPERTS[expert].is_ids:
-            known = set(range(len(classes["seg"]))) if expert == "seg" else {int(i) for i in table}
+            known = set(range(len(classes[expert]))) if kind == "class" else {int(i) for i in table}
             unknown = set(values_in_use(plane)) - known - {BACKGROUND}
             if unknown:
                 raise ValueError(f"{path} holds id {min(unknown)}, which is not in its table of {len(known)}")
         planes[expert] = plane
-        if expert == "obj_detection":
-            tables["instances"] = table
-        if expert == "ocr_detection":
-            tables["words"] = table
+        if EXPERTS[expert].table:
+            tables[EXPERTS[expert].table] = table
     return planes, tables, blank
 
 

@@ -10,8 +10,6 @@ from prismer.dataloading.store.index import MAX_KEY
 from prismer.experts import EXPERTS
 from prismer.reading import read_bytes
 
-# COCO and ADE maps feed the same stem; where both exist, COCO wins, as in the paper's configs
-_SEGMENTATIONS = ("seg_coco", "seg_ade", "seg")
 # a sparse file with the name of an image can promise more than any memory holds
 _MAX_BYTES = 2**30
 
@@ -135,11 +133,10 @@ class DatasetPaths:
             raise ValueError(f"{images} is not a folder; name the one that holds the images")
         self.labels: dict[str, Path] = {}
         if labels is not None:
-            for expert in EXPERTS:
-                names = _SEGMENTATIONS if expert == "seg" else (expert,)
-                for name in names:
-                    if (Path(labels) / name).is_dir():
-                        self.labels.setdefault(expert, Path(labels) / name / dataset)
+            for name, expert in EXPERTS.items():
+                for folder in expert.folders or (name,):
+                    if (Path(labels) / folder).is_dir():
+                        self.labels.setdefault(name, Path(labels) / folder / dataset)
             if not self.labels:
                 raise ValueError(f"{labels} has no folder of any expert; name the one that holds depth, normal, ...")
 

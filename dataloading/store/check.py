@@ -196,9 +196,11 @@ def _label_problems(sample: Sample, classes: dict[str, list[str]]) -> Iterator[s
             yield f"the {name} map is {height} x {width}; store a square"
     instances, words = (sample.meta.get(table) for table in ("instances", "words"))
     known = {
-        "seg": {str(i) for i in range(len(classes.get("seg", [])))},
-        "obj_detection": set(instances) if isinstance(instances, dict) else set(),
-        "ocr_detection": set(words) if isinstance(words, dict) else set(),
+        name: set(map(str, range(len(classes.get(name, [])))))
+        if expert.kind == "class"
+        else _ids_of(sample.meta.get(expert.table))
+        for name, expert in EXPERTS.items()
+        if expert.is_ids
     }
     for name, ids in known.items():
         if name in sample.labels:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prismer.experts import BACKGROUND, EXPERTS
 from prismer.reading import parse_json, read_bytes
 
 FORMAT = "prismer-shards"
@@ -21,7 +22,7 @@ MEMBERS = ("jpg", "json", "labels")
 # longest key: the classic tar header has 100 bytes for a name
 MAX_KEY = 90
 # two kinds of label maps, and the images of a dataset for classification
-CLASS_TABLES = ("seg", "obj_detection", "class")
+CLASS_TABLES = (*(name for name, expert in EXPERTS.items() if expert.has_classes), "class")
 # the files that a writer makes, and may remove, besides index.json
 SHARD_FILE = re.compile(r"shard-(\d{6})\.(tar|index\.json)(\.partial)?")
 
@@ -157,8 +158,9 @@ def check_classes(classes: dict[str, list[str]]) -> None:
             raise ValueError(f"there is a class table for {expert!r}; choose from {', '.join(CLASS_TABLES)}")
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"the class table of {expert} must be a list of non-empty strings")
-    if len(classes.get("seg", [])) > 255:
-        raise ValueError(f"the class table of seg has {len(classes['seg'])} names; a uint8 map holds at most 255")
+        # the ids of such a map are class indices, and 255 is the background
+        if expert in EXPERTS and EXPERTS[expert].kind == "class" and len(names) > BACKGROUND:
+            raise ValueError(f"the class table of {expert} has {len(names)} names; a uint8 map holds at most 255")
 
 
 def to_json(value: object) -> bytes:

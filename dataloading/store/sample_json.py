@@ -15,9 +15,10 @@ spell a lone surrogate, on which every tokenizer fails.
 """
 
 import math
+from functools import partial
 
 from prismer.errors import shown
-from prismer.experts import BACKGROUND
+from prismer.experts import BACKGROUND, EXPERTS
 from prismer.reading import is_text
 from prismer.texts import clean_caption, clean_question
 
@@ -45,8 +46,7 @@ def meta_problems(meta: object, classes: dict[str, list[str]] | None = None) -> 
         ("captions", _captions),
         ("questions", _questions),
         ("class", lambda value: _class(value, names_of("class"))),
-        ("instances", lambda value: _instances(value, names_of("obj_detection"))),
-        ("words", _words),
+        *((expert.table, partial(_table, name, names_of(name))) for name, expert in EXPERTS.items() if expert.table),
         ("size", _size),
     ):
         if name in meta:
@@ -130,31 +130,23 @@ def _class(value: object, names: list[str] | None) -> list[str]:
     return [] if _is_text(value) else [f"its class is {show_json(value)}; expected a name or an index"]
 
 
-def _instances(instances: object, names: list[str] | None) -> list[str]:
-    if not isinstance(instances, dict):
-        return [f"its 'instances' are {show_json(instances)}; expected an object of id: class index"]
-    problems = _ids("instances", instances)
-    for i in sorted(instances.keys() & _IDS):
-        class_id = instances[i]
-        if not _is_index(class_id):
-            problems.append(f"object {i} is of class {show_json(class_id)}; expected an index")
-        elif names is not None and class_id >= len(names):
-            problems.append(f"object {i} is of class {class_id}, the class table has {len(names)} names")
+def _table(expert: str, names: list[str] | None, table: object) -> list[str]:
+    """Check the table of an expert whose ids number objects or words."""
+    field, is_word = EXPERTS[expert].table, EXPERTS[expert].kind == "word"
+    if not isinstance(table, dict):
+        return [
+            f"its '{field}' are {show_json(table)}; expected an object of id: {'text' if is_word else 'class index'}"
+        ]
+    problems = [f"its '{field}' have the id {show_json(i)}; expected 0 to 254" for i in table if i not in _IDS]
+    for i in sorted(table.keys() & _IDS):
+        entry = table[i]
+        if is_word and not _is_text(entry):
+            problems.append(f"word {i} is {show_json(entry)}; expected its text")
+        elif not is_word and not _is_index(entry):
+            problems.append(f"object {i} is of class {show_json(entry)}; expected an index")
+        elif not is_word and names is not None and entry >= len(names):
+            problems.append(f"object {i} is of class {entry}, the class table has {len(names)} names")
     return problems
-
-
-def _words(words: object) -> list[str]:
-    if not isinstance(words, dict):
-        return [f"its 'words' are {show_json(words)}; expected an object of id: text"]
-    problems = _ids("words", words)
-    for i in sorted(words.keys() & _IDS):
-        if not _is_text(words[i]):
-            problems.append(f"word {i} is {show_json(words[i])}; expected its text")
-    return problems
-
-
-def _ids(name: str, table: dict) -> list[str]:
-    return [f"its '{name}' have the id {show_json(i)}; expected 0 to 254" for i in table if i not in _IDS]
 
 
 def _size(size: object) -> list[str]:

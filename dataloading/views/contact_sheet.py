@@ -15,15 +15,7 @@ from prismer.experts import BACKGROUND, EXPERTS
 from prismer.files import write_atomically
 
 # column of a sheet -> its heading
-TITLES = {
-    "image": "image",
-    "depth": "depth (near = bright)",
-    "normal": "surface normals",
-    "seg": "segmentation",
-    "edge": "edges",
-    "obj_detection": "objects",
-    "ocr_detection": "words",
-}
+TITLES = {"image": "image"} | {name: expert.title for name, expert in EXPERTS.items()}
 
 INK, GREY, RULE, EMPTY = (32, 34, 40), (120, 124, 134), (222, 224, 230), (241, 242, 245)
 # px; _TILE is the side of the square that each image is fitted into
@@ -99,16 +91,14 @@ def colour_map(expert: str, plane: np.ndarray) -> np.ndarray:
         expert: key of EXPERTS.
         plane: uint8 (h, w), or (h, w, 3) for surface normals.
     """
-    if expert == "normal":
+    if EXPERTS[expert].planes == 3:
         return plane
-    if expert == "edge":
-        return np.repeat(plane[..., None], 3, axis=-1)
-    return _depth_colours()[plane] if expert == "depth" else id_colours()[plane]
+    return (id_colours() if EXPERTS[expert].is_ids else _intensity_colours(EXPERTS[expert].colours))[plane]
 
 
 @lru_cache
-def _depth_colours() -> np.ndarray:
-    return (matplotlib.colormaps["magma"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+def _intensity_colours(name: str) -> np.ndarray:
+    return (matplotlib.colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
 @lru_cache
@@ -151,19 +141,19 @@ def draw_column(
         return Image.fromarray(colour_map(column, plane)).resize(size, Image.Resampling.BICUBIC)
     ids = np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.NEAREST))
     names = _names(column, sample, classes)
-    if column == "seg":
+    if EXPERTS[column].kind == "class":
         return _name_regions(Image.fromarray(colour_map(column, ids)), ids, names)
     return _mark_instances(image, ids, names)
 
 
 def _names(column: str, sample: Sample, classes: dict[str, list[str]]) -> dict[int, str]:
-    if column == "ocr_detection":
-        return {int(i): word for i, word in sample.meta.get("words", {}).items()}
-    table = dict(enumerate(classes.get(column, [])))
-    if column == "seg":
-        return table
-    instances = sample.meta.get("instances", {})
-    return {int(i): table.get(class_id, str(class_id)) for i, class_id in instances.items()}
+    expert, names = EXPERTS[column], dict(enumerate(classes.get(column, [])))
+    if expert.kind == "class":
+        return names
+    entries = sample.meta.get(expert.table, {})
+    if expert.kind == "word":
+        return {int(i): word for i, word in entries.items()}
+    return {int(i): names.get(class_id, str(class_id)) for i, class_id in entries.items()}
 
 
 def _name_regions(drawing: Image.Image, ids: np.ndarray, names: dict[int, str]) -> Image.Image:

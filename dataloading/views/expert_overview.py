@@ -19,6 +19,7 @@ from prismer.dataloading.views.contact_sheet import (
     scale,
     wrap,
 )
+from prismer.experts import EXPERTS
 
 _SIZE, _MARGIN, _GAP, _CELL = (1600, 900), 44, 14, 274
 # width and height that the image is fitted into
@@ -70,14 +71,16 @@ def _mark(image: Image.Image, labels: ExpertLabels) -> Image.Image:
     """The image at its size in the drawing, with the boxes of objects and words."""
     resized = scale(image, *_IMAGE)
     draw = ImageDraw.Draw(resized)
-    names = labels.classes.get("obj_detection", [])
-    instances = labels.meta.get("instances", {})
-    for i, box in labels.meta.get("boxes", {}).get("obj_detection", {}).items():
-        colour = tuple((id_colours()[int(i)] * 0.75).astype(int).tolist())
-        name = names[instances[i]] if i in instances else i
-        _outline(draw, resized.size, box, f"{name} {box[4]:.2f}", colour)
-    for i, box in labels.meta.get("boxes", {}).get("ocr_detection", {}).items():
-        _outline(draw, resized.size, box, labels.meta.get("words", {}).get(i, i), INK)
+    boxes = labels.meta.get("boxes", {})
+    for expert in (name for name in EXPERTS if name in boxes):
+        entries, names = labels.meta.get(EXPERTS[expert].table, {}), labels.classes.get(expert, [])
+        for i, box in boxes[expert].items():
+            if EXPERTS[expert].kind == "word":
+                _outline(draw, resized.size, box, entries.get(i, i), INK)
+            else:
+                colour = tuple((id_colours()[int(i)] * 0.75).astype(int).tolist())
+                name = names[entries[i]] if i in entries else i
+                _outline(draw, resized.size, box, f"{name} {box[4]:.2f}", colour)
     return resized
 
 

