@@ -194,7 +194,6 @@ def _label_problems(sample: Sample, classes: dict[str, list[str]]) -> Iterator[s
     for name, (height, width) in sides.items():
         if height != width:
             yield f"the {name} map is {height} x {width}; store a square"
-    instances, words = (sample.meta.get(table) for table in ("instances", "words"))
     known = {
         name: set(map(str, range(len(classes.get(name, [])))))
         if expert.kind == "class"
@@ -211,6 +210,10 @@ def _label_problems(sample: Sample, classes: dict[str, list[str]]) -> Iterator[s
                     f"the {name} map holds {len(unknown)} ids that are not in its table of {len(ids)} entries "
                     f"({min(unknown)} is the first)"
                 )
+
+
+def _ids_of(table: object) -> set[str]:
+    return set(table) if isinstance(table, dict) else set()
 
 
 def _counts(sample: Sample) -> Counter:

@@ -10,7 +10,7 @@ from prismer.cli.printing import describe_others, is_watched, print_left_out
 from prismer.errors import InputError
 
 if TYPE_CHECKING:
-    pass
+    from prismer.dataloading.experts.network import NetworkInfo
 
 
 def add_experts_commands(commands: argparse._SubParsersAction) -> None:
