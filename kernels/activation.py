@@ -13,14 +13,16 @@ Traffic, issued, for R rows of D numbers of s bytes, a bias of w bytes each, blo
     backward  3 R D s + P D w, and for a trained bias 4 P D bytes of partial sums, written and read, and 4 D written
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from prismer.kernels import dispatch
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.dispatch import TORCH, TRITON, Backend, Op
 from prismer.kernels.layer_norm import _groups, _sum_groups_kernel
 
 ACTIVATIONS = ("quick_gelu", "gelu", "squared_relu")
@@ -39,6 +41,10 @@ def bias_activation_reference(h: Tensor, bias: Tensor | None, activation: str) -
     else:
         y = F.relu(u).square()
     return y.to(h.dtype)
+
+
+NATIVE = Backend(name="native", devices=("cpu",), float64=False)
+OP = Op(name="bias_activation", reference=bias_activation_reference, backends=(NATIVE, TRITON, TORCH))
 
 
 # Triton
@@ -137,7 +143,7 @@ def _tiles(D: int) -> dict[str, int]:
     return dict(BR=2048 // BD, BD=BD, num_warps=4)
 
 
-def _forward_triton(h, bias, activation, y) -> None:
+def _forward_triton(h: Tensor, bias: Tensor | None, activation: str, y: Tensor) -> None:
     R, D = h.shape
     tiles = _tiles(D)
     _forward_kernel[(triton.cdiv(R, tiles["BR"]), triton.cdiv(D, tiles["BD"]))](
@@ -145,7 +151,15 @@ def _forward_triton(h, bias, activation, y) -> None:
     )
 
 
-def _backward_triton(dy, h, bias, activation, sums, dh, dtype=torch.float32) -> Tensor:
+def _backward_triton(
+    dy: Tensor,
+    h: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    sums: bool,
+    dh: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     R, D = dy.shape
     tiles = _tiles(D)
     P, blocks = _groups(R, tiles["BR"])
@@ -210,16 +224,9 @@ def column_sums(dy: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
 # the registered ops
 
 
-def supports(backend: str, h: Tensor) -> str | None:
-    """None if `backend` serves numbers like those of `h`, else the reason why not."""
-    if backend in ("native", "triton") and h.dtype == torch.float64:
-        return f"{backend} bias_activation computes in fp32, and h is float64"
-    return None
-
-
-def _forward(h, bias, activation):
+def _forward(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     h = h.contiguous()
-    backend = dispatch.choose("bias_activation", h.device, lambda name: supports(name, h))
+    backend = OP.choose(h)
     if backend == "torch":
         return activate(_biased(h, bias), activation).to(h.dtype)
     if backend == "native":
@@ -230,15 +237,15 @@ def _forward(h, bias, activation):
     return y
 
 
-def _forward_fake(h, bias, activation):
+def _forward_fake(h: Tensor) -> Tensor:
     return h.new_empty(h.shape)
 
 
-def _backward(dy, h, bias, activation, sums):
+def _backward(dy: Tensor, h: Tensor, bias: Tensor | None, activation: str, sums: bool) -> tuple[Tensor, Tensor]:
     dy, h = dy.contiguous(), h.contiguous()
-    backend = dispatch.choose("bias_activation", h.device, lambda name: supports(name, h))
+    backend = OP.choose(h)
     if backend == "triton":
-        dh, dbias = _backward_fake(dy, h, bias, activation, sums)
+        dh, dbias = _backward_fake(h, sums)
         if h.shape[0]:
             return dh, _backward_triton(dy, h, bias, activation, sums, dh)
         return dh, dbias.zero_()
@@ -247,25 +254,15 @@ def _backward(dy, h, bias, activation, sums):
     else:
         u = _biased(h, bias)
         dh = activate_backward(dy.to(u.dtype), u, activation).to(h.dtype)
-    return dh, _sums_torch(dh) if sums else _backward_fake(dy, h, bias, activation, sums)[1]
+    return dh, _sums_torch(dh) if sums else _backward_fake(h, sums)[1]
 
 
-def _backward_fake(dy, h, bias, activation, sums):
+def _backward_fake(h: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
     compute = torch.promote_types(h.dtype, torch.float32)
     return h.new_empty(h.shape), h.new_empty(h.shape[1] if sums else 0, dtype=compute)
 
 
-bias_activation_op = dispatch.define(
-    "bias_activation(Tensor h, Tensor? bias, str activation) -> Tensor", _forward, _forward_fake
-)
-bias_activation_backward_op = dispatch.define(
-    "bias_activation_backward(Tensor dy, Tensor h, Tensor? bias, str activation, bool sums) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     h, bias, activation = inputs
     ctx.set_materialize_grads(False)
     if any(ctx.needs_input_grad):
@@ -274,7 +271,7 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(h, bias)
 
 
-def _autograd(ctx, dy):
+def _autograd(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return None, None, None
     needs = ctx.needs_input_grad
@@ -282,7 +279,8 @@ def _autograd(ctx, dy):
     return dh if needs[0] else None, dbias.to(ctx.dtype) if needs[1] else None, None
 
 
-dispatch.register_backward("bias_activation", _setup_context, _autograd)
+bias_activation_op = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+bias_activation_backward_op = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
@@ -315,7 +313,7 @@ def bias_activation(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         raise ValueError(
             f"bias is {bias.dtype} of shape {tuple(bias.shape)}; pass floats of shape {tuple(h.shape[-1:])}"
         )
-    if dispatch.asked() == "reference":
+    if OP.route(h) == "reference":
         return bias_activation_reference(h, bias, activation)
     return bias_activation_op(h.reshape(-1, h.shape[-1]), bias, activation).view(h.shape)
 

@@ -22,15 +22,17 @@ Bytes of the forward products, compulsory: (3 R D + 2 R E + 2 D E) s; the norm's
 Source: Prismer, arXiv:2303.02506, section 3.2.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import dispatch
 from prismer.kernels.activation import column_sums
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.dispatch import TORCH, TRITON, Op
 from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient
-from prismer.kernels.layer_norm import _layer_norm, _layer_norm_backward, layer_norm_reference
+from prismer.kernels.layer_norm import layer_norm_backward_op, layer_norm_op, layer_norm_reference
 from prismer.kernels.mlp import check_linear
 
 
@@ -57,50 +59,71 @@ def adaptor_reference(
     return (layer_norm_reference(total, gamma, beta, eps) if late else total).to(x.dtype)
 
 
+OP = Op(name="adaptor", reference=adaptor_reference, backends=(TRITON, TORCH))
+
+
 # the registered ops
 
 
-def supports(backend: str, x: Tensor) -> str | None:
-    """None if `backend` serves rows like those of `x`, else the reason why not."""
-    if backend == "triton" and x.dtype == torch.float64:
-        return "triton adaptor computes in fp32, and x is float64"
-    return None
-
-
-def _forward(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps):
+def _forward(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    late: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = x.contiguous()
-    backend = dispatch.choose("adaptor", x.device, lambda name: supports(name, x))
+    backend = OP.choose(x)
     u = x
     if not late:
-        u, _, mean, rstd = _layer_norm(x, None, norm_weight, norm_bias, eps)
+        u, _, mean, rstd = layer_norm_op(x, None, norm_weight, norm_bias, eps)
     r, _ = gemm(u, down_weight, down_bias, backend=backend, activation="relu")
     y, _ = gemm(r, up_weight, up_bias, backend=backend, residual=x, square=True)
     total = x.new_empty(0)
     if late:
         total = y
-        y, _, mean, rstd = _layer_norm(total, None, norm_weight, norm_bias, eps)
+        y, _, mean, rstd = layer_norm_op(total, None, norm_weight, norm_bias, eps)
     return y, r, total, mean, rstd
 
 
-def _forward_fake(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps):
+def _forward_fake(x: Tensor, down_weight: Tensor, late: bool) -> tuple[Tensor, ...]:
     R, D = x.shape
     compute = torch.promote_types(x.dtype, torch.float32)
     mean, rstd = (x.new_empty(R, dtype=compute) for _ in range(2))
-    total = x.new_empty(R, D) if late else x.new_empty(0)
+    total = x.new_empty((R, D) if late else 0)
     return x.new_empty(R, D), x.new_empty(R, down_weight.shape[0]), total, mean, rstd
 
 
 def _backward(
-    dy, x, r, total, mean, rstd, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps, needs
-):
+    dy: Tensor,
+    x: Tensor | None,
+    r: Tensor | None,
+    total: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_weight: Tensor | None,
+    down_bias: Tensor | None,
+    up_weight: Tensor | None,
+    up_bias: Tensor | None,
+    late: bool,
+    eps: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`needs`: of x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias."""
     need_x, need_gamma, need_beta, need_down, need_down_bias, need_up, need_up_bias = needs
     dy = dy.contiguous()
-    backend = dispatch.choose("adaptor", dy.device, lambda name: supports(name, dy))
+    backend = OP.choose(dy)
     dx, dgamma, dbeta, ddown, ddown_bias, dup, dup_bias = (dy.new_empty(0) for _ in range(7))
     affine = need_gamma or need_beta
     dt = dy
     if late:
-        dt, dgamma, dbeta = _layer_norm_backward(dy, None, total, norm_weight, mean, rstd, affine)
+        dt, dgamma, dbeta = layer_norm_backward_op(dy, None, total, norm_weight, mean, rstd, affine)
     need_u = need_x or (affine and not late)
     if need_u or need_down or need_down_bias:
         # relu(h)^2 has the derivative 2 relu(h), which is that of relu(r)^2 too
@@ -116,13 +139,13 @@ def _backward(
         if need_down_bias:
             ddown_bias = sums
         if need_down:
-            u = x.contiguous() if late else _layer_norm(x, None, norm_weight, norm_bias, eps)[0]
+            u = x.contiguous() if late else layer_norm_op(x, None, norm_weight, norm_bias, eps)[0]
             ddown = gemm_gradient(dh, u, backend=backend)
         if need_u:
             dx, _ = gemm(dh, down_weight.T, None, backend=backend, residual=dt if late else None)
             if not late:
                 # takes du, and the residual's dy, to dx
-                dx, dgamma, dbeta = _layer_norm_backward(dx, dy, x, norm_weight, mean, rstd, affine)
+                dx, dgamma, dbeta = layer_norm_backward_op(dx, dy, x, norm_weight, mean, rstd, affine)
     if need_up:
         dup = gemm_gradient(dt, r, backend=backend, square=True)
     if need_up_bias:
@@ -139,8 +162,14 @@ def _backward(
 
 
 def _backward_fake(
-    dy, x, r, total, mean, rstd, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps, needs
-):
+    dy: Tensor,
+    r: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
     need_x, _, _, need_down, _, need_up, _ = needs
     D, E = dy.shape[1], 0 if r is None else r.shape[1]
     dgamma, dbeta, ddown_bias, dup_bias = (
@@ -158,24 +187,7 @@ def _backward_fake(
     )
 
 
-_adaptor = dispatch.define(
-    "adaptor(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor down_weight, Tensor? down_bias,"
-    " Tensor up_weight, Tensor? up_bias, bool late, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-# needs: of x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias
-_adaptor_backward = dispatch.define(
-    "adaptor_backward(Tensor dy, Tensor? x, Tensor? r, Tensor? total, Tensor? mean, Tensor? rstd,"
-    " Tensor? norm_weight, Tensor? norm_bias, Tensor? down_weight, Tensor? down_bias, Tensor? up_weight,"
-    " Tensor? up_bias, bool late, float eps, bool[7] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps = inputs
     _, r, total, mean, rstd = output
     ctx.mark_non_differentiable(r, total, mean, rstd)
@@ -205,7 +217,7 @@ def _setup_context(ctx, inputs, output) -> None:
     )
 
 
-def _autograd(ctx, dy, *_):
+def _autograd(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
     needs = list(ctx.needs_input_grad[:7])
@@ -213,7 +225,8 @@ def _autograd(ctx, dy, *_):
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
-dispatch.register_backward("adaptor", _setup_context, _autograd)
+_adaptor = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_adaptor_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
@@ -256,7 +269,7 @@ def adaptor(
     check_linear("down", down_weight, down_bias, D, x)
     check_linear("up", up_weight, up_bias, down_weight.shape[0], x, D)
     parameters = (norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
-    if dispatch.asked() == "reference":
+    if OP.route(x) == "reference":
         return adaptor_reference(x, *parameters, late=late, eps=eps)
     return _adaptor(x.reshape(-1, D), *parameters, late, eps)[0].view(x.shape)
 

@@ -137,19 +137,19 @@ def _tiles(M: int, N: int, dtype: torch.dtype, activated: bool = False) -> dict[
 
 
 def _launch(
-    a,
-    b,
-    c,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
     *,
-    bias=None,
-    activation="none",
-    h=None,
-    residual=None,
-    differentiate=False,
-    activated=None,
-    sums=None,
-    square_a=False,
-    square_b=False,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    h: Tensor | None = None,
+    residual: Tensor | None = None,
+    differentiate: bool = False,
+    activated: Tensor | None = None,
+    sums: torch.dtype | None = None,
+    square_a: bool = False,
+    square_b: bool = False,
 ) -> Tensor | None:
     """Run the kernel on views `a` (M, K) and `b` (K, N); returns the column sums if a dtype is given for them."""
     (M, K), N = a.shape, b.shape[1]

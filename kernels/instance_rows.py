@@ -19,13 +19,15 @@ Traffic of the Triton kernels, for N = B * grid * grid cells of D numbers of s b
 dpositions are added up by torch.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from prismer.kernels import dispatch
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.dispatch import TORCH, Backend, Op
 
 
 def _cell_rows(ids: Tensor, rows: Tensor | None, num_rows: int, grid: int) -> Tensor:
@@ -44,6 +46,16 @@ def add_instance_rows_reference(
     if positions is not None:
         out = out + positions.to(compute)
     return out.to(x.dtype)
+
+
+def _too_large(x: Tensor) -> str | None:
+    if x.shape[0] * x.shape[1] >= 2**31:
+        return "triton instance_rows counts cells in 32 bits, and these are too many"
+    return None
+
+
+TRITON = Backend(name="triton", devices=("cuda",), float64=False, refuses=_too_large)
+OP = Op(name="instance_rows", reference=add_instance_rows_reference, backends=(TRITON, TORCH))
 
 
 # Triton
@@ -138,7 +150,9 @@ _FORWARD_TILES = dict(BN=16, BD=128)
 _TABLE_TILES = dict(BF=32, BN=32, BD=64)
 
 
-def _forward_triton(x, ids, table, rows, positions, grid, out) -> None:
+def _forward_triton(
+    x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, positions: Tensor | None, grid: int, out: Tensor
+) -> None:
     (B, cells, D), tiles = x.shape, _FORWARD_TILES
     N = B * cells
     _forward_kernel[(triton.cdiv(N, tiles["BN"]), triton.cdiv(D, tiles["BD"]))](
@@ -159,7 +173,7 @@ def _forward_triton(x, ids, table, rows, positions, grid, out) -> None:
     )
 
 
-def _table_triton(dy, ids, rows, num_rows, grid, dtable) -> None:
+def _table_triton(dy: Tensor, ids: Tensor, rows: Tensor | None, num_rows: int, grid: int, dtable: Tensor) -> None:
     (B, cells, D), tiles = dy.shape, _TABLE_TILES
     _table_kernel[(triton.cdiv(num_rows, tiles["BF"]), triton.cdiv(D, tiles["BD"]))](
         dy, ids, rows, dtable, B * cells, ids.shape[1], num_rows, D, grid, HAS_ROWS=rows is not None, **tiles
@@ -169,7 +183,9 @@ def _table_triton(dy, ids, rows, num_rows, grid, dtable) -> None:
 # torch
 
 
-def _forward_torch(x, ids, table, rows, positions, grid):
+def _forward_torch(
+    x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, positions: Tensor | None, grid: int
+) -> Tensor:
     index = _cell_rows(ids, rows, len(table), grid)
     compute = torch.promote_types(x.dtype, torch.float32)
     # x first: the order of the definition, so that fp32 agrees with it bit for bit
@@ -179,7 +195,7 @@ def _forward_torch(x, ids, table, rows, positions, grid):
     return out.to(x.dtype)
 
 
-def _table_torch(dy, ids, rows, num_rows, grid):
+def _table_torch(dy: Tensor, ids: Tensor, rows: Tensor | None, num_rows: int, grid: int) -> Tensor:
     index = _cell_rows(ids, rows, num_rows, grid)
     compute = torch.promote_types(dy.dtype, torch.float32)
     # adds up in a fixed order on every device, where index_add uses atomics on CUDA
@@ -189,38 +205,31 @@ def _table_torch(dy, ids, rows, num_rows, grid):
 # the registered ops
 
 
-def supports(backend: str, x: Tensor) -> str | None:
-    """None if `backend` serves tokens like `x`, else the reason why not."""
-    if backend == "triton" and x.dtype == torch.float64:
-        return "triton instance_rows computes in fp32, and x is float64"
-    if backend == "triton" and x.shape[0] * x.shape[1] >= 2**31:
-        return "triton instance_rows counts cells in 32 bits, and these are too many"
-    return None
-
-
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _forward(x, ids, table, rows, positions, grid):
+def _forward(x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, positions: Tensor | None, grid: int) -> Tensor:
     x, ids, table, rows, positions = _contiguous(x, ids, table, rows, positions)
-    backend = dispatch.choose("instance_rows", x.device, lambda name: supports(name, x))
+    backend = OP.choose(x)
     if backend == "torch":
         return _forward_torch(x, ids, table, rows, positions, grid)
-    out = _forward_fake(x, ids, table, rows, positions, grid)
+    out = _forward_fake(x)
     if out.numel():
         _forward_triton(x, ids, table, rows, positions, grid, out)
     return out
 
 
-def _forward_fake(x, ids, table, rows, positions, grid):
+def _forward_fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _backward(dy, ids, rows, num_rows, grid, table, positions):
+def _backward(
+    dy: Tensor, ids: Tensor, rows: Tensor | None, num_rows: int, grid: int, table: bool, positions: bool
+) -> tuple[Tensor, Tensor]:
     dy, ids, rows = _contiguous(dy, ids, rows)
-    backend = dispatch.choose("instance_rows", dy.device, lambda name: supports(name, dy))
-    dtable, dpositions = _backward_fake(dy, ids, rows, num_rows, grid, table, positions)
+    backend = OP.choose(dy)
+    dtable, dpositions = _backward_fake(dy, num_rows, table, positions)
     if positions:
         # torch adds in a fixed order too, and in fp32
         torch.sum(dy, 0, dtype=dpositions.dtype, out=dpositions)
@@ -234,27 +243,14 @@ def _backward(dy, ids, rows, num_rows, grid, table, positions):
     return dtable, dpositions
 
 
-def _backward_fake(dy, ids, rows, num_rows, grid, table, positions):
+def _backward_fake(dy: Tensor, num_rows: int, table: bool, positions: bool) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(dy.dtype, torch.float32)
     dtable = dy.new_empty((num_rows, dy.shape[2]) if table else (0,), dtype=dtype)
     dpositions = dy.new_empty(dy.shape[1:] if positions else (0,), dtype=dtype)
     return dtable, dpositions
 
 
-_instance_rows = dispatch.define(
-    "instance_rows(Tensor x, Tensor ids, Tensor table, Tensor? rows, Tensor? positions, int grid) -> Tensor",
-    _forward,
-    _forward_fake,
-)
-_instance_rows_backward = dispatch.define(
-    "instance_rows_backward(Tensor dy, Tensor ids, Tensor? rows, int num_rows, int grid, bool table, bool positions)"
-    " -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, ids, table, rows, positions, grid = inputs
     ctx.set_materialize_grads(False)
     if ctx.needs_input_grad[2] or ctx.needs_input_grad[4]:
@@ -264,7 +260,7 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(ids, rows)
 
 
-def _autograd(ctx, dy):
+def _autograd(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     if dy is None or not (needs[2] or needs[4]):
         return dy, None, None, None, None, None
@@ -279,7 +275,8 @@ def _autograd(ctx, dy):
     )
 
 
-dispatch.register_backward("instance_rows", _setup_context, _autograd)
+_instance_rows = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_instance_rows_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
@@ -305,12 +302,12 @@ def add_instance_rows(
         ValueError: if a shape, dtype or device does not fit.
     """
     _check(x, ids, table, rows, grid, positions)
-    if dispatch.asked() == "reference":
+    if OP.route(x) == "reference":
         return add_instance_rows_reference(x, ids, table, rows, grid, positions)
     return _instance_rows(x, ids, table, rows, positions, grid)
 
 
-def _check(x, ids, table, rows, grid, positions) -> None:
+def _check(x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, grid: int, positions: Tensor | None) -> None:
     cells = grid * grid
     if not x.is_floating_point() or x.dim() != 3 or grid < 1 or x.shape[1] != cells:
         raise ValueError(

@@ -29,14 +29,16 @@ Traffic of the Triton kernels, for P = B * size * size pixels, E of which blend,
 Above 64 numbers per row, ids and rows are read once for every 64.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from prismer.kernels import dispatch
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.dispatch import NATIVE, TORCH, Backend, Op
 
 
 def label_map_reference(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
@@ -46,6 +48,16 @@ def label_map_reference(ids: Tensor, rows: Tensor, features: Tensor, size: int) 
     if ids.shape[1:] == (size, size):
         return expanded
     return F.interpolate(expanded, (size, size), mode="bilinear", align_corners=True)
+
+
+def _too_large(like: Tensor, ids: Tensor, size: int) -> str | None:
+    if max(size * max(ids.shape[1:]), ids.shape[0] * size * size) >= 2**31:
+        return "triton label_map counts pixels in 32 bits, and these are too many"
+    return None
+
+
+TRITON = Backend(name="triton", devices=("cuda",), float64=False, refuses=_too_large)
+OP = Op(name="label_map", reference=label_map_reference, backends=(NATIVE, TRITON, TORCH))
 
 
 # Triton
@@ -191,7 +203,7 @@ def _parts(P: int, F: int, C: int) -> tuple[int, int]:
     return triton.cdiv(tiles, each), each
 
 
-def _forward_triton(ids, rows, features, size, out) -> None:
+def _forward_triton(ids: Tensor, rows: Tensor, features: Tensor, size: int, out: Tensor) -> None:
     (B, h, w), (F, C) = ids.shape, features.shape
     P, BC = B * size * size, _columns(C)
     _forward_kernel[(triton.cdiv(P, 32), triton.cdiv(C, BC))](
@@ -199,7 +211,7 @@ def _forward_triton(ids, rows, features, size, out) -> None:
     )
 
 
-def _backward_triton(dy, ids, rows, dfeatures) -> None:
+def _backward_triton(dy: Tensor, ids: Tensor, rows: Tensor, dfeatures: Tensor) -> None:
     (B, h, w), size, (F, C) = ids.shape, dy.shape[1], dfeatures.shape
     P, BC = B * size * size, _columns(C)
     G, tiles = _parts(P, F, C)
@@ -239,7 +251,7 @@ def _gather_plan(ids: Tensor, rows: Tensor, size: int, dtype: torch.dtype) -> tu
     return index.reshape(-1, 4), weight.reshape(-1, 4).repeat(B, 1)
 
 
-def _forward_torch(ids, rows, features, size):
+def _forward_torch(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
     """The weighted sum of taps as an embedding bag, which reads the taps without storing them."""
     compute = torch.promote_types(features.dtype, torch.float32)
     index, weight = _gather_plan(ids, rows, size, compute)
@@ -249,7 +261,7 @@ def _forward_torch(ids, rows, features, size):
     return out.to(features.dtype).view(ids.shape[0], size, size, features.shape[1])
 
 
-def _backward_torch(dy, ids, rows, num_rows):
+def _backward_torch(dy: Tensor, ids: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     compute = torch.promote_types(dy.dtype, torch.float32)
     C = dy.shape[3]
     index, weight = _gather_plan(ids, rows, dy.shape[1], compute)
@@ -266,39 +278,30 @@ def _backward_torch(dy, ids, rows, num_rows):
 # the registered ops
 
 
-def supports(backend: str, ids: Tensor, dtype: torch.dtype, size: int) -> str | None:
-    """None if `backend` serves maps like `ids` with features or gradients of `dtype`, else the reason why not."""
-    if backend in ("native", "triton") and dtype == torch.float64:
-        return f"{backend} label_map computes in fp32, and features are float64"
-    if backend == "triton" and max(size * max(ids.shape[1:]), ids.shape[0] * size * size) >= 2**31:
-        return "triton label_map counts pixels in 32 bits, and these are too many"
-    return None
-
-
-def _forward(ids, rows, features, size):
+def _forward(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
     ids, rows, features = ids.contiguous(), rows.contiguous(), features.contiguous()
-    backend = dispatch.choose("label_map", ids.device, lambda name: supports(name, ids, features.dtype, size))
+    backend = OP.choose(features, ids, size)
     if backend == "native":
         return torch.ops.prismer_native.label_map(ids, rows, features, size)
     if backend == "triton":
-        out = _forward_fake(ids, rows, features, size)
+        out = _forward_fake(ids, features, size)
         if out.numel():
             _forward_triton(ids, rows, features, size, out)
         return out
     return _forward_torch(ids, rows, features, size)
 
 
-def _forward_fake(ids, rows, features, size):
+def _forward_fake(ids: Tensor, features: Tensor, size: int) -> Tensor:
     return features.new_empty(ids.shape[0], size, size, features.shape[1])
 
 
-def _backward(dy, ids, rows, num_rows):
+def _backward(dy: Tensor, ids: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     dy, ids, rows = dy.contiguous(), ids.contiguous(), rows.contiguous()
-    backend = dispatch.choose("label_map", ids.device, lambda name: supports(name, ids, dy.dtype, dy.shape[1]))
+    backend = OP.choose(dy, ids, dy.shape[1])
     if backend == "native":
         return torch.ops.prismer_native.label_map_backward(dy, ids, rows, num_rows)
     if backend == "triton":
-        dfeatures = _backward_fake(dy, ids, rows, num_rows)
+        dfeatures = _backward_fake(dy, num_rows)
         if not dy.numel():
             return dfeatures.zero_()
         if num_rows:
@@ -307,20 +310,12 @@ def _backward(dy, ids, rows, num_rows):
     return _backward_torch(dy, ids, rows, num_rows)
 
 
-def _backward_fake(dy, ids, rows, num_rows):
+def _backward_fake(dy: Tensor, num_rows: int) -> Tensor:
     dtype = torch.promote_types(dy.dtype, torch.float32)
     return dy.new_empty(num_rows, dy.shape[3], dtype=dtype)
 
 
-_label_map = dispatch.define(
-    "label_map(Tensor ids, Tensor rows, Tensor features, int size) -> Tensor", _forward, _forward_fake
-)
-_label_map_backward = dispatch.define(
-    "label_map_backward(Tensor dy, Tensor ids, Tensor rows, int num_rows) -> Tensor", _backward, _backward_fake
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ids, rows, features, _ = inputs
     ctx.set_materialize_grads(False)
     if ctx.needs_input_grad[2]:
@@ -328,14 +323,15 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(ids, rows)
 
 
-def _autograd(ctx, dy):
+def _autograd(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None or not ctx.needs_input_grad[2]:
         return None, None, None, None
     dfeatures = _label_map_backward(dy, *ctx.saved_tensors, ctx.num_rows)
     return None, None, dfeatures.to(ctx.dtype), None
 
 
-dispatch.register_backward("label_map", _setup_context, _autograd)
+_label_map = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_label_map_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
@@ -375,7 +371,7 @@ def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
         raise ValueError(
             f"ids, rows and features are on {ids.device}, {rows.device} and {features.device}; move them to one device"
         )
-    if dispatch.asked() == "reference":
+    if OP.route(features) == "reference":
         return label_map_reference(ids, rows, features, size)
     # (B, size, size, C) in memory: channels_last, as the convolution that follows wants it
     return _label_map(ids, rows, features, size).permute(0, 3, 1, 2)

@@ -14,14 +14,16 @@ Compulsory traffic, for R rows of D numbers of s bytes (weights 2 D w bytes, sta
 and for a trained affine 8 D bytes of partial sums for each of the P row groups, written and read, and 8 D written.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from prismer.kernels import dispatch
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.dispatch import NATIVE, TORCH, TRITON, Op
 
 _MAX_WIDTH = 65536
 
@@ -45,6 +47,18 @@ def add_layer_norm_reference(
     """The definition of `add_layer_norm`."""
     total = x + residual
     return layer_norm_reference(total, weight, bias, eps), total
+
+
+def _host(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether this call is torch's own operator: in fp32 it does the same work at a lower cost of the call."""
+    return (
+        x.dtype == torch.float32
+        and (weight is None) == (bias is None)
+        and (weight is None or (weight.dtype == bias.dtype == torch.float32))
+    )
+
+
+OP = Op(name="layer_norm", reference=layer_norm_reference, backends=(NATIVE, TRITON, TORCH), host=_host)
 
 
 # Triton
@@ -173,7 +187,17 @@ def _groups(R: int, BR: int) -> tuple[int, int]:
     return triton.cdiv(blocks, each), each
 
 
-def _forward_triton(x, residual, weight, bias, eps, y, total, mean, rstd) -> None:
+def _forward_triton(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    y: Tensor,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> None:
     R, D = x.shape
     tiles = _tiles(D)
     _forward_kernel[(triton.cdiv(R, tiles["BR"]),)](
@@ -195,7 +219,16 @@ def _forward_triton(x, residual, weight, bias, eps, y, total, mean, rstd) -> Non
     )
 
 
-def _backward_triton(dy, dtotal, x, weight, mean, rstd, affine, dx) -> Tensor:
+def _backward_triton(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    affine: bool,
+    dx: Tensor,
+) -> Tensor:
     R, D = x.shape
     tiles = _tiles(D)
     P, blocks = _groups(R, tiles["BR"])
@@ -227,7 +260,9 @@ def _backward_triton(dy, dtotal, x, weight, mean, rstd, affine, dx) -> Tensor:
 # torch
 
 
-def _forward_torch(x, residual, weight, bias, eps):
+def _forward_torch(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     total = x + residual if residual is not None else x.new_empty(0)
     x32 = (x if residual is None else total).to(compute)
@@ -242,7 +277,9 @@ def _forward_torch(x, residual, weight, bias, eps):
     return y.to(x.dtype), total, mean, rstd
 
 
-def _backward_torch(dy, dtotal, x, weight, mean, rstd, affine):
+def _backward_torch(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, affine: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     compute = mean.dtype
     xhat = (x.to(compute) - mean[:, None]) * rstd[:, None]
     dy32 = dy.to(compute)
@@ -261,38 +298,34 @@ def _backward_torch(dy, dtotal, x, weight, mean, rstd, affine):
 # the registered ops
 
 
-def supports(backend: str, x: Tensor) -> str | None:
-    """None if `backend` serves rows like those of `x`, else the reason why not."""
-    if backend in ("native", "triton") and x.dtype == torch.float64:
-        return f"{backend} layer_norm computes in fp32, and x is float64"
-    return None
-
-
-def _forward(x, residual, weight, bias, eps):
-    R, D = x.shape
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    backend = dispatch.choose("layer_norm", x.device, lambda name: supports(name, x))
+    backend = OP.choose(x)
     if backend == "torch":
         return _forward_torch(x, residual, weight, bias, eps)
     if backend == "native":
         return torch.ops.prismer_native.layer_norm(x, residual, weight, bias, eps)
-    y, total, mean, rstd = _forward_fake(x, residual, weight, bias, eps)
-    if R:
+    y, total, mean, rstd = _forward_fake(x, residual)
+    if x.shape[0]:
         _forward_triton(x, residual, weight, bias, eps, y, total, mean, rstd)
     return y, total, mean, rstd
 
 
-def _forward_fake(x, residual, weight, bias, eps):
+def _forward_fake(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     mean, rstd = (x.new_empty(x.shape[0], dtype=compute) for _ in range(2))
     total = x.new_empty(0 if residual is None else x.shape)
     return x.new_empty(x.shape), total, mean, rstd
 
 
-def _backward(dy, dtotal, x, weight, mean, rstd, affine):
+def _backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, affine: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     dy, x = dy.contiguous(), x.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
-    backend = dispatch.choose("layer_norm", x.device, lambda name: supports(name, x))
+    backend = OP.choose(x)
     if backend == "torch":
         dx, *sums = _backward_torch(dy, dtotal, x, weight, mean, rstd, affine)
     elif backend == "native":
@@ -302,32 +335,18 @@ def _backward(dy, dtotal, x, weight, mean, rstd, affine):
         sums = torch.zeros(2, x.shape[1] if affine else 0, device=x.device)
         if x.shape[0]:
             sums = _backward_triton(dy, dtotal, x, weight, mean, rstd, affine, dx)
-    # rounded once, here; the halves of Triton's one tensor are copied, since an op's outputs may not share memory
+    # rounded once, here; both halves of Triton's one tensor are copied, since the outputs of an op may not share memory
     dtype = x.dtype if weight is None else weight.dtype
     return dx, *(part.to(dtype, copy=backend == "triton") for part in sums)
 
 
-def _backward_fake(dy, dtotal, x, weight, mean, rstd, affine):
+def _backward_fake(x: Tensor, weight: Tensor | None, mean: Tensor, affine: bool) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.dtype if weight is None else weight.dtype
     dweight, dbias = (mean.new_empty(x.shape[1] if affine else 0, dtype=dtype) for _ in range(2))
     return x.new_empty(x.shape), dweight, dbias
 
 
-_layer_norm = dispatch.define(
-    "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-_layer_norm_backward = dispatch.define(
-    "layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool affine)"
-    " -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias, _ = inputs
     _, total, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -340,13 +359,13 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
 
 
-def _autograd(ctx, dy, dtotal, *_):
+def _autograd(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        # only the sum went on: its gradient passes through
+        # only the sum was used: its gradient passes through
         return dtotal, dtotal if ctx.has_residual else None, None, None, None
     x, weight, mean, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    dx, dweight, dbias = _layer_norm_backward(dy, dtotal, x, weight, mean, rstd, needs[2] or needs[3])
+    dx, dweight, dbias = layer_norm_backward_op(dy, dtotal, x, weight, mean, rstd, needs[2] or needs[3])
     return (
         dx if needs[0] else None,
         dx if needs[1] else None,
@@ -356,20 +375,11 @@ def _autograd(ctx, dy, dtotal, *_):
     )
 
 
-dispatch.register_backward("layer_norm", _setup_context, _autograd)
+layer_norm_op = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+layer_norm_backward_op = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public functions
-
-
-def _is_torchs(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Is this call torch's own operator? In fp32 on a CPU it does the same work at a lower cost of the call."""
-    return (
-        x.dtype == torch.float32
-        and (weight is None) == (bias is None)
-        and (weight is None or (weight.dtype == bias.dtype == torch.float32))
-        and dispatch.on_host(x)
-    )
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -404,11 +414,12 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         ValueError: if a shape or dtype does not fit, or D exceeds 65536.
     """
     _check(x, None, weight, bias)
-    if _is_torchs(x, weight, bias):
+    route = OP.route(x, weight, bias)
+    if route == "host":
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    if dispatch.asked() == "reference":
+    if route == "reference":
         return layer_norm_reference(x, weight, bias, eps)
-    return _layer_norm(x.reshape(-1, x.shape[-1]), None, weight, bias, eps)[0].view(x.shape)
+    return layer_norm_op(x.reshape(-1, x.shape[-1]), None, weight, bias, eps)[0].view(x.shape)
 
 
 def add_layer_norm(
@@ -427,13 +438,14 @@ def add_layer_norm(
         ValueError: if a shape or dtype does not fit, or D exceeds 65536.
     """
     _check(x, residual, weight, bias)
-    if _is_torchs(x, weight, bias):
+    route = OP.route(x, weight, bias)
+    if route == "host":
         total = x + residual
         return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total
-    if dispatch.asked() == "reference":
+    if route == "reference":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     rows = (-1, x.shape[-1])
-    y, total, _, _ = _layer_norm(x.reshape(rows), residual.reshape(rows), weight, bias, eps)
+    y, total, _, _ = layer_norm_op(x.reshape(rows), residual.reshape(rows), weight, bias, eps)
     return y.view(x.shape), total.view(x.shape)
 
 

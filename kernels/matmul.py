@@ -53,3 +53,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a b: (M, K) and (K, N), any strides -> (M, N)."""
     return linear(a, b.mT) if on_onednn(a) else a @ b
+
+
+def add_mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out + a b, in place of `out` (M, N)."""
+    # oneDNN gives no product into memory that is there
+    return out.add_(mm(a, b)) if on_onednn(a) else out.addmm_(a, b)

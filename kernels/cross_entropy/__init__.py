@@ -32,13 +32,14 @@ Extra memory, for numbers of s bytes, beyond what is returned or saved:
                             bytes to sum dW in fp32
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import dispatch
-from prismer.kernels.cross_entropy import torch_backend as cross_entropy_torch
-from prismer.kernels.cross_entropy import triton_backend as cross_entropy_triton
+from prismer.kernels.cross_entropy import torch_backend, triton_backend
+from prismer.kernels.dispatch import TORCH, TRITON, Op
 
 _REDUCTIONS = ("none", "sum", "mean")
 
@@ -70,14 +71,10 @@ def linear_cross_entropy_reference(
     return losses.sum() if reduction == "sum" else losses.sum() / (~ignored).sum().clamp(min=1)
 
 
+OP = Op(name="linear_cross_entropy", reference=linear_cross_entropy_reference, backends=(TRITON, TORCH))
+
+
 # the registered ops
-
-
-def supports(backend: str, x: Tensor) -> str | None:
-    """None if `backend` serves rows like those of `x`, else the reason why not."""
-    if backend == "triton" and x.dtype == torch.float64:
-        return "triton cross_entropy computes in fp32, and x is float64"
-    return None
 
 
 def _rows_to_do(labels: Tensor, ignore_index: int) -> Tensor:
@@ -87,7 +84,9 @@ def _rows_to_do(labels: Tensor, ignore_index: int) -> Tensor:
     return torch.arange(labels.numel(), device=labels.device)
 
 
-def _packed(x, labels, factor, ignore_index):
+def _packed(
+    x: Tensor, labels: Tensor, factor: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The rows that count: their numbers, x, targets, factor. Where all must stay, ignored ones are zeros."""
     rows = _rows_to_do(labels, ignore_index)
     if labels.device.type == "cpu":
@@ -97,7 +96,7 @@ def _packed(x, labels, factor, ignore_index):
     return rows, x.masked_fill(ignored[:, None], 0), labels.masked_fill(ignored, 0), factor
 
 
-def _placed(formed, inputs, rows: Tensor | None) -> tuple[Tensor, ...]:
+def _placed(formed: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...], rows: Tensor | None) -> tuple[Tensor, ...]:
     """Gradients in the dtypes of `inputs`, and empty where none was formed; dx of the `rows` done among zeros."""
     dx, dweight, dbias = (
         t.new_empty(0) if value is None else value.to(t.dtype) for value, t in zip(formed, inputs, strict=True)
@@ -107,27 +106,39 @@ def _placed(formed, inputs, rows: Tensor | None) -> tuple[Tensor, ...]:
     return dx, dweight, dbias
 
 
-def _forward(x, weight, bias, labels, factor, smoothing, ignore_index, reduce, form_x, form_weight, form_bias):
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    factor: Tensor | None,
+    smoothing: float,
+    ignore_index: int,
+    reduce: bool,
+    form_x: bool,
+    form_weight: bool,
+    form_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, weight, bias, labels = (t.contiguous() for t in (x, weight, bias, labels))
     needs, formed, rows = (form_x, form_weight, form_bias), (None, None, None), None
     stats = x.new_zeros((2, x.shape[0]), dtype=torch.promote_types(x.dtype, torch.float32))
     losses = torch.zeros_like(stats[0])
     factor = None if factor is None else factor.to(stats.dtype).contiguous()
-    backend = dispatch.choose("cross_entropy", x.device, lambda name: supports(name, x))
+    backend = OP.choose(x)
     if backend == "torch":
         rows, x_rows, targets, factor_rows = _packed(x, labels, factor, ignore_index)
         part = x_rows, weight, bias, targets
         if any(needs):
-            losses[rows], stats[:, rows], formed = cross_entropy_torch.form(*part, factor_rows, smoothing, needs)
+            losses[rows], stats[:, rows], formed = torch_backend.form(*part, factor_rows, smoothing, needs)
         else:
-            losses[rows], stats[:, rows] = cross_entropy_torch.statistics(*part, smoothing)
+            losses[rows], stats[:, rows] = torch_backend.statistics(*part, smoothing)
         losses.masked_fill_(labels == ignore_index, 0)
     elif any(needs):
-        formed = cross_entropy_triton.gradients(
+        formed = triton_backend.gradients(
             x, weight, bias, labels, factor, smoothing, ignore_index, losses, stats, False, needs
         )
     elif x.shape[0]:
-        cross_entropy_triton.statistics(x, weight, bias, labels, smoothing, ignore_index, losses, stats, None)
+        triton_backend.statistics(x, weight, bias, labels, smoothing, ignore_index, losses, stats, None)
     gradients = _placed(formed, (x, weight, bias), rows)
     if not reduce:
         return losses, stats, *gradients
@@ -137,70 +148,62 @@ def _forward(x, weight, bias, labels, factor, smoothing, ignore_index, reduce, f
     return losses.sum(), stats, *gradients
 
 
-def _forward_fake(x, weight, bias, labels, factor, smoothing, ignore_index, reduce, form_x, form_weight, form_bias):
+def _forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, reduce: bool, form_x: bool, form_weight: bool, form_bias: bool
+) -> tuple[Tensor, ...]:
     compute = torch.promote_types(x.dtype, torch.float32)
     value = x.new_empty(() if reduce else x.shape[:1], dtype=compute)
     stats = x.new_empty((2, x.shape[0]), dtype=compute)
-    return value, stats, *_gradients_fake(x, weight, bias, form_x, form_weight, form_bias)
+    return value, stats, *_backward_fake(x, weight, bias, form_x, form_weight, form_bias)
 
 
-def _gradients_fake(x, weight, bias, need_x, need_weight, need_bias):
-    return tuple(
-        t.new_empty(t.shape if needed else 0) for t, needed in ((x, need_x), (weight, need_weight), (bias, need_bias))
-    )
-
-
-def _backward(dlosses, stats, x, weight, bias, labels, smoothing, ignore_index, need_x, need_weight, need_bias):
+def _backward(
+    dlosses: Tensor,
+    stats: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    smoothing: float,
+    ignore_index: int,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias, labels = (t.contiguous() for t in (x, weight, bias, labels))
     dlosses = dlosses.to(stats.dtype).contiguous()
     needs, rows = (need_x, need_weight, need_bias), None
-    backend = dispatch.choose("cross_entropy", x.device, lambda name: supports(name, x))
+    backend = OP.choose(x)
     if backend == "torch":
         rows, x_rows, targets, factor = _packed(x, labels, dlosses, ignore_index)
         part = x_rows, weight, bias, targets
-        formed = cross_entropy_torch.backward(*part, stats[:, rows], factor, smoothing, needs)
+        formed = torch_backend.backward(*part, stats[:, rows], factor, smoothing, needs)
     else:
-        formed = cross_entropy_triton.gradients(
+        formed = triton_backend.gradients(
             x, weight, bias, labels, dlosses, smoothing, ignore_index, None, stats, True, needs
         )
     return _placed(formed, (x, weight, bias), rows)
 
 
-def _backward_fake(dlosses, stats, x, weight, bias, labels, smoothing, ignore_index, need_x, need_weight, need_bias):
-    return _gradients_fake(x, weight, bias, need_x, need_weight, need_bias)
+def _backward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, ...]:
+    return tuple(
+        t.new_empty(t.shape if needed else 0) for t, needed in ((x, need_x), (weight, need_weight), (bias, need_bias))
+    )
 
 
-def _scale_in_place(gradient, factor) -> None:
-    backend = dispatch.choose("cross_entropy", gradient.device, lambda name: supports(name, gradient))
+def _scale_in_place(gradient: Tensor, factor: Tensor) -> None:
+    backend = OP.choose(gradient)
     if backend == "triton":
-        cross_entropy_triton.scale(gradient, factor)
+        triton_backend.scale(gradient, factor)
         # what torch's own operators do when they change a tensor
         torch.autograd.graph.increment_version(gradient)
     elif gradient.is_cuda or factor.item() != 1:
         gradient.mul_(factor)
 
 
-_linear_cross_entropy = dispatch.define(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor bias, Tensor labels, Tensor? factor, float smoothing,"
-    " int ignore_index, bool reduce, bool form_x, bool form_weight, bool form_bias)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-_linear_cross_entropy_backward = dispatch.define(
-    "linear_cross_entropy_backward(Tensor dlosses, Tensor stats, Tensor x, Tensor weight, Tensor bias, Tensor labels,"
-    " float smoothing, int ignore_index, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-_scale_ = dispatch.define(
-    "linear_cross_entropy_scale_(Tensor(a!) gradient, Tensor factor) -> ()",
-    _scale_in_place,
-    lambda gradient, factor: None,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, weight, bias, labels, factor, smoothing, ignore_index, reduce, *form = inputs
     _, stats, *gradients = output
     ctx.mark_non_differentiable(stats, *gradients)
@@ -233,7 +236,7 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient
 
 
-def _autograd(ctx, dvalue, *_):
+def _autograd(ctx: Any, dvalue: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dvalue is None:
         return (None,) * 11
     if torch.is_grad_enabled():
@@ -255,7 +258,9 @@ def _autograd(ctx, dvalue, *_):
     return *(t if needed else None for t, needed in zip(gradients, needs, strict=True)), *(None,) * 8
 
 
-dispatch.register_backward("linear_cross_entropy", _setup_context, _autograd)
+_linear_cross_entropy = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_linear_cross_entropy_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
+_scale_ = OP.register(_scale_in_place, fake=lambda: None, suffix="_scale_", mutates=("gradient",))
 
 
 # the public function
@@ -266,11 +271,19 @@ def _formed_in_forward(x: Tensor, V: int, reduce: bool, needs: tuple[bool, bool,
     if needs == (True, False, False):
         return True
     # summed over chunks of rows, a low-precision dW needs a copy in fp32: on a CPU larger than the logits once were
-    in_place = x.dtype in (torch.float32, torch.float64) or x.shape[0] * V <= cross_entropy_torch.ROW_CHUNK_ELEMENTS
+    in_place = x.dtype in (torch.float32, torch.float64) or x.shape[0] * V <= torch_backend.ROW_CHUNK_ELEMENTS
     return any(needs) and reduce and (x.is_cuda or in_place)
 
 
-def _check(x, weight, bias, labels, label_smoothing, reduction, row_weights) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    label_smoothing: float,
+    reduction: str,
+    row_weights: Tensor | None,
+) -> None:
     if (
         x.dim() != 2
         or weight.dim() != 2
@@ -341,7 +354,7 @@ def linear_cross_entropy(
     if bias is None:
         bias = weight.new_zeros(weight.shape[:1])
     _check(x, weight, bias, labels, label_smoothing, reduction, row_weights)
-    if dispatch.asked() == "reference":
+    if OP.route(x) == "reference":
         return linear_cross_entropy_reference(
             x,
             weight,
@@ -365,6 +378,3 @@ def linear_cross_entropy(
         # an ignored row's loss is 0, whatever its weight
         value = (value * row_weights).masked_fill(labels == ignore_index, 0)
     return value
-
-
-kernel_cases = cross_entropy_triton.kernel_cases

@@ -3,36 +3,34 @@
 import torch
 from torch import Tensor
 
-from prismer.kernels import dispatch, matmul
+from prismer.kernels import matmul
 from prismer.kernels.cross_entropy.triton_backend import add_product, pieces
+from prismer.kernels.dispatch import TORCH, Backend, Op
 
-_CHUNK_ELEMENTS = 2**21
 # logits of a chunk of vocabulary: in fp32 they stay in the cache of a CPU, and exp costs what it computes, not moves
-ROW_CHUNK_ELEMENTS = 2**23
+_CHUNK_ELEMENTS = 2**21
 # logits of a chunk of rows, each row whole: 166 rows of RoBERTa's vocabulary; fewer would wait for W from memory
+ROW_CHUNK_ELEMENTS = 2**23
 _BLOCK_ROWS = 2048
 
-
-def _serves(backend: str, x: Tensor) -> str | None:
-    """None if `backend` takes the statistics of logits of rows like those of `x`, else the reason why not."""
-    if backend == "native" and x.dtype == torch.float64:
-        return "native logit_statistics computes in fp32, and x is float64"
-    return None
+NATIVE = Backend(name="native", devices=("cpu",), float64=False)
+# a part of this backend: the statistics of one chunk of logits
+STATISTICS = Op(name="logit_statistics", reference=None, backends=(NATIVE, TORCH))
 
 
 class _Scratch:
     """Memory for one chunk of logits, in fp32 (float64 for float64), and in the dtype of the product."""
 
-    def __init__(self, x: Tensor, size: int):
-        if matmul.on_onednn(x):
-            # it gives no product into memory that is there
-            size = 0
+    def __init__(self, x: Tensor, size: int) -> None:
+        # oneDNN gives no product into memory that is there
+        self.in_place = not matmul.on_onednn(x)
+        size = size if self.in_place else 0
         self.wide = x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
         self.low = self.wide if self.wide.dtype == x.dtype else x.new_empty(size)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x weight^T, in the dtype of x."""
-        if matmul.on_onednn(x):
+        if not self.in_place:
             return matmul.linear(x, weight)
         shape = x.shape[0], weight.shape[0]
         return torch.mm(x, weight.t(), out=self.low[: shape[0] * shape[1]].view(shape))
@@ -65,7 +63,7 @@ def _subtract_targets(dz: Tensor, targets: Tensor, columns: slice, smoothing: fl
     return dz.scatter_add_(1, local, (inside.to(dz.dtype) * (smoothing - 1))[:, None])
 
 
-def statistics(x, weight, bias, targets, smoothing):
+def statistics(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """Losses and (2, R) statistics by chunks of the vocabulary; every row counts."""
     R, V = x.shape[0], weight.shape[0]
     row_blocks = pieces(R, min(_BLOCK_ROWS, _CHUNK_ELEMENTS))
@@ -74,7 +72,7 @@ def statistics(x, weight, bias, targets, smoothing):
     scratch = _Scratch(x, BR * min(BV, V))
     state = scratch.wide.new_zeros(R, 4)
     state[:, 0] = -torch.inf
-    backend = dispatch.choose("logit_statistics", x.device, lambda name: _serves(name, x))
+    backend = STATISTICS.choose(x)
     for columns in pieces(V, BV):
         for rows in row_blocks:
             part = bias[columns], targets[rows], columns, state[rows]
@@ -92,7 +90,7 @@ def statistics(x, weight, bias, targets, smoothing):
     return losses, torch.stack((top, log_sum))
 
 
-def _add_statistics(z, targets, columns, state) -> None:
+def _add_statistics(z: Tensor | None, targets: Tensor, columns: slice, state: Tensor) -> None:
     """Take a chunk of logits, which it overwrites, into (R, 4): largest, sum of exp(z - largest), target's, sum."""
     top, exp_sum, picked, total = state.unbind(1)
     local, inside = _column(targets, columns)
@@ -106,7 +104,16 @@ def _add_statistics(z, targets, columns, state) -> None:
     top.copy_(higher)
 
 
-def backward(x, weight, bias, targets, stats, factor, smoothing, needs):
+def backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    factor: Tensor,
+    smoothing: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight and dbias as `needs` says, with the chunks of `statistics`; every row counts."""
     R, V = x.shape[0], weight.shape[0]
     row_blocks = pieces(R, min(_BLOCK_ROWS, _CHUNK_ELEMENTS))
@@ -142,7 +149,15 @@ def backward(x, weight, bias, targets, stats, factor, smoothing, needs):
     return dx, dweight, dbias
 
 
-def form(x, weight, bias, targets, factor, smoothing, needs):
+def form(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    factor: Tensor | None,
+    smoothing: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """Losses, statistics and gradients by chunks of rows, the logits formed once; every row counts."""
     (R, D), V = x.shape, weight.shape[0]
     chunks = pieces(R, max(ROW_CHUNK_ELEMENTS // V, 1))

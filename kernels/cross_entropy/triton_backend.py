@@ -227,7 +227,17 @@ def _split_tiles(BV: int) -> int:
     return 1024 // BV
 
 
-def statistics(x, weight, bias, labels, smoothing, ignore_index, losses, stats, z) -> None:
+def statistics(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    smoothing: float,
+    ignore_index: int,
+    losses: Tensor,
+    stats: Tensor,
+    z: Tensor | None,
+) -> None:
     """Losses and statistics of some rows; with `z`, a buffer for their logits, these are left there."""
     (R, D), V = x.shape, weight.shape[0]
     tiles = _tiles(x.dtype)
@@ -266,7 +276,19 @@ def statistics(x, weight, bias, labels, smoothing, ignore_index, losses, stats, 
     )
 
 
-def _dz(x, weight, bias, labels, stats, factor, smoothing, ignore_index, again, z, dbias) -> None:
+def _dz(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    factor: Tensor | None,
+    smoothing: float,
+    ignore_index: int,
+    again: bool,
+    z: Tensor,
+    dbias: Tensor | None,
+) -> None:
     """Fill the buffer `z` with dz of some rows, from the logits there or `again` from x, and add to `dbias`."""
     (R, D), V = x.shape, weight.shape[0]
     tiles = _tiles(x.dtype, dot=again)
@@ -298,7 +320,19 @@ def _dz(x, weight, bias, labels, stats, factor, smoothing, ignore_index, again, 
         dbias += sums.sum(0)
 
 
-def gradients(x, weight, bias, labels, factor, smoothing, ignore_index, losses, stats, again, needs):
+def gradients(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    factor: Tensor | None,
+    smoothing: float,
+    ignore_index: int,
+    losses: Tensor | None,
+    stats: Tensor,
+    again: bool,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight and dbias as `needs` says, by chunks of rows; unless `again`, losses and statistics on the way."""
     (R, D), V = x.shape, weight.shape[0]
     tiles = _tiles(x.dtype)

@@ -14,9 +14,12 @@ so a key costs its K s bytes once for up to 64 queries, where attention on repea
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 
+# keys and their values
+Pair = tuple[Tensor, Tensor]
 _LOG2_E = 1.4426950408889634
 
 
@@ -198,7 +201,8 @@ def _combine_tiles(K: int) -> dict[str, int]:
     return dict(BR=max(1, 1024 // BK), BK=BK, num_warps=4)
 
 
-def forward(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors, out) -> None:
+def forward(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors: Tensor, out: Tensor) -> None:
+    (shared_k, shared_v), (suffix_k, suffix_v) = shared, suffix
     R, H, Q, K = q.shape
     S, M, A = shared_k.shape[2], suffix_k.shape[2], ancestors.shape[2]
     splits = triton.cdiv(S, _KEYS)

@@ -9,13 +9,15 @@ from prismer.kernels.absorbed_projection import bmm, rows_of_images, steps, stor
 # the absorbed order on torch: on the CPU an image at a time
 
 
-def _mixture(mixed, share, gamma, beta, probs_z, query) -> Tensor:
+def _mixture(mixed: Tensor, share: Tensor, gamma: Tensor, beta: Tensor, probs_z: Tensor, query: Tensor) -> Tensor:
     """t of the module's docstring, (n, Q, D): gamma * mixed + beta * share + probs_z query."""
     total = (mixed.to(share.dtype) * gamma).addcmul_(share[..., None], beta.to(share.dtype))
     return torch.baddbmm(total.to(query.dtype), probs_z, query)
 
 
-def attend(a, query, x_hat, gamma, beta, keep, keep_mixed):
+def attend(
+    a: Tensor, query: Tensor, x_hat: Tensor, gamma: Tensor, beta: Tensor, keep: bool, keep_mixed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Absorbed queries (H, B * M, D) -> t of the same shape, and what the backward pass needs of it."""
     (B, M, D), L = query.shape, x_hat.shape[1]
     Q, compute = a.shape[0] * M, torch.promote_types(query.dtype, torch.float32)
@@ -38,7 +40,19 @@ def attend(a, query, x_hat, gamma, beta, keep, keep_mixed):
     return t, probs, share, mixed
 
 
-def attend_backward(a, dt, query, x_hat, gamma, beta, probs, share, mixed, needs, results):
+def attend_backward(
+    a: Tensor,
+    dt: Tensor,
+    query: Tensor,
+    x_hat: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    probs: Tensor,
+    share: Tensor,
+    mixed: Tensor,
+    needs: dict[str, bool],
+    results: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:
     """Gradients of `_attend`: fills those of query (its keys' part), x_hat and norm; returns da, and t again."""
     (B, M, D), L, Q = query.shape, x_hat.shape[1], probs.shape[1]
     compute = torch.promote_types(query.dtype, torch.float32)
@@ -96,7 +110,9 @@ def _normed(x_hat: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     return torch.addcmul(beta, x_hat, gamma).to(x_hat.dtype)
 
 
-def ordinary_forward(query, x_hat, gamma, beta, weight, bias, H, keep):
+def ordinary_forward(
+    query: Tensor, x_hat: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor, H: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, M, D), L = query.shape, x_hat.shape[1]
     scale, w_kv = (D // H) ** -0.5, weight[D:]
     q = matmul.linear(query.view(-1, D), weight[:D], bias[:D]).view(B, M, D)
@@ -120,7 +136,20 @@ def ordinary_forward(query, x_hat, gamma, beta, weight, bias, H, keep):
     return out.add_(bias[2 * D :]), q, probs, kv
 
 
-def ordinary_backward(dy, query, x_hat, gamma, beta, weight, q, probs, kv, H, needs, results):
+def ordinary_backward(
+    dy: Tensor,
+    query: Tensor,
+    x_hat: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    q: Tensor,
+    probs: Tensor,
+    kv: Tensor,
+    H: int,
+    needs: dict[str, bool],
+    results: tuple[Tensor, ...],
+) -> None:
     (B, M, D), L = query.shape, x_hat.shape[1]
     scale, w_kv = (D // H) ** -0.5, weight[D:]
     dquery, dx_hat, dgamma, dbeta, dweight, dbias = results

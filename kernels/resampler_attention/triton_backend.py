@@ -19,6 +19,7 @@ Products are padded to tiles: scores and mix take 2 B ceil(Q / BQ) BQ W ceil(D /
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -418,7 +419,18 @@ def _scale(a: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     return scaled, offset
 
 
-def _scores(a, scaled, offset, query, x_hat, probs, factor, largest, sums, dprobs) -> None:
+def _scores(
+    a: Tensor,
+    scaled: Tensor,
+    offset: Tensor,
+    query: Tensor,
+    x_hat: Tensor,
+    probs: Tensor,
+    factor: Tensor | None,
+    largest: Tensor | None,
+    sums: Tensor,
+    dprobs: Tensor | None,
+) -> None:
     sizes = _sizes(query, x_hat, a.shape[0])
     tiles = _tiles("scores", sizes[4], sizes[3], a.element_size())
     _scores_kernel[(sizes[-1], triton.cdiv(sizes[4], tiles["BQ"]), sizes[0])](
@@ -438,7 +450,20 @@ def _scores(a, scaled, offset, query, x_hat, probs, factor, largest, sums, dprob
     )
 
 
-def _mix(mode, probs, factor, dprobs, delta, query, x_hat, gamma, beta, share, mixed, t) -> None:
+def _mix(
+    mode: int,
+    probs: Tensor,
+    factor: Tensor,
+    dprobs: Tensor | None,
+    delta: Tensor | None,
+    query: Tensor,
+    x_hat: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    share: Tensor,
+    mixed: Tensor,
+    t: Tensor,
+) -> None:
     sizes = _sizes(query, x_hat, t.shape[0])
     tiles = _tiles("mix", sizes[4], sizes[3], t.element_size())
     _mix_kernel[(triton.cdiv(sizes[3], tiles["BD"]), triton.cdiv(sizes[4], tiles["BQ"]), sizes[0])](
@@ -480,7 +505,18 @@ def attend(
 
 
 def attend_backward(
-    a, dt, query, x_hat, gamma, beta, probs, factor, share, mixed, needs, results
+    a: Tensor,
+    dt: Tensor,
+    query: Tensor,
+    x_hat: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    probs: Tensor,
+    factor: Tensor,
+    share: Tensor,
+    mixed: Tensor,
+    needs: dict[str, bool],
+    results: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `attend`: fills those of query (its keys' part), x_hat and norm; returns da, and t again.
 
@@ -521,20 +557,20 @@ def attend_backward(
 
 
 def _case(
-    cases,
-    model,
-    shape,
-    widths,
-    all_integers,
-    name,
-    kernel,
-    kind,
-    kinds,
-    constants,
-    flops,
-    bytes,
-    integers=None,
-    **options,
+    cases: list[KernelCase],
+    model: str,
+    shape: str,
+    widths: tuple[int, int],
+    all_integers: dict[str, str],
+    name: str,
+    kernel: Any,
+    kind: str,
+    kinds: dict[str, str],
+    constants: dict[str, Any],
+    flops: int,
+    bytes: int,
+    integers: dict[str, str] | None = None,
+    **options: Any,
 ) -> None:
     """One line of `kernel_cases`: pointers that are not in `kinds` are None, as this launch leaves them."""
     tiles, integers = _tiles(kind, *widths, 2), integers or all_integers

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prismer.kernels import dispatch
+from prismer.kernels import dispatch, linear, matmul
+from prismer.kernels import mlp as mlp_op
 from prismer.kernels.attention import attention
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 from prismer.kernels.linear import linears
@@ -95,10 +96,25 @@ def test_on_host():
     seen = []
     torch.func.grad(lambda t: seen.append(dispatch.on_host(t)) or t.sum())(x)
     assert seen == [False]
+
+
+@pytest.mark.parametrize("op", (op_linears, op_mlp), ids=lambda f: f.__name__)
+def test_a_weight_that_zero_partitions_is_left_to_the_op(op, monkeypatch):
+    """torch's own layers would save a view of it, which keeps it gathered."""
+    call, (x, *_) = op()
+    monkeypatch.setattr(matmul, "on_onednn", lambda x: False)
+    routes = []
+    route = dispatch.Op.route
+    monkeypatch.setattr(dispatch.Op, "route", lambda *args: routes.append(route(*args)) or routes[-1])
+    call()
+    monkeypatch.setattr(linear, "is_partitioned", lambda weight: True)
+    monkeypatch.setattr(mlp_op, "is_partitioned", lambda weight: True)
+    call()
+    assert routes == ["host", "op"]
     weight = torch.randn(3)
-    assert dispatch.on_host(x, weight)
+    assert not dispatch.is_partitioned(weight)
     weight.ds_id = 1  # DeepSpeed's mark
-    assert not dispatch.on_host(x, weight)
+    assert dispatch.is_partitioned(weight)
 
 
 def test_compiled_calls_are_the_op():
