@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from prismer.kernels import matmul
-from prismer.kernels.absorbed_projection import absorb, absorb_weight, release
+from prismer.kernels.absorbed_projection import context_to_heads, heads_to_context, weight_gradient
 from prismer.kernels.dispatch import TORCH, TRITON, Op
 from prismer.kernels.layer_norm import layer_norm
 from prismer.kernels.resampler_attention import torch_backend, triton_backend
@@ -134,13 +134,13 @@ def _absorbed_forward(
     (B, M, D), scale = query.shape, (query.shape[2] // H) ** -0.5
     w_q, w_k, w_v = weight.view(3, D, D)
     q = matmul.linear(query.view(-1, D), w_q, bias[:D])
-    a, factor = absorb(q, w_k, H, scale), None
+    a, factor = heads_to_context(q, w_k, H, scale), None
     if triton:
         t, probs, factor, share, mixed = triton_backend.attend(a, query, x_hat, gamma, beta, keep_mixed)
     else:
         t, probs, share, mixed = torch_backend.attend(a, query, x_hat, gamma, beta, keep, keep_mixed)
     # the probabilities of a query sum to one, so b_v passes through
-    out = release(t, w_v, 1.0).add_(bias[2 * D :])
+    out = context_to_heads(t, w_v, 1.0).add_(bias[2 * D :])
     return out.view(B, M, D), q.view(B, M, D), probs, factor, share, mixed
 
 
@@ -164,7 +164,7 @@ def _absorbed_backward(
     w_q, w_k, w_v = weight.view(3, D, D)
     rows, q, dy = query.view(-1, D), q.view(-1, D), dy.view(-1, D)
     dquery, _, _, _, dweight, dbias = results
-    a, dt = absorb(q, w_k, H, scale), absorb(dy, w_v, H, 1.0)
+    a, dt = heads_to_context(q, w_k, H, scale), heads_to_context(dy, w_v, H, 1.0)
     if factor.numel():
         da, t = triton_backend.attend_backward(
             a, dt, query, x_hat, gamma, beta, probs, factor, share, mixed, needs, results
@@ -172,14 +172,14 @@ def _absorbed_backward(
     else:
         da, t = torch_backend.attend_backward(a, dt, query, x_hat, gamma, beta, probs, share, mixed, needs, results)
     if needs["query"] or needs["in_proj_weight"] or needs["in_proj_bias"]:
-        dq = release(da, w_k, scale)
+        dq = context_to_heads(da, w_k, scale)
     if needs["query"]:
         dquery = dquery.view(-1, D)
         dquery += matmul.mm(dq, w_q)
     if needs["in_proj_weight"]:
         dweight[:D] = matmul.mm(dq.T, rows)
-        absorb_weight(q, da, scale, dweight[D : 2 * D])
-        absorb_weight(dy, t, 1.0, dweight[2 * D :])
+        weight_gradient(q, da, scale, dweight[D : 2 * D])
+        weight_gradient(dy, t, 1.0, dweight[2 * D :])
     if needs["in_proj_bias"]:
         torch_backend.bias_gradient(dq, dy, dbias)
 

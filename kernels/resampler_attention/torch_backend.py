@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from prismer.kernels import matmul
-from prismer.kernels.absorbed_projection import bmm, rows_of_images, steps, store_rows
+from prismer.kernels.absorbed_projection import bmm, image_slices, put_images, take_images
 
 # the absorbed order on torch: on the CPU an image at a time
 
@@ -25,8 +25,8 @@ def attend(
     share = query.new_empty(B if keep_mixed else 0, Q, dtype=compute)
     mixed = query.new_empty(B if keep_mixed else 0, Q, D)
     t, beta = torch.empty_like(a), beta.to(compute)
-    for images in steps(query):
-        u, x, a_here = query[images], x_hat[images], rows_of_images(a, B, images)
+    for images in image_slices(query):
+        u, x, a_here = query[images], x_hat[images], take_images(a, B, images)
         scores = u.new_empty(len(u), Q, M + L)
         bmm(a_here, u.mT, out=scores[..., :M])
         # the offset of the inputs is taken from the few latents: a softmax does not see what all keys share
@@ -36,7 +36,7 @@ def attend(
         mixed_here, share_here = bmm(p[..., M:], x), p[..., M:].sum(-1, dtype=compute)
         if keep_mixed:
             mixed[images], share[images] = mixed_here, share_here
-        store_rows(_mixture(mixed_here, share_here, gamma, beta, p[..., :M], u), t, B, images)
+        put_images(_mixture(mixed_here, share_here, gamma, beta, p[..., :M], u), t, B, images)
     return t, probs, share, mixed
 
 
@@ -58,9 +58,9 @@ def attend_backward(
     compute = torch.promote_types(query.dtype, torch.float32)
     dquery, dx_hat, dgamma, dbeta, _, _ = results
     da, t = torch.empty_like(a), torch.empty_like(a if needs["in_proj_weight"] else a[:0])
-    for images in steps(query):
+    for images in image_slices(query):
         u, x, p = query[images], x_hat[images], probs[images]
-        pair = torch.cat([rows_of_images(a, B, images), rows_of_images(dt, B, images)], dim=1)
+        pair = torch.cat([take_images(a, B, images), take_images(dt, B, images)], dim=1)
         scaled = (pair * gamma).to(u.dtype)
         # gradients of scores over probabilities: the keys' gradient contracts them with (a, dt) in one product
         both = u.new_empty(len(u), 2 * Q, M + L)
@@ -78,7 +78,7 @@ def attend_backward(
         if any(needs[name] for name in needs if name != "x_hat"):
             mixed_da = bmm(dscores[..., M:], x)
             share_da = dscores[..., M:].sum(-1, dtype=compute)
-            store_rows(_mixture(mixed_da, share_da, gamma, beta, dscores[..., :M], u), da, B, images)
+            put_images(_mixture(mixed_da, share_da, gamma, beta, dscores[..., :M], u), da, B, images)
         if needs["norm"]:
             products = (mixed_da.to(compute) * pair[:, :Q]).addcmul_(mixed[images].to(compute), pair[:, Q:].to(compute))
             dgamma += products.sum((0, 1))
@@ -86,7 +86,7 @@ def attend_backward(
             dbeta += torch.mv(pair.to(compute).view(-1, D).T, weights)
         if needs["in_proj_weight"]:
             again = _mixture(mixed[images], share[images], gamma, beta, p[..., :M], u)
-            store_rows(again, t, B, images)
+            put_images(again, t, B, images)
     return da, t
 
 
@@ -121,7 +121,7 @@ def ordinary_forward(
     kv[B * M :] = matmul.linear(_normed(x_hat, gamma, beta).view(-1, D), w_kv)
     kv_z, kv_x = kv[: B * M].view(B, M, 2 * D), kv[B * M :].view(B, L, 2 * D)
     probs, out = q.new_empty(B if keep else 0, H * M, M + L), torch.empty_like(query)
-    for images in steps(query):
+    for images in image_slices(query):
         q_here = _split_heads(q[images], H)
         k_z, v_z, k_x, v_x = (_split_heads(t, H) for kv in (kv_z, kv_x) for t in kv[images].chunk(2, 2))
         scores = q.new_empty(len(q_here), M, M + L)
@@ -159,7 +159,7 @@ def ordinary_backward(
     dkv = torch.empty_like(kv if need_dkv else kv[:0])
     dparts = [t.view(B, -1, 2 * D) for t in (dkv[: B * M], dkv[B * M :])] if need_dkv else []
     dq = torch.empty_like(q if need_dq else q[:0])
-    for images in steps(query):
+    for images in image_slices(query):
         n = len(query[images])
         q_here, do = (_split_heads(t[images], H) for t in (q, dy))
         p = probs[images].view(n * H, M, M + L)
@@ -184,7 +184,7 @@ def ordinary_backward(
         dx = matmul.mm(dkv_x, w_kv)
     if needs["norm"]:
         # in chunks of an image, so that the products in fp32 stay small
-        for images in steps(query):
+        for images in image_slices(query):
             dx_here = dx.view(B, L, D)[images].to(dgamma.dtype)
             dgamma += (dx_here * x_hat[images]).sum((0, 1))
             dbeta += dx_here.sum((0, 1))

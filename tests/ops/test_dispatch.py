@@ -251,6 +251,11 @@ def test_native_comes_before_triton_and_triton_before_torch(name):
     assert names == [name for name in ("native", "triton", "torch") if name in names]
 
 
+def test_the_order_of_attention_puts_other_libraries_first_on_a_gpu():
+    names = [backend.name for backend in OPS["attention"].backends]
+    assert names == ["flash-attn", "native", "sdpa", "triton", "xformers", "torch"]
+
+
 def test_every_op_of_the_folder_is_found():
     found = set()
     for path in Path(dispatch.__file__).parent.rglob("*.py"):

@@ -12,7 +12,7 @@ from prismer.kernels.cross_entropy import linear_cross_entropy, linear_cross_ent
 from prismer.kernels.dispatch import use_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-pytest.importorskip("native_sets")  # skips where the extension was not built
+pytest.importorskip("tests.ops.native_sets")  # skips where the extension was not built
 
 ops = torch.ops.prismer_native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
