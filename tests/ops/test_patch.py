@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from prismer.kernels import patch
-from prismer.kernels.patch import Rule, apply_to, is_patched, restore
+from prismer.kernels.patch import Rule, apply_to, core, is_patched, restore
 from tests.ops.patched import assert_same, enlarge, step
 
 B, T, D = 2, 7, 32
@@ -108,8 +107,8 @@ def refused(model, match, error=ValueError, **options):
 
 def test_refusals():
     refused(tower(), "unknown part 'norms'; choose from layer_norm, mlp", which="norms")
-    refused(nn.Sequential(nn.Linear(D, D)), "Sequential holds no module that is known here .* call the ops directly")
-    refused(tower(), "holds no module that is known here for resampler", which="resampler")
+    refused(nn.Sequential(nn.Linear(D, D)), "Sequential holds no supported module .* call the ops directly")
+    refused(tower(), "holds no supported module for resampler", which="resampler")
     with pytest.raises(TypeError, match="model is a dict; pass the nn.Module itself"):
         apply_to({})
 
@@ -117,8 +116,8 @@ def test_refusals():
 def test_patched_already():
     model = tower()
     report = apply_to(model, "mlp")
-    refused(model, r"blocks.0 runs on fused ops already; call undo\(\) of its report first, or restore\(model\)")
-    refused(nn.ModuleList([nn.LayerNorm(D), model]), "1.blocks.0 runs on fused ops already")
+    refused(model, r"blocks.0 is patched already; call undo\(\) of its report first, or restore\(model\)")
+    refused(nn.ModuleList([nn.LayerNorm(D), model]), "1.blocks.0 is patched already")
     report.undo()
     assert len(apply_to(model).replaced) == 7
 
@@ -167,8 +166,8 @@ KEPT = {
     "no norm": (swap("blocks.0.ln_2", nn.Identity()), "its ln_2 is a Identity"),
     "tanh": (swap("blocks.0.mlp.gelu", nn.GELU("tanh")), r"its activation GELU\(approximate='tanh'\) has no fused op"),
     "relu": (swap("blocks.0.mlp.gelu", nn.ReLU()), r"its activation ReLU\(\) has no fused op"),
-    "wide norm": (swap("norm", nn.LayerNorm((T, D))), "it normalises 2 dimensions, the fused one the last alone"),
-    "long norm": (swap("norm", nn.LayerNorm(65537)), "it normalises 65537 numbers, the fused one 65536 at most"),
+    "wide norm": (swap("norm", nn.LayerNorm((T, D))), "it normalises 2 dimensions, and the fused norm only the last"),
+    "long norm": (swap("norm", nn.LayerNorm(65537)), "it normalises 65537 numbers, and the fused norm at most 65536"),
     "bias_k": (swap("blocks.0.attn", nn.MultiheadAttention(D, 4, batch_first=True, add_bias_kv=True)), "it has bias_k"),
     "longer mlp": (lambda m: m.blocks[0].mlp.add_module("drop", nn.Dropout()), "its mlp is not c_fc, gelu, c_proj"),
 }
@@ -182,7 +181,8 @@ def test_kept(name):
     change(model)
     # a module of another dtype keeps all that contain it
     count = "2" if name == "float8" else "1"
-    refused(model, f"has to be kept: {reason}.*; {count} modules in all; leave strict out", strict=True)
+    match = f"cannot be replaced: {reason}.*; {count} of .* modules have to be kept; leave strict out"
+    refused(model, match, strict=True)
     report = apply_to(model)
     (kept, *_) = [row for row in report.rows if row.reason]
     assert not is_patched(model.get_submodule(kept.name)) and "kept: " in str(report)
@@ -212,8 +212,8 @@ class Guarded(nn.LayerNorm):
 
 
 def test_a_failure_halfway_changes_nothing(monkeypatch):
-    rules = (*patch.all_rules(), Rule("layer_norm", f"{__name__}.Guarded", {"forward": lambda self, x: x}))
-    monkeypatch.setattr(patch, "all_rules", lambda: rules)
+    rules = (*core.RULES, Rule("layer_norm", f"{__name__}.Guarded", {"forward": lambda self, x: x}))
+    monkeypatch.setattr(core, "RULES", rules)
     refused(nn.Sequential(tower(), Guarded(D), nn.LayerNorm(D)), "no", error=TypeError)
 
 
@@ -367,7 +367,7 @@ def test_zero_gathers_what_reads_its_children():
 def test_every_rule_names_a_class_that_exists():
     """With the methods that it replaces: a package that moves one of them is noticed here."""
     missing = []
-    for rule in patch.all_rules():
+    for rule in core.RULES:
         package, _, kind = rule.target.rpartition(".")
         if "*" in rule.target:
             continue

@@ -203,7 +203,7 @@ def change(model, holder, name, how):
 
 
 def said(caught):
-    return [str(w.message) for w in caught if "was patched, and runs its own forward now" in str(w.message)]
+    return [str(w.message) for w in caught if "is patched but runs its original forward" in str(w.message)]
 
 
 @pytest.mark.parametrize(("layer", "how"), ROWS)
@@ -287,7 +287,7 @@ def test_activation(layer, how):
             act.register_forward_hook(lambda m, a, y: 2 * y)
         else:
             act.approximate = "tanh"
-    with pytest.warns(UserWarning, match="was patched, and runs its own forward now"):
+    with pytest.warns(UserWarning, match="is patched but runs its original forward"):
         got = step(patched, inputs)
     assert_same(got, step(plain, inputs))
 
@@ -360,7 +360,7 @@ def test_hooks_on_every_module():
         lambda m, a, y: 2 * y if isinstance(m, nn.Linear) else None
     )
     try:
-        with pytest.warns(UserWarning, match="hooks on every module are set"):
+        with pytest.warns(UserWarning, match="global module hooks are registered"):
             got = step(patched, inputs)
         assert_same(got, step(plain, inputs))
     finally:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prismer.kernels.patch import apply_to, restore
-from prismer.kernels.patch.loss import hands_on_logits
+from prismer.kernels.patch.loss import only_passes_logits_to_loss
 from tests.ops.patched import assert_no_worse, assert_same, enlarge, losses, step
 
 transformers = pytest.importorskip("transformers")
@@ -164,7 +164,7 @@ def test_no_logits(name, count_calls):
     position = dict(gpt2=8, roberta=7)[name]
     arguments = [inputs["input_ids"], *[None] * (position - 1), inputs["labels"]]
     torch.testing.assert_close(patched(*arguments).loss, expected[0])
-    assert not hasattr(patched.get_output_embeddings(), "prismer_task")
+    assert not hasattr(patched.get_output_embeddings(), "prismer_loss_arguments")
 
 
 @pytest.mark.parametrize("name", ("gpt2", "roberta", "llama"))
@@ -255,15 +255,15 @@ class Looks(Fits):
 
 
 def test_how_a_forward_is_read():
-    assert hands_on_logits(Fits, "lm_head") and not hands_on_logits(Fits, "head")
+    assert only_passes_logits_to_loss(Fits, "lm_head") and not only_passes_logits_to_loss(Fits, "head")
     for kind in (NoLoss, Twice, Scales, ScalesInPlace, ShiftsLabels, Looks):
-        assert not hands_on_logits(kind, "lm_head"), kind
+        assert not only_passes_logits_to_loss(kind, "lm_head"), kind
 
 
 def test_blip_has_a_loss_of_its_own():
     config = transformers.BlipTextConfig(**BERT, encoder_hidden_size=D, projection_dim=D)
     model = transformers.models.blip.modeling_blip_text.BlipTextLMHeadModel(config)
-    with pytest.raises(ValueError, match="has to be kept"):
+    with pytest.raises(ValueError, match="cannot be replaced"):
         apply_to(model, "loss", strict=True)
 
 

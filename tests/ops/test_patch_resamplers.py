@@ -362,7 +362,7 @@ def test_idefics2_takes_keywords_and_gives_dropout_back():
     torch.manual_seed(3)
     dropped = module(x, mask)
     torch.manual_seed(3)
-    assert torch.equal(dropped, module.prismer_class.forward(module, x, mask))
+    assert torch.equal(dropped, module.unpatched_class.forward(module, x, mask))
     module.eval()
     torch.testing.assert_close(module(x, mask), plain, rtol=1e-4, atol=1e-5)
 

@@ -302,7 +302,7 @@ def pair(name):
     plain = enlarge(build())
     patched = copy.deepcopy(plain)
     report = apply_to(patched, ("layer_norm", "mlp", "attention"))
-    kinds = {row.kind for row in report.rows if row.reason is None}
+    kinds = {row.class_name for row in report.rows if row.reason is None}
     assert kinds == expected, report
     return plain, patched, inputs()
 
