@@ -269,7 +269,7 @@ def test_head_rows_and_logits():
 def test_errors():
     with pytest.raises(ValueError, match="width 30 does not divide into 4 heads"):
         MultiheadAttention(30, 4)
-    with pytest.raises(ValueError, match="cannot take a context of width 24 beside 32; give names"):
+    with pytest.raises(ValueError, match="cannot take a context of width 24 beside 32; pass names"):
         MultiheadAttention(32, 4, context_width=24)
-    with pytest.raises(ValueError, match="takes the last dimension alone"):
+    with pytest.raises(ValueError, match="takes only one dimension, the last"):
         LayerNorm((3, 4))
