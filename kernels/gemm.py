@@ -158,20 +158,7 @@ def _launch(
     tiles = _tiles(M, N, a.dtype, activated is not None)
     num_m = triton.cdiv(M, tiles["BM"])
     partial = torch.empty(num_m, N, dtype=torch.float32, device=a.device) if sums else None
-    _gemm_kernel[(num_m * triton.cdiv(N, tiles["BN"]),)](
-        a,
-        b,
-        bias,
-        h,
-        residual,
-        c,
-        activated,
-        partial,
-        M,
-        N,
-        K,
-        *a.stride(),
-        *b.stride(),
+    flags = dict(
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         KEEP=h is not None and not differentiate,
@@ -182,8 +169,9 @@ def _launch(
         SQUARE_A=square_a,
         SQUARE_B=square_b,
         GROUP=_GROUP,
-        **tiles,
     )
+    pointers, strides = (a, b, bias, h, residual, c, activated, partial), (*a.stride(), *b.stride())
+    _gemm_kernel[(num_m * triton.cdiv(N, tiles["BN"]),)](*pointers, M, N, K, *strides, **flags, **tiles)
     return sum_groups(partial, sums) if sums else None
 
 

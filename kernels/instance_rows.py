@@ -154,22 +154,10 @@ def _forward_triton(
     x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, positions: Tensor | None, grid: int, out: Tensor
 ) -> None:
     (B, cells, D), tiles = x.shape, _FORWARD_TILES
-    N = B * cells
+    N, given = B * cells, dict(HAS_ROWS=rows is not None, HAS_POSITIONS=positions is not None)
+    sizes = N, ids.shape[1], len(table), D, grid
     _forward_kernel[(triton.cdiv(N, tiles["BN"]), triton.cdiv(D, tiles["BD"]))](
-        x,
-        ids,
-        table,
-        rows,
-        positions,
-        out,
-        N,
-        ids.shape[1],
-        len(table),
-        D,
-        grid,
-        HAS_ROWS=rows is not None,
-        HAS_POSITIONS=positions is not None,
-        **tiles,
+        x, ids, table, rows, positions, out, *sizes, **given, **tiles
     )
 
 

@@ -193,68 +193,29 @@ def _forward_triton(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    y: Tensor,
-    total: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    outputs: tuple[Tensor, ...],
 ) -> None:
     R, D = x.shape
     tiles = _tiles(D)
-    _forward_kernel[(triton.cdiv(R, tiles["BR"]),)](
-        x,
-        residual,
-        weight,
-        bias,
-        y,
-        total,
-        mean,
-        rstd,
-        R,
-        D,
-        eps,
-        HAS_RESIDUAL=residual is not None,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
-        **tiles,
-    )
+    given = dict(HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None)
+    _forward_kernel[(triton.cdiv(R, tiles["BR"]),)](x, residual, weight, bias, *outputs, R, D, eps, **given, **tiles)
 
 
 def _backward_triton(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    affine: bool,
-    dx: Tensor,
-) -> Tensor:
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, affine: bool
+) -> tuple[Tensor, Tensor]:
+    """dx, and the sums for the affine as one tensor (2, D)."""
     R, D = x.shape
     tiles = _tiles(D)
     P, blocks = _groups(R, tiles["BR"])
+    dx = torch.empty_like(x)
     partial = torch.empty(2, P if affine else 0, D, dtype=torch.float32, device=x.device)
-    _backward_kernel[(P,)](
-        dy,
-        dtotal,
-        x,
-        weight,
-        mean,
-        rstd,
-        dx,
-        partial[0],
-        partial[1],
-        R,
-        D,
-        blocks,
-        HAS_TOTAL=dtotal is not None,
-        HAS_WEIGHT=weight is not None,
-        AFFINE=affine,
-        **tiles,
-    )
+    given = dict(HAS_TOTAL=dtotal is not None, HAS_WEIGHT=weight is not None, AFFINE=affine)
+    _backward_kernel[(P,)](dy, dtotal, x, weight, mean, rstd, dx, *partial, R, D, blocks, **given, **tiles)
     sums = torch.empty(2, D if affine else 0, dtype=torch.float32, device=x.device)
     if affine:
         _sum_groups_kernel[(triton.cdiv(D, 64), 2)](partial, sums, P, D, BP=16, BD=64, num_warps=4)
-    return sums
+    return dx, sums
 
 
 # torch
@@ -307,10 +268,10 @@ def _forward(
         return _forward_torch(x, residual, weight, bias, eps)
     if backend == "native":
         return torch.ops.prismer_native.layer_norm(x, residual, weight, bias, eps)
-    y, total, mean, rstd = _forward_fake(x, residual)
+    outputs = _forward_fake(x, residual)
     if x.shape[0]:
-        _forward_triton(x, residual, weight, bias, eps, y, total, mean, rstd)
-    return y, total, mean, rstd
+        _forward_triton(x, residual, weight, bias, eps, outputs)
+    return outputs
 
 
 def _forward_fake(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -330,11 +291,10 @@ def _backward(
         dx, *sums = _backward_torch(dy, dtotal, x, weight, mean, rstd, affine)
     elif backend == "native":
         dx, *sums = torch.ops.prismer_native.layer_norm_backward(dy, dtotal, x, weight, mean, rstd, affine)
+    elif x.shape[0]:
+        dx, sums = _backward_triton(dy, dtotal, x, weight, mean, rstd, affine)
     else:
-        dx = torch.empty_like(x)
-        sums = torch.zeros(2, x.shape[1] if affine else 0, device=x.device)
-        if x.shape[0]:
-            sums = _backward_triton(dy, dtotal, x, weight, mean, rstd, affine, dx)
+        dx, sums = torch.empty_like(x), torch.zeros(2, x.shape[1] if affine else 0, device=x.device)
     # rounded once, here; both halves of Triton's one tensor are copied, since the outputs of an op may not share memory
     dtype = x.dtype if weight is None else weight.dtype
     return dx, *(part.to(dtype, copy=backend == "triton") for part in sums)

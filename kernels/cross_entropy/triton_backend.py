@@ -244,36 +244,13 @@ def statistics(
     each = _split_tiles(tiles["BV"])
     splits = triton.cdiv(V, each * tiles["BV"])
     partial = torch.empty(4, splits, R, dtype=torch.float32, device=x.device)
+    sizes = R, D, V, 0 if z is None else z.stride(0), ignore_index
     _statistics_kernel[(triton.cdiv(R, tiles["BR"]), splits)](
-        x,
-        weight,
-        bias,
-        labels,
-        *partial,
-        z,
-        R,
-        D,
-        V,
-        0 if z is None else z.stride(0),
-        ignore_index,
-        STORE=z is not None,
-        TILES=each,
-        **tiles,
+        x, weight, bias, labels, *partial, z, *sizes, STORE=z is not None, TILES=each, **tiles
     )
-    _combine_kernel[(triton.cdiv(R, 32),)](
-        *partial,
-        labels,
-        losses,
-        *stats,
-        R,
-        V,
-        splits,
-        smoothing,
-        ignore_index,
-        BR=32,
-        BS=triton.next_power_of_2(splits),
-        num_warps=4,
-    )
+    tiles = dict(BR=32, BS=triton.next_power_of_2(splits), num_warps=4)
+    sizes = R, V, splits, smoothing, ignore_index
+    _combine_kernel[(triton.cdiv(R, 32),)](*partial, labels, losses, *stats, *sizes, **tiles)
 
 
 def _dz(
@@ -296,26 +273,9 @@ def _dz(
     sums = None
     if dbias is not None:
         sums = torch.empty(grid[0], V, dtype=torch.float32, device=x.device)
-    _dz_kernel[grid](
-        x,
-        weight,
-        bias,
-        labels,
-        *stats,
-        factor,
-        z,
-        sums,
-        R,
-        D,
-        V,
-        z.stride(0),
-        smoothing,
-        ignore_index,
-        AGAIN=again,
-        HAS_FACTOR=factor is not None,
-        SUM_BIAS=dbias is not None,
-        **tiles,
-    )
+    sizes = R, D, V, z.stride(0), smoothing, ignore_index
+    flags = dict(AGAIN=again, HAS_FACTOR=factor is not None, SUM_BIAS=dbias is not None)
+    _dz_kernel[grid](x, weight, bias, labels, *stats, factor, z, sums, *sizes, **flags, **tiles)
     if dbias is not None:
         dbias += sums.sum(0)
 

@@ -213,31 +213,11 @@ def forward(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestor
     tiles = _tiles(Q, K, q.dtype)
     part = torch.empty(parts, R, H, Q, K, dtype=torch.float32, device=q.device)
     maximum, total = (part.new_empty(parts, R, H, Q) for _ in range(2))
+    strides = *q.stride()[:3], *shared_k.stride()[:3], *suffix_k.stride()[:3]
+    inputs = q, shared_k, shared_v, shared_mask.view(torch.uint8), suffix_k, suffix_v, ancestors
+    sizes = H, Q, S, M, A, splits, K**-0.5 * _LOG2_E
     _split_kernel[(R * H, triton.cdiv(Q, tiles["BQ"]), parts)](
-        q,
-        shared_k,
-        shared_v,
-        shared_mask.view(torch.uint8),
-        suffix_k,
-        suffix_v,
-        ancestors,
-        part,
-        maximum,
-        total,
-        *q.stride()[:3],
-        *shared_k.stride()[:3],
-        *suffix_k.stride()[:3],
-        H,
-        Q,
-        S,
-        M,
-        A,
-        splits,
-        K**-0.5 * _LOG2_E,
-        PER_QUERY=shared_mask.shape[1] > 1,
-        K=K,
-        KEYS=_KEYS,
-        **tiles,
+        *inputs, part, maximum, total, *strides, *sizes, PER_QUERY=shared_mask.shape[1] > 1, K=K, KEYS=_KEYS, **tiles
     )
     tiles = _combine_tiles(K)
     _combine_kernel[(triton.cdiv(R * H * Q, tiles["BR"]),)](part, maximum, total, out, R * H * Q, parts, K=K, **tiles)

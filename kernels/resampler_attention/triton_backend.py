@@ -18,7 +18,6 @@ Compulsory traffic of `attend` in bytes read and written, for numbers of s bytes
 Products are padded to tiles: scores and mix take 2 B ceil(Q / BQ) BQ W ceil(D / BD) BD FLOPs each.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -433,20 +432,9 @@ def _scores(
 ) -> None:
     sizes = _sizes(query, x_hat, a.shape[0])
     tiles = _tiles("scores", sizes[4], sizes[3], a.element_size())
+    pointers = a, scaled, offset, query, x_hat, probs, factor, largest, sums, dprobs
     _scores_kernel[(sizes[-1], triton.cdiv(sizes[4], tiles["BQ"]), sizes[0])](
-        a,
-        scaled,
-        offset,
-        query,
-        x_hat,
-        probs,
-        factor,
-        largest,
-        sums,
-        dprobs,
-        *sizes,
-        BACKWARD=dprobs is not None,
-        **tiles,
+        *pointers, *sizes, BACKWARD=dprobs is not None, **tiles
     )
 
 
@@ -466,22 +454,10 @@ def _mix(
 ) -> None:
     sizes = _sizes(query, x_hat, t.shape[0])
     tiles = _tiles("mix", sizes[4], sizes[3], t.element_size())
+    flags = dict(MODE=mode, STORE_MIXED=mode < 2 and mixed.numel() > 0)
+    pointers = probs, factor, dprobs, delta, query, x_hat, gamma, beta, share, mixed, t
     _mix_kernel[(triton.cdiv(sizes[3], tiles["BD"]), triton.cdiv(sizes[4], tiles["BQ"]), sizes[0])](
-        probs,
-        factor,
-        dprobs,
-        delta,
-        query,
-        x_hat,
-        gamma,
-        beta,
-        share,
-        mixed,
-        t,
-        *sizes,
-        MODE=mode,
-        STORE_MIXED=mode < 2 and mixed.numel() > 0,
-        **tiles,
+        *pointers, *sizes, **flags, **tiles
     )
 
 
@@ -556,151 +532,151 @@ def attend_backward(
     return da, t
 
 
-def _case(
-    cases: list[KernelCase],
-    model: str,
-    shape: str,
-    widths: tuple[int, int],
-    all_integers: dict[str, str],
-    name: str,
-    kernel: Any,
-    kind: str,
-    kinds: dict[str, str],
-    constants: dict[str, Any],
-    flops: int,
-    bytes: int,
-    integers: dict[str, str] | None = None,
-    **options: Any,
-) -> None:
-    """One line of `kernel_cases`: pointers that are not in `kinds` are None, as this launch leaves them."""
-    tiles, integers = _tiles(kind, *widths, 2), integers or all_integers
-    warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-    left_out = {n: None for n in kernel.arg_names if n.startswith("p_") and n not in kinds}
-    case = KernelCase(
-        name=f"{model} {name}",
-        kernel=kernel,
-        signature=kinds | integers,
-        flops=flops,
-        bytes=bytes,
-        shape=shape,
-        constants=left_out | constants | tiles,
-        num_warps=warps,
-        num_stages=stages,
-        divisible=tuple(n for n in integers if n in ("D", "M", "Q")),
-        **options,
+def _cases(model: str, L: int, D: int) -> list[KernelCase]:
+    """The cases of one model, with L inputs of width D."""
+    cases = []
+    B, M, H = 8, 64, 8
+    Q, (NZ, NX) = H * M, blocks_of(M, L)
+    NB, bf16, fp32 = NZ + NX, "*bf16", "*fp32"
+    rows, keys, number = B * Q * D * 2, B * (M + L) * D * 2, 4 * B * Q
+    tiles, product = B * Q * NB * BLOCK * 2, 2 * B * Q * (M + L) * D
+    groups, _ = _groups(B * Q)
+    integers = {name: "i32" for name in ("B", "M", "L", "D", "Q", "NZ", "NB")}
+
+    shape = f"{model}, 8 images, 512 absorbed queries x {M + L} keys x {D}, bf16"
+
+    def case(
+        name: str,
+        kernel: Any,
+        kind: str,
+        kinds: dict,
+        constants: dict,
+        flops: int,
+        bytes: int,
+        integers: dict = integers,
+        **options: Any,
+    ) -> None:
+        """Add a case; pointers that are not in `kinds` are None, as this launch leaves them."""
+        tiles = _tiles(kind, Q, D, 2)
+        warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
+        left_out = {n: None for n in kernel.arg_names if n.startswith("p_") and n not in kinds}
+        cases.append(
+            KernelCase(
+                name=f"{model} {name}",
+                kernel=kernel,
+                signature=kinds | integers,
+                flops=flops,
+                bytes=bytes,
+                shape=shape,
+                constants=left_out | constants | tiles,
+                num_warps=warps,
+                num_stages=stages,
+                divisible=tuple(n for n in integers if n in ("D", "M", "Q")),
+                **options,
+            )
+        )
+
+    inputs = dict(p_query=bf16, p_x=bf16)
+    affine = dict(p_gamma=bf16, p_beta=bf16)
+    case(
+        "scale",
+        _scale_kernel,
+        "rows",
+        dict(p_a=bf16, **affine, p_scaled=bf16, p_offset=fp32),
+        {},
+        2 * rows,
+        2 * rows + 4 * D + number,
+        integers=dict(R="i32", D="i32"),
     )
-    cases.append(case)
+    forward = dict(p_a=bf16, p_scaled=bf16, p_offset=fp32, **inputs, p_probs=bf16, p_sum=fp32)
+    case(
+        "scores",
+        _scores_kernel,
+        "scores",
+        forward | dict(p_max=fp32),
+        dict(BACKWARD=False),
+        product,
+        2 * rows + keys + tiles + (1 + 2 * NB) * number,
+        dot=True,
+    )
+    case(
+        "scores backward",
+        _scores_kernel,
+        "scores",
+        forward | dict(p_factor=fp32, p_dprobs=bf16),
+        dict(BACKWARD=True),
+        product,
+        2 * rows + keys + 2 * tiles + (1 + 2 * NB) * number,
+        dot=True,
+    )
+    case(
+        "factor",
+        _factor_kernel,
+        "factor",
+        dict(p_max=fp32, p_sum=fp32, p_factor=fp32, p_share=fp32),
+        dict(BB=triton.next_power_of_2(NB)),
+        6 * B * Q * NB,
+        (3 * NB + 1) * number,
+        integers=dict(R="i32", NZ="i32", NB="i32"),
+        vector_loads=False,
+    )
+    mix = dict(p_probs=bf16, **inputs, **affine, p_share=fp32, p_mixed=bf16, p_t=bf16)
+    case(
+        "mix",
+        _mix_kernel,
+        "mix",
+        mix | dict(p_factor=fp32),
+        dict(MODE=0, STORE_MIXED=True),
+        product,
+        tiles + keys + 4 * D + (NB + 1) * number + 2 * rows,
+        dot=True,
+    )
+    case(
+        "mix backward",
+        _mix_kernel,
+        "mix",
+        mix | dict(p_factor=fp32, p_dprobs=bf16, p_delta=fp32),
+        dict(MODE=1, STORE_MIXED=True),
+        product,
+        2 * tiles + keys + 4 * D + (NB + 2) * number + 2 * rows,
+        dot=True,
+    )
+    case(
+        "mix again",
+        _mix_kernel,
+        "mix",
+        mix | dict(p_factor=fp32),
+        dict(MODE=2, STORE_MIXED=False),
+        2 * B * Q * M * D,
+        tiles * NZ // NB + B * M * D * 2 + 4 * D + (NZ + 1) * number + 2 * rows,
+        dot=True,
+    )
+    gradient = dict(p_a=bf16, p_dt=bf16, p_probs=bf16, p_factor=fp32, p_dprobs=bf16, p_delta=fp32)
+    case(
+        "keys",
+        _keys_kernel,
+        "keys",
+        gradient | dict(p_scaled_a=bf16, p_scaled_dt=bf16, p_dquery=bf16, p_dx=bf16),
+        {},
+        2 * product,
+        4 * rows + 2 * tiles + (NB + 1) * number + keys,
+        integers=integers | dict(first="i32"),
+        dot=True,
+    )
+    case(
+        "norm",
+        _norm_kernel,
+        "rows",
+        dict(p_a=bf16, p_dt=bf16, p_mixed_da=bf16, p_mixed=bf16, p_share_da=fp32, p_share=fp32, p_partial=fp32),
+        {},
+        4 * rows,
+        4 * rows + 2 * number + 8 * groups * D,
+        integers={name: "i32" for name in ("B", "M", "D", "Q", "each")},
+    )
+    return cases
 
 
 def kernel_cases() -> list[KernelCase]:
     """What is compiled ahead of time: BASE, LARGE and HUGE with six experts, 8 images, all gradients."""
-    cases = []
-    for model, L, D in (("BASE", 1176, 768), ("LARGE", 1536, 1024), ("HUGE", 1536, 1280)):
-        B, M, H = 8, 64, 8
-        Q, (NZ, NX) = H * M, blocks_of(M, L)
-        NB, bf16, fp32 = NZ + NX, "*bf16", "*fp32"
-        rows, keys, number = B * Q * D * 2, B * (M + L) * D * 2, 4 * B * Q
-        tiles, product = B * Q * NB * BLOCK * 2, 2 * B * Q * (M + L) * D
-        groups, _ = _groups(B * Q)
-        integers = {name: "i32" for name in ("B", "M", "L", "D", "Q", "NZ", "NB")}
-
-        shape = f"{model}, 8 images, 512 absorbed queries x {M + L} keys x {D}, bf16"
-        case = partial(_case, cases, model, shape, (Q, D), integers)
-        inputs = dict(p_query=bf16, p_x=bf16)
-        affine = dict(p_gamma=bf16, p_beta=bf16)
-        case(
-            "scale",
-            _scale_kernel,
-            "rows",
-            dict(p_a=bf16, **affine, p_scaled=bf16, p_offset=fp32),
-            {},
-            2 * rows,
-            2 * rows + 4 * D + number,
-            integers=dict(R="i32", D="i32"),
-        )
-        forward = dict(p_a=bf16, p_scaled=bf16, p_offset=fp32, **inputs, p_probs=bf16, p_sum=fp32)
-        case(
-            "scores",
-            _scores_kernel,
-            "scores",
-            forward | dict(p_max=fp32),
-            dict(BACKWARD=False),
-            product,
-            2 * rows + keys + tiles + (1 + 2 * NB) * number,
-            dot=True,
-        )
-        case(
-            "scores backward",
-            _scores_kernel,
-            "scores",
-            forward | dict(p_factor=fp32, p_dprobs=bf16),
-            dict(BACKWARD=True),
-            product,
-            2 * rows + keys + 2 * tiles + (1 + 2 * NB) * number,
-            dot=True,
-        )
-        case(
-            "factor",
-            _factor_kernel,
-            "factor",
-            dict(p_max=fp32, p_sum=fp32, p_factor=fp32, p_share=fp32),
-            dict(BB=triton.next_power_of_2(NB)),
-            6 * B * Q * NB,
-            (3 * NB + 1) * number,
-            integers=dict(R="i32", NZ="i32", NB="i32"),
-            vector_loads=False,
-        )
-        mix = dict(p_probs=bf16, **inputs, **affine, p_share=fp32, p_mixed=bf16, p_t=bf16)
-        case(
-            "mix",
-            _mix_kernel,
-            "mix",
-            mix | dict(p_factor=fp32),
-            dict(MODE=0, STORE_MIXED=True),
-            product,
-            tiles + keys + 4 * D + (NB + 1) * number + 2 * rows,
-            dot=True,
-        )
-        case(
-            "mix backward",
-            _mix_kernel,
-            "mix",
-            mix | dict(p_factor=fp32, p_dprobs=bf16, p_delta=fp32),
-            dict(MODE=1, STORE_MIXED=True),
-            product,
-            2 * tiles + keys + 4 * D + (NB + 2) * number + 2 * rows,
-            dot=True,
-        )
-        case(
-            "mix again",
-            _mix_kernel,
-            "mix",
-            mix | dict(p_factor=fp32),
-            dict(MODE=2, STORE_MIXED=False),
-            2 * B * Q * M * D,
-            tiles * NZ // NB + B * M * D * 2 + 4 * D + (NZ + 1) * number + 2 * rows,
-            dot=True,
-        )
-        gradient = dict(p_a=bf16, p_dt=bf16, p_probs=bf16, p_factor=fp32, p_dprobs=bf16, p_delta=fp32)
-        case(
-            "keys",
-            _keys_kernel,
-            "keys",
-            gradient | dict(p_scaled_a=bf16, p_scaled_dt=bf16, p_dquery=bf16, p_dx=bf16),
-            {},
-            2 * product,
-            4 * rows + 2 * tiles + (NB + 1) * number + keys,
-            integers=integers | dict(first="i32"),
-            dot=True,
-        )
-        case(
-            "norm",
-            _norm_kernel,
-            "rows",
-            dict(p_a=bf16, p_dt=bf16, p_mixed_da=bf16, p_mixed=bf16, p_share_da=fp32, p_share=fp32, p_partial=fp32),
-            {},
-            4 * rows,
-            4 * rows + 2 * number + 8 * groups * D,
-            integers={name: "i32" for name in ("B", "M", "D", "Q", "each")},
-        )
-    return cases
+    models = ("BASE", 1176, 768), ("LARGE", 1536, 1024), ("HUGE", 1536, 1280)
+    return [case for model in models for case in _cases(*model)]

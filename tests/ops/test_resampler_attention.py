@@ -451,7 +451,7 @@ def test_errors(change, message):
 
 
 def test_float64_is_refused_by_triton(on_triton):
-    with pytest.raises(RuntimeError, match="computes in fp32, and query is float64"):
+    with pytest.raises(RuntimeError, match="computes in fp32, and the call is in float64"):
         resampler_attention(*draw(1, 2, 3, 8), 2, order="absorbed")
 
 
