@@ -5,7 +5,7 @@
     squared_relu(u) = relu(u)^2                   derivative  2 relu(u)
     y = act(u),  u = h + bias,   dh = dy act'(u),  dbias = sum over rows of dh
 
-u is formed in fp32 and rounded to nothing. `h` is kept for the backward pass, and the bias, which is a parameter.
+u is computed in fp32 and never rounded. Autograd saves `h` and the bias, which is a parameter.
 Sources: CLIP, arXiv:2103.00020 (quick_gelu); Hendrycks and Gimpel, arXiv:1606.08415; So et al., arXiv:2109.08668.
 
 Traffic, issued, for R rows of D numbers of s bytes, a bias of w bytes each, blocks of BR rows in P groups:
@@ -52,13 +52,13 @@ OP = Op(name="bias_activation", reference=bias_activation_reference, backends=(N
 
 @triton.jit
 def activated(b_u, ACTIVATION: tl.constexpr):
-    """act(u) of an fp32 block; "relu" is there for the adaptor, "none" for products without."""
+    """act(u) of an fp32 block; the adaptor uses "relu", and a product without an activation uses "none"."""
     if ACTIVATION == "quick_gelu":
         b_y = b_u * tl.sigmoid(1.702 * b_u)
     elif ACTIVATION == "gelu":
         b_y = 0.5 * b_u * (1.0 + tl.erf(b_u * 0.7071067811865476))
     elif ACTIVATION == "squared_relu":
-        # a comparison, where a maximum would turn NaN into 0
+        # a maximum would turn NaN into 0
         b_r = tl.where(b_u < 0, 0.0, b_u)
         b_y = b_r * b_r
     elif ACTIVATION == "relu":
@@ -114,7 +114,7 @@ def _backward_kernel(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program takes `blocks` blocks of rows and leaves its partial column sums; "none" only sums dy."""
+    """One program takes `blocks` blocks of rows and writes its partial column sums; "none" only sums dy."""
     i_group = tl.program_id(0).to(tl.int64)
     o_col = tl.program_id(1) * BD + tl.arange(0, BD)
     m_col = o_col < D
@@ -138,7 +138,7 @@ def _backward_kernel(
 
 
 def _tiles(D: int) -> dict[str, int]:
-    """Two thousand numbers a block: two 128-bit vectors of bf16 for each lane of four warps."""
+    """2048 numbers a block: two 128-bit vectors of bf16 for each lane of four warps."""
     BD = min(triton.next_power_of_2(max(D, 16)), 256)
     return dict(BR=2048 // BD, BD=BD, num_warps=4)
 
@@ -171,7 +171,7 @@ def _backward_triton(
 
 
 def sum_groups(partial: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Column sums of (P, D) partial sums in fp32, in a fixed order, stored in `dtype`. A launcher of Triton."""
+    """Column sums of (P, D) partial sums in fp32, in a fixed order, stored in `dtype`, by a Triton kernel."""
     P, D = partial.shape
     total = partial.new_empty(D, dtype=dtype)
     _sum_groups_kernel[(triton.cdiv(D, 64), 1)](partial, total, P, D, BP=16, BD=64, num_warps=4)
@@ -182,7 +182,7 @@ def sum_groups(partial: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def activate(u: Tensor, activation: str) -> Tensor:
-    """act(u), fresh, for `u` in the dtype to compute in."""
+    """act(u) in a new tensor, for `u` in the dtype to compute in."""
     if activation == "quick_gelu":
         return F.silu(1.702 * u, inplace=True).div_(1.702)
     if activation == "gelu":
@@ -191,7 +191,7 @@ def activate(u: Tensor, activation: str) -> Tensor:
 
 
 def activate_backward(dy: Tensor, u: Tensor, activation: str) -> Tensor:
-    """dy act'(u), fresh, for both in the dtype to compute in."""
+    """dy act'(u) in a new tensor, for both in the dtype to compute in."""
     if activation == "quick_gelu":
         return torch.ops.aten.silu_backward(dy, 1.702 * u)
     if activation == "gelu":
@@ -208,12 +208,12 @@ def _biased(h: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _sums_torch(dh: Tensor) -> Tensor:
-    # torch adds halves in fp32, but on the CPU a dtype= would first copy them
+    # torch sums bf16 and fp16 in fp32 anyway, and on the CPU dtype= would first make a copy
     return dh.sum(0).to(torch.promote_types(dh.dtype, torch.float32))
 
 
 def column_sums(dy: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """Sum over rows of a contiguous (R, D), formed in fp32, as `dtype`, for an op that runs on `backend`."""
+    """Sum over the rows of a contiguous (R, D), in fp32, stored in `dtype`, for an op that runs on `backend`."""
     if backend != "triton":
         return _sums_torch(dy).to(dtype)
     if not dy.shape[0]:
@@ -287,7 +287,7 @@ bias_activation_backward_op = OP.register(_backward, fake=_backward_fake, suffix
 
 
 def check_activation(activation: str) -> None:
-    """Raise ValueError unless `activation` is one that is computed here."""
+    """Raise ValueError unless `activation` is one of `ACTIVATIONS`."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; choose {', '.join(ACTIVATIONS)}")
 

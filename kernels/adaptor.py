@@ -1,24 +1,24 @@
-"""The adaptor of Prismer: a residual bottleneck-free perceptron with squared ReLU, normed before or after.
+"""The adaptor of Prismer: a residual perceptron with squared ReLU and no bottleneck, with a norm before or after.
 
     early (late=False, vision)    u = LN(x);  r = relu(u down^T + down_bias);  y = x + r^2 up^T + up_bias
     late  (late=True, text)       u = x;      r as above;  total = x + r^2 up^T + up_bias;  y = LN(total)
     dt = dy (early), or dy through LN (late);  dr2 = dt up;  dh = dr2 * 2 r;  du = dh down;
     ddown = dh^T u,  dup = dt^T r^2,  biases: the column sums of dh and dt;  dx = dt + du (through LN if early)
 
-Bias and ReLU end the first product, which stores r alone; the second one squares r as it loads it, and ends with bias
-and residual: Triton writes neither h nor r^2, torch's operators drop r^2 at once. In the early order LN's backward pass
-adds dy to dx.
+The first product ends with bias and ReLU and stores r alone. The second product squares r as it loads it, and ends with
+bias and residual. So Triton writes neither h nor r^2, and torch's operators drop r^2 at once. In the early order the
+backward pass of LN adds dy to dx.
 
-Saved, for R rows of D numbers of s bytes, hidden width E (E = D in Prismer), besides parameters themselves:
-    early   r, R E s; x, which the stream holds anyway, R D s; mean and rstd of LN, 8 R.  The normalised u is not saved:
-            it is formed again, and only if down_weight trains.
-    late    r, R E s; total, R D s, because neither x nor y gives it back; mean and rstd, 8 R; x, R D s, only if
+Saved, for R rows of D numbers of s bytes, hidden width E (E = D in Prismer), beside the parameters themselves:
+    early   r, R E s; x, which the stream holds anyway, R D s; mean and rstd of LN, 8 R. The normalised u is not saved:
+            it is computed again, and only if down_weight trains.
+    late    r, R E s; total, R D s, because it follows from neither x nor y; mean and rstd, 8 R; x, R D s, only if
             down_weight trains.
-Less trains, less is saved: in the early order nothing at all if only up_bias trains, in the late order no r if only the
-norm does. Plain torch saves r^2 as well, R E s, and in the early order u, R D s.
+The less trains, the less is saved: in the early order nothing at all if only up_bias trains, in the late order no r if
+only the norm trains. Plain torch saves r^2 as well, R E s, and in the early order u, R D s.
 
 FLOPs of the products: forward 4 R D E; backward 2 R D E for each of dh, du, ddown and dup that is needed.
-Bytes of the forward products, compulsory: (3 R D + 2 R E + 2 D E) s; the norm's are told in layer_norm.
+Bytes of the forward products, compulsory: (3 R D + 2 R E + 2 D E) s, and those of layer_norm.
 Source: Prismer, arXiv:2303.02506, section 3.2.
 """
 
@@ -144,7 +144,7 @@ def _backward(
         if need_u:
             dx, _ = gemm(dh, down_weight.T, None, backend=backend, residual=dt if late else None)
             if not late:
-                # takes du, and the residual's dy, to dx
+                # from du and the dy of the residual to dx
                 dx, dgamma, dbeta = layer_norm_backward_op(dx, dy, x, norm_weight, mean, rstd, affine)
     if need_up:
         dup = gemm_gradient(dt, r, backend=backend, square=True)
@@ -207,7 +207,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         total if late else None,
         mean if need_norm else None,
         rstd if need_norm else None,
-        # the early order forms u again for ddown; a bias tells its gradient's dtype
+        # the early order computes u again for ddown; a bias tells the dtype of its gradient
         norm_weight if need_norm or need_down else None,
         norm_bias if need_beta or (need_down and not late) else None,
         down_weight if need_u else None,

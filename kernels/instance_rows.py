@@ -1,22 +1,23 @@
-"""Instance rows: every cell of a grid of tokens gets the row of the object that it shows, and its position.
+"""Instance rows: add to every token of a grid the row of the object that its cell shows, and its position.
 
     out[b, i * grid + j] = x[b, i * grid + j] + table[row] + positions[i * grid + j]
     row = rows[id], or id % F without `rows`;   id = ids[b, i * s // grid, j * s // grid]
     dx = dy,  dtable[r] = sum of dy over cells whose row is r,  dpositions = sum of dy over the batch
 
-One pass instead of four (gather ids, gather rows, add, add). dx is dy itself, not a copy. dtable and dpositions are
-added up in fp32 and in a fixed order, without atomics. An entry of `rows` outside the table: `torch` raises on the CPU;
-on a GPU, where raising means to wait, nothing is read, the cell becomes NaN, and it adds to no gradient of the table.
+This is one pass instead of four (gather ids, gather rows, add, add). dx is dy itself, not a copy. dtable and dpositions
+are summed in fp32 in a fixed order, without atomics. If an entry of `rows` is outside the table, `torch` raises on the
+CPU. On a GPU, where raising would wait for the device, nothing is read, the cell becomes NaN, and it adds to no
+gradient of the table.
 Source: Prismer, arXiv:2303.02506, section 3.2 (instance embeddings of detected objects).
 
 Traffic of the Triton kernels, for N = B * grid * grid cells of D numbers of s bytes and a table of F rows:
     forward   reads 2 N D s (3 N D s with positions) and, for every 128 columns, 9 N of ids and rows (N without `rows`);
               writes N D s
     backward  a program owns 32 rows and 64 columns of the table and takes all cells, 32 at a time. It multiplies a
-              (32, 32) matrix of zeros and ones by the (32, 64) of dy where a cell shows one of its rows, and passes
-              over the tile where none does. With M such tiles of T cells, summed over the blocks of rows:
+              (32, 32) matrix of zeros and ones by the (32, 64) of dy where a cell shows one of its rows, and skips a
+              tile where none does. With M such tiles of T cells, summed over the blocks of rows:
               2 * 32 * 32 * 64 M FLOPs for every 64 columns; reads D s T and, in every program, 9 N (N); writes 4 F D.
-dpositions are added up by torch.
+torch sums dpositions.
 """
 
 from typing import Any
@@ -139,7 +140,7 @@ def _table_kernel(
         if tl.max(m_mine.to(tl.int32), 0) > 0:
             o = o_cell.to(tl.int64)[:, None] * D + o_col[None, :]
             b_dy = tl.load(p_dy + o, mask=m_cell[:, None] & m_col[None, :], other=0.0)
-            # zeros and ones are exact in every dtype, so products are, and sums are in fp32
+            # zeros and ones, and so the products, are exact in every dtype; the sums are in fp32
             b_pick = (o_row[:, None] == b_row[None, :]).to(b_dy.dtype)
             b_sum = tl.dot(b_pick, b_dy, b_sum, input_precision="ieee")
     o = o_row.to(tl.int64)[:, None] * D + o_col[None, :]
@@ -176,7 +177,7 @@ def _forward_torch(
 ) -> Tensor:
     index = _cell_rows(ids, rows, len(table), grid)
     compute = torch.promote_types(x.dtype, torch.float32)
-    # x first: the order of the definition, so that fp32 agrees with it bit for bit
+    # x first, as in the definition, so that fp32 agrees with it bit for bit
     out = x.to(compute) + torch.embedding(table, index)
     if positions is not None:
         out += positions
@@ -186,7 +187,7 @@ def _forward_torch(
 def _table_torch(dy: Tensor, ids: Tensor, rows: Tensor | None, num_rows: int, grid: int) -> Tensor:
     index = _cell_rows(ids, rows, num_rows, grid)
     compute = torch.promote_types(dy.dtype, torch.float32)
-    # adds up in a fixed order on every device, where index_add uses atomics on CUDA
+    # sums in a fixed order on every device; index_add uses atomics on CUDA
     return torch.ops.aten.embedding_dense_backward(dy.to(compute), index, num_rows, -1, False)
 
 
@@ -219,7 +220,7 @@ def _backward(
     backend = OP.choose(dy)
     dtable, dpositions = _backward_fake(dy, num_rows, table, positions)
     if positions:
-        # torch adds in a fixed order too, and in fp32
+        # torch sums in a fixed order too, and in fp32
         torch.sum(dy, 0, dtype=dpositions.dtype, out=dpositions)
     if not dtable.numel():
         return dtable, dpositions
@@ -244,7 +245,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     if ctx.needs_input_grad[2] or ctx.needs_input_grad[4]:
         ctx.num_rows, ctx.grid = table.shape[0], grid
         ctx.dtypes = table.dtype, None if positions is None else positions.dtype
-        # the gradient of the positions asks for nothing but dy
+        # the gradient of the positions needs dy alone
         ctx.save_for_backward(ids, rows)
 
 

@@ -4,14 +4,14 @@
     g = dy * weight,  xhat = (x - mean) * rstd
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dweight = sum over rows of dy * xhat,  dbias = sum of dy
 
-With a residual, `x` above is `total = x + residual`, rounded to its dtype. Statistics are kept, not the normalised
-input; a frozen affine costs neither memory nor its reduction. dweight and dbias are summed in a fixed order.
+With a residual, `x` above is `total = x + residual`, rounded to its dtype. Autograd saves the statistics, not the
+normalised input. A frozen affine costs neither memory nor a reduction. dweight and dbias are summed in a fixed order.
 Source: Ba et al., arXiv:1607.06450; pre-norm in the encoder and post-norm in the decoder of Prismer, arXiv:2303.02506.
 
 Compulsory traffic, for R rows of D numbers of s bytes (weights 2 D w bytes, statistics 8 R bytes):
     forward   2 R D s + 2 D w + 8 R;   with a residual 4 R D s + 2 D w + 8 R
     backward  3 R D s + D w + 8 R;     with dtotal 4 R D s + D w + 8 R
-and for a trained affine 8 D bytes of partial sums for each of the P row groups, written and read, and 8 D written.
+A trained affine adds 8 D bytes of partial sums, written and read, for each of P groups of rows, and 8 D bytes written.
 """
 
 from typing import Any
@@ -50,7 +50,7 @@ def add_layer_norm_reference(
 
 
 def _host(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether this call is torch's own operator: in fp32 it does the same work at a lower cost of the call."""
+    """Whether torch's own operator serves the call as well: in fp32 it does the same at a lower cost of the call."""
     return (
         x.dtype == torch.float32
         and (weight is None) == (bias is None)
@@ -90,7 +90,7 @@ def _forward_kernel(
     b_x = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         b_x += tl.load(p_residual + o, mask=m, other=0.0).to(tl.float32)
-        # what is normalised is what the next layer and the backward pass see: the rounded sum
+        # normalise the rounded sum, which the next layer and the backward pass see
         b_total = b_x.to(p_total.dtype.element_ty)
         tl.store(p_total + o, b_total, mask=m)
         b_x = b_total.to(tl.float32)
@@ -127,7 +127,7 @@ def _backward_kernel(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program takes `blocks` blocks of rows and leaves its partial sums of the affine in a row of its own."""
+    """One program takes `blocks` blocks of rows and writes its partial sums for the affine to its own row."""
     i_group = tl.program_id(0).to(tl.int64)
     o_col = tl.arange(0, BD)
     m_col = o_col < D
@@ -175,13 +175,13 @@ def _sum_groups_kernel(p_partial, p_sum, P, D, BP: tl.constexpr, BD: tl.constexp
 
 
 def _tiles(D: int) -> dict[str, int]:
-    """Rows a block and warps: a warp for every 256 numbers, so that each lane holds two 128-bit vectors of bf16."""
+    """Rows of a block, and warps: one for every 256 numbers, so that each lane holds two 128-bit vectors of bf16."""
     BD = triton.next_power_of_2(max(D, 16))
     return dict(BR=max(1, 1024 // BD), BD=BD, num_warps=min(max(BD // 256, 4), 16))
 
 
 def _groups(R: int, BR: int) -> tuple[int, int]:
-    """Row groups P of the backward pass and row blocks of each: a function of R alone, so that sums repeat anywhere."""
+    """Row groups P of the backward pass and row blocks of each: from R alone, so that sums are the same anywhere."""
     blocks = triton.cdiv(R, BR)
     each = triton.cdiv(blocks, 256)
     return triton.cdiv(blocks, each), each
@@ -295,7 +295,7 @@ def _backward(
         dx, sums = _backward_triton(dy, dtotal, x, weight, mean, rstd, affine)
     else:
         dx, sums = torch.empty_like(x), torch.zeros(2, x.shape[1] if affine else 0, device=x.device)
-    # rounded once, here; both halves of Triton's one tensor are copied, since the outputs of an op may not share memory
+    # rounded once, here. The outputs of an op may not share memory, so both halves of Triton's one tensor are copied
     dtype = x.dtype if weight is None else weight.dtype
     return dx, *(part.to(dtype, copy=backend == "triton") for part in sums)
 
@@ -392,7 +392,7 @@ def add_layer_norm(
         weight, bias, eps: as in `layer_norm`.
 
     Returns:
-        The normalised sum and the sum, both (..., D). A pre-norm block goes on from the sum, a post-norm one drops it.
+        The normalised sum and the sum, both (..., D). A pre-norm block adds to the sum, a post-norm block drops it.
 
     Raises:
         ValueError: if a shape or dtype does not fit, or D exceeds 65536.

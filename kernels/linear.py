@@ -3,11 +3,11 @@
     y_i = x W_i^T + b_i
     dx = sum over i of dy_i W_i,   dW_i = dy_i^T x,   db_i = sum over rows of dy_i
 
-The gradient of the input is accumulated inside the matrix products, where separate layers would add tensors that they
-first wrote; what is frozen is neither computed nor kept. The products themselves are the platform's library.
+The gradient of the input is accumulated inside the matrix products; separate layers would write three tensors and add
+them. Frozen layers compute and save nothing. The products themselves are the platform's library.
 Source: query, key and value of Vaswani et al., arXiv:1706.03762, section 3.2.
 
-FLOPs 2 R D N forward for N outputs in all; as much again for dx, and for the weights that train.
+FLOPs: 2 R D N forward for N outputs in all, as many again for dx, and as many again for the weights that train.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def linears_reference(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> 
 
 
 def _host(x: Tensor, weight: Tensor) -> bool:
-    """Whether the layers, of which `weight` is one, may as well be torch's own: a fused op saves no product."""
+    """Whether torch's own layers serve the call as well: the op saves no product. `weight` is the first one."""
     return not matmul.on_onednn(x) and not is_partitioned(weight)
 
 

@@ -1,14 +1,14 @@
-"""The two-layer perceptron of a transformer block, with bias and activation inside the matrix matmul.
+"""The two-layer perceptron of a transformer block, with bias and activation inside the matrix products.
 
     h = x fc_weight^T,  a = act(h + fc_bias),  y = a proj_weight^T + proj_bias
     dh = (dy proj_weight) act'(h + fc_bias),  dx = dh fc_weight
     dfc_weight = dh^T x,  dproj_weight = dy^T a,  biases: the column sums of dh and dy
 
-For R rows of D numbers of s bytes, hidden width E and output width O, each product only where something trains:
+For R rows of D numbers of s bytes, hidden width E and output width O, and each product only where something trains:
     FLOPs     forward 2 R E (D + O);  backward 2 R E (O for dh + D for dx + D for dfc_weight + O for dproj_weight)
-    saved     h, R E s, the product WITHOUT its bias; x, R D s, only if fc_weight trains; and parameters themselves.
-              h is not even written if nothing that needs it trains; a is never saved: it is formed again beside dh.
-    bytes     forward, compulsory: (R D + 2 R E + R O + D E + E O) s, R E s more if h is kept
+    saved     h, R E s, the product WITHOUT its bias; x, R D s, only if fc_weight trains; and the parameters themselves.
+              h is not even written if nothing that needs it trains. a is never saved: it is computed again with dh.
+    bytes     forward, compulsory: (R D + 2 R E + R O + D E + E O) s, and R E s more if h is saved
 Source: the MLP of CLIP, arXiv:2103.00020 (quick_gelu), of RoBERTa, arXiv:1907.11692 (gelu), and of the resampler of
 Prismer, arXiv:2303.02506 (squared_relu).
 """
@@ -45,7 +45,7 @@ def mlp_reference(
 
 
 def _host(x: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, activation: str) -> bool:
-    """Whether torch's own layers do this call as well: with GELU and a frozen second layer, they keep no more."""
+    """Whether torch's own layers serve the call as well: with GELU and a frozen second layer they save no more."""
     return (
         activation == "gelu"
         and not (torch.is_grad_enabled() and proj_weight.requires_grad)
@@ -181,7 +181,7 @@ _mlp_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 def check_linear(
     name: str, weight: Tensor, bias: Tensor | None, inputs: int, like: Tensor, outputs: int | None = None
 ) -> None:
-    """Raise ValueError unless `weight` (outputs, inputs) and `bias` (outputs,) are a layer for `like`, which is x."""
+    """Raise ValueError unless `weight` (outputs, inputs) and `bias` (outputs,) make a layer for x, which is `like`."""
     if (
         weight.dtype != like.dtype
         or weight.dim() != 2
@@ -208,7 +208,7 @@ def mlp(
     *,
     activation: str,
 ) -> Tensor:
-    """proj(act(fc(x))), which saves the pre-activation only, and computes no gradient of what is frozen.
+    """proj(act(fc(x))), which saves the pre-activation alone and computes no gradient of frozen parameters.
 
     Args:
         x: (..., D), fp32, bf16, fp16 or float64.

@@ -4,30 +4,30 @@
     loss = lse(z) - (1 - e) z_y - e mean_v(z_v)
     dz = softmax(z) - (1 - e) 1_y - e / V,   dx = dz W,   dW = dz^T x,   db = sum over rows of dz
 
-This is 0.9 * (-log p_y) + 0.1 * mean_v(-log p_v) for e = 0.1, the loss of Prismer (arXiv:2303.02506). dz is formed in
+This is 0.9 * (-log p_y) + 0.1 * mean_v(-log p_v) for e = 0.1, the loss of Prismer (arXiv:2303.02506). dz is computed in
 fp32, p_y - 1 included, and rounded once.
 
-Logits that are not finite mean what they mean to torch's cross_entropy. One of -inf, such as a bias of -inf makes to
-forbid an entry or to pad the vocabulary, has p_v = 0: with e = 0 it adds nothing, nor to any gradient; as the target's,
-or with e > 0, it makes the loss of its row inf, and dz by the formula above stays finite. A row with +inf or NaN, or
-with nothing but -inf, has a loss and a gradient of NaN. fp16 logits beyond 65504 are infinite where they are rounded.
-A row that is ignored may hold anything. To smooth over what is allowed alone, forbid by -1e4.
+Logits that are not finite are treated as in torch's cross_entropy. A logit of -inf, from a bias of -inf that forbids an
+entry or pads the vocabulary, has p_v = 0. With e = 0 it adds nothing to the loss or to any gradient. If it belongs to
+the target, or if e > 0, the loss of its row is inf, and dz by the formula above stays finite. A row with +inf or NaN,
+or with nothing but -inf, has a loss and a gradient of NaN. fp16 logits beyond 65504 become infinite when they are
+rounded. A row that is ignored may hold anything. To smooth over the allowed entries alone, forbid the others by -1e4.
 
-Saved for the backward pass: the inputs themselves, and each row's largest
-logit and log sum; or the finished gradients, where they are formed in the forward pass.
+Autograd saves the inputs themselves and each row's largest logit and log sum; or the finished gradients, if the forward
+pass computes them.
 
-One unit is the 2 R D V FLOPs of a product with W. What is trained, and where its gradient is formed:
+One unit is the 2 R D V FLOPs of a product with W. What trains, and where its gradient is computed:
     nothing (no_grad)                            1 unit
     x alone, any reduction                       2 units, all in the forward pass; the backward pass scales dx
     W or b too, reduction "sum" or "mean":       3 units, all in the forward pass; the backward pass scales in place,
         on a GPU; in fp32; where R V is small    and does not even read the gradients where the factor is 1
-    W or b too, otherwise                        1 unit forward, 3 backward: the logits are formed again
+    W or b too, otherwise                        1 unit forward, 3 backward: the logits are computed again
 
 Extra memory, for numbers of s bytes, beyond what is returned or saved:
     torch, logits once      a chunk of rows: (4 + s) bytes for each of 2^23 logits at most (4 where x is fp32)
     torch, logits again     a chunk of vocabulary: (4 + s) bytes for each of 2^21 logits at most, and 4 R D for dx;
                             a chunk's rows of W see all of x, so that no copy of dW is summed over chunks
-    triton                  statistics: 16 R bytes for every 1024 entries of the vocabulary. Where a gradient is formed,
+    triton                  statistics: 16 R bytes for every 1024 entries of the vocabulary. For a gradient,
                             dz of a chunk of rows, 128 MiB at most: all rows of a step; more rows than that need 4 V D
                             bytes to sum dW in fp32
 """
@@ -78,7 +78,7 @@ OP = Op(name="linear_cross_entropy", reference=linear_cross_entropy_reference, b
 
 
 def _rows_to_do(labels: Tensor, ignore_index: int) -> Tensor:
-    """Numbers of the rows that count; on a GPU all: to count them would wait for the device."""
+    """Indices of the rows that count; on a GPU all rows, since counting them would wait for the device."""
     if labels.device.type == "cpu":
         return (labels != ignore_index).nonzero()[:, 0]
     return torch.arange(labels.numel(), device=labels.device)
@@ -87,7 +87,7 @@ def _rows_to_do(labels: Tensor, ignore_index: int) -> Tensor:
 def _packed(
     x: Tensor, labels: Tensor, factor: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The rows that count: their numbers, x, targets, factor. Where all must stay, ignored ones are zeros."""
+    """The rows that count: their indices, x, targets, factor. On a GPU all rows stay, and ignored ones are zeros."""
     rows = _rows_to_do(labels, ignore_index)
     if labels.device.type == "cpu":
         return rows, x[rows], labels[rows], None if factor is None else factor[rows]
@@ -97,7 +97,7 @@ def _packed(
 
 
 def _placed(formed: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...], rows: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradients in the dtypes of `inputs`, and empty where none was formed; dx of the `rows` done among zeros."""
+    """Gradients in the dtypes of `inputs`, empty where there is none; dx of `rows` is put among rows of zeros."""
     dx, dweight, dbias = (
         t.new_empty(0) if value is None else value.to(t.dtype) for value, t in zip(formed, inputs, strict=True)
     )
@@ -197,7 +197,7 @@ def _scale_in_place(gradient: Tensor, factor: Tensor) -> None:
     backend = OP.choose(gradient)
     if backend == "triton":
         triton_backend.scale(gradient, factor)
-        # what torch's own operators do when they change a tensor
+        # as torch's own operators do when they change a tensor
         torch.autograd.graph.increment_version(gradient)
     elif gradient.is_cuda or factor.item() != 1:
         gradient.mul_(factor)
@@ -220,17 +220,17 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 def _graph_is_kept() -> bool:
-    """May this backward pass come again (retain_graph)? If torch cannot tell, it may."""
+    """May there be another backward pass (retain_graph)? True if torch cannot tell."""
     tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if tell is None else tell()
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """A gradient of the scalar times that of the scalar: in place, unless the saved tensor is wanted again."""
+    """A saved gradient times the gradient of the loss: in place, unless the saved tensor is needed again."""
     if type(gradient) is not Tensor or _graph_is_kept():
-        # a compiler traces with subclasses, and sees better for itself whose memory is free
+        # a compiler traces with subclasses, and finds by itself which memory is free
         return (gradient * factor).to(gradient.dtype)
-    # another tensor over the same memory: autograd copies a gradient that someone else still holds
+    # a new tensor over the same memory: autograd copies a gradient that something else still holds
     gradient = gradient.detach()
     _scale_(gradient, factor)
     return gradient
@@ -253,7 +253,7 @@ def _autograd(ctx: Any, dvalue: Tensor | None, *_: None) -> tuple[Tensor | None,
         gradients = [_scaled(t, dvalue) if needed else None for t, needed in zip(ctx.saved_tensors, needs, strict=True)]
     else:
         dx = ctx.saved_tensors[0]
-        # an ignored row's dx is 0, whatever comes from above
+        # dx of an ignored row is 0, whatever the gradient of its loss is
         gradients = (dx * dvalue[:, None]).to(dx.dtype).masked_fill_(dx == 0, 0), None, None
     return *(t if needed else None for t, needed in zip(gradients, needs, strict=True)), *(None,) * 8
 
@@ -267,10 +267,10 @@ _scale_ = OP.register(_scale_in_place, fake=lambda: None, suffix="_scale_", muta
 
 
 def _formed_in_forward(x: Tensor, V: int, reduce: bool, needs: tuple[bool, bool, bool]) -> bool:
-    """Are the gradients that are needed formed together with the loss, so that its logits exist once?"""
+    """Are the needed gradients computed together with the loss, so that its logits are computed once?"""
     if needs == (True, False, False):
         return True
-    # summed over chunks of rows, a low-precision dW needs a copy in fp32: on a CPU larger than the logits once were
+    # a low-precision dW needs a copy in fp32 for sums over chunks of rows: on a CPU it is larger than the logits
     in_place = x.dtype in (torch.float32, torch.float64) or x.shape[0] * V <= torch_backend.ROW_CHUNK_ELEMENTS
     return any(needs) and reduce and (x.is_cuda or in_place)
 
@@ -330,9 +330,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Label-smoothed cross entropy of `x @ weight.T + bias`.
 
-    To train, ask for the sum or the mean here: then the gradients can be formed with the loss, from logits that are
-    formed once. With "none" any gradient per row may flow back, and the logits are formed again (not if x alone is
-    trained). The module's docstring has the FLOPs and the memory of each.
+    To train, ask for the sum or the mean here: the gradients can then be computed with the loss, and the logits once.
+    With "none" any gradient per row may flow back, and the logits are computed again (unless x alone trains). The
+    docstring of the module has the FLOPs and the memory of each.
 
     Args:
         x: (R, D), any floating dtype.
@@ -342,7 +342,7 @@ def linear_cross_entropy(
         label_smoothing: share of the target spread evenly over the vocabulary, in [0, 1).
         ignore_index: the label of a row that takes no part.
         reduction: "none", "sum" over rows, or "mean": the sum divided by the number of rows that count.
-        row_weights: (R,) floats, by which the losses of rows are multiplied first; no gradient flows into them.
+        row_weights: (R,) floats that multiply the losses of the rows before the reduction; they get no gradient.
 
     Returns:
         (R,) losses, or with "sum" or "mean" one number, 0 if no row counts; fp32 (float64 for float64 `x`).

@@ -1,4 +1,4 @@
-"""Linear + cross entropy composed of torch's operators, a chunk of logits at a time; see `cross_entropy.py`."""
+"""Linear + cross entropy, composed of torch's operators, a chunk of logits at a time."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from prismer.kernels import matmul
 from prismer.kernels.cross_entropy.triton_backend import add_product, pieces
 from prismer.kernels.dispatch import TORCH, Backend, Op
 
-# logits of a chunk of vocabulary: in fp32 they stay in the cache of a CPU, and exp costs what it computes, not moves
+# logits of a chunk of vocabulary: in fp32 they stay in the cache of a CPU, so that exp is not bound by memory
 _CHUNK_ELEMENTS = 2**21
-# logits of a chunk of rows, each row whole: 166 rows of RoBERTa's vocabulary; fewer would wait for W from memory
+# logits of a chunk of rows, each row whole: 166 rows of RoBERTa's vocabulary. With fewer, reading W would take longest
 ROW_CHUNK_ELEMENTS = 2**23
 _BLOCK_ROWS = 2048
 
@@ -22,7 +22,7 @@ class _Scratch:
     """Memory for one chunk of logits, in fp32 (float64 for float64), and in the dtype of the product."""
 
     def __init__(self, x: Tensor, size: int) -> None:
-        # oneDNN gives no product into memory that is there
+        # oneDNN cannot write a product to given memory
         self.in_place = not matmul.on_onednn(x)
         size = size if self.in_place else 0
         self.wide = x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -43,7 +43,7 @@ class _Scratch:
         return self.wide[: low.numel()].view(low.shape).copy_(low).add_(bias)
 
     def rounded(self, dz: Tensor) -> Tensor:
-        """`dz`, made in place of the logits, in the dtype of the product."""
+        """`dz`, which stands in the memory of the logits, in the dtype of the product."""
         if self.low is self.wide:
             return dz
         return self.low[: dz.numel()].view(dz.shape).copy_(dz)
@@ -57,7 +57,7 @@ def _column(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 
 
 def _subtract_targets(dz: Tensor, targets: Tensor, columns: slice, smoothing: float, V: int) -> Tensor:
-    """From probabilities to dz, in place: p_y - 1 is formed here, before any rounding."""
+    """From probabilities to dz, in place: p_y - 1 is computed here, before any rounding."""
     local, inside = _column(targets, columns)
     dz -= smoothing / V
     return dz.scatter_add_(1, local, (inside.to(dz.dtype) * (smoothing - 1))[:, None])
@@ -85,7 +85,7 @@ def statistics(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothi
     log_sum = exp_sum.log()
     # differences first: large logits cancel before they are added to what is small
     losses = log_sum + (1 - smoothing) * (top - picked)
-    if smoothing:  # 0 times infinity would be no number
+    if smoothing:  # 0 times infinity would be NaN
         losses += smoothing * (top - total / V)
     return losses, torch.stack((top, log_sum))
 
@@ -97,7 +97,7 @@ def _add_statistics(z: Tensor | None, targets: Tensor, columns: slice, state: Te
     picked += z.gather(1, local)[:, 0].masked_fill_(~inside, 0)
     total += z.sum(1)
     higher = torch.maximum(top, z.amax(1))
-    # where nothing but minus infinity was seen so far, the differences would be no numbers
+    # while all logits so far are -inf, the differences would be NaN
     base = higher.masked_fill(higher == -torch.inf, 0)
     exp_sum *= (top - base).exp_()
     exp_sum += z.sub_(base[:, None]).exp_().sum(1)
@@ -158,7 +158,7 @@ def form(
     smoothing: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Losses, statistics and gradients by chunks of rows, the logits formed once; every row counts."""
+    """Losses, statistics and gradients by chunks of rows, the logits computed once; every row counts."""
     (R, D), V = x.shape, weight.shape[0]
     chunks = pieces(R, max(ROW_CHUNK_ELEMENTS // V, 1))
     scratch = _Scratch(x, (chunks[0].stop if R else 0) * V)

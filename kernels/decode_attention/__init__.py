@@ -2,9 +2,9 @@
 
     out[r, h, i] = attention of q[r, h, i] over the S shared keys where shared_mask and the slots ancestors[r, i]
 
-Beams of one prompt, or answers to one question, share their prefix: its keys and values exist once per row and are
-read by all queries, never repeated. What a query sees of the suffix is a list of slot numbers, its own included, so
-that reordering beams moves a small integer table and not the cache, and a tree of candidates is packed as one row.
+Beams of one prompt, or answers to one question, share their prefix: its keys and values exist once per row, and all
+queries read them. A list of slot numbers, its own included, says what a query sees of the suffix. So reordering beams
+moves a small table of integers and not the cache, and a tree of candidates is packed as one row.
 Source: shared-prefix decoding as in Prismer's generation and ranking (arXiv:2303.02506, section 4.1), computed once;
 softmax over parts as in FlashAttention (Dao et al., arXiv:2205.14135) and Flash-Decoding.
 
@@ -74,7 +74,7 @@ OP = Op(
 
 
 def _forward_torch(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors: Tensor) -> Tensor:
-    """Queries in chunks, so that memory is bounded; slots far more numerous than ancestors cost nothing."""
+    """Queries in chunks, so that memory is bounded; gathers the listed slots where there are far more others."""
     R, H, Q, K = q.shape
     S, M, A = shared[0].shape[2], suffix[0].shape[2], ancestors.shape[2]
     dense = M <= _DENSE * A
@@ -119,7 +119,7 @@ def _attend_listed_slots(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: P
 def _softmax(scores: Tensor, shared_mask: Tensor, suffix_mask: Tensor) -> Tensor:
     """One softmax over both parts; overwrites `scores`."""
     mask = torch.cat((shared_mask.expand(-1, suffix_mask.shape[1], -1), suffix_mask), -1)[:, None]
-    # the second fill is for a query that sees nothing, whose softmax is nan
+    # the softmax of a query that sees nothing is NaN, hence the second fill
     return scores.masked_fill_(~mask, float("-inf")).softmax(-1).masked_fill(~mask, 0.0)
 
 
@@ -140,7 +140,7 @@ def _per_query(shared_mask: Tensor) -> Tensor:
 
 
 def _with_rows_together(a: Tensor, b: Tensor) -> Pair:
-    """Keys and values of one layout, each vector contiguous; copies only what is not."""
+    """Keys and values with equal strides and contiguous vectors; copies those that have other strides."""
     if a.stride() != b.stride() or a.stride(-1) != 1:
         return a.contiguous(), b.contiguous()
     return a, b
@@ -194,14 +194,14 @@ def decode_attention(
 ) -> Tensor:
     """Attend to a shared prefix and to listed suffix slots, with fp32 scores and softmax; scale 1 / sqrt(K).
 
-    There is no host synchronisation, so slot numbers are not checked: one outside -1..M-1 is the caller's bug. Keys and
-    values are read where they lie, in any strides (`native` copies those that are not contiguous).
+    The host does not wait for the device, so slot numbers are not checked: one outside -1..M-1 is the caller's bug.
+    Keys and values may have any strides (`native` copies those that are not contiguous).
 
     Args:
         q: (R, H, Q, K), fp32, bf16, fp16 or float64.
         shared_k, shared_v: (R, H, S, K), in the dtype of `q`.
-        shared_mask: (R, S), or (R, Q, S) to differ by query; bool, True where a key is seen. What is not seen must be
-            finite all the same.
+        shared_mask: (R, S), or (R, Q, S) to differ by query; bool, True where a key is seen. Keys that are
+            not seen must be finite all the same.
         suffix_k, suffix_v: (R, H, M, K), in the dtype of `q`.
         ancestors: (R, Q, A) int64 slot numbers, each at most once per query, -1 for none.
 

@@ -1,14 +1,14 @@
-"""Triton kernels of decode attention; what they compute, and the legend, is in `decode_attention.py`.
+"""Triton kernels of decode attention; `__init__.py` says what they compute, and has the legend.
 
-The keys are split: a program takes one row and head, BQ queries, and 256 shared keys or, one more split,
-all listed slots, which it gathers by their numbers. It leaves a maximum, a sum and an unnormalised output in fp32; a
-second kernel combines the T = ceil(S / 256) + (A > 0) parts in order. Parts depend on S alone and BQ on Q alone, so a
-row gives the same bits in any batch. Traffic, for numbers of s bytes, L listed slots over all queries of all rows:
+The keys are split: a program takes one row and head, BQ queries, and 256 shared keys, or in one more split all listed
+slots, which it gathers by their numbers. It stores a maximum, a sum and an unnormalised output in fp32. A second kernel
+combines the T = ceil(S / 256) + (A > 0) parts in order. Parts depend on S alone and BQ on Q alone, so a row gives the
+same bits in any batch. Traffic, for numbers of s bytes, L listed slots over all queries of all rows:
     split     reads R H Q K s T + 2 R H S K s ceil(Q / BQ) + R H S ceil(Q / BQ) of the mask (R H Q S if it differs by
               query) + 8 R H Q A + 2 H L K s; writes R H T Q (4 K + 8)
     combine   reads R H T Q (4 K + 8), writes R H Q K s
     dots      4 K FLOPs for each of R H ceil(Q / BQ) BQ queries and each key, S rounded up to BN
-so a key costs its K s bytes once for up to 64 queries, where attention on repeated keys reads it for each of them.
+So up to 64 queries read the K s bytes of a key once; attention on repeated keys reads them for each query.
 """
 
 import torch
@@ -25,7 +25,7 @@ _LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _raise_max(b_max, b_new):
-    """The new maximum, the shift to take off scores, and the factor for what was summed under the old maximum."""
+    """The new maximum, the shift to subtract from scores, and the factor for sums under the old maximum."""
     b_new = tl.maximum(b_max, b_new)
     # before the first key the maximum is -inf, and -inf - -inf would be nan
     b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -180,7 +180,7 @@ _KEYS = 256  # shared keys of a part
 
 
 def _head_split(K: int) -> tuple[int, int]:
-    """Two powers of two that together hold a head where that is less than one does, else one and 0."""
+    """The widths of the two parts of a head, powers of two; the second is 0 where one part is not wider than two."""
     whole = max(16, triton.next_power_of_2(K))
     rest = max(16, triton.next_power_of_2(K - whole // 2)) if K > whole // 2 else 16
     return (whole // 2, rest) if whole // 2 >= 16 and whole // 2 + rest < whole else (whole, 0)

@@ -11,20 +11,21 @@ the projections to the other side of the products with the keys, where there are
     a_h = W_k,h^T q_h / sqrt(K)  (D numbers),  scores = (a_h * gamma) . x_hat_n + a_h . beta  and  a_h . query_m
     t_h = gamma * (P_x x_hat) + beta * sum(P_x) + P_z query,                   out_h = W_v,h t_h + b_v,h
 
-so that x_hat itself is key and value of every head and layer, and keys and values of the inputs never exist. Source of
-the layer: the resampler of Prismer, arXiv:2303.02506, and Flamingo, arXiv:2204.14198; of the exchange: associativity.
+Then x_hat itself is key and value of every head and layer, and keys and values of the inputs never exist.
+Sources: the resampler of Prismer, arXiv:2303.02506, and of Flamingo, arXiv:2204.14198; associativity.
 
 Matrix products for B images, M queries, L inputs, N = M + L keys, Q = H M absorbed queries (`flops` has the gradients):
     absorbed  2 B (3 M D^2 + 2 Q N D),      ordinary  2 B (M D^2 + 2 N D^2 + 2 M N D)
-`order=None` takes the absorbed order where it needs less than 0.8 of the ordinary one, forward plus the gradients that
-this call needs; the rest is lost in its many small products (measured on a CPU: at 0.86 it is even or 10 % behind, at
-0.67 it takes 0.70 of the time, at 0.52 0.52). Without the projection of the queries, common to both, the absorbed order
-needs 0.66 (BASE), 0.51 (LARGE), 0.42 (HUGE) of the ordinary one with six experts, and 0.84 with one; all gradients
-together keep that ratio. Frozen weights are cheap in the ordinary order alone, which then does the gradients of BASE.
+`order=None` takes the absorbed order if it needs less than 0.8 of the FLOPs of the ordinary one, for the forward pass
+and the gradients that this call needs. It loses the rest in many small products: measured on a CPU, it takes 1.0 to 1.1
+of the time at 0.86 of the FLOPs, 0.70 at 0.67, and 0.52 at 0.52. Without the projection of the queries, which both
+orders share, the absorbed order needs 0.66 (BASE), 0.51 (LARGE), 0.42 (HUGE) of the ordinary one with six experts, and
+0.84 with one. All gradients together keep that ratio. Frozen weights save products in the ordinary order alone, so that
+BASE with frozen weights takes the ordinary order.
 
-Kept for the backward pass, in bytes, for numbers of s bytes, besides the inputs and parameters themselves:
+Saved for the backward pass, in bytes, for numbers of s bytes, beside the inputs and parameters themselves:
     absorbed  B M D s (q) + B Q N s (probabilities); and B Q D s + 4 B Q where the norm or in_proj_weight trains.
-              Triton pads N to W = 64 (ceil(M / 64) + ceil(L / 64)), and keeps 4 B Q W / 64 more
+              Triton pads N to W = 64 (ceil(M / 64) + ceil(L / 64)), and saves 4 B Q W / 64 more
     ordinary  B M D s (q) + B Q N s (probabilities) + 2 B N D s (keys and values)
 """
 
@@ -271,7 +272,7 @@ def _backward(
         return results
     for t in results[2:4]:
         t.zero_()
-    # what was kept says how it was made: the backward pass takes the order and the backend of its forward pass
+    # the saved tensors tell the order and the backend of the forward pass, which the backward pass takes too
     if kv.numel():
         torch_backend.ordinary_backward(*inputs, kv, num_heads, needs, results)
     else:

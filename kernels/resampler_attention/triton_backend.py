@@ -1,20 +1,20 @@
-"""Triton kernels of the absorbed resampler attention: what lies between the two products with the heads' weights.
+"""Triton kernels of the absorbed resampler attention, between the two products with the weights of the heads.
 
-The absorbed queries a come as (H, B * M, D); row q = h * M + m of image b is row h * B * M + b * M + m of them.
-Keys come in blocks of 64: first the blocks of the M latents, then those of the L inputs. Scores are never stored:
-a program computes a tile of them, takes its exponentials relative to the largest of each row in this tile, and leaves
-largest and sum behind; whoever reads the tile multiplies with
+The absorbed queries a are (H, B * M, D); row q = h * M + m of image b is their row h * B * M + b * M + m. Keys come in
+blocks of 64: first the blocks of the M latents, then those of the L inputs. Scores are never stored. A program computes
+a tile of scores, takes the exponentials relative to the largest score of each row of the tile, and stores the largest
+and the sum. A program that reads the tile multiplies it by
 
     factor[b, q, block] = exp(largest[b, q, block] - largest[b, q]) / sum of all exponentials of the row
 
-so that probs * factor are the probabilities, rounded once. The padding of a block is stored as zero, so that tiles are
-aligned and are read without a mask. Every sum has a fixed order; there are no atomics.
+so that probs * factor are the probabilities, rounded once. The padding of a block is stored as zeros: tiles are aligned
+and are read without a mask. Every sum has a fixed order; there are no atomics.
 
 Compulsory traffic of `attend` in bytes read and written, for numbers of s bytes, with Q = H M, NB blocks, W = 64 NB:
     scale   B Q D s + 4 D;                    B Q D s + 4 B Q
     scores  (2 B Q D + B (M + L) D) s + 4 B Q;    B Q W s + 8 B Q NB
     factor  8 B Q NB;                         4 B Q (NB + 1)
-    mix     (B Q W + B (M + L) D) s + 4 D + 4 B Q (NB + 1);    B Q D s, and B Q D s more if P_x x_hat is kept
+    mix     (B Q W + B (M + L) D) s + 4 D + 4 B Q (NB + 1);    B Q D s, and B Q D s more if P_x x_hat is saved
 Products are padded to tiles: scores and mix take 2 B ceil(Q / BQ) BQ W ceil(D / BD) BD FLOPs each.
 """
 
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 
-BLOCK = 64  # keys of a tile of probabilities: part of the layout of what is kept
+# keys of a tile of probabilities: part of the layout of saved tensors
+BLOCK = 64
 
 
 def blocks_of(M: int, L: int) -> tuple[int, int]:
@@ -117,7 +118,7 @@ def _scores_kernel(
     o_stat = (i_image * Q + o_q) * NB + i_block
     o_tile = o_stat[:, None] * BN + tl.arange(0, BN)[None, :]
     if BACKWARD:
-        # the sum is of the rounded numbers that dscores is made of: a confident row then cancels exactly
+        # sum the rounded numbers from which dscores is computed, so that a confident row cancels exactly
         b_dprobs = b_tile.to(p_dprobs.dtype.element_ty)
         tl.store(p_dprobs + o_tile, b_dprobs, mask=m_q[:, None])
         b_probs = _probs(p_probs, p_factor, o_tile, o_stat, m_q)
@@ -154,7 +155,7 @@ def _keys(p_keys, o_key, m_key, o_col, m_col, D):
 
 @triton.jit
 def _factor_kernel(p_max, p_sum, p_factor, p_share, R, NZ, NB, BR: tl.constexpr, BB: tl.constexpr):
-    """What makes exponentials probabilities, tile by tile, and the share of the inputs in every row."""
+    """The factors that make exponentials probabilities, tile by tile, and the share of the inputs in every row."""
     o_row, o_block = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BB)
     m_row = o_row < R
     o, m = o_row[:, None] * NB + o_block[None, :], m_row[:, None] & (o_block < NB)[None, :]
@@ -196,7 +197,7 @@ def _mix_kernel(
     """t = gamma * (tiles_x x_hat) + beta * sum(tiles_x) + tiles_z query.
 
     MODE 0, forward: tiles are probabilities. MODE 1: tiles are gradients of scores, t is da, and their sums are stored
-    as share. MODE 2: t of the forward pass again, from mixed = tiles_x x_hat as it was kept.
+    as share. MODE 2: t of the forward pass again, from the saved mixed = tiles_x x_hat.
     """
     i_col, i_image = tl.program_id(0), tl.program_id(2).to(tl.int64)
     o_q = tl.program_id(1) * BQ + tl.arange(0, BQ)
@@ -315,7 +316,7 @@ def _keys_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Gradients of the latents as keys and of x_hat; block `first` on, so that one of both can be left out."""
+    """Gradients of the latents as keys and of x_hat, from block `first` on, so that either can be left out."""
     i_image, i_block = tl.program_id(2).to(tl.int64), tl.program_id(1) + first
     o_col = tl.program_id(0) * BD + tl.arange(0, BD)
     m_col = o_col < D
@@ -391,13 +392,13 @@ def _tiles(kind: str, Q: int, D: int, itemsize: int) -> dict[str, int]:
     if kind == "keys":
         BQ = min(BQ, 64)
         return dict(BQ=BQ, BN=BLOCK, BD=BD, num_warps=4, num_stages=2)
-    # four warps spill: a mix has two tiles at once, and products exact to fp32 leave their tiles in plain registers
+    # four warps would spill: a mix holds two tiles, and products exact to fp32 keep their operands in registers
     num_warps = 8 if itemsize == 4 or kind == "mix" and BQ > 64 else 4
     return dict(BQ=BQ, BN=BLOCK, BD=BD, num_warps=num_warps, num_stages=3)
 
 
 def _groups(R: int) -> tuple[int, int]:
-    """Groups of rows that are summed apart in the norm's gradient, at most 64, and blocks of 16 rows of each."""
+    """Groups of rows, at most 64, that the gradient of the norm sums separately, and blocks of 16 rows of each."""
     blocks = triton.cdiv(R, 16)
     each = triton.cdiv(blocks, 64)
     return triton.cdiv(blocks, each), each
@@ -498,7 +499,7 @@ def attend_backward(
 
     Args:
         needs: which gradients are needed, by name.
-        results: where to: query, x_hat, norm_weight, norm_bias, and two that are not filled here.
+        results: the gradients of query, x_hat, norm_weight and norm_bias to fill, and two that are not filled here.
     """
     B, M, L, D, Q, NZ, NB = sizes = _sizes(query, x_hat, a.shape[0])
     dquery, dx_hat, dgamma, dbeta, _, _ = results
@@ -513,7 +514,8 @@ def attend_backward(
     if needs["in_proj_weight"]:
         _mix(2, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
     if needs["x_hat"] or needs["query"]:
-        scaled_a = _scale(a, gamma, beta)[0] if needs["x_hat"] else a  # or not read
+        # without dx_hat the kernel does not read it
+        scaled_a = _scale(a, gamma, beta)[0] if needs["x_hat"] else a
         first, last = 0 if needs["query"] else NZ, NB if needs["x_hat"] else NZ
         tiles = _tiles("keys", Q, D, a.element_size())
         if last > first:
