@@ -160,7 +160,7 @@ def violations():
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_planted_problem_is_reported(violations, name):
+def test_a_planted_problem_is_reported(violations, name):
     says = PLANTED[name][1]
     found = violations[name]
     assert (found == []) if says is None else any(says in sentence for sentence in found), found
@@ -178,7 +178,7 @@ def test_check_names_kernel_and_limits():
     ]
 
 
-def test_exceptions_come_first(monkeypatch):
+def test_an_exception_precedes_the_usual_budget(monkeypatch):
     row = CompiledKernel(
         op="attention", name="forward", arch=120, registers=255, stack=8, needs_dot=True, tensor_core="HMMA"
     )
@@ -190,7 +190,7 @@ def test_exceptions_come_first(monkeypatch):
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "resident"), [(32, 0, 4, 1), (255, 0, 4, 1 / 8), (64, 113 << 10, 4, 1 / 8)]
 )
-def test_occupancy(registers, shared, warps, resident):
+def test_occupancy_follows_from_registers_and_shared_memory(registers, shared, warps, resident):
     assert (
         CompiledKernel(op="", name="", arch=90, registers=registers, shared=shared, warps=warps).occupancy == resident
     )

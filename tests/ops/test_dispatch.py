@@ -191,7 +191,7 @@ def test_an_extension_that_was_not_built_says_so(device, monkeypatch):
 
 
 def test_threads_load_the_extension_once(monkeypatch):
-    """While one imports it, the others wait: an extension is in sys.modules before it has a spec."""
+    """The other threads wait while one imports it: an extension is in sys.modules before it has a spec."""
     native_missing.cache_clear()
     name, whole = "prismer._C", threading.Event()
     # set first, so that what stands there now, or nothing, stands there again after the test
@@ -218,7 +218,7 @@ def test_threads_load_the_extension_once(monkeypatch):
 
 
 def test_an_extension_that_does_not_load_warns_once(monkeypatch, tmp_path):
-    """A file that does not load is not the same as none: it says so once."""
+    """A missing extension does not warn."""
     package = tmp_path / "prismer"
     package.mkdir()
     (package / "_C.py").write_text("raise ImportError('undefined symbol: torch_x')")
@@ -274,7 +274,7 @@ def test_a_fake_gets_the_arguments_that_it_names():
 
 
 def test_forward_mode_is_refused():
-    """A registered op has no tangent to give: it says so, where torch would hand out zeros."""
+    """A registered op has no forward-mode derivative; without the refusal jvp would silently return zeros."""
     x = torch.randn(3, 8)
 
     def norm(x):
