@@ -264,8 +264,8 @@ class Op:
             `prismer_native::<name>`.
         reference: the definition, in plain PyTorch; None for a part of another op.
         backends: the implementations, the fastest first. The last one is `torch`, which serves every call.
-        host: whether torch's own operators do the same as well for a call, whose arguments are those of `route`. Asked
-            only for eager calls. A fused op pays there only if it saves more than its own Python functions cost.
+        host: whether torch's own operators do a call as well; gets the arguments of `route`. It counts for eager calls
+            on a CPU, where a fused op pays only if it saves more than its own Python functions cost.
     """
 
     name: str
