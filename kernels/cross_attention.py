@@ -28,7 +28,6 @@ from collections.abc import Collection
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import infer_schema
 
 from prismer.kernels import dispatch
 from prismer.kernels.absorbed_projection import (
@@ -41,6 +40,7 @@ from prismer.kernels.absorbed_projection import (
     weight_gradient,
 )
 from prismer.kernels.attention import attention, attention_reference
+from prismer.kernels.dispatch import TORCH, Op
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import check_linear
 from prismer.kernels.philox import draw_seed, survivors
@@ -72,6 +72,10 @@ def cross_attention_reference(
     q32, k, v = (_heads(t, num_heads) for t in (q32, F.linear(c, w_k, b_k), F.linear(c, w_v, b_v)))
     out = attention_reference(q32, k, v, dropout=dropout, seed=seed)
     return out.transpose(1, 2).flatten(2).to(q.dtype)
+
+
+# the absorbed order alone: the ordinary one consists of other ops
+OP = Op(name="cross_attention", reference=cross_attention_reference, backends=(TORCH,))
 
 
 def flops(order: str, B: int, N: int, L: int, D: int, E: int, H: int, grads: Collection[str] = ()) -> int:
@@ -147,7 +151,7 @@ def _forward(
     """out (B, N, D), and p (B, H * N, L) for the backward pass if `keep`."""
     q, context, H = q.contiguous(), context.contiguous(), num_heads
     (B, N, D), L = q.shape, context.shape[1]
-    _, probs = _forward_fake(q, context, k_weight, k_bias, v_weight, v_bias, seed, H, dropout, keep)
+    _, probs = _forward_fake(q, context, H, keep)
     compute = torch.promote_types(q.dtype, torch.float32)
     a = heads_to_context(q.view(-1, D), k_weight, H, (D // H) ** -0.5)
     survive, t = _survivors(q, L, seed, H, dropout), torch.empty_like(a)
@@ -168,18 +172,7 @@ def _forward(
     return out, probs
 
 
-def _forward_fake(
-    q: Tensor,
-    context: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor | None,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    seed: Tensor | None,
-    num_heads: int,
-    dropout: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(q: Tensor, context: Tensor, num_heads: int, keep: bool) -> tuple[Tensor, Tensor]:
     B, N, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(B if keep else 0, num_heads * N, context.shape[1])
 
@@ -198,7 +191,7 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `_ARGUMENTS`; those that `needs` does not ask for are (0,)."""
-    results = _backward_fake(dout, q, context, k_weight, v_weight, v_bias, seed, probs, num_heads, dropout, needs)
+    results = _backward_fake(q, context, k_weight, v_weight, needs)
     dq, dcontext, dk_weight, dk_bias, dv_weight, dv_bias = results
     need = dict(zip(_ARGUMENTS, needs, strict=True))
     dk_bias.zero_()
@@ -254,27 +247,11 @@ def _backward(
 
 
 def _backward_fake(
-    dout: Tensor,
-    q: Tensor,
-    context: Tensor,
-    k_weight: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor | None,
-    seed: Tensor | None,
-    probs: Tensor,
-    num_heads: int,
-    dropout: float,
-    needs: list[bool],
+    q: Tensor, context: Tensor, k_weight: Tensor, v_weight: Tensor, needs: list[bool]
 ) -> tuple[Tensor, ...]:
     D = q.shape[2]
     shapes = q.shape, context.shape, k_weight.shape, (D,), v_weight.shape, (D,)
     return tuple(q.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
-
-
-_cross_attention = dispatch.define(f"cross_attention{infer_schema(_forward, mutates_args=())}", _forward, _forward_fake)
-_cross_attention_backward = dispatch.define(
-    f"cross_attention_backward{infer_schema(_backward, mutates_args=())}", _backward, _backward_fake
-)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -294,7 +271,8 @@ def _autograd(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, _: 
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4
 
 
-dispatch.register_backward("cross_attention", _setup_context, _autograd)
+_cross_attention = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_cross_attention_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
@@ -379,17 +357,18 @@ def cross_attention(
     """
     tensors = q, context, k_weight, k_bias, v_weight, v_bias
     _check(*tensors, num_heads, dropout, order)
-    asked = dispatch.asked()
+    if OP.route(q) == "reference":
+        seed = draw_seed(dropout, seed, q.device)
+        return cross_attention_reference(*tensors, num_heads, dropout=dropout, seed=seed)
     grads = []
     if torch.is_grad_enabled():
         grads = [name for name, t in zip(_ARGUMENTS, tensors, strict=True) if t is not None and t.requires_grad]
     if order is None:
         (B, N, D), (L, E) = q.shape, context.shape[1:]
-        ours = q.device.type == "cpu" and asked in (None, "native", "torch")
+        # an attention that is asked for by name runs in the ordinary order
+        ours = q.device.type == "cpu" and dispatch.asked() in (None, "native", "torch")
         order = cheaper_order(B, N, L, D, E, num_heads, grads) if ours else "ordinary"
-    if asked != "reference" and (order == "ordinary" or not q.numel() or not context.numel()):
+    if order == "ordinary" or not q.numel() or not context.numel():
         return _ordinary(*tensors, num_heads, dropout, seed)
     seed = draw_seed(dropout, seed, q.device)
-    if asked == "reference":
-        return cross_attention_reference(*tensors, num_heads, dropout=dropout, seed=seed)
     return _cross_attention(*tensors, seed, num_heads, float(dropout), bool(grads))[0]

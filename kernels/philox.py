@@ -10,8 +10,10 @@ keys in the time in which torch's operators draw one.
 import torch
 from torch import Tensor
 
-from prismer.kernels import dispatch
+from prismer.kernels.dispatch import TORCH, Backend, Op
 
+# a part of attention
+OP = Op(name="philox_kept", reference=None, backends=(Backend(name="native", devices=("cpu",)), TORCH))
 _WORD = 0xFFFFFFFF
 
 
@@ -65,7 +67,7 @@ def survivors(seed: Tensor, B: int, H: int, row: int, rows: int, L: int, dropout
         dropout: probability that a weight does not survive.
     """
     numbers = B * H, row, rows, L, round(dropout * 2**24)
-    if dispatch.choose("philox_kept", seed.device) == "native" and B * H * rows * L:
+    if OP.choose(seed) == "native" and B * H * rows * L:
         drawn = torch.ops.prismer_native.philox_kept(seed, *numbers)
     else:
         drawn = _kept_torch(seed, *numbers)

@@ -19,15 +19,12 @@ import os
 
 import torch
 from torch import Tensor
-from torch.library import infer_schema
 
 from prismer.kernels import dispatch
 from prismer.kernels.attention import native_backend, peers, torch_backend, triton_backend
 from prismer.kernels.attention.call import Call, Facts
-from prismer.kernels.attention.triton_backend import kernel_cases as kernel_cases
+from prismer.kernels.dispatch import TORCH, Backend, Op
 from prismer.kernels.philox import draw_seed, survivors
-
-BACKENDS = ("flash-attn", "native", "sdpa", "triton", "xformers", "torch", "reference")
 
 
 def attention_reference(
@@ -58,6 +55,28 @@ def attention_reference(
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+OP = Op(
+    name="attention",
+    reference=attention_reference,
+    # on a GPU the attention of another library where it serves the call, and ours where it does not
+    backends=(
+        Backend(name="flash-attn", devices=("cuda",), refuses=peers.flash_attn_refuses),
+        Backend(
+            name="native",
+            devices=("cpu",),
+            float64=False,
+            refuses=native_backend.refuses,
+            slower=native_backend.slower_than_torch,
+        ),
+        Backend(name="sdpa", refuses=peers.sdpa_refuses),
+        Backend(name="triton", devices=("cuda",), float64=False, refuses=triton_backend.refuses),
+        Backend(name="xformers", devices=("cuda",), refuses=peers.xformers_refuses),
+        TORCH,
+    ),
+)
+BACKENDS = (*(backend.name for backend in OP.backends), "reference")
+
+
 def _reference(call: Call) -> Tensor:
     seed = draw_seed(call.dropout, call.seed, call.q.device)
     options = dict(causal=call.causal, key_mask=call.key_mask, dropout=call.dropout, seed=seed, scale=call.scale)
@@ -77,28 +96,10 @@ _REGISTERED = {"native": native_backend, "triton": triton_backend, "torch": torc
 # which backend
 
 
-def supports(backend: str, facts: Facts) -> str | None:
-    """None if `backend` serves the call, else the reason why not."""
-    if backend == "native":
-        return native_backend.serves(facts)
-    if backend == "triton":
-        return triton_backend.serves(facts)
-    return None if backend in ("torch", "reference") else peers.supports(backend, facts)
-
-
 @torch.compiler.assume_constant_result
 def _choose(asked: str | None, **constants: object) -> str:
     """The backend of a call with these `Call.constants`; torch.compile takes the result for a constant too."""
-    facts = Facts.on_this_machine(**constants)
-
-    def serves(name: str) -> str | None:
-        reason = supports(name, facts)
-        if reason is None and name == "native" and asked != "native":
-            reason = native_backend.slower_than_torch(facts.dtype)
-        return reason
-
-    with dispatch.use_backend(asked):
-        return dispatch.choose("attention", facts.device, serves)
+    return asked if asked == "reference" else OP.choose(Facts.on_this_machine(**constants), asked_for=asked)
 
 
 @functools.lru_cache(maxsize=256)
@@ -156,7 +157,7 @@ def _forward(
     return out, lse
 
 
-def _forward_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _forward_fake(q: Tensor) -> tuple[Tensor, Tensor]:
     B, H, N, K = q.shape
     compute = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(B, N, H, K), q.new_empty(B, H, N, dtype=compute)
@@ -191,20 +192,14 @@ def _backward(
     return outputs
 
 
-def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    need_q, need_keys = rest[-2:]
-
+def _backward_fake(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, need_q: bool, need_keys: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     def empty(needed: bool, x: Tensor) -> Tensor:
         B, H, N, K = x.shape
         return dout.new_empty(B, N, H, K) if needed else dout.new_empty(0)
 
     return empty(need_q, q), empty(need_keys, k), empty(need_keys, v)
-
-
-_attention = dispatch.define(f"attention{infer_schema(_forward, mutates_args=())}", _forward, _forward_fake)
-_attention_backward = dispatch.define(
-    f"attention_backward{infer_schema(_backward, mutates_args=())}", _backward, _backward_fake
-)
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -226,7 +221,8 @@ def _autograd(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, _: 
     return *grads, *(None,) * (len(needs) - len(grads))
 
 
-dispatch.register_backward("attention", _setup_context, _autograd)
+_attention = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_attention_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function

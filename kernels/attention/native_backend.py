@@ -18,10 +18,8 @@ def backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor, grads: list[Ten
     )
 
 
-def serves(facts: Facts) -> str | None:
+def refuses(facts: Facts) -> str | None:
     """None if the kernel serves the call, else the reason why not."""
-    if facts.dtype == torch.float64:
-        return "native attention computes in fp32, and q is float64"
     if facts.head_dim % 16 or facts.head_dim > 256:
         return f"native attention serves head dims up to 256 that are multiples of 16, not {facts.head_dim}"
     if facts.dropout:
@@ -31,9 +29,9 @@ def serves(facts: Facts) -> str | None:
     return "native attention does not take tensors without elements" if facts.empty else None
 
 
-def slower_than_torch(dtype: torch.dtype) -> str | None:
+def slower_than_torch(facts: Facts) -> str | None:
     """None where the kernel's vectors are wider than those of torch's own attention, else why torch is preferred."""
     vectors = torch.ops.prismer_native.cpu_capability()
-    if vectors == "avx512" or (vectors == "avx2" and dtype != torch.float32):
+    if vectors == "avx512" or (vectors == "avx2" and facts.dtype != torch.float32):
         return None
-    return f"on {vectors} torch's own attention is as fast in {dtype}"
+    return f"on {vectors} torch's own attention is as fast in {facts.dtype}"

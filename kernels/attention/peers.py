@@ -1,8 +1,8 @@
 """Attention from other libraries behind our signature: torch's own, flash-attn 2, 3 and 4, and xFormers.
 
 Each function takes a `Call` of (B, H, N, K) tensors and returns (B, H, N, K) whose memory is (B, N, H, K), under plain
-autograd. `supports` says what each library does not do. The calls follow flash-attn 2.8.3, flash-attn 3 in the same
-source, flash-attn-4 4.0.0 and xFormers 0.0.35; `tests/ops/test_attention_peers.py` keeps their signatures.
+autograd. The functions `..._refuses` say what each library does not do. The calls follow flash-attn 2.8.3, flash-attn 3
+in the same source, flash-attn-4 4.0.0 and xFormers 0.0.35; `tests/ops/test_attention_peers.py` keeps their signatures.
 """
 
 import importlib
@@ -62,31 +62,53 @@ def _generation(facts: Facts) -> Generation | None:
     return next((g for g in GENERATIONS if _generation_missing(g, facts) is None), None)
 
 
-def supports(backend: str, facts: Facts) -> str | None:
-    """None if `sdpa`, `flash-attn` or `xformers` serves the call, else the reason why not."""
+def _all_refuse(backend: str, facts: Facts) -> str | None:
+    """What no other library does."""
     if facts.empty:
         return f"{backend} does not take tensors without elements"
     if facts.dropout and facts.seeded:
         return f"{backend} draws dropout from torch's generator, and a seed was given"
-    if backend == "sdpa":
-        if facts.masked and facts.device.type != "cpu":
-            return f"sdpa does not promise zeros on {facts.device.type} for a query whose keys are all masked"
-        return None
-    dtypes = [torch.float16, torch.bfloat16] + [torch.float32] * (backend == "xformers")
+    return None
+
+
+def _packages_refuse(backend: str, facts: Facts, *dtypes: torch.dtype) -> str | None:
+    """What neither flash-attn nor xFormers does."""
     if facts.dtype not in dtypes:
         return f"{backend} serves {' and '.join(map(str, dtypes))}, not {facts.dtype}"
     if facts.masked:
         return f"{backend} takes no key mask without packing the keys"
     if facts.compiling:
         return f"torch.compile does not see through {backend}"
-    if backend == "flash-attn":
-        reasons = [_generation_missing(generation, facts) for generation in GENERATIONS]
-        return None if None in reasons else "; ".join(reasons)
-    if facts.head_dim % 8:
-        return f"xformers serves head dims that are multiples of 8, not {facts.head_dim}"
-    if facts.deterministic:
-        return "xformers has no deterministic backward, and torch.use_deterministic_algorithms asks for one"
     return None
+
+
+def sdpa_refuses(facts: Facts) -> str | None:
+    """None if torch's own attention serves the call, else the reason why not."""
+    reason = _all_refuse("sdpa", facts)
+    if reason is None and facts.masked and facts.device.type != "cpu":
+        return f"sdpa does not promise zeros on {facts.device.type} for a query whose keys are all masked"
+    return reason
+
+
+def flash_attn_refuses(facts: Facts) -> str | None:
+    """None if a generation of flash-attn serves the call, else the reason why not."""
+    name = "flash-attn"
+    reason = _all_refuse(name, facts) or _packages_refuse(name, facts, torch.float16, torch.bfloat16)
+    if reason is not None:
+        return reason
+    reasons = [_generation_missing(generation, facts) for generation in GENERATIONS]
+    return None if None in reasons else "; ".join(reasons)
+
+
+def xformers_refuses(facts: Facts) -> str | None:
+    """None if xFormers serves the call, else the reason why not."""
+    dtypes = torch.float16, torch.bfloat16, torch.float32
+    reason = _all_refuse("xformers", facts) or _packages_refuse("xformers", facts, *dtypes)
+    if reason is None and facts.head_dim % 8:
+        return f"xformers serves head dims that are multiples of 8, not {facts.head_dim}"
+    if reason is None and facts.deterministic:
+        return "xformers has no deterministic backward, and torch.use_deterministic_algorithms asks for one"
+    return reason
 
 
 def _tokens_first(x: Tensor) -> Tensor:
@@ -114,7 +136,7 @@ def sdpa(call: Call) -> Tensor:
 
 
 def flash_attn(call: Call) -> Tensor:
-    """The best generation of flash-attn that serves the call; `supports` has found that there is one."""
+    """The best generation of flash-attn that serves the call; `flash_attn_refuses` has found that there is one."""
     facts = Facts.on_this_machine(**call.constants())
     generation = _generation(facts)
     function = importlib.import_module(generation.module).flash_attn_func

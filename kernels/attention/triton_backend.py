@@ -381,10 +381,8 @@ def _keys_kernel(
 # launchers
 
 
-def serves(facts: Facts) -> str | None:
+def refuses(facts: Facts) -> str | None:
     """None if the kernels serve the call, else the reason why not."""
-    if facts.dtype == torch.float64:
-        return "triton attention computes in fp32, and q is float64"
     if facts.head_dim not in HEAD_DIMS:
         return f"triton attention serves head dims {', '.join(map(str, HEAD_DIMS))}, not {facts.head_dim}"
     return None

@@ -19,7 +19,7 @@ from prismer.model import Prismer
 from prismer.shipped import model_folder
 from prismer.weights.folder import CONFIG, folder_config
 
-# distributions whose versions decide what runs; a star stands for the CUDA version
+# distributions whose versions decide what runs; a star stands for a part that differs by CUDA version
 _PACKAGES = (
     "torch",
     "torchvision",

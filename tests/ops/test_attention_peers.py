@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from prismer.kernels import dispatch
-from prismer.kernels.attention import attention_reference, peers, supports
+from prismer.kernels.attention import OP, attention_reference, peers
 from prismer.kernels.attention.call import Call, Facts
 
 BF16 = torch.bfloat16
@@ -164,7 +164,7 @@ def test_calls_bind_to_the_published_signature(name, causal, install, monkeypatc
         assert calls[0]["p"] == dropout
     else:
         facts = facts_of((10, 0) if name == "flash-attn 4" else (9, 0), deterministic=True, dropout=dropout > 0)
-        assert peers.supports("flash-attn", facts) is None
+        assert peers.flash_attn_refuses(facts) is None
         monkeypatch.setattr(Facts, "on_this_machine", lambda **_: facts)
         out = peers.flash_attn(call)
         assert calls[0]["deterministic"] is True and calls[0].get("dropout_p", dropout) == dropout
@@ -216,7 +216,7 @@ def test_the_best_generation_of_flash_attn_is_taken(installed, facts, generation
         install(FLASH[number])
     found = peers._generation(facts)
     assert (found and found.number) == generation
-    assert (peers.supports("flash-attn", facts) is None) == (generation is not None)
+    assert (peers.flash_attn_refuses(facts) is None) == (generation is not None)
 
 
 @pytest.mark.parametrize(
@@ -244,8 +244,9 @@ def test_the_best_generation_of_flash_attn_is_taken(installed, facts, generation
         ("torch", facts_of(head_dim=48, dtype=torch.float64), None),
     ),
 )
-def test_supports(backend, facts, reason, install):
-    found = supports(backend, facts)
+def test_a_backend_serves_a_call_or_says_why_not(backend, facts, reason, install):
+    (declared,) = (b for b in OP.backends if b.name == backend)
+    found = OP._refusal(declared, facts, ())
     assert found is None if reason is None else reason in found
 
 
