@@ -1,4 +1,7 @@
-"""Text tokens over projected image tokens: pytest benchmarks/test_cross_attention.py --benchmark-only"""
+"""Cross-attention of text over image tokens, with its key and value layers, against two linear layers and SDPA.
+
+Run: pytest benchmarks/test_cross_attention.py --benchmark-only
+"""
 
 import pytest
 import torch

@@ -30,7 +30,7 @@ Tensor bias_activation_backward_cpu(
 void logit_statistics_cpu(
     const Tensor& logits, const Tensor& bias, const Tensor& targets, int64_t first, Tensor state);
 Tensor philox_kept_cpu(
-    const Tensor& seed, int64_t heads, int64_t row, int64_t rows, int64_t keys, int64_t segment,
+    const Tensor& seed, int64_t heads, int64_t row, int64_t rows, int64_t keys,
     int64_t threshold);
 Tensor label_map_cpu(const Tensor& ids, const Tensor& rows, const Tensor& features, int64_t size);
 Tensor label_map_backward_cpu(
@@ -73,8 +73,7 @@ STABLE_TORCH_LIBRARY(prismer_native, m) {
       "logit_statistics(Tensor logits, Tensor bias, Tensor targets, int first, Tensor(a!) state) -> "
       "()");
   m.def(
-      "philox_kept(Tensor seed, int heads, int row, int rows, int keys, int segment, "
-      "int threshold) -> Tensor");
+      "philox_kept(Tensor seed, int heads, int row, int rows, int keys, int threshold) -> Tensor");
   m.def("label_map(Tensor ids, Tensor rows, Tensor features, int size) -> Tensor");
   m.def("label_map_backward(Tensor dy, Tensor ids, Tensor rows, int num_rows) -> Tensor");
   m.def(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prismer.kernels.dispatch import on_host
+from prismer.kernels.dispatch import is_partitioned, on_host
 
 
 class _LookUp(torch.autograd.Function):
@@ -49,6 +49,6 @@ def look_up(embedding: nn.Embedding, ids: Tensor) -> tuple[Tensor, Tensor] | Non
     """
     # not by its name, at which ZeRO-3 would gather it
     (table,) = embedding.parameters()
-    if not (table.requires_grad and torch.is_grad_enabled() and on_host(table, table)):
+    if not (table.requires_grad and torch.is_grad_enabled() and on_host(table) and not is_partitioned(table)):
         return None
     return _LookUp.apply(table, ids, embedding.padding_idx)

@@ -3,8 +3,8 @@
 //
 // A task is (row, head, chunk of queries, split of the keys), all sizes fixed, so that results do
 // not depend on the number of threads; splits are merged afterwards, in their order. Within a task
-// a block of keys and values is read into the nearest caches, as fp32, and met there by all
-// queries of the chunk, four at a time: their scores fill one vector of 16 = 4 keys x 4 queries.
+// a block of keys and values is read into the nearest caches, as fp32, where all queries of the
+// chunk use it, four at a time: their scores fill one vector of 16 = 4 keys x 4 queries.
 
 #include <algorithm>
 
@@ -113,7 +113,7 @@ struct Attend {
         const auto all_of = [&](auto lanes, auto there) __attribute__((always_inline)) {
           Queries<decltype(lanes)::value, decltype(there)::value> who;
           for (int64_t j = 0; j < there; ++j) {
-            // the last one twice where two of three are there
+            // where two of three are left, the last one twice
             const int64_t here = i + std::min(j, tile - 1);
             who.q[j] = s.q.data() + here * padded;
             who.accumulator[j] =

@@ -161,7 +161,7 @@ inline Tensor new_small(int64_t n, int32_t dtype) {
 
 inline Tensor new_floats(int64_t n) { return new_small(n, aoti_torch_dtype_float32()); }
 
-// what an op returns for an optional output that was not asked for
+// what an op returns for an optional output that the caller did not ask for
 inline Tensor nothing_like(const Tensor& tensor) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));

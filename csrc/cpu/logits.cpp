@@ -52,12 +52,12 @@ struct Statistics {
         block += at<Vector>(z, c);
       }
       total += block;
-      // the exponential of vectors limits its argument, and would make a number of these
+      // the exponential of vectors limits its argument, and would make finite numbers of these
       if (largest == std::numeric_limits<float>::infinity() || std::isnan(block)) {
         exp_sum = std::numeric_limits<double>::quiet_NaN();
         continue;
       }
-      // nothing but minus infinity so far: the difference below would be no number
+      // all logits so far are -inf: the difference below would be NaN
       if (largest == -std::numeric_limits<float>::infinity()) continue;
       exp_sum *= std::exp(static_cast<double>(before) - largest);
       lanes = broadcast<Vector>(0.0f);

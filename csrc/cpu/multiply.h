@@ -1,4 +1,4 @@
-// Products of small packed matrices: what attention on the CPU is built of.
+// Products of small packed matrices, of which attention on the CPU consists.
 //
 // c (+)= a b, with the sums of a tile of c in registers: six rows of up to four vectors of the
 // processor's on AVX-512, of two elsewhere. Numbers lie in words of 32 bits: one fp32, or a pair of
@@ -30,7 +30,7 @@ struct Multiply {
     constexpr int64_t most = Width == kLanes ? 4 : 2;  // vectors of a tile
     const int64_t vectors = f.columns / Width;
     for (int64_t done = 0; done < vectors;) {
-      // as even as can be: six vectors are twice three
+      // as even as possible: six vectors are twice three
       const int64_t left = vectors - done, tiles = (left + most - 1) / most;
       const int64_t here = (left + tiles - 1) / tiles;
       if constexpr (most == 4) {

@@ -1,5 +1,5 @@
-// What vectors of `vector.h` are summed up and put into: sums over lanes in one order for every
-// instruction set, and the exponential.
+// Functions of the vectors of `vector.h`: sums over lanes, in one order for every instruction set,
+// and the exponential.
 
 #pragma once
 

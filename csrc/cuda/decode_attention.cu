@@ -1,7 +1,7 @@
 // Decode attention, the keys split over blocks; semantics in kernels/decode_attention/__init__.py.
 //
-// Few queries meet many keys, so blocks are made of (row and head, tile of queries, split of the
-// shared keys), and one more split for the private suffixes. A block brings 32 keys and values at a
+// Few queries attend to many keys, so a block is a (row and head, tile of queries, split of the
+// shared keys), and one more split has the private suffixes. A block loads 32 keys and values at a
 // time into shared memory, once for all its queries. Each of its four warps owns up to four queries:
 // a lane scores one key, the warp updates the softmax, then a lane owns pairs of channels and walks
 // the keys. What each split found (maximum, sum, weighted values) is merged by a second kernel in the
@@ -68,7 +68,7 @@ __device__ __forceinline__ void dot(
   }
 }
 
-// take in this lane's score of one key; its weight
+// add this lane's score of one key to the softmax; returns its weight
 template <int kPairs>
 __device__ __forceinline__ float update(Softmax& softmax, float (&out)[kPairs][2], float score) {
   const float rescale = raise_max(softmax, warp_max(score));
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 3) split_kernel(
         const int64_t left = args.num_ancestors - base;
         const int count = static_cast<int>(left < kKeys ? left : kKeys);
         const int64_t listed = lane < count ? ancestors[base + lane] : -1;
-        // a number that is no slot is taken for none: nothing outside the suffix is read
+        // a number that is no slot counts as none: nothing outside the suffix is read
         const int slot = listed >= 0 && listed < args.slots ? static_cast<int>(listed) : -1;
         float score[1] = {kMasked};
         if (slot >= 0) {
@@ -302,7 +302,7 @@ int decode_attention_cuda(const DecodeAttention& args, void* stream) {
   with_element(args.type, [&](auto element) {
     using T = decltype(element);
     if (splits == 0) {
-      // nothing to see: the merge of no splits is zeros
+      // no key at all: the merge of no splits gives zeros
     } else if (args.head <= 64) {
       launch_splits<T, 1>(args, shared_splits, splits, stream);
     } else if (args.head <= 128) {

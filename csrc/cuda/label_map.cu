@@ -2,7 +2,7 @@
 //
 // Forward: a block per output line, a thread per 128 bits of a pixel's numbers; neighbouring threads
 // write neighbouring bytes. An entry of `rows` outside the features cannot be reported without waiting
-// for the device: its pixels become NaN, which the next loss shows, and nothing is read.
+// for the device: nothing is read, and its pixels become NaN, which the next loss shows.
 //
 // Backward: many pixels add to few rows. Float atomics would add in another order on every run, and
 // sorting the taps costs more than the sum. So a warp owns 32 channels, one for each lane, and walks

@@ -18,12 +18,13 @@ struct Softmax {
   float sum = 0.0f;
 };
 
-// what is taken off a score before exp: never -inf, which would make -inf - -inf = nan
+// what is subtracted from a score before exp: never -inf, because -inf - -inf is NaN
 PRISMER_SHARED float shift(float max) { return max == kMasked ? 0.0f : max; }
 
 PRISMER_SHARED float weight(float score, float max) { return expf(score - shift(max)); }
 
-// take in the maximum of a tile; the factor for what was summed so far, 0 before the first key
+// updates the maximum with that of a tile; returns the factor for the sums so far, 0 before the
+// first key
 PRISMER_SHARED float raise_max(Softmax& state, float tile_max) {
   const float max = fmaxf(state.max, tile_max);
   const float rescale = weight(state.max, max);
@@ -32,7 +33,7 @@ PRISMER_SHARED float raise_max(Softmax& state, float tile_max) {
   return rescale;
 }
 
-// 1 / sum; 0 for a query that saw no key, whose output is zeros
+// 1 / sum; 0 for a query that sees no key, whose output is zeros
 PRISMER_SHARED float inverse(float sum) { return sum > 0.0f || sum != sum ? 1.0f / sum : 0.0f; }
 
 }  // namespace prismer

@@ -18,7 +18,7 @@ struct Tap {
 template <typename Value, typename Index>
 PRISMER_SHARED Tap<Value, Index> tap(Index i, Index source, Index size) {
   const Index steps = size > 1 ? size - 1 : 1;
-  // integers: exact, where a float position may land just below a whole pixel
+  // integers are exact; a float position could be just below a whole pixel
   const Index scaled = i * (source - 1);
   const Index low = scaled / steps;
   const Index high = low + 1 < source ? low + 1 : low;

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import dispatch, matmul
+from prismer.kernels import matmul
+from prismer.kernels.dispatch import TORCH, Op
 from prismer.kernels.mlp import check_linear
 
 
@@ -43,6 +44,9 @@ def resampler_projections_reference(
     keys = torch.cat([x, rows], 1)
     pairs = (rows, w_q), (keys, w_k), (keys, w_v)
     return [F.linear(t, weight.to(compute)).to(z.dtype) for t, weight in pairs]
+
+
+OP = Op(name="resampler_projections", reference=resampler_projections_reference, backends=(TORCH,))
 
 
 # the registered ops
@@ -88,7 +92,7 @@ def _forward(
 
 
 def _forward_fake(
-    z: Tensor, x_hat: Tensor, gamma: Tensor | None, beta: Tensor | None, w_q: Tensor, w_k: Tensor, w_v: Tensor | None
+    z: Tensor, x_hat: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, M, _), N = z.shape, z.shape[1] + x_hat.shape[1]
     J = w_k.shape[0] // 2 if w_v is None else w_k.shape[0]
@@ -108,9 +112,9 @@ def _backward(
     w_v: Tensor | None,
     M: int,
     needs: list[bool],
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`needs`: which arguments of `_forward` need a gradient. z and x_hat are given if such a gradient reads them."""
-    results = _backward_fake(dq, dk, dv, z, x_hat, gamma, beta, w_q, w_k, w_v, M, needs)
+    results = _backward_fake(dq, dk, w_q, w_k, w_v, M, needs)
     need, grads = (dict(zip(_NAMES, values, strict=True)) for values in (needs, results))
     B, L, D = len(dq), dk.shape[1] - M, w_q.shape[1]
     dq = dq.reshape(B * M, -1)
@@ -195,18 +199,7 @@ def _backward_folded(layers: _Layers, saved: _Saved, M: int, need: dict[str, boo
 
 
 def _backward_fake(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    z: Tensor | None,
-    x_hat: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    w_q: Tensor,
-    w_k: Tensor,
-    w_v: Tensor | None,
-    M: int,
-    needs: list[bool],
+    dq: Tensor, dk: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor | None, M: int, needs: list[bool]
 ) -> tuple[Tensor, ...]:
     (B, N, _), D = dk.shape, w_q.shape[1]
     shapes = (B, M, D), (B, N - M, D), (D,), (D,), w_q.shape, w_k.shape, None if w_v is None else w_v.shape
@@ -215,21 +208,6 @@ def _backward_fake(
     for i in (2, 3):
         empty[i].zero_()
     return tuple(empty)
-
-
-_projections = dispatch.define(
-    "resampler_projections(Tensor z, Tensor x_hat, Tensor? gamma, Tensor? beta, Tensor w_q, Tensor w_k, Tensor? w_v)"
-    " -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-_projections_backward = dispatch.define(
-    "resampler_projections_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? z, Tensor? x_hat, Tensor? gamma,"
-    " Tensor? beta, Tensor w_q, Tensor w_k, Tensor? w_v, int M, bool[7] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -255,7 +233,8 @@ def _autograd(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | No
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
-dispatch.register_backward("resampler_projections", _setup_context, _autograd)
+_projections = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_projections_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
@@ -296,6 +275,6 @@ def resampler_projections(
     elif w_k.shape[0] % 2:
         raise ValueError(f"w_k has {w_k.shape[0]} rows and w_v is None; pass as many rows for values as for keys")
     arguments = z, x_hat, gamma, beta, w_q, w_k, w_v
-    if dispatch.asked() == "reference":
+    if OP.route(z) == "reference":
         return resampler_projections_reference(*arguments)
     return list(_projections(*arguments))

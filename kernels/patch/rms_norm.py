@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prismer.kernels import dispatch
+from prismer.kernels.dispatch import TORCH, Op
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
@@ -32,6 +32,9 @@ def add_rms_norm_reference(
     return rms_norm_reference(total, weight, eps), total
 
 
+OP = Op(name="rms_norm", reference=rms_norm_reference, backends=(TORCH,))
+
+
 # the registered ops
 
 
@@ -47,20 +50,18 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: flo
     return y.to(x.dtype), total, rstd
 
 
-def _forward_fake(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     total = x.new_empty(0 if residual is None else x.shape)
     return x.new_empty(x.shape), total, x.new_empty(x.shape[0], dtype=compute)
 
 
 def _backward(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, weight_trains: bool
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, affine: bool
 ) -> tuple[Tensor, Tensor]:
     compute = rstd.dtype
     x_hat, dy = x.to(compute) * rstd[:, None], dy.to(compute)
-    dweight = (dy * x_hat).sum(0) if weight_trains else rstd.new_empty(0)
+    dweight = (dy * x_hat).sum(0) if affine else rstd.new_empty(0)
     g = dy if weight is None else dy * weight
     means = torch.linalg.vecdot(g, x_hat)[:, None] / x.shape[1]
     dx = torch.addcmul(g, x_hat, means, value=-1).mul_(rstd[:, None])
@@ -69,24 +70,9 @@ def _backward(
     return dx.to(x.dtype), dweight.to(x.dtype if weight is None else weight.dtype)
 
 
-def _backward_fake(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, weight_trains: bool
-) -> tuple[Tensor, Tensor]:
+def _backward_fake(x: Tensor, weight: Tensor | None, rstd: Tensor, affine: bool) -> tuple[Tensor, Tensor]:
     dtype = x.dtype if weight is None else weight.dtype
-    return x.new_empty(x.shape), rstd.new_empty(x.shape[1] if weight_trains else 0, dtype=dtype)
-
-
-_rms_norm = dispatch.define(
-    "rms_norm(Tensor x, Tensor? residual, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-_rms_norm_backward = dispatch.define(
-    "rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor rstd, bool weight_trains)"
-    " -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+    return x.new_empty(x.shape), rstd.new_empty(x.shape[1] if affine else 0, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -108,7 +94,8 @@ def _autograd(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None) -> tu
     return dx if needs[0] else None, dx if needs[1] else None, dweight if needs[2] else None, None
 
 
-dispatch.register_backward("rms_norm", _setup_context, _autograd)
+_rms_norm = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_rms_norm_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public functions
@@ -143,7 +130,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
         ValueError: if a shape or dtype does not fit.
     """
     _check(x, None, weight)
-    if dispatch.asked() == "reference":
+    if OP.route(x) == "reference":
         return rms_norm_reference(x, weight, eps)
     return _rms_norm(x.reshape(-1, x.shape[-1]), None, weight, eps)[0].view(x.shape)
 
@@ -162,7 +149,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float 
         ValueError: if a shape or dtype does not fit.
     """
     _check(x, residual, weight)
-    if dispatch.asked() == "reference":
+    if OP.route(x) == "reference":
         return add_rms_norm_reference(x, residual, weight, eps)
     y, total, _ = _rms_norm(x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1]), weight, eps)
     return y.view(x.shape), total.view(x.shape)

@@ -17,6 +17,7 @@ from prismer.model import Prismer
 from prismer.shipped import SHIPPED_MODELS, shipped_folder
 from prismer.weights.folder import CONFIG, folder_config
 
+# distributions whose versions decide what runs; a star stands for a part that differs by CUDA version
 PACKAGES = (
     "torch",
     "torchvision",
@@ -28,7 +29,6 @@ PACKAGES = (
     "xformers",
     "flash-attn",
 )
-"""Distributions whose versions decide what runs; a star stands for what differs by CUDA version."""
 
 # Linux's names of the instructions that speed up matrix products, with the common ones
 _CPU_FLAGS = {

@@ -1,4 +1,4 @@
-"""What kernels/gemm.py says that one product costs, for the ledger tests of the rooms that are built of products."""
+"""What kernels/gemm.py says that one product costs, for the ledger tests of ops that consist of products."""
 
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ def product(M, N, K, dtype, *, bias=0, read=0, written=0, sums=0) -> Cost:
 
 
 def column_sums(R, D, dtype) -> Cost:
-    """The issued cost of kernels/activation.py's column sums, for a bias of the dtype of what is summed."""
+    """The issued cost of kernels/activation.py's column sums, for a bias of the dtype of its rows."""
     from prismer.kernels.activation import _tiles
     from prismer.kernels.layer_norm import _groups
 
