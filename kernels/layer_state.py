@@ -11,6 +11,7 @@ relevant changes.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def _add_module(found: list, module: nn.Module | None, given: tuple | None, one_
 
 
 def _add_head(found: list, module: nn.Module, path: tuple[str, ...], one_dtype: bool) -> None:
-    child = module
+    child: Any = module
     for name in path:
         child = child._modules.get(name)
         found.append(type(child))

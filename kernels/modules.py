@@ -61,7 +61,7 @@ class LayerNorm(nn.LayerNorm):
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
-def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+def _linear(layer: Any, x: Tensor) -> Tensor:
     """`layer(x)`, by the fused op if the layer is a plain linear."""
     return linears(x, [(layer.weight, layer.bias)])[0] if is_plain_layer(layer) else layer(x)
 
@@ -93,7 +93,7 @@ class MLP(nn.Module):
         self.add_module(names[1], nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        fc, proj = (self.get_submodule(name) for name in self.names)
+        fc, proj = (getattr(self, name) for name in self.names)
         if not (is_plain_layer(fc) and is_plain_layer(proj)):
             return proj(bias_activation(fc(x), None, self.activation))
         return mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=self.activation)
@@ -191,23 +191,20 @@ class MultiheadAttention(nn.Module):
         """Queries of `x` (B, N, D), keys and values of `context` (B, L, ...) or else of `x`: each (B, H, N or L, K)."""
         D = x.shape[-1]
         if self.names is not None:
-            layers = [self.get_submodule(name) for name in self.names[:3]]
-            if not all(map(is_plain_layer, layers)):
-                source = x if context is None else context
-                return tuple(self._heads(layer(t)) for layer, t in zip(layers, (x, source, source), strict=True))
-            q, k, v = [(layer.weight, layer.bias) for layer in layers]
-            if context is None:
-                parts = linears(x, [q, k, v])
+            layers = [getattr(self, name) for name in self.names[:3]]
+            if all(map(is_plain_layer, layers)):
+                pairs = [(layer.weight, layer.bias) for layer in layers]
+                parts = linears(x, pairs) if context is None else [*linears(x, pairs[:1]), *linears(context, pairs[1:])]
             else:
-                parts = [*linears(x, [q]), *linears(context, [k, v])]
+                source = x if context is None else context
+                parts = [layer(t) for layer, t in zip(layers, (x, source, source), strict=True)]
         elif context is None:
-            (packed,) = linears(x, [(self.in_proj_weight, self.in_proj_bias)])
-            parts = packed.chunk(3, dim=-1)
+            parts = list(linears(x, [(self.in_proj_weight, self.in_proj_bias)])[0].chunk(3, dim=-1))
         else:
-            (q,) = linears(x, [(self.in_proj_weight[:D], self.in_proj_bias[:D])])
-            (packed,) = linears(context, [(self.in_proj_weight[D:], self.in_proj_bias[D:])])
-            parts = q, *packed.chunk(2, dim=-1)
-        return tuple(self._heads(part) for part in parts)
+            packed = linears(context, [(self.in_proj_weight[D:], self.in_proj_bias[D:])])[0]
+            parts = [*linears(x, [(self.in_proj_weight[:D], self.in_proj_bias[:D])]), *packed.chunk(2, dim=-1)]
+        q, k, v = (self._heads(part) for part in parts)
+        return q, k, v
 
     def merge(self, out: Tensor) -> Tensor:
         """Merge the heads and project: (B, H, N, K) -> (B, N, D)."""
@@ -287,7 +284,8 @@ class PerceiverResampler(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x_hat = None
         z = self.latents.expand(x.shape[0], -1, -1)
-        for block in self.blocks:
+        blocks: Any = self.blocks
+        for block in blocks:
             if not block.folds_norm:
                 z = block(z, x)
                 continue
@@ -306,6 +304,8 @@ class LinearCrossEntropy(nn.Module):
         label_smoothing, ignore_index, reduction: as in `linear_cross_entropy`.
         device, dtype: of the parameters.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,

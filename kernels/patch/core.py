@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -117,17 +117,18 @@ def apply_to(model: nn.Module, which: str | Sequence[str] = PARTS, *, strict: bo
             raise ValueError(
                 f"{name or 'the model'} is patched already; call undo() of its report first, or restore(model)"
             )
-        rule = _find_rule(type(module), rules)
+        kind: Any = type(module)
+        rule = _find_rule(kind, rules)
         if rule is None or id(module) in covered:
             continue
         reason = _reason_class_is_hidden(rule, module) or rule.reason_to_keep(module)
-        rows.append(ReportRow(name, type(module).__name__, rule.part, reason))
+        rows.append(ReportRow(name, kind.__name__, rule.part, reason))
         if reason is None:
-            changes.append((module, _patched_class(type(module), rule, False)))
+            changes.append((module, _patched_class(kind, rule, False)))
             covered.update(id(child) for _, child in rule.covered(module))
             if rule.find_head is not None:
-                head = module.get_submodule(rule.find_head(module))
-                changes.append((head, _patched_class(type(head), rule, True)))
+                head: Any = module.get_submodule(rule.find_head(module))
+                changes.append((head, _patched_class(head.__class__, rule, True)))
     kept = [row for row in rows if row.reason is not None]
     if not rows:
         raise ValueError(
@@ -186,7 +187,7 @@ def _reason_class_is_hidden(rule: Rule, module: nn.Module) -> str | None:
 
 
 @functools.cache
-def _patched_class(original: type, rule: Rule, is_head: bool) -> type:
+def _patched_class(original: Any, rule: Rule, is_head: bool) -> type:
     """The subclass of `original` that runs on fused ops; `is_head` for the output layer that the rule finds."""
     methods = dict(rule.head_methods if is_head else rule.methods)
     for name, method in methods.items():
@@ -216,7 +217,7 @@ def _restore_class(module: nn.Module) -> None:
         module.__dict__.pop(_LAST_CHECK, None)
 
 
-def _without_patch(kind: type) -> type:
+def _without_patch(kind: Any) -> type:
     """The original of a patched class. Classes that torch derived from it since (parametrised) are derived again."""
     if "unpatched_class" in vars(kind):
         return kind.unpatched_class
@@ -225,9 +226,9 @@ def _without_patch(kind: type) -> type:
     return type(kind)(kind.__name__, bases, body)
 
 
-def _reduce(self: nn.Module, protocol: int) -> tuple:
+def _reduce(self: Any, protocol: int) -> Any:
     """Copy and pickle by the original class: pickle cannot find a class that was made here by its name."""
-    kind = type(self)
+    kind: Any = type(self)
     # a class that somebody has derived from it since may know better
     if "unpatched_class" not in vars(kind):
         return object.__reduce_ex__(self, protocol)
@@ -236,13 +237,13 @@ def _reduce(self: nn.Module, protocol: int) -> tuple:
     return _rebuild, (kind.unpatched_class, kind._prismer_rule.target, kind._prismer_is_head), state
 
 
-def _rebuild(original: type, target: str, is_head: bool) -> nn.Module:
+def _rebuild(original: type, target: str, is_head: bool) -> Any:
     (rule,) = (rule for rule in RULES if rule.target == target)
-    patched = _patched_class(original, rule, is_head)
+    patched: Any = _patched_class(original, rule, is_head)
     return patched.__new__(patched)
 
 
-def _set_state(self: nn.Module, state: dict) -> None:
+def _set_state(self: Any, state: dict) -> None:
     type(self).unpatched_class.__setstate__(self, state)
     rule = self._prismer_rule
     # record now, since a compiler may see the copy before its first call
@@ -270,10 +271,10 @@ class LastCheck(NamedTuple):
 
 
 def _with_fallback(method: Callable, plain: Callable, rule: Rule | None) -> Callable:
-    """`method`, or `plain` for a call or a state of the module that `method` does not support."""
+    """`method`, or `plain` for calls and states of the module that `method` does not support."""
 
     @functools.wraps(plain)
-    def call(self: nn.Module, *args: object, **kwargs: object) -> object:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # autocast does not reach the ops, which take dtypes as they come
         if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
             return plain(self, *args, **kwargs)
@@ -284,7 +285,8 @@ def _with_fallback(method: Callable, plain: Callable, rule: Rule | None) -> Call
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not _fused_forward_fits(self, rule, x):
                 return plain(self, *args, **kwargs)
-        return method(self, *args, **kwargs)
+        result = method(self, *args, **kwargs)
+        return plain(self, *args, **kwargs) if result is NotImplemented else result
 
     return call
 
@@ -311,7 +313,7 @@ def _fused_forward_fits(module: nn.Module, rule: Rule, x: object) -> bool:
     return reason is None
 
 
-def _record_check(module: nn.Module) -> None:
+def _record_check(module: Any) -> None:
     """Note that the fused forward fits a module which has just been patched."""
     if not module._prismer_is_head:
         rule = module._prismer_rule

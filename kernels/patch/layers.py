@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ def apply_linears(x: Tensor, *layers: nn.Linear) -> list[Tensor]:
 
 def apply_mlp(x: Tensor, fc: nn.Linear, activation: object, proj: nn.Linear) -> Tensor:
     """`proj(activation(fc(x)))` by the fused op."""
-    return mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=activation_of(activation))
+    name: Any = activation_of(activation)
+    return mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=name)
 
 
 def apply_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -92,10 +94,11 @@ def sdpa_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     mask: Tensor | None,
     scale: float,
     dropout: float,
-    options: Mapping[str, object],
+    options: Mapping[str, Any],
 ) -> Tensor:
     """Attention as transformers defines it for attn_implementation="sdpa", by the fused op where it serves the call.
 
@@ -103,11 +106,13 @@ def sdpa_attention(
         module: the attention module, of which transformers reads `is_causal`.
         q, k, v: (B, H, N, K), (B, H, L, K), (B, H, L, K).
         mask: what transformers passes as `attention_mask`.
+        dropout: in training.
         options: what else transformers passes to its attention function.
 
     Returns:
         (B, N, H, K).
     """
+    dropout = dropout if module.training else 0.0
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     N = q.shape[2]
@@ -137,7 +142,7 @@ def _key_mask(mask: Tensor | None, batch: int) -> Tensor | None:
     return mask[:, 0, 0, :].expand(batch, -1)
 
 
-def wants_weights(options: Mapping[str, object]) -> bool:
+def wants_weights(options: Mapping[str, Any]) -> bool:
     """Whether the caller of BLIP's attention asks for attention weights.
 
     Other families switch to attn_implementation="eager" for them, BLIP has one implementation for both.

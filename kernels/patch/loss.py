@@ -20,6 +20,7 @@ import ast
 import functools
 import inspect
 import textwrap
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ _LOSS_ARGUMENTS = "prismer_loss_arguments"
 # what the patched model and its head do
 
 
-def _model_forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if args:
         kwargs.update(zip(_parameter_names(self.unpatched_class), args, strict=False))
     labels = kwargs.get("labels")
@@ -85,18 +86,18 @@ def _head_forward(self: nn.Linear, x: Tensor) -> Tensor:
     return loss / (count.to(loss.device) if hasattr(count, "to") else count)
 
 
-def _get_loss_function(self: nn.Module) -> object:
+def _get_loss_function(self: Any) -> Any:
     head = self.get_output_embeddings()
     if getattr(head, _LOSS_ARGUMENTS, None) is None:
         return self.unpatched_class.loss_function.fget(self)
     return functools.partial(_pass_loss_on, head)
 
 
-def _set_loss_function(self: nn.Module, function: object) -> None:
+def _set_loss_function(self: Any, function: Any) -> None:
     self.unpatched_class.loss_function.fset(self, function)
 
 
-def _pass_loss_on(head: nn.Linear, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: object) -> Tensor:
+def _pass_loss_on(head: nn.Linear, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
     """Stand in for the model's loss function: its logits are the loss that the head has computed."""
     if vocab_size != head.out_features:
         raise ValueError(
@@ -107,25 +108,25 @@ def _pass_loss_on(head: nn.Linear, logits: Tensor, labels: Tensor, vocab_size: i
 
 
 @functools.cache
-def _parameter_names(kind: type) -> tuple[str, ...]:
+def _parameter_names(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 # when a model is kept
 
 
-def _has_causal_loss(model: nn.Module) -> bool:
+def _has_causal_loss(model: Any) -> bool:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     return model.loss_function is ForCausalLMLoss
 
 
-def _find_head(model: nn.Module) -> str:
+def _find_head(model: Any) -> str:
     head = model.get_output_embeddings()
     return next(name for name, module in model.named_modules() if module is head)
 
 
-def _check(model: nn.Module) -> str | None:
+def _check(model: Any) -> str | None:
     head = model.get_output_embeddings()
     if unpatched_class(head) is not nn.Linear:
         return f"its head is a {type(head).__name__} (quantised, adapted or wrapped), not a plain layer"
@@ -138,14 +139,15 @@ def _check(model: nn.Module) -> str | None:
     if not is_patched(model) and not _has_causal_loss(model):
         return "its loss is not transformers' ForCausalLMLoss"
     first, *path = name.split(".")
-    if not only_passes_logits_to_loss(unpatched_class(model), first):
+    kind: Any = unpatched_class(model)
+    if not only_passes_logits_to_loss(kind, first):
         return "its forward does more with the logits or labels than pass them to self.loss_function"
-    module = model.get_submodule(first)
+    module: Any = model.get_submodule(first)
     for child in path:
         reason = _reason_needs_logits(first, module)
         if reason is not None:
             return reason
-        if not _returns_output_of(type(module), child):
+        if not _returns_output_of(module.__class__, child):
             return f"its {first} does more than end with the linear head"
         module = module.get_submodule(child)
     return None
@@ -161,7 +163,7 @@ def _reason_needs_logits(name: str, module: nn.Module) -> str | None:
 
 
 @functools.cache
-def only_passes_logits_to_loss(kind: type, head: str) -> bool:
+def only_passes_logits_to_loss(kind: Any, head: str) -> bool:
     """Whether the source of `forward` computes logits once, with self.<head>(...), for the loss and the output alone.
 
     Args:
@@ -192,22 +194,23 @@ def only_passes_logits_to_loss(kind: type, head: str) -> bool:
 
 
 @functools.cache
-def _returns_output_of(kind: type, child: str) -> bool:
+def _returns_output_of(kind: Any, child: str) -> bool:
     """Whether the source of `forward` ends by returning self.<child>(...)."""
-    *_, before, last = [None, *_parse_forward(kind).body[0].body]
-    if not isinstance(last, ast.Return):
+    body = _parse_forward(kind).body
+    if not isinstance(body[-1], ast.Return):
         return False
-    if isinstance(last.value, ast.Name) and isinstance(before, ast.Assign):
-        (target,) = before.targets
-        return isinstance(target, ast.Name) and target.id == last.value.id and _calls(before.value, child)
-    return _calls(last.value, child)
+    value = body[-1].value
+    if isinstance(value, ast.Name) and len(body) > 1 and isinstance(body[-2], ast.Assign):
+        (target,) = body[-2].targets
+        return isinstance(target, ast.Name) and target.id == value.id and _calls(body[-2].value, child)
+    return _calls(value, child)
 
 
-def _parse_forward(kind: type) -> ast.Module:
-    return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
+def _parse_forward(kind: Any) -> Any:
+    return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward)))).body[0]
 
 
-def _calls(node: ast.AST, name: str) -> bool:
+def _calls(node: ast.AST | None, name: str) -> bool:
     """Whether this is self.<name>(...), with or without .contiguous() behind it."""
     if not isinstance(node, ast.Call):
         return False

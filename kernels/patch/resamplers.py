@@ -8,8 +8,9 @@ Calls that a fused forward does not support (inputs of another dtype than the we
 has) run the original forward.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +43,13 @@ def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
 def _resample(
     latents: Tensor,
     x: Tensor,
-    layers: Iterable[tuple[nn.Module, nn.Module]],
+    layers: Sequence[tuple[Any, Any]],
     *,
-    input_norm: Callable[[nn.Module], nn.LayerNorm],
-    latents_norm: Callable[[nn.Module], nn.LayerNorm],
-    attend: Callable[[nn.Module, Tensor, Tensor], Tensor],
-    mlp_norm: Callable[[nn.Module], nn.LayerNorm],
-    feed_forward: Callable[[nn.Module, Tensor], Tensor],
+    input_norm: Callable[[Any], nn.LayerNorm],
+    latents_norm: Callable[[Any], nn.LayerNorm],
+    attend: Callable[[Any, Tensor, Tensor], Tensor],
+    mlp_norm: Callable[[Any], nn.LayerNorm],
+    feed_forward: Callable[[Any, Tensor], Tensor],
     final_norm: nn.LayerNorm,
 ) -> Tensor:
     """The stack of pre-norm layers of a Flamingo-like resampler.
@@ -67,7 +68,8 @@ def _resample(
         (B, M, D).
     """
     x_hat = standardise(x, input_norm(layers[0][0]).eps)
-    z, update = latents.expand(len(x), -1, -1).contiguous(), None
+    z = latents.expand(len(x), -1, -1).contiguous()
+    update: Any = None
     for attn, ff in layers:
         norm = latents_norm(attn)
         y, z = (apply_norm(z, norm), z) if update is None else add_norm(update, z, norm)
@@ -110,22 +112,22 @@ _FLAMINGO_ATTENTION = dict(
 _FLAMINGO_FEED_FORWARD = {"0": _LAYER_NORM, "1": _LINEAR, "2": qualified_name(nn.GELU), "3": _LINEAR}
 
 
-def _flamingo_attend(attn: nn.Module, y: Tensor, x_hat: Tensor) -> Tensor:
+def _flamingo_attend(attn: Any, y: Tensor, x_hat: Tensor) -> Tensor:
     media = attn.norm_media
     parts = resampler_projections(y, x_hat, media.weight, media.bias, attn.to_q.weight, attn.to_kv.weight, None)
     q, k, v = (split_heads(t, num_heads=attn.heads) for t in parts)
     return _linear(merge_heads(attention(q, k, v, scale=attn.scale)), attn.to_out)
 
 
-def _flamingo_attention_forward(self: nn.Module, x: Tensor, latents: Tensor) -> Tensor:
+def _flamingo_attention_forward(self: Any, x: Tensor, latents: Tensor) -> Tensor:
     if not _is_supported(self, x, latents) or x.shape[:-2] != latents.shape[:-2] or x.dim() != 4:
-        return self.unpatched_class.forward(self, x, latents)
+        return NotImplemented
     y = apply_norm(latents.flatten(0, 1), self.norm_latents)
     out = _flamingo_attend(self, y, standardise(x.flatten(0, 1), self.norm_media.eps))
     return out.view(latents.shape)
 
 
-def _flamingo_resample(self: nn.Module, x: Tensor) -> Tensor:
+def _flamingo_resample(self: Any, x: Tensor) -> Tensor:
     """(B, T, L, D) -> (B, T, M, D)."""
     out = _resample(
         self.latents,
@@ -141,16 +143,16 @@ def _flamingo_resample(self: nn.Module, x: Tensor) -> Tensor:
     return out.view(*x.shape[:2], *self.latents.shape)
 
 
-def _flamingo_pytorch_forward(self: nn.Module, x: Tensor) -> Tensor:
+def _flamingo_pytorch_forward(self: Any, x: Tensor) -> Tensor:
     if not _is_supported(self, x) or x.dim() not in (3, 4):
-        return self.unpatched_class.forward(self, x)
+        return NotImplemented
     x = x.unsqueeze(1) if x.dim() == 3 else x
     return _flamingo_resample(self, x + self.media_pos_emb[: x.shape[1]])
 
 
-def _open_flamingo_forward(self: nn.Module, x: Tensor) -> Tensor:
+def _open_flamingo_forward(self: Any, x: Tensor) -> Tensor:
     if not _is_supported(self, x) or x.dim() != 5:
-        return self.unpatched_class.forward(self, x)
+        return NotImplemented
     if self.frame_embs is not None:
         x = x + self.frame_embs[: x.shape[2], None]
     x = x.flatten(2, 3)
@@ -160,7 +162,7 @@ def _open_flamingo_forward(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _check_flamingo(package: str) -> Callable[[nn.Module], str | None]:
-    def check(module: nn.Module) -> str | None:
+    def check(module: Any) -> str | None:
         if not len(module.layers):
             return "it has no layers"
         classes = {"norm": _LAYER_NORM}
@@ -184,7 +186,7 @@ def _check_flamingo(package: str) -> Callable[[nn.Module], str | None]:
 
 
 def _visible_media(
-    self: nn.Module, media_locations: Tensor, T: int, M: int, N: int, is_cached: bool
+    self: Any, media_locations: Tensor, T: int, M: int, N: int, is_cached: bool
 ) -> tuple[Tensor, Tensor]:
     """Which media latents each token sees, (B, N, T * M), and whether a medium comes before the token, (B, N)."""
     if is_cached:
@@ -197,7 +199,7 @@ def _visible_media(
 
 
 def _cross_attention_forward(
-    self: nn.Module,
+    self: Any,
     x: Tensor,
     media: Tensor,
     media_locations: Tensor | None = None,
@@ -205,9 +207,7 @@ def _cross_attention_forward(
 ) -> Tensor:
     fits = media_locations is None or use_cached_media or media_locations.shape == x.shape[:2]
     if not _is_supported(self, x, media) or not fits:
-        # flamingo-pytorch has no fourth argument
-        more = () if use_cached_media is None else (use_cached_media,)
-        return self.unpatched_class.forward(self, x, media, media_locations, *more)
+        return NotImplemented
     _, T, M, _ = media.shape
     q = split_heads(_linear(apply_norm(x, self.norm), self.to_q), num_heads=self.heads)
     k, v = (split_heads(t, num_heads=self.heads) for t in _linear(media.flatten(1, 2), self.to_kv).chunk(2, -1))
@@ -242,7 +242,7 @@ def _flamingo_rules() -> Iterator[Rule]:
 _IDEFICS = "transformers.models.idefics.perceiver"
 
 
-def _idefics_attend(attn: nn.Module, y: Tensor, x_hat: Tensor) -> Tensor:
+def _idefics_attend(attn: Any, y: Tensor, x_hat: Tensor) -> Tensor:
     norm, H = attn.context_layer_norm, attn.n_heads
     q, k, v = resampler_projections(
         y, x_hat, norm.weight, norm.bias, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight
@@ -254,16 +254,16 @@ def _idefics_attend(attn: nn.Module, y: Tensor, x_hat: Tensor) -> Tensor:
     return _linear(merge_heads(attention(q, k, v, scale=attn.qk_scale)), attn.output_proj)
 
 
-def _idefics_attention_forward(self: nn.Module, context: Tensor, latents: Tensor) -> Tensor:
+def _idefics_attention_forward(self: Any, context: Tensor, latents: Tensor) -> Tensor:
     if not _is_supported(self, context, latents) or context.dim() != 3 or latents.dim() != 3:
-        return self.unpatched_class.forward(self, context, latents)
+        return NotImplemented
     y = apply_norm(latents, self.latents_layer_norm)
     return _idefics_attend(self, y, standardise(context, self.context_layer_norm.eps))
 
 
-def _idefics_forward(self: nn.Module, context: Tensor) -> Tensor:
+def _idefics_forward(self: Any, context: Tensor) -> Tensor:
     if not _is_supported(self, context) or context.dim() != 3:
-        return self.unpatched_class.forward(self, context)
+        return NotImplemented
     return _resample(
         self.latents,
         context,
@@ -278,18 +278,18 @@ def _idefics_forward(self: nn.Module, context: Tensor) -> Tensor:
     )
 
 
-def _idefics_attention_classes(attn: nn.Module) -> dict[str, str]:
+def _idefics_attention_classes(attn: Any) -> dict[str, str]:
     norms = ["context_layer_norm", "latents_layer_norm"]
     norms += ["q_layer_norm", "k_layer_norm"] if attn.qk_layer_norms else []
     linears = "q_proj", "k_proj", "v_proj", "output_proj"
     return dict.fromkeys(norms, _LAYER_NORM) | dict.fromkeys(linears, _LINEAR)
 
 
-def _check_idefics_attention(attn: nn.Module) -> str | None:
+def _check_idefics_attention(attn: Any) -> str | None:
     return _reason_other_layers(attn, _idefics_attention_classes(attn))
 
 
-def _check_idefics(module: nn.Module) -> str | None:
+def _check_idefics(module: Any) -> str | None:
     if not len(module.blocks):
         return "it has no blocks"
     classes = {"layer_norm": _LAYER_NORM}
@@ -318,7 +318,7 @@ def _idefics_rules() -> Iterator[Rule]:
 _IDEFICS2 = "transformers.models.idefics2.modeling_idefics2"
 
 
-def _idefics2_attend(attn: nn.Module, y: Tensor, x_hat: Tensor, norm: nn.Module, key_mask: Tensor) -> Tensor:
+def _idefics2_attend(attn: Any, y: Tensor, x_hat: Tensor, norm: nn.Module, key_mask: Tensor) -> Tensor:
     (B, M, _), H, K = y.shape, attn.num_key_value_heads, attn.head_dim
     q, k, v = resampler_projections(
         y, x_hat, norm.weight, None, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight
@@ -332,9 +332,7 @@ def _idefics2_attend(attn: nn.Module, y: Tensor, x_hat: Tensor, norm: nn.Module,
     return _linear(out, attn.o_proj)
 
 
-def _idefics2_forward(
-    self: nn.Module, context: Tensor | None = None, attention_mask: Tensor | None = None, **options: object
-) -> Tensor:
+def _idefics2_forward(self: Any, context: Any = None, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
     if (
         options
         or not _is_supported(self, context)
@@ -344,11 +342,11 @@ def _idefics2_forward(
         # the fused op would drop other weights than torch does for the same seed
         or (self.training and any(layer.self_attn.attention_dropout for layer in self.layers))
     ):
-        return self.unpatched_class.forward(self, context, attention_mask, **options)
+        return NotImplemented
     z = self.latents.expand(len(context), -1, -1).contiguous()
     key_mask = nn.functional.pad(attention_mask.bool(), (0, z.shape[1]), value=True)
     x_hat = rms_norm(context, None, self.rms_norm_eps)
-    update = None
+    update: Any = None
     for layer in self.layers:
         norm, after, gated = layer.input_latents_norm, layer.post_attention_layernorm, layer.mlp
         if update is None:
@@ -362,7 +360,7 @@ def _idefics2_forward(
     return add_rms_norm(update, z, self.norm.weight, self.norm.variance_epsilon)[0]
 
 
-def _check_idefics2(module: nn.Module) -> str | None:
+def _check_idefics2(module: Any) -> str | None:
     norm = f"{_IDEFICS2}.Idefics2RMSNorm"
     norms = "input_latents_norm", "input_context_norm", "post_attention_layernorm"
     products = [f"self_attn.{name}_proj" for name in "qkvo"]

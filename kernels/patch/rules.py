@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -21,8 +22,8 @@ _LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 class Rule:
     """How modules of one class are replaced.
 
-    Each method takes the place of the method of its name. For a call that the fused op does not support, it calls the
-    original: `self.unpatched_class.forward(self, ...)`.
+    Each method takes the place of the method of its name. It returns NotImplemented for a call that the fused op does
+    not serve; the original then runs.
 
     Attributes:
         part: one of PARTS.
@@ -61,10 +62,8 @@ class Rule:
     def fingerprint(self, module: nn.Module, head_path: tuple[str, ...], x: object = None) -> list:
         """The `fingerprint` of a module for this rule, with the names on the way to its output layer."""
         children = module._modules
-        if self.covers is True:
-            covered = children.values()
-        else:
-            covered = [children.get(name) for name in self.covers or ()]
+        names = children if self.covers is True else self.covers or ()
+        covered = [children.get(name) for name in names]
         return fingerprint(module, covered, head_path, x, self.one_dtype)
 
     def reason_to_keep(self, module: nn.Module, x: object = None) -> str | None:
@@ -102,7 +101,7 @@ def _reason_not_readable(name: str, module: nn.Module) -> str | None:
     return reason_many_dimensions(f"its {name}", child)
 
 
-def reason_many_dimensions(name: str, norm: nn.LayerNorm) -> str | None:
+def reason_many_dimensions(name: str, norm: Any) -> str | None:
     """Keep a norm over several dimensions; `name` begins the clause."""
     if len(norm.normalized_shape) != 1:
         return f"{name} normalises {len(norm.normalized_shape)} dimensions, and the fused norm only the last one"

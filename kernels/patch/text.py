@@ -6,6 +6,7 @@ the MLP with the residual and norm behind it. Calls that run the original forwar
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,14 +30,14 @@ from prismer.kernels.patch.rules import Rule, reason_wrong_class
 # residual, norm and feed-forward
 
 
-def _residual_norm_forward(self: nn.Module, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+def _residual_norm_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
     return add_norm(self.dropout(self.dense(hidden_states)), input_tensor, self.LayerNorm)[0]
 
 
 def _feed_forward(intermediate: str, output: str) -> Callable:
     """The `feed_forward_chunk` of a layer, given the names of its two parts: MLP, dropout, residual and norm."""
 
-    def feed_forward_chunk(self: nn.Module, attention_output: Tensor) -> Tensor:
+    def feed_forward_chunk(self: Any, attention_output: Tensor) -> Tensor:
         first, second = getattr(self, intermediate), getattr(self, output)
         y = apply_mlp(attention_output, first.dense, first.intermediate_act_fn, second.dense)
         return add_norm(second.dropout(y), attention_output, second.LayerNorm)[0]
@@ -52,65 +53,59 @@ def _check_feed_forward(intermediate: str, classes: Mapping[str, str], module: n
 
 
 def _bert_attention_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
-    past_key_values: object = None,
-    **kwargs: object,
+    past_key_values: Any = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if self.config._attn_implementation != "sdpa" or past_key_values is not None:
-        return self.unpatched_class.forward(self, hidden_states, attention_mask, past_key_values, **kwargs)
+        return NotImplemented
     kwargs.pop("encoder_hidden_states", None)
-    drop = self.dropout.p if self.training else 0.0
-    return _bert_attend(self, hidden_states, None, attention_mask, drop, kwargs), None
+    return _bert_attend(self, hidden_states, None, attention_mask, self.dropout.p, kwargs), None
 
 
 def _bert_cross_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
     attention_mask: Tensor | None = None,
-    past_key_values: object = None,
-    **kwargs: object,
+    past_key_values: Any = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if self.config._attn_implementation != "sdpa" or past_key_values is not None:
-        return self.unpatched_class.forward(
-            self, hidden_states, encoder_hidden_states, attention_mask, past_key_values, **kwargs
-        )
-    drop = self.dropout.p if self.training else 0.0
-    return _bert_attend(self, hidden_states, encoder_hidden_states, attention_mask, drop, kwargs), None
+        return NotImplemented
+    return _bert_attend(self, hidden_states, encoder_hidden_states, attention_mask, self.dropout.p, kwargs), None
 
 
 def _qformer_attention_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     encoder_hidden_states: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if self.config._attn_implementation != "sdpa":
-        return self.unpatched_class.forward(
-            self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, **kwargs
-        )
+        return NotImplemented
     mask = attention_mask if encoder_hidden_states is None else encoder_attention_mask
-    drop = self.attention_dropout if self.training else 0.0
-    return _bert_attend(self, hidden_states, encoder_hidden_states, mask, drop, kwargs), None
+    return _bert_attend(self, hidden_states, encoder_hidden_states, mask, self.attention_dropout, kwargs), None
 
 
 def _bert_attend(
-    self: nn.Module,
+    self: Any,
     x: Tensor,
     context: Tensor | None,
     mask: Tensor | None,
     dropout: float,
-    options: Mapping[str, object],
+    options: Mapping[str, Any],
 ) -> Tensor:
     q, k, v = _bert_projections(self, x, context)
-    return sdpa_attention(self, q, k, v, mask, self.scaling, dropout, options).flatten(2)
+    attended = sdpa_attention(self, q, k, v, mask=mask, scale=self.scaling, dropout=dropout, options=options)
+    return attended.flatten(2)
 
 
-def _bert_projections(self: nn.Module, x: Tensor, context: Tensor | None) -> Iterator[Tensor]:
+def _bert_projections(self: Any, x: Tensor, context: Tensor | None) -> Iterator[Tensor]:
     if context is None:
         parts = apply_linears(x, self.query, self.key, self.value)
     else:
@@ -119,25 +114,17 @@ def _bert_projections(self: nn.Module, x: Tensor, context: Tensor | None) -> Ite
 
 
 def _blip_text_attention_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     encoder_hidden_states: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
-    past_key_values: object = None,
-    **kwargs: object,
+    past_key_values: Any = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     drops = self.dropout.training and self.dropout.p > 0
     if past_key_values is not None or drops or wants_weights(kwargs):
-        return self.unpatched_class.forward(
-            self,
-            hidden_states,
-            attention_mask,
-            encoder_hidden_states,
-            encoder_attention_mask,
-            past_key_values,
-            **kwargs,
-        )
+        return NotImplemented
     mask = attention_mask if encoder_hidden_states is None else encoder_attention_mask
     q, k, v = _bert_projections(self, hidden_states, encoder_hidden_states)
     if mask is None:
@@ -187,7 +174,9 @@ def _text_rules() -> Iterator[Rule]:
     for family, name in (*_BERT, *_QFORMERS):
         yield from _layer_rules(family, name)
     yield from _layer_rules("blip", "BlipText", "blip_text")
-    attentions = [(family, f"{name}SelfAttention", _bert_attention_forward) for family, name in _BERT]
+    attentions: list[tuple[str, str, Callable]] = [
+        (family, f"{name}SelfAttention", _bert_attention_forward) for family, name in _BERT
+    ]
     attentions += [(family, f"{name}CrossAttention", _bert_cross_forward) for family, name in _BERT]
     attentions += [(family, f"{name}MultiHeadAttention", _qformer_attention_forward) for family, name in _QFORMERS]
     for family, name, forward in attentions:

@@ -25,6 +25,7 @@ Elsewhere, between fused projections, torch's `scaled_dot_product_attention` tak
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,16 +56,14 @@ def _layer_norm_forward(self: nn.LayerNorm, x: Tensor) -> Tensor:
     return apply_norm(x, self)
 
 
-def _check_layer_norm(module: nn.LayerNorm) -> str | None:
+def _check_layer_norm(module: Any) -> str | None:
     reason = reason_many_dimensions("it", module)
     if reason is None and module.normalized_shape[0] > 65536:
         return f"it normalises {module.normalized_shape[0]} numbers, and the fused norm at most 65536"
     return reason
 
 
-def _pre_norm_forward(
-    self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: object
-) -> Tensor:
+def _pre_norm_forward(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     """An encoder layer of transformers: its second residual sum and norm are one op."""
     if attention_mask is not None:
         kwargs["attention_mask"] = attention_mask
@@ -76,12 +75,12 @@ def _pre_norm_forward(
 # feed-forwards
 
 
-def _mlp_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+def _mlp_forward(self: Any, hidden_states: Tensor) -> Tensor:
     return apply_mlp(hidden_states, self.fc1, self.activation_fn, self.fc2)
 
 
 def _open_clip_block_forward(
-    self: nn.Module,
+    self: Any,
     q_x: Tensor,
     k_x: Tensor | None = None,
     v_x: Tensor | None = None,
@@ -94,7 +93,7 @@ def _open_clip_block_forward(
     return x + self.ls_2(apply_mlp(y, self.mlp.c_fc, self.mlp.gelu, self.mlp.c_proj))
 
 
-def _check_open_clip_block(module: nn.Module) -> str | None:
+def _check_open_clip_block(module: Any) -> str | None:
     names = [name for name, _ in module.mlp.named_children()]
     if type(module.mlp) is not nn.Sequential or names != ["c_fc", "gelu", "c_proj"]:
         return "its mlp is not c_fc, gelu, c_proj"
@@ -124,9 +123,7 @@ def _multihead_forward(
         or (key_padding_mask is not None and key_padding_mask.dtype != torch.bool)
         or (self.training and self.dropout > 0)
     ):
-        return self.unpatched_class.forward(
-            self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        )
+        return NotImplemented
     q, k, v = (
         split_heads(t if self.batch_first else t.transpose(0, 1), num_heads=self.num_heads)
         for t in _multihead_projections(self, query, key, value)
@@ -146,9 +143,7 @@ def _multihead_forward(
     return apply_linears(out.flatten(2), self.out_proj)[0], None
 
 
-def _multihead_projections(
-    self: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, ...]:
+def _multihead_projections(self: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     bias = self.in_proj_bias
     biases = (None, None, None) if bias is None else bias.chunk(3)
     if not self._qkv_same_embed_dim:
@@ -163,7 +158,7 @@ def _multihead_projections(
     return tuple(linears(x, [layer])[0] for x, layer in zip((query, key, value), layers, strict=True))
 
 
-def _check_multihead(module: nn.MultiheadAttention) -> str | None:
+def _check_multihead(module: Any) -> str | None:
     if module.bias_k is not None or module.add_zero_attn:
         return "it has bias_k or add_zero_attn, which the fused attention does not have"
     return None
@@ -181,36 +176,42 @@ def _vision_attention(dropout: str, scale: str, out: str, takes_options: bool = 
     """
 
     def forward(
-        self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: object
+        self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         if self.config._attn_implementation != "sdpa":
-            return self.unpatched_class.forward(self, hidden_states, attention_mask, **kwargs)
+            return NotImplemented
         parts = apply_linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (split_heads(t, head_dim=self.head_dim) for t in parts)
-        drop = getattr(self, dropout) if self.training else 0.0
-        options = kwargs if takes_options else {"is_causal": self.is_causal}
-        attended = sdpa_attention(self, q, k, v, attention_mask, getattr(self, scale), drop, options)
+        attended = sdpa_attention(
+            *(self, q, k, v),
+            mask=attention_mask,
+            scale=getattr(self, scale),
+            dropout=getattr(self, dropout),
+            options=kwargs if takes_options else {"is_causal": self.is_causal},
+        )
         return getattr(self, out)(attended.flatten(2)), None
 
     return forward
 
 
-def _blip2_attention_forward(self: nn.Module, hidden_states: Tensor, **kwargs: object) -> tuple[Tensor, None]:
+def _blip2_attention_forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
     if self.config._attn_implementation != "sdpa":
-        return self.unpatched_class.forward(self, hidden_states, **kwargs)
+        return NotImplemented
     q, k, v = _packed_qkv(self, hidden_states)
-    drop = self.attention_dropout if self.training else 0.0
-    return self.projection(sdpa_attention(self, q, k, v, None, self.scale, drop, kwargs).flatten(2)), None
+    attended = sdpa_attention(
+        self, q, k, v, mask=None, scale=self.scale, dropout=self.attention_dropout, options=kwargs
+    )
+    return self.projection(attended.flatten(2)), None
 
 
-def _blip_attention_forward(self: nn.Module, hidden_states: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+def _blip_attention_forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     if wants_weights(kwargs) or (self.dropout.training and self.dropout.p > 0):
-        return self.unpatched_class.forward(self, hidden_states, **kwargs)
+        return NotImplemented
     q, k, v = _packed_qkv(self, hidden_states)
     return self.projection(merge_heads(attention(q, k, v, scale=self.scale))), None
 
 
-def _packed_qkv(self: nn.Module, x: Tensor) -> Iterator[Tensor]:
+def _packed_qkv(self: Any, x: Tensor) -> Iterator[Tensor]:
     return (split_heads(t, head_dim=self.head_dim) for t in apply_linears(x, self.qkv)[0].chunk(3, dim=-1))
 
 
