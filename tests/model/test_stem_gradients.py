@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from prismer import batch_norm
 from prismer.kernels.label_map import label_map_reference
 from prismer.stems import ExpertStem, normalise_low_level
 
@@ -71,16 +72,17 @@ def plain(stem, label, rows, features, signs=None):
 
 def ours(stem, label, rows, features):
     """The stem itself, and how its ReLUs fell."""
-    fallen = []
+    fallen, norm_relu = [], batch_norm._norm_relu
 
-    def watch(relu, x):
-        y, again = relu(x)
-        fallen.append(y.detach() > 0)
-        return y, again
+    def watched(*arguments):
+        y, *statistics = norm_relu(*arguments)
+        fallen.append(y > 0)
+        return y, *statistics
 
-    for norm in stem.norms:
-        norm.relu = lambda x, relu=norm.relu: watch(relu, x)
-    return stem(label, rows, features), fallen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_norm, "_norm_relu", watched)
+        y = stem(label, rows, features)
+    return y, fallen
 
 
 def gradients(stem, features, y, dy):
