@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from prismer.kernels.decode_attention import decode_attention
-from prismer.kernels.linear import linears
 from prismer.text import TextDecoder, causal_attend, position_ids
 
 READ_OUTS = ("pad", "last", "batch")
@@ -274,8 +273,7 @@ class BeamSearch:
         # RoBERTa counts positions from pad_id + 1
         positions = (self.prompts.lengths + state.length + self.decoder.config.pad_id)[:, None]
         hidden = self.decoder.run(tokens, positions.expand_as(tokens), attend, self.cross)
-        logits = self._logits(self.decoder.transform(hidden))
-        return self._advance(state._replace(ancestors=ancestors), logits)
+        return self._advance(state._replace(ancestors=ancestors), self._logits(self.decoder.transform(hidden)))
 
     def best(self, state: BeamState) -> Generated:
         """The best hypothesis of each prompt; open beams of prompts not done count as finished."""
@@ -288,7 +286,7 @@ class BeamSearch:
 
     def _logits(self, state: Tensor) -> Tensor:
         """(R, open beams, D) -> (R, open beams, V), fp32 at least."""
-        (logits,) = linears(state, [(self.decoder.head_weight, self.decoder.head_bias)])
+        logits = self.decoder.logits(state)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _advance(self, state: BeamState, logits: Tensor) -> BeamState:

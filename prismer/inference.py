@@ -12,7 +12,7 @@ import torch
 
 from prismer.batch import ImageBatch
 from prismer.generation import beam_search, check_count
-from prismer.model import Prismer
+from prismer.network import PrismerNetwork
 from prismer.ranking import AnswerTrie, Ranking, rank_answers
 from prismer.texts import encode_answer, encode_class_name, encode_prompt, encode_question
 from prismer.tokenizer import Tokenizer
@@ -73,7 +73,7 @@ class Candidates:
 
 @torch.inference_mode()
 def caption(
-    model: Prismer,
+    model: PrismerNetwork,
     images: ImageBatch,
     *,
     beams: int = 3,
@@ -120,7 +120,7 @@ def caption(
 
 @torch.inference_mode()
 def answer(
-    model: Prismer,
+    model: PrismerNetwork,
     images: ImageBatch,
     questions: list[str] | list[list[str]],
     answers: list[str] | Candidates | None = None,
@@ -183,7 +183,7 @@ def answer(
 
 @torch.inference_mode()
 def classify(
-    model: Prismer,
+    model: PrismerNetwork,
     images: ImageBatch,
     class_names: list[str] | Candidates,
     *,
@@ -211,7 +211,7 @@ def classify(
     return _named(ranking, class_names)
 
 
-def _tokenizer(model: Prismer) -> Tokenizer:
+def _tokenizer(model: PrismerNetwork) -> Tokenizer:
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; build it with one or load a folder that holds one")
     if model.training:
@@ -220,7 +220,7 @@ def _tokenizer(model: Prismer) -> Tokenizer:
     return model.tokenizer
 
 
-def _encode(model: Prismer, images: ImageBatch) -> torch.Tensor:
+def _encode(model: PrismerNetwork, images: ImageBatch) -> torch.Tensor:
     if not len(images):
         raise ValueError("the batch holds no images; give at least one")
     return model.encode(images.to(model.device))
@@ -229,7 +229,7 @@ def _encode(model: Prismer, images: ImageBatch) -> torch.Tensor:
 _COMPUTES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _check_weights(model: Prismer) -> None:
+def _check_weights(model: PrismerNetwork) -> None:
     """Refuse weights that nothing can be computed with."""
     for name, weight in model.named_parameters():
         if weight.is_meta:

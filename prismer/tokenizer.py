@@ -15,10 +15,11 @@ from prismer.files import CHECKSUMS, find_damage, write_atomically
 from prismer.reading import is_text, read_json
 from prismer.shipped import shipped_folder
 
-FIRST_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 # ids 0..3, as in RoBERTa; `<mask>` comes last
+FIRST_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 MASK = "<mask>"
 
+ROBERTA_VOCAB_SIZE = 50265
 _ROBERTA = shipped_folder("roberta")
 
 

@@ -259,10 +259,10 @@ def plain_text_logits(decoder: TextDecoder, ids: Tensor) -> Tensor:
     """The decoder without what the joining adds: no cross-attention, adaptors or extra layer. (R, T) -> (R, T, V)."""
     pad = decoder.config.pad_id
     attend = causal_attend(ids.ne(pad))
-    x = decoder.embeddings(ids, position_ids(ids, pad))
+    x = decoder.embeddings(decoder.embeddings.word(ids), position_ids(ids, pad))
     for i, layer in enumerate(decoder.layers):
         x = layer.mlp(layer.attention(x, i, attend))
-    return decoder.logits(x)
+    return decoder.logits(decoder.transform(x))
 
 
 def text_ids(tokenizer: Tokenizer) -> list[list[int]]:

@@ -107,9 +107,9 @@ def test_caption_seconds(monkeypatch):
 def test_measured_are_the_real_shapes(monkeypatch):
     seen = []
     # what the model multiplies with, whichever library that is here
-    linear = precision.products.linear
+    linear = precision.matmul.linear
     monkeypatch.setattr(
-        precision.products, "linear", lambda x, w: seen.append((*x.shape, len(w), x.dtype)) or linear(x, w)
+        precision.matmul, "linear", lambda x, w: seen.append((*x.shape, len(w), x.dtype)) or linear(x, w)
     )
     threads = torch.get_num_threads()
     assert min(caption_seconds(WIDE, seconds=0.0).values()) > 0 and torch.get_num_threads() == threads

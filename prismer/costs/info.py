@@ -15,7 +15,8 @@ from prismer.freezing import FREEZE_MODES, freeze
 from prismer.kernels.dispatch import backends
 from prismer.model import Prismer
 from prismer.shipped import SHIPPED_MODELS, shipped_folder
-from prismer.weights.folder import CONFIG, folder_config
+from prismer.weights.folder import folder_config
+from prismer.weights.locate import CONFIG
 
 PACKAGES = (
     "torch",

@@ -17,7 +17,7 @@ from prismer.model import Prismer
 from prismer.reading import read_json
 from prismer.training.metrics import answer_scores, caption_scores, top1
 from prismer.training.zero import gather_json
-from prismer.weights.folder import ANSWERS
+from prismer.weights.locate import ANSWERS
 
 CAPTION_TASKS = ("pretrain", "caption", "joint")
 ANSWER_TASKS = ("vqa", "joint")

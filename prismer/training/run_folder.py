@@ -37,12 +37,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prismer.files import find_damage, take_lock, write_checksums, write_json
+from prismer.model import Prismer
 from prismer.reading import read_json
 from prismer.tensor_files import write_safetensors
 from prismer.training import zero as engines
 from prismer.training.config import TrainConfig
 from prismer.training.progress import read_metrics
-from prismer.weights.folder import ANSWERS, WEIGHTS, from_pretrained, save_pretrained, write_description
+from prismer.weights.folder import save_pretrained, write_description
+from prismer.weights.locate import ANSWERS, WEIGHTS
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer.json"
@@ -426,7 +428,7 @@ def export_checkpoint(source: str | Path, out: str | Path) -> Path:
     answers = checkpoint.parent.parent / ANSWERS
     # what the model chooses from when it is asked without a list
     listed = read_answers(answers) if answers.is_file() else None
-    save_pretrained(from_pretrained(checkpoint), out, answers=listed)
+    save_pretrained(Prismer.from_pretrained(checkpoint), out, answers=listed)
     return checkpoint
 
 

@@ -30,13 +30,12 @@ from prismer.training import zero as engines
 from prismer.training.config import MAX_STEPS, TrainConfig
 from prismer.training.data import check_readable, find_dataset, open_loaders, read_texts
 from prismer.training.evaluation import Knowledge, blind_guesses, describe, scores
+from prismer.training.initial_model import start_config, start_model
 from prismer.training.progress import Progress, plot_metrics, tell
 from prismer.training.results import draw_samples, write_results
 from prismer.training.run_folder import RunFolder, export_checkpoint, restore_optimizer
 from prismer.training.skipped import SkippedSamples
 from prismer.training.stopping import StopRequest
-from prismer.weights.folder import from_pretrained
-from prismer.weights.initial_model import start_config, start_model
 
 SCENES = TrainConfig.data
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -97,7 +96,7 @@ class Trainer:
 
         checkpoint = self.run.last()
         if checkpoint:
-            model = from_pretrained(checkpoint)
+            model = Prismer.from_pretrained(checkpoint)
         else:
             # every rank builds the same weights; DeepSpeed keeps a part of each
             model = start_model(config.model, config.image_size, config.seed)
@@ -337,7 +336,7 @@ class Trainer:
 
     def _finish(self, seconds: float) -> None:
         """Export the best model, compare it with blind guesses and blank images, and say that the run is finished."""
-        best = from_pretrained(self.run.best())
+        best = Prismer.from_pretrained(self.run.best())
         if self.rank == 0:
             export_checkpoint(self.run.path, self.run.path / "model")
             plot_metrics(self.run.path)

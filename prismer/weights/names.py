@@ -1,6 +1,7 @@
-"""Names of tensors: ours <-> the published Prismer checkpoints, CLIP's and RoBERTa's (spec 2.2, 2.3).
+"""Names of tensors: ours <-> those of the published Prismer checkpoints, of CLIP and of RoBERTa.
 
-A rule is a pair of patterns with the same groups; `to_official` and `from_official` read the table in either direction.
+A rule is a pair of patterns with the same groups; `to_published` and `from_published` read it in either direction. The
+whole key table is in docs/architecture.md.
 """
 
 import re
@@ -8,7 +9,7 @@ import re
 _LEAF = r"(weight|bias)"
 _STEM_NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
 
-# (ours, official): {i} a number, {e} an expert, {leaf} weight or bias, {norm} a batch norm's tensors
+# (ours, published): {i} a number, {e} an expert, {leaf} weight or bias, {norm} a tensor of a batch norm
 _RULES: list[tuple[str, str]] = [
     ("encoder.positional_embedding", "expert_encoder.positional_embedding"),
     ("encoder.instance_embedding", "expert_encoder.instance_embedding"),
@@ -86,14 +87,14 @@ _RULES: list[tuple[str, str]] = [
     ("decoder.head.bias", "text_decoder.lm_head.bias"),
 ]
 
+# second names under which published files store the same tensor
 _TIED = {
     "decoder.embeddings.word.weight": ("text_decoder.lm_head.decoder.weight",),
     "decoder.head.bias": ("text_decoder.lm_head.decoder.bias",),
 }
-"""Second names under which the published files store the same tensor."""
 
+# a buffer of old transformers versions, 0..513, without meaning here
 IGNORED = "text_decoder.roberta.embeddings.position_ids"
-"""A buffer of old transformers versions that holds 0..513 and means nothing."""
 
 _CLIP: list[tuple[str, str]] = [
     ("encoder.stems.rgb.weight", "visual.conv1.weight"),
@@ -114,7 +115,7 @@ _CLIP: list[tuple[str, str]] = [
     ("encoder.ln_post.{leaf}", "visual.ln_post.{leaf}"),
 ]
 
-# a masked-LM RoBERTa has the published names, but for the sub-index of its layers; what was added to it has no source
+# a masked-LM RoBERTa has the published names, but without a layer's sub-index; Prismer's additions have no source
 _ROBERTA: list[tuple[str, str]] = [
     (ours, theirs.removeprefix("text_decoder.").replace("layer.{i}.0.", "layer.{i}."))
     for ours, theirs in _RULES
@@ -147,8 +148,8 @@ def _translate(key: str, table: list[tuple[re.Pattern, str]]) -> str | None:
     return None
 
 
-def to_official(key: str) -> tuple[str, ...]:
-    """The names a published checkpoint gives to our tensor `key`: one, or two where it is stored twice.
+def to_published(key: str) -> tuple[str, ...]:
+    """The names of our tensor `key` in a published checkpoint: one, or two if it is stored twice.
 
     Raises:
         KeyError: if `key` is not a tensor of Prismer.
@@ -159,8 +160,8 @@ def to_official(key: str) -> tuple[str, ...]:
     return (name, *_TIED.get(key, ()))
 
 
-def from_official(key: str) -> str | None:
-    """Our name of a published checkpoint's tensor, or None for one that means nothing or belongs to something else."""
+def from_published(key: str) -> str | None:
+    """Our name of a published checkpoint's tensor, or None for one without meaning or of another model."""
     for ours, others in _TIED.items():
         if key in others:
             return ours

@@ -1,7 +1,7 @@
-"""The published checkpoints: reading their architecture off the tensors, their names in and out (spec 2).
+"""The published checkpoints: their architecture is read off the tensors, their names are translated in and out.
 
 A published checkpoint is one flat `pytorch_model.bin` of 635 to 1443 tensors without a config. What shapes cannot tell
-(heads, activation) comes from the preset whose sizes they are.
+(heads, activation) comes from the preset of the same sizes.
 """
 
 import re
@@ -15,25 +15,26 @@ from torch import Tensor
 from prismer.config import PRESETS, PrismerConfig
 from prismer.experts import EXPERTS
 from prismer.files import replacing
-from prismer.weights.names import IGNORED, from_official, to_official
+from prismer.network import PrismerNetwork
+from prismer.weights.locate import PUBLISHED_WEIGHTS
+from prismer.weights.names import IGNORED, from_published, to_published
 
-BIN = "pytorch_model.bin"
 VISION, TEXT = "expert_encoder.", "text_decoder."
 
+# px, of pre-training, captions and questions, classes; sides that the patch does not divide share a grid with others
 _SIZES = (224, 480, 384)
-# px: pre-training, captions and questions, classes; several sides share a grid where the patch does not divide them
 
 
-def is_official(names: Iterable[str]) -> bool:
-    """Whether tensors bear the published names."""
+def is_published(names: Iterable[str]) -> bool:
+    """Whether tensors have published names."""
     return any(name.startswith((VISION, TEXT)) for name in names)
 
 
-def official_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfig:
-    """The architecture that published tensors have, from their shapes and the preset that has the same.
+def published_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfig:
+    """The architecture of published tensors: their sizes, and the preset that has the same.
 
     Raises:
-        ValueError: if a tensor that tells a size is missing, or the sizes are no preset's.
+        ValueError: if a tensor that tells a size is missing, or no preset has these sizes.
     """
     found = _sizes(tensors, source)
     grid, experts = found.pop("grid"), found.pop("experts")
@@ -44,7 +45,7 @@ def official_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfig
         if not differing[name]:
             patch = config.patch_size
             side = next((side for side in _SIZES if side // patch == grid), grid * patch)
-            # only pre-training, whose captions have no prefix, is published with the 224 px table
+            # of the published ones only pre-training has a 224 px table, and its captions have no prefix
             prefix = {"caption_prefix": ""} if side == 224 else {}
             return config.replace(image_size=side, **prefix)
     nearest = min(differing, key=lambda name: len(differing[name]))
@@ -56,7 +57,9 @@ def official_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfig
     )
 
 
-def _sizes(tensors: Mapping[str, Tensor], source: str) -> dict:
+def _sizes(tensors: Mapping[str, Tensor], source: str) -> dict[str, int | tuple[str, ...]]:
+    """The grid, and the fields of PrismerConfig that names and shapes tell."""
+
     def shape(name: str) -> torch.Size:
         if name not in tensors:
             raise ValueError(f"{source} lacks {name}, so it is no whole Prismer checkpoint; get it again")
@@ -97,24 +100,24 @@ def _sizes(tensors: Mapping[str, Tensor], source: str) -> dict:
 
 
 def to_ours(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Published tensors under our names, and the names of those that mean nothing here.
+    """Published tensors under our names, and the names of those without meaning here.
 
-    A tensor stored twice (the tied matrix of the head, its bias) may be there once, under either name. Names that are
-    no tensor of Prismer stay as they are, for the loading report.
+    Of a tensor stored twice (the tied matrix of the head, its bias) one copy suffices, under either name. Names that
+    are no tensor of Prismer stay as they are, for the loading report.
 
     Raises:
         ValueError: if two copies of a tied tensor differ.
     """
     ours, ignored = {}, []
     for name, tensor in tensors.items():
-        key = from_official(name) or name
+        key = from_published(name) or name
         if name == IGNORED:
             ignored.append(name)
         elif key not in ours:
             ours[key] = tensor
         elif not _same(ours[key], tensor):
             raise ValueError(
-                f"{source} holds two different {' and '.join(to_official(key))}, which are one tensor in Prismer; "
+                f"{source} holds two different {' and '.join(to_published(key))}, which are one tensor in Prismer; "
                 "delete the one that was not trained"
             )
     return ours, ignored
@@ -124,13 +127,12 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
-def save_official(model, path: str | Path) -> None:
-    """Write the weights of `model` as the published checkpoints are: one file, their names, fp32.
+def save_published(model: PrismerNetwork, path: str | Path) -> None:
+    """Write the weights of `model` in the format of the published checkpoints: one file, their names, fp32.
 
     Config and tokenizer have no place in that format. An interrupted save leaves an old file as it was.
 
     Args:
-        model: a Prismer.
         path: the file; the published ones are called pytorch_model.bin.
 
     Raises:
@@ -138,13 +140,13 @@ def save_official(model, path: str | Path) -> None:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file, such as {path / BIN}")
+        raise ValueError(f"{path} is a folder; name a file, such as {path / PUBLISHED_WEIGHTS}")
     tensors = {}
     for key, value in model.state_dict().items():
         value = value.detach().cpu()
         value = (value.float() if value.is_floating_point() else value).contiguous()
-        # the same tensor under each of its names: it is stored once
-        tensors.update(dict.fromkeys(to_official(key), value))
+        # torch.save stores a tensor with two names once
+        tensors.update(dict.fromkeys(to_published(key), value))
     # a buffer of the transformers version of the time, which its strict loading expects
     tensors[IGNORED] = torch.arange(model.config.max_positions)[None]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,20 +155,20 @@ def save_official(model, path: str | Path) -> None:
         try:
             torch.save(tensors, kept)
         except RuntimeError:
-            # torch says "unexpected pos" where the disk was full
+            # on a full disk torch says "unexpected pos"
             if kept.error is not None:
                 raise kept.error from None
             raise
 
 
 class _Errors:
-    """A file to write to that keeps the first error of the operating system, which torch replaces by its own."""
+    """A file to write to. It keeps the first error of the operating system, which torch replaces by one of its own."""
 
     def __init__(self, file: IO[bytes]):
         self.error: OSError | None = None
         self._file = file
 
-    def write(self, data) -> int:
+    def write(self, data: bytes) -> int:
         try:
             return self._file.write(data)
         except OSError as error:

@@ -25,7 +25,7 @@ def token_logits(decoder, context, prompt, generated, pad_reads):
     attend = causal_attend(torch.tensor([keep], device=device))
     ids, positions = torch.tensor([ids], device=device), torch.tensor([positions], device=device)
     hidden = decoder.run(ids, positions, attend, context)
-    logits = decoder.logits(hidden)[0, len(prompt) - 1 + pad_reads :]
+    logits = decoder.logits(decoder.transform(hidden))[0, len(prompt) - 1 + pad_reads :]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

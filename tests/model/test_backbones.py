@@ -9,7 +9,6 @@ import warnings
 import open_clip
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 
 import prismer.weights.backbones as backbones
@@ -17,8 +16,9 @@ from prismer.config import ALL_EXPERTS, prismer_base, prismer_huge, prismer_larg
 from prismer.freezing import freeze
 from prismer.model import Prismer
 from prismer.tokenizer import Tokenizer
-from prismer.weights.initial_model import start_model
+from prismer.training.initial_model import start_model
 from tests.model.plain_published import bicubic, randomise
+from tests.model.teacher_forcing import logits_of
 
 CLIPS = {
     # name: vision settings, whether QuickGELU
@@ -161,9 +161,9 @@ def test_text_tower(parts, tmp_path, where):
     decoder.extra.forward = lambda x, *_: x
     ids = torch.randint(3, model.config.vocab_size, (2, 9))
     ids[0, 6:] = 1
-    hidden = decoder([ids[:, None]], torch.zeros(2, 1, 64))
-    ours = F.linear(hidden, decoder.head_weight, decoder.head_bias)
-    close("logits", ours, causal(ids, attention_mask=(ids != 1).long()).logits)
+    close(
+        "logits", logits_of(decoder, ids, torch.zeros(2, 1, 64)), causal(ids, attention_mask=(ids != 1).long()).logits
+    )
     assert model.config.dropout == 0.2 and model.config.text_mlp_width == 72
     assert model.tokenizer.decode(model.tokenizer.encode("a red cube")) == "a red cube"
 

@@ -22,8 +22,8 @@ from prismer.files import find_damage
 from prismer.model import Prismer
 from prismer.shipped import shipped_folder
 from prismer.tokenizer import Tokenizer
-from prismer.weights.initial_model import start_config, start_model
-from prismer.weights.published import save_official
+from prismer.training.initial_model import start_config, start_model
+from prismer.weights.published import save_published
 from tests.faults.disk import full_after
 
 SIZES = dict(
@@ -107,7 +107,7 @@ def test_an_edited_config_is_said(folder):
 
 def test_a_published_file_of_which_a_bit_flipped(model, tmp_path):
     path = tmp_path / "pytorch_model.bin"
-    save_official(model, path)
+    save_published(model, path)
     Prismer.from_pretrained(path, config=model.config)
     flip(path, 8 * (path.stat().st_size // 2))
     assert "is damaged (the checksum of" in refusal(lambda: Prismer.from_pretrained(path, config=model.config))
@@ -118,7 +118,7 @@ def test_what_ships_is_whole(monkeypatch, tmp_path):
         assert (shipped_folder(name) / "checksums.json").is_file() and find_damage(shipped_folder(name)) is None
     shutil.copytree(shipped_folder("tiny-towers"), tmp_path / "t")
     flip(tmp_path / "t" / "towers.safetensors", 8 * 1_000_000)
-    monkeypatch.setattr("prismer.weights.initial_model.shipped_folder", lambda name: tmp_path / "t")
+    monkeypatch.setattr("prismer.training.initial_model.shipped_folder", lambda name: tmp_path / "t")
     assert "towers.safetensors is damaged" in refusal(lambda: start_model("tiny"))
 
 
@@ -258,14 +258,14 @@ def test_a_damaged_tokenizer(folder, case):
 def test_a_full_disk_leaves_the_old_model(model, folder, tmp_path):
     """Wherever it fails: in the weights, in the config, in the tokenizer; and a published file just so."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    save_official(model, tmp_path / "a.bin")
+    save_published(model, tmp_path / "a.bin")
     published = (tmp_path / "a.bin").read_bytes()
     for size in (0, 1000, 100_000, len(before["model.safetensors"]) - 1):
         with pytest.raises(OSError) as caught, full_after(size):
             model.save_pretrained(folder)
         assert caught.value.filename
         with pytest.raises(OSError, match="a.bin"), full_after(size):
-            save_official(model, tmp_path / "a.bin")
+            save_published(model, tmp_path / "a.bin")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert (tmp_path / "a.bin").read_bytes() == published
     assert sorted(os.listdir(tmp_path)) == ["a.bin", "m"]

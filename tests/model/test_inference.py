@@ -15,6 +15,7 @@ from prismer.model import Prismer
 from prismer.texts import collate, encode_class, encode_qa
 from prismer.tokenizer import Tokenizer
 from tests.model.plain_inference import plain_generate, plain_rank
+from tests.model.teacher_forcing import text_losses
 
 ANSWERS = ["yes", "no", "red", "dark red", "dark blue", "2", "no", "red cube"]
 QUESTIONS = [["What is it?", "Which colour has the small cube on the left?", "How many?"], [], ["Is it red"]]
@@ -162,7 +163,7 @@ def test_scores_are_the_training_losses(model, images):
         sources = QUESTIONS[0] if encode is encode_qa else ["A photo of a"]
         pairs = [(source, text) for source in sources for text in texts]
         batch = collate([[(*encode(tokenizer, *pair), 1.0) for pair in pairs]] * 3)
-        losses = model.text_losses(model.encode(images), batch) / batch.labels.ge(0).sum(-1)
+        losses = text_losses(model.decoder, batch, model.encode(images)) / batch.labels.ge(0).sum(-1)
         for b, group in enumerate(found):
             for (source, text), loss in zip(pairs, losses[b].tolist(), strict=True):
                 scores = [score for name, score in group[sources.index(source)].ranked if name == text]

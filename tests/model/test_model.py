@@ -4,9 +4,14 @@ blocks compute their formulas. Run: pytest tests/model/test_model.py"""
 import pytest
 import torch
 
+import prismer.text
+from prismer.batch import Batch, ImageBatch, TextBatch
 from prismer.config import PrismerConfig, preset, prismer_base, prismer_tiny
+from prismer.experts import EXPERTS
 from prismer.freezing import freeze
 from prismer.model import Prismer
+from prismer.texts import collate
+from tests.model.teacher_forcing import plain_text_losses, text_losses
 
 TOTALS = {
     "base": (327_468_729, 153_123_936, 174_344_793),
@@ -95,9 +100,6 @@ def tiny():
 
 
 def make_images(config, seed=0, batch=2):
-    from prismer.batch import ImageBatch
-    from prismer.experts import EXPERTS
-
     g = torch.Generator().manual_seed(seed)
     rgb = torch.randint(0, 256, (batch, 3, config.image_size, config.image_size), generator=g, dtype=torch.uint8)
     labels, rows = {}, {}
@@ -127,8 +129,6 @@ def test_encoder_order_and_expert_invariance(tiny):
 
 def test_every_parameter_reaches_the_loss(tiny):
     """No bias, norm or table is forgotten: the loss moves when any single tensor moves."""
-    from prismer.batch import Batch, TextBatch
-
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 40, (2, 3, 7), generator=g)
     ids[..., 0] = 0
@@ -160,23 +160,20 @@ def test_instance_rows_are_deterministic_and_used(tiny):
 
 def test_texts_of_an_image_do_not_see_each_other(tiny):
     """Packing G texts per image gives what one text at a time gives."""
-    from prismer.batch import TextBatch
-
     context = tiny.encode(make_images(tiny.config))
     ids = torch.randint(3, 40, (2, 3, 6))
     ids[..., 0] = 0
-    together = tiny.text_losses(context, TextBatch(ids=ids, labels=ids, weights=torch.ones(2, 3)))
+    together = text_losses(tiny.decoder, TextBatch(ids=ids, labels=ids, weights=torch.ones(2, 3)), context)
     for b in range(2):
         for g in range(3):
             one = ids[b : b + 1, g : g + 1]
-            alone = tiny.text_losses(context[b : b + 1], TextBatch(ids=one, labels=one, weights=torch.ones(1, 1)))
-            torch.testing.assert_close(together[b, g], alone[0, 0], rtol=1e-5, atol=1e-4)
+            alone = tiny.decoder(TextBatch(ids=one, labels=one, weights=torch.ones(1, 1)), context[b : b + 1])
+            torch.testing.assert_close(together[b, g], alone, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("split", [0, 1, 3])
 def test_packed_parts_have_the_losses_of_the_padded_whole(tiny, split):
     """Captions and questions, each part as wide as its own longest text: no loss and no gradient changes."""
-    from prismer.texts import collate
 
     draw = torch.Generator().manual_seed(3)
     groups = [
@@ -193,7 +190,7 @@ def test_packed_parts_have_the_losses_of_the_padded_whole(tiny, split):
     found = []
     for texts in (packed, padded):
         context = tiny.encode(make_images(tiny.config)).detach().requires_grad_()
-        losses = tiny.text_losses(context, texts)
+        losses = text_losses(tiny.decoder, texts, context)
         tiny.zero_grad()
         (losses * torch.tensor([[1.0, 2.0, 3.0], [-1.0, 5.0, 0.5]])).sum().backward()
         grads = {n: p.grad for n, p in tiny.decoder.named_parameters()}
@@ -205,8 +202,6 @@ def test_packed_parts_have_the_losses_of_the_padded_whole(tiny, split):
 @pytest.mark.parametrize("split", [0, 1])
 def test_training_loss_is_the_weighted_mean_of_the_texts(tiny, split):
     """The loss that forms its logits once is mean(weight * summed loss), in value and every gradient."""
-    from prismer.batch import Batch
-    from prismer.texts import collate
 
     draw = torch.Generator().manual_seed(4)
     groups = [
@@ -221,7 +216,7 @@ def test_training_loss_is_the_weighted_mean_of_the_texts(tiny, split):
     found = []
     for loss in (
         lambda: tiny(batch),
-        lambda: (batch.texts.weights * tiny.text_losses(tiny.encode(batch.images), batch.texts)).mean(),
+        lambda: (batch.texts.weights * plain_text_losses(tiny.decoder, batch.texts, tiny.encode(batch.images))).mean(),
     ):
         tiny.zero_grad()
         value = loss()
@@ -233,8 +228,6 @@ def test_training_loss_is_the_weighted_mean_of_the_texts(tiny, split):
 
 def test_dropout_is_where_roberta_has_it(tiny, monkeypatch):
     """In training every dropout of the decoder acts, at its rate, on states and probabilities; in evaluation none."""
-    import prismer.text
-
     drop = prismer.text.Dropout(0.25).train()
     x = torch.ones(40_000)
     y = drop(x)
@@ -261,12 +254,13 @@ def test_dropout_is_where_roberta_has_it(tiny, monkeypatch):
     for room in ("attention", "cross_attention"):
         monkeypatch.setattr(prismer.text, room, recording(getattr(prismer.text, room)))
     ids, context = torch.randint(3, 40, (2, 1, 6)), torch.randn(2, 5, config.vision_width)
-    first = decoder.train()([ids], context)
+    texts = TextBatch(ids=ids, labels=ids, weights=torch.ones(2, 1))
+    first = decoder.train()(texts, context)
     assert sorted(called) == sorted(drops)
     assert rates == [0.5] * (2 * config.text_depth + 1)
-    assert not torch.equal(first, decoder([ids], context))
+    assert not torch.equal(first, decoder(texts, context))
     rates.clear()
-    assert torch.equal(decoder.eval()([ids], context), decoder([ids], context))
+    assert torch.equal(decoder.eval()(texts, context), decoder(texts, context))
     assert set(rates) == {0.0}
 
 

@@ -24,19 +24,22 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, RobertaConfig, RobertaForCausalLM
 
+from prismer.batch import ImageBatch, TextBatch
 from prismer.config import ALL_EXPERTS, PrismerConfig
 from prismer.generation import beam_search
 from prismer.kernels.modules import PerceiverResampler
 from prismer.model import Prismer
 from prismer.ranking import AnswerTrie, rank_answers
+from prismer.stems import CLIP_MEAN, CLIP_STD
 from prismer.text import TextDecoder
 from prismer.vision import VisionEncoder
-from prismer.weights.names import from_clip, to_official
+from prismer.weights.names import from_clip, to_published
 from prismer.weights.published import to_ours
 from tests.model.plain_inference import plain_beam_search
 from tests.model.plain_published import PlainPrismer, ResamplerBlock, randomise
+from tests.model.teacher_forcing import logits_of, text_losses
 from tests.model.test_backbones import encode_without_adaptors, open_clip_tokens
-from tests.model.test_official_checkpoint import draw_ids, inputs, logits_of, small
+from tests.model.test_published_checkpoint import draw_ids, inputs, small
 
 
 def assert_close(name, ours, theirs, relative=1e-5):
@@ -187,7 +190,7 @@ def build_decoders(name, dtype=torch.float32, cross=True, seed=0):
     for key, tensor in ours.state_dict().items():
         if ".adaptor." in key or (".cross." in key and not cross):
             continue
-        for name in to_official(f"decoder.{key}"):
+        for name in to_published(f"decoder.{key}"):
             name = name.removeprefix("text_decoder.").replace("output_layer.", f"layer.{depth}.0.")
             name = name.replace(".1.self.", ".crossattention.self.").replace(".1.output.", ".crossattention.output.")
             for i in range(depth + 1):
@@ -219,11 +222,6 @@ def ids_of(config, rows=2, length=11):
     return ids
 
 
-def ours_logits(decoder, ids, context):
-    hidden = decoder([ids[:, None]], context)
-    return F.linear(hidden, decoder.head_weight, decoder.head_bias)
-
-
 def theirs_logits(model, ids, context=None):
     return model(ids, attention_mask=ids.ne(1).long(), encoder_hidden_states=context).logits
 
@@ -235,7 +233,7 @@ def test_decoder_is_roberta(name, cross):
     ours, theirs = build_decoders(name, cross=cross)
     ids, context = ids_of(ours.config), torch.randn(2, 9, ours.config.vision_width)
     logits = theirs_logits(theirs, ids, context if cross else None)
-    assert_close("logits", ours_logits(ours, ids, context), logits)
+    assert_close("logits", logits_of(ours, ids, context), logits)
 
 
 @pytest.mark.parametrize("name", ["huge", "odd"])
@@ -254,8 +252,10 @@ def test_decoder_gradients(name):
     contexts.append(contexts[0].detach().clone().requires_grad_(True))
     for model in (ours, twin, theirs):
         model.requires_grad_(True)
-    for logits in (ours_logits(ours, ids, contexts[0]), theirs_logits(theirs, ids, contexts[1])):
-        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1, reduction="sum").backward()
+    labels = torch.where(ids.eq(1), -100, ids)[:, None]
+    ours(TextBatch(ids=ids[:, None], labels=labels, weights=torch.full((2, 1), 2.0)), contexts[0]).backward()
+    logits = theirs_logits(theirs, ids, contexts[1]).flatten(0, 1)
+    F.cross_entropy(logits, targets.flatten(), label_smoothing=0.1, reduction="sum").backward()
     grads = {"context": (contexts[0].grad, contexts[1].grad)}
     their_grads = {key: p.grad for key, p in theirs.named_parameters()}
     twins = dict(twin.named_parameters())
@@ -300,7 +300,7 @@ def test_decoder_bf16(name, assert_no_worse):
     with torch.no_grad():
         assert_no_worse(
             "logits",
-            ours_logits(ours, ids, context),
+            logits_of(ours, ids, context),
             theirs_logits(theirs, ids, context),
             lambda: theirs_logits(exact, ids, context.double()),
         )
@@ -308,15 +308,12 @@ def test_decoder_bf16(name, assert_no_worse):
 
 def test_training_loss_is_the_smoothed_one():
     """Label smoothing 0.1, summed over a text's tokens, with question, pads and `<s>` as no targets (spec 1.7)."""
-    from prismer.batch import TextBatch
-
     ours, theirs = build_decoders("huge")
-    model = Prismer(PrismerConfig(**DECODERS["huge"], vision_heads=8, max_positions=40, experts=())).eval()
-    model.decoder = ours
     ids, context = ids_of(ours.config), torch.randn(2, 9, ours.config.vision_width)
     labels = torch.where(ids.eq(1), -100, ids)
     labels[:, :3] = -100
-    losses = model.text_losses(context, TextBatch(ids=ids[:, None], labels=labels[:, None], weights=torch.ones(2, 1)))
+    texts = TextBatch(ids=ids[:, None], labels=labels[:, None], weights=torch.ones(2, 1))
+    losses = text_losses(ours, texts, context)
     log_probs = theirs_logits(theirs, ids, context).log_softmax(-1)
     for b in range(2):
         loss = 0.0
@@ -396,7 +393,7 @@ def test_whole_model_in_bf16(experts, assert_no_worse):
 
     with torch.no_grad():
         context = model.encode(images)
-        ours = dict(context=context, logits=logits_of(model, ids, context))
+        ours = dict(context=context, logits=logits_of(model.decoder, ids, context))
         assert_no_worse("", ours, run(plain, torch.bfloat16), lambda: run(exact, torch.float64))
 
 
@@ -565,9 +562,6 @@ def test_encoder_alone_is_the_model_s():
     """What the tests above run by hand is what `VisionEncoder` does with uint8 pixels."""
     ours, theirs = build_towers("odd")
     assert isinstance(ours.encoder, VisionEncoder)
-    from prismer.batch import ImageBatch
-    from prismer.stems import CLIP_MEAN, CLIP_STD
-
     rgb = torch.randint(0, 256, (2, 3, 60, 60), dtype=torch.uint8)
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     pixels = (rgb / 255 - mean) / std

@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+import prismer.text
+from prismer.batch import TextBatch
+from prismer.config import prismer_tiny
 from prismer.kernels.cross_entropy import linear_cross_entropy
 from prismer.kernels.dispatch import use_backend
-from prismer.tied_embedding import look_up
+from prismer.text import TextDecoder
+from prismer.tied_embedding import embed_tied
 from tests.ops.live_bytes import peak_bytes
 
 V, D, PAD = 50, 8, 1
@@ -24,7 +28,7 @@ def table():
 
 def both_uses(embedding, ids=IDS, labels=5):
     """The loss of a head that reads what the embedding gives, through one node."""
-    rows, weight = look_up(embedding, ids)
+    rows, weight = embed_tied(embedding, ids)
     return head(rows, weight, labels)
 
 
@@ -63,11 +67,11 @@ def test_losses_of_several_batches(table):
 
 
 def test_one_use_alone(table):
-    rows, _ = look_up(table, IDS)
+    rows, _ = embed_tied(table, IDS)
     (alone,) = torch.autograd.grad(rows.square().sum(), table.weight)
     torch.testing.assert_close(alone, gradient(table(IDS).square().sum(), table))
     assert not alone[PAD].any()
-    rows, weight = look_up(table, IDS)
+    rows, weight = embed_tied(table, IDS)
     apart_too = gradient(head(rows.detach(), table.weight, 5), table)
     torch.testing.assert_close(gradient(head(rows.detach(), weight, 5), table), apart_too)
 
@@ -87,37 +91,38 @@ def test_no_second_table():
 
 def test_where_the_embedding_does_it(table):
     """Without gradients, frozen, on another device, compiled, or with a backend asked for."""
+
+    def autograd_adds(embedding, ids=IDS):
+        rows, weight = embed_tied(embedding, ids)
+        return weight is embedding.weight and (rows.is_meta or torch.equal(rows, embedding(ids)))
+
+    assert not autograd_adds(table)
     with torch.no_grad():
-        assert look_up(table, IDS) is None
-    assert look_up(table.to("meta"), IDS.to("meta")) is None
-    frozen = nn.Embedding(V, D).requires_grad_(False)
-    assert look_up(frozen, IDS) is None
+        assert autograd_adds(table)
+    assert autograd_adds(table.to("meta"), IDS.to("meta"))
+    assert autograd_adds(nn.Embedding(V, D).requires_grad_(False))
     with use_backend("torch"):
-        assert look_up(nn.Embedding(V, D), IDS) is None
+        assert autograd_adds(nn.Embedding(V, D))
 
 
 def test_the_model_takes_it(monkeypatch):
     """A training step of the model goes through the node, and its gradients are those without it."""
-    import prismer.model
-    from prismer.batch import TextBatch
-    from prismer.config import prismer_tiny
-
     torch.manual_seed(0)
-    model = prismer.model.Prismer(prismer_tiny(dropout=0.0, text_depth=2))
+    decoder = TextDecoder(prismer_tiny(dropout=0.0, text_depth=2))
     ids = torch.randint(3, 40, (2, 1, 6))
-    ids[1, 0, 4:] = model.config.pad_id
+    ids[1, 0, 4:] = decoder.config.pad_id
     texts = TextBatch(ids=ids, labels=ids.clone(), weights=torch.ones(2, 1))
-    context = torch.randn(2, 5, model.config.vision_width)
+    context = torch.randn(2, 5, decoder.config.vision_width)
 
     def step():
-        model.zero_grad()
-        model.text_losses(context, texts).sum().backward()
-        return {name: p.grad.clone() for name, p in model.decoder.named_parameters()}
+        decoder.zero_grad()
+        decoder(texts, context).backward()
+        return {name: p.grad.clone() for name, p in decoder.named_parameters()}
 
     calls = []
-    monkeypatch.setattr(prismer.model, "look_up", lambda *call: calls.append(1) or look_up(*call))
+    monkeypatch.setattr(prismer.text, "embed_tied", lambda *call: calls.append(1) or embed_tied(*call))
     ours = step()
-    monkeypatch.setattr(prismer.model, "look_up", lambda *_: None)
+    monkeypatch.setattr(prismer.text, "embed_tied", lambda embedding, ids: (embedding(ids), embedding.weight))
     for name, wanted in step().items():
         torch.testing.assert_close(ours[name], wanted, msg=lambda text, name=name: f"{name}: {text}")
     assert calls == [1]

@@ -16,11 +16,11 @@ from prismer import precision
 from prismer.training.config import TrainConfig
 from prismer.training.data import choose_texts
 from prismer.training.evaluation import Knowledge, blind_guesses, collect_knowledge, scores
+from prismer.training.initial_model import start_config, start_model
 from prismer.training.progress import Progress, plot_metrics, read_metrics
 from prismer.training.results import results_table
 from prismer.training.run_folder import RunFolder, write_json, write_safetensors
 from prismer.training.trainer import instance_rows, keyed_seed, learning_rate
-from prismer.weights.initial_model import start_config, start_model
 
 CONFIG = TrainConfig(batch_size=32, learning_rate=1e-2, min_learning_rate=1e-4, warmup_steps=10)
 

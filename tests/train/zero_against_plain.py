@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from prismer.batch import Batch, ImageBatch
 from prismer.freezing import freeze
+from prismer.model import Prismer
 from prismer.texts import collate
 from prismer.training import zero as engines
 from prismer.training.config import TrainConfig
-from prismer.weights.folder import from_pretrained
 
 STEPS, IMAGES = 5, 8
 # every parameter is sharded, gathered and released, however small: what a large model's are
@@ -60,7 +60,7 @@ def main() -> None:
     settings = TrainConfig(batch_size=IMAGES, learning_rate=3e-3, gradient_clipping=1.0)
     part = IMAGES // world
 
-    sharded = from_pretrained(folder).train()
+    sharded = Prismer.from_pretrained(folder).train()
     freeze(sharded, settings.freeze)
     zero = dict(stage=3, memory_efficient_linear=False, **EVERYTHING)
     engine = engines.build_engine(sharded, settings, dict(zero_optimization=zero), "fp32")
@@ -73,14 +73,14 @@ def main() -> None:
         total = loss.detach().clone()
         dist.all_reduce(total)
         losses.append(float(total) / world)
-    weights = from_pretrained(folder)
+    weights = Prismer.from_pretrained(folder)
     engines.copy_weights(engine, weights)
     dist.barrier()
     dist.destroy_process_group()
     if rank:
         return
 
-    plain = from_pretrained(folder).train()
+    plain = Prismer.from_pretrained(folder).train()
     freeze(plain, settings.freeze)
     optimizer = engines.build_optimizer(plain, settings)
     expected = []
@@ -91,7 +91,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_([p for p in plain.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         expected.append(float(loss))
-    moved = from_pretrained(folder).state_dict()
+    moved = Prismer.from_pretrained(folder).state_dict()
     report = {"losses": losses, "expected": expected, "difference": {}, "step": {}}
     for name, value in plain.state_dict().items():
         if value.is_floating_point():

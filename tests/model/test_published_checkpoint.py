@@ -1,6 +1,6 @@
 """Proves that published checkpoints load and are written exactly: files made by an independent model whose state dict
 has the published names (plain_published.py) give the same tokens and logits in ours, in both directions; and that what
-does not fit is refused with a table and a remedy. Run: pytest tests/model/test_official_checkpoint.py"""
+does not fit is refused with a table and a remedy. Run: pytest tests/model/test_published_checkpoint.py"""
 
 import itertools
 import json
@@ -9,7 +9,6 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from prismer.batch import ImageBatch
@@ -18,13 +17,14 @@ from prismer.config import ALL_EXPERTS, PRESETS, PrismerConfig, preset
 from prismer.experts import EXPERTS
 from prismer.model import Prismer
 from prismer.stems import CLIP_MEAN, CLIP_STD
-from prismer.weights import published as official
-from prismer.weights.folder import load_tensors
-from prismer.weights.load_report import Misfit, Report
-from prismer.weights.names import IGNORED, to_official
-from prismer.weights.published import official_config, save_official
+from prismer.weights import published
+from prismer.weights.load_report import LoadReport, Misfit
+from prismer.weights.names import IGNORED, to_published
+from prismer.weights.published import published_config, save_published
+from prismer.weights.tensors import load_tensors
 from tests.model.plain_published import LOW_LEVEL, PlainPrismer, bicubic, randomise
-from tests.model.test_official_keys import published
+from tests.model.teacher_forcing import logits_of
+from tests.model.test_published_keys import published_keys
 
 SMALL = dict(
     image_size=80,
@@ -99,12 +99,6 @@ def draw_ids(config, seed=2, shape=(2, 9)):
     return ids
 
 
-def logits_of(model, ids, context):
-    """Ours of a batch of texts, (B, T, V)."""
-    hidden = model.decoder([ids[:, None]], context)
-    return F.linear(hidden, model.decoder.head_weight, model.decoder.head_bias)
-
-
 def close(name, ours, plain, relative):
     """The largest difference, against the largest entry."""
     error = ((ours - plain).abs().max() / plain.abs().max()).item()
@@ -125,7 +119,7 @@ def compare(model, plain, seed=1):
             ours = model.encode(images)
             theirs = plain.expert_encoder(rgb.to(dtype), {k: v.to(dtype) for k, v in labels.items()}, objects, rows)
             close("context", ours, theirs, relative)
-            close("logits", logits_of(model, ids, ours), plain.text_decoder(ids, theirs), relative)
+            close("logits", logits_of(model.decoder, ids, ours), plain.text_decoder(ids, theirs), relative)
     plain.float()
 
 
@@ -158,7 +152,7 @@ def test_every_tensor_lands_where_it_belongs(tmp_path):
     write(tmp_path / "a.bin", small())
     stored = torch.load(tmp_path / "a.bin")
     for key, tensor in Prismer.from_pretrained(tmp_path / "a.bin").state_dict().items():
-        for name in to_official(key):
+        for name in to_published(key):
             assert torch.equal(tensor, stored[name]), (key, name)
 
 
@@ -183,7 +177,7 @@ def test_architecture_is_found(name, side):
     for experts in sets:
         config = preset(name, experts=experts, image_size=side)
         meta = {key: torch.empty(shape, device="meta") for key, shape in published_with(config).items()}
-        found = official_config(meta, "file")
+        found = published_config(meta, "file")
         ordered = tuple(e for e in ALL_EXPERTS if e in experts)
         assert found == config.replace(
             name=name if experts else f"{name}-z", experts=ordered, caption_prefix="" if side == 224 else "A picture of"
@@ -192,7 +186,7 @@ def test_architecture_is_found(name, side):
 
 def published_with(config):
     """The table, whose instance rows go with the objects."""
-    table = published(config)
+    table = published_keys(config)
     if "obj_detection" not in config.experts:
         table.pop(f"{VISION}instance_embedding", None)
     return table
@@ -200,16 +194,16 @@ def published_with(config):
 
 def test_only_whole_published_sizes_are_presets():
     config = preset("base", experts=())
-    table = {key: torch.empty(shape, device="meta") for key, shape in published(config).items()}
+    table = {key: torch.empty(shape, device="meta") for key, shape in published_keys(config).items()}
     cut = {key: value for key, value in table.items() if "encoder.layer.11." not in key}
     with pytest.raises(ValueError, match=r"the nearest is base, but for text_depth 11 \(not 12\).*config="):
-        official_config(cut, "file")
+        published_config(cut, "file")
     for key in (f"{VISION}positional_embedding", f"{VISION}conv1.rgb.weight"):
         with pytest.raises(ValueError, match=f"file lacks {re.escape(key)}"):
-            official_config({k: v for k, v in table.items() if k != key}, "file")
+            published_config({k: v for k, v in table.items() if k != key}, "file")
     stranger = {**table, f"{VISION}conv1.sound.1.weight": torch.empty(96, 1, 3, 3, device="meta")}
     with pytest.raises(ValueError, match=r"experts this library does not know \(sound\)"):
-        official_config(stranger, "file")
+        published_config(stranger, "file")
 
 
 def test_given_config(tmp_path):
@@ -299,11 +293,11 @@ def test_old_torch_format(tmp_path):
 
 
 @pytest.mark.parametrize("experts", [ALL_EXPERTS, ("edge", "ocr_detection"), ()], ids=str)
-def test_save_official(tmp_path, experts):
+def test_save_published(tmp_path, experts):
     """Our random model, written, loads strictly into the plain one, and both compute the same."""
     config = small(experts=experts)
     model = randomise(Prismer(config))
-    save_official(model, tmp_path / "new" / "pytorch_model.bin")
+    save_published(model, tmp_path / "new" / "pytorch_model.bin")
     stored = torch.load(tmp_path / "new" / "pytorch_model.bin", weights_only=True)
     assert {key: tuple(tensor.shape) for key, tensor in stored.items()} == published_with(config)
     plain = PlainPrismer(config)
@@ -314,9 +308,9 @@ def test_save_official(tmp_path, experts):
         assert torch.equal(back.state_dict()[name], tensor), name
 
 
-def test_save_official_writes_fp32_and_tied_tensors_once(tmp_path):
+def test_save_published_writes_fp32_and_tied_tensors_once(tmp_path):
     model = Prismer(small(vocab_size=20_000, experts=())).to(torch.bfloat16)
-    save_official(model, tmp_path / "a.bin")
+    save_published(model, tmp_path / "a.bin")
     stored = torch.load(tmp_path / "a.bin")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32, torch.int64}
     assert stored[WORD].data_ptr() == stored[MATRIX].data_ptr()
@@ -327,19 +321,19 @@ def test_save_official_writes_fp32_and_tied_tensors_once(tmp_path):
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     model = Prismer(small(experts=()))
-    save_official(model, tmp_path / "a.bin")
+    save_published(model, tmp_path / "a.bin")
     before = (tmp_path / "a.bin").read_bytes()
 
     def fail(tensors, file):
         file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(official.torch, "save", fail)
+    monkeypatch.setattr(published.torch, "save", fail)
     with pytest.raises(KeyboardInterrupt):
-        save_official(model, tmp_path / "a.bin")
+        save_published(model, tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(ValueError, match="is a folder; name a file"):
-        save_official(model, tmp_path)
+        save_published(model, tmp_path)
 
 
 def test_command_line(tmp_path, capsys):
@@ -508,10 +502,10 @@ def test_report(tmp_path, caplog):
 def test_report_joins_layers_and_ends():
     shape = torch.Size((3, 4))
     rows = {f"a.{i}.b.{j}.weight": shape for i in range(12) for j in range(2)}
-    assert "missing  a.*.b.*.weight  x24               3x4" in str(Report(source="s", loaded=0, missing=rows))
-    many = Report(source="s", loaded=0, missing={f"t{i}": shape for i in range(100)})
+    assert "missing  a.*.b.*.weight  x24               3x4" in str(LoadReport(source="s", loaded=0, missing=rows))
+    many = LoadReport(source="s", loaded=0, missing={f"t{i}": shape for i in range(100)})
     assert len(str(many).splitlines()) == 43 and str(many).endswith("... and 60 more rows")
-    assert str(Report(source="s", loaded=5)) == "s: 5 tensors loaded"
+    assert str(LoadReport(source="s", loaded=5)) == "s: 5 tensors loaded"
 
 
 # the hub
