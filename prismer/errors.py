@@ -4,6 +4,7 @@ The others are mistakes of ours, whose traceback is needed.
 """
 
 import dis
+import numbers
 from collections.abc import Iterable
 
 _LONGEST = 60
@@ -35,3 +36,9 @@ def listed(names: Iterable[str]) -> str:
     names = sorted(names)
     texts = [name if name.isprintable() and 0 < len(name) <= _LONGEST else shown(name) for name in names[:5]]
     return ", ".join(texts) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise a ValueError unless `value` is an integer, which True and 3.0 are not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} is {value!r}; give a whole number")

@@ -1,5 +1,7 @@
 """PrismerNetwork: the computation alone, from a batch to its loss (Prismer, arXiv:2303.02506, section 3)."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -9,11 +11,15 @@ from prismer.text import TextDecoder
 from prismer.tokenizer import Tokenizer
 from prismer.vision import VisionEncoder
 
+# for functions that build or return the class that they are given
+Model = TypeVar("Model", bound="PrismerNetwork")
+
 
 class PrismerNetwork(nn.Module):
     """A frozen CLIP encoder, a frozen RoBERTa decoder, expert labels, and the trainable parts that join them.
 
     Attributes:
+        config: the architecture.
         encoder: images and expert labels -> context tokens.
         decoder: text given context tokens.
         tokenizer: text <-> ids, or None for a model that only computes.

@@ -42,8 +42,8 @@ def _as_floats(pixels: Tensor) -> Tensor:
 class ExpertStem(nn.Module):
     """Four 3x3 convolutions with batch norm and ReLU, then a 1x1: (B, planes, s, s) uint8 -> (B, D, g, g).
 
-    Low-level labels (stem A) halve four times from s*16/patch; ids (stem B) start from 64 features per pixel at
-    s*4/patch and halve twice. All resizes are bilinear with align_corners=True. Maps are channels last.
+    Low-level labels are resized to s*16/patch px and halved four times; ids become 64 features per pixel at s*4/patch
+    px and are halved twice. Resizes are bilinear with align_corners=True. Maps are channels last.
     """
 
     def __init__(self, expert: str, width: int, patch_size: int, label_size: int):

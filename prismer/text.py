@@ -163,7 +163,7 @@ class DecoderLayer(nn.Module):
 
     @property
     def pretrained(self) -> tuple[nn.Module, ...]:
-        """The modules that come from RoBERTa: what `freeze_lang` freezes."""
+        """The modules inherited from RoBERTa, which `freeze_lang` freezes."""
         return self.attention, self.mlp
 
     def forward(self, x: Tensor, layer: int, attend: Attend, context: Tensor | KeysValues) -> Tensor:

@@ -12,21 +12,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prismer.config import ALL_EXPERTS, PRESETS, PrismerConfig
-from prismer.network import PrismerNetwork
+from prismer.network import Model
 from prismer.stems import CLIP_MEAN, CLIP_STD, resize_positions
 from prismer.tokenizer import ROBERTA_VOCAB_SIZE, Tokenizer
 from prismer.weights.locate import has_tokenizer
 from prismer.weights.names import from_clip, from_roberta
 from prismer.weights.tensors import POSITIONS, read_tensors
-
-Model = TypeVar("Model", bound=PrismerNetwork)
 
 _NOT_TAKEN = ("visual.class_embedding", "visual.proj")
 # the sizes of these two are known without asking the hub

@@ -4,19 +4,19 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from prismer.config import PrismerConfig
 from prismer.files import CHECKSUMS, find_damage, new_folder, write_atomically, write_checksums, write_json
-from prismer.network import PrismerNetwork
+from prismer.network import Model, PrismerNetwork
 from prismer.precision import inference_dtype
 from prismer.tensor_files import read_shapes, save_tensors
 from prismer.tokenizer import ROBERTA_VOCAB_SIZE, Tokenizer
 from prismer.weights.load_report import LoadReport
 from prismer.weights.locate import ANSWERS, CONFIG, WEIGHTS, has_tokenizer, locate
-from prismer.weights.published import is_published, published_config, to_ours
+from prismer.weights.names import is_published
+from prismer.weights.published import published_config, to_ours
 from prismer.weights.tensors import (
     POSITIONS,
     check_dtypes,
@@ -26,8 +26,6 @@ from prismer.weights.tensors import (
     read_tensors,
     without_wrappers,
 )
-
-Model = TypeVar("Model", bound=PrismerNetwork)
 
 _log = logging.getLogger(__name__)
 

@@ -4,8 +4,7 @@ A published checkpoint is one flat `pytorch_model.bin` of 635 to 1443 tensors wi
 (heads, activation) comes from the preset of the same sizes.
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -18,16 +17,10 @@ from prismer.files import replacing
 from prismer.network import PrismerNetwork
 from prismer.weights.locate import PUBLISHED_WEIGHTS
 from prismer.weights.names import IGNORED, from_published, to_published
-
-VISION, TEXT = "expert_encoder.", "text_decoder."
+from prismer.weights.tensors import POSITIONS, SIZE_AXES, stored_sizes, stored_stems
 
 # px, of pre-training, captions and questions, classes; sides that the patch does not divide share a grid with others
-_SIZES = (224, 480, 384)
-
-
-def is_published(names: Iterable[str]) -> bool:
-    """Whether tensors have published names."""
-    return any(name.startswith((VISION, TEXT)) for name in names)
+_SIDES = (224, 480, 384)
 
 
 def published_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfig:
@@ -36,15 +29,30 @@ def published_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfi
     Raises:
         ValueError: if a tensor that tells a size is missing, or no preset has these sizes.
     """
-    found = _sizes(tensors, source)
-    grid, experts = found.pop("grid"), found.pop("experts")
+    shapes = {from_published(name) or name: tensor.shape for name, tensor in tensors.items()}
+    sizes, stems = stored_sizes(shapes), stored_stems(shapes)
+    unknown = sorted(stems - set(EXPERTS))
+    if unknown:
+        raise ValueError(
+            f"{source} has experts this library does not know ({', '.join(unknown)}); known are {', '.join(EXPERTS)}"
+        )
+    # tables that belong to experts are absent without them
+    absent = () if stems else ("resampler_depth", "num_latents")
+    absent += () if "obj_detection" in stems else ("num_instances",)
+    for key in (POSITIONS, *(key for field, (key, _) in SIZE_AXES.items() if field not in absent)):
+        if key not in shapes:
+            lacking = to_published(key)[0]
+            raise ValueError(f"{source} lacks {lacking}, so it is no whole Prismer checkpoint; get it again")
+    found = {field: size for field, size in sizes.items() if field not in absent}
+    experts = tuple(name for name in EXPERTS if name in stems)
+    grid = round(shapes[POSITIONS][0] ** 0.5)
     differing = {}
     for name, make in PRESETS.items():
         config = make(**({} if experts else {"name": f"{name}-z"}), experts=experts)
         differing[name] = [field for field, value in found.items() if getattr(config, field) != value]
         if not differing[name]:
             patch = config.patch_size
-            side = next((side for side in _SIZES if side // patch == grid), grid * patch)
+            side = next((side for side in _SIDES if side // patch == grid), grid * patch)
             # of the published ones only pre-training has a 224 px table, and its captions have no prefix
             prefix = {"caption_prefix": ""} if side == 224 else {}
             return config.replace(image_size=side, **prefix)
@@ -55,48 +63,6 @@ def published_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfi
         f"{source} has the sizes of no preset; the nearest is {nearest}, but for {text}; "
         "get the file again if it was cut, or say what it is with config=PrismerConfig(...)"
     )
-
-
-def _sizes(tensors: Mapping[str, Tensor], source: str) -> dict[str, int | tuple[str, ...]]:
-    """The grid, and the fields of PrismerConfig that names and shapes tell."""
-
-    def shape(name: str) -> torch.Size:
-        if name not in tensors:
-            raise ValueError(f"{source} lacks {name}, so it is no whole Prismer checkpoint; get it again")
-        return tensors[name].shape
-
-    def count(pattern: str) -> int:
-        numbers = {int(m[1]) for name in tensors if (m := re.match(pattern, name))}
-        return max(numbers, default=-1) + 1
-
-    rows, width = shape(f"{VISION}positional_embedding")
-    word = f"{TEXT}roberta.embeddings.word_embeddings.weight"
-    if word not in tensors:
-        word = f"{TEXT}lm_head.decoder.weight"
-    stems = {m[1] for name in tensors if (m := re.match(rf"{VISION}conv1\.(\w+)\.", name))} - {"rgb"}
-    unknown = sorted(stems - set(EXPERTS))
-    if unknown:
-        raise ValueError(
-            f"{source} has experts this library does not know ({', '.join(unknown)}); known are {', '.join(EXPERTS)}"
-        )
-    found = dict(
-        experts=tuple(name for name in EXPERTS if name in stems),
-        grid=round(rows**0.5),
-        patch_size=shape(f"{VISION}conv1.rgb.weight")[-1],
-        vision_width=width,
-        vision_depth=count(rf"{VISION}transformer\.resblocks\.(\d+)\."),
-        text_width=shape(word)[1],
-        text_depth=count(rf"{TEXT}roberta\.encoder\.layer\.(\d+)\."),
-        text_mlp_width=shape(f"{TEXT}roberta.encoder.output_layer.intermediate.dense.weight")[0],
-        vocab_size=shape(word)[0],
-        max_positions=shape(f"{TEXT}roberta.embeddings.position_embeddings.weight")[0],
-    )
-    if stems:
-        found["resampler_depth"] = count(rf"{VISION}resampler\.perceiver_blocks\.(\d+)\.")
-        found["num_latents"] = shape(f"{VISION}resampler.latents")[0]
-    if "obj_detection" in stems:
-        found["num_instances"] = shape(f"{VISION}instance_embedding")[0]
-    return found
 
 
 def to_ours(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:

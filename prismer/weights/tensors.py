@@ -3,7 +3,7 @@
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,20 +16,21 @@ from prismer.network import PrismerNetwork
 from prismer.stems import resize_positions
 from prismer.weights.load_report import LoadReport, Misfit
 from prismer.weights.locate import CONFIG
-from prismer.weights.published import is_published
+from prismer.weights.names import is_published
 
 POSITIONS = "encoder.positional_embedding"
 
 # the first words of our names and of the published ones
 _PARTS = ("encoder", "decoder", "expert_encoder", "text_decoder")
 _STEM = re.compile(r"encoder\.stems\.(\w+)\.(convs|norms|project)\.")
-# sizes of a config -> the stack whose layers they count, or the tensor and its axis
+# sizes of a config -> the stack whose layers they count
 _STACKS = {
     "vision_depth": "encoder.blocks",
     "resampler_depth": "encoder.resampler.blocks",
     "text_depth": "decoder.layers",
 }
-_AXES = {
+# sizes of a config -> the tensor and its axis that tell them
+SIZE_AXES = {
     "vision_width": ("encoder.stems.rgb.weight", 0),
     "patch_size": ("encoder.stems.rgb.weight", 2),
     "num_latents": ("encoder.resampler.latents", 0),
@@ -98,7 +99,7 @@ def check_sizes(config: PrismerConfig, shapes: Mapping[str, torch.Size], source:
     """
     if is_published(shapes):
         return
-    for field, stored in _stored_sizes(shapes).items():
+    for field, stored in stored_sizes(shapes).items():
         asked = getattr(config, field)
         # smaller differences end in the table of a `Misfit`, tensor by tensor
         if asked > _MOST_TIMES * max(stored, _LITTLE):
@@ -108,16 +109,21 @@ def check_sizes(config: PrismerConfig, shapes: Mapping[str, torch.Size], source:
             )
 
 
-def _stored_sizes(shapes: Mapping[str, torch.Size]) -> dict[str, int]:
+def stored_sizes(shapes: Mapping[str, torch.Size]) -> dict[str, int]:
     """The fields of PrismerConfig that names and shapes of tensors tell; 0 for an absent stack."""
     sizes = {}
     for field, stack in _STACKS.items():
         pattern = re.compile(rf"{re.escape(stack)}\.(\d+)\.")
         sizes[field] = len({m[1] for key in shapes if (m := pattern.match(key))})
-    for field, (key, axis) in _AXES.items():
+    for field, (key, axis) in SIZE_AXES.items():
         if len(shapes.get(key, ())) > axis:
             sizes[field] = shapes[key][axis]
     return sizes
+
+
+def stored_stems(names: Iterable[str]) -> set[str]:
+    """The experts that tensors have stems for."""
+    return {m[1] for name in names if (m := _STEM.match(name))}
 
 
 def check_dtypes(tensors: Mapping[str, Tensor], source: str) -> None:
@@ -175,7 +181,7 @@ def load_tensors(
         ignored=tuple(ignored),
     )
     if not report.fits:
-        stored = {m[1] for key in tensors if (m := _STEM.match(key))}
+        stored = stored_stems(tensors)
         if stored != set(model.config.experts):
             raise Misfit(other_experts(source, sorted(stored), model.config.experts), report)
         raise Misfit(
