@@ -1,5 +1,5 @@
-"""Proves that a training run of a tiny model has the same loss curve on the fused ops as on their definitions in plain
-PyTorch: but for the noise of another order of summation, no optimisation changes what is learnt.
+"""Proves that a training run of a tiny model has the same loss curve with fused ops as with their definitions in plain
+PyTorch: except for the noise of another order of summation, no optimisation changes what is learnt.
 
 Run: pytest tests/model/test_loss_curve.py -s        20 steps; with 200: pytest -m slow tests/model/test_loss_curve.py
 """
@@ -28,7 +28,7 @@ CONFIG = prismer_tiny(
 
 
 def batches(number):
-    """A few images again and again, each with its own text, a padded one among them: something to learn by heart."""
+    """A few images again and again, each with its own text, one of them padded, to be learnt by heart."""
     g = torch.Generator().manual_seed(3)
 
     def draw(high, *shape, low=0, dtype=torch.uint8):
@@ -66,7 +66,7 @@ def curve(backend, mode, steps):
 
 
 def compare(mode, steps, within):
-    """Both curves fall, and lie closer together than `within` of a step's loss."""
+    """Both curves fall, and differ by less than `within` of a step's loss."""
     fused, plain = curve(None, mode, steps), curve("reference", mode, steps)
     difference = ((fused - plain).abs() / plain).max().item()
     print(f"\n{mode}: {plain[0]:.3f} -> {plain[-1]:.3f} in {steps} steps, at most {difference:.2g} apart")
@@ -75,7 +75,7 @@ def compare(mode, steps, within):
 
 
 @pytest.mark.parametrize("mode", ("freeze_lang_vision", "none"))
-def test_loss_curve(mode):
+def test_fused_ops_have_the_loss_curve_of_plain_pytorch(mode):
     compare(mode, 20, within=1e-5)
 
 

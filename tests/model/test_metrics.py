@@ -1,9 +1,7 @@
 """Proves that the scores equal hand-computed values and those of the COCO caption toolkit.
 
-    python -m pytest -q tests/model/test_metrics.py
-
-The values of TOOLKIT and TREEBANK were made with pycocoevalcap 1.2 (its PTBTokenizer on Java 17, then Bleu(4), Rouge
-and Cider on its tokens) from the sentences below.
+The values of TOOLKIT and TREEBANK were computed with pycocoevalcap 1.2 (its PTBTokenizer on Java 17, then Bleu(4),
+Rouge and Cider on its tokens) from the sentences below. Run: pytest tests/model/test_metrics.py
 """
 
 import math
@@ -75,7 +73,7 @@ TOOLKIT_CIDER_D = [
     1.6640670118293508,
     0.35625450805630954,
 ]
-# of the first four tokens of each candidate: the brevity penalty counts
+# of the first four tokens of each candidate, so that the brevity penalty counts
 TOOLKIT_SHORT_BLEU = [0.5243506088373784, 0.4976142856512391, 0.4341927232704007, 0.390248007046464]
 # the toolkit adds 1e-9 to the number of n-grams, which we do not
 TOLERANCE = 1e-8
@@ -122,7 +120,7 @@ def test_caption_scores_equal_the_toolkit():
 
 
 def test_bleu():
-    # Papineni's example: "the" counts twice of seven, once each reference is asked
+    # Papineni's example: of seven "the", the references have at most two
     seven = ["the"] * 7
     references = [["the cat is on the mat".split(), "there is a cat on the mat".split()]]
     np.testing.assert_allclose(bleu([seven], references), [2 / 7, 0, 0, 0])
@@ -130,7 +128,7 @@ def test_bleu():
     brevity = math.exp(-1 / 3)
     expected = [brevity, brevity * math.sqrt(1 / 2), 0, 0]
     np.testing.assert_allclose(bleu(["a b d".split()], [["a b c d".split()]]), expected)
-    # lengths 3 and 5 are as close to 4: the shorter counts, so nothing is taken off
+    # of lengths 3 and 5, equally close to 4, the shorter counts: there is no penalty
     tie = bleu(["a b c d".split()], [["a b c".split(), "a b c d e".split()]])
     np.testing.assert_allclose(tie, [1, 1, 1, 1])
     np.testing.assert_array_equal(bleu([[]], [["a".split()]]), np.zeros(4))
@@ -160,7 +158,7 @@ def test_cider_d():
 
 
 @pytest.mark.parametrize("score", [bleu, rouge_l, cider_d])
-def test_caption_scores_refuse(score):
+def test_captions_without_references_are_refused(score):
     with pytest.raises(ValueError, match="got 1 captions and references of 2"):
         score([["a"]], [[["a"]], [["b"]]])
     with pytest.raises(ValueError, match="at least one"):

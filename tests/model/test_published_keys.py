@@ -1,5 +1,5 @@
-"""Proves the two-way map between our tensor names and the published ones over the whole key table of spec 2.2, with
-shapes. Run: pytest tests/model/test_published_keys.py"""
+"""Proves the translation between our tensor names and the published ones in both directions, with shapes, for the whole
+key table (docs/architecture.md). Run: pytest tests/model/test_published_keys.py"""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ NUM_KEYS = {"base": 843, "base-z": 635, "large": 1443, "large-z": 1235, "huge": 
 
 
 def published_keys(config) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of a published checkpoint, written from the table and nothing else."""
+    """Key -> shape of a published checkpoint, written from the key table alone."""
     D, H, V = config.vision_width, config.text_width, config.vocab_size
     keys: dict[str, tuple[int, ...]] = {}
 
@@ -94,7 +94,7 @@ def published_keys(config) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", NUM_KEYS)
-def test_key_table(name):
+def test_names_and_shapes_are_those_of_the_key_table(name):
     config = preset(name)
     table = published_keys(config)
     assert len(table) == NUM_KEYS[name]
@@ -106,12 +106,12 @@ def test_key_table(name):
     assert read == ours
 
 
-def test_480_px_table():
+def test_the_positional_table_at_480_px_has_900_rows():
     config = preset("base", image_size=480)
     assert published_keys(config)["expert_encoder.positional_embedding"] == (900, 768)
 
 
-def test_strangers():
+def test_names_of_other_models_are_not_translated():
     assert from_published(IGNORED) is None
     assert from_published("visual.proj") is None
     with pytest.raises(KeyError, match="no tensor of Prismer"):

@@ -1,6 +1,6 @@
-"""Proves the rules of captions, questions, answers and class names: texts, token ids, labels, draws, collation.
+"""Proves the text rules of captions, questions, answers and class names: token ids, labels, random choices, collation.
 
-python -m pytest -q tests/model/test_tasks.py
+Run: pytest tests/model/test_tasks.py
 """
 
 from multiprocessing.reduction import ForkingPickler
@@ -79,7 +79,7 @@ def test_clean_caption(caption, expected):
     ],
 )
 def test_clean_question(question, expected):
-    # blanks stay where marks were, and the capital is given before the edges are stripped
+    # removed marks leave their blanks, and the first letter is capitalised before the edges are stripped
     assert clean_question(question) == expected
 
 
@@ -99,7 +99,7 @@ def test_encode_caption(tokenizer):
     ids, labels = encode_caption(tokenizer, "A dog runs.", "A picture of")
     assert ids == [BOS, *tokenizer.encode("A picture of a dog runs"), EOS]
     assert labels[:4] == [IGNORE_INDEX] * 4 and labels[4:] == ids[4:]
-    # nothing to say still ends
+    # an empty caption still has its end token
     assert encode_caption(tokenizer, "...") == ([BOS, EOS], [IGNORE_INDEX, EOS])
 
 
@@ -111,7 +111,7 @@ def test_encode_prompt(tokenizer):
     assert ids[:4] == encode_prompt(tokenizer, "A picture of ")
 
 
-def test_encode_caption_is_cut(tokenizer):
+def test_a_long_caption_is_cut(tokenizer):
     caption = "extraordinarily disproportionate " * 15
     whole = tokenizer.encode(clean_caption(caption))
     assert len(whole) > 30
@@ -144,7 +144,7 @@ def test_encode_qa(tokenizer):
     question = encode_question(tokenizer, "what is this")
     answer = [*tokenizer.encode(" Fire engine"), EOS]
     assert encode_answer(tokenizer, "FIRE engine") == answer
-    # one read-out pad, whatever the lengths, and the first target right behind it
+    # one read-out pad, whatever the lengths, and the first target directly after it
     assert ids == [*question, PAD, *answer]
     assert ids.count(PAD) == 1
     assert labels == [IGNORE_INDEX] * (len(question) + 1) + answer
@@ -152,11 +152,11 @@ def test_encode_qa(tokenizer):
     assert ids[first - 1] == PAD
 
 
-def test_encode_qa_is_cut(tokenizer):
+def test_a_long_question_is_cut_and_its_answer_is_not(tokenizer):
     answer = encode_answer(tokenizer, "red")
     ids, labels = encode_qa(tokenizer, "disproportionate " * 30, "red")
     assert len(ids) == 35 + 1 + len(answer) and targets(labels) == answer
-    # 20 positions hold 18 tokens, the pad not among them; the question gives way
+    # 20 positions hold 18 tokens besides the pad; the question is cut
     ids, labels = encode_qa(tokenizer, "disproportionate " * 30, "red", max_positions=20)
     assert len([i for i in ids if i != PAD]) == 18 and ids.count(PAD) == 1
     assert targets(labels) == answer and ids[0] == BOS
@@ -176,14 +176,14 @@ def test_collate():
     short = [IGNORE_INDEX, 7, EOS, IGNORE_INDEX, IGNORE_INDEX]
     assert batch.labels.tolist() == [[short, a[1]], [short, ignored], [ignored, ignored]]
     assert batch.weights.tolist() == [[1.0, 0.25], [1.0, 0.0], [0.0, 0.0]]
-    # a text with a weight has the same tokens in every batch but for pads on the right
+    # the tokens of a text are the same in every batch, except for pads on the right
     alone = collate([[b]])
     assert alone.ids.tolist() == [[[BOS, 7, EOS]]]
     assert collate([[]]).ids.tolist() == [[[BOS]]] and collate([[]]).weights.tolist() == [[0.0]]
     assert collate([[b], []], pad_id=9, bos_id=8).ids.tolist() == [[[BOS, 7, EOS]], [[8, 9, 9]]]
 
 
-def test_collate_refuses():
+def test_collate_refuses_empty_and_malformed_texts():
     with pytest.raises(ValueError, match="no texts to collate"):
         collate([])
     with pytest.raises(ValueError, match="2 ids and 1 labels"):
@@ -221,7 +221,7 @@ def test_vqa_texts(tokenizer):
 
 
 def test_joint_texts_of_one_kind(tokenizer):
-    """Lists of captions and lists of questions are imported apart; an image of either trains."""
+    """Captions and questions may come from different lists; an image of either list trains."""
     choose = joint_texts(tokenizer, "", 2, 9)
     for name in ("captions", "questions"):
         texts = choose({name: META[name]}, np.random.default_rng(0))
@@ -230,8 +230,8 @@ def test_joint_texts_of_one_kind(tokenizer):
         choose({"source": "x"}, np.random.default_rng(0))
 
 
-def test_long_answers_are_refused_drawn_or_not(tokenizer):
-    """A question of nine has an answer that the positions cannot hold: the sample is never used, whatever is drawn."""
+def test_a_sample_with_a_too_long_answer_is_refused(tokenizer):
+    """One answer exceeds the positions: the sample is refused, whichever questions are drawn."""
     long = {"question": "what?", "answers": [{"answer": "word " * 99, "weight": 1.0}]}
     meta = {"questions": [*META["questions"], long]}
     for seed in range(5):
@@ -265,8 +265,8 @@ def test_choosers_refuse_another_dataset(tokenizer):
             choose({"source": "here"}, np.random.default_rng(0))
 
 
-def test_choosers_reach_other_processes():
+def test_choosers_can_be_sent_to_other_processes():
     tokenizer = Tokenizer.train(["a dog", "a cat"], 261)
-    # what a spawned loader process is sent; a closure would raise
+    # a spawned loader process receives them; a closure would raise
     assert len(ForkingPickler.dumps(joint_texts(tokenizer, "", 1, 1))) > 0
     assert len(ForkingPickler.dumps(classification_texts(tokenizer))) > 0

@@ -1,5 +1,5 @@
-"""Proves that a word table that is embedding and head gets one gradient, the sum of both uses, and that no second one
-as large is formed.
+"""Proves that a word table that is both embedding and head gets one gradient, the sum of both uses, and that no second
+gradient of its size is formed.
 
 Run: pytest tests/model/test_tied.py
 """
@@ -27,13 +27,13 @@ def table():
 
 
 def both_uses(embedding, ids=IDS, labels=5):
-    """The loss of a head that reads what the embedding gives, through one node."""
+    """The loss of a head that reads the embedding's rows, both through one node."""
     rows, weight = embed_tied(embedding, ids)
     return head(rows, weight, labels)
 
 
 def apart(embedding, ids=IDS, labels=5):
-    """The same by autograd's own sum."""
+    """The same loss, whose two gradients autograd adds."""
     return head(embedding(ids), embedding.weight, labels)
 
 
@@ -47,16 +47,16 @@ def gradient(loss, embedding):
     return torch.autograd.grad(loss, embedding.weight)[0]
 
 
-def test_one_gradient(table):
-    """Rows that come twice, pads that get nothing from the look-up, and what the head gives to all."""
+def test_the_gradient_is_the_sum_of_both_uses(table):
+    """With repeated rows, and pads that get no gradient from the look-up but one from the head."""
     ours, plain = gradient(both_uses(table), table), gradient(apart(table), table)
     torch.testing.assert_close(ours, plain)
-    # the look-up's part is there
+    # the look-up's part is not zero
     assert not torch.allclose(gradient(head(table(IDS).detach(), table.weight, 5), table), plain)
 
 
-def test_losses_of_several_batches(table):
-    """Two graphs in one backward pass, and one graph twice: nothing is lost or added where it does not belong."""
+def test_gradients_of_several_batches_add_up(table):
+    """Two graphs in one backward pass, and one graph twice."""
     others = torch.tensor([[9, 3]])
     ours = gradient(both_uses(table) + 2 * both_uses(table, others, 6), table)
     torch.testing.assert_close(ours, gradient(apart(table) + 2 * apart(table, others, 6), table))
@@ -66,7 +66,7 @@ def test_losses_of_several_batches(table):
         torch.testing.assert_close(table.weight.grad, times * gradient(apart(table), table))
 
 
-def test_one_use_alone(table):
+def test_either_use_alone_gets_its_gradient(table):
     rows, _ = embed_tied(table, IDS)
     (alone,) = torch.autograd.grad(rows.square().sum(), table.weight)
     torch.testing.assert_close(alone, gradient(table(IDS).square().sum(), table))
@@ -76,8 +76,8 @@ def test_one_use_alone(table):
     torch.testing.assert_close(gradient(head(rows.detach(), weight, 5), table), apart_too)
 
 
-def test_no_second_table():
-    """Above the gradient that is there, a step forms one and no other."""
+def test_no_second_gradient_is_formed():
+    """Beside the gradient from the step before, a step forms one."""
     embedding = nn.Embedding(20_000, 64, padding_idx=PAD)
     embedding.weight.grad = torch.zeros_like(embedding.weight)
     size = embedding.weight.nbytes
@@ -89,8 +89,8 @@ def test_no_second_table():
     assert size <= peaks[both_uses] <= size + 3 * logits < 2 * size <= peaks[apart]
 
 
-def test_where_the_embedding_does_it(table):
-    """Without gradients, frozen, on another device, compiled, or with a backend asked for."""
+def test_elsewhere_autograd_adds_two_gradients(table):
+    """Without gradients, frozen, on another device, or with a backend asked for."""
 
     def autograd_adds(embedding, ids=IDS):
         rows, weight = embed_tied(embedding, ids)
@@ -105,8 +105,8 @@ def test_where_the_embedding_does_it(table):
         assert autograd_adds(nn.Embedding(V, D))
 
 
-def test_the_model_takes_it(monkeypatch):
-    """A training step of the model goes through the node, and its gradients are those without it."""
+def test_the_decoder_uses_the_tied_embedding(monkeypatch):
+    """A training step goes through the node once, and its gradients are those without it."""
     torch.manual_seed(0)
     decoder = TextDecoder(prismer_tiny(dropout=0.0, text_depth=2))
     ids = torch.randint(3, 40, (2, 1, 6))
