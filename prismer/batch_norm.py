@@ -3,24 +3,29 @@
 The layers that other models share with Prismer are in prismer/kernels/modules.py.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from prismer.kernels.layer_state import has_foreign_hooks
+
 
 class _SumOverRanks(torch.autograd.Function):
     """All-reduce in both directions: every rank's loss depends on every rank's statistics."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         total = x.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx, dtotal: Tensor) -> Tensor:
+    def backward(ctx: Any, dtotal: Tensor) -> Tensor:
         dx = dtotal.contiguous().clone()
         dist.all_reduce(dx)
         return dx
@@ -76,32 +81,34 @@ class _NormReLUConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, kernel, running, momentum, eps, stride, padding):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        kernel: Tensor,
+        running: tuple[Tensor, Tensor],
+        momentum: float,
+        eps: float,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+    ) -> Tensor:
         moments = _pairwise_moments(x)
         a, mean, rstd = _norm_relu(x, weight, bias, moments, eps, running, momentum)
-        ctx.save_for_backward(x, weight, bias, kernel, mean, rstd, moments and moments[1])
+        ctx.save_for_backward(x, weight, bias, kernel, mean, rstd, None if moments is None else moments[1])
         ctx.eps, ctx.stride, ctx.padding = eps, stride, padding
         return F.conv2d(a, kernel, None, stride, padding)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, kernel, mean, rstd, variance = ctx.saved_tensors
         a, *_ = _norm_relu(x, weight, bias, None if variance is None else (mean, variance), ctx.eps)
         *needs_norm, needs_kernel = ctx.needs_input_grad[:4]
-        da, dkernel, _ = torch.ops.aten.convolution_backward(
-            dy,
-            a,
-            kernel,
-            None,
-            ctx.stride,
-            ctx.padding,
-            (1, 1),
-            False,
-            (0, 0),
-            1,
-            (any(needs_norm), needs_kernel, False),
-        )
+        # stride, padding, dilation, whether transposed, output padding, groups
+        geometry = (ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1)
+        needs = (any(needs_norm), needs_kernel, False)
+        da, dkernel, _ = torch.ops.aten.convolution_backward(dy, a, kernel, None, *geometry, needs)
         grads = (None, None, None)
         if da is not None:
             da = torch.ops.aten.threshold_backward(da, a, 0)
@@ -127,7 +134,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     process with the same global batch. torch's SyncBatchNorm refuses CPU tensors. Running statistics are at least fp32.
     """
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GlobalBatchNorm2d":
         super()._apply(fn, recurse)
         # a bf16 running mean stops moving once its step falls under 2^-8 of its value
         self.running_mean = _at_least_fp32(self.running_mean)
@@ -135,8 +142,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return self
 
     def relu_conv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        """conv(relu(self(x))); alone and in eager training, only `x` is kept for the backward pass."""
-        if not self.training or _world_size() > 1 or torch.compiler.is_compiling():
+        """conv(relu(self(x))); in eager training in one process, only `x` is kept for the backward pass."""
+        alone = _world_size() == 1 and not torch.compiler.is_compiling()
+        # a changed convolution must be called; hooks that only gather its weight need not run
+        plain = type(conv) is nn.Conv2d and not has_foreign_hooks(conv)
+        if not (self.training and alone and plain):
             return conv(F.relu(self(x)))
         self.num_batches_tracked += 1
         return _NormReLUConv.apply(

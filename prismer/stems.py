@@ -44,6 +44,8 @@ class ExpertStem(nn.Module):
 
     Low-level labels are resized to s*16/patch px and halved four times; ids become 64 features per pixel at s*4/patch
     px and are halved twice. Resizes are bilinear with align_corners=True. Maps are channels last.
+
+    It is no leaf for ZeRO-3: none of its inputs needs a gradient, and then DeepSpeed 0.19.8 reduces a leaf too early.
     """
 
     def __init__(self, expert: str, width: int, patch_size: int, label_size: int):

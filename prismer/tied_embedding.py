@@ -6,6 +6,8 @@ except for the few rows of the text. For RoBERTa's 50,265 rows of 768 in fp32, e
 uses go through one node, which adds those few rows to the head's gradient.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,14 +17,14 @@ from prismer.kernels.dispatch import on_host
 
 class _EmbedTied(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, ids, pad_id):
+    def forward(ctx: Any, table: Tensor, ids: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(ids)
         ctx.pad_id, ctx.rows = pad_id, table.shape[0]
         return F.embedding(ids, table), table.view_as(table)
 
     @staticmethod
-    def backward(ctx, drows, dhead):
+    def backward(ctx: Any, drows: Tensor | None, dhead: Tensor | None) -> tuple[Tensor | None, None, None]:
         (ids,) = ctx.saved_tensors
         if drows is None:
             return dhead, None, None

@@ -76,6 +76,14 @@ def test_stems_in_evaluation_and_frozen_stems_agree_with_torch():
         torch.testing.assert_close(a, b, msg=name)
 
 
+def test_a_convolution_with_a_hook_is_called():
+    stem, plain, label = draw(torch.float32)
+    called = []
+    stem.project.register_forward_hook(lambda *_: called.append(True))
+    torch.testing.assert_close(run(stem, label), run(plain, label))
+    assert called == [True]
+
+
 def test_a_second_derivative_is_refused():
     stem, _, label = draw(torch.float32)
     y = stem(label, None, None)
