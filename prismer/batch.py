@@ -3,23 +3,26 @@
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from prismer.experts import BACKGROUND, EXPERTS, FEATURE_WIDTH
 
+# a label that takes no part in the loss
 IGNORE_INDEX = -100
-"""A label that takes no part in the loss."""
+
+_Self = TypeVar("_Self", bound="_Movable")
 
 
 class _Movable:
     """`to` for a dataclass of tensors, dicts of tensors and plain values."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = True):
+    def to(self: _Self, device: torch.device | str, non_blocking: bool = True) -> _Self:
         """A copy with every tensor on `device`."""
 
-        def move(value):
+        def move(value: Any) -> Any:
             if isinstance(value, (Tensor, _Movable)):
                 return value.to(device, non_blocking=non_blocking)
             if isinstance(value, dict):
@@ -31,7 +34,7 @@ class _Movable:
 
 @dataclass
 class ImageBatch(_Movable):
-    """What the vision encoder reads; label maps stay uint8 until the device expands them.
+    """The input of the vision encoder; label maps stay uint8 until the device expands them.
 
     Attributes:
         rgb: (B, 3, h, w) uint8.
@@ -52,7 +55,7 @@ class ImageBatch(_Movable):
 
     @classmethod
     def without_labels(cls, rgb: Tensor, experts: tuple[str, ...], label_size: int) -> "ImageBatch":
-        """Images whose experts say nothing: constant low-level maps, background ids."""
+        """Images without expert labels: their maps are constant (low-level) or background (ids)."""
         labels, rows = {}, {}
         for name in experts:
             expert = EXPERTS[name]
@@ -64,22 +67,22 @@ class ImageBatch(_Movable):
         return cls(rgb=rgb, labels=labels, rows=rows, features=features)
 
     def blank(self) -> "ImageBatch":
-        """The same shapes with nothing to see: grey images, experts that say nothing (the "blank image" baseline)."""
+        """Grey images without expert labels, in the same shapes (the "blank image" baseline)."""
         labels = {name: torch.full_like(map_, EXPERTS[name].fill) for name, map_ in self.labels.items()}
         return dataclasses.replace(self, rgb=torch.full_like(self.rgb, 118), labels=labels)
 
 
 @dataclass
 class TextBatch(_Movable):
-    """G texts for each of B images, right-padded; a `<pad>` inside a text is the read-out query of spec 5.6.
+    """G texts for each of B images, right-padded; a `<pad>` inside a text is the query that predicts an answer.
 
     Attributes:
         ids: (B, G, T) int64 tokens; `<pad>` is never a key.
-        labels: (B, G, T) int64, the token itself where it is a target, IGNORE_INDEX elsewhere (shifted by the loss).
+        labels: (B, G, T) int64, the token itself if it is a target, else IGNORE_INDEX (the loss shifts them).
         weights: (B, G) fp32 weight of each text in the loss; 0 for a text that only fills the group.
-        lengths: tokens of the longest text at each of the G places; () where that is not known on the host.
-        split: place at which texts of another length begin (questions after captions), 0 for none: the decoder then
-            reads each part without the padding that the other needs.
+        lengths: tokens of the longest text at each of the G places; () if the host does not know them.
+        split: place at which texts of another length begin (questions after captions), 0 for none; the decoder then
+            reads each part without the padding of the other.
     """
 
     ids: Tensor
@@ -102,7 +105,13 @@ class TextBatch(_Movable):
 
 @dataclass
 class Batch(_Movable):
-    """One training or evaluation batch; `keys` are the samples' names, `meta` their JSON."""
+    """One training or evaluation batch.
+
+    Attributes:
+        images, texts: the model's input; no texts in evaluation.
+        keys: names of the samples.
+        meta: JSON of the samples.
+    """
 
     images: ImageBatch
     texts: TextBatch | None
@@ -110,4 +119,5 @@ class Batch(_Movable):
     meta: list[dict]
 
 
-assert BACKGROUND == 255  # rows[:, 255] is the background row: the tables are indexed by raw uint8
+# tables are indexed by raw uint8 ids, so that rows[:, 255] is the background row
+assert BACKGROUND == 255

@@ -1,4 +1,4 @@
-"""What defines a Prismer: one frozen dataclass, stored as JSON beside the weights, and the presets.
+"""The architecture of a Prismer as one frozen dataclass, stored as JSON beside the weights; and the presets.
 
 Sizes follow Prismer (arXiv:2303.02506): BASE is CLIP ViT-B/16 with RoBERTa-base, LARGE is CLIP ViT-L/14@336px with
 RoBERTa-large, HUGE is OpenCLIP ViT-H/14 with RoBERTa-large. `tiny` is the demonstration that trains on a laptop.
@@ -9,17 +9,19 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prismer.errors import listed, shown
 from prismer.experts import EXPERTS
 from prismer.reading import is_text, parse_json
 
 ALL_EXPERTS = tuple(EXPERTS)
+# patches in a row: attention over 65,536 patches takes 16 GB a head; the largest published model has 34 in a row
 MAX_GRID = 256
-"""Patches in a row: 65,536 of an image, whose attention takes 16 GB a head; the largest published model has 34."""
 _WIDTH = (65_536, "what the layer norms take")
 _DEPTH = (1_024, "no model that trains is deeper")
 _TABLE = (2**24, "float32 counts no further")
+# the largest meaningful values, and why: larger ones come from a damaged file, and such a model would be built in vain
 _MOST = {
     "vision_width": _WIDTH,
     "text_width": _WIDTH,
@@ -33,7 +35,6 @@ _MOST = {
     "vocab_size": _TABLE,
     "max_positions": _TABLE,
 }
-"""The largest values that mean anything, and why: what is beyond is a damaged file, and would be built in vain."""
 _RESTORE = "restore the file or export the model again"
 
 
@@ -41,30 +42,46 @@ _RESTORE = "restore the file or export the model again"
 class PrismerConfig:
     """Architecture of one Prismer; enough to rebuild the module tree.
 
+    Attributes:
+        name: of the preset, "custom" for other sizes.
+        experts: expert labels that the model reads; () is PrismerZ, without resampler, expert stems and instance table.
+        image_size: side of the RGB input, px; what remains after whole patches is dropped.
+        label_size: side of every expert label, px, whatever the RGB resolution.
+        patch_size: side of a patch, px.
+        vision_width, vision_depth, vision_heads: of the image encoder.
+        vision_activation: "quick_gelu" (OpenAI CLIP) or "gelu" (LAION ViT-H/14).
+        resampler_depth, resampler_heads, num_latents: of the resampler.
+        num_instances: rows of the instance table, which exists if obj_detection is an expert.
+        text_width, text_depth, text_heads, text_mlp_width: of the decoder; the extra layer is not counted.
+        vocab_size: token ids.
+        max_positions: rows of the position table, of which RoBERTa uses all but the first pad_id + 1.
+        bos_id, pad_id, eos_id: ids of `<s>`, `<pad>` and `</s>`.
+        dropout: of the decoder alone: attention probabilities, sub-layer outputs, embeddings.
+        label_smoothing: of the loss.
+        init_std: of the decoder's new matrices; narrow decoders need more for the same gain.
+        semantics: what turns class names and words into 64 numbers: "clip" (table of a CLIP text tower) or "spelling".
+        caption_prefix: the prompt that captions start with; "" for pre-training weights.
+        caption_max_length: tokens of a generated caption, `<s>` and prefix included.
+
     Raises:
         ValueError: if a field contradicts another; the sentence names the field and the remedy.
     """
 
     name: str = "custom"
     experts: tuple[str, ...] = ALL_EXPERTS
-    # () is PrismerZ: no resampler, no expert stems, no instance table
 
     image_size: int = 224
-    # side of the RGB input, px; a remainder after whole patches is dropped, as a strided convolution does
     label_size: int = 224
-    # side of every expert label, px, whatever the RGB resolution
     patch_size: int = 16
     vision_width: int = 768
     vision_depth: int = 12
     vision_heads: int = 12
     vision_activation: str = "quick_gelu"
-    # "quick_gelu" (OpenAI CLIP) or "gelu" (LAION ViT-H/14)
 
     resampler_depth: int = 4
     resampler_heads: int = 8
     num_latents: int = 64
     num_instances: int = 128
-    # rows of the instance table, present with the expert obj_detection
 
     text_width: int = 768
     text_depth: int = 12
@@ -77,18 +94,13 @@ class PrismerConfig:
     eos_id: int = 2
 
     dropout: float = 0.1
-    # text side only: attention probabilities, sub-layer outputs, embeddings
     label_smoothing: float = 0.1
     init_std: float = 0.02
-    # of new matrices of the decoder; narrow decoders need more for the same gain
     semantics: str = "clip"
-    # what turns class names and words into 64 numbers: "clip" (table from a CLIP text tower) or "spelling"
     caption_prefix: str = "A picture of"
-    # the prompt that captions start with; "" for pre-training weights
     caption_max_length: int = 20
-    # tokens of a generated caption, `<s>` and prefix included
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.experts, (list, tuple)):
             raise ValueError(f"experts is {shown(self.experts)}; give a list of names, [] for none")
         object.__setattr__(self, "experts", tuple(self.experts))
@@ -123,7 +135,9 @@ class PrismerConfig:
                     f"change one so that each head has a whole width"
                 )
         if self.vision_width % 8:
-            raise ValueError(f"vision_width {self.vision_width} is not a multiple of 8, which the stems halve thrice")
+            raise ValueError(
+                f"vision_width {self.vision_width} is not divisible by 8, as the stems need; give a multiple"
+            )
         if self.vision_activation not in ("quick_gelu", "gelu"):
             raise ValueError(f"vision_activation is {shown(self.vision_activation)}; choose quick_gelu or gelu")
         if self.semantics not in ("clip", "spelling"):
@@ -151,7 +165,7 @@ class PrismerConfig:
 
     @property
     def label_grid(self) -> int:
-        """Side of every expert's token grid: 14 at BASE, 16 at patch 14 (spec 1.3)."""
+        """Side of every expert's token grid: 14 at BASE, 16 at patch 14."""
         side = self.label_size * 16 // self.patch_size
         for _ in range(4):
             side = (side + 1) // 2
@@ -162,7 +176,7 @@ class PrismerConfig:
         """Tokens per image that the decoder attends to: RGB tokens, then latents."""
         return self.grid**2 + (self.num_latents if self.experts else 0)
 
-    def replace(self, **changes) -> "PrismerConfig":
+    def replace(self, **changes: Any) -> "PrismerConfig":
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
 
@@ -196,82 +210,70 @@ class PrismerConfig:
         return cls.from_json(text, source=str(path))
 
 
-def prismer_tiny(**changes) -> PrismerConfig:
+def prismer_tiny(**changes: Any) -> PrismerConfig:
     """The embedded demonstration: rendered scenes at 128 px, its own small towers, trains on two CPU cores."""
-    return PrismerConfig(
-        **{
-            **dict(
-                name="tiny",
-                image_size=128,
-                label_size=64,
-                patch_size=16,
-                vision_width=128,
-                vision_depth=6,
-                vision_heads=4,
-                resampler_depth=2,
-                resampler_heads=4,
-                num_latents=16,
-                text_width=128,
-                text_depth=4,
-                text_heads=4,
-                text_mlp_width=512,
-                vocab_size=638,
-                max_positions=82,
-                dropout=0.0,
-                init_std=0.05,
-                semantics="spelling",
-                caption_prefix="",
-                caption_max_length=30,
-            ),
-            **changes,
-        }
+    sizes = dict(
+        name="tiny",
+        image_size=128,
+        label_size=64,
+        patch_size=16,
+        vision_width=128,
+        vision_depth=6,
+        vision_heads=4,
+        resampler_depth=2,
+        resampler_heads=4,
+        num_latents=16,
+        text_width=128,
+        text_depth=4,
+        text_heads=4,
+        text_mlp_width=512,
+        vocab_size=638,
+        max_positions=82,
+        dropout=0.0,
+        init_std=0.05,
+        semantics="spelling",
+        caption_prefix="",
+        caption_max_length=30,
     )
+    return PrismerConfig(**sizes | changes)
 
 
-def prismer_base(**changes) -> PrismerConfig:
+def prismer_base(**changes: Any) -> PrismerConfig:
     """CLIP ViT-B/16 and RoBERTa-base."""
-    return PrismerConfig(**{"name": "base", **changes})
+    return PrismerConfig(**dict(name="base") | changes)
 
 
-def prismer_large(**changes) -> PrismerConfig:
+def prismer_large(**changes: Any) -> PrismerConfig:
     """CLIP ViT-L/14@336px and RoBERTa-large."""
-    return PrismerConfig(
-        **{
-            **dict(
-                name="large",
-                patch_size=14,
-                vision_width=1024,
-                vision_depth=24,
-                vision_heads=16,
-                text_width=1024,
-                text_depth=24,
-                text_heads=16,
-                text_mlp_width=4096,
-            ),
-            **changes,
-        }
+    sizes = dict(
+        name="large",
+        patch_size=14,
+        vision_width=1024,
+        vision_depth=24,
+        vision_heads=16,
+        text_width=1024,
+        text_depth=24,
+        text_heads=16,
+        text_mlp_width=4096,
     )
+    return PrismerConfig(**sizes | changes)
 
 
-def prismer_huge(**changes) -> PrismerConfig:
+def prismer_huge(**changes: Any) -> PrismerConfig:
     """OpenCLIP ViT-H/14 (16 heads of 80, exact GELU, as it was trained) and RoBERTa-large."""
-    return prismer_large(
-        **{
-            **dict(name="huge", vision_width=1280, vision_depth=32, vision_heads=16, vision_activation="gelu"),
-            **changes,
-        }
-    )
+    sizes = dict(name="huge", vision_width=1280, vision_depth=32, vision_heads=16, vision_activation="gelu")
+    return prismer_large(**sizes | changes)
 
 
 PRESETS = {"tiny": prismer_tiny, "base": prismer_base, "large": prismer_large, "huge": prismer_huge}
 
 
-def preset(name: str, **changes) -> PrismerConfig:
-    """The preset `name`; a `-z` at the end leaves the experts out, e.g. "base-z"."""
+def preset(name: str, **changes: Any) -> PrismerConfig:
+    """The preset `name`; a "-z" at its end leaves the experts out, as in "base-z"."""
     size, _, suffix = name.partition("-")
     if size not in PRESETS or suffix not in ("", "z"):
         raise ValueError(
             f"unknown preset {shown(name)}; choose from {', '.join(PRESETS)}, each also with -z (no experts)"
         )
-    without = dict(name=name, experts=()) if suffix else {}
-    return PRESETS[size](**{**without, **changes})
+    without_experts = dict(name=name, experts=()) if suffix else {}
+    return PRESETS[size](**without_experts | changes)

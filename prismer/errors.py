@@ -48,3 +48,9 @@ def listed(names: Iterable[str]) -> str:
     names = sorted(names)
     texts = [name if name.isprintable() and 0 < len(name) <= _MAX_LENGTH else shown(name) for name in names[:5]]
     return ", ".join(texts) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise a ValueError unless `value` is an integer, which True and 3.0 are not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} is {value!r}; give a whole number")

@@ -1,8 +1,8 @@
 """Beam search that computes nothing twice: prompts read once, image keys and values projected once, static caches.
 
-The beams of a prompt are the queries of one row. They share the prompt's keys and values and the image's; what each
-has generated is a list of cache slots, so that reordering beams moves integers and never the cache (spec 5.5;
-Prismer, arXiv:2303.02506, section 4.1). `read_prompts` is where ranking (prismer/ranking.py) starts too.
+The beams of a prompt are the queries of one row. They share the keys and values of the prompt and of the image. What a
+beam has generated is a list of cache slots, so that reordering beams moves integers and never the caches. Ranking
+(prismer/ranking.py) starts with `read_prompts`, too. Source: Prismer, arXiv:2303.02506, section 4.1.
 
 Legend: B images, G prompts of an image, R = B * G rows, S prompt tokens, V vocabulary.
 """
@@ -14,30 +14,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prismer.errors import check_count
 from prismer.kernels.decode_attention import decode_attention
-from prismer.kernels.linear import linears
-from prismer.text import TextDecoder, causal_attend, position_ids
+from prismer.text import KeysValues, TextDecoder, causal_attend, position_ids
 
 READ_OUTS = ("pad", "last", "batch")
 SCORINGS = ("classic", "modern")
 
+# 80 tokens to a larger power soon exceed fp32
 _MAX_PENALTY = 10
-# 80 tokens to a larger power exceed fp32 before long
 
+# for each image its prompts, each a list of token ids that starts with `<s>`
 Groups = list[list[list[int]]]
-"""For each image its prompts, each a list of token ids that starts with `<s>`."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What the decoder keeps of R prompts that it has read.
+    """R prompts that the decoder has read, as their continuations need them.
 
     Attributes:
         keys, values: for each self-attention layer (R, H, S, K).
         keep: (R, S) bool, False at padding.
-        lengths: (R,) int64 tokens of each prompt, `<s>` included and pads not.
+        lengths: (R,) int64 tokens of each prompt, with `<s>` and without pads.
         state: (R, D) transformed hidden state that predicts the token after the prompt.
-        rows: (P,) int64 rows that hold a prompt, image by image; the others only fill a group.
+        rows: (P,) int64 rows that hold a prompt, image by image; other rows only fill a group.
     """
 
     keys: list[Tensor]
@@ -62,7 +62,7 @@ class Generated:
 
 
 @torch.inference_mode()
-def read_prompts(decoder: TextDecoder, cross: list, groups: Groups, read_out: str, room: int) -> Prompts:
+def read_prompts(decoder: TextDecoder, cross: list[KeysValues], groups: Groups, read_out: str, room: int) -> Prompts:
     """Run the decoder once over all prompts and keep what their continuations need.
 
     Args:
@@ -70,13 +70,13 @@ def read_prompts(decoder: TextDecoder, cross: list, groups: Groups, read_out: st
         groups: for each image its prompts; their number and lengths may differ.
         read_out: the query that predicts the next token. "last": the prompt's last token. "pad": one `<pad>` after
             it, which is never a key, as in training on questions and answers (`prismer.texts.encode_qa`). "batch":
-            the last column of the padded batch, so that the longest prompt predicts from its last token and shorter
-            ones from a `<pad>` (the released code, where a result depends on the batch).
-        room: number of tokens that will follow, for the check of positions.
+            the last column of the padded batch: the last token of the longest prompt, a `<pad>` of shorter ones (as
+            in the released code, whose results depend on the batch).
+        room: number of tokens that will follow, to check their positions.
 
     Raises:
-        ValueError: if the decoder is training, groups do not fit the images, a prompt is empty, or prompt and
-            continuation exceed the position table.
+        ValueError: if the decoder is in training mode, the groups do not fit the images, a prompt is empty, or prompt
+            and continuation exceed the position table.
     """
     config = decoder.config
     _check_prompts(decoder, cross, groups, read_out, room)
@@ -97,7 +97,7 @@ def read_prompts(decoder: TextDecoder, cross: list, groups: Groups, read_out: st
     keys, values = [], []
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # copies, because every later step reads them and the layout of a step's matrix product is (R, H, S, K)
+        # contiguous copies: every later step multiplies with them in this layout
         keys.append(k[:, :, :S].contiguous())
         values.append(v[:, :, :S].contiguous())
         return attend_causal(layer, q, k, v)
@@ -126,8 +126,8 @@ def beam_search(
     """The best continuation of each prompt; `beams=1` is greedy search.
 
     Each step takes the 2 * beams best one-token extensions of the open beams. An end token among the first `beams`
-    of them closes a hypothesis, one below is discarded. A prompt is done when `beams` hypotheses exist and the worst
-    scores at least what the best extension would; at the length limit its open beams become hypotheses. Everything
+    of them closes a hypothesis; one below is discarded. A prompt is done when it has `beams` hypotheses and the best
+    extension would score no more than the worst of them. At the length limit open beams become hypotheses. Everything
     stays on the device; the one host synchronisation of a step asks whether all prompts are done.
 
     Args:
@@ -135,12 +135,12 @@ def beam_search(
         groups: for each image its prompts, e.g. `[[prompt]] * B`.
         max_new_tokens, min_new_tokens: bounds on generated tokens, the end token not counted by the lower one.
         length_penalty: exponent p of the length that a sum of log-probabilities is divided by.
-        scoring: the length. "classic": prompt and generated tokens without the end token, as when Prismer was
-            published; "modern": generated tokens with the end token, as recent libraries count.
+        scoring: what counts as length. "classic": prompt and generated tokens without the end token, as in the
+            libraries of the paper's time; "modern": generated tokens with the end token, as in recent libraries.
         read_out: see `read_prompts`; a `<pad>` that predicts does not count as length.
 
     Raises:
-        ValueError: if an option is out of range, or the prompts do not fit (`read_prompts`).
+        ValueError: if an option is out of range, or for the reasons of `read_prompts`.
     """
     if scoring not in SCORINGS:
         raise ValueError(f"scoring is {scoring!r}; choose {' or '.join(SCORINGS)}")
@@ -149,7 +149,7 @@ def beam_search(
     for name, value in counts.items():
         check_count(name, value)
     number = isinstance(length_penalty, numbers.Real) and not isinstance(length_penalty, bool)
-    # NaN compares with nothing
+    # written so that NaN is refused, too
     if not (number and -_MAX_PENALTY <= length_penalty <= _MAX_PENALTY):
         raise ValueError(f"length_penalty is {length_penalty!r}; give a number of at most {_MAX_PENALTY}, e.g. 1.0")
     if not 1 <= beams < V / 2:
@@ -161,16 +161,7 @@ def beam_search(
         )
     cross = decoder.project_context(context)
     prompts = read_prompts(decoder, cross, groups, read_out, max_new_tokens)
-    search = BeamSearch(
-        decoder,
-        cross,
-        prompts,
-        beams=beams,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        length_penalty=length_penalty,
-        classic=scoring == "classic",
-    )
+    search = BeamSearch(decoder, cross, prompts, **counts, length_penalty=length_penalty, classic=scoring == "classic")
     state = search.start()
     for _ in range(max_new_tokens - 1):
         if bool(state.done.all()):
@@ -185,11 +176,12 @@ class BeamState(NamedTuple):
     Attributes:
         length: () int64, tokens that the open beams have generated, L.
         sums: (R, beams) their sums of log-probabilities, fp32 or float64.
-        tokens: (R, beams, max_new_tokens) int64, the tokens themselves, from L on zero.
-        ancestors: (R, beams, max_new_tokens) int64 cache slots of a beam's tokens but the last, then -1.
-        scores: (R, beams) of finished hypotheses, best first; -inf where there is none yet.
-        finished: (R, beams, max_new_tokens) int64, their tokens; lengths: (R, beams) int64, their number.
-        done: (R,) bool.
+        tokens: (R, beams, max_new_tokens) int64, the tokens themselves, zero from L on.
+        ancestors: (R, beams, max_new_tokens) int64 cache slots of all tokens of a beam but the last, then -1.
+        scores: (R, beams) of finished hypotheses, best first; -inf for those that do not exist yet.
+        finished: (R, beams, max_new_tokens) int64 tokens of the finished hypotheses.
+        lengths: (R, beams) int64 number of these tokens.
+        done: (R,) bool, whether a prompt's search is over.
     """
 
     length: Tensor
@@ -203,16 +195,16 @@ class BeamState(NamedTuple):
 
 
 class BeamSearch:
-    """The beam search of `beam_search`, step by step; arguments as there.
+    """The steps of `beam_search`; arguments as there.
 
-    `step` is one program for all steps: tensors of fixed shapes in and out, no question of the host, `beams` new slots
-    of the static caches written in place. So it is compiled once, or recorded once as a CUDA graph.
+    All steps are one program: tensors of fixed shapes go in and out, the host asks nothing, and `beams` new slots of
+    the static caches are written in place. So `step` is compiled once, or recorded once as a CUDA graph.
     """
 
     def __init__(
         self,
         decoder: TextDecoder,
-        cross: list,
+        cross: list[KeysValues],
         prompts: Prompts,
         *,
         beams: int,
@@ -225,9 +217,9 @@ class BeamSearch:
         self.beams, self.min_new_tokens = beams, min_new_tokens
         self.length_penalty, self.classic = length_penalty, classic
         R, H, _, K = prompts.keys[0].shape
-        # what the last step generates is never read again
+        # the tokens of the last step are never read again
         slots = (max_new_tokens - 1) * beams
-        # finite from the start: an attention may multiply what it does not see by zero
+        # finite from the start: an attention may multiply masked slots by zero
         self.keys = [k.new_zeros(R, H, slots, K) for k in prompts.keys]
         self.values = [v.new_zeros(R, H, slots, K) for v in prompts.values]
         self.columns = torch.arange(max_new_tokens, device=prompts.lengths.device)
@@ -239,7 +231,7 @@ class BeamSearch:
         R = len(state)
         scores = state.new_full((R, self.beams), float("-inf"), dtype=torch.promote_types(state.dtype, torch.float32))
         nothing = prompts.lengths.new_zeros(R, 1, T)
-        # rows that only fill a group keep nobody waiting
+        # rows that only fill a group are done from the start
         done = torch.ones(R, dtype=torch.bool, device=state.device)
         done[prompts.rows] = False
         # one open beam so far
@@ -262,7 +254,7 @@ class BeamSearch:
         ancestors = torch.where(self.columns == last, slots[:, None], state.ancestors)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            # the whole caches, though later slots are still empty: what is not listed is not read
+            # the whole caches, although later slots are still empty: only the listed slots are read
             keys = self.keys[layer].index_copy_(2, slots, k)
             values = self.values[layer].index_copy_(2, slots, v)
             prompts = self.prompts
@@ -274,11 +266,10 @@ class BeamSearch:
         # RoBERTa counts positions from pad_id + 1
         positions = (self.prompts.lengths + state.length + self.decoder.config.pad_id)[:, None]
         hidden = self.decoder.run(tokens, positions.expand_as(tokens), attend, self.cross)
-        logits = self._logits(self.decoder.transform(hidden))
-        return self._advance(state._replace(ancestors=ancestors), logits)
+        return self._advance(state._replace(ancestors=ancestors), self._logits(self.decoder.transform(hidden)))
 
     def best(self, state: BeamState) -> Generated:
-        """The best hypothesis of each prompt; open beams of prompts not done count as finished."""
+        """The best hypothesis of each prompt; open beams of unfinished prompts count as hypotheses."""
         scores = (state.sums / self._normaliser(state.length)).masked_fill(state.done[:, None], float("-inf"))
         scores, finished, lengths = _merge(state, scores, state.tokens)
         rows = self.prompts.rows
@@ -288,11 +279,11 @@ class BeamSearch:
 
     def _logits(self, state: Tensor) -> Tensor:
         """(R, open beams, D) -> (R, open beams, V), fp32 at least."""
-        (logits,) = linears(state, [(self.decoder.head_weight, self.decoder.head_bias)])
+        logits = self.decoder.logits(state)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _advance(self, state: BeamState, logits: Tensor) -> BeamState:
-        """One token further, by the logits (R, open beams, V) that follow each open beam."""
+        """Extend the open beams by one token, given the logits (R, open beams, V) after each of them."""
         V, eos_id, length = logits.shape[-1], self.decoder.config.eos_id, state.length
         log_probs = logits.log_softmax(-1)
         if self.min_new_tokens:
@@ -301,7 +292,7 @@ class BeamSearch:
         parents, tokens = index // V, index % V
         ended = tokens == eos_id
 
-        # the length that a hypothesis has which ends here, and that an extension is judged by
+        # the length of a hypothesis that ends here; extensions are judged by the same length
         ratings = best / self._normaliser(length if self.classic else length + 1)
         closes = ended[:, : self.beams] & ~state.done[:, None]
         closing = ratings[:, : self.beams].masked_fill(~closes, float("-inf"))
@@ -330,7 +321,7 @@ class BeamSearch:
 
 
 def _merge(state: BeamState, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`scores`, `finished` and `lengths` of a state with (R, beams) new hypotheses, -inf for none, of its length.
+    """`scores`, `finished` and `lengths` of a state and (R, beams) new hypotheses of its length, -inf for none.
 
     Of equal scores the earlier one stays ahead.
     """
@@ -347,13 +338,7 @@ def _pick(table: Tensor, beams: Tensor) -> Tensor:
     return table.gather(1, beams[..., None].expand(-1, -1, table.shape[2]))
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise ValueError unless `value` is a whole number, which True and 3.0 are not."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} is {value!r}; give a whole number")
-
-
-def _check_prompts(decoder: TextDecoder, cross: list, groups: Groups, read_out: str, room: int) -> None:
+def _check_prompts(decoder: TextDecoder, cross: list[KeysValues], groups: Groups, read_out: str, room: int) -> None:
     config, B = decoder.config, cross[0][0].shape[0]
     if decoder.training:
         raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")

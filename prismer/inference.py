@@ -1,25 +1,29 @@
-"""Ask a model in words: captions, answers to questions, classes (spec 5.5, 5.6).
+"""Ask a model in words: captions, answers to questions, classes.
 
-Images are encoded once however many questions are asked about them. Text rules are those of training
+Images are encoded once, however many questions are asked about them. The text rules are those of training
 (prismer/texts.py).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from prismer.batch import ImageBatch
-from prismer.generation import beam_search, check_count
-from prismer.model import Prismer
+from prismer.errors import check_count, shown
+from prismer.generation import beam_search
+from prismer.network import PrismerNetwork
 from prismer.ranking import AnswerTrie, Ranking, rank_answers
+from prismer.reading import is_text
 from prismer.texts import encode_answer, encode_class_name, encode_prompt, encode_question
 from prismer.tokenizer import Tokenizer
 
+# of a text to choose from: far more than a text tower has positions, which is checked with the question; and few enough
+# for a trie, whose memory grows with the square
 _MAX_TOKENS = 4096
-# of a text to choose from: far more than a text tower has positions (checked with the question), and few enough for a
-# trie, which takes memory by the square
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,9 @@ class Answer:
 
     Attributes:
         text: the answer or class as it stands in the list, or the generated answer in lower case.
-        score: mean log-probability of its tokens, smoothed as in training where a list was ranked; of a generated
-            answer the score of the beam search.
-        ranked: all answers of the list that were scored with their scores, best first; empty if generated.
+        score: from a list, the mean log-probability of its tokens, smoothed as in training; generated, the score of
+            the beam search.
+        ranked: all answers of the list that were scored, with their scores, best first; empty for a generated answer.
     """
 
     text: str
@@ -40,7 +44,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Candidates:
-    """A closed list of texts with its token trie, to be built once when many batches are asked."""
+    """A closed list of texts with its token trie, to be built once for many batches.
+
+    Attributes:
+        texts: the list.
+        trie: their tokens, as `rank_answers` takes them.
+    """
 
     texts: list[str]
     trie: AnswerTrie
@@ -73,7 +82,7 @@ class Candidates:
 
 @torch.inference_mode()
 def caption(
-    model: Prismer,
+    model: PrismerNetwork,
     images: ImageBatch,
     *,
     beams: int = 3,
@@ -86,7 +95,7 @@ def caption(
     """Describe each image in a sentence, capitalised and with a full stop, without the prefix.
 
     Args:
-        beams: open beams; 1 is greedy.
+        beams: open beams; 1 is greedy search.
         max_length, min_length: tokens, `<s>` and the prefix included; max_length None takes the model's own
             (`config.caption_max_length`).
         length_penalty, scoring: see `beam_search`.
@@ -120,7 +129,7 @@ def caption(
 
 @torch.inference_mode()
 def answer(
-    model: Prismer,
+    model: PrismerNetwork,
     images: ImageBatch,
     questions: list[str] | list[list[str]],
     answers: list[str] | Candidates | None = None,
@@ -136,18 +145,18 @@ def answer(
 
     Args:
         questions: one question for each image, or a list of questions (or none) for each image.
-        answers: the list to choose from (`Candidates.answers` to build it once); None generates freely.
-        top_k: of the list, score only the k with the likeliest first tokens; None scores all.
+        answers: the list to choose from (`Candidates.answers` builds it once); None generates freely.
+        top_k: of the list, score only the k answers with the likeliest first tokens; None scores all.
         read_out: what predicts the first token of an answer: "pad" as this library trains, "last" or "batch" as the
             released weights were used (`prismer.generation.read_prompts`).
-        beams, max_new_tokens, min_new_tokens, length_penalty: of free generation; the released code asked for 2 new
-            tokens at least, which no answer of one token can meet.
+        beams, max_new_tokens, min_new_tokens, length_penalty: of free generation; the released code demanded at least
+            2 new tokens, which excludes answers of one token.
 
     Returns:
-        Answers in the nesting of `questions`.
+        Answers, nested as `questions` are.
 
     Raises:
-        ValueError: if questions do not fit the images, one is empty, or an option is out of range.
+        ValueError: if the questions do not fit the images, one is empty, or an option is out of range.
     """
     tokenizer = _tokenizer(model)
     grouped, nested = _group(questions, len(images))
@@ -183,18 +192,18 @@ def answer(
 
 @torch.inference_mode()
 def classify(
-    model: Prismer,
+    model: PrismerNetwork,
     images: ImageBatch,
     class_names: list[str] | Candidates,
     *,
     prefix: str = "A photo of a",
     top_k: int | None = None,
 ) -> list[Answer]:
-    """The class of each image, by ranking `prefix` and each name.
+    """The class of each image, by ranking the names as continuations of `prefix`.
 
     Args:
-        class_names: the names to choose from (`Candidates.classes` to build them once).
-        prefix: what the names follow.
+        class_names: the names to choose from (`Candidates.classes` builds them once).
+        prefix: the prompt before the names.
         top_k: score only the k names with the likeliest first tokens; None scores all.
 
     Raises:
@@ -204,122 +213,95 @@ def classify(
     if not isinstance(class_names, Candidates):
         class_names = Candidates.classes(tokenizer, class_names)
     prompt = encode_prompt(tokenizer, _text(prefix, "prefix"))
-    # all prompts are alike: no <pad> comes between prefix and name, in training nor here
+    # neither here nor in training does a <pad> come between prefix and name
     ranking = rank_answers(
         model.decoder, _encode(model, images), [[prompt]] * len(images), class_names.trie, top_k=top_k, read_out="last"
     )
     return _named(ranking, class_names)
 
 
-def _tokenizer(model: Prismer) -> Tokenizer:
+def _tokenizer(model: PrismerNetwork) -> Tokenizer:
+    """The tokenizer of a model that can be asked; a ValueError for any other model."""
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; build it with one or load a folder that holds one")
     if model.training:
         raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
-    _check_weights(model)
-    return model.tokenizer
-
-
-def _encode(model: Prismer, images: ImageBatch) -> torch.Tensor:
-    if not len(images):
-        raise ValueError("the batch holds no images; give at least one")
-    return model.encode(images.to(model.device))
-
-
-_COMPUTES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _check_weights(model: Prismer) -> None:
-    """Refuse weights that nothing can be computed with."""
     for name, weight in model.named_parameters():
         if weight.is_meta:
             raise ValueError(
                 f"the model's weights ({name}) are on the meta device, which holds no numbers; load them first"
             )
-        if weight.is_floating_point() and weight.dtype not in _COMPUTES:
+        if weight.is_floating_point() and weight.dtype not in _DTYPES:
             raise ValueError(
                 f"the model's weights ({name}) are {weight.dtype}, which no op here computes in; "
                 f"call model.to(torch.bfloat16) first"
             )
-    towers = model.encoder.positional_embedding.dtype, model.decoder.head_weight.dtype
-    if towers[0] != towers[1]:
-        raise ValueError(
-            f"the encoder is {towers[0]} and the decoder {towers[1]}; give both one dtype, e.g. model.float()"
-        )
+    encoder, decoder = model.encoder.positional_embedding.dtype, model.decoder.head_weight.dtype
+    if encoder != decoder:
+        raise ValueError(f"the encoder is {encoder} and the decoder {decoder}; give both one dtype, e.g. model.float()")
+    return model.tokenizer
+
+
+def _encode(model: PrismerNetwork, images: ImageBatch) -> torch.Tensor:
+    if not len(images):
+        raise ValueError("the batch holds no images; give at least one")
+    return model.encode(images.to(model.device))
 
 
 def _check_finite(scores: torch.Tensor) -> None:
-    # weights of another architecture or a diverged run would otherwise speak as confidently as good ones
+    # otherwise weights of another architecture or of a diverged run give texts that look like any others
     if not bool(scores.isfinite().all()):
         raise RuntimeError("the model's scores are not finite; check its weights and its inputs")
 
 
-def _group(questions: list[str] | list[list[str]], num_images: int) -> tuple[list[list[str]], bool]:
-    """One list of questions per image, and whether they were given so."""
-    entries = None if isinstance(questions, str) else _listed(questions)
+def _group(questions: Any, num_images: int) -> tuple[list[list[str]], bool]:
+    """One list of questions per image, and whether they were given as such lists."""
+    entries = _as_list(questions)
     if entries is None or len(entries) != num_images:
-        if isinstance(questions, str):
-            given = "one string"
-        else:
-            given = repr(questions)[:60] if entries is None else f"a list of {len(entries)}"
+        given = shown(questions) if entries is None else f"a list of {len(entries)}"
         raise ValueError(
-            f"questions is {given} for {num_images} images; give a list with one question, or one list of "
-            f"questions, for each image"
+            f"questions is {'one string' if isinstance(questions, str) else given} for {num_images} images; give a "
+            f"list with one question, or one list of questions, for each image"
         )
-    if not any(_listed(entry) is not None for entry in entries):
+    groups = [_as_list(entry) for entry in entries]
+    if not any(group is not None for group in groups):
         return [[_text(entry, "a question")] for entry in entries], False
     if any(isinstance(entry, str) for entry in entries):
         raise ValueError("questions mixes strings and lists; give either for all images")
-    return [[_text(question, "a question") for question in _needed(_listed(entry), entry)] for entry in entries], True
+    for entry, group in zip(entries, groups, strict=True):
+        if group is None:
+            raise ValueError(f"the questions of an image are {shown(entry)}; give a list of strings")
+    return [[_text(question, "a question") for question in group] for group in groups], True
 
 
-def _needed(listed: list | None, given) -> list:
-    if listed is None:
-        raise ValueError(f"the questions of an image are {given!r:.60}; give a list of strings")
-    return listed
-
-
-def _listed(given) -> list | None:
-    """The entries of something that has an order and can be read twice; None for anything else."""
+def _as_list(given: Any) -> list | None:
+    """The entries of a list, tuple or array; None for anything else, such as a set, which has no order."""
     if isinstance(given, np.ndarray):
         return given.tolist() if given.ndim else None
     return list(given) if isinstance(given, list | tuple) else None
 
 
-def _texts(given, name: str) -> list[str]:
-    """A list of at least one text, as it stands.
-
-    Raises:
-        ValueError: if it is empty, not a list, or holds something else; a set has no order, and so no first of equals.
-    """
-    entries = _listed(given)
+def _texts(given: Any, name: str) -> list[str]:
+    """A list of at least one text, as it stands; a ValueError for anything else."""
+    entries = _as_list(given)
     if not entries:
-        raise ValueError(f"{name} is {repr(given)[:60]}; give a list of at least one text")
+        raise ValueError(f"{name} is {shown(given)}; give a list of at least one text")
     return [_text(entry, f"entry {i} of {name}") for i, entry in enumerate(entries)]
 
 
-def _text(given, name: str) -> str:
-    """`given`, if it is a text that can be written down.
-
-    Raises:
-        ValueError: if it is something else, or holds lone surrogates (bytes of a command line that are not UTF-8).
-    """
+def _text(given: Any, name: str) -> str:
+    """`given` as a string; a ValueError for another type, and for text that UTF-8 cannot hold (lone surrogates)."""
     if not isinstance(given, str):
-        raise ValueError(f"{name} is {repr(given)[:60]}, {_a(given)}; give a string")
-    try:
-        given.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} is {given[:60]!a}, which is not UTF-8; write it in UTF-8") from None
+        kind = type(given).__name__
+        article = "an" if kind[0].lower() in "aeiou" else "a"
+        raise ValueError(f"{name} is {shown(given)}, {article} {kind}; give a string")
+    if not is_text(given):
+        raise ValueError(f"{name} is {given[:60]!a}, which is not UTF-8; write it in UTF-8")
     return str(given)
 
 
-def _a(value: object) -> str:
-    name = type(value).__name__
-    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
-
-
 def _named(ranking: Ranking, candidates: Candidates) -> list[Answer]:
-    """Indices as texts."""
+    """A ranking as answers, one for each row."""
     _check_finite(ranking.scores)
     order = ranking.scores.sort(dim=1, descending=True, stable=True)
     indices = ranking.candidates.gather(1, order.indices).tolist()

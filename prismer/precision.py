@@ -1,8 +1,8 @@
-"""Which precision a model trains and answers in: bf16 where the processor is at least as fast in it, else fp32.
+"""The precision of training and inference: bf16 if the processor is at least as fast in it, else fp32.
 
-GPUs of the last generations are. A CPU without AVX512-BF16 or AMX emulates bf16, ten to a hundred times more slowly
-than fp32, and even one that has the instructions may lose at small widths; so a CPU is asked, with a stopwatch:
-training by a block forward and backward, inference by the many rows that are encoded and the few that are decoded.
+Recent GPUs are at least as fast in bf16. A CPU without AVX512-BF16 or AMX emulates bf16, ten to a hundred times slower
+than fp32, and one with these instructions may still be slower at small widths. So a CPU is measured: for training, a
+block forward and backward; for inference, the many rows of the encoder and the few rows of the decoder.
 """
 
 import platform
@@ -19,24 +19,24 @@ from prismer.kernels import matmul
 from prismer.kernels.linear import linears
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-MIN_WIDTH = 256
-"""Narrower models ask in fp32 everywhere: what they wait for is not the matrix products (bf16 captions of the shipped
-tiny took 1.3 times as long on a CPU with AVX512-BF16), and no stopwatch decides what they say."""
+# Narrower models answer in fp32 everywhere. Matrix products are not what takes their time: bf16 captions of the shipped
+# tiny took 1.3 times as long on a CPU with AVX512-BF16. And so no measurement decides what they answer.
+_MIN_WIDTH = 256
 
+# the caption that stands for inference
 _BEAMS, _STEPS = 3, 20
-# the caption that inference is judged by
+# from so many rows on, the time of a product is proportional to them
 _ROWS = 128
-# from so many on, a product's time grows with its rows
 
-NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "svebf16"}
-"""Processor flags, as Linux spells them on x86-64 and Arm."""
+# processor flags, as Linux spells them on x86-64 and Arm
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "svebf16"}
 
 
 def native_bf16_flags() -> set[str]:
-    """The bf16 instructions of this processor, from /proc/cpuinfo; empty where that file is absent."""
+    """The bf16 instructions of this processor, from /proc/cpuinfo; empty if that file is absent."""
     cpuinfo = Path("/proc/cpuinfo")
     words = cpuinfo.read_text().split() if cpuinfo.is_file() else []
-    return NATIVE_BF16 & set(words)
+    return _BF16_FLAGS & set(words)
 
 
 def block_rates(width: int, seconds: float = 0.2) -> dict[torch.dtype, float]:
@@ -46,7 +46,7 @@ def block_rates(width: int, seconds: float = 0.2) -> dict[torch.dtype, float]:
         width: the model's width; the hidden layer is 4 x width.
         seconds: processor time to spend; the best repetition counts.
     """
-    # as many rows as end within a second: an emulated bf16 may run at 1 GFLOP/s
+    # few enough rows to end within a second: emulated bf16 may run at 1 GFLOP/s
     work = 4e9 if native_bf16_flags() else 0.4e9
     rows = max(32, min(2048, int(work / (3 * 2 * 2 * 4 * width * width))))
 
@@ -63,18 +63,18 @@ def block_rates(width: int, seconds: float = 0.2) -> dict[torch.dtype, float]:
 
 
 def caption_seconds(config: PrismerConfig, seconds: float = 0.1) -> dict[torch.dtype, float]:
-    """Seconds that one core takes in bf16 and fp32 for the matrix products of a caption's layers.
+    """Seconds that one core takes in bf16 and fp32 for the matrix products of a caption.
 
-    Measured are the perceptrons of one layer of either tower, on as many rows as an image has tokens (at most 128 of
-    them) and as beam search has beams; the other products of a layer count by their FLOPs.
+    The MLP of one layer of each tower is measured, with as many rows as an image has tokens (at most 128) and as beam
+    search has beams. The other products of a layer are estimated from it by their FLOPs.
 
     Args:
-        seconds: processor time to spend on either tower.
+        seconds: processor time to spend on each tower.
     """
     D, H, M = config.vision_width, config.text_width, config.text_mlp_width
     tokens = config.num_context_tokens
     rows = min(tokens, _ROWS)
-    # attention and adaptor beside the perceptron; in text cross-attention's queries and output too
+    # FLOPs of a layer over those of its MLP: attention and adaptor; in text, cross-attention's queries and output, too
     encode = config.vision_depth * (tokens / rows) * (14 / 8)
     decode = _STEPS * (config.text_depth + 1) * (1 + 8 * H / (2 * M))
     total = dict.fromkeys(NAMES, 0.0)
@@ -93,10 +93,10 @@ def caption_seconds(config: PrismerConfig, seconds: float = 0.1) -> dict[torch.d
 
 
 def _fastest(steps: dict[torch.dtype, Callable[[], object]], seconds: float) -> dict[torch.dtype, float]:
-    """Processor seconds of the fastest run of each step on one core; the steps take turns until `seconds` are over."""
+    """Processor seconds of the fastest run of each step on one core; the steps take turns for `seconds`."""
 
     def spent(step: Callable[[], object]) -> float:
-        # this thread's own time: a wall clock would judge the precisions by what else the machine does
+        # this thread's own time: a wall clock would include what else the machine does
         start = time.thread_time()
         step()
         return time.thread_time() - start
@@ -114,7 +114,7 @@ def _fastest(steps: dict[torch.dtype, Callable[[], object]], seconds: float) -> 
 
 
 def choose_precision(wanted: str, width: int, device: torch.device) -> tuple[str, str]:
-    """Decide the precision of a run.
+    """Choose the precision of a training run.
 
     Args:
         wanted: "bf16" or "fp32" to force it, "auto" to measure.
@@ -125,11 +125,11 @@ def choose_precision(wanted: str, width: int, device: torch.device) -> tuple[str
         "bf16" or "fp32", and one line that says why.
 
     Raises:
-        ValueError: if bf16 is forced on a GPU that has none.
+        ValueError: if bf16 is forced on a GPU without bf16 arithmetic.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        native = _gpu_multiplies_bf16()
         if wanted == "bf16" and not native:
             raise ValueError(f"{name} has no bf16 arithmetic; set precision to auto or fp32")
         if wanted != "auto":
@@ -150,10 +150,10 @@ def choose_precision(wanted: str, width: int, device: torch.device) -> tuple[str
 
 
 def slow_resumption(precision: str, width: int, device: torch.device) -> str | None:
-    """One line for a run that was started in bf16 and goes on where fp32 is faster; None for any other.
+    """One line about a run that was started in bf16 and is resumed where fp32 is faster; None for any other run.
 
     Args:
-        precision: what the run was started in.
+        precision: that of the run's start.
         width, device: as in `choose_precision`.
     """
     if precision != "bf16":
@@ -170,20 +170,20 @@ def slow_resumption(precision: str, width: int, device: torch.device) -> str | N
 def inference_dtype(
     wanted: torch.dtype | str | None, stored: torch.dtype, config: PrismerConfig, device: torch.device
 ) -> tuple[torch.dtype, str | None]:
-    """What a loaded model computes in.
+    """Choose the dtype that a loaded model computes in.
 
     Args:
-        wanted: a dtype to have that; "auto" for the faster of bf16 and fp32; None for the stored one, unless that is
+        wanted: a dtype forces it; "auto" takes the faster of bf16 and fp32; None takes the stored one, unless that is
             bf16 and the device is faster in fp32.
         stored: dtype of the weights on disk.
-        config: of the model, whose sizes are measured on a CPU that has bf16 instructions.
-        device: where it computes.
+        config: of the model; products of its sizes are measured on a CPU that has bf16 instructions.
+        device: where the model computes.
 
     Returns:
-        The dtype; and, where it was decided here and is not the stored one, one line that says why.
+        The dtype; and one line that says why, if it was chosen here and is not the stored one.
 
     Raises:
-        ValueError: if `wanted` is another word.
+        ValueError: if `wanted` is another string.
     """
     if isinstance(wanted, str) and wanted != "auto":
         raise ValueError(f'unknown dtype {wanted!r}; give "auto" or a torch.dtype')
@@ -198,16 +198,20 @@ def inference_dtype(
     return chosen, f"precision: {names[chosen]} instead of the stored {names[stored]}, since {why}"
 
 
+def _gpu_multiplies_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def _faster_in(config: PrismerConfig, device: torch.device) -> tuple[torch.dtype, str]:
-    """bf16 or fp32, and why."""
+    """The faster of bf16 and fp32, and why."""
     width = max(config.vision_width, config.text_width)
-    if width < MIN_WIDTH:
+    if width < _MIN_WIDTH:
         return torch.float32, f"a model of width {width} gains nothing from bf16"
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        has = "multiplies bf16 faster" if native else "has no bf16 arithmetic"
-        chosen = torch.bfloat16 if native else torch.float32
-        return chosen, f"{torch.cuda.get_device_name(device)} {has}"
+        name = torch.cuda.get_device_name(device)
+        if _gpu_multiplies_bf16():
+            return torch.bfloat16, f"{name} multiplies bf16 faster"
+        return torch.float32, f"{name} has no bf16 arithmetic"
     flags = ", ".join(sorted(native_bf16_flags()))
     cpu = f"this {platform.machine()} CPU"
     if not flags:

@@ -4,17 +4,17 @@
     t_r = max_d |x_rd| / 127,  x8 = round(x / t)           at each call, a scale for each row
     y_rn = t_r s_n (sum over d of x8_rd W8_nd) + b_n       the sum exact, in int32
 
-A row's scale is its own, so a caption does not depend on the pictures beside it, and one token with large activations,
-which CLIP and RoBERTa have, costs the others nothing. Source: the vector-wise scheme of LLM.int8(), arXiv:2208.07339,
-without its outlier columns.
+Each row has a scale of its own. So a caption does not depend on the other images of its batch, and a token with large
+activations, which CLIP and RoBERTa have, does not cost the other tokens precision. Source: the vector-wise scheme of
+LLM.int8(), arXiv:2208.07339, without its outlier columns.
 
-Quantised are the projections of attention and the perceptrons that came from CLIP and RoBERTa: `pretrained`, in
-prismer/vision.py and prismer/text.py. They are two thirds of an encoder's arithmetic and the same in every model of a
-size. What was trained stays as it is: whether it bears int8 is another question for each model. (The adaptors of the
-shipped tiny do: the encoder's error rises from 0.98 to 1.04 %.)
+The attention projections and MLPs that come from CLIP and RoBERTa are quantised (`pretrained` in prismer/vision.py and
+prismer/text.py). They are two thirds of an encoder's arithmetic and the same in every model of a size. Trained parts
+keep their dtype: whether they tolerate int8 differs from model to model. (The adaptors of the shipped tiny do: with
+them, the encoder's error rises from 0.98 to 1.04 %.)
 
-An x86 CPU without VNNI instructions adds two products in 16 bits, where they overflow if weights use all 8 of theirs
-(sums were off by 19 %): there weights take 63 steps instead of 127, and sums are exact again.
+An x86 CPU without VNNI instructions adds two products in 16 bits, which overflow if weights use all of their 8 bits
+(sums were off by 19 %). There weights take 63 steps instead of 127, and sums are exact again.
 """
 
 import torch
@@ -24,23 +24,24 @@ from torch import Tensor, nn
 from prismer.kernels.activation import bias_activation
 from prismer.kernels.attention import attention
 from prismer.kernels.modules import MLP, MultiheadAttention
+from prismer.network import Model
 from prismer.text import Attend, PostNormMLP, SelfAttention
 
 _STEPS = 127
-_SAFE_STEPS = 63
 # oneDNN shifts activations to 0..255, and 2 * 255 * 63 fits into 16 bits
+_SAFE_STEPS = 63
 _TINY = torch.finfo(torch.float32).tiny
 
 
 def weight_steps() -> int:
-    """How many steps from zero a weight may take on this processor: 127, or 63 where larger products overflow."""
+    """The largest int8 weight on this processor: 127, or 63 where products with larger ones overflow."""
     most = torch.full((32, 64), _STEPS, dtype=torch.int8)
     exact = torch._int_mm(most, most.T).eq(64 * _STEPS * _STEPS).all()
     return _STEPS if exact else _SAFE_STEPS
 
 
 class Int8Linear(nn.Module):
-    """x W^T + bias with W in int8: (..., D) -> (..., N) in the dtype of `x`; it cannot train.
+    """x W^T + bias with W in int8: (..., D) -> (..., N) in the dtype of `x`, for inference alone.
 
     Args:
         weight: (N, D), any floating dtype.
@@ -56,11 +57,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     def train(self, mode: bool = True) -> "Int8Linear":
-        """Refuse to.
-
-        Raises:
-            ValueError: if `mode` is True.
-        """
+        """Raise a ValueError if `mode` is True."""
         if mode:
             raise ValueError("an int8 model cannot train; train the original and quantise it afterwards")
         return super().train(mode)
@@ -77,7 +74,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Attention(nn.Module):
-    """The self-attention of a `MultiheadAttention`, its three projections packed into one."""
+    """The self-attention of a `MultiheadAttention`, with its three projections packed into one."""
 
     def __init__(self, attn: MultiheadAttention):
         super().__init__()
@@ -124,7 +121,7 @@ class Int8MLP(nn.Module):
         super().__init__()
         fc, proj = (mlp.get_submodule(name) for name in mlp.names)
         self.activation = mlp.activation
-        # the bias goes in with the activation
+        # bias_activation adds the first bias
         self.fc, self.proj = Int8Linear(fc.weight, None), Int8Linear(proj.weight, proj.bias)
         self.register_buffer("fc_bias", fc.bias.detach())
 
@@ -144,22 +141,22 @@ class Int8PostNormMLP(Int8MLP):
 
 
 def check_device(device: torch.device) -> None:
-    """Raise ValueError unless int8 products are for `device`."""
+    """Raise a ValueError unless `device` is a CPU."""
     if device.type != "cpu":
         raise ValueError(f"int8 towers are for a CPU and the device is {device}; a GPU computes in bf16")
 
 
-def quantise(model):
-    """Make the frozen towers' matrices int8, in place; do it last, after loading and casting.
+def quantise(model: Model) -> Model:
+    """Make the matrices of the frozen towers int8, in place; call it last, after loading and casting.
 
     Args:
-        model: a Prismer on a CPU, in fp32 or bf16, which all but the towers' products stay in.
+        model: on a CPU, in fp32 or bf16; everything but the products of the towers keeps that dtype.
 
     Returns:
         `model`, in evaluation mode, without gradients; it can neither train nor be saved.
 
     Raises:
-        ValueError: if it is on another device, or its towers are int8 already.
+        ValueError: if the model is on another device, or its towers are int8 already.
     """
     check_device(model.device)
     if any(isinstance(module, Int8Linear) for module in model.modules()):

@@ -1,9 +1,9 @@
-"""Answer ranking: every answer of a closed list scored exactly, as nodes of a token trie (spec 5.6).
+"""Answer ranking: every answer of a closed list scored exactly, as a path in a token trie.
 
-The score of an answer is minus its label-smoothed loss per token, end token included. Answers that begin alike share
-the nodes of what they share. The decoder reads an image's questions once and then the trie, whose nodes attend to
-their question and to their ancestors. The head is applied at internal nodes only, and only three numbers of its
-logits z are needed for the loss of a child y (Prismer, arXiv:2303.02506, section 4.1):
+The score of an answer is minus its label-smoothed loss per token, end token included. Answers share the nodes of their
+common prefixes. The decoder reads an image's questions once and then the trie, whose nodes attend to their question
+and to their ancestors. The head is applied at internal nodes alone, and the loss of a child y needs three numbers of
+its logits z (Prismer, arXiv:2303.02506, section 4.1):
 
     loss = lse(z) - (1 - e) * z_y - e * mean(z),    mean(z) = x . mean_v W + mean b
 
@@ -16,25 +16,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prismer.generation import Groups, Prompts, check_count, read_prompts
+from prismer.errors import check_count
+from prismer.generation import Groups, Prompts, read_prompts
 from prismer.kernels.decode_attention import decode_attention
 from prismer.kernels.linear import linears
-from prismer.text import TextDecoder
+from prismer.text import KeysValues, TextDecoder
 
-_MAX_LOGITS = 2**25
 # logits at a time, 128 MB in fp32
+_MAX_LOGITS = 2**25
 
 
 class AnswerTrie:
     """The tokens of a list of answers as a tree; build it once for a list and use it for any number of questions.
 
-    Node 0 is the question's read-out, any other the state after its token. Nodes are numbered in depth-first order.
+    Node 0 is the question's read-out, any other node is the state after its token. Nodes are numbered depth first.
 
     Attributes:
         paths: (A, L) int64, the node after each token of an answer, -1 after its end.
         lengths: (A,) int64 tokens of each answer, the end token included.
         first_tokens: (A,) int64.
-        order: (A,) int64 answers in depth-first order, in which neighbours share most.
+        order: (A,) int64 answers in depth-first order, in which neighbours share the longest prefixes.
         tokens, parents: (nodes,) int64.
         ancestors: (nodes, L) int64: the nodes from depth 1 to the node itself, -1 after it.
     """
@@ -109,18 +110,18 @@ def rank_answers(
         context: (B, N, vision width) image tokens.
         groups: for each image its questions, tokens that start with `<s>`; numbers and lengths may differ.
         trie: the answers.
-        top_k: score only the k answers whose first token is likeliest (of equal ones the first in the list), as the
-            released code does; None scores every answer. The choice of nodes costs one host synchronisation.
+        top_k: score only the k answers with the likeliest first tokens (of equal ones the first in the list), as the
+            released code does; None scores every answer. Choosing them costs one host synchronisation.
         read_out: what predicts the first token of an answer, see `read_prompts`.
-        max_tokens: trie nodes times rows in one pass of the decoder; bounds memory, changes no result.
+        max_tokens: trie nodes times rows in one pass of the decoder; it bounds memory and changes no result.
 
     Raises:
-        ValueError: if `top_k` is below 1, or questions do not fit the images or the positions (`read_prompts`).
+        ValueError: if `top_k` is below 1, or for the reasons of `read_prompts`.
     """
     if top_k is not None:
         check_count("top_k", top_k)
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; expected at least 1, or None to score every answer")
+        if top_k < 1:
+            raise ValueError(f"top_k is {top_k}; expected at least 1, or None to score every answer")
     cross = decoder.project_context(context)
     prompts = read_prompts(decoder, cross, groups, read_out, trie.paths.shape[1])
     scorer = _Scorer(decoder, cross, prompts, trie)
@@ -145,7 +146,7 @@ def rank_answers(
 
 def _likeliest(decoder: TextDecoder, prompts: Prompts, trie: AnswerTrie, k: int) -> np.ndarray:
     """(R, k) answers with the likeliest first tokens, in depth-first order."""
-    # few distinct first tokens: only their columns of the head are computed
+    # first tokens are few: only their columns of the head are computed
     distinct, which = (
         torch.from_numpy(array).to(prompts.state.device) for array in np.unique(trie.first_tokens, return_inverse=True)
     )
@@ -157,7 +158,7 @@ def _likeliest(decoder: TextDecoder, prompts: Prompts, trie: AnswerTrie, k: int)
 
 
 def _cut(trie: AnswerTrie, chosen: np.ndarray, budget: int) -> list[slice]:
-    """Columns of `chosen` (rows, k) in parts that need about `budget` nodes each in the row that needs most."""
+    """Columns of `chosen` (rows, k) in parts of about `budget` new nodes each, in the row that needs most."""
     paths = trie.paths[chosen]
     alike = (paths[:, 1:] == paths[:, :-1]) & (paths[:, 1:] >= 0)
     shared = np.cumprod(alike, axis=2).sum(2)
@@ -174,9 +175,9 @@ def _cut(trie: AnswerTrie, chosen: np.ndarray, budget: int) -> list[slice]:
 
 
 class _Scorer:
-    """Scores answers to the R prompts it holds."""
+    """Scores answers to R prompts."""
 
-    def __init__(self, decoder: TextDecoder, cross: list, prompts: Prompts, trie: AnswerTrie):
+    def __init__(self, decoder: TextDecoder, cross: list[KeysValues], prompts: Prompts, trie: AnswerTrie):
         self.decoder, self.cross, self.prompts, self.trie = decoder, cross, prompts, trie
         self.dtype = torch.promote_types(prompts.state.dtype, torch.float32)
         self.mean_weight = decoder.head_weight.mean(0, dtype=self.dtype)
@@ -207,7 +208,7 @@ class _Scorer:
         return self.decoder.transform(self.decoder.run(tokens, positions, attend, self.cross))
 
     def _edge_losses(self, state: Tensor, plan: "_Plan") -> Tensor:
-        """(R, edges): smoothed loss of each edge's token at the node that the edge leaves."""
+        """(R, edges): smoothed loss of each edge's token, predicted by the node that the edge leaves."""
         smoothing = self.decoder.config.label_smoothing
         weight, bias = self.decoder.head_weight, self.decoder.head_bias
         R, _, D = state.shape
@@ -223,15 +224,15 @@ class _Scorer:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to run for some answers, P = R rows or P = 1 for all; rows are filled up with harmless entries.
+    """What to run for c answers, in rows: one for each prompt, or one for all; short rows are padded.
 
     Attributes:
-        tokens, depths: (P, nodes) of the nodes to run: internal, not the root.
-        ancestors: (P, nodes, A) positions among `tokens`, the node itself included, -1 for none.
-        sources: (P, edges) the node that an edge leaves: 0 the root, 1 + position among `tokens`.
-        targets: (P, edges) the edge's token.
-        paths: (P, c, L) edges of each answer, -1 after its end.
-        lengths: (P, c) tokens of each answer.
+        tokens, depths: (rows, nodes) of the nodes to run: the internal ones without the root.
+        ancestors: (rows, nodes, depth) positions among `tokens`, the node itself included, -1 for none.
+        sources: (rows, edges) node that an edge leaves: 0 for the root, else 1 + its position among `tokens`.
+        targets: (rows, edges) token of an edge.
+        paths: (rows, c, L) edges of each answer, -1 after its end.
+        lengths: (rows, c) tokens of each answer.
     """
 
     tokens: Tensor
@@ -247,7 +248,8 @@ def _plan(trie: AnswerTrie, chosen: np.ndarray, device: torch.device) -> _Plan:
     rows = []
     for answers in chosen:
         paths = trie.paths[answers]
-        edges = np.unique(paths[paths >= 0])  # an edge is named by the node that it enters
+        # an edge has the number of the node that it enters
+        edges = np.unique(paths[paths >= 0])
         parents = trie.parents[edges]
         nodes = np.unique(parents[parents > 0])
         past = trie.ancestors[nodes]
@@ -262,16 +264,15 @@ def _plan(trie: AnswerTrie, chosen: np.ndarray, device: torch.device) -> _Plan:
                 lengths=trie.lengths[answers],
             )
         )
-    fills = dict(ancestors=-1)
-    arrays = {name: _stack([row[name] for row in rows], fills.get(name, 0)) for name in rows[0]}
-    # no node of this part is as deep as the longest answer is long
+    arrays = {name: _stack([row[name] for row in rows], -1 if name == "ancestors" else 0) for name in rows[0]}
+    # the nodes to run are less deep than the longest answer is long
     deepest = int(arrays["depths"].max(initial=0))
     arrays["ancestors"] = arrays["ancestors"][:, :, :deepest]
     return _Plan(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
 
 
 def _stack(arrays: list[np.ndarray], fill: int) -> np.ndarray:
-    """Arrays that differ in their first dimension as one, filled up to the longest."""
+    """Arrays that differ in their first dimension as one, padded with `fill` to the longest."""
     longest = max(map(len, arrays))
     out = np.full((len(arrays), longest, *arrays[0].shape[1:]), fill, dtype=np.int64)
     for row, array in zip(out, arrays, strict=True):

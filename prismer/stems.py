@@ -1,6 +1,7 @@
-"""Expert label -> patch tokens: the convolution stems, and the bicubic resize of positions (spec 1.3-1.4)."""
+"""Expert label -> patch tokens: the convolution stems, and the bicubic resize of positions.
 
-from collections.abc import Callable
+Source: Prismer, arXiv:2303.02506, section 3.2; sizes and resizes are those of the released code (docs/architecture.md).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +34,18 @@ def normalise_low_level(label: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _as_floats(pixels: Tensor) -> Tensor:
-    # channels last from here on, as label_map's features are: convolved without turning maps over first, and patches
-    # (B, N, D) are a view of the last map
+    # channels last from here on, as label_map's features are: convolutions need no copy, and the tokens (B, N, D) are a
+    # view of the last map
     return pixels.to(torch.float32, memory_format=torch.channels_last)
 
 
 class ExpertStem(nn.Module):
     """Four 3x3 convolutions with batch norm and ReLU, then a 1x1: (B, planes, s, s) uint8 -> (B, D, g, g).
 
-    Low-level labels (stem A) halve four times from s*16/patch; ids (stem B) start from 64 features per pixel at
-    s*4/patch and halve twice. All resizes are bilinear with align_corners=True. Maps are channels last.
+    Low-level labels are resized to s*16/patch px and halved four times; ids become 64 features per pixel at s*4/patch
+    px and are halved twice. Resizes are bilinear with align_corners=True. Maps are channels last.
+
+    It is no leaf for ZeRO-3: none of its inputs needs a gradient, and then DeepSpeed 0.19.8 reduces a leaf too early.
     """
 
     def __init__(self, expert: str, width: int, patch_size: int, label_size: int):
@@ -59,37 +62,20 @@ class ExpertStem(nn.Module):
 
     def forward(self, label: Tensor, rows: Tensor | None, features: Tensor) -> Tensor:
         """label: (B, planes, s, s) uint8; rows: (B, 256) and features: (F, 64) for ids. Returns (B, D, g, g)."""
+        x = self.convs[0](self._expand(label, rows, features))
+        for norm, conv in zip(self.norms, (*self.convs[1:], self.project), strict=True):
+            x = norm.relu_conv(x, conv)
+        return x
+
+    def _expand(self, label: Tensor, rows: Tensor | None, features: Tensor) -> Tensor:
+        """(B, channels, size, size): the features of ids, or intensities in [-1, 1]."""
         dtype = self.project.weight.dtype
         if self.is_ids:
-            x = label_map(label[:, 0], rows, features.to(dtype), self.size)
-        else:
-            x = normalise_low_level(label, dtype)
-            if x.shape[-1] != self.size:
-                x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=True)
-        again = None
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x, again = norm.relu(_convolve(conv, x, again))
-        return _convolve(self.project, x, again)
-
-
-def _convolve(conv: nn.Conv2d, x: Tensor, again: Callable[[], Tensor] | None) -> Tensor:
-    """conv(x), which keeps `again`, if given, in place of `x` for the backward pass: half of what stems would keep."""
-    if again is None:
-        return conv(x)
-    storage, weight = (t.untyped_storage()._cdata for t in (x, conv.weight))
-
-    def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
-        kept = tensor.untyped_storage()._cdata
-        if kept == storage:
-            return again
-        # the parameter, not a view of it: ZeRO-3 takes its memory back until then
-        return (lambda: conv.weight.detach()) if kept == weight else tensor
-
-    def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return conv(x)
+            return label_map(label[:, 0], rows, features.to(dtype), self.size)
+        x = normalise_low_level(label, dtype)
+        if x.shape[-1] == self.size:
+            return x
+        return F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=True)
 
 
 def resize_positions(table: Tensor, grid: int) -> Tensor:

@@ -1,37 +1,40 @@
-"""TextDecoder: RoBERTa made causal, with cross-attention and late-norm adaptors in every layer (spec 1.7).
+"""TextDecoder: RoBERTa made causal, with cross-attention and a late-norm adaptor in every layer.
 
-Self-attention goes through a callable, `attend(layer, q, k, v)`, so that training (a causal mask), beam search and
-answer ranking (caches) run the same layers. R rows of text belong to B images, G = R / B rows each, in order; the
-queries of an image's rows are packed into one longer query, so keys and values of an image are never repeated.
+Source: Prismer, arXiv:2303.02506, section 3.2.
+
+Self-attention is a callable, `attend(layer, q, k, v)`. Training passes a causal mask, beam search and answer ranking
+pass caches, and all three run the same layers. R rows of text belong to B images in order, G = R / B rows to each; the
+queries of an image's rows are packed into one longer query, so that its keys and values are never repeated.
 """
 
 from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from prismer.batch import IGNORE_INDEX, TextBatch
 from prismer.config import PrismerConfig
 from prismer.kernels.activation import bias_activation
 from prismer.kernels.attention import attention
 from prismer.kernels.cross_attention import cross_attention
+from prismer.kernels.cross_entropy import linear_cross_entropy
 from prismer.kernels.layer_state import is_plain_layer
 from prismer.kernels.linear import linears
 from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention
+from prismer.tied_embedding import embed_tied
 
+# (layer index, q, k, v), each (R, H, Q, K) -> (R, H, Q, K)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer index, q, k, v), each (R, H, Q, K) -> (R, H, Q, K)."""
-
-
-def in_a_row(parts: list[Tensor]) -> Tensor:
-    """(B, G, T) tensors, whose G and T may differ -> (B, all tokens of an image)."""
-    return torch.cat([part.flatten(1) for part in parts], dim=1)
+# keys and values of an image for one layer's cross-attention, (B, H, N, K) each
+KeysValues = tuple[Tensor, Tensor]
 
 
 def position_ids(ids: Tensor, pad_id: int) -> Tensor:
-    """RoBERTa's positions: pads are at `pad_id`; the first real token at pad_id + 1, pads in between do not count."""
+    """RoBERTa's positions: pads are at `pad_id`, the first real token at pad_id + 1; pads in between do not count."""
     keep = ids.ne(pad_id)
     return torch.where(keep, keep.cumsum(-1) + pad_id, pad_id)
 
@@ -46,14 +49,14 @@ def causal_attend(keep: Tensor, dropout: float = 0.0) -> Attend:
 
 
 def packed_attend(keeps: list[Tensor], dropout: float = 0.0) -> Attend:
-    """Self-attention of rows that hold all texts of an image end to end: each text attends to itself, causally.
+    """Self-attention of rows that hold all texts of an image end to end: each text attends causally to itself.
 
     Args:
-        keeps: (B, G, T) bool, the real tokens of G texts; several of them lie behind one another in a row.
+        keeps: (B, G, T) bool, the real tokens of G texts; several such parts follow one another in a row.
     """
     attends = [causal_attend(keep.flatten(0, 1), dropout) for keep in keeps]
     if len(keeps) == 1 and keeps[0].shape[1] == 1:
-        # one text an image: there is nothing to take apart
+        # one text for each image needs no splitting
         return attends[0]
     sizes = [keep.shape[1] * keep.shape[2] for keep in keeps]
 
@@ -69,7 +72,7 @@ def packed_attend(keeps: list[Tensor], dropout: float = 0.0) -> Attend:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` as one operator, where torch's own are four on a CPU."""
+    """`nn.Dropout` as one operator; torch's own takes four on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
@@ -77,8 +80,8 @@ class Dropout(nn.Dropout):
         return torch.native_dropout(x, self.p, True)[0]
 
 
-_PROJECTIONS = ("query", "key", "value", "output")
 # RoBERTa's names
+_PROJECTIONS = ("query", "key", "value", "output")
 
 
 class SelfAttention(MultiheadAttention):
@@ -96,7 +99,7 @@ class SelfAttention(MultiheadAttention):
 
 
 class CrossAttention(MultiheadAttention):
-    """Text queries over image tokens, own dense and norm, no mask, no gate."""
+    """Text queries over image tokens, with an output projection and norm of its own; no mask, no gate."""
 
     def __init__(self, config: PrismerConfig):
         super().__init__(
@@ -109,13 +112,13 @@ class CrossAttention(MultiheadAttention):
         self.norm = LayerNorm(config.text_width)
         self.drop = Dropout(config.dropout)
 
-    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+    def project_context(self, context: Tensor) -> KeysValues:
         """(B, N, vision width) -> keys and values (B, H, N, K)."""
         pair = [(layer.weight, layer.bias) for layer in (self.key, self.value)]
         return tuple(self._heads(part) for part in linears(context, pair))
 
-    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """x: (R, Q, D); context: image tokens (B, N, vision width), or what `project_context` made of them."""
+    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
+        """x: (R, Q, D); context: image tokens (B, N, vision width), or `project_context` of them."""
         shared = context if isinstance(context, Tensor) else context[0]
         R, B = x.shape[0], shared.shape[0]
         (q,) = linears(x, [(self.query.weight, self.query.bias)])
@@ -148,8 +151,8 @@ class PostNormMLP(MLP):
 class DecoderLayer(nn.Module):
     """A RoBERTa layer with cross-attention and a late-norm adaptor between its halves."""
 
+    # ZeRO-3 gathers all parameters of the module at once, instead of layer by layer
     _z3_leaf = True
-    # ZeRO-3 gathers the block's parameters at once, instead of each layer's by hooks of its own
 
     def __init__(self, config: PrismerConfig):
         super().__init__()
@@ -160,10 +163,10 @@ class DecoderLayer(nn.Module):
 
     @property
     def pretrained(self) -> tuple[nn.Module, ...]:
-        """The modules that come from RoBERTa: what `freeze_lang` freezes."""
+        """The modules inherited from RoBERTa, which `freeze_lang` freezes."""
         return self.attention, self.mlp
 
-    def forward(self, x: Tensor, layer: int, attend: Attend, context) -> Tensor:
+    def forward(self, x: Tensor, layer: int, attend: Attend, context: Tensor | KeysValues) -> Tensor:
         x = self.attention(x, layer, attend)
         x = self.adaptor(self.cross(x, context))
         return self.mlp(x)
@@ -172,8 +175,8 @@ class DecoderLayer(nn.Module):
 class ExtraLayer(nn.Module):
     """The plain RoBERTa layer after the stack: no cross-attention, no adaptor, always trained."""
 
+    # ZeRO-3 gathers all parameters of the module at once, instead of layer by layer
     _z3_leaf = True
-    # ZeRO-3 gathers the block's parameters at once, instead of each layer's by hooks of its own
 
     def __init__(self, config: PrismerConfig):
         super().__init__()
@@ -196,18 +199,17 @@ class Embeddings(nn.Module):
         self.norm = LayerNorm(width)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, ids: Tensor, positions: Tensor, words: Tensor | None = None) -> Tensor:
-        """ids, positions: (R, Q); words: the rows of the word table, if they have been looked up. Returns (R, Q, D)."""
-        words = self.word(ids) if words is None else words
+    def forward(self, words: Tensor, positions: Tensor) -> Tensor:
+        """words: (R, Q, D) rows of the word table; positions: (R, Q). Returns (R, Q, D)."""
         x = words + self.token_type.weight[0] + self.position(positions)
         return self.dropout(self.norm(x))
 
 
 class LMHead(nn.Module):
-    """RoBERTa's head up to the tied matrix: norm(gelu(dense(x))), and the bias over the vocabulary."""
+    """RoBERTa's head up to the tied matrix, norm(gelu(dense(x))); and its bias over the vocabulary."""
 
+    # ZeRO-3 gathers all parameters of the module at once, instead of layer by layer
     _z3_leaf = True
-    # ZeRO-3 gathers the block's parameters at once, instead of each layer's by hooks of its own
 
     def __init__(self, config: PrismerConfig):
         super().__init__()
@@ -223,7 +225,7 @@ class LMHead(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """ids and image tokens -> hidden states and logits; see the module's docstring for rows, images and `attend`."""
+    """Token ids and image tokens -> training loss, hidden states or logits; the module docstring defines the rows."""
 
     def __init__(self, config: PrismerConfig):
         super().__init__()
@@ -245,64 +247,83 @@ class TextDecoder(nn.Module):
         """(V,)."""
         return self.head.bias
 
-    def project_context(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every layer's cross-attention, once per image: (B, H, N, K) each."""
+    def project_context(self, context: Tensor) -> list[KeysValues]:
+        """Keys and values of every layer's cross-attention, once per image."""
         return [layer.cross.project_context(context) for layer in self.layers]
 
-    def run(
-        self, ids: Tensor, positions: Tensor, attend: Attend, cross: list | Tensor, words: Tensor | None = None
-    ) -> Tensor:
+    def run(self, ids: Tensor, positions: Tensor, attend: Attend, context: Tensor | list[KeysValues]) -> Tensor:
         """Hidden states of R rows of Q tokens.
 
         Args:
             ids, positions: (R, Q) int64.
             attend: self-attention of layer i = 0..depth (depth is the extra layer).
-            cross: image tokens (B, N, vision width), or `project_context` of them; R is a multiple of B.
-            words: (R, Q, D), the rows of the word table, if they have been looked up.
+            context: image tokens (B, N, vision width), or `project_context` of them; R is a multiple of B.
 
         Returns:
             (R, Q, D).
         """
-        x = self.embeddings(ids, positions, words)
+        return self._run_layers(self.embeddings(self.embeddings.word(ids), positions), attend, context)
+
+    def _run_layers(self, x: Tensor, attend: Attend, context: Tensor | list[KeysValues]) -> Tensor:
         for i, layer in enumerate(self.layers):
-            context = cross if isinstance(cross, Tensor) else cross[i]
+            own = context if isinstance(context, Tensor) else context[i]
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, i, attend, context, use_reentrant=False)
+                x = checkpoint(layer, x, i, attend, own, use_reentrant=False)
             else:
-                x = layer(x, i, attend, context)
+                x = layer(x, i, attend, own)
         return self.extra(x, len(self.layers), attend)
 
     def transform(self, hidden: Tensor) -> Tensor:
-        """The LM head up to (not including) the tied matrix: (..., D) -> (..., D)."""
+        """Hidden states as the tied matrix takes them: (..., D) -> (..., D)."""
         return self.head(hidden)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V)."""
-        return linears(self.transform(hidden), [(self.head_weight, self.head_bias)])[0]
+    def logits(self, state: Tensor) -> Tensor:
+        """Transformed hidden states (..., D) -> (..., V)."""
+        return linears(state, [(self.head_weight, self.head_bias)])[0]
 
-    def forward(self, texts: list[Tensor], context: Tensor, words: Tensor | None = None) -> Tensor:
-        """Teacher forcing.
+    def forward(self, texts: TextBatch, context: Tensor) -> Tensor:
+        """The training loss by teacher forcing: the mean over texts of weight * summed loss.
+
+        The loss of a token is the cross entropy with label smoothing; a `<pad>` is neither key nor target.
 
         Args:
-            texts: ids (B, G, T), one tensor or several whose G and T differ: long texts need not pad the short ones.
+            texts: G texts for each of B images.
             context: image tokens (B, N, vision width).
-            words: (B, tokens of an image, D), the rows of the word table, if they have been looked up.
 
         Returns:
-            (B, tokens of an image, D): transformed hidden states, the tensors of `texts` behind one another, each
-            flattened over (G, T). One tensor, since ZeRO-3 loses gradients of a leaf module that returns several.
+            A scalar. ZeRO-3 loses gradients of a leaf module that returns several tensors.
         """
-        pad = self.config.pad_id
-        dropout = self.config.dropout if self.training else 0.0
+        config, parts = self.config, texts.parts()
         # all tokens of an image's texts in one row: only self-attention knows where a text ends
-        ids = in_a_row(texts)
-        positions = torch.cat([position_ids(part, pad).flatten(1) for part in texts], dim=1)
-        attend = packed_attend([part.ne(pad) for part in texts], dropout)
-        return self.transform(self.run(ids, positions, attend, context, words))
+        ids = _join([ids for ids, _ in parts])
+        positions = _join([position_ids(ids, config.pad_id) for ids, _ in parts])
+        attend = packed_attend([ids.ne(config.pad_id) for ids, _ in parts], config.dropout if self.training else 0.0)
+        words, head_weight = embed_tied(self.embeddings.word, ids)
+        hidden = self._run_layers(self.embeddings(words, positions), attend, context)
+
+        # the target of a position is the token after it; the last position has none
+        targets = [F.pad(labels[:, :, 1:], (0, 1), value=IGNORE_INDEX) for _, labels in parts]
+        shares = (texts.weights.float() / texts.weights.numel()).split([t.shape[1] for t in targets], dim=1)
+        # each position weighs what its text does; one sum, so that its logits are formed once
+        weights = [share[:, :, None].expand(t.shape) for share, t in zip(shares, targets, strict=True)]
+        return linear_cross_entropy(
+            self.transform(hidden).flatten(0, 1),
+            head_weight,
+            self.head_bias,
+            _join(targets).flatten(),
+            label_smoothing=config.label_smoothing,
+            reduction="sum",
+            row_weights=_join(weights).flatten(),
+        )
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """(B, G, T) tensors, whose G and T may differ -> (B, all tokens of an image)."""
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
 def _init_roberta(std: float, module: nn.Module) -> None:
-    """N(0, std) matrices, zero biases (spec 1.8: std 0.02)."""
+    """N(0, std) matrices and zero biases, as RoBERTa's (std 0.02)."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear):

@@ -1,7 +1,7 @@
 """RoBERTa's byte-level BPE: text to token ids and back.
 
-Every text is representable and none ever turns into a special token: `<s>` typed by a user is three ordinary
-tokens. Specials are added by those who build sequences (`prismer.texts`), by id.
+Every text is representable, and no text turns into a special token: `<s>` typed by a user is three ordinary tokens.
+The functions that build sequences (`prismer.texts`) add special tokens by id.
 """
 
 import json
@@ -15,10 +15,11 @@ from prismer.files import CHECKSUMS, find_damage, write_atomically
 from prismer.reading import is_text, read_json
 from prismer.shipped import shipped_folder
 
-FIRST_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 # ids 0..3, as in RoBERTa; `<mask>` comes last
+FIRST_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 MASK = "<mask>"
 
+ROBERTA_VOCAB_SIZE = 50265
 _ROBERTA = shipped_folder("roberta")
 
 
@@ -60,14 +61,14 @@ class Tokenizer:
         self._bpe = _byte_level(models.BPE(vocab=vocab, merges=merges))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without specials and without a blank put in front."""
+        """Token ids of `text`, without special tokens; no blank is added in front."""
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, specials left out; bytes that are not UTF-8 become U+FFFD.
+        """The text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            ValueError: if an id is not of the vocabulary.
+            ValueError: if an id is not in the vocabulary.
         """
         ids = [int(i) for i in ids]
         wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
@@ -127,7 +128,7 @@ class Tokenizer:
                 f"RoBERTa's does not, use that"
             )
         vocab = dict(_checked_vocab(model.get("vocab"), path))
-        # specials may be listed beside the vocabulary only
+        # special tokens may be listed beside the vocabulary alone
         added = data.get("added_tokens", [])
         try:
             vocab |= _checked_vocab({entry["content"]: entry["id"] for entry in added}, path)
@@ -136,7 +137,7 @@ class Tokenizer:
         return cls(vocab, _pairs(model.get("merges", []), path), str(path))
 
     def save(self, folder: str | Path) -> None:
-        """Write `vocab.json` and `merges.txt` into `folder`, which is made if needed."""
+        """Write `vocab.json` and `merges.txt` into `folder`, which is created if needed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         vocab = dict(sorted(self._vocab.items(), key=lambda item: item[1]))
@@ -146,11 +147,11 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn a small vocabulary; the same texts give the same one.
+        """Learn a small vocabulary; the same texts give the same vocabulary.
 
         Args:
-            texts: what it will encode, in the form in which it will (an answer follows a blank).
-            vocab_size: 5 specials, 256 bytes and the merges; fewer merges if no pair occurs twice any more.
+            texts: texts as it will encode them (an answer starts with a blank).
+            vocab_size: 5 special tokens, 256 bytes and the merges; fewer merges if no more pairs occur twice.
 
         Raises:
             ValueError: if `vocab_size` has no room for every byte.
@@ -181,7 +182,7 @@ def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
     return bpe
 
 
-def _checked_vocab(vocab, path: Path) -> dict[str, int]:
+def _checked_vocab(vocab: object, path: Path) -> dict[str, int]:
     if not isinstance(vocab, dict) or not all(
         isinstance(token, str) and is_text(token) and type(i) is int for token, i in vocab.items()
     ):

@@ -1,4 +1,7 @@
-"""VisionEncoder: RGB patches and resampled expert latents through a frozen CLIP ViT with adaptors (spec 1.4-1.6)."""
+"""VisionEncoder: RGB patches and resampled expert latents through a frozen CLIP ViT with adaptors.
+
+Source: Prismer, arXiv:2303.02506, section 3.2.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +17,8 @@ from prismer.stems import ExpertStem, normalise_rgb, resize_positions
 class VisionBlock(nn.Module):
     """A pre-norm CLIP block with an adaptor between its halves."""
 
+    # ZeRO-3 gathers all parameters of the module at once, instead of layer by layer
     _z3_leaf = True
-    # ZeRO-3 gathers the block's parameters at once, instead of each layer's by hooks of its own
 
     def __init__(self, width: int, heads: int, activation: str):
         super().__init__()
@@ -27,7 +30,7 @@ class VisionBlock(nn.Module):
 
     @property
     def pretrained(self) -> tuple[nn.Module, ...]:
-        """The modules that come from CLIP: what `freeze_vision` freezes."""
+        """The modules inherited from CLIP, which `freeze_vision` freezes."""
         return self.ln_1, self.attn, self.ln_2, self.mlp
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +66,7 @@ class VisionEncoder(nn.Module):
         self.ln_post = LayerNorm(width)
 
     def expert_tokens(self, images: ImageBatch) -> Tensor:
-        """(B, experts * g * g, D): stem output + instance row (objects) + the positional table at the label grid."""
+        """(B, experts * g * g, D): stem output + instance row (objects alone) + positional table at the label grid."""
         grid = self.config.label_grid
         positions = resize_positions(self.positional_embedding, grid)
         tokens = []
@@ -83,7 +86,7 @@ class VisionEncoder(nn.Module):
         """Encode a batch of images.
 
         Raises:
-            ValueError: if the RGB side is not the config's or a label of the config's experts is missing.
+            ValueError: if the RGB side is not that of the config, or labels of one of its experts are missing.
         """
         side = self.config.image_size
         if tuple(images.rgb.shape[1:]) != (3, side, side):

@@ -277,10 +277,10 @@ def plain_text_logits(decoder: TextDecoder, ids: Tensor) -> Tensor:
     """The decoder without cross-attention, adaptors and the extra layer: (R, T) ids -> (R, T, V) logits."""
     pad = decoder.config.pad_id
     attend = causal_attend(ids.ne(pad))
-    x = decoder.embeddings(ids, position_ids(ids, pad))
+    x = decoder.embeddings(decoder.embeddings.word(ids), position_ids(ids, pad))
     for i, layer in enumerate(decoder.layers):
         x = layer.mlp(layer.attention(x, i, attend))
-    return decoder.logits(x)
+    return decoder.logits(decoder.transform(x))
 
 
 def text_ids(tokenizer: Tokenizer) -> list[list[int]]:

@@ -1,5 +1,5 @@
-"""Proves that a model asks in the faster of bf16 and fp32, that it says so where it was not asked to, and that weights
-stored in bf16 are widened on a CPU without bf16 instructions. Run: pytest tests/test_precision.py"""
+"""Proves that a model answers in the faster of bf16 and fp32, that a warning names a dtype that nobody asked for, and
+that bf16 weights become fp32 on a CPU without bf16 instructions. Run: pytest tests/test_precision.py"""
 
 import os
 import platform
@@ -39,7 +39,7 @@ def pretend(monkeypatch, seconds, flags=("avx512_bf16",)):
 
 @pytest.mark.parametrize("seconds, faster", [((0.3, 1.1), BF16), ((1.1, 0.3), FP32), ((1, 1), BF16)])
 @pytest.mark.parametrize("stored", [BF16, FP32], ids=["bf16", "fp32"])
-def test_auto_is_the_faster_one(monkeypatch, seconds, faster, stored):
+def test_auto_takes_the_faster_dtype(monkeypatch, seconds, faster, stored):
     pretend(monkeypatch, seconds)
     dtype, why = inference_dtype("auto", stored, WIDE, CPU)
     assert dtype == faster
@@ -60,7 +60,7 @@ def test_a_resumed_run_says_that_bf16_is_slow(monkeypatch):
     assert slow_resumption("bf16", 768, CPU) is None
 
 
-def test_only_slow_bf16_is_changed_unasked(monkeypatch):
+def test_by_default_only_slow_bf16_is_changed(monkeypatch):
     pretend(monkeypatch, (0.3, 1.1))
     assert inference_dtype(None, FP32, WIDE, CPU) == (FP32, None)
     assert inference_dtype(None, BF16, WIDE, CPU) == (BF16, None)
@@ -70,7 +70,7 @@ def test_only_slow_bf16_is_changed_unasked(monkeypatch):
     assert inference_dtype(BF16, FP32, WIDE, CPU) == (BF16, None)
 
 
-def test_nothing_is_measured_where_the_answer_is_known(monkeypatch):
+def test_nothing_is_measured_if_the_answer_is_known(monkeypatch):
     monkeypatch.setattr(precision, "caption_seconds", lambda config: pytest.fail("measured for nothing"))
     monkeypatch.setattr(precision, "native_bf16_flags", lambda: set())
     dtype, why = inference_dtype("auto", BF16, WIDE, CPU)
@@ -81,7 +81,7 @@ def test_nothing_is_measured_where_the_answer_is_known(monkeypatch):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_gpu_is_believed(monkeypatch, native):
+def test_a_gpu_is_not_measured(monkeypatch, native):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     stored = FP32 if native else BF16
@@ -90,26 +90,26 @@ def test_a_gpu_is_believed(monkeypatch, native):
     assert inference_dtype("auto", dtype, WIDE, torch.device("cuda")) == (dtype, None)
 
 
-def test_unknown_dtype():
+def test_an_unknown_dtype_is_refused():
     with pytest.raises(ValueError, match="unknown dtype 'half'; give"):
         inference_dtype("half", FP32, WIDE, CPU)
 
 
-def test_caption_seconds(monkeypatch):
-    """Encoding weighs by its depth and tokens, decoding by its own depth: each is found in the sum."""
+def test_caption_seconds_count_every_layer_and_step(monkeypatch):
+    """Encoding counts by depth and tokens, decoding by depth and steps."""
     monkeypatch.setattr(precision, "_fastest", lambda steps, seconds: {dtype: 1.0 for dtype in steps})
     base = prismer_base(image_size=480)
     found = caption_seconds(base)
-    # 964 tokens in pieces of 128, 14 matrices' worth where 8 are measured; 13 layers and 20 tokens, 16 where 8 are
+    # 964 tokens in pieces of 128, 14 matrices for 8 measured ones; 20 tokens, 13 layers, 16 matrices for 8
     assert found == {dtype: pytest.approx(12 * 964 / 128 * 14 / 8 + 20 * 13 * 16 / 8) for dtype in (BF16, FP32)}
 
 
-def test_measured_are_the_real_shapes(monkeypatch):
+def test_products_of_the_models_shapes_are_measured(monkeypatch):
     seen = []
-    # what the model multiplies with, whichever library that is here
-    linear = precision.products.linear
+    # the library that the model multiplies with
+    linear = precision.matmul.linear
     monkeypatch.setattr(
-        precision.products, "linear", lambda x, w: seen.append((*x.shape, len(w), x.dtype)) or linear(x, w)
+        precision.matmul, "linear", lambda x, w: seen.append((*x.shape, len(w), x.dtype)) or linear(x, w)
     )
     threads = torch.get_num_threads()
     assert min(caption_seconds(WIDE, seconds=0.0).values()) > 0 and torch.get_num_threads() == threads
@@ -118,7 +118,7 @@ def test_measured_are_the_real_shapes(monkeypatch):
     assert set(seen) == {(*shape, dtype) for shape in shapes for dtype in (BF16, FP32)}
 
 
-def test_load_model_in_a_precision(tmp_path):
+def test_the_command_line_loads_in_a_given_precision(tmp_path):
     folder = tmp_path / "wide"
     Prismer(WIDE).save_pretrained(folder)
     for name, dtype in (("bf16", BF16), ("fp32", FP32)):
@@ -126,7 +126,7 @@ def test_load_model_in_a_precision(tmp_path):
         assert {p.dtype for p in model.parameters()} == {dtype}
 
 
-def test_from_pretrained_tells_what_it_chose(monkeypatch, tmp_path):
+def test_from_pretrained_warns_of_a_chosen_dtype(monkeypatch, tmp_path):
     Prismer(WIDE).to(BF16).save_pretrained(tmp_path / "wide")
     pretend(monkeypatch, (1.1, 0.3))
     with pytest.warns(UserWarning, match="precision: fp32 instead of the stored bf16") as told:
@@ -143,7 +143,7 @@ import torch
 from prismer import precision
 from prismer.config import prismer_base
 from prismer.model import Prismer
-# measured once, so that what is decided does not hang on what else the machine does
+# measured once, so that the decision does not depend on the load of the machine
 spent = precision.caption_seconds(prismer_base(image_size=480))
 rates = precision.block_rates(768)
 if spent[torch.float32] >= spent[torch.bfloat16] or rates[torch.float32] <= rates[torch.bfloat16]:
@@ -162,9 +162,9 @@ for dtype in (None, "auto"):
 """
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="denied are instructions of x86")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the test masks instructions of x86")
 def test_without_bf16_instructions(tmp_path):
-    """In a process that is denied them, really measured: training and inference choose fp32, and bf16 is widened."""
+    """In a process without them, really measured: training and inference choose fp32, and bf16 weights become fp32."""
     Prismer(WIDE).to(BF16).save_pretrained(tmp_path / "wide")
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run(

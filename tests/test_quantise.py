@@ -1,5 +1,5 @@
-"""Proves that int8 towers are the frozen towers, each product off by rounding alone and each row by itself; that the
-shipped model says with them what it says in fp32; and what is refused. Run: pytest tests/test_quantise.py"""
+"""Proves that int8 towers are the frozen towers up to the rounding of each product, row by row; that the shipped model
+answers with them as it does in fp32; and what is refused. Run: pytest tests/test_quantise.py"""
 
 import copy
 import json
@@ -47,7 +47,7 @@ def validation(tmp_path_factory) -> ShardDataset:
 
 
 def draw(module):
-    """Parameters large enough that a forgotten bias, norm or projection shows."""
+    """Parameters so large that a forgotten bias, norm or projection shows."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -62,8 +62,8 @@ def relative(found, truth) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
-def test_int8_linear(dtype, bias):
-    """Rows and channels of very different sizes: each has its own scale, so each is as exact as the others."""
+def test_every_row_and_channel_is_accurate(dtype, bias):
+    """Rows and channels of very different sizes have scales of their own."""
     x = (torch.randn(2, 29, 67) * torch.logspace(-3, 3, 29)[:, None]).to(dtype)
     weight = torch.randn(37, 67) * torch.logspace(-2, 2, 37)[:, None]
     layer = Int8Linear(weight, torch.randn(37) if bias else None).eval()
@@ -97,7 +97,7 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 def test_sums_are_exact():
-    """Also of the largest numbers, which overflow on a CPU without VNNI."""
+    """Even of the largest numbers, which overflow on a CPU without VNNI."""
     steps = weight_steps()
     x = torch.randint(-127, 128, (9, 300), dtype=torch.int8)
     weight = torch.randint(-steps, steps + 1, (40, 300), dtype=torch.int8)
@@ -106,32 +106,32 @@ def test_sums_are_exact():
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the limit is one of x86")
-def test_without_vnni():
-    """The products of this file, in a process that is denied the instructions."""
+def test_a_cpu_without_vnni_gives_the_same_products():
+    """The tests of products in this file pass in a process without these instructions."""
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     program = (
         "import sys, pytest; from prismer.quantise import weight_steps; assert weight_steps() == 63; "
-        "sys.exit(pytest.main(['-q', sys.argv[1], '-k', 'exact or linear or attention or mlp or layers']))"
+        "sys.exit(pytest.main(['-q', sys.argv[1], '-k', 'exact or linear or accurate or attention or mlp or layers']))"
     )
     done = subprocess.run([sys.executable, "-c", program, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("names", [None, ("q", "k", "v", "o")], ids=["packed", "apart"])
-def test_int8_attention(names):
+def test_int8_attention_agrees_with_attention(names):
     attn = draw(MultiheadAttention(64, 4, names=names))
     x = 0.3 * torch.randn(2, 9, 64)
     assert 1e-5 < relative(Int8Attention(attn).eval()(x), attn(x)) < 0.04
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_int8_mlp(activation):
+def test_int8_mlp_agrees_with_mlp(activation):
     mlp = draw(MLP(64, 256, activation))
     x = torch.randn(2, 9, 64)
     assert 1e-5 < relative(Int8MLP(mlp).eval()(x), mlp(x)) < 0.04
 
 
-def test_text_layers(tiny, int8):
+def test_int8_text_layers_agree_with_text_layers(tiny, int8):
     """RoBERTa's sub-layers keep their residual, their norm and the order of queries, keys and values."""
     ours, theirs = (copy.deepcopy(int8.decoder.layers[0]), draw(copy.deepcopy(tiny.decoder.layers[0])))
     wrapped = type(ours.attention)(theirs.attention).eval(), type(ours.mlp)(theirs.mlp).eval()
@@ -141,8 +141,8 @@ def test_text_layers(tiny, int8):
     assert 1e-5 < relative(wrapped[1](x), theirs.mlp(x)) < 0.04
 
 
-def test_the_frozen_towers_and_nothing_else(tiny, int8):
-    """All matrices that `freeze_lang_vision` freezes are int8; every other tensor is what it was, to the last bit."""
+def test_the_frozen_towers_alone_are_quantised(tiny, int8):
+    """All matrices that `freeze_lang_vision` freezes are int8; every other tensor is unchanged, bit for bit."""
     model = copy.deepcopy(tiny)
     freeze(model, "freeze_lang_vision")
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad and p.dim() == 2)
@@ -156,7 +156,7 @@ def test_the_frozen_towers_and_nothing_else(tiny, int8):
         assert torch.equal(parameter, before[name]), name
 
 
-def test_accuracy_cost(tiny, int8, validation):
+def test_int8_costs_little_accuracy(tiny, int8, validation):
     """Captions and answers over the first scenes of the embedded validation split; pytest -s prints their scores.
 
     Of all 400 scenes: accuracy 0.672 in both, CIDEr-D 1.674 in fp32 and 1.662 in int8, encoder off by 0.98 %.
@@ -179,7 +179,7 @@ def test_accuracy_cost(tiny, int8, validation):
     assert found["int8"]["CIDEr-D"] > 0.85 * found["fp32"]["CIDEr-D"]
 
 
-def test_what_int8_cannot_do(int8, tmp_path):
+def test_an_int8_model_cannot_train_or_be_saved(int8, tmp_path):
     model = copy.deepcopy(int8)
     with pytest.raises(ValueError, match="quantise a model once"):
         quantise(model)
@@ -197,7 +197,7 @@ def test_what_int8_cannot_do(int8, tmp_path):
         check_device(torch.device("cuda"))
 
 
-def test_command_line(tiny, int8, validation, tmp_path, capsys):
+def test_the_command_line_answers_in_int8(tiny, int8, validation, tmp_path, capsys):
     path, question = tmp_path / "scene.jpg", "What colour is the cube?"
     path.write_bytes(validation[0].jpeg)
     ask = ["answer", str(path), question, "--answers", "red,green,blue", "--device", "cpu", "--json"]

@@ -17,7 +17,8 @@ from prismer.freezing import FREEZE_MODES, freeze
 from prismer.kernels.dispatch import backends
 from prismer.model import Prismer
 from prismer.shipped import model_folder
-from prismer.weights.folder import CONFIG, folder_config
+from prismer.weights.folder import folder_config
+from prismer.weights.locate import CONFIG
 
 # distributions whose versions decide what runs; a star stands for a part that differs by CUDA version
 _PACKAGES = (

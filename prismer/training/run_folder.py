@@ -28,12 +28,14 @@ from torch import nn
 
 from prismer.errors import shown
 from prismer.files import find_damage, take_lock, write_json
+from prismer.model import Prismer
 from prismer.reading import read_json
 from prismer.training.checkpoint import STATE, read_state, write_checkpoint
 from prismer.training.config import TrainConfig
 from prismer.training.progress import read_metrics
 from prismer.training.text_statistics import read_answers
-from prismer.weights.folder import ANSWERS, from_pretrained, save_pretrained
+from prismer.weights.folder import save_pretrained
+from prismer.weights.locate import ANSWERS
 
 SETTINGS = "train_config.json"
 INDEX = "index.json"
@@ -312,5 +314,5 @@ def export_checkpoint(source: str | Path, out: str | Path) -> Path:
     answers = checkpoint.parent.parent / ANSWERS
     # the exported model chooses from them when it is asked without a list
     listed = read_answers(answers) if answers.is_file() else None
-    save_pretrained(from_pretrained(checkpoint), out, answers=listed)
+    save_pretrained(Prismer.from_pretrained(checkpoint), out, answers=listed)
     return checkpoint

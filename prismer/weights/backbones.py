@@ -1,7 +1,7 @@
-"""A new Prismer around towers that others pre-trained: CLIP by way of open_clip, RoBERTa by way of transformers.
+"""A new Prismer around pre-trained towers: CLIP from open_clip, RoBERTa from transformers.
 
-The frozen parts are copied tensor for tensor (spec 2.3): of CLIP the vision tower without class token and projection,
-of RoBERTa the masked language model without pooler. Everything that has no source is new (spec 1.8).
+The inherited parts are copied tensor for tensor (Prismer, arXiv:2303.02506, section 3.1): CLIP's vision tower without
+class token and projection, and RoBERTa's masked language model without pooler. All other tensors are new.
 """
 
 import difflib
@@ -11,30 +11,35 @@ import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prismer.config import ALL_EXPERTS, PRESETS, PrismerConfig
+from prismer.network import Model
 from prismer.stems import CLIP_MEAN, CLIP_STD, resize_positions
-from prismer.tokenizer import Tokenizer
-from prismer.weights.folder import POSITIONS, ROBERTA_VOCABULARY, has_tokenizer, read_tensors
+from prismer.tokenizer import ROBERTA_VOCAB_SIZE, Tokenizer
+from prismer.weights.locate import has_tokenizer
 from prismer.weights.names import from_clip, from_roberta
+from prismer.weights.tensors import POSITIONS, read_tensors
 
 _NOT_TAKEN = ("visual.class_embedding", "visual.proj")
+# the sizes of these two are known without asking the hub
 _ROBERTA = {
     "roberta-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
     "roberta-large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
 }
-# their sizes are known without asking the hub
 _ROBERTA_COMMON = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
+# fields that need not agree with a preset for the model to have its name
 _FREE = ("image_size", "dropout")
-# what a preset may be given otherwise
 _log = logging.getLogger(__name__)
 
 
 def from_backbones(
+    model_class: type[Model],
     vision: str = "ViT-B-16-quickgelu",
     text: str | Path = "roberta-base",
     *,
@@ -43,34 +48,35 @@ def from_backbones(
     experts: Sequence[str] = ALL_EXPERTS,
     image_size: int | None = None,
     seed: int = 0,
-    **changes,
-):
-    """Build a Prismer from a CLIP and a RoBERTa; save it with `save_pretrained` and train that folder.
+    **changes: Any,
+) -> Model:
+    """Build a model from a CLIP and a RoBERTa; `Prismer.from_backbones` calls this.
+
+    To train it, save it with `save_pretrained` and give that folder to train.py.
 
     Args:
-        vision: a ViT that open_clip knows by name; for OpenAI's weights a "-quickgelu" one, as they were trained so.
-        vision_weights: a local file of the whole CLIP; or a tag of open_clip, such as "openai", which downloads; None
-            leaves the tower random and warns.
+        model_class: what is built.
+        vision: the name of a ViT of open_clip; for OpenAI's weights a "-quickgelu" one, which they were trained as.
         text: a folder of transformers with a RoBERTa masked-LM; or a hub id such as "roberta-base", which downloads
             what this machine lacks.
-        text_weights: a local file of its tensors; with "roberta-base" and "roberta-large" nothing else is then read.
+        vision_weights: a local file of the whole CLIP; or a tag of open_clip, such as "openai", which downloads; None
+            leaves the tower random and warns.
+        text_weights: a local file of the text tower; with "roberta-base" and "roberta-large" nothing else is read.
         experts: of the new model; () is PrismerZ.
         image_size: RGB side in px, to which CLIP's positional table is resized; None keeps CLIP's own.
         seed: of the new parts; the caller's random numbers are not touched.
         changes: other fields of PrismerConfig, such as num_latents.
 
     Returns:
-        Prismer in fp32 on the CPU, in evaluation mode, with the tokenizer of `text`.
+        The model in fp32 on the CPU, in evaluation mode, with the tokenizer of `text`.
 
     Raises:
-        ValueError: if a tower is unknown, of another architecture than Prismer's, or its weights do not fit it.
+        ValueError: if a tower is unknown or has another architecture than Prismer's, or its weights do not fit it.
     """
-    from prismer.model import Prismer
-
-    # the libraries draw initial weights too, before they load others over them
+    # the libraries draw initial weights, too, before they load others over them
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        # what is quick to read comes first
+        # the quicker one first, for its errors
         text_sizes, words, tokenizer = _read_roberta(str(text), text_weights)
         vision_sizes, pixels = _read_clip(vision, vision_weights)
         sizes = {**vision_sizes, **text_sizes}
@@ -79,7 +85,7 @@ def from_backbones(
         named = {"name": _preset_of(sizes, experts), **sizes, "experts": tuple(experts), **changes}
         config = PrismerConfig(**named)
         torch.default_generator.manual_seed(seed)
-        model = Prismer(config, tokenizer)
+        model = model_class(config, tokenizer)
     pixels[POSITIONS] = resize_positions(pixels[POSITIONS], config.grid)
     encoder, decoder = model.encoder, model.decoder
     towers = [encoder.stems["rgb"], encoder.ln_pre, encoder.ln_post, decoder.embeddings, decoder.head]
@@ -95,7 +101,7 @@ def from_backbones(
 
 
 def _fill(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
-    """Copy a tower in, all of it."""
+    """Copy `tensors` into `own`, which they must fill completely."""
     wrong = sorted(set(own) ^ set(tensors))
     if wrong:
         verb = "has no" if wrong[0] in own else "has a"
@@ -112,7 +118,8 @@ def _fill(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> No
             own[key].copy_(tensor)
 
 
-def _preset_of(sizes: dict, experts: Sequence[str]) -> str:
+def _preset_of(sizes: dict[str, Any], experts: Sequence[str]) -> str:
+    """The name of the preset with these sizes, or "custom"."""
     for name, make in PRESETS.items():
         config = make()
         if all(getattr(config, field) == value for field, value in sizes.items() if field not in _FREE):
@@ -120,7 +127,7 @@ def _preset_of(sizes: dict, experts: Sequence[str]) -> str:
     return "custom"
 
 
-def _read_clip(name: str, weights: str | Path | None) -> tuple[dict, dict[str, Tensor]]:
+def _read_clip(name: str, weights: str | Path | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The sizes of a vision tower as fields of PrismerConfig, and its tensors by our names."""
     try:
         import open_clip
@@ -145,7 +152,7 @@ def _read_clip(name: str, weights: str | Path | None) -> tuple[dict, dict[str, T
         pretrained = None if weights is None else str(weights)
         model = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
     except (RuntimeError, OSError, KeyError, AttributeError, pickle.UnpicklingError, SafetensorError) as error:
-        # of load_state_dict's message the second line says what is wrong first
+        # the second line of load_state_dict's message names the first fault
         lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
         raise ValueError(
             f"{weights} does not load as open_clip's {name} ({lines[min(1, len(lines) - 1)][:160]}); "
@@ -161,7 +168,9 @@ def _read_clip(name: str, weights: str | Path | None) -> tuple[dict, dict[str, T
     return sizes, tensors
 
 
-def _clip_sizes(open_clip, name: str, visual: nn.Module) -> dict:
+def _clip_sizes(open_clip: ModuleType, name: str, visual: nn.Module) -> dict[str, Any]:
+    """Fields of PrismerConfig; a ValueError for a tower that is no plain CLIP ViT."""
+
     def refuse(why: str) -> ValueError:
         return ValueError(f"{name} {why}; Prismer takes a plain CLIP ViT, such as ViT-B-16-quickgelu or ViT-H-14")
 
@@ -197,7 +206,7 @@ def _clip_sizes(open_clip, name: str, visual: nn.Module) -> dict:
     )
 
 
-def _read_roberta(source: str, weights: str | Path | None) -> tuple[dict, dict[str, Tensor], Tokenizer | None]:
+def _read_roberta(source: str, weights: str | Path | None) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer]:
     """The sizes of a RoBERTa as fields of PrismerConfig, its tensors by our names, and its tokenizer."""
     import transformers
 
@@ -224,18 +233,19 @@ def _read_roberta(source: str, weights: str | Path | None) -> tuple[dict, dict[s
             first = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))[0]
             raise ValueError(f"{source} lacks {first}; give a RoBERTa saved with its masked-LM head")
         stored = model.state_dict()
-    # under its second name a tied tensor comes again; the pooler and position_ids have no place
+    # a tied tensor comes twice, under two names; the pooler and position_ids are not taken
     tensors = {ours: tensor for key, tensor in stored.items() if (ours := from_roberta(key)) is not None}
     if local and has_tokenizer(Path(source)):
         return sizes, tensors, Tokenizer.from_folder(source)
-    if sizes["vocab_size"] == ROBERTA_VOCABULARY:
+    if sizes["vocab_size"] == ROBERTA_VOCAB_SIZE:
         return sizes, tensors, Tokenizer.roberta()
     raise ValueError(
         f"{source} has a vocabulary of {sizes['vocab_size']}, not RoBERTa's, and no tokenizer files; put them there"
     )
 
 
-def _of_transformers(load: Callable, source: str, local: bool, **options):
+def _of_transformers(load: Callable, source: str, local: bool, **options: Any) -> Any:
+    """What `load` of transformers returns; its errors as one sentence."""
     try:
         return load(source, local_files_only=local, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -246,7 +256,8 @@ def _of_transformers(load: Callable, source: str, local: bool, **options):
         ) from None
 
 
-def _roberta_sizes(source: str, config) -> dict:
+def _roberta_sizes(source: str, config: Any) -> dict[str, Any]:
+    """Fields of PrismerConfig; a ValueError for a config of transformers that is not RoBERTa's."""
     required = dict(model_type="roberta", hidden_act="gelu", layer_norm_eps=1e-5, type_vocab_size=1)
     for field, value in required.items():
         found = getattr(config, field, None)

@@ -1,7 +1,7 @@
-"""What loading weights found: tensors missing, unexpected, of another shape, resized or left out, as one table."""
+"""What loading weights found: tensors missing, unexpected, of another shape, resized or left out; one table of them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Size
@@ -10,17 +10,17 @@ _MOST_ROWS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """How the tensors of a file fitted a model; `str` of it is a table whose rows join the layers of a stack.
+class LoadReport:
+    """How the tensors of a file fitted a model; its `str` is a table in which one row joins the layers of a stack.
 
     Attributes:
         source: what was loaded.
-        loaded: number of tensors of the model that were filled from it.
-        missing: tensors of the model that it lacks -> their shapes.
-        unexpected: tensors that the model lacks -> their shapes.
+        loaded: number of the model's tensors that the file filled.
+        missing: tensors of the model that the file lacks -> their shapes.
+        unexpected: tensors of the file that the model lacks -> their shapes.
         misfit: tensors of another shape -> (shape in the file, shape in the model).
         resized: tables interpolated to another resolution -> (shape in the file, shape in the model).
-        ignored: tensors that mean nothing.
+        ignored: tensors of the file without meaning.
     """
 
     source: str
@@ -38,7 +38,7 @@ class Report:
 
     @property
     def plain(self) -> bool:
-        """Whether there is nothing to tell: every tensor was there and went in as it was."""
+        """Whether there is nothing to report: every tensor was there and was loaded unchanged."""
         return self.fits and not self.resized and not self.ignored
 
     def __str__(self) -> str:
@@ -60,7 +60,8 @@ class Report:
             text.append(f"... and {len(lines) - _MOST_ROWS} more rows")
         return "\n".join(text)
 
-    def _entries(self):
+    def _entries(self) -> Iterator[tuple[str, str, str, str]]:
+        """(kind, tensor, shape in the file, shape in the model)."""
         for name, shape in self.missing.items():
             yield "missing", name, "", _show(shape)
         for name, shape in self.unexpected.items():
@@ -73,13 +74,13 @@ class Report:
 
 
 class Misfit(ValueError):
-    """Weights that do not fit: the table, and one sentence with the remedy as the last line.
+    """Weights that do not fit; the message is the table, and in its last line one sentence with the remedy.
 
     Attributes:
         report: the table as data.
     """
 
-    def __init__(self, sentence: str, report: Report):
+    def __init__(self, sentence: str, report: LoadReport):
         super().__init__(f"{report}\n{sentence}")
         self.report = report
 

@@ -1,14 +1,30 @@
-"""Names of tensors: ours <-> the published Prismer checkpoints, CLIP's and RoBERTa's (spec 2.2, 2.3).
+"""Names of tensors: ours <-> those of the published Prismer checkpoints, of CLIP and of RoBERTa.
 
-A rule is a pair of patterns with the same groups; `to_official` and `from_official` read the table in either direction.
+A rule is a pair of patterns with the same groups; `to_published` and `from_published` read it in either direction. The
+whole key table is in docs/architecture.md.
 """
 
 import re
+from collections.abc import Iterable
 
-_LEAF = r"(weight|bias)"
-_STEM_NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
+# what a placeholder of the rules stands for: a number, an expert, weight or bias, a tensor of a batch norm
+_GROUPS = {
+    "i": r"(\d+)",
+    "e": r"(\w+)",
+    "leaf": r"(weight|bias)",
+    "norm": r"(weight|bias|running_mean|running_var|num_batches_tracked)",
+}
+_CLIP_BLOCK = (
+    "ln_1.{leaf}",
+    "ln_2.{leaf}",
+    "attn.in_proj_weight",
+    "attn.in_proj_bias",
+    "attn.out_proj.{leaf}",
+    "mlp.c_fc.{leaf}",
+    "mlp.c_proj.{leaf}",
+)
 
-# (ours, official): {i} a number, {e} an expert, {leaf} weight or bias, {norm} a batch norm's tensors
+# (ours, published)
 _RULES: list[tuple[str, str]] = [
     ("encoder.positional_embedding", "expert_encoder.positional_embedding"),
     ("encoder.instance_embedding", "expert_encoder.instance_embedding"),
@@ -22,31 +38,11 @@ _RULES: list[tuple[str, str]] = [
     ("encoder.blocks.{i}.adaptor.norm.{leaf}", "expert_encoder.transformer.resblocks.{i}.1.adaptor_ln.{leaf}"),
     ("encoder.blocks.{i}.adaptor.down.{leaf}", "expert_encoder.transformer.resblocks.{i}.1.adaptor.down_proj.{leaf}"),
     ("encoder.blocks.{i}.adaptor.up.{leaf}", "expert_encoder.transformer.resblocks.{i}.1.adaptor.up_proj.{leaf}"),
-    *(
-        (f"encoder.blocks.{{i}}.{name}", f"expert_encoder.transformer.resblocks.{{i}}.0.{name}")
-        for name in (
-            "ln_1.{leaf}",
-            "ln_2.{leaf}",
-            "attn.in_proj_weight",
-            "attn.in_proj_bias",
-            "attn.out_proj.{leaf}",
-            "mlp.c_fc.{leaf}",
-            "mlp.c_proj.{leaf}",
-        )
-    ),
+    *((f"encoder.blocks.{{i}}.{name}", f"expert_encoder.transformer.resblocks.{{i}}.0.{name}") for name in _CLIP_BLOCK),
     ("encoder.resampler.latents", "expert_encoder.resampler.latents"),
     *(
         (f"encoder.resampler.blocks.{{i}}.{name}", f"expert_encoder.resampler.perceiver_blocks.{{i}}.{name}")
-        for name in (
-            "ln_1.{leaf}",
-            "ln_2.{leaf}",
-            "ln_ff.{leaf}",
-            "attn.in_proj_weight",
-            "attn.in_proj_bias",
-            "attn.out_proj.{leaf}",
-            "mlp.c_fc.{leaf}",
-            "mlp.c_proj.{leaf}",
-        )
+        for name in (*_CLIP_BLOCK, "ln_ff.{leaf}")
     ),
     ("encoder.ln_pre.{leaf}", "expert_encoder.ln_pre.{leaf}"),
     ("encoder.ln_post.{leaf}", "expert_encoder.ln_post.{leaf}"),
@@ -86,42 +82,30 @@ _RULES: list[tuple[str, str]] = [
     ("decoder.head.bias", "text_decoder.lm_head.bias"),
 ]
 
+# second names under which published files store the same tensor
 _TIED = {
-    "decoder.embeddings.word.weight": ("text_decoder.lm_head.decoder.weight",),
-    "decoder.head.bias": ("text_decoder.lm_head.decoder.bias",),
+    "decoder.embeddings.word.weight": "text_decoder.lm_head.decoder.weight",
+    "decoder.head.bias": "text_decoder.lm_head.decoder.bias",
 }
-"""Second names under which the published files store the same tensor."""
+_UNTIED = {second: ours for ours, second in _TIED.items()}
 
+# a buffer of old transformers versions, 0..513, without meaning here
 IGNORED = "text_decoder.roberta.embeddings.position_ids"
-"""A buffer of old transformers versions that holds 0..513 and means nothing."""
 
 _CLIP: list[tuple[str, str]] = [
     ("encoder.stems.rgb.weight", "visual.conv1.weight"),
     ("encoder.positional_embedding", "visual.positional_embedding"),
-    *(
-        (f"encoder.blocks.{{i}}.{name}", f"visual.transformer.resblocks.{{i}}.{name}")
-        for name in (
-            "ln_1.{leaf}",
-            "ln_2.{leaf}",
-            "attn.in_proj_weight",
-            "attn.in_proj_bias",
-            "attn.out_proj.{leaf}",
-            "mlp.c_fc.{leaf}",
-            "mlp.c_proj.{leaf}",
-        )
-    ),
+    *((f"encoder.blocks.{{i}}.{name}", f"visual.transformer.resblocks.{{i}}.{name}") for name in _CLIP_BLOCK),
     ("encoder.ln_pre.{leaf}", "visual.ln_pre.{leaf}"),
     ("encoder.ln_post.{leaf}", "visual.ln_post.{leaf}"),
 ]
 
-# a masked-LM RoBERTa has the published names, but for the sub-index of its layers; what was added to it has no source
+# a masked-LM RoBERTa has the published names, but without a layer's sub-index; Prismer's additions have no source
 _ROBERTA: list[tuple[str, str]] = [
     (ours, theirs.removeprefix("text_decoder.").replace("layer.{i}.0.", "layer.{i}."))
     for ours, theirs in _RULES
     if ours.startswith("decoder.") and not re.search(r"layer\.\{i\}\.[12]\.|output_layer", theirs)
 ]
-
-_GROUPS = {"i": r"(\d+)", "e": r"(\w+)", "leaf": _LEAF, "norm": _STEM_NORM}
 
 
 def _compile(source: str, target: str) -> tuple[re.Pattern, str]:
@@ -147,8 +131,13 @@ def _translate(key: str, table: list[tuple[re.Pattern, str]]) -> str | None:
     return None
 
 
-def to_official(key: str) -> tuple[str, ...]:
-    """The names a published checkpoint gives to our tensor `key`: one, or two where it is stored twice.
+def is_published(names: Iterable[str]) -> bool:
+    """Whether tensors have published names."""
+    return any(name.startswith(("expert_encoder.", "text_decoder.")) for name in names)
+
+
+def to_published(key: str) -> tuple[str, ...]:
+    """The names of our tensor `key` in a published checkpoint: one, or two if it is stored twice.
 
     Raises:
         KeyError: if `key` is not a tensor of Prismer.
@@ -156,15 +145,12 @@ def to_official(key: str) -> tuple[str, ...]:
     name = _translate(key, _TO)
     if name is None:
         raise KeyError(f"{key} is no tensor of Prismer")
-    return (name, *_TIED.get(key, ()))
+    return (name, _TIED[key]) if key in _TIED else (name,)
 
 
-def from_official(key: str) -> str | None:
-    """Our name of a published checkpoint's tensor, or None for one that means nothing or belongs to something else."""
-    for ours, others in _TIED.items():
-        if key in others:
-            return ours
-    return _translate(key, _FROM)
+def from_published(key: str) -> str | None:
+    """Our name of a published checkpoint's tensor, or None for one without meaning or of another model."""
+    return _UNTIED.get(key) or _translate(key, _FROM)
 
 
 def from_clip(key: str) -> str | None:
@@ -177,7 +163,4 @@ def from_clip(key: str) -> str | None:
 
 def from_roberta(key: str) -> str | None:
     """Our name of a tensor of RoBERTa with a language-model head (transformers' names), or None for one not taken."""
-    for ours, others in _TIED.items():
-        if f"text_decoder.{key}" in others:
-            return ours
-    return _translate(key, _FROM_ROBERTA)
+    return _UNTIED.get(f"text_decoder.{key}") or _translate(key, _FROM_ROBERTA)

@@ -1,11 +1,10 @@
-"""The published checkpoints: reading their architecture off the tensors, their names in and out (spec 2).
+"""The published checkpoints: their architecture is read off the tensors, their names are translated in and out.
 
 A published checkpoint is one flat `pytorch_model.bin` of 635 to 1443 tensors without a config. What shapes cannot tell
-(heads, activation) comes from the preset whose sizes they are.
+(heads, activation) comes from the preset of the same sizes.
 """
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -15,36 +14,46 @@ from torch import Tensor
 from prismer.config import PRESETS, PrismerConfig
 from prismer.experts import EXPERTS
 from prismer.files import replacing
-from prismer.weights.names import IGNORED, from_official, to_official
+from prismer.network import PrismerNetwork
+from prismer.weights.locate import PUBLISHED_WEIGHTS
+from prismer.weights.names import IGNORED, from_published, to_published
+from prismer.weights.tensors import POSITIONS, SIZE_AXES, stored_sizes, stored_stems
 
-BIN = "pytorch_model.bin"
-VISION, TEXT = "expert_encoder.", "text_decoder."
-
-_SIZES = (224, 480, 384)
-# px: pre-training, captions and questions, classes; several sides share a grid where the patch does not divide them
-
-
-def is_official(names: Iterable[str]) -> bool:
-    """Whether tensors bear the published names."""
-    return any(name.startswith((VISION, TEXT)) for name in names)
+# px, of pre-training, captions and questions, classes; sides that the patch does not divide share a grid with others
+_SIDES = (224, 480, 384)
 
 
-def official_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfig:
-    """The architecture that published tensors have, from their shapes and the preset that has the same.
+def published_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfig:
+    """The architecture of published tensors: their sizes, and the preset that has the same.
 
     Raises:
-        ValueError: if a tensor that tells a size is missing, or the sizes are no preset's.
+        ValueError: if a tensor that tells a size is missing, or no preset has these sizes.
     """
-    found = _sizes(tensors, source)
-    grid, experts = found.pop("grid"), found.pop("experts")
+    shapes = {from_published(name) or name: tensor.shape for name, tensor in tensors.items()}
+    sizes, stems = stored_sizes(shapes), stored_stems(shapes)
+    unknown = sorted(stems - set(EXPERTS))
+    if unknown:
+        raise ValueError(
+            f"{source} has experts this library does not know ({', '.join(unknown)}); known are {', '.join(EXPERTS)}"
+        )
+    # tables that belong to experts are absent without them
+    absent = () if stems else ("resampler_depth", "num_latents")
+    absent += () if "obj_detection" in stems else ("num_instances",)
+    for key in (POSITIONS, *(key for field, (key, _) in SIZE_AXES.items() if field not in absent)):
+        if key not in shapes:
+            lacking = to_published(key)[0]
+            raise ValueError(f"{source} lacks {lacking}, so it is no whole Prismer checkpoint; get it again")
+    found = {field: size for field, size in sizes.items() if field not in absent}
+    experts = tuple(name for name in EXPERTS if name in stems)
+    grid = round(shapes[POSITIONS][0] ** 0.5)
     differing = {}
     for name, make in PRESETS.items():
         config = make(**({} if experts else {"name": f"{name}-z"}), experts=experts)
         differing[name] = [field for field, value in found.items() if getattr(config, field) != value]
         if not differing[name]:
             patch = config.patch_size
-            side = next((side for side in _SIZES if side // patch == grid), grid * patch)
-            # only pre-training, whose captions have no prefix, is published with the 224 px table
+            side = next((side for side in _SIDES if side // patch == grid), grid * patch)
+            # of the published ones only pre-training has a 224 px table, and its captions have no prefix
             prefix = {"caption_prefix": ""} if side == 224 else {}
             return config.replace(image_size=side, **prefix)
     nearest = min(differing, key=lambda name: len(differing[name]))
@@ -56,65 +65,25 @@ def official_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfig
     )
 
 
-def _sizes(tensors: Mapping[str, Tensor], source: str) -> dict:
-    def shape(name: str) -> torch.Size:
-        if name not in tensors:
-            raise ValueError(f"{source} lacks {name}, so it is no whole Prismer checkpoint; get it again")
-        return tensors[name].shape
-
-    def count(pattern: str) -> int:
-        numbers = {int(m[1]) for name in tensors if (m := re.match(pattern, name))}
-        return max(numbers, default=-1) + 1
-
-    rows, width = shape(f"{VISION}positional_embedding")
-    word = f"{TEXT}roberta.embeddings.word_embeddings.weight"
-    if word not in tensors:
-        word = f"{TEXT}lm_head.decoder.weight"
-    stems = {m[1] for name in tensors if (m := re.match(rf"{VISION}conv1\.(\w+)\.", name))} - {"rgb"}
-    unknown = sorted(stems - set(EXPERTS))
-    if unknown:
-        raise ValueError(
-            f"{source} has experts this library does not know ({', '.join(unknown)}); known are {', '.join(EXPERTS)}"
-        )
-    found = dict(
-        experts=tuple(name for name in EXPERTS if name in stems),
-        grid=round(rows**0.5),
-        patch_size=shape(f"{VISION}conv1.rgb.weight")[-1],
-        vision_width=width,
-        vision_depth=count(rf"{VISION}transformer\.resblocks\.(\d+)\."),
-        text_width=shape(word)[1],
-        text_depth=count(rf"{TEXT}roberta\.encoder\.layer\.(\d+)\."),
-        text_mlp_width=shape(f"{TEXT}roberta.encoder.output_layer.intermediate.dense.weight")[0],
-        vocab_size=shape(word)[0],
-        max_positions=shape(f"{TEXT}roberta.embeddings.position_embeddings.weight")[0],
-    )
-    if stems:
-        found["resampler_depth"] = count(rf"{VISION}resampler\.perceiver_blocks\.(\d+)\.")
-        found["num_latents"] = shape(f"{VISION}resampler.latents")[0]
-    if "obj_detection" in stems:
-        found["num_instances"] = shape(f"{VISION}instance_embedding")[0]
-    return found
-
-
 def to_ours(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Published tensors under our names, and the names of those that mean nothing here.
+    """Published tensors under our names, and the names of those without meaning here.
 
-    A tensor stored twice (the tied matrix of the head, its bias) may be there once, under either name. Names that are
-    no tensor of Prismer stay as they are, for the loading report.
+    Of a tensor stored twice (the tied matrix of the head, its bias) one copy suffices, under either name. Names that
+    are no tensor of Prismer stay as they are, for the loading report.
 
     Raises:
         ValueError: if two copies of a tied tensor differ.
     """
     ours, ignored = {}, []
     for name, tensor in tensors.items():
-        key = from_official(name) or name
+        key = from_published(name) or name
         if name == IGNORED:
             ignored.append(name)
         elif key not in ours:
             ours[key] = tensor
         elif not _same(ours[key], tensor):
             raise ValueError(
-                f"{source} holds two different {' and '.join(to_official(key))}, which are one tensor in Prismer; "
+                f"{source} holds two different {' and '.join(to_published(key))}, which are one tensor in Prismer; "
                 "delete the one that was not trained"
             )
     return ours, ignored
@@ -124,13 +93,12 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 
 
-def save_official(model, path: str | Path) -> None:
-    """Write the weights of `model` as the published checkpoints are: one file, their names, fp32.
+def save_published(model: PrismerNetwork, path: str | Path) -> None:
+    """Write the weights of `model` in the format of the published checkpoints: one file, their names, fp32.
 
     Config and tokenizer have no place in that format. An interrupted save leaves an old file as it was.
 
     Args:
-        model: a Prismer.
         path: the file; the published ones are called pytorch_model.bin.
 
     Raises:
@@ -138,13 +106,13 @@ def save_official(model, path: str | Path) -> None:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file, such as {path / BIN}")
+        raise ValueError(f"{path} is a folder; name a file, such as {path / PUBLISHED_WEIGHTS}")
     tensors = {}
     for key, value in model.state_dict().items():
         value = value.detach().cpu()
         value = (value.float() if value.is_floating_point() else value).contiguous()
-        # the same tensor under each of its names: it is stored once
-        tensors.update(dict.fromkeys(to_official(key), value))
+        # torch.save stores a tensor with two names once
+        tensors.update(dict.fromkeys(to_published(key), value))
     # a buffer of the transformers version of the time, which its strict loading expects
     tensors[IGNORED] = torch.arange(model.config.max_positions)[None]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,20 +121,20 @@ def save_official(model, path: str | Path) -> None:
         try:
             torch.save(tensors, kept)
         except RuntimeError:
-            # torch says "unexpected pos" where the disk was full
+            # on a full disk torch says "unexpected pos"
             if kept.error is not None:
                 raise kept.error from None
             raise
 
 
 class _Errors:
-    """A file to write to that keeps the first error of the operating system, which torch replaces by its own."""
+    """A file to write to. It keeps the first error of the operating system, which torch replaces by one of its own."""
 
     def __init__(self, file: IO[bytes]):
         self.error: OSError | None = None
         self._file = file
 
-    def write(self, data) -> int:
+    def write(self, data: bytes) -> int:
         try:
             return self._file.write(data)
         except OSError as error:

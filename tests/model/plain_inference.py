@@ -1,5 +1,5 @@
-"""Inference as plainly as it can be written, to compare with: one image, one text and one hypothesis at a time, every
-token and every key and value recomputed at every step, Python lists and loops. Only the layers are the library's.
+"""Inference written as plainly as possible, to compare with: one image, one text and one hypothesis at a time. Every
+token, key and value is recomputed at every step, in Python lists and loops; only the layers are the library's.
 """
 
 import torch
@@ -11,9 +11,9 @@ from prismer.text import causal_attend
 def token_logits(decoder, context, prompt, generated, pad_reads):
     """Logits (len(generated) + 1, V) of each generated token and the next one.
 
-    `pad_reads` puts one `<pad>` between prompt and generated tokens, which predicts the first of them. It is no key,
-    and RoBERTa's positions count what is kept: from pad_id + 1 for kept tokens, pad_id for the pad. A `<pad>` or
-    `<s>` that the model itself generates is a token like others.
+    With `pad_reads` one `<pad>` stands between prompt and generated tokens and predicts the first of them. It is no key
+    and has position pad_id; kept tokens have positions from pad_id + 1. A `<pad>` or `<s>` that the model generates is
+    an ordinary token.
     """
     pad_id = decoder.config.pad_id
     ids = prompt + [pad_id] * pad_reads + generated
@@ -25,7 +25,7 @@ def token_logits(decoder, context, prompt, generated, pad_reads):
     attend = causal_attend(torch.tensor([keep], device=device))
     ids, positions = torch.tensor([ids], device=device), torch.tensor([positions], device=device)
     hidden = decoder.run(ids, positions, attend, context)
-    logits = decoder.logits(hidden)[0, len(prompt) - 1 + pad_reads :]
+    logits = decoder.logits(decoder.transform(hidden))[0, len(prompt) - 1 + pad_reads :]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

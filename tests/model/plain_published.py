@@ -1,8 +1,8 @@
-"""Prismer as the published key table lays it out, in plain torch and transformers, to compare with.
+"""Prismer with the published module tree, in plain torch and transformers, to compare with.
 
-Nothing here comes from the library. The module tree is such that `state_dict()` has the published names, the forward is
-written from the formulas (arXiv:2303.02506), slowly: one image's labels already expanded to 64 channels, no cache, no
-fused operation. RoBERTa's layers are those of transformers.
+Nothing here comes from the library. `state_dict()` has the published names. The forward pass is written from the
+formulas (arXiv:2303.02506), without regard to speed: labels come expanded to 64 channels, and nothing is cached or
+fused. RoBERTa's layers are those of transformers.
 """
 
 from collections import OrderedDict
@@ -36,7 +36,7 @@ def feed_forward(width, kind):
 
 
 class Bottleneck(nn.Module):
-    """The residual adaptor; the norm comes first on the vision side, last on the text side."""
+    """The residual adaptor; its norm comes first on the vision side and last on the text side."""
 
     def __init__(self, width, late):
         super().__init__()
@@ -219,7 +219,7 @@ class PlainPrismer(nn.Module):
 
 
 def randomise(module, seed=0, std=0.2):
-    """Weights large enough that a bias, a norm or a table that is forgotten shows; what is alike in shape differs."""
+    """Weights so large that a forgotten bias, norm or table shows; tensors of the same shape differ."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(tensor, mean, std):
@@ -227,7 +227,7 @@ def randomise(module, seed=0, std=0.2):
 
     with torch.no_grad():
         for name, tensor in module.named_parameters():
-            # no fan-in of the tests is so wide that sums grow out of bounds
+            # wide matrices get smaller weights, so that sums stay in bounds
             spread = std if tensor.dim() < 2 or "embedding" in name else min(std, 1.5 * tensor[0].numel() ** -0.5)
             is_scale = tensor.dim() == 1 and name.endswith("weight")
             draw(tensor, 1.0 if is_scale else 0.0, spread)

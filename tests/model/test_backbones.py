@@ -1,6 +1,6 @@
-"""Proves that a new Prismer takes its towers over exactly: open_clip's CLIPs and transformers' RoBERTas with random
-weights give the same tokens and logits inside it, everything else is new and initialised as it should be, the result
-trains, and what does not fit is one sentence. Run: pytest tests/model/test_backbones.py"""
+"""Proves that a new Prismer inherits its towers exactly: open_clip's CLIPs and transformers' RoBERTas of random weights
+give the same tokens and logits inside it; all other parts are new and initialised as documented; the result trains; and
+towers that do not fit are refused in one sentence. Run: pytest tests/model/test_backbones.py"""
 
 import json
 import shutil
@@ -9,19 +9,22 @@ import warnings
 import open_clip
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 
 import prismer.weights.backbones as backbones
+from prismer.batch import Batch, TextBatch
 from prismer.config import ALL_EXPERTS, prismer_base, prismer_huge, prismer_large
 from prismer.freezing import freeze
 from prismer.model import Prismer
 from prismer.tokenizer import Tokenizer
-from prismer.weights.initial_model import start_model
+from prismer.training.initial_model import start_model
 from tests.model.plain_published import bicubic, randomise
+from tests.model.teacher_forcing import logits_of
+from tests.model.test_model import make_images
+from tests.model.twins import assert_close, encode_without_adaptors, open_clip_tokens
 
 CLIPS = {
-    # name: vision settings, whether QuickGELU
+    # name: (vision settings, whether it has QuickGELU)
     "prismer-test-b": (dict(image_size=64, layers=2, width=64, head_width=16, patch_size=16), True),
     "prismer-test-h": (dict(image_size=70, layers=3, width=80, head_width=40, patch_size=14), False),
     "prismer-test-wide": (dict(image_size=64, layers=1, width=64, head_width=16, patch_size=16, mlp_ratio=2.0), True),
@@ -39,6 +42,8 @@ CLIPS = {
         True,
     ),
 }
+
+
 NEW = dict(resampler_heads=4, resampler_depth=1, num_latents=4, label_size=64)
 
 
@@ -59,7 +64,7 @@ def make_clip(name, path, seed=0, dtype=torch.float32):
 
 
 def make_roberta(folder, seed=1, tokenizer=True, cls=transformers.RobertaForMaskedLM, **changes):
-    """A small RoBERTa saved in the layout of the hub, and the same as a causal model."""
+    """A small RoBERTa, saved in the layout of the hub."""
     words = Tokenizer.train(["a red cube on the ground"] * 3 + ["Is there a sphere?"] * 2, vocab_size=270)
     settings = dict(
         vocab_size=words.vocab_size,
@@ -80,34 +85,6 @@ def make_roberta(folder, seed=1, tokenizer=True, cls=transformers.RobertaForMask
     return model
 
 
-def open_clip_tokens(visual, images):
-    """Patch tokens of open_clip's tower as if there were no class token: the one difference to Prismer's encoder.
-
-    The tower runs as it is; its attention is masked so that no query sees the class token's key.
-    """
-    x = visual._embeds(images)
-    mask = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype)
-    mask[:, 0] = float("-inf")
-    return visual.ln_post(visual.transformer(x, attn_mask=mask))[:, 1:]
-
-
-def encode_without_adaptors(model, images):
-    """Our encoder's blocks, adaptors zeroed, on normalised pixels."""
-    for block in model.encoder.blocks:
-        torch.nn.init.zeros_(block.adaptor.up.weight)
-        torch.nn.init.zeros_(block.adaptor.up.bias)
-    encoder = model.encoder
-    x = encoder.ln_pre(encoder.stems["rgb"](images).flatten(2).mT + encoder.positional_embedding)
-    for block in encoder.blocks:
-        x = block(x)
-    return encoder.ln_post(x)
-
-
-def close(name, ours, theirs, relative=1e-5):
-    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    assert error <= relative, f"{name} is off by {error:.2g} of the largest entry"
-
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
@@ -118,8 +95,8 @@ def parts(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["prismer-test-b", "prismer-test-h"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_vision_tower(tmp_path, parts, name, dtype):
-    """QuickGELU at 16 wide heads, exact GELU at 40 wide ones, from files in fp32 and fp16."""
+def test_vision_tower_gives_open_clips_tokens(tmp_path, parts, name, dtype):
+    """QuickGELU with heads of 16, exact GELU with heads of 40, from files in fp32 and fp16."""
     visual = make_clip(name, tmp_path / "clip.pt", dtype=dtype)
     visual.load_state_dict({key: tensor.to(dtype).float() for key, tensor in visual.state_dict().items()})
     model = Prismer.from_backbones(name, parts[0] / "roberta", vision_weights=tmp_path / "clip.pt", experts=(), **NEW)
@@ -128,7 +105,7 @@ def test_vision_tower(tmp_path, parts, name, dtype):
     assert model.config.vision_activation == ("quick_gelu" if quick else "gelu")
     assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
     images = torch.randn(2, 3, settings["image_size"], settings["image_size"])
-    close("tokens", encode_without_adaptors(model, images), open_clip_tokens(visual, images))
+    assert_close("tokens", encode_without_adaptors(model, images), open_clip_tokens(visual, images))
 
 
 @pytest.mark.parametrize("size", [32, 96])
@@ -143,8 +120,8 @@ def test_positional_table_is_resized(parts, size):
 
 
 @pytest.mark.parametrize("where", ["folder", "file", "safetensors"])
-def test_text_tower(parts, tmp_path, where):
-    """Embeddings, layers and head: with all that is new taken out, the logits of transformers' causal RoBERTa."""
+def test_text_tower_gives_robertas_logits(parts, tmp_path, where):
+    """Embeddings, layers and head: without the new parts, the logits are those of transformers' causal RoBERTa."""
     folder, _, roberta = parts
     options = {}
     if where == "file":
@@ -161,9 +138,8 @@ def test_text_tower(parts, tmp_path, where):
     decoder.extra.forward = lambda x, *_: x
     ids = torch.randint(3, model.config.vocab_size, (2, 9))
     ids[0, 6:] = 1
-    hidden = decoder([ids[:, None]], torch.zeros(2, 1, 64))
-    ours = F.linear(hidden, decoder.head_weight, decoder.head_bias)
-    close("logits", ours, causal(ids, attention_mask=(ids != 1).long()).logits)
+    expected = causal(ids, attention_mask=(ids != 1).long()).logits
+    assert_close("logits", logits_of(decoder, ids, torch.zeros(2, 1, 64)), expected)
     assert model.config.dropout == 0.2 and model.config.text_mlp_width == 72
     assert model.tokenizer.decode(model.tokenizer.encode("a red cube")) == "a red cube"
 
@@ -173,8 +149,8 @@ def build(parts, **options):
     return Prismer.from_backbones("prismer-test-b", parts[0] / "roberta", **options)
 
 
-def test_only_the_towers_come_from_elsewhere(parts):
-    """Copied are what can be frozen, the ends of the encoder, embeddings and head; the rest depends on the seed."""
+def test_only_the_towers_are_inherited(parts):
+    """What can be frozen, both ends of the encoder, embeddings and head are copied; the rest depends on the seed."""
     one, again, other = build(parts), build(parts), build(parts, seed=1)
     freeze(one, "freeze_lang_vision")
     ends = ("decoder.embeddings.", "decoder.head.")
@@ -194,7 +170,7 @@ def test_only_the_towers_come_from_elsewhere(parts):
 
 
 def test_new_parts_are_initialised(parts):
-    """Text: N(0, 0.02) and zeros. Vision: the framework's uniform draws. Norms: 1 and 0 (spec 1.8)."""
+    """Text: N(0, 0.02) and zeros. Vision: torch's uniform draws. Norms: 1 and 0. As in the released code."""
     model = build(parts)
     for layer in model.decoder.layers:
         new = [layer.cross.query, layer.cross.key, layer.cross.value, layer.cross.output]
@@ -214,7 +190,7 @@ def test_new_parts_are_initialised(parts):
     assert model.encoder.resampler.latents.std().item() == pytest.approx(64**-0.5, rel=0.2)
 
 
-def test_callers_random_numbers_are_not_touched(parts):
+def test_the_callers_random_state_is_unchanged(parts):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -222,8 +198,8 @@ def test_callers_random_numbers_are_not_touched(parts):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_all_experts_and_training(parts, tmp_path):
-    """Six experts around the towers, saved, started from as train.py does, a few steps of training."""
+def test_a_model_with_all_experts_trains(parts, tmp_path):
+    """It is saved, loaded as train.py does, and its loss falls within a few steps."""
     model = build(parts, experts=ALL_EXPERTS)
     assert list(model.encoder.stems) == ["rgb", *ALL_EXPERTS]
     model.save_pretrained(tmp_path / "start")
@@ -232,8 +208,6 @@ def test_all_experts_and_training(parts, tmp_path):
     before = model.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in started.state_dict().items())
     freeze(started, "freeze_lang_vision")
-    from prismer.batch import Batch, TextBatch
-    from tests.model.test_model import make_images
 
     ids = torch.randint(3, 200, (2, 1, 7))
     texts = TextBatch(ids=ids, labels=ids, weights=torch.ones(2, 1))
@@ -258,8 +232,8 @@ def test_all_experts_and_training(parts, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-def test_presets_are_what_open_clip_has(name, config):
-    """Heads, activation and sizes of the three published towers, huge with 16 heads and exact GELU."""
+def test_presets_have_the_sizes_of_open_clip(name, config):
+    """Heads, activation and sizes of the three towers; HUGE has 16 heads and exact GELU."""
     with torch.device("meta"):
         visual = open_clip.create_model(name, device="meta").visual
     sizes = backbones._clip_sizes(open_clip, name, visual)
@@ -277,8 +251,8 @@ def test_a_random_tower_warns(parts):
         build(parts, vision_weights=None)
 
 
-def test_local_parts_are_quiet(parts, tmp_path):
-    """No warning of ours or of the libraries; a folder without a model is not looked up elsewhere."""
+def test_local_towers_need_no_network_and_warn_of_nothing(parts, tmp_path):
+    """Neither we nor the libraries warn; a folder without a model is not looked up on the hub."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build(parts)
@@ -310,7 +284,7 @@ def test_local_parts_are_quiet(parts, tmp_path):
     ids=lambda value: "-".join(map(str, next(iter(value.items())))) if isinstance(value, dict) else "",
 )
 @pytest.mark.filterwarnings("ignore:the vision tower")
-def test_one_sentence(parts, tmp_path, options, message):
+def test_a_tower_that_does_not_fit_is_refused_in_one_sentence(parts, tmp_path, options, message):
     make_clip("prismer-test-h", tmp_path / "h")
     (tmp_path / "garbage").write_bytes(b"not weights")
     files = {"h": tmp_path / "h", "garbage": tmp_path / "garbage"}
@@ -333,7 +307,7 @@ def test_one_sentence(parts, tmp_path, options, message):
     ids=["eps", "types", "activation", "no head", "no tokenizer"],
 )
 @pytest.mark.filterwarnings("ignore:the vision tower")
-def test_other_text_models(tmp_path, changes, message):
+def test_text_models_that_do_not_fit_are_refused(tmp_path, changes, message):
     make_roberta(tmp_path / "r", **changes)
     with pytest.raises(ValueError, match=message) as caught:
         Prismer.from_backbones("prismer-test-b", tmp_path / "r", **NEW)
@@ -341,7 +315,7 @@ def test_other_text_models(tmp_path, changes, message):
 
 
 @pytest.mark.filterwarnings("ignore:the vision tower")
-def test_bert_and_other_sizes(tmp_path, parts):
+def test_a_bert_and_a_config_of_other_sizes_are_refused(tmp_path, parts):
     folder = tmp_path / "bert"
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=30)
     transformers.BertForMaskedLM(transformers.BertConfig(**sizes)).save_pretrained(folder)

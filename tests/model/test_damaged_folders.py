@@ -1,6 +1,7 @@
-"""Model folders that are damaged, edited or absurd end in one sentence, before memory is taken; a full disk loses none.
+"""Proves that damaged and absurd model folders are refused in one sentence before memory is allocated, and that a full
+disk costs no model.
 
-python -m pytest tests/model/test_damaged_folders.py
+Run: pytest tests/model/test_damaged_folders.py
 """
 
 import json
@@ -22,8 +23,8 @@ from prismer.files import find_damage
 from prismer.model import Prismer
 from prismer.shipped import shipped_folder
 from prismer.tokenizer import Tokenizer
-from prismer.weights.initial_model import start_config, start_model
-from prismer.weights.published import save_official
+from prismer.training.initial_model import start_config, start_model
+from prismer.weights.published import save_published
 from tests.faults.disk import full_after
 
 SIZES = dict(
@@ -55,7 +56,7 @@ def folder(model, tmp_path):
 
 
 def refusal(load) -> str:
-    """The sentence that `load` ends with; its last line, for weights that do not fit come with a table."""
+    """The sentence that `load` ends with: the last line of its message, after the table of weights that do not fit."""
     with pytest.raises(ValueError) as caught:
         load()
     assert is_a_sentence(caught.value)
@@ -69,24 +70,24 @@ def flip(path, bit: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "vocab.json", "merges.txt"])
-def test_no_bit_flips_unseen(folder, name):
+def test_a_flipped_bit_is_noticed(folder, name):
     whole = (folder / name).read_bytes()
     for _ in range(8):
         flip(folder / name, random.randrange(8 * len(whole)))
-        # a merge that gives no token names the vocabulary
+        # a damaged merge is reported with the vocabulary's name
         assert str(folder) in refusal(lambda: Prismer.from_pretrained(folder))
         (folder / name).write_bytes(whole)
 
 
-def test_no_weight_changes_unseen(folder):
-    """Where no header notices: the last weight."""
+def test_a_changed_weight_is_noticed(folder):
+    """The last weight, which no header covers."""
     path = folder / "model.safetensors"
     flip(path, 8 * (path.stat().st_size - 40))
     words = "is damaged: its checksum is not the one in checksums.json"
     assert words in refusal(lambda: Prismer.from_pretrained(folder))
 
 
-def test_the_sizes_of_files_are_compared(folder):
+def test_a_file_of_another_size_is_noticed(folder):
     (folder / "merges.txt").write_text((folder / "merges.txt").read_text().rsplit("\n", 2)[0] + "\n")
     assert "merges.txt is damaged" in refusal(lambda: Prismer.from_pretrained(folder))
 
@@ -98,27 +99,27 @@ def test_a_folder_without_checksums_loads(folder, caplog):
     assert "holds no checksums" in caplog.text
 
 
-def test_an_edited_config_is_said(folder):
+def test_an_edited_config_warns(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "caption_prefix": "a photo of"}))
     with pytest.warns(UserWarning, match="config.json was changed since the model was written"):
         assert Prismer.from_pretrained(folder).config.caption_prefix == "a photo of"
 
 
-def test_a_published_file_of_which_a_bit_flipped(model, tmp_path):
+def test_a_flipped_bit_in_a_published_file_is_noticed(model, tmp_path):
     path = tmp_path / "pytorch_model.bin"
-    save_official(model, path)
+    save_published(model, path)
     Prismer.from_pretrained(path, config=model.config)
     flip(path, 8 * (path.stat().st_size // 2))
     assert "is damaged (the checksum of" in refusal(lambda: Prismer.from_pretrained(path, config=model.config))
 
 
-def test_what_ships_is_whole(monkeypatch, tmp_path):
+def test_the_shipped_folders_are_whole(monkeypatch, tmp_path):
     for name in ("tiny", "tiny-towers", "roberta"):
         assert (shipped_folder(name) / "checksums.json").is_file() and find_damage(shipped_folder(name)) is None
     shutil.copytree(shipped_folder("tiny-towers"), tmp_path / "t")
     flip(tmp_path / "t" / "towers.safetensors", 8 * 1_000_000)
-    monkeypatch.setattr("prismer.weights.initial_model.shipped_folder", lambda name: tmp_path / "t")
+    monkeypatch.setattr("prismer.training.initial_model.shipped_folder", lambda name: tmp_path / "t")
     assert "towers.safetensors is damaged" in refusal(lambda: start_model("tiny"))
 
 
@@ -164,7 +165,7 @@ LARGE = {
 
 @pytest.mark.parametrize("field, value", [*ABSURD.items(), *LARGE.items()])
 def test_an_absurd_config_builds_nothing(folder, field, value):
-    """Not in from_pretrained, not in training, not in `prismer info`; no second and no megabyte is spent on it."""
+    """Neither from_pretrained nor training nor `prismer info` spends time or memory on it."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, field: value}))
     begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -189,14 +190,14 @@ def test_an_absurd_config_builds_nothing(folder, field, value):
         ("{}", "does not fit"),
     ],
 )
-def test_a_damaged_config(folder, text, words):
+def test_a_damaged_config_is_refused(folder, text, words):
     (folder / "config.json").write_text(text)
     assert words in refusal(lambda: Prismer.from_pretrained(folder))
 
 
 @pytest.mark.parametrize("field", ["dropout", "label_smoothing", "init_std"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])
-def test_no_number_of_a_config_is_absurd(field, value):
+def test_numbers_of_a_config_must_be_finite(field, value):
     with pytest.raises(ValueError, match=field):
         PrismerConfig(**{field: value})
 
@@ -246,7 +247,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("case", TOKENIZERS)
-def test_a_damaged_tokenizer(folder, case):
+def test_a_damaged_tokenizer_is_refused(folder, case):
     name, content = TOKENIZERS[case]
     if name == "tokenizer.json":
         for other in ("vocab.json", "merges.txt"):
@@ -256,23 +257,23 @@ def test_a_damaged_tokenizer(folder, case):
 
 
 def test_a_full_disk_leaves_the_old_model(model, folder, tmp_path):
-    """Wherever it fails: in the weights, in the config, in the tokenizer; and a published file just so."""
+    """Whether weights, config or tokenizer fail to be written; the same for a published file."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    save_official(model, tmp_path / "a.bin")
+    save_published(model, tmp_path / "a.bin")
     published = (tmp_path / "a.bin").read_bytes()
     for size in (0, 1000, 100_000, len(before["model.safetensors"]) - 1):
         with pytest.raises(OSError) as caught, full_after(size):
             model.save_pretrained(folder)
         assert caught.value.filename
         with pytest.raises(OSError, match="a.bin"), full_after(size):
-            save_official(model, tmp_path / "a.bin")
+            save_published(model, tmp_path / "a.bin")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert (tmp_path / "a.bin").read_bytes() == published
     assert sorted(os.listdir(tmp_path)) == ["a.bin", "m"]
 
 
-def test_an_interrupted_save_is_told(folder):
-    """A kill between the two renames: the sentence says where the model lies."""
+def test_an_interrupted_save_is_reported(folder):
+    """After a kill between the two renames, the sentence says where the earlier model is."""
     folder.rename(folder.with_name(".m-old"))
     assert "was interrupted, and the earlier model lies in" in refusal(lambda: Prismer.from_pretrained(folder))
 
@@ -286,18 +287,18 @@ def test_weights_are_written_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("source", [None, 5, b"tiny", ["tiny"], ""])
-def test_what_is_no_name_of_a_model(source):
+def test_a_source_that_names_no_model_is_refused(source):
     assert "the model is" in refusal(lambda: Prismer.from_pretrained(source))
 
 
 @pytest.mark.parametrize("data", [b"hi", b"\x80\x02junk", b"\x80\x05.", b"GIF89a", b"PK\3\4junk", b"{}", b"["])
-def test_bytes_that_are_no_torch_file(tmp_path, data):
+def test_a_file_that_torch_did_not_write_is_refused(tmp_path, data):
     (tmp_path / "pytorch_model.bin").write_bytes(data)
     message = refusal(lambda: Prismer.from_pretrained(tmp_path / "pytorch_model.bin"))
     assert "pytorch_model.bin is not a whole file of tensors" in message
 
 
-def test_tensors_without_names(tmp_path):
+def test_tensors_without_names_are_refused(tmp_path):
     torch.save({1: torch.zeros(2), "a": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
     message = refusal(lambda: Prismer.from_pretrained(tmp_path / "pytorch_model.bin"))
     assert "does not hold tensors by name" in message
@@ -305,8 +306,8 @@ def test_tensors_without_names(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
 @pytest.mark.parametrize("which", ["encoder.positional_embedding", "decoder.embeddings.word.weight"])
-def test_weights_that_are_no_floats(model, folder, dtype, which):
-    """Loaded as they are, int8 weights without their scales are other weights."""
+def test_weights_that_are_no_floats_are_refused(model, folder, dtype, which):
+    """Without their scales, int8 weights would be other weights."""
     state = model.state_dict()
     save_file({k: (t.to(dtype) if k == which else t).clone() for k, t in state.items()}, folder / "model.safetensors")
     (folder / "checksums.json").unlink()
@@ -315,7 +316,7 @@ def test_weights_that_are_no_floats(model, folder, dtype, which):
 
 
 @pytest.mark.parametrize("kind", ["file", "fifo", "dangling link", "folder of other things"])
-def test_a_save_deletes_nothing_of_others(model, tmp_path, kind):
+def test_a_save_deletes_nothing_but_a_model(model, tmp_path, kind):
     place = tmp_path / "place"
     if kind == "file":
         place.write_text("mine")

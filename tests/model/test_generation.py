@@ -1,5 +1,5 @@
-"""Proves that beam search with caches writes token for token and score for score what recomputing everything writes,
-that the rule is the published one, and that it does the work it claims. Run: pytest tests/model/test_generation.py"""
+"""Proves that beam search with caches has the tokens and scores of a search that recomputes everything, that its rule
+is that of transformers, and that it does no more work than documented. Run: pytest tests/model/test_generation.py"""
 
 import pytest
 import torch
@@ -25,9 +25,9 @@ PLAIN = {"beams": 3, "max_new_tokens": 7, "min_new_tokens": 2, "length_penalty":
 
 
 def build_decoder(seed=0, dtype=torch.float64, end_bias=1.8):
-    """Random weights large enough that each matters, biases and norms included.
+    """Random weights so large that each matters, including biases and norms.
 
-    Strong positions and soft logits keep it from repeating one token; ends come often but not always.
+    Large positions and soft logits keep it from repeating one token; end tokens come often, but not always.
     """
     torch.manual_seed(seed)
     decoder = TextDecoder(CONFIG).eval().to(dtype).requires_grad_(False)
@@ -45,7 +45,7 @@ def draw_context(images, seed=0, dtype=torch.float64):
 
 
 def draw_prompts(lengths, seed=0):
-    """Groups of prompts of the given lengths; content differs everywhere."""
+    """Groups of different prompts of the given lengths."""
     generator = torch.Generator().manual_seed(seed)
 
     def prompt(length):
@@ -65,7 +65,7 @@ def compare(decoder, context, groups, atol=1e-9, **options):
 
 @pytest.fixture
 def count(monkeypatch):
-    """Tokens that went through the decoder and images whose keys and values were projected."""
+    """Counts tokens that go through the decoder and images whose keys and values are projected."""
     counts = {"tokens": 0, "images": 0}
     run, project = TextDecoder.run, TextDecoder.project_context
 
@@ -87,20 +87,21 @@ def count(monkeypatch):
 @pytest.mark.parametrize("scoring", ("classic", "modern"))
 @pytest.mark.parametrize("length_penalty", (-1.0, 0.0, 1.0))
 @pytest.mark.parametrize("beams", (1, 3, 5))
-def test_beam_search(beams, length_penalty, scoring):
+def test_beam_search_writes_what_recomputing_writes(beams, length_penalty, scoring):
     lengths = set()
     for seed, images in enumerate((1, 2, 3, 2)):
         decoder = build_decoder(seed)
         context, groups = draw_context(images, seed), draw_prompts([[4]] * images, seed)
         options = {**PLAIN, "beams": beams, "length_penalty": length_penalty, "scoring": scoring}
         lengths |= {len(tokens) for tokens in compare(decoder, context, groups, **options).tokens}
-    assert len(lengths) > 1  # hypotheses that end at different steps
+    # hypotheses end at different steps
+    assert len(lengths) > 1
 
 
 @pytest.mark.parametrize("end_bias", (-30.0, 0.5, 2.5, 30.0))
 @pytest.mark.parametrize("min_new_tokens", (0, 1, 5))
-def test_ends(end_bias, min_new_tokens):
-    """Ends that never come, come now and then, come at once, and are forbidden until the lower bound."""
+def test_end_tokens_may_come_at_any_step(end_bias, min_new_tokens):
+    """Never, now and then, or at once; they are forbidden below the lower bound."""
     decoder = build_decoder(7, end_bias=end_bias)
     options = {**PLAIN, "max_new_tokens": 5, "min_new_tokens": min_new_tokens}
     ours = compare(decoder, draw_context(3), draw_prompts([[3]] * 3), **options)
@@ -122,27 +123,27 @@ def test_prompts_of_different_lengths(lengths, read_out):
     compare(decoder, draw_context(len(lengths)), groups, **options)
 
 
-def test_one_token():
-    """The shortest search: no cache slot is ever written."""
+def test_one_generated_token():
+    """The shortest search writes no cache slot."""
     options = {**PLAIN, "max_new_tokens": 1, "min_new_tokens": 0}
     compare(build_decoder(1), draw_context(2), draw_prompts([[2], [5]]), **options)
 
 
-def test_fp32():
+def test_a_search_in_fp32():
     decoder, context = build_decoder(2, torch.float32), draw_context(2, dtype=torch.float32)
     compare(decoder, context, draw_prompts([[4], [4]]), atol=1e-5, **PLAIN)
 
 
 @pytest.mark.parametrize("beams", (1, 2))
 def test_done_prompts_stay_as_they_are(beams):
-    """Under a penalty that favours length, hypotheses that would beat a done prompt's come too late for it."""
+    """With a penalty that favours length, better hypotheses after a prompt is done are ignored."""
     options = {**PLAIN, "beams": beams, "length_penalty": 2.0, "min_new_tokens": 1}
     ours = compare(build_decoder(0, end_bias=2.5), draw_context(8), draw_prompts([[4]] * 8), **options)
     assert len({len(tokens) for tokens in ours.tokens}) > 1
 
 
 @pytest.mark.parametrize("read_out", ("last", "pad"))
-def test_batch_mates_do_not_matter(read_out):
+def test_results_do_not_depend_on_the_batch(read_out):
     decoder, groups = build_decoder(4), draw_prompts([[3, 8], [6], [2, 2, 9]])
     context = draw_context(3)
     options = {**PLAIN, "read_out": read_out}
@@ -156,14 +157,14 @@ def test_batch_mates_do_not_matter(read_out):
             p += 1
 
 
-def test_the_image_matters():
+def test_results_depend_on_the_image():
     decoder, prompts = build_decoder(5), [[[0, 5, 6]]] * 6
     generated = beam_search(decoder, draw_context(6), prompts, **PLAIN)
     assert len({tuple(tokens) for tokens in generated.tokens}) > 1
 
 
-def test_work(count):
-    """One projection per image; the prompt once; then `beams` tokens a step, but not for the last one."""
+def test_nothing_is_computed_twice(count):
+    """One projection per image; the prompt once; then `beams` tokens a step, except for the last step."""
     decoder, context, groups = (build_decoder(0, end_bias=-30.0), draw_context(2), draw_prompts([[4], [4]]))
     options = {**PLAIN, "max_new_tokens": 6}
     beam_search(decoder, context, groups, **options)
@@ -174,8 +175,8 @@ def test_work(count):
     assert count == {"images": 2 * (1 + 3 * 5), "tokens": recomputed}
 
 
-def test_stops_when_all_are_done(count):
-    """Where the end is certain, greedy search runs nothing but the prompts, and three beams end early."""
+def test_the_search_stops_when_all_prompts_are_done(count):
+    """If the end token is certain, greedy search runs the prompts alone, and three beams stop early."""
     decoder, context = build_decoder(0, end_bias=60.0), draw_context(2)
     options = {**PLAIN, "min_new_tokens": 0, "max_new_tokens": 20}
     for beams, at_most in ((1, 2 * 2), (3, 2 * (2 + 3 * 4))):
@@ -185,9 +186,9 @@ def test_stops_when_all_are_done(count):
 
 
 def test_caches_stay_in_place(monkeypatch):
-    """Reordering beams moves the ancestor table: keys and values of all steps are those of one allocation.
+    """Reordering beams changes the ancestor table alone: the keys and values of all steps are in one allocation.
 
-    Each step lists one more slot per beam, in tables of the same shape.
+    Each step lists one more slot per beam, in a table of the same shape.
     """
     seen, listed = set(), []
 
@@ -206,7 +207,7 @@ def test_caches_stay_in_place(monkeypatch):
 
 @pytest.mark.parametrize("beams, length_penalty, min_new_tokens", [(3, 1.0, 2), (4, -1.0, 0), (5, 0.0, 1)])
 def test_plain_rule_is_the_library_rule(beams, length_penalty, min_new_tokens):
-    """The plain search, in its modern scoring, agrees with transformers on a model of transformers."""
+    """The plain search with modern scoring agrees with transformers on a model of transformers."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -218,7 +219,8 @@ def test_plain_rule_is_the_library_rule(beams, length_penalty, min_new_tokens):
         model = GPT2LMHeadModel(config).eval().double().requires_grad_(False)
         for parameter in model.parameters():
             parameter.normal_(0, 0.5)
-        model.transformer.ln_f.bias += 0.6 * model.transformer.wte.weight[2]  # ends come now and then
+        # end tokens come now and then
+        model.transformer.ln_f.bias += 0.6 * model.transformer.wte.weight[2]
         prompt = [0, 5, 7, 9]
 
         def next_log_probs(tokens, model=model, prompt=prompt):
@@ -258,15 +260,16 @@ def test_plain_rule_is_the_library_rule(beams, length_penalty, min_new_tokens):
         (dict(groups=[[[]], [[0]]]), "a prompt is empty"),
     ],
 )
-def test_refuses(change, message):
+def test_wrong_options_are_refused(change, message):
     options = {**PLAIN, "groups": [[[0, 4, 5]], [[0]]], **change}
-    if change.get("max_new_tokens") == 36:  # just fits
+    if change.get("max_new_tokens") == 36:
+        # 36 tokens just fit
         beam_search(build_decoder(), draw_context(2), **{**options, "max_new_tokens": 36})
         options["max_new_tokens"], message = 37, message + ", not 37"
     with pytest.raises(ValueError, match=message):
         beam_search(build_decoder(), draw_context(2), **options)
 
 
-def test_refuses_training_mode():
+def test_training_mode_is_refused():
     with pytest.raises(ValueError, match="training mode"):
         beam_search(build_decoder().train(), draw_context(1), [[[0]]], **PLAIN)

@@ -1,5 +1,5 @@
-"""Proves that any picture becomes the same square RGB tensor that training sees, that every broken one is refused in a
-sentence, and that expert labels mean the same here as in the loader. Run: pytest tests/model/test_images.py"""
+"""Proves that images of every kind become the square RGB tensor that training reads, that broken ones are refused in
+one sentence, and that expert labels are read as the loader reads them. Run: pytest tests/model/test_images.py"""
 
 import io
 import json
@@ -27,7 +27,7 @@ CLASSES = {"seg": SEG_CLASSES, "obj_detection": OBJECT_CLASSES}
 
 
 def gradient(width: int = 80, height: int = 60) -> Image.Image:
-    """Red grows to the right, green downwards: every turn and channel swap shows."""
+    """Red grows to the right, green downwards: every rotation and channel swap shows."""
     y, x = np.mgrid[0:height, 0:width]
     pixels = np.stack([x * 255 // (width - 1), y * 255 // (height - 1), np.full_like(x, 40)], -1)
     return Image.fromarray(pixels.astype(np.uint8))
@@ -51,9 +51,10 @@ def assert_near(got: torch.Tensor, wanted: torch.Tensor, levels: int) -> None:
 
 RGB = gradient()
 GREY = RGB.convert("L")
-# 200 more than the exact values: what the 8-bit picture leaves out
+# 200 more than the exact values, which 8 bits do not show
 SIXTEEN = Image.fromarray(np.minimum(np.asarray(GREY).astype(np.uint32) * 257 + 200, 65535).astype(np.uint16))
-KINDS = {  # name -> bytes, the picture it shows, grey levels lost by its compression
+# name -> (bytes, the image they show, grey levels lost by compression)
+KINDS = {
     "png": (encoded(RGB, "PNG"), RGB, 0),
     "jpeg": (encoded(RGB, "JPEG", quality=95), RGB, 12),
     "progressive-jpeg": (encoded(RGB, "JPEG", quality=95, progressive=True), RGB, 12),
@@ -77,8 +78,8 @@ KINDS = {  # name -> bytes, the picture it shows, grey levels lost by its compre
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_load_image_reads_every_kind(kind, tmp_path):
-    data, picture, levels = KINDS[kind]
-    assert_near(load_image(data, SIZE), expected(picture), levels)
+    data, image, levels = KINDS[kind]
+    assert_near(load_image(data, SIZE), expected(image), levels)
     path = tmp_path / "no-suffix-needed"
     path.write_bytes(data)
     assert torch.equal(load_image(str(path), SIZE), load_image(data, SIZE))
@@ -114,15 +115,16 @@ def test_exif_rotation_is_undone(orientation):
     assert_near(load_image(Image.open(io.BytesIO(data)), SIZE), expected(RGB), 12)
 
 
-def test_damaged_exif_does_not_cost_the_picture():
+def test_an_image_with_damaged_exif_loads():
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"
     data = encoded(RGB, "JPEG", quality=95, exif=exif)
-    with pytest.warns(UserWarning, match="Corrupt EXIF"):  # Pillow's own remark
+    # Pillow's own warning
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):
         got = load_image(data, SIZE)
     assert_near(got, expected(RGB), 12)
 
 
-def test_animation_gives_its_first_frame_and_warns_once():
+def test_an_animation_gives_its_first_frame_and_warns_once():
     frames = [RGB, Image.new("RGB", RGB.size, "blue")]
     data = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
     with warnings.catch_warnings(record=True) as seen:
@@ -133,19 +135,20 @@ def test_animation_gives_its_first_frame_and_warns_once():
     assert [str(w.message) for w in seen] == ["an image has several frames or pages; only the first is used"]
 
 
-def test_large_jpeg_is_decoded_small_and_looks_the_same():
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same():
     blocks = np.random.default_rng(0).integers(0, 256, (70, 92, 3), dtype=np.uint8)
     image = Image.fromarray(blocks.repeat(7, 0).repeat(7, 1))
     data = encoded(image, "JPEG", quality=92)
     decoded = Image.open(io.BytesIO(data))
     decoded.draft(None, (2 * SIZE, 2 * SIZE))
-    assert max(decoded.size) < 200  # of 644
+    # of 644
+    assert max(decoded.size) < 200
     got, wanted = load_image(data, SIZE).float(), expected(Image.open(io.BytesIO(data))).float()
     # blocks of random colours are the worst case: 3 levels; at the next smaller size they would be 9
     assert (got - wanted).square().mean().sqrt() < 4
 
 
-def test_arrays_and_tensors():
+def test_arrays_and_tensors_load():
     pixels = np.array(RGB)
     wanted = expected(RGB)
     assert torch.equal(load_image(pixels, SIZE), wanted)
@@ -169,7 +172,7 @@ def test_arrays_and_tensors():
     ],
     ids=["float", "two-channels", "one-axis", "no-rows", "channels-last-tensor", "float-tensor"],
 )
-def test_unfit_arrays(array):
+def test_arrays_of_other_shapes_and_dtypes_are_refused(array):
     with pytest.raises(ValueError, match=r"expected|no pixels"):
         load_image(array, SIZE)
 
@@ -186,7 +189,7 @@ def huge_png() -> bytes:
 
 BROKEN = {
     "empty": (b"", "is empty"),
-    "text": (b"this is no picture at all", "not an image"),
+    "text": (b"this is no image at all", "not an image"),
     "html": (b"<!doctype html><html>404</html>", "not an image"),
     "bomb": (huge_png(), "million pixels; shrink it"),
     "float": (encoded(GREY.convert("F"), "TIFF"), "floating-point"),
@@ -211,10 +214,11 @@ def test_broken_files_are_refused_in_one_sentence(kind, tmp_path):
         assert sentence.startswith(name) and "\n" not in sentence
 
 
-def test_flipped_bytes_never_raise_anything_but_value_error():
+def test_flipped_bytes_raise_nothing_but_value_errors():
     rng = np.random.default_rng(1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's own remarks about damaged metadata
+        # Pillow's own warnings about damaged metadata
+        warnings.simplefilter("ignore")
         for data, *_ in KINDS.values():
             for _ in range(8):
                 broken = bytearray(data)
@@ -228,7 +232,7 @@ def test_flipped_bytes_never_raise_anything_but_value_error():
                     assert got.shape == (3, 8, 8)
 
 
-def test_missing_files_folders_and_other_things(tmp_path):
+def test_missing_files_folders_and_other_things_are_refused(tmp_path):
     for source, words in (
         (tmp_path / "none.jpg", "no image file"),
         (tmp_path, "is a folder"),
@@ -273,7 +277,7 @@ def scenes() -> list[Sample]:
 
 
 def features_per_pixel(images) -> dict[str, torch.Tensor]:
-    """What the stems read: the tables are free to order their rows as they like."""
+    """The features that the stems read; the rows of a table may have any order."""
     return {
         name: torch.stack([images.features[images.rows[name][b, ids[0].long()]] for b, ids in enumerate(label)])
         for name, label in images.labels.items()
@@ -302,7 +306,7 @@ def test_image_batch_agrees_with_the_loader(scenes, label_size, tmp_path):
     assert (theirs["seg"][0] != 0).any() and (theirs["ocr_detection"] != 0).any()
 
 
-def test_labels_from_files(scenes, tmp_path):
+def test_labels_are_read_from_files(scenes, tmp_path):
     config = prismer_tiny()
     path = tmp_path / "a.labels"
     path.write_bytes(pack_labels(scenes[0].labels))
@@ -338,7 +342,7 @@ def test_labels_from_files(scenes, tmp_path):
         image_batch([RGB, RGB], config, [None])
 
 
-def test_unfit_maps():
+def test_maps_of_other_shapes_and_dtypes_are_refused():
     plane = np.zeros((4, 4), np.uint8)
     for planes, words in (
         ({"depht": plane}, "unknown expert 'depht'"),
@@ -350,7 +354,7 @@ def test_unfit_maps():
             ExpertLabels(planes)
 
 
-def test_semantics_are_asked_for_only_where_they_are_needed(scenes):
+def test_semantics_are_required_for_ids_alone(scenes):
     labels = [ExpertLabels(scenes[0].labels, scenes[0].meta, CLASSES)]
     clip = prismer_tiny(semantics="clip")
     assert (image_batch([RGB], clip).features == 0).all()
@@ -375,7 +379,7 @@ def test_semantics_are_asked_for_only_where_they_are_needed(scenes):
         ("x" * 5000, "longer than a name can be"),
     ],
 )
-def test_refuses_other_images(image, message):
+def test_other_things_than_images_are_refused(image, message):
     with pytest.raises(ValueError, match=message):
         load_image(image, SIZE)
 
@@ -389,7 +393,7 @@ def test_refuses_other_images(image, message):
         ([{}], "labels of an image are dict"),
     ],
 )
-def test_refuses_other_labels(labels, message):
+def test_other_things_than_labels_are_refused(labels, message):
     with pytest.raises(ValueError, match=message):
         image_batch([RGB], prismer_tiny(), labels)
 
@@ -404,6 +408,6 @@ def test_refuses_other_labels(labels, message):
         (({}, {}, {"seg": [1]}), "must be a list of non-empty strings"),
     ],
 )
-def test_refuses_other_expert_labels(fields, message):
+def test_malformed_expert_labels_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         ExpertLabels(*fields)

@@ -1,5 +1,8 @@
-"""Proves that asking in words gives what the plain baseline gives on the same tokens, that an image is encoded once
-however many questions are asked, and that wrong input is one sentence. Run: pytest tests/model/test_inference.py"""
+"""Proves that captions, answers and classes are those of plain inference on the same tokens, that an image is encoded
+once for all its questions, and that wrong input is refused in one sentence.
+
+Run: pytest tests/model/test_inference.py
+"""
 
 import copy
 
@@ -15,6 +18,7 @@ from prismer.model import Prismer
 from prismer.texts import collate, encode_class, encode_qa
 from prismer.tokenizer import Tokenizer
 from tests.model.plain_inference import plain_generate, plain_rank
+from tests.model.teacher_forcing import text_losses
 
 ANSWERS = ["yes", "no", "red", "dark red", "dark blue", "2", "no", "red cube"]
 QUESTIONS = [["What is it?", "Which colour has the small cube on the left?", "How many?"], [], ["Is it red"]]
@@ -43,9 +47,9 @@ def model():
     )
     model = Prismer(config, tokenizer).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
-        # images and positions speak loudly, so that texts differ
-        loud = "position" in name or "cross.value" in name
-        std = 0.7 if loud else 0.35 if parameter.dim() >= 2 else 0.25
+        # strong images and positions, so that texts differ
+        strong = "position" in name or "cross.value" in name
+        std = 0.7 if strong else 0.35 if parameter.dim() >= 2 else 0.25
         parameter.normal_(1.0 if "norm.weight" in name or "ln_" in name else 0.0, std)
     for parameter in model.decoder.head.norm.parameters():
         parameter.mul_(0.4)
@@ -64,7 +68,7 @@ def images():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Images that were encoded, and whose keys and values were projected."""
+    """Counts images that are encoded, and images whose keys and values are projected."""
     counts = {"encoded": 0, "projected": 0}
     encode, decoder = Prismer.encode, type(Prismer(prismer_tiny(experts=())).decoder)
     project = decoder.project_context
@@ -102,7 +106,7 @@ def check_answers(found, plain, texts):
 
 @pytest.mark.parametrize("prefix", (None, "", "A photo of a"))
 @pytest.mark.parametrize("beams", (1, 3))
-def test_caption(model, images, beams, prefix):
+def test_captions_are_those_of_plain_beam_search(model, images, beams, prefix):
     written = "A picture of" if prefix is None else prefix
     prompt = [0, *model.tokenizer.encode(written)]
     captions = model.caption(images, beams=beams, prefix=prefix, max_length=len(prompt) + 6, min_length=len(prompt) + 2)
@@ -122,7 +126,7 @@ def test_caption(model, images, beams, prefix):
 
 
 def test_caption_lengths_count_the_prompt(model, images):
-    """Where one token is certain, captions are as long as the bounds say; where the end is, as short."""
+    """If one token is certain, captions have the largest length; if the end token is certain, the smallest."""
     model, tokenizer = copy.deepcopy(model), model.tokenizer
     texts = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     certain = next(i for i, text in enumerate(texts) if len(text) > 1 and text[0] == " ")
@@ -142,7 +146,7 @@ def test_caption_lengths_count_the_prompt(model, images):
 
 @pytest.mark.parametrize("read_out", ("pad", "last", "batch"))
 @pytest.mark.parametrize("top_k", (1, 3, None))
-def test_answer_from_a_list(model, images, top_k, read_out):
+def test_answers_from_a_list_are_those_of_plain_ranking(model, images, top_k, read_out):
     found = model.answer(images, QUESTIONS, ANSWERS, top_k=top_k, read_out=read_out)
     assert [len(group) for group in found] == [3, 0, 1]
     tokens = [[*model.tokenizer.encode(" " + answer.capitalize()), 2] for answer in ANSWERS]
@@ -152,7 +156,7 @@ def test_answer_from_a_list(model, images, top_k, read_out):
 
 
 def test_scores_are_the_training_losses(model, images):
-    """What ranking maximises is what training minimises, per token, pads and positions alike."""
+    """Ranking maximises per token what training minimises, with the same pads and positions."""
     tokenizer = model.tokenizer
     names = ["cat", "dark cube"]
     for found, encode, texts in (
@@ -162,14 +166,14 @@ def test_scores_are_the_training_losses(model, images):
         sources = QUESTIONS[0] if encode is encode_qa else ["A photo of a"]
         pairs = [(source, text) for source in sources for text in texts]
         batch = collate([[(*encode(tokenizer, *pair), 1.0) for pair in pairs]] * 3)
-        losses = model.text_losses(model.encode(images), batch) / batch.labels.ge(0).sum(-1)
+        losses = text_losses(model.decoder, batch, model.encode(images)) / batch.labels.ge(0).sum(-1)
         for b, group in enumerate(found):
             for (source, text), loss in zip(pairs, losses[b].tolist(), strict=True):
                 scores = [score for name, score in group[sources.index(source)].ranked if name == text]
                 assert scores == pytest.approx([-loss] * len(scores), abs=2e-5)
 
 
-def test_answer_freely(model, images):
+def test_free_answers_are_those_of_plain_beam_search(model, images):
     found = model.answer(images, QUESTIONS)
     plain = plain_generate(
         model.decoder,
@@ -188,7 +192,7 @@ def test_answer_freely(model, images):
         assert answer.ranked == []
 
 
-def test_answer_nesting(model, images):
+def test_answers_are_nested_as_questions_are(model, images):
     """One question per image comes back as one answer per image; an answer does not depend on its batch."""
     nested = model.answer(images, [["How many?"], ["What is it?"], ["How many?"]], ANSWERS)
     flat = model.answer(images, ["How many?", "What is it?", "How many?"], ANSWERS)
@@ -202,7 +206,7 @@ def test_answer_nesting(model, images):
 
 
 @pytest.mark.parametrize("top_k", (2, None))
-def test_classify(model, images, top_k):
+def test_classes_are_those_of_plain_ranking(model, images, top_k):
     names = ["Cat", "dark cube", "dark", "Red"]
     found = model.classify(images, names, top_k=top_k)
     tokens = [[*model.tokenizer.encode(" " + name.lower()), 2] for name in names]
@@ -263,12 +267,12 @@ def test_images_are_encoded_once(model, images, calls):
         (lambda model, images: model.answer(images, ["a"] * 3, [1]), "entry 0 of answers is 1"),
     ],
 )
-def test_refuses(model, images, ask, message):
+def test_wrong_input_is_refused_in_one_sentence(model, images, ask, message):
     with pytest.raises(ValueError, match=message):
         ask(model, images)
 
 
-def test_any_ordered_list_will_do(model, images):
+def test_tuples_and_arrays_are_lists(model, images):
     names = ["cat", "dog", "cat"]
     expected = model.classify(images, names)
     assert model.classify(images, tuple(names)) == expected
@@ -278,7 +282,7 @@ def test_any_ordered_list_will_do(model, images):
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float16, torch.bfloat16), ids=str)
-def test_models_of_other_dtypes_speak(model, images, dtype):
+def test_models_of_other_dtypes_answer(model, images, dtype):
     other = copy.deepcopy(model).to(dtype)
     assert len(other.caption(images)) == len(other.classify(images, ["cat", "dog"])) == 3
     if dtype == torch.float64:
@@ -294,7 +298,7 @@ def test_models_of_other_dtypes_speak(model, images, dtype):
     ],
     ids=["float8", "meta", "mixed"],
 )
-def test_weights_that_cannot_be_computed_with(model, images, change, message):
+def test_weights_that_no_op_computes_in_are_refused(model, images, change, message):
     other = copy.deepcopy(model)
     change(other)
     for ask in (other.caption, lambda images: other.answer(images, ["a"] * 3)):
@@ -303,17 +307,17 @@ def test_weights_that_cannot_be_computed_with(model, images, change, message):
 
 
 @pytest.mark.parametrize("prefix", ("module.", "_orig_mod.", "module._orig_mod.", "any.thing."))
-def test_a_prefix_of_all_tensors_is_left_out(model, tmp_path, prefix):
+def test_a_prefix_of_all_tensor_names_is_removed(model, tmp_path, prefix):
     model.save_pretrained(tmp_path / "m")
     path = tmp_path / "m" / "model.safetensors"
     save_file({prefix + name: tensor for name, tensor in load_file(path).items()}, path)
-    # of the file as it was written
+    # they are those of the file as it was written
     (tmp_path / "m" / "checksums.json").unlink()
     for a, b in zip(Prismer.from_pretrained(tmp_path / "m").parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_refuses_a_model_that_cannot_be_asked(model, images):
+def test_models_without_tokenizer_and_in_training_are_refused(model, images):
     mute = Prismer(model.config).eval()
     with pytest.raises(ValueError, match="the model has no tokenizer"):
         mute.caption(images)
@@ -328,7 +332,7 @@ def test_refuses_a_model_that_cannot_be_asked(model, images):
         model.eval()
 
 
-def test_refuses_weights_that_are_not_numbers(model, images):
+def test_weights_that_are_not_finite_are_refused(model, images):
     broken = copy.deepcopy(model)
     broken.decoder.head.bias[3] = torch.nan
     for ask in (

@@ -1,6 +1,6 @@
-"""Proves that inference wastes nothing: the decoder's FLOPs at BASE are the minimum of spec 9.1, a token costs a fixed
-number of operators and one question of the host, and one compiled program serves all steps of a caption, all images
-and all steps of training. Run: pytest tests/model/test_inference_work.py"""
+"""Proves that inference wastes nothing: the decoder's FLOPs at BASE are the minimum with caches, a token costs a fixed
+number of operators and one host synchronisation, and one compiled program serves all steps of a caption, all images and
+all steps of training. Run: pytest tests/model/test_inference_work.py"""
 
 import dataclasses
 
@@ -20,8 +20,8 @@ from prismer.stems import normalise_rgb
 from prismer.text import TextDecoder
 from tests.model.test_generation import CONFIG, PLAIN, build_decoder, draw_context, draw_prompts
 
+# operators at BASE: 12 layers and the extra one
 MOST_PER_TOKEN = 230
-# operators at BASE; 12 layers and the extra one
 
 
 @pytest.fixture
@@ -50,14 +50,14 @@ def begin(decoder, context, groups, *, beams=3, max_new_tokens=7, read_out="last
 
 @pytest.fixture
 def base():
-    """BASE's decoder and the tokens of one image of 480 px, without data: an operator that needs data raises."""
+    """BASE's decoder and the tokens of one 480 px image, without data: an operator that needs data raises."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         decoder = TextDecoder(preset("base")).eval()
         yield decoder, torch.empty(1, 964, 768)
 
 
 def test_flops_of_a_caption(base):
-    """Three beams, 4 -> 20 tokens, none of them recomputed; every step costs the same."""
+    """Three beams, 4 -> 20 tokens, none recomputed; every step costs the same."""
     decoder, context = base
     with torch.inference_mode(), CostCounter() as counter:
         search = begin(decoder, context, [[[0, 5, 6, 7]]], max_new_tokens=16)
@@ -75,17 +75,17 @@ def test_flops_of_a_caption(base):
 
 @pytest.mark.parametrize(("answers", "most"), ((16, 48e9), (128, 167e9)))
 def test_flops_of_ranking(base, answers, most):
-    """A question of 14 tokens and answers of 3 tokens that share nothing: no more than spec 9.1 asks for."""
+    """A question of 14 tokens, and answers of 3 tokens that share no prefix."""
     decoder, context = base
     trie = AnswerTrie([[10 + 2 * i, 11 + 2 * i, 2] for i in range(answers)], 2)
     with CostCounter() as counter:
         rank_answers(decoder, context, [[list(range(100, 114))]], trie)
-    # less than a third of the rest would be an answer left out
+    # 27.3 GF project the image's keys and values; with far less for the rest, answers would be left out
     assert 27.3e9 + (most - 27.3e9) * 0.6 < counter.flops < most
 
 
-def test_operators_of_a_token():
-    """As many at every step, in BASE's number of layers."""
+def test_every_step_issues_the_same_number_of_operators():
+    """With as many layers as BASE."""
     decoder = TextDecoder(dataclasses.replace(CONFIG, text_depth=12)).eval()
     counts = []
     with torch.inference_mode():
@@ -100,21 +100,21 @@ def test_operators_of_a_token():
 
 
 @pytest.mark.parametrize("end_bias", (-30.0, 2.5))
-def test_questions_of_the_host(end_bias, count_calls):
-    """One a step, whether all prompts are done; nothing else waits for the device."""
+def test_a_step_waits_for_the_device_once(end_bias, count_calls):
+    """It asks whether all prompts are done; nothing else waits for the device."""
     decoder, context, groups = build_decoder(0, end_bias=end_bias), draw_context(2), draw_prompts([[4], [6]])
     with count_calls() as calls:
         beam_search(decoder, context, groups, **PLAIN)
     steps = len(calls["prismer::decode_attention"]) // (CONFIG.text_depth + 1)
     assert steps == PLAIN["max_new_tokens"] - 1 if end_bias < 0 else steps > 1
     stopped = steps < PLAIN["max_new_tokens"] - 1
-    # what waits for the device, whole or taken apart
+    # the operators that wait for the device
     waits = {name: len(calls[f"aten::{name}"]) for name in ("is_nonzero", "item", "_local_scalar_dense", "nonzero")}
     assert waits == {"is_nonzero": steps + stopped, "item": 0, "_local_scalar_dense": 0, "nonzero": 0}
 
 
 def test_a_step_needs_no_data():
-    """On tensors without data a step raises where it would ask one for a value; all shapes stay."""
+    """On tensors without data, reading a value raises; a step reads none, and all shapes stay."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         decoder = TextDecoder(CONFIG).eval()
         search = begin(decoder, torch.empty(2, 5, 24), [[[0, 5, 6]], [[0]]])
@@ -124,8 +124,8 @@ def test_a_step_needs_no_data():
         assert before.shape == after.shape and before.dtype == after.dtype, name
 
 
-def test_empty_slots_do_no_harm(poisoned_memory):
-    """Slots that no beam has written yet are multiplied by zero where attention is torch's: they must be finite."""
+def test_empty_cache_slots_are_finite(poisoned_memory):
+    """torch's attention multiplies slots that no beam has written yet by zero."""
     ours = beam_search(build_decoder(2), draw_context(2), draw_prompts([[4], [6]]), **PLAIN)
     assert torch.isfinite(ours.scores).all()
 
@@ -174,7 +174,7 @@ def draw_images(config, number=2):
 
 
 def test_maps_are_channels_last():
-    """So that the convolutions need not turn them over, and the tokens (B, N, D) are a view."""
+    """Then convolutions need no copy, and the tokens (B, N, D) are a view."""
     model = tiny().eval()
     images = draw_images(model.config)
     rgb = normalise_rgb(images.rgb, torch.float32)
@@ -198,7 +198,7 @@ def test_one_program_for_all_images(compiled):
 
 @pytest.mark.parametrize("lengths", ((9,), (9, 14, 6, 11, 17)), ids=("fixed", "varying"))
 def test_training_never_recompiles(compiled, lengths):
-    """Twenty steps, the loss of each that of the model as it is; a text's length becomes a variable once."""
+    """Twenty steps with the losses of the eager model; a text's length becomes a variable once."""
     counter, compile_ = compiled
     model = tiny().train()
     freeze(model, "freeze_lang_vision")

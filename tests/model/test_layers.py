@@ -1,5 +1,6 @@
-"""Proves that batch norm over two processes equals batch norm over their joined batch, forward and backward, and that
-its running statistics stay fp32. Run: pytest tests/model/test_layers.py"""
+"""Proves that batch norm over two processes equals batch norm over their joint batch, forward and backward; that its
+running statistics stay fp32; and that attention and adaptor are their formulas. Run: pytest tests/model/test_layers.py
+"""
 
 import multiprocessing
 import socket
@@ -44,7 +45,7 @@ def _one_rank(rank: int, port: int, results) -> None:
     dist.destroy_process_group()
 
 
-def test_batch_norm_over_two_processes():
+def test_batch_norm_over_two_processes_is_that_of_the_joint_batch():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -98,7 +99,7 @@ def test_packed_attention_is_multihead_attention(with_context):
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_adaptor_formula(late):
+def test_an_adaptor_is_its_formula(late):
     torch.manual_seed(0)
     adaptor = Adaptor(8, late=late)
     for p in adaptor.parameters():

@@ -1,12 +1,17 @@
-"""Proves the architecture: parameter counts of spec 2.4 to the last one, freeze modes, key names of spec 2.2, and that
-blocks compute their formulas. Run: pytest tests/model/test_model.py"""
+"""Proves the architecture: exact parameter counts and freeze modes of the published models, the tokens of the encoder,
+and the training loss and its gradients. Run: pytest tests/model/test_model.py"""
 
 import pytest
 import torch
 
+import prismer.text
+from prismer.batch import Batch, ImageBatch, TextBatch
 from prismer.config import PrismerConfig, preset, prismer_base, prismer_tiny
+from prismer.experts import EXPERTS
 from prismer.freezing import freeze
 from prismer.model import Prismer
+from prismer.texts import collate
+from tests.model.teacher_forcing import plain_text_losses, text_losses
 
 TOTALS = {
     "base": (327_468_729, 153_123_936, 174_344_793),
@@ -16,7 +21,8 @@ TOTALS = {
     "huge": (1_414_786_297, 882_954_400, 531_831_897),
     "huge-z": (1_267_616_857, 735_784_960, 531_831_897),
 }
-TRAINABLE = {  # none, freeze_lang, freeze_vision, freeze_lang_vision
+# in the order of MODES
+TRAINABLE = {
     "base": (327_468_729, 242_414_265, 242_414_265, 157_359_801),
     "base-z": (274_335_321, 189_280_857, 189_280_857, 104_226_393),
     "large": (967_146_713, 664_837_337, 664_837_337, 362_527_961),
@@ -37,7 +43,7 @@ def count(module) -> int:
 
 
 @pytest.mark.parametrize("name", TOTALS)
-def test_parameter_counts(name):
+def test_parameter_counts_are_the_published_ones(name):
     model = build(preset(name))
     assert (count(model), count(model.encoder), count(model.decoder)) == TOTALS[name]
     for mode, expected in zip(MODES, TRAINABLE[name], strict=True):
@@ -56,7 +62,7 @@ def test_token_counts(name, size, grid):
     assert config.label_grid == (14 if name == "base" else 16)
 
 
-def test_components():
+def test_parameter_counts_of_the_parts():
     model = build(prismer_base())
     stems = model.encoder.stems
     assert count(stems["rgb"]) == 589_824
@@ -68,7 +74,7 @@ def test_components():
     assert count(model.decoder.head) == 642_393
 
 
-def test_no_biases_in_stems_and_no_class_token():
+def test_stems_have_no_biases_and_there_is_no_class_token():
     model = build(prismer_base())
     assert not [n for n, _ in model.encoder.stems.named_parameters() if "bias" in n and "norms" not in n]
     assert model.encoder.positional_embedding.shape == (196, 768)
@@ -95,9 +101,6 @@ def tiny():
 
 
 def make_images(config, seed=0, batch=2):
-    from prismer.batch import ImageBatch
-    from prismer.experts import EXPERTS
-
     g = torch.Generator().manual_seed(seed)
     rgb = torch.randint(0, 256, (batch, 3, config.image_size, config.image_size), generator=g, dtype=torch.uint8)
     labels, rows = {}, {}
@@ -110,8 +113,8 @@ def make_images(config, seed=0, batch=2):
     return ImageBatch(rgb=rgb, labels=labels, rows=rows, features=torch.randn(9, 64, generator=g))
 
 
-def test_encoder_order_and_expert_invariance(tiny):
-    """RGB tokens come first and latents last; the order of the experts does not matter; each expert does."""
+def test_every_expert_counts_and_their_order_does_not(tiny):
+    """The context has RGB tokens and latents; it depends on each expert's labels, not on the experts' order."""
     images = make_images(tiny.config)
     context = tiny.encode(images)
     assert context.shape == (2, tiny.config.num_context_tokens, 32)
@@ -126,9 +129,7 @@ def test_encoder_order_and_expert_invariance(tiny):
 
 
 def test_every_parameter_reaches_the_loss(tiny):
-    """No bias, norm or table is forgotten: the loss moves when any single tensor moves."""
-    from prismer.batch import Batch, TextBatch
-
+    """No bias, norm or table is forgotten: every parameter has a gradient."""
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 40, (2, 3, 7), generator=g)
     ids[..., 0] = 0
@@ -159,25 +160,21 @@ def test_instance_rows_are_deterministic_and_used(tiny):
 
 
 def test_texts_of_an_image_do_not_see_each_other(tiny):
-    """Packing G texts per image gives what one text at a time gives."""
-    from prismer.batch import TextBatch
-
+    """G texts packed for an image have the losses of one text at a time."""
     context = tiny.encode(make_images(tiny.config))
     ids = torch.randint(3, 40, (2, 3, 6))
     ids[..., 0] = 0
-    together = tiny.text_losses(context, TextBatch(ids=ids, labels=ids, weights=torch.ones(2, 3)))
+    together = text_losses(tiny.decoder, TextBatch(ids=ids, labels=ids, weights=torch.ones(2, 3)), context)
     for b in range(2):
         for g in range(3):
             one = ids[b : b + 1, g : g + 1]
-            alone = tiny.text_losses(context[b : b + 1], TextBatch(ids=one, labels=one, weights=torch.ones(1, 1)))
-            torch.testing.assert_close(together[b, g], alone[0, 0], rtol=1e-5, atol=1e-4)
+            alone = tiny.decoder(TextBatch(ids=one, labels=one, weights=torch.ones(1, 1)), context[b : b + 1])
+            torch.testing.assert_close(together[b, g], alone, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("split", [0, 1, 3])
 def test_packed_parts_have_the_losses_of_the_padded_whole(tiny, split):
-    """Captions and questions, each part as wide as its own longest text: no loss and no gradient changes."""
-    from prismer.texts import collate
-
+    """Captions and questions, each part as wide as its own longest text; losses and gradients are the same."""
     draw = torch.Generator().manual_seed(3)
     groups = [
         [
@@ -193,7 +190,7 @@ def test_packed_parts_have_the_losses_of_the_padded_whole(tiny, split):
     found = []
     for texts in (packed, padded):
         context = tiny.encode(make_images(tiny.config)).detach().requires_grad_()
-        losses = tiny.text_losses(context, texts)
+        losses = text_losses(tiny.decoder, texts, context)
         tiny.zero_grad()
         (losses * torch.tensor([[1.0, 2.0, 3.0], [-1.0, 5.0, 0.5]])).sum().backward()
         grads = {n: p.grad for n, p in tiny.decoder.named_parameters()}
@@ -204,10 +201,7 @@ def test_packed_parts_have_the_losses_of_the_padded_whole(tiny, split):
 
 @pytest.mark.parametrize("split", [0, 1])
 def test_training_loss_is_the_weighted_mean_of_the_texts(tiny, split):
-    """The loss that forms its logits once is mean(weight * summed loss), in value and every gradient."""
-    from prismer.batch import Batch
-    from prismer.texts import collate
-
+    """It is mean(weight * summed loss) by torch's own cross entropy, in value and every gradient."""
     draw = torch.Generator().manual_seed(4)
     groups = [
         [
@@ -221,7 +215,7 @@ def test_training_loss_is_the_weighted_mean_of_the_texts(tiny, split):
     found = []
     for loss in (
         lambda: tiny(batch),
-        lambda: (batch.texts.weights * tiny.text_losses(tiny.encode(batch.images), batch.texts)).mean(),
+        lambda: (batch.texts.weights * plain_text_losses(tiny.decoder, batch.texts, tiny.encode(batch.images))).mean(),
     ):
         tiny.zero_grad()
         value = loss()
@@ -232,9 +226,7 @@ def test_training_loss_is_the_weighted_mean_of_the_texts(tiny, split):
 
 
 def test_dropout_is_where_roberta_has_it(tiny, monkeypatch):
-    """In training every dropout of the decoder acts, at its rate, on states and probabilities; in evaluation none."""
-    import prismer.text
-
+    """In training every dropout of the decoder acts at its rate, on states and probabilities; in evaluation none."""
     drop = prismer.text.Dropout(0.25).train()
     x = torch.ones(40_000)
     y = drop(x)
@@ -258,19 +250,20 @@ def test_dropout_is_where_roberta_has_it(tiny, monkeypatch):
 
         return recorded
 
-    for room in ("attention", "cross_attention"):
-        monkeypatch.setattr(prismer.text, room, recording(getattr(prismer.text, room)))
+    for op in ("attention", "cross_attention"):
+        monkeypatch.setattr(prismer.text, op, recording(getattr(prismer.text, op)))
     ids, context = torch.randint(3, 40, (2, 1, 6)), torch.randn(2, 5, config.vision_width)
-    first = decoder.train()([ids], context)
+    texts = TextBatch(ids=ids, labels=ids, weights=torch.ones(2, 1))
+    first = decoder.train()(texts, context)
     assert sorted(called) == sorted(drops)
     assert rates == [0.5] * (2 * config.text_depth + 1)
-    assert not torch.equal(first, decoder([ids], context))
+    assert not torch.equal(first, decoder(texts, context))
     rates.clear()
-    assert torch.equal(decoder.eval()([ids], context), decoder([ids], context))
+    assert torch.equal(decoder.eval()(texts, context), decoder(texts, context))
     assert set(rates) == {0.0}
 
 
-def test_wrong_input_is_one_sentence(tiny):
+def test_wrong_input_is_refused_in_one_sentence(tiny):
     images = make_images(tiny.config)
     del images.labels["depth"]
     with pytest.raises(ValueError, match="labels of depth are missing"):

@@ -1,8 +1,8 @@
-"""Proves how many operators one training step of BASE issues, forward and backward, in bf16, with the fused modules and
-without: a fine-tuning batch of a few images is bound by what the host issues, not by arithmetic.
+"""Proves how many operators one training step of BASE issues, forward and backward, in bf16, with fused modules and
+without: the host that issues them, not arithmetic, limits a fine-tuning batch of a few images.
 
-Counted on tensors without data, as a GPU would be sent them (the Triton ops are opaque; views and allocations launch
-nothing and do not count). Run: pytest tests/model/test_op_count.py -s
+Operators are counted on tensors without data, as they would be sent to a GPU (the Triton ops are opaque; views and
+allocations launch nothing and do not count). Run: pytest tests/model/test_op_count.py -s
 """
 
 import collections
@@ -43,7 +43,7 @@ def count_step(mode: str, side: int) -> collections.Counter[str]:
 @pytest.mark.parametrize(
     ("mode", "side"), (("freeze_lang_vision", 224), ("freeze_vision", 480)), ids=("pretrain-224", "finetune-480")
 )
-def test_ops_of_a_training_step(mode, side):
+def test_a_training_step_issues_few_operators(mode, side):
     with use_backend("triton"):
         fused = count_step(mode, side)
     with use_backend("reference"):
@@ -51,5 +51,5 @@ def test_ops_of_a_training_step(mode, side):
     print(f"\n{mode} {side} px: {fused.total()} operators fused, {plain.total()} in plain torch")
     print(fused.most_common(60))
     assert fused.total() < LIMIT
-    # the count sees what the fused ops hide: their definitions, dropout's random numbers included, are all torch
+    # the count sees what fused ops replace: the definitions, including dropout's random numbers, are torch operators
     assert plain.total() > 2800 and not any(name.startswith("prismer::attention") for name in plain)

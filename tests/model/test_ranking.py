@@ -1,5 +1,5 @@
-"""Proves that scoring a trie gives every answer the score that running it alone gives, in every mode, and that the work
-is what is claimed. Run: pytest tests/model/test_ranking.py"""
+"""Proves that every answer of a trie has the score that it has alone, in every mode, and that ranking does no more work
+than documented. Run: pytest tests/model/test_ranking.py"""
 
 import numpy as np
 import pytest
@@ -10,20 +10,22 @@ from prismer.ranking import AnswerTrie, rank_answers
 from tests.model.plain_inference import plain_rank
 from tests.model.test_generation import CONFIG, build_decoder, count, draw_context, draw_prompts
 
-__all__ = ["count"]  # a fixture
+# a fixture
+__all__ = ["count"]
 
 END = CONFIG.eos_id
+# prefixes of one another, a shared prefix, an end token alone, one answer twice
 ANSWERS = [
     [7, END],
-    [7, 8, END],  # the one before is its prefix
+    [7, 8, END],
     [5, 9, 11, END],
     [5, 9, 12, END],
     [5, 9, END],
     [22, END],
     [7, 8, 8, 8, 8, END],
-    [END],  # no token but the end
+    [END],
     [5, 10, 11, END],
-    [22, END],  # twice in the list
+    [22, END],
     [9, 5, END],
 ]
 GROUPS = {"one": [[6]], "B3": [[4], [4], [4]], "ragged": [[5, 2, 8], [], [3], [7, 7]]}
@@ -43,7 +45,7 @@ def compare(decoder, context, groups, answers, atol=1e-9, max_tokens=8192, **opt
 @pytest.mark.parametrize("read_out", ("pad", "last", "batch"))
 @pytest.mark.parametrize("top_k", (1, 4, None))
 @pytest.mark.parametrize("lengths", GROUPS.values(), ids=GROUPS)
-def test_rank_answers(lengths, top_k, read_out):
+def test_answers_have_the_scores_that_they_have_alone(lengths, top_k, read_out):
     for seed in range(2):
         context, groups = draw_context(len(lengths), seed), draw_prompts(lengths, seed)
         compare(build_decoder(seed), context, groups, ANSWERS, top_k=top_k, read_out=read_out)
@@ -51,8 +53,8 @@ def test_rank_answers(lengths, top_k, read_out):
 
 @pytest.mark.parametrize("top_k", (3, None))
 @pytest.mark.parametrize("max_tokens", (1, 7, 40))
-def test_chunks(monkeypatch, max_tokens, top_k):
-    """Memory bounds change no result, and hold but for the prefix that a part begins inside of."""
+def test_memory_bounds_change_no_result(monkeypatch, max_tokens, top_k):
+    """The bounds hold, except for the prefix that a part begins inside of."""
     sizes, run = [], ranking._Scorer._run
 
     def recording(self, plan):
@@ -69,8 +71,8 @@ def test_chunks(monkeypatch, max_tokens, top_k):
     assert len(sizes) > 1
 
 
-def test_random_answers():
-    """A hundred answers over three tokens: every prefix is shared."""
+def test_answers_that_share_every_prefix():
+    """A hundred answers of three different tokens."""
     rng = np.random.default_rng(0)
     answers = [rng.integers(3, 6, rng.integers(1, 6)).tolist() + [END] for _ in range(100)]
     groups = draw_prompts([[3, 5], [4]])
@@ -79,7 +81,7 @@ def test_random_answers():
     torch.testing.assert_close(kept.scores, ours.scores.gather(1, kept.candidates), rtol=0, atol=1e-10)
 
 
-def test_label_smoothing_is_the_config_s():
+def test_label_smoothing_comes_from_the_config():
     decoder = build_decoder(3)
     plain = compare(decoder, draw_context(1), [[[0, 9]]], ANSWERS).scores
     for smoothing in (0.0, 0.4):
@@ -88,13 +90,13 @@ def test_label_smoothing_is_the_config_s():
         assert (scores - plain).abs().min() > 1e-3
 
 
-def test_fp32():
+def test_ranking_in_fp32():
     decoder, context = build_decoder(2, torch.float32), draw_context(2, dtype=torch.float32)
     compare(decoder, context, draw_prompts([[4, 6], [5]]), ANSWERS, atol=1e-5)
 
 
-def test_bf16():
-    """The scores of bf16 weights are fp32 numbers, no further from float64 than the plain ones by more than twice."""
+def test_ranking_in_bf16():
+    """Scores are fp32 numbers; their error against float64 is at most twice that of the plain scores."""
     decoder = build_decoder(0, torch.bfloat16)
     exact = build_decoder(0, torch.bfloat16).double()
     context, groups = draw_context(1, dtype=torch.bfloat16), draw_prompts([[4, 6]])
@@ -118,7 +120,7 @@ def test_ties_go_to_the_first_in_the_list():
     assert rank_answers(decoder, draw_context(1), [[[0, 9]]], AnswerTrie(answers, END)).best.tolist() == [2]
 
 
-def test_batch_mates_do_not_matter():
+def test_scores_do_not_depend_on_the_batch():
     decoder, context, groups = build_decoder(4), draw_context(4), draw_prompts(GROUPS["ragged"])
     trie = AnswerTrie(ANSWERS, END)
     for top_k in (4, None):
@@ -133,7 +135,7 @@ def test_batch_mates_do_not_matter():
 
 
 def test_read_outs_differ():
-    """A longest question of a batch predicts from itself in the released code, from a `<pad>` in ours."""
+    """With "batch", as in the released code, the longest question predicts from its last token, others from a pad."""
     decoder, context, groups = build_decoder(4), draw_context(2), draw_prompts([[3], [6]])
     trie = AnswerTrie(ANSWERS, END)
     pad, last, batch = (
@@ -144,8 +146,8 @@ def test_read_outs_differ():
     torch.testing.assert_close(batch[1], last[1], rtol=0, atol=1e-10)
 
 
-def test_work(count):
-    """One projection per image; each question once with its pad; each internal node once per question."""
+def test_no_node_is_computed_twice(count):
+    """One projection per image; each question once, with its pad; each internal node once per question."""
     decoder, groups = build_decoder(0), draw_prompts([[4, 4], [4, 4]])
     rank_answers(decoder, draw_context(2), groups, AnswerTrie(ANSWERS, END))
     # 7, 7 8, 7 8 8, 7 8 8 8, 7 8 8 8 8, 5, 5 9, 5 9 11, 5 9 12, 5 10, 5 10 11, 22, 9, 9 5
@@ -156,7 +158,7 @@ def test_work(count):
     assert count == {"images": 4 * (1 + len(ANSWERS)), "tokens": 4 * recomputed}
 
 
-def test_top_k_runs_only_what_it_keeps(count):
+def test_top_k_runs_only_the_answers_that_it_keeps(count):
     decoder = build_decoder(0)
     decoder.head.bias[[22, 7]] += 20.0
     ranked = rank_answers(decoder, draw_context(1), [[[0, 9]]], AnswerTrie(ANSWERS, END), top_k=4)
@@ -165,7 +167,7 @@ def test_top_k_runs_only_what_it_keeps(count):
     assert count["tokens"] <= 3 + at_most
 
 
-def test_answer_trie():
+def test_the_trie_holds_every_prefix_once():
     trie = AnswerTrie(ANSWERS, END)
     assert len(trie) == len(ANSWERS)
     for i, answer in enumerate(ANSWERS):
@@ -181,8 +183,8 @@ def test_answer_trie():
     assert [ANSWERS[i] for i in trie.order] == sorted(ANSWERS)
 
 
-def test_empty_groups_of_nodes():
-    """Only answers of the end token alone: nothing to run after the question."""
+def test_answers_of_the_end_token_alone():
+    """There is nothing to run after the question."""
     compare(build_decoder(0), draw_context(1), [[[0, 9]]], [[END], [END]])
 
 
@@ -195,12 +197,12 @@ def test_empty_groups_of_nodes():
         ([[END, 4, END]], "answer 0 has tokens"),
     ],
 )
-def test_trie_refuses(answers, message):
+def test_answers_without_one_end_token_are_refused(answers, message):
     with pytest.raises(ValueError, match=message):
         AnswerTrie(answers, END)
 
 
-def test_refuses():
+def test_wrong_options_are_refused():
     trie = AnswerTrie(ANSWERS, END)
     with pytest.raises(ValueError, match="top_k is 0"):
         rank_answers(build_decoder(), draw_context(1), [[[0]]], trie, top_k=0)

@@ -1,4 +1,4 @@
-"""Proves that what the package ships is whole and works: hashes of the towers, and a tiny model that sees.
+"""Proves that the shipped files are whole and work: hashes of the towers, and a tiny model that looks at its images.
 
 Run: pytest tests/model/test_shipped.py"""
 
@@ -29,7 +29,7 @@ def scenes():
     return [render_scene(scene_seed(7, "shipped", i)) for i in range(24)]
 
 
-def test_towers_are_the_recorded_ones():
+def test_towers_have_the_recorded_hash():
     folder = shipped_folder("tiny-towers")
     recipe = json.loads((folder / "recipe.json").read_text())
     data = (folder / "towers.safetensors").read_bytes()
@@ -38,7 +38,7 @@ def test_towers_are_the_recorded_ones():
 
 
 def test_tiny_still_has_its_towers(tiny):
-    """Training left the frozen towers as they ship, to the last bit."""
+    """Training left the frozen towers as they are shipped, bit for bit."""
     towers = load_file(shipped_folder("tiny-towers") / "towers.safetensors")
     freeze(tiny, "freeze_lang_vision")
     frozen = {name: p for name, p in tiny.named_parameters() if not p.requires_grad}
@@ -47,19 +47,19 @@ def test_tiny_still_has_its_towers(tiny):
         torch.testing.assert_close(parameter.detach(), towers[name], rtol=0, atol=0, msg=name)
 
 
-def test_tiny_answers_from_the_picture_alone(tiny, scenes):
-    """Without expert labels, on new scenes: far above what blank pictures get."""
+def test_tiny_answers_from_the_image_alone(tiny, scenes):
+    """Without expert labels, on new scenes, its accuracy is far above that for blank images."""
     answers = json.loads((shipped_folder("tiny") / "answers.json").read_text())
-    pictures = [Image.fromarray(scene.rgb) for scene in scenes]
+    images = [Image.fromarray(scene.rgb) for scene in scenes]
     blanks = [Image.fromarray(np.full_like(scene.rgb, 118)) for scene in scenes]
     asked = [[q["question"] for q in scene.meta["questions"]] for scene in scenes]
     truth = [q["answers"][0]["answer"] for scene in scenes for q in scene.meta["questions"]]
 
-    def accuracy(images) -> float:
-        replies = [a.text for group in tiny.answer(images, asked, answers) for a in group]
+    def accuracy(seen) -> float:
+        replies = [a.text for group in tiny.answer(seen, asked, answers) for a in group]
         return float(np.mean([a == b for a, b in zip(replies, truth, strict=True)]))
 
-    seeing, blind = accuracy(pictures), accuracy(blanks)
+    seeing, blind = accuracy(images), accuracy(blanks)
     assert seeing > blind + 0.15, (seeing, blind)
 
 
@@ -72,7 +72,7 @@ def test_tiny_captions_name_what_is_there(tiny, scenes):
     assert named >= 18, captions
 
 
-def test_command_line_right_after_installation(scenes, tmp_path, capsys):
+def test_the_command_line_works_right_after_installation(scenes, tmp_path, capsys):
     path = tmp_path / "scene.png"
     Image.fromarray(scenes[0].rgb).resize((300, 200)).save(path)
     assert main(["caption", str(path)]) == 0

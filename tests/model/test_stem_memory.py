@@ -1,4 +1,4 @@
-"""Proves that the stems keep half of what torch would keep, and give its outputs, gradients and running statistics.
+"""Proves that the stems keep half of what torch would keep, with the same outputs, gradients and running statistics.
 
 Run: pytest tests/model/test_stem_memory.py
 """
@@ -40,7 +40,7 @@ def run(stem, label):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_stem(dtype):
+def test_a_training_stem_is_convolutions_norms_and_relus(dtype):
     stem, plain, label = draw(dtype)
     for _ in range(2):
         y, expected = run(stem, label), run(plain, label)
@@ -57,14 +57,14 @@ def test_stem(dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_kept_bytes(dtype):
-    """Of each convolution's output and what its norm and ReLU make of it, the graph holds the former alone."""
+def test_the_graph_keeps_half_of_the_bytes(dtype):
+    """It holds the outputs of the convolutions, but not those of norms and ReLUs."""
     stem, plain, label = draw(dtype)
     ours, theirs = (kept_bytes(lambda model=model: run(model, label)) for model in (stem, plain))
     assert ours < 0.65 * theirs
 
 
-def test_evaluation_and_frozen_stems_are_torchs_own():
+def test_stems_in_evaluation_and_frozen_stems_agree_with_torch():
     stem, plain, label = draw(torch.float32)
     for model in (stem, plain):
         model.eval()
@@ -76,7 +76,15 @@ def test_evaluation_and_frozen_stems_are_torchs_own():
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_no_second_derivative():
+def test_a_convolution_with_a_hook_is_called():
+    stem, plain, label = draw(torch.float32)
+    called = []
+    stem.project.register_forward_hook(lambda *_: called.append(True))
+    torch.testing.assert_close(run(stem, label), run(plain, label))
+    assert called == [True]
+
+
+def test_a_second_derivative_is_refused():
     stem, _, label = draw(torch.float32)
     y = stem(label, None, None)
     (gradient,) = torch.autograd.grad(y.square().sum(), stem.norms[0].weight, create_graph=True)

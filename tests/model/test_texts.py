@@ -1,4 +1,4 @@
-"""Proves the rules of captions, questions, answers and class names: texts, token ids, labels, draws, collation.
+"""Proves the text rules of captions, questions, answers and class names: token ids, labels, random choices, collation.
 
 python -m pytest tests/model/test_texts.py
 """

@@ -1,4 +1,4 @@
-"""Proves that the tokenizer is RoBERTa's: shipped files, known ids, an independent BPE, transformers, round trips.
+"""Proves that the tokenizer is RoBERTa's, against shipped files, known ids, an independent BPE, and transformers.
 
 python -m pytest -q tests/model/test_tokenizer.py
 """
@@ -49,12 +49,12 @@ def hard_strings(count: int = 600) -> list[str]:
     return [*strings, "", " leading", "trailing "]
 
 
-def test_shipped_files():
+def test_the_shipped_files_are_robertas():
     for name, digest in SHA256.items():
         assert hashlib.sha256((ASSETS / name).read_bytes()).hexdigest() == digest, name
 
 
-def test_encode_known_ids(roberta):
+def test_known_texts_have_their_ids(roberta):
     assert roberta.encode("Hello world!") == [31414, 232, 328]
     fox = "The quick brown fox jumps over the lazy dog"
     assert roberta.encode(fox) == [133, 2119, 6219, 23602, 13855, 81, 5, 22414, 2335]
@@ -63,7 +63,7 @@ def test_encode_known_ids(roberta):
     assert ids == (0, 1, 2, 3, 50264, 50265)
 
 
-def test_encode_equals_plain_bpe(roberta, build_script):
+def test_encode_agrees_with_a_plain_bpe(roberta, build_script):
     regex = pytest.importorskip("regex")
     vocab = json.loads((ASSETS / "vocab.json").read_text(encoding="utf-8"))
     lines = (ASSETS / "merges.txt").read_text(encoding="utf-8").split("\n")[1:-1]
@@ -77,10 +77,10 @@ def test_encode_equals_plain_bpe(roberta, build_script):
         assert roberta.encode(text) == expected, repr(text)
 
 
-def test_encode_equals_transformers(roberta):
+def test_encode_agrees_with_transformers(roberta):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.RobertaTokenizer.from_pretrained(str(ASSETS))
-    # they make a special token of "<s>" in a text, we never do (test_specials)
+    # transformers makes a special token of "<s>" in a text; we never do (test_texts_hold_no_special_tokens)
     texts = [text for text in hard_strings() if "<s>" not in text and "</s>" not in text]
     assert len(texts) > 500
     for text in texts:
@@ -94,8 +94,8 @@ def test_decode_inverts_encode(roberta, name):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_specials(roberta):
-    # typed by a user they are text; in a sequence of ids they are not
+def test_texts_hold_no_special_tokens(roberta):
+    # typed by a user they are text; as ids they are special tokens
     ids = roberta.encode("<s> a<pad></s><mask>")
     assert not {0, 1, 2, 3, 50264} & set(ids)
     assert roberta.decode(ids) == "<s> a<pad></s><mask>"
@@ -106,19 +106,19 @@ def test_specials(roberta):
         roberta.decode([-100])
 
 
-def test_train():
+def test_a_trained_vocabulary_has_specials_bytes_and_merges():
     tokenizer = Tokenizer.train(SMALL_TEXTS, 280)
     special = (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.mask_id)
     assert tokenizer.vocab_size == 280 and special == (0, 1, 2, 3, 279)
     text = "What colour is the cube?"
     assert len(tokenizer.encode(text)) < len(text.encode())
-    # nothing occurs twice: bytes and specials are all there is
+    # no pair occurs twice: there are bytes and special tokens alone
     assert Tokenizer.train(["abcdefg"], 300).vocab_size == 261
     with pytest.raises(ValueError, match="vocab_size 260 does not hold every byte; ask for 261 or more"):
         Tokenizer.train(SMALL_TEXTS, 260)
 
 
-def test_train_is_deterministic(tmp_path):
+def test_training_is_deterministic(tmp_path):
     # hash seeds differ between processes
     texts = [
         f"{a} {b} of {c}" for a in ("red", "blue", "green") for b in ("cube", "ball") for c in ("one", "two", "ten")
@@ -134,7 +134,7 @@ def test_train_is_deterministic(tmp_path):
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
 
 
-def test_save_and_from_folder(roberta, tmp_path):
+def test_a_saved_tokenizer_loads(roberta, tmp_path):
     roberta.save(tmp_path / "roberta")
     for name in SHA256:
         assert (tmp_path / "roberta" / name).read_bytes() == (ASSETS / name).read_bytes(), name
@@ -146,7 +146,7 @@ def test_save_and_from_folder(roberta, tmp_path):
     assert all(again.encode(text) == small.encode(text) for text in hard_strings(100))
 
 
-def test_from_folder_reads_tokenizer_json(roberta, tmp_path):
+def test_tokenizer_json_loads(roberta, tmp_path):
     transformers = pytest.importorskip("transformers")
     transformers.RobertaTokenizer.from_pretrained(str(ASSETS)).save_pretrained(str(tmp_path))
     for name in SHA256:
@@ -161,7 +161,7 @@ def test_from_folder_reads_tokenizer_json(roberta, tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
-def test_from_folder_refuses(tmp_path):
+def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="neither vocab.json with merges.txt nor tokenizer.json"):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
@@ -186,7 +186,7 @@ def test_from_folder_refuses(tmp_path):
 
 
 def test_build_script_recovers_the_shipped_files(build_script):
-    """The recipe, fed with tables made back from its results."""
+    """The script gets tables that were reconstructed from its results."""
     character_to_byte = {character: byte for byte, character in build_script.byte_alphabet().items()}
     merges = (ASSETS / "merges.txt").read_text(encoding="utf-8")
     joined = [line.replace(" ", "") for line in merges.split("\n")[1:-1]]
@@ -202,7 +202,7 @@ def test_build_script_recovers_the_shipped_files(build_script):
     assert build_script.build_vocab(roberta) == vocab_text
 
 
-def test_read_i2w(build_script):
+def test_the_script_reads_a_table_of_strings(build_script):
     strings = [b"a", b"", b"bcd"]
     table = struct.pack("<II4I", 7, 3, 0, 1, 1, 4) + b"abcd\0"
     assert build_script.read_i2w(table, 3) == strings

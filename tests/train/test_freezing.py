@@ -1,6 +1,6 @@
-"""The four freeze modes freeze the inherited towers, whole, and nothing else.
+"""Proves that the four freeze modes freeze the inherited towers, whole, and nothing else.
 
-python -m pytest tests/train/test_freezing.py
+Run: pytest tests/train/test_freezing.py
 """
 
 import pytest
@@ -20,13 +20,13 @@ def model():
 
 
 def inherited(name: str, towers: str, parts: tuple[str, ...]) -> bool:
-    """Whether `name` is `towers`.INDEX.PART..., written out here independently of the module tree."""
+    """Whether `name` is `towers`.INDEX.PART..., independently of the module tree."""
     head, _, rest = name.partition(towers + ".")
     return not head and bool(rest) and rest.partition(".")[2].startswith(parts)
 
 
 @pytest.mark.parametrize("mode", FREEZE_MODES)
-def test_freeze(model, mode):
+def test_a_mode_freezes_its_towers(model, mode):
     trainable, total = freeze(model, mode)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     expected = set()
@@ -41,7 +41,7 @@ def test_freeze(model, mode):
     assert total - trainable == sum(dict(model.named_parameters())[name].numel() for name in frozen)
 
 
-def test_always_trainable(model):
+def test_the_other_parts_always_train(model):
     freeze(model, "freeze_lang_vision")
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     parts = (
@@ -63,12 +63,12 @@ def test_always_trainable(model):
         assert any(name.startswith(part) for name in trains), part
 
 
-def test_later_mode_forgets_earlier(model):
+def test_a_later_mode_replaces_an_earlier_one(model):
     freeze(model, "freeze_lang_vision")
     trainable, total = freeze(model, "none")
     assert trainable == total
 
 
-def test_unknown_mode(model):
+def test_an_unknown_mode_is_refused(model):
     with pytest.raises(ValueError, match="unknown freeze mode 'all'; choose from none"):
         freeze(torch.nn.Module(), "all")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from prismer.model import Prismer
 from prismer.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(900)
@@ -69,6 +70,4 @@ def test_a_dead_rank_ends_the_run(workshop):
     assert not (run.folder / "finished.json").exists()
     last = RunFolder(run.folder).last()
     assert last is not None
-    from prismer.weights.folder import from_pretrained
-
-    from_pretrained(last)
+    Prismer.from_pretrained(last)

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from prismer.batch import Batch, ImageBatch
 from prismer.config import PrismerConfig
 from prismer.freezing import freeze
+from prismer.model import Prismer
 from prismer.texts import collate
 from prismer.training import zero
 from prismer.training.config import TrainConfig
-from prismer.weights.folder import from_pretrained
 
 STEPS, IMAGES = 5, 8
 # shard, gather and release every parameter, however small, as those of large models are
@@ -62,7 +62,7 @@ def main() -> None:
     settings = TrainConfig(batch_size=IMAGES, learning_rate=3e-3, gradient_clipping=1.0)
     part = IMAGES // world
 
-    sharded = from_pretrained(folder).train()
+    sharded = Prismer.from_pretrained(folder).train()
     freeze(sharded, settings.freeze)
     section = dict(stage=3, memory_efficient_linear=False, **SHARD_EVERYTHING)
     engine = zero.build_engine(sharded, settings, dict(zero_optimization=section), "fp32")
@@ -82,7 +82,7 @@ def main() -> None:
     if rank:
         return
 
-    plain = from_pretrained(folder).train()
+    plain = Prismer.from_pretrained(folder).train()
     freeze(plain, settings.freeze)
     optimizer = zero.build_optimizer(plain, settings)
     expected = []
@@ -93,7 +93,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_([p for p in plain.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         expected.append(float(loss))
-    moved = from_pretrained(folder).state_dict()
+    moved = Prismer.from_pretrained(folder).state_dict()
     report = {"losses": losses, "expected": expected, "difference": {}, "step": {}}
     for name, value in plain.state_dict().items():
         if value.is_floating_point():

@@ -1,18 +1,18 @@
-"""Proves the two-way map between our tensor names and the published ones over the whole key table of spec 2.2, with
-shapes. Run: pytest tests/model/test_official_keys.py"""
+"""Proves the translation between our tensor names and the published ones in both directions, with shapes, for the whole
+key table (docs/architecture.md). Run: pytest tests/model/test_published_keys.py"""
 
 import pytest
 import torch
 
 from prismer.config import ALL_EXPERTS, preset
 from prismer.model import Prismer
-from prismer.weights.names import IGNORED, from_official, to_official
+from prismer.weights.names import IGNORED, from_published, to_published
 
 NUM_KEYS = {"base": 843, "base-z": 635, "large": 1443, "large-z": 1235, "huge": 1587, "huge-z": 1379}
 
 
-def published(config) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of a published checkpoint, written from the table and nothing else."""
+def published_keys(config) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of a published checkpoint, written from the key table alone."""
     D, H, V = config.vision_width, config.text_width, config.vocab_size
     keys: dict[str, tuple[int, ...]] = {}
 
@@ -94,30 +94,30 @@ def published(config) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", NUM_KEYS)
-def test_key_table(name):
+def test_names_and_shapes_are_those_of_the_key_table(name):
     config = preset(name)
-    table = published(config)
+    table = published_keys(config)
     assert len(table) == NUM_KEYS[name]
     with torch.device("meta"):
         ours = {key: tuple(value.shape) for key, value in Prismer(config).state_dict().items()}
-    written = {theirs: shape for key, shape in ours.items() for theirs in to_official(key)}
+    written = {theirs: shape for key, shape in ours.items() for theirs in to_published(key)}
     assert written == {key: shape for key, shape in table.items() if key != IGNORED}
-    read = {from_official(key): shape for key, shape in table.items() if key != IGNORED}
+    read = {from_published(key): shape for key, shape in table.items() if key != IGNORED}
     assert read == ours
 
 
-def test_480_px_table():
+def test_the_positional_table_at_480_px_has_900_rows():
     config = preset("base", image_size=480)
-    assert published(config)["expert_encoder.positional_embedding"] == (900, 768)
+    assert published_keys(config)["expert_encoder.positional_embedding"] == (900, 768)
 
 
-def test_strangers():
-    assert from_official(IGNORED) is None
-    assert from_official("visual.proj") is None
+def test_names_of_other_models_are_not_translated():
+    assert from_published(IGNORED) is None
+    assert from_published("visual.proj") is None
     with pytest.raises(KeyError, match="no tensor of Prismer"):
-        to_official("encoder.blocks.0.attn.in_proj_weight.more")
+        to_published("encoder.blocks.0.attn.in_proj_weight.more")
 
 
 def test_every_expert_has_its_own_names():
-    names = [to_official(f"encoder.stems.{e}.project.weight")[0] for e in ALL_EXPERTS]
+    names = [to_published(f"encoder.stems.{e}.project.weight")[0] for e in ALL_EXPERTS]
     assert len(set(names)) == len(ALL_EXPERTS)

@@ -8,7 +8,9 @@ from prismer.config import PRESETS, PrismerConfig, preset
 from prismer.model import Prismer
 from prismer.shipped import shipped_folder
 from prismer.tokenizer import Tokenizer
-from prismer.weights.folder import CONFIG, check_checksums, folder_config, from_pretrained, read_tensors
+from prismer.weights.folder import check_checksums, folder_config
+from prismer.weights.locate import CONFIG
+from prismer.weights.tensors import read_tensors
 
 TOWERS = "tiny-towers"
 
@@ -39,7 +41,7 @@ def start_model(source: str, image_size: int = 0, seed: int = 0) -> Prismer:
     """
     config = start_config(source)
     if Path(source).is_dir():
-        model = from_pretrained(source, image_size=image_size or None, dtype=torch.float32)
+        model = Prismer.from_pretrained(source, image_size=image_size or None, dtype=torch.float32)
         if model.tokenizer is None:
             raise ValueError(f"the model in {source} has no tokenizer; save it with one")
         return model
