@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from prismer.kernels.errors import InputError, MachineError
 
-__all__ = ["InputError", "MachineError", "check_count", "listed", "shown"]
+__all__ = ["InputError", "MachineError", "check_count", "check_integer", "listed", "shown"]
 _MAX_LENGTH = 60
 
 
@@ -29,10 +29,15 @@ def is_a_sentence(error: BaseException) -> bool:
     return raised and frame.f_globals.get("__name__", "").startswith("prismer.")
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise InputError unless `value` is a whole number of at least `least`; True and 3.0 are not whole numbers."""
+def check_integer(name: str, value: object) -> None:
+    """Raise InputError unless `value` is a whole number; True and 3.0 are not."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InputError(f"{name} is {shown(value)}; give a whole number")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise InputError unless `value` is a whole number of at least `least`."""
+    check_integer(name, value)
     if value < least:
         raise InputError(f"{name} is {shown(value)}; it must be at least {least}")
 
@@ -48,9 +53,3 @@ def listed(names: Iterable[str]) -> str:
     names = sorted(names)
     texts = [name if name.isprintable() and 0 < len(name) <= _MAX_LENGTH else shown(name) for name in names[:5]]
     return ", ".join(texts) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise a ValueError unless `value` is an integer, which True and 3.0 are not."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} is {value!r}; give a whole number")

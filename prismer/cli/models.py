@@ -29,20 +29,22 @@ def add_model_commands(commands: argparse._SubParsersAction) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     if args.official is not None:
-        from prismer.weights.folder import from_pretrained
-        from prismer.weights.published import save_official
+        from prismer.model import Prismer
+        from prismer.weights.published import save_published
 
         found = _checkpoint(args.source) or args.source
-        save_official(from_pretrained(found), args.official)
+        save_published(Prismer.from_pretrained(found), args.official)
         print(f"{found} -> {args.official}")
         return
     # the export replaces the whole folder, so it must never be one that holds something else
     empty = args.out.is_dir() and not any(args.out.iterdir())
     if args.out.exists() and not empty and not (args.out / "model.safetensors").is_file():
         raise InputError(f"{args.out} exists and is not a model folder; choose another --out")
+    from prismer.model import Prismer
     from prismer.training.run_folder import export_checkpoint
     from prismer.training.text_statistics import read_answers
-    from prismer.weights.folder import ANSWERS, from_pretrained, save_pretrained
+    from prismer.weights.folder import save_pretrained
+    from prismer.weights.locate import ANSWERS
 
     source = Path(args.source)
     if source.is_dir() and args.out.resolve() == source.resolve():
@@ -50,7 +52,7 @@ def _export(args: argparse.Namespace) -> None:
     if _checkpoint(args.source) is None and (not source.is_dir() or _holds_weights(source)):
         answers = model_folder(args.source) / ANSWERS
         listed = read_answers(answers) if answers.is_file() else None
-        save_pretrained(from_pretrained(args.source, on_report=print), args.out, answers=listed)
+        save_pretrained(Prismer.from_pretrained(args.source, on_report=print), args.out, answers=listed)
         print(f"{args.source} -> {args.out}")
     else:
         print(f"{export_checkpoint(source, args.out)} -> {args.out}")

@@ -10,6 +10,7 @@ from PIL import Image
 
 from prismer.dataloading.store.shards import CorruptSample, ShardDataset
 from prismer.files import replacing, write_atomically, write_json
+from prismer.model import Prismer
 from prismer.training.evaluation import most_frequent_replies, scores
 from prismer.training.metrics import vqa_accuracy
 from prismer.training.progress import plot_metrics
@@ -17,7 +18,6 @@ from prismer.training.run_folder import export_checkpoint
 from prismer.training.setup import Run
 from prismer.training.skipped import SkippedSamples
 from prismer.training.streams import print_on_rank_zero
-from prismer.weights.folder import from_pretrained
 
 COLUMNS = ("trained model", "most frequent", "blank images")
 # validation images in samples.png
@@ -33,7 +33,7 @@ def finish_run(run: Run, step: int, seconds: float, skipped: SkippedSamples) -> 
         skipped: samples that the run skipped.
     """
     path, checkpoint = run.folder.path, run.folder.best()
-    best = from_pretrained(checkpoint)
+    best = Prismer.from_pretrained(checkpoint)
     if run.is_rank_zero:
         export_checkpoint(path, path / "model")
         plot_metrics(path)

@@ -15,11 +15,10 @@ from prismer.training.checkpoint import restore_optimizer
 from prismer.training.config import MAX_STEPS, TrainConfig
 from prismer.training.data import check_dataset, check_readable, check_texts, open_loaders
 from prismer.training.evaluation import predict
+from prismer.training.initial_model import build_initial_model, initial_config
 from prismer.training.run_folder import RunFolder
 from prismer.training.streams import print_on_rank_zero
 from prismer.training.text_statistics import TextStatistics
-from prismer.weights.folder import from_pretrained
-from prismer.weights.initial_model import start_config, start_model
 
 # the dataset that is rendered where it does not exist
 EMBEDDED_DATA = TrainConfig.data
@@ -64,10 +63,10 @@ class Run:
 
         checkpoint = self.folder.last()
         if checkpoint:
-            model = from_pretrained(checkpoint)
+            model = Prismer.from_pretrained(checkpoint)
         else:
             # every rank builds the same weights, of which DeepSpeed keeps a shard on each
-            model = start_model(config.model, config.image_size, config.seed)
+            model = build_initial_model(config.model, config.image_size, config.seed)
         model.set_gradient_checkpointing(config.gradient_checkpointing)
         trainable, parameters = freeze(model, config.freeze)
         print_on_rank_zero(f"trainable: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.0%})")
@@ -99,7 +98,7 @@ class Run:
 def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh: bool) -> str:
     """On rank 0, before anything is built: lock and check the run folder, render the data, choose the precision."""
     data = Path(config.data)
-    width = start_config(config.model).vision_width
+    width = initial_config(config.model).vision_width
     if config.data != EMBEDDED_DATA:
         check_dataset(data)
     # the earlier run is moved only after model and data were checked

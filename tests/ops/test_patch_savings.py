@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from prismer.costs.counting import Counter
+from prismer.costs.counting import CostCounter
 from prismer.kernels.patch import apply_to
 from tests.ops import resampler_families, tower_families
 from tests.ops.patching import assert_same, randomise, saved_bytes, step
@@ -91,7 +91,7 @@ def test_towers_issue_fewer_operators(name, count_calls):
 def count_resampler_step(module, inputs):
     """Operators of forward and backward, and bytes that autograd saves between them."""
     module.zero_grad()
-    with Counter() as counter:
+    with CostCounter() as counter:
         output = module(*inputs)
         output.backward(torch.ones_like(output))
     return counter.issued.total(), saved_bytes(module, lambda: module(*inputs))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prismer import precision
-from prismer.weights.initial_model import start_config, start_model
+from prismer.training.initial_model import build_initial_model, initial_config
 
 
 @pytest.mark.parametrize(("bf16", "fp32", "chosen"), [(50.0, 40.0, "bf16"), (40.0, 40.0, "bf16"), (8.0, 130.0, "fp32")])
@@ -34,10 +34,10 @@ def test_both_precisions_are_measured_on_one_thread():
 
 def test_a_run_starts_from_a_model_folder_or_a_preset(workshop):
     folder = str(workshop.folder / "model")
-    model = start_model(folder, image_size=96)
+    model = build_initial_model(folder, image_size=96)
     assert model.config.image_size == 96 and model.tokenizer is not None
-    assert start_config(folder).vision_width == 32 and start_config("base").vision_width == 768
+    assert initial_config(folder).vision_width == 32 and initial_config("base").vision_width == 768
     with pytest.raises(ValueError, match="'bse' is neither a model folder nor a preset"):
-        start_config("bse")
+        initial_config("bse")
     with pytest.raises(ValueError, match="no pre-trained towers of preset 'base'"):
-        start_model("base")
+        build_initial_model("base")

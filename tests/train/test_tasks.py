@@ -11,8 +11,8 @@ import pytest
 from prismer.costs.plan import texts_of
 from prismer.training.config import TrainConfig
 from prismer.training.data import choose_texts
+from prismer.training.initial_model import build_initial_model
 from prismer.training.tasks import TASKS
-from prismer.weights.initial_model import start_model
 
 # Prismer, arXiv:2303.02506, and its released configurations
 PUBLISHED = {
@@ -53,7 +53,7 @@ def test_given_settings_win_over_the_defaults_of_the_task():
     [("joint", 5, True), ("caption", 2, True), ("pretrain", 2, False), ("vqa", 3, False), ("classify", 1, False)],
 )
 def test_a_task_draws_its_texts_and_no_others(workshop, task, group_size, has_prefix):
-    model = start_model(str(workshop.folder / "model"))
+    model = build_initial_model(str(workshop.folder / "model"))
     model.config = model.config.replace(caption_prefix="a picture of")
     config = TrainConfig(task=task, captions_per_image=2, questions_per_image=3)
     questions = [

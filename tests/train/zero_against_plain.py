@@ -75,7 +75,7 @@ def main() -> None:
         total = loss.detach().clone()
         dist.all_reduce(total)
         losses.append(float(total) / world)
-    weights = from_pretrained(folder)
+    weights = Prismer.from_pretrained(folder)
     zero.copy_weights(engine, weights)
     dist.barrier()
     dist.destroy_process_group()
