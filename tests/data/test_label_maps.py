@@ -1,6 +1,6 @@
 """Proves that packed labels give back the same maps, are the same bytes each time, and never give back wrong maps.
 
-python -m pytest tests/data/test_labels.py
+python -m pytest tests/data/test_label_maps.py
 """
 
 import struct
