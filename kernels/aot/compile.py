@@ -158,12 +158,7 @@ def compile_case(op: str, case: KernelCase, arch: int) -> CompiledKernel:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     described = dict(
-        op=op,
-        name=case.name,
-        arch=arch,
-        warps=case.num_warps,
-        needs_dot=case.dot,
-        needs_vector_loads=case.vector_loads,
+        op=op, name=case.name, arch=arch, warps=case.num_warps, needs_dot=case.dot, needs_vector_loads=case.vector_loads
     )
     options = dict(num_warps=case.num_warps, num_stages=case.num_stages)
     try:

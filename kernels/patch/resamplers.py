@@ -199,11 +199,7 @@ def _visible_media(
 
 
 def _cross_attention_forward(
-    self: Any,
-    x: Tensor,
-    media: Tensor,
-    media_locations: Tensor | None = None,
-    use_cached_media: bool | None = None,
+    self: Any, x: Tensor, media: Tensor, media_locations: Tensor | None = None, use_cached_media: bool | None = None
 ) -> Tensor:
     fits = media_locations is None or use_cached_media or media_locations.shape == x.shape[:2]
     if not _is_supported(self, x, media) or not fits:

@@ -42,11 +42,7 @@ def add_plan_command(commands: argparse._SubParsersAction) -> None:
         help="memory left for CUDA, cuDNN, NCCL and fragmentation (default 4)",
     )
     plan.add_argument("--config", type=Path, metavar="JSON", help="config of the run, such as zero3.json")
-    plan.add_argument(
-        "--task",
-        choices=tuple(TASKS),
-        help="default: the config's, or pretrain",
-    )
+    plan.add_argument("--task", choices=tuple(TASKS), help="default: the config's, or pretrain")
     plan.add_argument("--image-size", type=int, metavar="PX", help="side of the RGB input")
     plan.add_argument("--freeze", metavar="MODE", help="freeze mode (default: the task's)")
     plan.add_argument("--batch", type=int, metavar="N", help="images in a micro-batch of one GPU")

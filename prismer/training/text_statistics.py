@@ -98,11 +98,7 @@ class TextStatistics:
 
     @classmethod
     def from_counts(
-        cls,
-        counts: TextCounts,
-        class_names: list[str] | None,
-        max_answers: int,
-        fits: Callable[[str], bool],
+        cls, counts: TextCounts, class_names: list[str] | None, max_answers: int, fits: Callable[[str], bool]
     ) -> "TextStatistics":
         """Statistics of a training split.
 
