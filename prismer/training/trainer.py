@@ -71,8 +71,8 @@ class Trainer:
             if stop.reason:
                 self.skipped.record(self.step)
                 print_on_rank_zero(self.skipped.summary())
-                zero.end_distributed(run.group)
                 print_on_rank_zero(f"stopped by {stop.reason}; saved at step {self.step} of {run.total_steps}")
+                zero.end_distributed(run.group)
                 return stop.exit_code
         finish_run(run, self.step, time.time() - started, self.skipped)
         zero.end_distributed(run.group)
