@@ -1,4 +1,4 @@
-"""Writes what a benchmark session measured: a table on the terminal, a CSV and a plot under benchmarks/results/."""
+"""Reports a benchmark session: a table on the terminal, and a CSV and a plot in benchmarks/results/."""
 
 import csv
 import dataclasses
@@ -22,13 +22,13 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def everything(request) -> bool:
-    """Compile and time every contender at every shape: the default on a GPU, half an hour of a CPU spared otherwise."""
+    """Whether to time every contender at every shape; off by default on a CPU, where that takes half an hour."""
     return DEVICE.type == "cuda" or request.config.getoption("--full")
 
 
 @pytest.fixture
 def compiled(everything):
-    """Adds eager under torch.compile to the contenders: at one representative shape on a CPU, else everywhere."""
+    """Add eager under torch.compile to the contenders: at every shape, or on a CPU only at a representative one."""
 
     def add(calls: dict[str, Call], representative: bool) -> dict[str, Call]:
         if everything or representative:
@@ -56,7 +56,7 @@ def seeds():
 
 
 def machine() -> dict[str, str]:
-    """What the figures depend on."""
+    """The device, the date and the version of torch: the conditions of the measurements."""
     if DEVICE.type == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -85,7 +85,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    """Aside first, then renamed."""
+    """Write to a temporary file and rename it, so that an interrupted run leaves the old results."""
     aside = path.with_suffix(".part")
     with aside.open("w", newline="") as file:
         columns = [f.name for f in dataclasses.fields(Row)] + list(machine())
@@ -98,7 +98,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 
 def groups(rows: list[Row]) -> dict[tuple, dict[str, Row]]:
-    """Rows of one comparison, by contender."""
+    """(room, shape, dtype, part) -> the measurements of this comparison by name of the contender."""
     found: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         found.setdefault((row.room, row.shape, row.dtype, row.part), {})[row.contender] = row
@@ -106,7 +106,7 @@ def groups(rows: list[Row]) -> dict[tuple, dict[str, Row]]:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """One line for each comparison."""
+    """One line for each comparison; whole jobs have a second line with counts."""
     lines = []
     for (room, shape, dtype, part), by_name in groups(rows).items():
         ours = by_name[OURS]
@@ -127,7 +127,7 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """A bar for each comparison: how many times faster than its first peer, with quartiles, on a logarithmic axis."""
+    """Draw a bar for each comparison: how many times faster than its peer, with quartiles, on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")

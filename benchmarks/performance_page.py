@@ -1,9 +1,9 @@
-"""Writes the tables of docs/performance.md, and docs/performance.png, from what test_jobs.py measured.
+"""Writes the tables of docs/performance.md and the plot docs/performance.png from the results of test_jobs.py.
 
     pytest benchmarks/test_jobs.py --benchmark-only --full --results benchmarks/results/jobs
     python benchmarks/performance_page.py
 
-Nothing in the page between the two markers is typed by hand.
+Everything between the two markers in the page is generated: do not edit it by hand.
 """
 
 import csv
@@ -27,7 +27,7 @@ Group = dict[str, dict[str, str]]
 
 
 def read(path: Path) -> dict[tuple[str, str], Group]:
-    """(room, shape) -> rows by contender, in the order of the file."""
+    """(room, shape) -> CSV rows by contender, in the order of the file."""
     groups: dict[tuple[str, str], Group] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -36,7 +36,7 @@ def read(path: Path) -> dict[tuple[str, str], Group]:
 
 
 def matrix_rate(groups: dict[tuple[str, str], Group]) -> float:
-    """GFLOP/s of the plain matrix product that was timed beside the BASE encoder."""
+    """GFLOP/s of the plain matrix product that was timed together with the BASE encoder."""
     rates = [
         1e3 * float(row["tflop_per_s"])
         for (room, shape), group in groups.items()
@@ -44,11 +44,14 @@ def matrix_rate(groups: dict[tuple[str, str], Group]) -> float:
         if room == "encoder" and name.startswith("mm ") and shape.startswith("BASE")
     ]
     if not rates:
-        raise ValueError("no encoder of BASE in the results; run test_jobs.py with --full, or with -k encoder too")
+        raise ValueError(
+            "the results hold no BASE encoder; run test_jobs.py with --full, and without a -k that leaves it out"
+        )
     return rates[0]
 
 
 def seconds(row: dict[str, str]) -> str:
+    """The median time, and half the spread of the rounds if there were several."""
     value, spread = float(row["milliseconds"]) / 1e3, float(row["spread_ms"]) / 1e3
     digits = 3 if value < 1 else 2
     return f"{value:.{digits}f}" + (f" ± {spread / 2:.{digits}f}" if int(row["rounds"]) > 1 else "")
@@ -92,7 +95,7 @@ def page(groups: dict[tuple[str, str], Group]) -> str:
 
 
 def draw(groups: dict[tuple[str, str], Group], path: Path) -> None:
-    """Two panels: how many times faster than the baseline, and what share of the matrix rate each reaches."""
+    """Draw two panels: times faster than the baseline, and each contender's share of the matrix product's rate."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,7 +127,7 @@ def draw(groups: dict[tuple[str, str], Group], path: Path) -> None:
 def main() -> None:
     results = BENCHMARKS / "results" / "jobs" / "cpu.csv"
     if not results.is_file():
-        sys.exit(f"{results} is not there; run test_jobs.py with --results benchmarks/results/jobs first")
+        sys.exit(f"{results} does not exist; run test_jobs.py with --results benchmarks/results/jobs first")
     groups = read(results)
     text = PAGE.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
