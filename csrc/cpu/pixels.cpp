@@ -1,7 +1,8 @@
-// What the trainer's loader does to one sample on the CPU, see dataloading/feed/native_pixels.py.
-// Batches run side by side in the loader's threads, so an op works in the thread that calls it.
-// Plain loops: the compiler makes vectors of them, for each instruction set, once each job is
-// copied to where a byte that is written cannot change it.
+// The loader's work on the pixels of one sample on the CPU, see dataloading/feed/native_pixels.py.
+// The loader's threads work on several batches at once, so each op runs in the thread that calls
+// it. The loops are plain: the compiler vectorises them for each instruction set. For this each job
+// is first copied to a local variable, because a store through a byte pointer could change the
+// original.
 
 #include <bit>
 #include <cmath>
@@ -14,23 +15,25 @@
 namespace prismer {
 namespace {
 
-constexpr int64_t kValues = 256;  // of a byte
+constexpr int64_t kValues = 256;  // values of a byte
 constexpr int64_t kRgb = 3;
 
-// the integer below or equal; std::floor is a function call on the oldest processors
+// the floor of x; std::floor is a function call on the baseline instruction set
 PRISMER_INLINE int32_t floor_of(float x) {
   const int32_t cut = static_cast<int32_t>(x);
   return cut - (x < static_cast<float>(cut));
 }
 
-// to the nearest integer, of two the even one, for |x| < 2^22
+// rounds to the nearest integer, ties to even, for |x| < 2^22
 PRISMER_INLINE int32_t nearest_of(float x) {
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: behind it no bit is left for a fraction
+  // 1.5 * 2^23: a float of this size has no bits for a fraction
+  constexpr float magic = 12582912.0f;
   return std::bit_cast<int32_t>(x + magic) - std::bit_cast<int32_t>(magic);
 }
 
 PRISMER_INLINE float within(float x, float low, float high) {
-  return std::min(std::max(low, x), high);  // in this order a NaN becomes `low`
+  // std::max(low, x), in this order, turns a NaN into `low`
+  return std::min(std::max(low, x), high);
 }
 
 // ---- photo --------------------------------------------------------------------------------------
@@ -39,7 +42,7 @@ struct Lookup {
   uint8_t of[kRgb][kValues];
 };
 
-// the histogram of one channel stretched so that its ends become 0 and 255
+// stretches the histogram of one channel so that its ends become 0 and 255
 void stretch(const int64_t* counts, uint8_t* of) {
   int low = 0, high = kValues - 1;
   while (low < high && counts[low] == 0) ++low;
@@ -52,8 +55,8 @@ void stretch(const int64_t* counts, uint8_t* of) {
   }
 }
 
-// the histogram of one channel made flat: a value becomes the share of pixels up to it, without
-// those of the lowest value
+// flattens the histogram of one channel: a value becomes the share of pixels up to it, where pixels
+// of the lowest value do not count
 void equalize(const int64_t* counts, uint8_t* of) {
   int low = 0;
   int64_t total = 0, below = 0;
@@ -87,7 +90,7 @@ Lookup lookup_of(const uint8_t* pixels, int64_t count, bool autocontrast, bool e
   return lookup;
 }
 
-// line by line: `to` lies `stride` pixels apart
+// looks up all pixels, line by line; the lines of `to` are `stride` pixels apart
 void look_up(
     const uint8_t* pixels, int64_t side, const Lookup* lookup, uint8_t* to, int64_t stride) {
   for (int64_t i = 0; i < side; ++i) {
@@ -127,7 +130,8 @@ struct Planes {
   }
 };
 
-// one black pixel before each line and column, two behind, and a byte: four can be read anywhere
+// padding: one black pixel before each line and column and two behind, and one byte at the end, so
+// that four bytes can be read at each tap
 constexpr int64_t kBefore = 1, kAround = 3;
 
 struct Warp {
@@ -150,7 +154,7 @@ struct Warp {
     const float end = static_cast<float>(side);
     for (int32_t i = 0; i < side; ++i) {
       const float y = static_cast<float>(i) + 0.5f;
-      // the first output pixel looks here, in steps of one column
+      // source position of the first output pixel, and the step from column to column
       float first_x = m[1] * y + m[2] + 0.5f * m[0] - 0.5f, step_x = m[0];
       const float first_y = m[4] * y + m[5] + 0.5f * m[3] - 0.5f, step_y = m[3];
       if (job.flip) {
@@ -161,7 +165,7 @@ struct Warp {
         const float column = static_cast<float>(j);
         const float in_x = within(first_x + step_x * column, -1.0f, end);
         const float in_y = within(first_y + step_y * column, -1.0f, end);
-        // in 256ths of a pixel; the shift of a negative number is a floor
+        // in 256ths of a pixel; shifting a negative number right rounds down
         const int32_t fixed_x = floor_of(in_x * 256.0f + 0.5f);
         const int32_t fixed_y = floor_of(in_y * 256.0f + 0.5f);
         weight_x[j] = fixed_x & 255;
@@ -202,10 +206,11 @@ struct Map {
   uint8_t* out;           // (planes, size, size)
   int64_t h, w, planes;
   uint8_t fill;
-  std::vector<int32_t> columns, lines;  // where in `values` each column and line of the output lies
+  std::vector<int32_t> columns, lines;  // offsets in `values` of each output column and line
 };
 
-// Source pixels of an axis of `source` pixels, of which the window [low, high) becomes `size`.
+// The source pixel of each of `size` output pixels, scaled by `stride`; the window [low, high), in
+// shares of the `source` pixels of the axis, is resized to `size`.
 std::vector<int32_t> nearest(
     int64_t source, double low, double high, int64_t size, bool flip, int64_t stride) {
   std::vector<int32_t> found(size);
@@ -222,12 +227,13 @@ std::vector<int32_t> nearest(
 struct Resample {
   const Map* maps;
   int64_t count;
-  const float* matrix;  // (2, 3), or null to leave all in place
-  const float* turn;    // (2, 2), or null: of the vectors of the maps with three planes
+  const float* matrix;  // (2, 3) affine map of positions, or null for the identity
+  const float* turn;    // (2, 2) rotation of the vectors in maps with three planes, or null
   int32_t* scratch;     // (3, size)
   int64_t size;
 
-  // what one output line shows: pixels `at` of a map, and the fill outside columns [first, last)
+  // the content of one output line: pixels `at` of a map, and the fill outside columns [first,
+  // last)
   struct Line {
     int32_t* at;
     int64_t first, last;
@@ -240,7 +246,7 @@ struct Resample {
       Line line{job.scratch, 0, job.size};
       for (int64_t k = 0; k < job.count; ++k) {
         const Map &map = job.maps[k], &before = job.maps[k ? k - 1 : 0];
-        // most maps of a sample have one size, and then the places are those of the one before
+        // reuse the positions of the previous map if it has the same size, as most maps do
         if (k == 0 || map.h != before.h || map.w != before.w) job.find(map, i, line);
         if (map.planes == 1) {
           job.take<1>(map, i, line);
@@ -274,7 +280,7 @@ struct Resample {
       in_x[j] = static_cast<int32_t>(inside ? x : -1.0f);
       in_y[j] = static_cast<int32_t>(inside ? y : 0.0f);
     }
-    // the part of a straight line that lies inside a square is one piece
+    // the columns inside the map are contiguous: a straight line crosses a square in one piece
     line.first = 0;
     line.last = size;
     while (line.first < size && in_x[line.first] < 0) ++line.first;
@@ -299,7 +305,7 @@ struct Resample {
     }
   }
 
-  // (n + 1) / 2 * 255 of unit vectors; three zeros are no vector
+  // rotates unit vectors n, stored as (n + 1) / 2 * 255; three zeros mean that there is no vector
   PRISMER_INLINE void rotate(const Map& map, int64_t i) const {
     uint8_t* __restrict to_x = map.out + i * size;
     uint8_t* __restrict to_y = to_x + size * size;
@@ -312,7 +318,7 @@ struct Resample {
       const int32_t some = -static_cast<int32_t>((to_x[j] | to_y[j] | to_z[j]) != 0);
       const float turned_x = xx * x + xy * y, turned_y = yx * x + yy * y;
       const float square = turned_x * turned_x + turned_y * turned_y + z * z;
-      // no byte is half of 255, so that the sum is never small
+      // no byte equals 127.5, so no vector is zero and `square` is never tiny
       const float scale = 127.5f / std::sqrt(square);
       to_x[j] = static_cast<uint8_t>(nearest_of(turned_x * scale + 127.5f) & some);
       to_y[j] = static_cast<uint8_t>(nearest_of(turned_y * scale + 127.5f) & some);
@@ -343,7 +349,7 @@ void check_bytes(const char* op, const char* name, const Tensor& tensor) {
   check_contiguous(op, name, tensor);
 }
 
-// the numbers of an optional matrix, null where it is not given
+// the data of an optional matrix, null if it is not given
 const float* checked_matrix(
     const char* op, const char* name, const std::optional<Tensor>& given, int64_t columns) {
   if (!given) return nullptr;
@@ -371,7 +377,7 @@ void augment_photo_cpu(
   STD_TORCH_CHECK(
       out.dim() == 3 && out.size(0) == kRgb && out.size(1) == side && out.size(2) == side, op,
       ": out is ", shape_of(out), "; expected (3, ", side, ", ", side, ")");
-  // places are counted in 32 bits
+  // offsets are 32-bit integers
   STD_TORCH_CHECK(side <= 16384, op, ": pixels are ", side, " wide; expected at most 16384");
   check_bytes(op, "pixels", pixels);
   check_bytes(op, "out", out);
@@ -475,7 +481,7 @@ Tensor values_in_use_cpu(const Tensor& values) {
   const int64_t count = values.numel();
   uint64_t eight = 0, before = 0;
   int64_t i = 0;
-  // regions are wide: mostly eight values are the same as the eight before
+  // label maps have wide regions: mostly eight values equal the eight before
   for (; i + 8 <= count; i += 8) {
     std::memcpy(&eight, value + i, 8);
     if (i > 0 && eight == before) continue;
