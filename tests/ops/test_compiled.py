@@ -1,10 +1,11 @@
-"""Proves that every Triton and CUDA kernel compiles, without a GPU, to code within its budget: no spills, shared memory
-that fits, tensor-core instructions where there is a dot, 128-bit loads; and that a kernel that breaks it is named.
+"""Proves, without a GPU, that every Triton and CUDA kernel compiles to code within its budget, and that a kernel that
+exceeds it is reported. The budget: no spills, shared memory that fits, 128-bit loads, and tensor-core instructions for
+a dot.
 
 Run: pytest tests/ops/test_compiled.py                         one case of every kernel, for sm_90
      PRISMER_COMPILE_ALL=1 pytest tests/ops/test_compiled.py   every case, for sm_80, sm_90, sm_100 and sm_120
 
-Kernels that are decorated under TRITON_INTERPRET cannot be compiled, so this happens in a process of its own.
+Kernels that are decorated under TRITON_INTERPRET cannot be compiled, so the tests compile in a separate process.
 """
 
 import json
@@ -88,7 +89,7 @@ PLANTED = {
 
 
 def compiled(*command):
-    """Run Python without the interpreter of Triton."""
+    """Run Python in a process that does not use Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
@@ -139,7 +140,7 @@ def test_check_names_kernel_and_limits():
     ]
 
 
-def test_exceptions_come_first(monkeypatch):
+def test_an_exception_overrides_the_budget(monkeypatch):
     row = Row(room="attention", name="forward", arch=120, registers=255, stack=8, needs_dot=True, tensor_core="HMMA")
     exception = ("attention forward sm_120", Budget(registers=255, stack=8, reason="one spilled address"))
     monkeypatch.setattr("prismer.kernels.inspect.EXCEPTIONS", (exception,))
@@ -173,7 +174,7 @@ def test_case_refuses_what_does_not_fit_the_kernel():
         )
 
 
-def test_refuses_interpreted_kernels_and_unknown_rooms():
+def test_refuses_interpreted_kernels_and_unknown_ops():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "prismer.kernels.inspect"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -183,7 +184,7 @@ def test_refuses_interpreted_kernels_and_unknown_rooms():
 
 
 if __name__ == "__main__":
-    # in the process that `violations` starts: compile what is planted, print what is reported
+    # the process that `violations` starts: compile the planted kernels and print what is reported
     reports = {}
     for name, (make, _) in PLANTED.items():
         reports[name] = check([compile_case("planted", make(name), 90)])

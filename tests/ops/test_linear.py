@@ -1,4 +1,5 @@
-"""Proves that linears is one to three linear layers, forward and every gradient, and that frozen ones cost nothing.
+"""Proves that `linears` equals one to three linear layers, forward and every gradient, and that frozen weights cost
+nothing.
 
 Run: pytest tests/ops/test_linear.py
 """
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 @pytest.fixture(autouse=True)
 def as_one_op():
-    """An eager call on a CPU would be torch's own layers (test_on_host.py)."""
+    """Run the op itself: an eager call on a CPU would use torch's own layers (test_on_host.py)."""
     with use_backend("torch"):
         yield
 
@@ -33,7 +34,7 @@ def separate(x, layers):
 
 
 def step(op, x, layers, trained, dys):
-    """Outputs, then the gradients of x and of what trains."""
+    """The outputs, and the gradients of all that `trained` names."""
     x = x.detach().requires_grad_("x" in trained)
     layers = [
         (w.detach().requires_grad_(f"w{i}" in trained), b.detach().requires_grad_(f"b{i}" in trained))
@@ -71,8 +72,8 @@ def test_linears(count, trained, dtype, assert_no_worse):
             assert_no_worse("", named(ours), named(plain), lambda named=named: named(exact()))
 
 
-def test_unused_output():
-    """A dropped output has no gradient: its weight gets none, the input's is that of the others."""
+def test_an_unused_output_adds_no_gradient():
+    """Its weight gets no gradient, and the gradient of the input comes from the other outputs."""
     x, layers = draw(3)
     dys = [torch.randn(3, 5, 8, dtype=torch.float64), None, torch.randn(3, 5, 12, dtype=torch.float64)]
     trained = TRAINED[1].split()
@@ -83,8 +84,8 @@ def test_unused_output():
             torch.testing.assert_close(a, b)
 
 
-def test_saved_bytes():
-    """Frozen weights: only they are kept. Trained ones behind a frozen input: only the input. Nobody: nothing."""
+def test_saves_only_what_the_backward_pass_needs():
+    """Nothing, if nothing trains; the weights, if only the input does; the input, if only a weight does."""
     x, layers = draw(3, torch.float32)
     saved = []
 
