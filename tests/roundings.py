@@ -108,10 +108,7 @@ class Rounded(TorchDispatchMode):
             with torch.no_grad():
                 sizes, counts = (func(*_mapped(args, change), **_mapped(kwargs, change)) for change in (_size, _one))
             out = func(*args, **kwargs)
-            spread = lambda y, size, n: (  # noqa: E731
-                self._stored(y) + _unit(self.accumulator) * n.sqrt() * size * self._noise(y)
-            )
-            return self._each(out, spread, sizes, counts)
+            return self._each(out, self._summed, sizes, counts)
         out = func(*args, **kwargs)
         return self._each(out, self._stored) if torch.Tag.pointwise in func.tags else out
 
@@ -130,6 +127,9 @@ class Rounded(TorchDispatchMode):
         # below `tiny` all roundings have the same size; zeros are exact
         size = y.abs().clamp(min=torch.finfo(self.dtype).tiny) * (y != 0)
         return y + _unit(self.dtype) * size * self._noise(y)
+
+    def _summed(self, y: Tensor, size: Tensor, count: Tensor) -> Tensor:
+        return self._stored(y) + _unit(self.accumulator) * count.sqrt() * size * self._noise(y)
 
     def _noise(self, y: Tensor) -> Tensor:
         return torch.randn(y.shape, generator=self.draw, dtype=torch.float64)

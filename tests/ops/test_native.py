@@ -345,7 +345,10 @@ def test_decode_attention(isa, shape, dtype, by_query, assert_no_worse):
     inputs = draw_attention(*SHAPES[shape], dtype, by_query)
     plain = decode_attention_reference(*inputs)
     high = [t.double() if t.is_floating_point() else t for t in inputs]
-    exact = lambda: decode_attention_reference(*high)  # noqa: E731
+
+    def exact():
+        return decode_attention_reference(*high)
+
     assert_no_worse("out", ops.decode_attention(*inputs), plain, exact)
 
 
@@ -379,7 +382,10 @@ def test_decode_attention_with_large_scores(isa, assert_no_worse):
     inputs[4] *= 50
     plain = decode_attention_reference(*inputs)
     high = [t.double() if t.is_floating_point() else t for t in inputs]
-    exact = lambda: decode_attention_reference(*high)  # noqa: E731
+
+    def exact():
+        return decode_attention_reference(*high)
+
     assert_no_worse("out", ops.decode_attention(*inputs), plain, exact, factor=3.0)
 
 

@@ -54,7 +54,10 @@ def test_attention_may_sum_in_any_order(order, assert_no_worse):
     products = ORDERS[order](torch.cat([weights[:, None] * v.T, weights[:, None]], 1))
     sums = one_after_another(products)
     high = [t.double() for t in (q, k, v)]
-    exact = lambda: (high[0] @ high[1].T / 16).softmax(-1) @ high[2]  # noqa: E731
+
+    def exact():
+        return (high[0] @ high[1].T / 16).softmax(-1) @ high[2]
+
     assert_no_worse("out", sums[:, :-1] / sums[:, -1:], exact().float(), exact)
 
 
@@ -65,7 +68,10 @@ def test_a_norm_may_sum_in_any_order(dtype, assert_no_worse):
     centred = wide - one_after_another(wide.flip(-1))[:, None] / 768
     ours = (centred / (one_after_another(centred.square())[:, None] / 768 + 1e-5).sqrt()).to(dtype)
     high = x.double()
-    exact = lambda: F.layer_norm(high, (768,))  # noqa: E731
+
+    def exact():
+        return F.layer_norm(high, (768,))
+
     assert_no_worse("y", ours, exact().to(dtype), exact)
 
 
@@ -75,7 +81,10 @@ def test_a_short_accumulator_is_rejected(length, assert_no_worse):
     a, b = torch.randn(4, length), torch.randn(5, length)
     low = a.bfloat16(), b.bfloat16()
     high = [t.double() for t in low]
-    exact = lambda: high[0] @ high[1].T  # noqa: E731
+
+    def exact():
+        return high[0] @ high[1].T
+
     with pytest.raises(AssertionError, match="y is off"):
         assert_no_worse("y", one_after_another(low[0][:, None] * low[1]), exact().bfloat16(), exact)
     cut = [(t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (a, b)]
