@@ -24,7 +24,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Measurement:
     """One contender at one shape: a line of the CSV.
 
     Attributes:
@@ -65,11 +65,11 @@ class Row:
 
 
 # all measurements of this session; conftest.py writes them out at the end
-ROWS: list[Row] = []
+MEASUREMENTS: list[Measurement] = []
 
 
 @dataclass(kw_only=True)
-class Call:
+class Contender:
     """One way to compute the result: a function and its inputs.
 
     Attributes:
@@ -149,9 +149,9 @@ def _tensors(value) -> list[Tensor]:
     return [t for t in (value if isinstance(value, (tuple, list)) else [value]) if t is not None]
 
 
-def on(
+def contenders_on(
     draws: list, functions: dict[str, Callable], frozen: tuple[int, ...] = ()
-) -> Callable[[torch.dtype], dict[str, Call]]:
+) -> Callable[[torch.dtype], dict[str, Contender]]:
     """Return a function dtype -> contenders by name; all of them share the same inputs.
 
     Args:
@@ -161,19 +161,19 @@ def on(
         frozen: indices in `draws` of floating-point tensors that need no gradient.
     """
 
-    def make(dtype: torch.dtype) -> dict[str, Call]:
+    def make(dtype: torch.dtype) -> dict[str, Contender]:
         inputs = []
         for i, draw in enumerate(draws):
             if isinstance(draw, Tensor):
                 draw = draw.to(DEVICE, dtype if draw.is_floating_point() else None)
                 draw = draw.detach().requires_grad_(draw.is_floating_point() and i not in frozen)
             inputs.append(draw)
-        return {name: Call(run=function, inputs=inputs) for name, function in functions.items()}
+        return {name: Contender(run=function, inputs=inputs) for name, function in functions.items()}
 
     return make
 
 
-def gate(make: Callable[[torch.dtype], dict[str, Call]], dtype: torch.dtype, part: str) -> None:
+def refuse_if_worse(make: Callable[[torch.dtype], dict[str, Contender]], dtype: torch.dtype, part: str) -> None:
     """Fail the test if our error in `dtype` is more than twice eager's (three times for gradients).
 
     Errors are measured against eager in float64.
@@ -193,9 +193,9 @@ def gate(make: Callable[[torch.dtype], dict[str, Call]], dtype: torch.dtype, par
             pytest.fail(f"tensor {i} of ours is off by {errors[0]:.3g}, allowed are {allowed:.3g}: not timed")
 
 
-def compare(
+def time_contenders(
     benchmark,
-    calls: dict[str, Call],
+    calls: dict[str, Contender],
     *,
     room: str,
     shape: str,
@@ -204,12 +204,12 @@ def compare(
     bytes_moved: int = 0,
     flops: int = 0,
     seconds: float = 0.5,
-) -> dict[str, Row]:
+) -> dict[str, Measurement]:
     """Time the contenders in turn and record a measurement of each.
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        calls: contenders by name, among them "ours" and "eager", which passed `gate`.
+        calls: contenders by name, among them "ours" and "eager", which passed `refuse_if_worse`.
         bytes_moved, flops: what the op cannot avoid in this part.
         seconds: to spend on all contenders together.
 
@@ -271,7 +271,7 @@ def compare(
         )
         low, middle, high = statistics.quantiles(ratios, n=4)
         median = statistics.median(values)
-        rows[name] = Row(
+        rows[name] = Measurement(
             room=room,
             shape=shape,
             dtype=str(dtype).removeprefix("torch."),
@@ -287,7 +287,7 @@ def compare(
             tflop_per_s=flops / median / 1e12,
             rounds=rounds,
         )
-    ROWS.extend(rows.values())
+    MEASUREMENTS.extend(rows.values())
     benchmark.group = f"{room} {shape} {rows[OURS].dtype} {part}"
     benchmark.extra_info.update(
         {f"{name} / ours": round(row.ratio, 3) for name, row in rows.items() if name != OURS},

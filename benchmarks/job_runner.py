@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.harness import OURS, ROWS, Row, peak_and_times, synchronize
+from benchmarks.harness import MEASUREMENTS, OURS, Measurement, peak_and_times, synchronize
 from prismer.costs.counting import Counter
 
 # products that the counter does not see by these names: convolutions dispatch to some of them, and our ops call the
@@ -37,7 +37,7 @@ class Job:
     """One job and the contenders that do it.
 
     Attributes:
-        room, shape, part: as in `Row`; part is "inference", "step" (forward and backward) or "labels".
+        room, shape, part: as in `Measurement`; part is "inference", "step" (forward and backward) or "labels".
         calls: the contenders by name, "ours" among them.
         check: takes the outcomes by name of the contender and raises AssertionError if they differ.
         reset: called before each call that is timed or compared.
@@ -64,8 +64,8 @@ def run_in_turn(ours: Callable, others: Callable, rounds: int) -> list[float]:
     return seconds
 
 
-def measure(job: Job, rounds: int = 1, in_turn: Callable = run_in_turn) -> dict[str, Row]:
-    """Compare, count and time the contenders of a job, and record a measurement of each in `harness.ROWS`.
+def measure(job: Job, rounds: int = 1, in_turn: Callable = run_in_turn) -> dict[str, Measurement]:
+    """Compare, count and time the contenders of a job, and record a measurement of each in `harness.MEASUREMENTS`.
 
     Args:
         rounds: number of timed rounds.
@@ -117,15 +117,17 @@ def measure(job: Job, rounds: int = 1, in_turn: Callable = run_in_turn) -> dict[
         name: _row(job, name, values, seconds[OURS], peaks[name], counters[name], shares[name])
         for name, values in seconds.items()
     }
-    ROWS.extend(rows.values())
+    MEASUREMENTS.extend(rows.values())
     return rows
 
 
-def _row(job: Job, name: str, values: list[float], ours: list[float], peak: int, counter: Counter, share: float) -> Row:
+def _row(
+    job: Job, name: str, values: list[float], ours: list[float], peak: int, counter: Counter, share: float
+) -> Measurement:
     ratios = [a / b for a, b in zip(values, ours, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     median = statistics.median(values)
-    return Row(
+    return Measurement(
         room=job.room,
         shape=job.shape,
         dtype="float32",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import DEVICE, OURS, Call, compare
+from benchmarks.harness import DEVICE, OURS, Contender, time_contenders
 from prismer.kernels.patch import apply_to
 
 VIT_B = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=12)
@@ -167,7 +167,7 @@ FAMILIES: tuple[Callable, ...] = (
 
 
 @functools.lru_cache(maxsize=1)
-def calls(family: Callable, dtype: torch.dtype) -> dict[str, Call]:
+def calls(family: Callable, dtype: torch.dtype) -> dict[str, Contender]:
     """The model as it is, and a patched copy, checked against each other."""
     torch.manual_seed(0)
     plain, inputs, run = family()
@@ -192,7 +192,7 @@ def calls(family: Callable, dtype: torch.dtype) -> dict[str, Call]:
     return found
 
 
-def call(module: nn.Module, inputs: list[Tensor], run: Callable, dtype: torch.dtype) -> Call:
+def call(module: nn.Module, inputs: list[Tensor], run: Callable, dtype: torch.dtype) -> Contender:
     """Of the inputs, which get a gradient if something before them trains, and of the parameters."""
     trained = [p for p in module.parameters() if p.requires_grad]
     leaves = [x.to(DEVICE, dtype).requires_grad_() for x in inputs]
@@ -200,7 +200,7 @@ def call(module: nn.Module, inputs: list[Tensor], run: Callable, dtype: torch.dt
     def forward(*tensors):
         return run(module, *tensors[: len(leaves)])
 
-    return Call(run=forward, inputs=[*leaves, *trained])
+    return Contender(run=forward, inputs=[*leaves, *trained])
 
 
 # in this order, a model is built once
@@ -210,4 +210,6 @@ def call(module: nn.Module, inputs: list[Tensor], run: Callable, dtype: torch.dt
 def test_drop_in(benchmark, family, dtype, part, everything):
     if not everything and (family not in (clip, flamingo_pytorch) or dtype != torch.float32 or part == "forward"):
         pytest.skip("on a CPU a training step of two families in fp32, to keep the run short: --full has the rest")
-    compare(benchmark, calls(family, dtype), room="drop_in", shape=family.__name__, dtype=dtype, part=part, seconds=0.6)
+    time_contenders(
+        benchmark, calls(family, dtype), room="drop_in", shape=family.__name__, dtype=dtype, part=part, seconds=0.6
+    )

@@ -48,7 +48,7 @@ OURS, BASELINE = harness.OURS, jobs.BASELINE
 def rows(monkeypatch):
     """The measurements of a test; those of the session stay empty."""
     found = []
-    monkeypatch.setattr("benchmarks.job_runner.ROWS", found)
+    monkeypatch.setattr("benchmarks.job_runner.MEASUREMENTS", found)
     return found
 
 
@@ -212,7 +212,7 @@ def test_report(model, rows, tmp_path):
     report = conftest()
     found = measure(JOBS["answer"](model))
     assert found[BASELINE].ratio == pytest.approx(found[BASELINE].milliseconds / found[OURS].milliseconds)
-    op = harness.Row(
+    op = harness.Measurement(
         room="layer_norm",
         shape="BASE",
         dtype="float32",
