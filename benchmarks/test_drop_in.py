@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import DEVICE, OURS, Call, compare
+from benchmarks.harness import DEVICE, OURS, Contender, time_contenders
 from prismer.kernels.patch import apply_to
 
 # a model, its inputs that get a gradient, and a call of the model with them
@@ -170,7 +170,7 @@ FAMILIES: tuple[Callable[[], Family], ...] = (
 
 
 @functools.lru_cache(maxsize=1)
-def build_calls(family: Callable[[], Family], dtype: torch.dtype) -> dict[str, Call]:
+def build_calls(family: Callable[[], Family], dtype: torch.dtype) -> dict[str, Contender]:
     """The unpatched model and a patched copy, checked against each other."""
     torch.manual_seed(0)
     plain, inputs, run = family()
@@ -195,7 +195,7 @@ def build_calls(family: Callable[[], Family], dtype: torch.dtype) -> dict[str, C
     return found
 
 
-def build_call(module: nn.Module, inputs: list[Tensor], run: Callable, dtype: torch.dtype) -> Call:
+def build_call(module: nn.Module, inputs: list[Tensor], run: Callable, dtype: torch.dtype) -> Contender:
     """A call with gradients of the inputs and of the parameters that train."""
     trained = [p for p in module.parameters() if p.requires_grad]
     leaves = [x.to(DEVICE, dtype).requires_grad_() for x in inputs]
@@ -203,7 +203,7 @@ def build_call(module: nn.Module, inputs: list[Tensor], run: Callable, dtype: to
     def forward(*tensors: Tensor) -> Tensor:
         return run(module, *tensors[: len(leaves)])
 
-    return Call(run=forward, inputs=[*leaves, *trained])
+    return Contender(run=forward, inputs=[*leaves, *trained])
 
 
 # in this order, each model is built once
@@ -213,7 +213,7 @@ def build_call(module: nn.Module, inputs: list[Tensor], run: Callable, dtype: to
 def test_drop_in(benchmark, family, dtype, part, everything):
     if not everything and (family not in (clip, flamingo_pytorch) or dtype != torch.float32 or part == "forward"):
         pytest.skip("without --full, a CPU times a training step of two families in fp32")
-    compare(
+    time_contenders(
         benchmark,
         build_calls(family, dtype),
         room="drop_in",

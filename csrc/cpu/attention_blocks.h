@@ -1,5 +1,5 @@
 // Shared by the forward and backward pass of attention on the CPU: the layout of tensors, the
-// packing of their blocks for `multiply.h`, and the checks.
+// packing of their blocks for `multiply.h`, and the checks of arguments.
 
 #pragma once
 
@@ -14,7 +14,7 @@ constexpr float kLog2e = 1.44269504088896341f;
 // the place of a key that no query sees, and the log-sum-exp of a query that sees no key
 constexpr float kNever = std::numeric_limits<float>::infinity();
 constexpr int64_t kMaxWidth = 256;
-constexpr int64_t kGrain = 65536;  // products of a task that is worth waking a thread
+constexpr int64_t kGrain = 65536;  // a thread gets at least this many products
 constexpr float kMost = std::numeric_limits<float>::max();
 constexpr float kLeastExponent = -200.0f;  // 2^-200 is 0 in fp32, as is every lower power
 
@@ -104,7 +104,7 @@ struct Pack {
   }
 };
 
-// 2^x, and 0 where x is -inf; only to 2^-18 where the result is rounded to 16 bits anyway
+// 2^x, and 0 for x = -inf; accurate to 2^-18 if the result is rounded to 16 bits anyway
 template <typename Stored, typename Vector>
 PRISMER_INLINE Vector weight(const Vector& x) {
   return exp2<std::is_same_v<Stored, float>>(max(x, kLeastExponent));
@@ -115,7 +115,7 @@ struct Sizes {
   bool causal;
   float scale;
 
-  // does no query up to `last` see this key or a later one?
+  // true if no query up to `last` sees this key or a later one
   PRISMER_INLINE bool beyond(int64_t key, int64_t last) const { return causal && key > last; }
 };
 
@@ -125,7 +125,7 @@ using Multiplier = void (*)(const Factors&);
 
 template <typename Stored>
 Rows<Stored> rows_of(const Tensor& x) {
-  // torch may give any stride to a dimension of one element: such strides are not used
+  // the stride of a dimension of size 1 may be anything in torch: it is multiplied by 0 only
   auto* first = const_cast<Stored*>(data<std::remove_const_t<Stored>>(x));
   return {first, x.stride(0), x.stride(1), x.stride(2)};
 }

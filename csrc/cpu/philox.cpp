@@ -1,5 +1,5 @@
-// Which weights of attention survive dropout, on the CPU: Philox 4x32-10, as kernels/philox.py
-// defines it.
+// The dropout mask of attention on the CPU, drawn with Philox 4x32-10 as kernels/philox.py defines
+// it.
 
 #include <cstring>
 
@@ -8,8 +8,8 @@
 namespace prismer {
 namespace {
 
-constexpr int64_t kKeys = 4 * kLanes;  // that one counter in each lane decides
-constexpr int64_t kGrain = 16384;      // keys that are worth waking a thread
+constexpr int64_t kKeys = 4 * kLanes;  // keys at a time: each lane's counter gives four numbers
+constexpr int64_t kGrain = 16384;      // a thread gets at least this many keys
 
 struct Kept {
   uint32_t seed[2];

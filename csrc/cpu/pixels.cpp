@@ -31,7 +31,8 @@ PRISMER_INLINE int32_t nearest_of(float x) {
 }
 
 PRISMER_INLINE float within(float x, float low, float high) {
-  return std::min(std::max(low, x), high);  // in this order a NaN becomes `low`
+  // std::max(low, x), in this order, turns a NaN into `low`
+  return std::min(std::max(low, x), high);
 }
 
 // ---- photo --------------------------------------------------------------------------------------

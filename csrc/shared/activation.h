@@ -51,7 +51,7 @@ struct QuickGelu {
     const Vector near = min(max(x, -50.0f), 50.0f);
     const Vector power = exp2<full>(near * -2.45546696f);
     const Vector s = 1.0f / (1.0f + power);
-    // power * s is 1 - s, without the cancellation
+    // power * s equals 1 - s, but does not cancel
     return s * (1.0f + 1.702f * near * (power * s));
   }
 };
@@ -64,7 +64,7 @@ struct Gelu {
     return max(x, 0.0f) - t * normal_tail<full>(t);
   }
 
-  // P(normal variable < x) + x times the density there; at -x it is 1 minus that
+  // P(normal variable < x) + x * density(x); the derivative at -x is 1 minus the one at x
   template <bool full, typename Vector>
   PRISMER_SHARED static Vector derivative(const Vector& x) {
     const Vector t = min(abs(x), kFar);
@@ -74,7 +74,8 @@ struct Gelu {
     if constexpr (full) {
       below = normal_tail<full>(t) - t * density;
     } else {
-      // saves the second power: tail / density - t by minimax over 0..6, product within 3e-5
+      // saves the second power: a minimax fit of tail / density - t over 0..6; the error of the
+      // product is below 3e-5
       const Vector u = min(t, 6.0f), u2 = u * u;
       const Vector low = (u * -0.288595376f + 0.609646461f) * u2 + (u * -1.99754473f + 1.25325634f);
       const Vector high =

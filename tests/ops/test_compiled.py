@@ -1,10 +1,11 @@
-"""Proves that every Triton and CUDA kernel compiles, without a GPU, to code within its budget: no spills, shared memory
-that fits, tensor-core instructions where there is a dot, 128-bit loads; and that a kernel that breaks it is named.
+"""Proves, without a GPU, that every Triton and CUDA kernel compiles to code within its budget, and that a kernel that
+exceeds it is reported. The budget: no spills, shared memory that fits, 128-bit loads, and tensor-core instructions for
+a dot.
 
 Run: pytest tests/ops/test_compiled.py                         one case of every kernel, for sm_90
      PRISMER_COMPILE_ALL=1 pytest tests/ops/test_compiled.py   every case, for sm_80, sm_90, sm_100 and sm_120
 
-Kernels that are decorated under TRITON_INTERPRET cannot be compiled, so this happens in a process of its own.
+Kernels that are decorated under TRITON_INTERPRET cannot be compiled, so the tests compile in a separate process.
 """
 
 import ast
@@ -226,7 +227,7 @@ def test_interpreted_kernels_and_unknown_ops_are_refused():
 
 
 if __name__ == "__main__":
-    # in the process that `violations` starts: compile what is planted, print what is reported
+    # the process that `violations` starts: compile the planted kernels and print what is reported
     reports = {}
     for name, (make, _) in PLANTED.items():
         reports[name] = check([compile_case("planted", make(name), 90)])

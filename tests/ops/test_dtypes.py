@@ -1,5 +1,5 @@
-"""Proves what the public ops do with floats that they have no kernels for: float64 is computed exactly, and float8 is
-refused with one sentence that names the dtype and what to do.
+"""Proves what public ops do with dtypes for which they have no kernels: they compute float64 exactly, and refuse float8
+with one sentence that names the dtype and what to do.
 
 Run: pytest tests/ops/test_dtypes.py
 """
@@ -34,7 +34,7 @@ def square():
     return draw(D, D), draw(D)
 
 
-# op -> a call of it with tensors of one dtype; float64 goes in, `to` casts
+# op -> a call of it; `to` casts each float64 tensor to the tested dtype
 CALLS = {
     "layer_norm": lambda to: layer_norm(to(draw(M, D)), to(draw(D)), to(draw(D))),
     "add_layer_norm": lambda to: add_layer_norm(to(draw(M, D)), to(draw(M, D)), to(draw(D)), to(draw(D)))[0],

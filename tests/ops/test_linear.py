@@ -1,4 +1,5 @@
-"""Proves that linears is one to three linear layers, forward and every gradient, and that frozen ones cost nothing.
+"""Proves that `linears` equals one to three linear layers, forward and every gradient, and that frozen weights cost
+nothing.
 
 Run: pytest tests/ops/test_linear.py
 """
@@ -63,7 +64,10 @@ def test_linears(count, trained, dtype, assert_no_worse):
     high = [(w.double(), b.double()) for w, b in layers]
     exact = functools.partial(step, separate, x.double(), high, trained, [dy.double() for dy in dys])
     for part, kind in enumerate(("y", "d")):
-        named = lambda results, part=part, kind=kind: {f"{kind}{i}": t for i, t in enumerate(results[part])}  # noqa: E731
+
+        def named(results, part=part, kind=kind):
+            return {f"{kind}{i}": t for i, t in enumerate(results[part])}
+
         assert all(t.dtype == dtype for t in ours[part])
         if dtype == torch.float64:
             torch.testing.assert_close(named(ours), named(exact()), rtol=1e-13, atol=1e-13)

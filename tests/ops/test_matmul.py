@@ -1,4 +1,4 @@
-"""Proves that products are the same on oneDNN and on torch's own library, and that the processor alone decides.
+"""Proves that products are the same on oneDNN and on torch's own library, and that the processor decides between them.
 
 Run: pytest tests/ops/test_matmul.py
 """
@@ -20,7 +20,7 @@ AMD = "vendor_id : AuthenticAMD\nflags : avx2 avx512f\n"
 
 @pytest.fixture(params=(True, False), ids=("onednn", "torch"))
 def library(request, monkeypatch):
-    """Either library, whatever the processor."""
+    """Use this library, regardless of the processor."""
     if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this torch gives no access to oneDNN's product")
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: request.param)
