@@ -53,11 +53,7 @@ def _check_feed_forward(intermediate: str, classes: Mapping[str, str], module: n
 
 
 def _bert_attention_forward(
-    self: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
+    self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     if self.config._attn_implementation != "sdpa" or past_key_values is not None:
         return NotImplemented
@@ -93,12 +89,7 @@ def _qformer_attention_forward(
 
 
 def _bert_attend(
-    self: Any,
-    x: Tensor,
-    context: Tensor | None,
-    mask: Tensor | None,
-    dropout: float,
-    options: Mapping[str, Any],
+    self: Any, x: Tensor, context: Tensor | None, mask: Tensor | None, dropout: float, options: Mapping[str, Any]
 ) -> Tensor:
     q, k, v = _bert_projections(self, x, context)
     attended = sdpa_attention(self, q, k, v, mask=mask, scale=self.scaling, dropout=dropout, options=options)

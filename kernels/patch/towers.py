@@ -80,11 +80,7 @@ def _mlp_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _open_clip_block_forward(
-    self: Any,
-    q_x: Tensor,
-    k_x: Tensor | None = None,
-    v_x: Tensor | None = None,
-    attn_mask: Tensor | None = None,
+    self: Any, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
 ) -> Tensor:
     is_cross = hasattr(self, "ln_1_kv")
     k_x, v_x = (self.ln_1_kv(t) if is_cross and t is not None else None for t in (k_x, v_x))
