@@ -79,16 +79,17 @@ def _forward(
     z: Tensor, x_hat: Tensor, gamma: Tensor | None, beta: Tensor | None, w_q: Tensor, w_k: Tensor, w_v: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     z, x_hat = z.contiguous(), x_hat.contiguous()
-    weights = w_k.chunk(2) if w_v is None else (w_k, w_v)
-    if _has_small_inputs(x_hat.numel(), weights[0]):
+    w_k, w_v = w_k.chunk(2) if w_v is None else (w_k, w_v)
+    if _has_small_inputs(x_hat.numel(), w_k):
         keys = _keys_input(z, x_hat, gamma, beta)
-        return matmul.linear(z, w_q), *(matmul.linear(keys, weight) for weight in weights)
-    outputs = [matmul.linear(z, w_q)]
-    for weight in weights:
-        scaled = weight if gamma is None else weight * gamma
-        offset = None if beta is None else torch.mv(weight, beta)
-        outputs.append(torch.cat([matmul.linear(x_hat, scaled, offset), matmul.linear(z, weight)], 1))
-    return tuple(outputs)
+        return matmul.linear(z, w_q), matmul.linear(keys, w_k), matmul.linear(keys, w_v)
+    scaled = (w_k, w_v) if gamma is None else (w_k * gamma, w_v * gamma)
+    offsets = (None, None) if beta is None else (torch.mv(w_k, beta), torch.mv(w_v, beta))
+    k, v = (
+        torch.cat([matmul.linear(x_hat, folded, offset), matmul.linear(z, weight)], 1)
+        for folded, offset, weight in zip(scaled, offsets, (w_k, w_v), strict=True)
+    )
+    return matmul.linear(z, w_q), k, v
 
 
 def _forward_fake(
@@ -114,11 +115,12 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`needs`: which arguments of `_forward` need a gradient. z and x_hat are given if such a gradient reads them."""
-    results = _backward_fake(dq, dk, w_q, w_k, w_v, M, needs)
-    need, grads = (dict(zip(_NAMES, values, strict=True)) for values in (needs, results))
+    results: Any = _backward_fake(dq, dk, w_q, w_k, w_v, M, needs)
+    need, grads = dict(zip(_NAMES, needs, strict=True)), dict(zip(_NAMES, results, strict=True))
     B, L, D = len(dq), dk.shape[1] - M, w_q.shape[1]
     dq = dq.reshape(B * M, -1)
     if need["q"]:
+        assert z is not None
         grads["q"].copy_(matmul.mm(dq.T, z.reshape(-1, D)))
     if need["z"]:
         grads["z"].view(-1, D).copy_(matmul.mm(dq, w_q))
@@ -136,8 +138,8 @@ def _backward(
 
 # of keys and of values: gradient of the output, weight, gradient of the weight, whether the weight trains
 _Layers = list[tuple[Tensor, Tensor, Tensor, bool]]
-# z, x_hat, gamma and beta
-_Saved = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# z, x_hat, gamma and beta, of which each may be None
+_Saved = tuple[Any, Any, Any, Any]
 
 
 def _backward_plain(layers: _Layers, saved: _Saved, M: int, need: dict[str, bool], grads: dict[str, Tensor]) -> None:
@@ -147,7 +149,7 @@ def _backward_plain(layers: _Layers, saved: _Saved, M: int, need: dict[str, bool
     L = N - M
     if any(trains for *_, trains in layers):
         keys = _keys_input(z, x_hat, gamma, beta).view(-1, D)
-    dkeys = None
+    dkeys: Any = None
     for d, weight, dweight, trains in layers:
         d = d.reshape(B * N, -1)
         dkeys = matmul.mm(d, weight) if dkeys is None else dkeys.add_(matmul.mm(d, weight))
@@ -171,8 +173,8 @@ def _backward_folded(layers: _Layers, saved: _Saved, M: int, need: dict[str, boo
     z, x_hat, gamma, beta = saved
     (B, N, _), D = layers[0][0].shape, layers[0][1].shape[1]
     L = N - M
-    rows = None if z is None else z.reshape(B * M, D)
-    inputs = None if x_hat is None else x_hat.reshape(B * L, D)
+    rows: Any = None if z is None else z.reshape(B * M, D)
+    inputs: Any = None if x_hat is None else x_hat.reshape(B * L, D)
     for i, (d, weight, dweight, trains) in enumerate(layers):
         d_x, d_z = d[:, :L].reshape(B * L, -1), d[:, L:].reshape(B * M, -1)
         if need["z"]:
@@ -202,7 +204,7 @@ def _backward_fake(
     dq: Tensor, dk: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor | None, M: int, needs: list[bool]
 ) -> tuple[Tensor, ...]:
     (B, N, _), D = dk.shape, w_q.shape[1]
-    shapes = (B, M, D), (B, N - M, D), (D,), (D,), w_q.shape, w_k.shape, None if w_v is None else w_v.shape
+    shapes: list[Any] = [(B, M, D), (B, N - M, D), (D,), (D,), w_q.shape, w_k.shape, w_v if w_v is None else w_v.shape]
     empty = [dq.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)]
     # gamma's and beta's are summed over keys and values
     for i in (2, 3):

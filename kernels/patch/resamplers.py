@@ -8,8 +8,9 @@ Calls that a fused forward does not support (inputs of another dtype than the we
 has) run the original forward.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,38 +44,30 @@ def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
 def _resample(
     latents: Tensor,
     x: Tensor,
-    layers: Sequence[tuple[Any, Any]],
-    *,
-    input_norm: Callable[[Any], nn.LayerNorm],
-    latents_norm: Callable[[Any], nn.LayerNorm],
-    attend: Callable[[Any, Tensor, Tensor], Tensor],
-    mlp_norm: Callable[[Any], nn.LayerNorm],
-    feed_forward: Callable[[Any, Tensor], Tensor],
+    eps: float,
+    layers: Iterable[tuple[nn.LayerNorm, Callable, nn.LayerNorm, Callable]],
     final_norm: nn.LayerNorm,
 ) -> Tensor:
-    """The stack of pre-norm layers of a Flamingo-like resampler.
+    """Run the pre-norm layers of a Flamingo-like resampler.
 
     Args:
         latents: (M, D).
         x: (B, L, D), the inputs.
-        layers: pairs of an attention and a feed-forward module.
-        input_norm, latents_norm: give the attention's norm of the inputs, and that of the latents.
-        attend: attention module, normalised latents, standardised inputs -> (B, M, D).
-        mlp_norm: gives the feed-forward's norm.
-        feed_forward: feed-forward module, normalised latents -> (B, M, D).
+        eps: of the norms of the inputs.
+        layers: of each, its norm of the latents; its attention, (normalised latents, standardised inputs) -> (B, M, D);
+            its norm before the feed-forward; its feed-forward, normalised latents -> (B, M, D).
         final_norm: comes after the last layer.
 
     Returns:
         (B, M, D).
     """
-    x_hat = standardise(x, input_norm(layers[0][0]).eps)
+    x_hat = standardise(x, eps)
     z = latents.expand(len(x), -1, -1).contiguous()
     update: Any = None
-    for attn, ff in layers:
-        norm = latents_norm(attn)
-        y, z = (apply_norm(z, norm), z) if update is None else add_norm(update, z, norm)
-        y, z = add_norm(attend(attn, y, x_hat), z, mlp_norm(ff))
-        update = feed_forward(ff, y)
+    for latents_norm, attend, mlp_norm, feed_forward in layers:
+        y, z = (apply_norm(z, latents_norm), z) if update is None else add_norm(update, z, latents_norm)
+        y, z = add_norm(attend(y, x_hat), z, mlp_norm)
+        update = feed_forward(y)
     return add_norm(update, z, final_norm)[0]
 
 
@@ -127,19 +120,18 @@ def _flamingo_attention_forward(self: Any, x: Tensor, latents: Tensor) -> Tensor
     return out.view(latents.shape)
 
 
+def _flamingo_feed_forward(ff: Any, y: Tensor) -> Tensor:
+    return apply_mlp(y, ff[1], ff[2], ff[3])
+
+
 def _flamingo_resample(self: Any, x: Tensor) -> Tensor:
     """(B, T, L, D) -> (B, T, M, D)."""
-    out = _resample(
-        self.latents,
-        x.flatten(0, 1),
-        self.layers,
-        input_norm=lambda attn: attn.norm_media,
-        latents_norm=lambda attn: attn.norm_latents,
-        attend=_flamingo_attend,
-        mlp_norm=lambda ff: ff[0],
-        feed_forward=lambda ff, y: apply_mlp(y, ff[1], ff[2], ff[3]),
-        final_norm=self.norm,
-    )
+    layers = [
+        (attn.norm_latents, partial(_flamingo_attend, attn), ff[0], partial(_flamingo_feed_forward, ff))
+        for attn, ff in self.layers
+    ]
+    eps = self.layers[0][0].norm_media.eps
+    out = _resample(self.latents, x.flatten(0, 1), eps, layers, self.norm)
     return out.view(*x.shape[:2], *self.latents.shape)
 
 
@@ -257,21 +249,19 @@ def _idefics_attention_forward(self: Any, context: Tensor, latents: Tensor) -> T
     return _idefics_attend(self, y, standardise(context, self.context_layer_norm.eps))
 
 
+def _idefics_feed_forward(ff: Any, y: Tensor) -> Tensor:
+    # autograd saves one tensor for relu and the product after it
+    return _linear(torch.relu(_linear(y, ff.fc)), ff.c_proj)
+
+
 def _idefics_forward(self: Any, context: Tensor) -> Tensor:
     if not _is_supported(self, context) or context.dim() != 3:
         return NotImplemented
-    return _resample(
-        self.latents,
-        context,
-        self.blocks,
-        input_norm=lambda attn: attn.context_layer_norm,
-        latents_norm=lambda attn: attn.latents_layer_norm,
-        attend=_idefics_attend,
-        mlp_norm=lambda ff: ff.ln,
-        # autograd saves one tensor for relu and the product after it
-        feed_forward=lambda ff, y: _linear(torch.relu(_linear(y, ff.fc)), ff.c_proj),
-        final_norm=self.layer_norm,
-    )
+    layers = [
+        (attn.latents_layer_norm, partial(_idefics_attend, attn), ff.ln, partial(_idefics_feed_forward, ff))
+        for attn, ff in self.blocks
+    ]
+    return _resample(self.latents, context, self.blocks[0][0].context_layer_norm.eps, layers, self.layer_norm)
 
 
 def _idefics_attention_classes(attn: Any) -> dict[str, str]:
@@ -314,7 +304,7 @@ def _idefics_rules() -> Iterator[Rule]:
 _IDEFICS2 = "transformers.models.idefics2.modeling_idefics2"
 
 
-def _idefics2_attend(attn: Any, y: Tensor, x_hat: Tensor, norm: nn.Module, key_mask: Tensor) -> Tensor:
+def _idefics2_attend(attn: Any, y: Tensor, x_hat: Tensor, norm: Any, key_mask: Tensor) -> Tensor:
     (B, M, _), H, K = y.shape, attn.num_key_value_heads, attn.head_dim
     q, k, v = resampler_projections(
         y, x_hat, norm.weight, None, attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight

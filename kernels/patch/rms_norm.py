@@ -57,11 +57,11 @@ def _forward_fake(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, T
 
 
 def _backward(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, affine: bool
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, weight_trains: bool
 ) -> tuple[Tensor, Tensor]:
     compute = rstd.dtype
     x_hat, dy = x.to(compute) * rstd[:, None], dy.to(compute)
-    dweight = (dy * x_hat).sum(0) if affine else rstd.new_empty(0)
+    dweight = (dy * x_hat).sum(0) if weight_trains else rstd.new_empty(0)
     g = dy if weight is None else dy * weight
     means = torch.linalg.vecdot(g, x_hat)[:, None] / x.shape[1]
     dx = torch.addcmul(g, x_hat, means, value=-1).mul_(rstd[:, None])
@@ -70,9 +70,9 @@ def _backward(
     return dx.to(x.dtype), dweight.to(x.dtype if weight is None else weight.dtype)
 
 
-def _backward_fake(x: Tensor, weight: Tensor | None, rstd: Tensor, affine: bool) -> tuple[Tensor, Tensor]:
+def _backward_fake(x: Tensor, weight: Tensor | None, rstd: Tensor, weight_trains: bool) -> tuple[Tensor, Tensor]:
     dtype = x.dtype if weight is None else weight.dtype
-    return x.new_empty(x.shape), rstd.new_empty(x.shape[1] if affine else 0, dtype=dtype)
+    return x.new_empty(x.shape), rstd.new_empty(x.shape[1] if weight_trains else 0, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:

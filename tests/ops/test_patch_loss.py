@@ -12,18 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from prismer.kernels.patch import restore
-from tests.ops.causal_lms import (
-    MODELS,
-    B,
-    D,
-    T,
-    V,
-    build_pair,
-    labelled_inputs,
-    only_loss,
-    random_ids,
-    transformers,
-)
+from tests.ops.causal_lms import MODELS, B, D, T, V, build_pair, labelled_inputs, only_loss, random_ids, transformers
 from tests.ops.patching import assert_bf16_no_worse, assert_same, randomise, step, train_losses
 
 OPTIONS = {

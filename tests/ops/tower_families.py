@@ -168,16 +168,8 @@ def bert_parts(name: str, *others: str) -> set[str]:
 # name -> builder, inputs, classes that are replaced
 FAMILIES = {
     "open_clip-gelu": (open_clip_model, open_clip_inputs, OPEN_CLIP_PARTS),
-    "open_clip-quick_gelu": (
-        lambda: open_clip_model(quick_gelu=True),
-        open_clip_inputs,
-        OPEN_CLIP_PARTS,
-    ),
-    "open_clip-layer_scale": (
-        lambda: open_clip_model(ls_init_value=0.7),
-        open_clip_inputs,
-        OPEN_CLIP_PARTS,
-    ),
+    "open_clip-quick_gelu": (lambda: open_clip_model(quick_gelu=True), open_clip_inputs, OPEN_CLIP_PARTS),
+    "open_clip-layer_scale": (lambda: open_clip_model(ls_init_value=0.7), open_clip_inputs, OPEN_CLIP_PARTS),
     "open_clip-fp32_norms": (
         lambda: open_clip_model(cast_dtype=torch.float16),
         open_clip_inputs,
@@ -190,11 +182,7 @@ FAMILIES = {
         lambda: dict(input_ids=random_ids(), pixel_values=random_images(), attention_mask=padding()),
         parts("CLIP"),
     ),
-    "metaclip2": (
-        two_towers("MetaClip2"),
-        clip_inputs,
-        parts("MetaClip2"),
-    ),
+    "metaclip2": (two_towers("MetaClip2"), clip_inputs, parts("MetaClip2")),
     "siglip": (
         two_towers("Siglip", "gelu_pytorch_tanh"),
         clip_inputs,
