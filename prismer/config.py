@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prismer.errors import listed, shown
-from prismer.experts import EXPERTS
+from prismer.experts import EXPERTS, PAPER_EXPERTS
 from prismer.reading import is_text, parse_json
 
-ALL_EXPERTS = tuple(EXPERTS)
+ALL_EXPERTS = PAPER_EXPERTS
 MAX_GRID = 256
 """Patches in a row: 65,536 of an image, whose attention takes 16 GB a head; the largest published model has 34."""
 _WIDTH = (65_536, "what the layer norms take")

@@ -80,11 +80,8 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for number, column in enumerate(columns):
         x = _MARGIN + number * (tile + _GAP)
-        title, font = TITLES[column], font_of(15, bold=True)
-        if font.getlength(title) > tile:
-            # what stands in brackets does not fit above a small column
-            title = title.partition(" (")[0]
-        draw.text((x, 16), title, font=font, fill=INK)
+        font = font_of(15, bold=True)
+        draw.text((x, 16), fit_title(column, tile, font), font=font, fill=INK)
     top = 44
     for sample, lines, height in zip(samples, texts, heights, strict=True):
         photo = _decode(sample)
@@ -246,6 +243,12 @@ def fit(picture: Image.Image | None, tile: int) -> Image.Image:
         # white edges on white paper need a frame
         ImageDraw.Draw(cell).rectangle((x, y, x + picture.width - 1, y + picture.height - 1), outline=RULE)
     return cell
+
+
+def fit_title(column: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """The title of a column, without the remark in brackets if it is wider than `width` px."""
+    title = TITLES[column]
+    return title if font.getlength(title) <= width else title.partition(" (")[0]
 
 
 def _text_lines(
