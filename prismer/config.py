@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from prismer.errors import listed, shown
-from prismer.experts import EXPERTS
+from prismer.experts import EXPERTS, PAPER_EXPERTS
 from prismer.reading import is_text, parse_json
 
-ALL_EXPERTS = tuple(EXPERTS)
+ALL_EXPERTS = PAPER_EXPERTS
 # patches in a row: attention over 65,536 patches takes 16 GB a head; the largest published model has 34 in a row
 MAX_GRID = 256
 _WIDTH = (65_536, "what the layer norms take")

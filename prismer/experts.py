@@ -74,3 +74,6 @@ EXPERTS: dict[str, Expert] = {
     "obj_detection": Expert(code=5, module="objects", title="objects", kind="object", table="instances"),
     "ocr_detection": Expert(code=6, module="words", title="words", kind="word", table="words"),
 }
+
+# the experts of the paper and of its released checkpoints: those of a model by default
+PAPER_EXPERTS = ("depth", "normal", "seg", "edge", "obj_detection", "ocr_detection")

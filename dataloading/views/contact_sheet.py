@@ -67,7 +67,8 @@ def contact_sheet(samples: list[Sample], classes: dict[str, list[str]]) -> Image
     sheet = Image.new("RGB", (width, 44 + sum(heights) + 4), "white")
     draw = ImageDraw.Draw(sheet)
     for number, column in enumerate(columns):
-        draw.text((_MARGIN + number * (_TILE + _GAP), 16), TITLES[column], font=font_of(15, bold=True), fill=INK)
+        x, font = _MARGIN + number * (_TILE + _GAP), font_of(15, bold=True)
+        draw.text((x, 16), fit_title(column, _TILE, font), font=font, fill=INK)
     top = 44
     for sample, lines, height in zip(samples, texts, heights, strict=True):
         image = _decode(sample)
@@ -234,6 +235,12 @@ def fit(drawing: Image.Image | None, tile: int) -> Image.Image:
         # white edges on a white sheet need a frame
         ImageDraw.Draw(cell).rectangle((x, y, x + drawing.width - 1, y + drawing.height - 1), outline=RULE)
     return cell
+
+
+def fit_title(column: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """The title of a column, without the remark in brackets if it is wider than `width` px."""
+    title = TITLES[column]
+    return title if font.getlength(title) <= width else title.partition(" (")[0]
 
 
 def _text_lines(sample: Sample, width: int) -> list[tuple[str, tuple[int, int, int]]]:

@@ -14,6 +14,7 @@ from prismer.dataloading.views.contact_sheet import (
     TITLES,
     draw_column,
     fit,
+    fit_title,
     font_of,
     id_colours,
     scale,
@@ -47,11 +48,15 @@ def draw_overview(
     marked = _mark(image, labels)
     drawing.paste(marked, (_MARGIN + (_IMAGE[0] - marked.width) // 2, _MARGIN + 36))
     left = _MARGIN + _IMAGE[0] + 30
-    for number, column in enumerate(title for title in TITLES if title != "image"):
-        x = left + number % 3 * (_CELL + _GAP)
-        y = _MARGIN + number // 3 * (_CELL + 36)
-        draw.text((x, y), TITLES[column], font=font_of(17, bold=True), fill=INK)
-        cell = fit(draw_column(column, sample, image, labels.classes, _CELL), _CELL)
+    # two rows, of smaller cells if there are more than six experts
+    across = max(3, -(-len(EXPERTS) // 2))
+    side = 3 * (_CELL + _GAP) // across - _GAP
+    for number, expert in enumerate(EXPERTS):
+        x = left + number % across * (side + _GAP)
+        y = _MARGIN + number // across * (_CELL + 36)
+        font = font_of(17, bold=True)
+        draw.text((x, y), fit_title(expert, side, font), font=font, fill=INK)
+        cell = fit(draw_column(expert, sample, image, labels.classes, side), side)
         drawing.paste(cell, (x, y + 36 - 8))
     y = _MARGIN + 36 + _IMAGE[1] + 34
     draw.line((_MARGIN, y, _SIZE[0] - _MARGIN, y), fill=RULE, width=2)
