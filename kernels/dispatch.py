@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from prismer.kernels.errors import InputError, MachineError
+
 BACKENDS = ("native", "triton", "torch", "flash-attn", "xformers", "sdpa", "reference")
 
 _BUILD = "run pip install --no-build-isolation --no-deps -e ."
@@ -41,7 +43,7 @@ _log = logging.getLogger("prismer.kernels")
 
 def _checked(backend: str, source: str) -> str:
     if backend not in BACKENDS:
-        raise ValueError(f"{source} is {backend!r}; choose {', '.join(BACKENDS)}, or leave it unset")
+        raise InputError(f"{source} is {backend!r}; choose {', '.join(BACKENDS)}, or leave it unset")
     return backend
 
 
@@ -309,7 +311,7 @@ class Op:
                 if backend.name == asked_for:
                     reason = self._unusable(backend, x.device.type) or self._refusal(backend, x, facts)
                     if reason is not None:
-                        raise RuntimeError(f"backend {asked_for} was asked for, but {reason}")
+                        raise MachineError(f"backend {asked_for} was asked for, but {reason}")
                     return asked_for
         for backend in _ranked(self, x, facts):
             reason = self._refusal(backend, x, facts)
