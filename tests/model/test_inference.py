@@ -239,6 +239,7 @@ def test_images_are_encoded_once(model, images, calls):
         (lambda model, images: model.answer(images, ["What?"] * 3, ["yes", " "]), "the answer ' ' is empty"),
         (lambda model, images: model.answer(images, ["What?"] * 3, ANSWERS, top_k=0), "top_k is 0"),
         (lambda model, images: model.classify(images, []), r"class_names is \[\]"),
+        (lambda model, images: model.caption(images, labels=[None] * 3), "holds its labels already"),
         (lambda model, images: model.caption(images, beams=0), "beams is 0"),
         (lambda model, images: model.caption(images, beams="3"), "beams is '3'; give a whole"),
         (lambda model, images: model.caption(images, beams=True), "beams is True"),
