@@ -1,6 +1,6 @@
 # Makes the environment once and again only when what it is made from has changed.
 #   make train   train the embedded default         make test    run the tests
-#   make lint    run the linter                     make clean   remove what was built, not the environment
+#   make lint    run the linters                    make clean   remove what was built, not the environment
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -19,6 +19,8 @@ test: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 install: $(VENV)/.installed
 
@@ -31,5 +33,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache prismer/_C*.so $(VENV)/.installed
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache prismer/_C*.so $(VENV)/.installed
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,9 +1,8 @@
 """Builds only the native extensions; the rest of the package is in pyproject.toml.
 
-`prismer._C`, for CPU tensors, is built wherever torch and a C++ compiler are; `prismer._C_cuda`,
-for CUDA tensors, where torch has CUDA, nvcc is there, and so is a driver or PRISMER_CUDA=1
-(PRISMER_CUDA=0 leaves it out). What cannot be built costs one line and the installation goes on:
-every op also runs on torch.
+`prismer._C`, for CPU tensors, needs torch and a C++ compiler. `prismer._C_cuda`, for CUDA tensors, needs a torch with
+CUDA, nvcc, and a driver; PRISMER_CUDA=1 builds it without a driver, PRISMER_CUDA=0 leaves it out. An extension that
+cannot be built costs one line and the installation goes on: every op also runs on torch.
 """
 
 import importlib.metadata
@@ -17,10 +16,10 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-MINIMUM_TORCH = (2, 10)
 # the first release whose stable ABI has parallel_for
-CUDA_CODE = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100a": "compute_100a"}
+MINIMUM_TORCH = (2, 10)
 # A100, H100 and B200; PTX of the first serves all others
+CUDA_CODE = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100a": "compute_100a"}
 
 
 def skipped(reason: str) -> None:
@@ -75,9 +74,9 @@ def native_extensions() -> list[Extension]:
             library_dirs=[str(torch / "lib")],
             libraries=["c10", "torch", "torch_cpu"],
             define_macros=macros,
-            # instruction sets are chosen at run time, see csrc/cpu: one wheel serves every x86-64
-            # nothing reads errno, and for its sake no square root would go into a vector;
-            # everything that takes vectors is inlined, so that how they are passed is no matter
+            # csrc/cpu chooses the instruction set at run time, so one wheel serves every x86-64. Nothing reads errno,
+            # which would keep square roots out of vectors; functions that take vectors are all inlined, so the ABI of
+            # passing them (-Wno-psabi) does not matter
             extra_compile_args=[*("-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"), "-Wno-psabi"],
             py_limited_api=True,
         )
@@ -92,7 +91,7 @@ def native_extensions() -> list[Extension]:
                 libraries=["c10", "torch", "torch_cpu", "torch_cuda"],
                 define_macros=[*macros, ("USE_CUDA", "1")],
                 py_limited_api=True,
-                # one that did not get built is not missed when the others are put in place
+                # setuptools copies the other extension even if this one was not built
                 optional=True,
             )
         )
@@ -119,7 +118,7 @@ def nvcc_command(ext: Extension, include_dirs: list[str], target: Path) -> list[
 
 
 class BuildNative(build_ext):
-    """The extensions are accelerators, not needs: a failed build costs one line."""
+    """Builds what can be built: a failed build costs one line, since torch operators can replace every extension."""
 
     def run(self) -> None:
         reason = cuda_missing(Path(self.extensions[0].include_dirs[0]).parent)
@@ -128,7 +127,7 @@ class BuildNative(build_ext):
         try:
             super().run()
         except Exception as error:
-            # the compiler has already said what it thinks; pip shows that with -v
+            # the compiler has printed its own errors; pip shows them with -v
             skipped(f"its build failed with {type(error).__name__}")
 
     def build_extension(self, ext: Extension) -> None:

@@ -1,11 +1,15 @@
 """The baseline of whole jobs: Prismer computed the way its released code computes it, on the parameters of our model.
 
-Written from a description of what that code does (arXiv:2303.02506), in the library calls of its time. Labels come to
-the encoder as fp32 maps, ids expanded to 64 channels per pixel; the encoder runs in (L, B, D) order, norms its streams
-in fp32, resizes the positional table for each expert and adds instance rows id by id; the decoder keeps no cache: every
-step of a caption runs the whole prefix of every beam, every candidate answer its whole question, each against image
-tokens of its own, and the head makes logits of every position. All of that is deliberate; what is not said above is as
-fast as plain torch makes it.
+Written from a description of what that code does (Prismer, arXiv:2303.02506), with the library calls of its time:
+
+* Labels reach the encoder as fp32 maps; ids are expanded to 64 channels per pixel.
+* The encoder runs in (L, B, D) order, normalises its streams in fp32, resizes the positional table for each expert and
+  adds instance rows id by id.
+* The decoder has no cache: each step of a caption runs the whole prefix of every beam, and each candidate answer runs
+  its whole question, each against its own copy of the image tokens.
+* The head computes logits of every position.
+
+All of this slowness is deliberate. Everything else is as fast as plain PyTorch makes it.
 
 Legend: L tokens of a stream, N image tokens, R rows of text, T tokens of a row, V vocabulary.
 """
@@ -17,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.official_loader import BACKGROUND, LOW_LEVEL, MEAN, STD, expand
+from benchmarks.published_loader import BACKGROUND, LOW_LEVEL, MEAN, STD, expand
 from prismer.batch import IGNORE_INDEX, Batch, ImageBatch
 from prismer.model import Prismer
 from prismer.texts import encode_answer, encode_class_name, encode_prompt, encode_question
@@ -25,13 +29,13 @@ from prismer.texts import encode_answer, encode_class_name, encode_prompt, encod
 
 @dataclass(frozen=True)
 class HostImages:
-    """What the released loader hands to the encoder.
+    """Images and labels as the released loader hands them to the encoder.
 
     Attributes:
         rgb: (B, 3, h, w) fp32, normalised.
-        labels: expert -> (B, C, s, s) fp32: C = 1 or 3 intensities in -1..1, or 64 features of the pixel's id.
-        instances: (B, 1, s, s) int64 ids of objects, or None without that expert.
-        instance_rows: (256,) row of the instance table for each id, or None for id modulo the table's rows.
+        labels: expert -> (B, C, s, s) fp32; C = 1 or 3 intensities in -1..1, or the 64 features of the pixel's id.
+        instances: (B, 1, s, s) int64 ids of objects; None without the object expert.
+        instance_rows: (256,) row of the instance table for each id; None for the id modulo the table's size.
     """
 
     rgb: Tensor
@@ -44,7 +48,7 @@ class HostImages:
 
 
 def expand_images(images: ImageBatch) -> HostImages:
-    """Normalise and expand on the host, image by image and map by map, by one boolean mask for every id."""
+    """Normalise and expand on the host, image by image and map by map, with a boolean mask for each id."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     labels = {}
     for name, maps in images.labels.items():
@@ -78,7 +82,7 @@ def _norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def _cast_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """In fp32 and back, as in CLIP."""
+    """Normalise in fp32 and cast back, as CLIP does."""
     return _norm(x.float(), norm).to(x.dtype)
 
 
@@ -123,11 +127,11 @@ def _pad(rows: list[list[int]], pad_id: int) -> Tensor:
 
 
 class Baseline:
-    """The released way of computing, over the parameters of a Prismer, which it does not copy.
+    """The released way of computing, on the parameters of a Prismer; it does not copy them.
 
     Args:
-        model: fp32 weights; whether it is in training mode decides about dropout and batch norm.
-        autocast: torch.bfloat16 or torch.float16 to run products in that precision, None for fp32.
+        model: must have fp32 weights; its training mode decides about dropout and batch norm.
+        autocast: torch.bfloat16 or torch.float16 to run products in that precision; None for fp32.
 
     Raises:
         ValueError: if the weights are not fp32.
@@ -136,7 +140,7 @@ class Baseline:
     def __init__(self, model: Prismer, autocast: torch.dtype | None = None):
         dtype = model.encoder.positional_embedding.dtype
         if dtype != torch.float32:
-            raise ValueError(f"the model has {dtype} weights; the baseline casts fp32 ones itself, pass those")
+            raise ValueError(f"the model has {dtype} weights; pass fp32 weights, the baseline casts them itself")
         self.model, self.config, self.autocast = model, model.config, autocast
 
     def _casting(self) -> AbstractContextManager:
@@ -202,7 +206,7 @@ class Baseline:
         return x.flatten(2).permute(2, 0, 1) + positions[:, None]
 
     def _positions(self, grid: int) -> Tensor:
-        """(grid * grid, D), resized anew at each call."""
+        """(grid * grid, D) positions, resized again at each call."""
         table, side = self.model.encoder.positional_embedding, self.config.grid
         if side == grid:
             return table
@@ -210,7 +214,7 @@ class Baseline:
         return F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)[0].flatten(1).T
 
     def _add_instances(self, x: Tensor, images: HostImages) -> None:
-        """Add to every cell of x (B, D, g, g) the row of its object, in place, one id of the batch after the other."""
+        """Add the row of its object to each cell of x (B, D, g, g), in place, one id of the batch after another."""
         table, rows = self.model.encoder.instance_embedding, images.instance_rows
         cells = F.interpolate(images.instances.float(), size=x.shape[-2:], mode="nearest")[:, 0]
         view = x.permute(1, 0, 2, 3)
@@ -224,7 +228,7 @@ class Baseline:
         resampler = self.model.encoder.resampler
         z = resampler.latents[:, None].to(x.dtype).repeat(1, x.shape[1], 1)
         for block in resampler.blocks:
-            # the latents are normed twice
+            # the released code normalises the latents twice, as queries and as keys
             kv = torch.cat([_cast_norm(z, block.ln_1), _cast_norm(x, block.ln_2)])
             z = z + _multihead(block.attn, _cast_norm(z, block.ln_1), kv)
             y = _linear(_cast_norm(z, block.ln_ff), block.mlp.c_fc)
@@ -234,12 +238,12 @@ class Baseline:
     # text
 
     def logits(self, ids: Tensor, context: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Logits of every position.
+        """Compute the logits of every position.
 
         Args:
             ids: (R, T) int64.
             context: (R, N, D) image tokens of each row.
-            keep: (R, T) bool, which tokens are keys and count as positions; None for all but `<pad>`.
+            keep: (R, T) bool, True for tokens that are keys and get a position; None for all but `<pad>`.
 
         Returns:
             (R, T, V).
@@ -269,7 +273,7 @@ class Baseline:
         return F.dropout(x, self.config.dropout, self.model.training)
 
     def _attention(self, sub: nn.Module, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """RoBERTa's attention sub-layer, self or cross; `mask` is added to the scores."""
+        """RoBERTa's attention sub-layer, self-attention or cross-attention; `mask` is added to the scores."""
         q, k, v = (
             _linear(source, layer).unflatten(-1, (sub.num_heads, -1)).transpose(1, 2)
             for source, layer in ((x, sub.query), (context, sub.key), (context, sub.value))
@@ -285,7 +289,7 @@ class Baseline:
         return _norm(self._drop(y) + x, sub.norm)
 
     def _losses(self, ids: Tensor, labels: Tensor, context: Tensor) -> Tensor:
-        """(R,) smoothed losses of rows of text, summed over their targets."""
+        """(R,) label-smoothed loss of each row of text, summed over its targets."""
         logits = self.logits(ids, context)[:, :-1].contiguous()
         losses = F.cross_entropy(
             logits.flatten(0, 1).float(),
@@ -302,7 +306,7 @@ class Baseline:
         """The training loss, a scalar.
 
         Args:
-            batch: one text for each image; images may be expanded already.
+            batch: must have one text for each image; its images may be expanded already.
 
         Raises:
             ValueError: if an image has several texts.
@@ -317,7 +321,7 @@ class Baseline:
     def caption(
         self, images: ImageBatch | HostImages, beams: int = 3, max_length: int = 20, min_length: int = 8
     ) -> list[str]:
-        """One caption per image by beam search; lengths count `<s>` and the prefix."""
+        """Write one caption per image with beam search; both lengths include `<s>` and the prefix."""
         tokenizer = self.model.tokenizer
         prompt = encode_prompt(tokenizer, self.config.caption_prefix)
         generated = self._beam_search(self.encode(images), prompt, beams, max_length, min_length)
@@ -326,17 +330,17 @@ class Baseline:
     def _beam_search(
         self, context: Tensor, prompt: list[int], beams: int, max_length: int, min_length: int
     ) -> list[list[int]]:
-        """Tokens, prompt included, of the best hypothesis of each of B images, on Python lists like its library."""
+        """Best hypothesis of each image, prompt included; it works on Python lists, as the released library does."""
         B, V, eos_id = len(context), self.config.vocab_size, self.config.eos_id
         context = context.repeat_interleave(beams, dim=0)
         ids = torch.tensor([prompt] * (B * beams), device=context.device)
-        # all beams of an image start alike: only the first may be extended
+        # all beams of an image start the same: the first step may extend only the first beam
         sums = torch.tensor([[0.0, *[-1e9] * (beams - 1)]] * B, device=context.device)
         hypotheses: list[list[tuple[float, list[int]]]] = [[] for _ in range(B)]
         done = [False] * B
         while ids.shape[1] < max_length and not all(done):
             length = ids.shape[1]
-            # what the model itself writes is a token, `<pad>` too
+            # a `<pad>` that the model generates counts as a token
             logits = self.logits(ids, context, torch.ones_like(ids, dtype=torch.bool))[:, -1]
             log_probs = logits.float().log_softmax(-1)
             if length < min_length:
@@ -370,10 +374,10 @@ class Baseline:
     def rank(
         self, images: ImageBatch | HostImages, questions: list[str], answers: list[str], top_k: int
     ) -> tuple[Tensor, Tensor]:
-        """Score, for one question per image, the answers with the likeliest first tokens.
+        """Answer one question per image: score the `top_k` answers with the likeliest first tokens.
 
         Returns:
-            (B, k) int64 indices of these answers in list order, and their scores.
+            (B, k) int64 indices of these answers in list order, and (B, k) scores.
         """
         tokenizer = self.model.tokenizer
         prompts = [encode_question(tokenizer, question) for question in questions]
@@ -382,7 +386,7 @@ class Baseline:
     def classify(
         self, images: ImageBatch | HostImages, class_names: list[str], top_k: int = 32, prefix: str = "A photo of a"
     ) -> tuple[Tensor, Tensor]:
-        """As `rank`, of class names after a prefix."""
+        """Rank class names after a prefix, as `rank` does answers after a question."""
         tokenizer = self.model.tokenizer
         prompts = [encode_prompt(tokenizer, prefix)] * len(images)
         names = [encode_class_name(tokenizer, name) for name in class_names]
@@ -394,10 +398,10 @@ class Baseline:
     ) -> tuple[Tensor, Tensor]:
         pad_id, device = self.config.pad_id, self.model.device
         context = self.encode(images)
-        # padded to the longest of the whole list
+        # every answer is padded to the longest of the whole list
         prompt_ids, answer_ids = (_pad(rows, pad_id).to(device) for rows in (prompts, answers))
         probabilities = self.logits(prompt_ids, context)[:, -1].float().softmax(-1)
-        # a stable sort, where the released code leaves the choice among equal ones open
+        # a stable sort, to be deterministic: the released code leaves the order of ties open
         order = probabilities.index_select(1, answer_ids[:, 0]).sort(dim=1, descending=True, stable=True)
         chosen = order.indices[:, :top_k].sort(dim=1).values
         B, k = chosen.shape
@@ -410,7 +414,7 @@ class Baseline:
 
 
 def _add_hypothesis(found: list[tuple[float, list[int]]], score: float, ids: list[int], beams: int) -> None:
-    """Keep the `beams` best, best first."""
+    """Add a hypothesis and keep the `beams` best, best first."""
     found.append((score, ids))
     found.sort(key=lambda hypothesis: -hypothesis[0])
     del found[beams:]

@@ -1,4 +1,4 @@
-"""Writes what a benchmark session measured: a table on the terminal, a CSV and a plot under benchmarks/results/."""
+"""Reports a benchmark session: a table on the terminal, and a CSV and a plot in benchmarks/results/."""
 
 import csv
 import dataclasses
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.harness import DEVICE, OURS, PEERS, ROWS, Call, Row
+from benchmarks.harness import DEVICE, MEASUREMENTS, OURS, PEERS, Contender, Measurement
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -22,19 +22,19 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def everything(request) -> bool:
-    """Compile and time every contender at every shape: the default on a GPU, half an hour of a CPU spared otherwise."""
+    """Whether to time every contender at every shape; off by default on a CPU, where that takes half an hour."""
     return DEVICE.type == "cuda" or request.config.getoption("--full")
 
 
 @pytest.fixture
 def compiled(everything):
-    """Adds eager under torch.compile to the contenders: at one representative shape on a CPU, else everywhere."""
+    """Add eager under torch.compile to the contenders: at every shape, or on a CPU only at a representative one."""
 
-    def add(calls: dict[str, Call], representative: bool) -> dict[str, Call]:
+    def add(calls: dict[str, Contender], representative: bool) -> dict[str, Contender]:
         if everything or representative:
             eager = calls["eager"]
             torch.compiler.reset()
-            calls["compile"] = Call(run=torch.compile(eager.run), inputs=eager.inputs)
+            calls["compile"] = Contender(run=torch.compile(eager.run), inputs=eager.inputs)
         return calls
 
     return add
@@ -56,7 +56,7 @@ def seeds():
 
 
 def machine() -> dict[str, str]:
-    """What the figures depend on."""
+    """The device, the date and the version of torch: the conditions of the measurements."""
     if DEVICE.type == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -69,26 +69,26 @@ def machine() -> dict[str, str]:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if not ROWS:
+    if not MEASUREMENTS:
         return
     folder = config.getoption("--results")
     folder.mkdir(parents=True, exist_ok=True)
     kind = "gpu" if DEVICE.type == "cuda" else "cpu"
-    write_csv(ROWS, folder / f"{kind}.csv")
-    plot(ROWS, folder / f"{kind}.png")
+    write_csv(MEASUREMENTS, folder / f"{kind}.csv")
+    plot(MEASUREMENTS, folder / f"{kind}.png")
     terminalreporter.section(
         "contender / ours: median [quartiles], time of ours, peak memory of ours against eager or the baseline"
     )
-    for line in table(ROWS):
+    for line in table(MEASUREMENTS):
         terminalreporter.write_line(line)
     terminalreporter.write_line(f"written: {folder / kind}.csv and .png")
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
-    """Aside first, then renamed."""
+def write_csv(rows: list[Measurement], path: Path) -> None:
+    """Write to a temporary file and rename it, so that an interrupted run leaves the old results."""
     aside = path.with_suffix(".part")
     with aside.open("w", newline="") as file:
-        columns = [f.name for f in dataclasses.fields(Row)] + list(machine())
+        columns = [f.name for f in dataclasses.fields(Measurement)] + list(machine())
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         for row in rows:
@@ -97,16 +97,16 @@ def write_csv(rows: list[Row], path: Path) -> None:
     aside.replace(path)
 
 
-def groups(rows: list[Row]) -> dict[tuple, dict[str, Row]]:
-    """Rows of one comparison, by contender."""
-    found: dict[tuple, dict[str, Row]] = {}
+def groups(rows: list[Measurement]) -> dict[tuple, dict[str, Measurement]]:
+    """(room, shape, dtype, part) -> the measurements of this comparison by name of the contender."""
+    found: dict[tuple, dict[str, Measurement]] = {}
     for row in rows:
         found.setdefault((row.room, row.shape, row.dtype, row.part), {})[row.contender] = row
     return found
 
 
-def table(rows: list[Row]) -> list[str]:
-    """One line for each comparison."""
+def table(rows: list[Measurement]) -> list[str]:
+    """One line for each comparison; whole jobs have a second line with counts."""
     lines = []
     for (room, shape, dtype, part), by_name in groups(rows).items():
         ours = by_name[OURS]
@@ -126,8 +126,8 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """A bar for each comparison: how many times faster than its first peer, with quartiles, on a logarithmic axis."""
+def plot(rows: list[Measurement], path: Path) -> None:
+    """Draw a bar for each comparison: how many times faster than its peer, with quartiles, on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""Measure an op against what a user would otherwise run: correctness gate first, then interleaved rounds, then memory.
+"""Measure an op against the alternatives of a user: check correctness, time in interleaved rounds, measure memory.
 
-A comparison is one test. Each round runs every contender once, ours last, so that a ratio is between neighbours in time
-and the drift of a shared machine cancels; reported are the median ratio and its quartiles. pytest-benchmark times our
-own call on the host; on a GPU, device time of all contenders comes from events (triton.testing.do_bench), host time
-beside it.
+Each test is one comparison. A round runs every contender once, ours last: the two times of a ratio are then measured
+close together, and the drift of a shared machine cancels. The report gives the median ratio and its quartiles.
+pytest-benchmark times our own call on the host. On a GPU the device time of every contender comes from CUDA events
+(triton.testing.do_bench), and the host time is reported beside it.
 """
 
 import gc
@@ -17,28 +17,31 @@ import torch
 from torch import Tensor
 
 OURS = "ours"
+# the peer that tables and plots compare ours with, the first that was measured: the same op in plain PyTorch, the
+# released way to do a whole job, or ours in plain fp32
 PEERS = ("eager", "baseline", "fp32")
-"""What a row is first of all compared with: the same op in plain torch, the released way to do a whole job, or ours in
-plain fp32."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Measurement:
     """One contender at one shape: a line of the CSV.
 
     Attributes:
-        room, shape, dtype, part: what was measured; part is "forward" or "forward+backward".
+        room: the op or the whole job.
+        shape, dtype: of the inputs.
+        part: "forward" or "forward+backward"; for whole jobs "inference", "step" or "labels".
         contender: "ours", "eager", "compile", ...
-        milliseconds: median of the rounds (on a GPU: of device time).
-        ratio, low, high: median, first and third quartile of contender / ours, round by round; 1 for ours.
-        peak_mb: most memory alive beyond the inputs, in units of 1e6 bytes.
-        host_ms: median time until the call returned, on a GPU; else the same as milliseconds.
-        gb_per_s, tflop_per_s: of the bytes and FLOPs that the op cannot avoid; 0 where none were given.
+        milliseconds: median time of the rounds; on a GPU, device time.
+        ratio, low, high: median, first and third quartile of contender / ours in the same round; 1 for ours.
+        peak_mb: peak memory beyond the inputs, in units of 1e6 bytes.
+        host_ms: on a GPU, median time until the call returned; otherwise the same as `milliseconds`.
+        gb_per_s, tflop_per_s: rates for the bytes and FLOPs that the op cannot avoid; 0 if none were given.
         rounds: number of rounds.
-        spread_ms: slowest less fastest round; of whole jobs, like what follows.
-        flops, ops: counted, not estimated (prismer.costs.counting); operators issued, a fused one counts once.
-        matrix_share: share of the operators' own time that went into matrix products, convolutions and attention.
+        spread_ms: slowest minus fastest round. This field and those below are set for whole jobs only.
+        flops: counted, not estimated (prismer.costs.counting).
+        ops: operators called; a fused operator counts once.
+        matrix_share: fraction of the operators' own time spent in matrix products, convolutions and attention.
     """
 
     room: str
@@ -61,37 +64,37 @@ class Row:
     matrix_share: float = 0.0
 
 
-ROWS: list[Row] = []
-"""What this session measured; conftest.py writes it out at the end."""
+# all measurements of this session; conftest.py writes them out at the end
+MEASUREMENTS: list[Measurement] = []
 
 
 @dataclass(kw_only=True)
-class Call:
-    """One way to compute: a function of leaves, and what of it is trained.
+class Contender:
+    """One way to compute the result: a function and its inputs.
 
     Attributes:
-        run: takes the tensors of `inputs` and returns a tensor or a tuple of them.
-        inputs: passed as they are; those that require a gradient get one in the backward part.
+        run: takes `inputs` and returns a tensor or a tuple of tensors.
+        inputs: passed unchanged; the backward part differentiates with respect to those that require a gradient.
     """
 
     run: Callable
     inputs: list = field(default_factory=list)
 
     def forward(self):
-        """Without a graph."""
+        """The outputs, computed without a graph."""
         with torch.no_grad():
             return self.run(*self.inputs)
 
     def forward_backward(self):
-        """Outputs and the gradients of all inputs that require one."""
+        """The gradients of the inputs that require one, after a forward pass."""
         outputs = self.run(*self.inputs)
         first = outputs[0] if isinstance(outputs, tuple) else outputs
         leaves = [t for t in self.inputs if isinstance(t, Tensor) and t.requires_grad]
-        # dy of ones, expanded, as `.sum()` would hand back, is not what a layer in the middle gets
+        # not `.sum().backward()`: its dy is one expanded number, which a layer inside a model never gets
         return torch.autograd.grad(first, leaves, self.upstream(first))
 
     def upstream(self, y: Tensor) -> Tensor:
-        """A fixed gradient of the output's shape."""
+        """A random gradient in the shape of the output, the same at every call."""
         if not hasattr(self, "_upstream"):
             generator = torch.Generator(device=y.device).manual_seed(1)
             dy = torch.randn(y.shape, generator=generator, device=y.device, dtype=torch.float32)
@@ -103,13 +106,13 @@ class Call:
 
 
 def synchronize() -> None:
-    """Wait for the device, if there is one to wait for."""
+    """Wait for the GPU; on a CPU there is nothing to wait for."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 
 def peak_bytes(call: Callable) -> int:
-    """Most bytes alive at once that `call` allocated, its results included."""
+    """Peak of the bytes that `call` allocates, its results included."""
     call()
     gc.collect()
     if DEVICE.type == "cuda":
@@ -124,7 +127,7 @@ def peak_bytes(call: Callable) -> int:
 
 
 def peak_and_times(call: Callable) -> tuple[int, dict[str, float]]:
-    """`peak_bytes`, on a CPU of one call alone; and seconds of each operator's own time, on a GPU the device's."""
+    """`peak_bytes`, without its warm-up call on a CPU; and each operator's own seconds (on a GPU, device time)."""
     if DEVICE.type == "cuda":
         peak = peak_bytes(call)
         with torch.profiler.profile() as profiler:
@@ -146,34 +149,37 @@ def _tensors(value) -> list[Tensor]:
     return [t for t in (value if isinstance(value, (tuple, list)) else [value]) if t is not None]
 
 
-def on(
+def contenders_on(
     draws: list, functions: dict[str, Callable], frozen: tuple[int, ...] = ()
-) -> Callable[[torch.dtype], dict[str, Call]]:
-    """dtype -> a call of each function, all on the same numbers.
+) -> Callable[[torch.dtype], dict[str, Contender]]:
+    """Return a function dtype -> contenders by name; all of them share the same inputs.
 
     Args:
-        draws: arguments in order; fp32 tensors are cast and require a gradient, others are passed as they are.
-        functions: by contender.
-        frozen: places in `draws` of floating tensors that require none.
+        draws: arguments in order. Floating-point tensors are cast to the dtype and require a gradient; everything else
+            is passed unchanged.
+        functions: by name of the contender.
+        frozen: indices in `draws` of floating-point tensors that need no gradient.
     """
 
-    def make(dtype: torch.dtype) -> dict[str, Call]:
+    def make(dtype: torch.dtype) -> dict[str, Contender]:
         inputs = []
         for i, draw in enumerate(draws):
             if isinstance(draw, Tensor):
                 draw = draw.to(DEVICE, dtype if draw.is_floating_point() else None)
                 draw = draw.detach().requires_grad_(draw.is_floating_point() and i not in frozen)
             inputs.append(draw)
-        return {name: Call(run=function, inputs=inputs) for name, function in functions.items()}
+        return {name: Contender(run=function, inputs=inputs) for name, function in functions.items()}
 
     return make
 
 
-def gate(make: Callable[[torch.dtype], dict[str, Call]], dtype: torch.dtype, part: str) -> None:
-    """Stop with a red test if our error in `dtype` is more than twice eager's (three times for gradients).
+def refuse_if_worse(make: Callable[[torch.dtype], dict[str, Contender]], dtype: torch.dtype, part: str) -> None:
+    """Fail the test if our error in `dtype` is more than twice eager's (three times for gradients).
+
+    Errors are measured against eager in float64.
 
     Args:
-        make: dtype -> calls by contender; the same numbers whatever the dtype.
+        make: dtype -> contenders by name, with the same numbers for every dtype.
     """
     calls = make(dtype)
     ours, eager = (_tensors(calls[name][part]()) for name in (OURS, "eager"))
@@ -187,9 +193,9 @@ def gate(make: Callable[[torch.dtype], dict[str, Call]], dtype: torch.dtype, par
             pytest.fail(f"tensor {i} of ours is off by {errors[0]:.3g}, allowed are {allowed:.3g}: not timed")
 
 
-def compare(
+def time_contenders(
     benchmark,
-    calls: dict[str, Call],
+    calls: dict[str, Contender],
     *,
     room: str,
     shape: str,
@@ -198,17 +204,17 @@ def compare(
     bytes_moved: int = 0,
     flops: int = 0,
     seconds: float = 0.5,
-) -> dict[str, Row]:
-    """Time the contenders in turn and record a row of each.
+) -> dict[str, Measurement]:
+    """Time the contenders in turn and record a measurement of each.
 
     Args:
         benchmark: pytest-benchmark's fixture.
-        calls: by contender, "ours" and "eager" among them, all gated by `gate`.
+        calls: contenders by name, among them "ours" and "eager", which passed `refuse_if_worse`.
         bytes_moved, flops: what the op cannot avoid in this part.
-        seconds: to spend, all contenders together.
+        seconds: to spend on all contenders together.
 
     Returns:
-        The rows by contender.
+        The measurements by name of the contender.
     """
     functions = {name: call[part] for name, call in calls.items()}
     ours = functions[OURS]
@@ -220,7 +226,7 @@ def compare(
         function()
         synchronize()
         spent += time.perf_counter() - start
-    # a round of the loss takes seconds, and needs few
+    # slow ops such as the loss take seconds a round: three rounds must do
     rounds = min(max(int(seconds / max(spent, 1e-6)), 3 if spent > 0.4 else 5), 100)
     times: dict[str, list[float]] = {name: [] for name in others}
     order = list(others)
@@ -229,10 +235,10 @@ def compare(
         order.append(order.pop(0))
         for name in order:
             function = others[name]
-            gc_free = time.perf_counter()
+            start = time.perf_counter()
             function()
             synchronize()
-            times[name].append(time.perf_counter() - gc_free)
+            times[name].append(time.perf_counter() - start)
 
     def run_ours():
         result = ours()
@@ -245,7 +251,7 @@ def compare(
         benchmark.pedantic(run_ours, setup=run_others, rounds=rounds, iterations=1, warmup_rounds=1)
     finally:
         gc.enable()
-    # the warm-up round ran the others too
+    # the warm-up round timed the others too: drop it
     host = {name: values[-rounds:] for name, values in times.items()}
     host[OURS] = list(benchmark.stats.stats.data)
     device = host
@@ -265,7 +271,7 @@ def compare(
         )
         low, middle, high = statistics.quantiles(ratios, n=4)
         median = statistics.median(values)
-        rows[name] = Row(
+        rows[name] = Measurement(
             room=room,
             shape=shape,
             dtype=str(dtype).removeprefix("torch."),
@@ -281,7 +287,7 @@ def compare(
             tflop_per_s=flops / median / 1e12,
             rounds=rounds,
         )
-    ROWS.extend(rows.values())
+    MEASUREMENTS.extend(rows.values())
     benchmark.group = f"{room} {shape} {rows[OURS].dtype} {part}"
     benchmark.extra_info.update(
         {f"{name} / ours": round(row.ratio, 3) for name, row in rows.items() if name != OURS},

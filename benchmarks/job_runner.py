@@ -1,7 +1,7 @@
-"""Measures a whole job: contenders compared with each other, counted, and timed in turn; a `Row` of each.
+"""Measures a whole job: compares the results of its contenders, counts their FLOPs and times them in turn.
 
-Each contender runs once under the counter, and where results differ nothing is timed; then once for its memory and for
-the time of each operator; then in turn with the others, round by round, ours last, for its seconds.
+Each contender first runs once under the counter; if results differ, nothing is timed. It runs a second time for its
+peak memory and the time of each operator. Then the contenders run in turn, round by round, ours last, for their time.
 """
 
 import statistics
@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.harness import OURS, ROWS, Row, peak_and_times, synchronize
-from prismer.costs.counting import Counter
+from benchmarks.harness import MEASUREMENTS, OURS, Measurement, peak_and_times, synchronize
+from prismer.costs.counting import CostCounter
 
-# what a convolution hands over to, and what ours uses in place of a registered op where nothing watches
+# products that the counter does not see by these names: convolutions dispatch to some of them, and our ops call the
+# others directly when no dispatch mode is active
 _PRODUCTS = frozenset(
     f"aten::{name}"
     for name in (
@@ -33,14 +34,14 @@ _PRODUCTS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Several ways to do one thing.
+    """One job and the contenders that do it.
 
     Attributes:
-        room, shape, part: as in `Row`; part is "inference", "step" (forward and backward) or "labels".
-        calls: by contender, "ours" among them.
-        check: takes what they returned, by contender, and raises AssertionError where results differ.
-        reset: called before a call that is timed or compared.
-        outcome: what is compared of what a call returned; taken before the next call.
+        room, shape, part: as in `Measurement`; part is "inference", "step" (forward and backward) or "labels".
+        calls: the contenders by name, "ours" among them.
+        check: takes the outcomes by name of the contender and raises AssertionError if they differ.
+        reset: called before each call that is timed or compared.
+        outcome: maps the result of a call to what `check` compares; called before the next contender runs.
     """
 
     room: str
@@ -53,7 +54,7 @@ class Job:
 
 
 def run_in_turn(ours: Callable, others: Callable, rounds: int) -> list[float]:
-    """Seconds of `ours` in each round, `others` run before it."""
+    """Seconds of `ours` in each round; `others` runs before it, untimed."""
     seconds = []
     for _ in range(rounds):
         others()
@@ -63,12 +64,12 @@ def run_in_turn(ours: Callable, others: Callable, rounds: int) -> list[float]:
     return seconds
 
 
-def measure(job: Job, rounds: int = 1, in_turn: Callable = run_in_turn) -> dict[str, Row]:
-    """Compare, count and time the contenders of a job, and record a row of each in `harness.ROWS`.
+def measure(job: Job, rounds: int = 1, in_turn: Callable = run_in_turn) -> dict[str, Measurement]:
+    """Compare, count and time the contenders of a job, and record a measurement of each in `harness.MEASUREMENTS`.
 
     Args:
-        rounds: of timing, contenders in turn.
-        in_turn: `run_in_turn`, or the same by pytest-benchmark.
+        rounds: number of timed rounds.
+        in_turn: `run_in_turn`, or the same with pytest-benchmark.
 
     Raises:
         AssertionError: if results differ.
@@ -76,7 +77,7 @@ def measure(job: Job, rounds: int = 1, in_turn: Callable = run_in_turn) -> dict[
     outcomes, counters = {}, {}
     for name, call in job.calls.items():
         job.reset()
-        with Counter() as counter:
+        with CostCounter() as counter:
             result = call()
         counters[name], outcomes[name] = counter, job.outcome(result)
         del result
@@ -86,7 +87,7 @@ def measure(job: Job, rounds: int = 1, in_turn: Callable = run_in_turn) -> dict[
     peaks, shares = {}, {}
     job.reset()
     if job.part == "step":
-        # gradients are there before a step is looked at: its peak is above parameters and gradients
+        # allocate the gradients first: the peak of a step then counts neither parameters nor gradients
         job.calls[OURS]()
     for name, call in job.calls.items():
         peaks[name], times = peak_and_times(call)
@@ -116,15 +117,17 @@ def measure(job: Job, rounds: int = 1, in_turn: Callable = run_in_turn) -> dict[
         name: _row(job, name, values, seconds[OURS], peaks[name], counters[name], shares[name])
         for name, values in seconds.items()
     }
-    ROWS.extend(rows.values())
+    MEASUREMENTS.extend(rows.values())
     return rows
 
 
-def _row(job: Job, name: str, values: list[float], ours: list[float], peak: int, counter: Counter, share: float) -> Row:
+def _row(
+    job: Job, name: str, values: list[float], ours: list[float], peak: int, counter: CostCounter, share: float
+) -> Measurement:
     ratios = [a / b for a, b in zip(values, ours, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     median = statistics.median(values)
-    return Row(
+    return Measurement(
         room=job.room,
         shape=job.shape,
         dtype="float32",
@@ -147,5 +150,5 @@ def _row(job: Job, name: str, values: list[float], ours: list[float], peak: int,
 
 
 def _share(times: dict[str, float], matrix: set[str]) -> float:
-    """Of the operators' own time, that of those which multiply: `matrix` was seen to, under the counter."""
+    """Fraction of the operators' own time spent in products; `matrix` are those that the counter gave FLOPs."""
     return sum(t for name, t in times.items() if name in matrix | _PRODUCTS) / max(sum(times.values()), 1e-9)

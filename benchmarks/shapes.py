@@ -1,4 +1,4 @@
-"""Prismer's real shapes, once: what every benchmark and every ledger is about (arXiv:2303.02506, section 3)."""
+"""Prismer's real shapes, for every benchmark and ledger test (Prismer, arXiv:2303.02506, section 3)."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ class Model:
     """Sizes of one preset at one resolution.
 
     Attributes:
-        name: preset and pixels.
-        width, heads, layers: of the image encoder; heads have 64 numbers in encoder and decoder.
-        tokens: image tokens N, the 64 latents included.
-        expert_tokens: what six experts give the resampler.
+        name: preset and image size in pixels.
+        width, heads, layers: of the image encoder; the head size is 64 in encoder and decoder.
+        tokens: number of image tokens N, the 64 latents included.
+        expert_tokens: number of tokens that the six experts give the resampler.
         text_width, text_heads, text_layers: of the decoder.
     """
 
@@ -41,5 +41,5 @@ NUM_LATENTS = 64
 RESAMPLER_HEADS = 8
 VOCABULARY = 50265
 TEXT_TOKENS = 20
+# 32 captions of 30 tokens: a pre-training micro-batch
 LOSS_ROWS = 960
-"""32 captions of 30 tokens: a pre-training micro-batch."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import compare, gate, on
+from benchmarks.harness import contenders_on, refuse_if_worse, time_contenders
 from benchmarks.shapes import MODELS
 from prismer.kernels.activation import bias_activation
 
@@ -26,16 +26,16 @@ def calls(activation, R, D):
         ours=lambda h, bias: bias_activation(h, bias, activation), eager=lambda h, bias: EAGER[activation](h + bias)
     )
     # the bias is frozen in the towers, whose epilogues these are
-    return on([2 * torch.randn(R, D), torch.randn(D)], functions, frozen=(1,))
+    return contenders_on([2 * torch.randn(R, D), torch.randn(D)], functions, frozen=(1,))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bias_activation(benchmark, shape, dtype, part, compiled):
     activation, R, D = SHAPES[shape]
-    gate(calls(activation, 64, D), dtype, part)
+    refuse_if_worse(calls(activation, 64, D), dtype, part)
     contenders = compiled(calls(activation, R, D)(dtype), shape.startswith("BASE-480"))
     streams = 2 if part == "forward" else 5
-    compare(
+    time_contenders(
         benchmark,
         contenders,
         room=f"bias_{activation}",

@@ -6,7 +6,7 @@ Run: pytest benchmarks/test_attention.py --benchmark-only
 import pytest
 import torch
 
-from benchmarks.harness import DEVICE, compare, gate, on
+from benchmarks.harness import DEVICE, contenders_on, refuse_if_worse, time_contenders
 from benchmarks.shapes import MODELS, TEXT_TOKENS
 from prismer.kernels import dispatch
 from prismer.kernels.attention import attention
@@ -39,7 +39,7 @@ def calls(B, H, N, L, causal):
         functions["triton"] = with_backend("triton")
         peers = (name for name in ("flash-attn", "xformers") if dispatch.package_missing(name) is None)
         functions.update((name, with_backend(name)) for name in peers)
-    return on([q, k, v, causal], functions)
+    return contenders_on([q, k, v, causal], functions)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -47,9 +47,11 @@ def test_attention(benchmark, shape, dtype, part, compiled, everything):
     if shape == "LARGE-480 self" and not everything:
         pytest.skip("on a CPU BASE, to keep the run short: --full has it")
     B, H, N, L, causal = SHAPES[shape]
-    gate(calls(1, 2, min(N, 40), min(L, 50) if not causal else min(N, 40), causal), dtype, part)
+    refuse_if_worse(calls(1, 2, min(N, 40), min(L, 50) if not causal else min(N, 40), causal), dtype, part)
     contenders = compiled(calls(B, H, N, L, causal)(dtype), shape == "BASE-480 self")
     if dtype == torch.float32:
         contenders = {name: call for name, call in contenders.items() if name not in ("flash-attn", "xformers")}
     flops = 4 * B * H * N * L * 64 * (1 if part == "forward" else 3.5)
-    compare(benchmark, contenders, room="attention", shape=shape, dtype=dtype, part=part, flops=int(flops), seconds=0.5)
+    time_contenders(
+        benchmark, contenders, room="attention", shape=shape, dtype=dtype, part=part, flops=int(flops), seconds=0.5
+    )

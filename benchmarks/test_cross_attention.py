@@ -1,10 +1,13 @@
-"""Text tokens over projected image tokens: pytest benchmarks/test_cross_attention.py --benchmark-only"""
+"""Cross-attention of text over image tokens, with its key and value layers, against two linear layers and SDPA.
+
+Run: pytest benchmarks/test_cross_attention.py --benchmark-only
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import compare, gate, on
+from benchmarks.harness import contenders_on, refuse_if_worse, time_contenders
 from benchmarks.shapes import MODELS, TEXT_TOKENS
 from prismer.kernels.cross_attention import cross_attention, flops
 
@@ -31,7 +34,7 @@ def calls(B, N, L, D, E, H):
         torch.randn(D),
         H,
     ]
-    return on(draws, dict(ours=cross_attention, eager=plain))
+    return contenders_on(draws, dict(ours=cross_attention, eager=plain))
 
 
 @pytest.mark.parametrize("texts", TEXTS)
@@ -40,12 +43,12 @@ def test_cross_attention(benchmark, size, texts, dtype, part, compiled, everythi
     model = SIZES[size]
     if size not in ("BASE-224", "BASE-480") and not everything:
         pytest.skip("on a CPU BASE, to keep the run short: --full has LARGE")
-    gate(calls(2, 4, 40, 48, 40, 4), dtype, part)
+    refuse_if_worse(calls(2, 4, 40, 48, 40, 4), dtype, part)
     sizes = (2, TEXT_TOKENS * TEXTS[texts], model.tokens, model.text_width, model.width, model.text_heads)
     contenders = compiled(calls(*sizes)(dtype), False)
     trained = ("q", "context", "k_weight", "v_weight") if part == "forward+backward" else ()
     least = min(flops(order, *sizes, trained) for order in ("absorbed", "ordinary"))
-    compare(
+    time_contenders(
         benchmark,
         contenders,
         room="cross_attention",

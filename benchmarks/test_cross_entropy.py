@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import DEVICE, compare, gate, on
+from benchmarks.harness import DEVICE, contenders_on, refuse_if_worse, time_contenders
 from benchmarks.shapes import LOSS_ROWS, VOCABULARY
 from prismer.kernels.cross_entropy import linear_cross_entropy
 
@@ -37,17 +37,17 @@ def calls(R, D, V):
     if peer is not None:
         functions["liger"] = peer
     draws = [torch.randn(R, D), torch.randn(V, D) / D**0.5, torch.randn(V), labels]
-    return on(draws, functions)
+    return contenders_on(draws, functions)
 
 
 @pytest.mark.parametrize("D", (768, 1024), ids=("BASE", "LARGE"))
 def test_cross_entropy(benchmark, D, dtype, part, everything, compiled):
     if D == 1024 and not everything:
         pytest.skip("minutes on a CPU; --full runs it")
-    gate(calls(32, 64, 1023), dtype, part)
+    refuse_if_worse(calls(32, 64, 1023), dtype, part)
     contenders = compiled(calls(LOSS_ROWS, D, VOCABULARY)(dtype), False)
     name = "BASE" if D == 768 else "LARGE"
-    compare(
+    time_contenders(
         benchmark,
         contenders,
         room="cross_entropy",

@@ -1,13 +1,13 @@
-"""The trainer's loader, and its parts, against expansion on the host: samples per second of a core, bytes to upload.
+"""The trainer's loader and its parts against label expansion on the host: samples per second of a core, upload bytes.
 
 python -m pytest benchmarks/test_dataloading.py --benchmark-only
 
-Every contender is a process pinned to one and the same core, with one thread each for torch, OpenMP and DALI (a worker
-of `workers=1` shares the core with its collator). They run in turn, round by round; what counts are the seconds that
-the core worked for them, workers included, so that other load on the machine does not. All read the same 32 pictures of
-640 x 480, enlarged renderings with the noise of a camera as JPEGs of quality 90, with 2, 8 or 20 ids in each label map
-of that size: as JPEG, PNG, JSON and .pt files on one side, imported to a shard on the other. Files are in the page
-cache; texts are not asked for. --full adds more settings.
+Every contender is a process. All are pinned to the same core, with one thread each for torch, OpenMP and DALI (the
+worker of `workers=1` shares the core with its collator), and run in turn, round by round. The measure is the CPU time
+of the core, workers included, which other load on the machine does not change. All read the same 32 images of 640 x
+480: enlarged renderings with camera noise, as JPEGs of quality 90, with 2, 8 or 20 ids in each label map of that size.
+The baseline reads JPEG, PNG, JSON and .pt files, ours a shard imported from them. Files are in the page cache; no texts
+are loaded. --full adds more settings.
 """
 
 import csv
@@ -22,7 +22,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,18 +35,18 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from benchmarks.conftest import machine
 from benchmarks.loader_corpus import CLASSES, COUNT, HEIGHT, NAMES, WIDTH, write_corpus
-from benchmarks.official_loader import HIGH_LEVEL, LABEL_SIZE, LOW_LEVEL, OfficialDataset
+from benchmarks.published_loader import HIGH_LEVEL, LABEL_SIZE, LOW_LEVEL, PublishedDataset
 from prismer.config import PrismerConfig, prismer_base
 from prismer.dataloading.feed.augment import AugmentConfig, draw_params
-from prismer.dataloading.feed.features import FeatureTables, Semantics
+from prismer.dataloading.feed.image_pipeline import ImagePipeline
 from prismer.dataloading.feed.loader import Loader
-from prismer.dataloading.feed.pipeline import ImagePipeline
-from prismer.dataloading.store.labels import pack_labels
+from prismer.dataloading.semantics.features import FeatureTables, Semantics
+from prismer.dataloading.store.label_maps import pack_labels
 from prismer.dataloading.store.shards import ShardDataset
 
 BATCH = COUNT
-OFFICIAL_BATCH = 2
-"""Samples of the baseline in a round; its time per sample does not depend on the batch."""
+# samples of the baseline in a round; its time per sample does not depend on the batch
+PUBLISHED_BATCH = 2
 ROUNDS = 5
 AUGMENT = AugmentConfig(min_area=0.5)
 CONTENDERS = ("ours", "workers=0", "workers=1")
@@ -52,7 +54,13 @@ CONTENDERS = ("ours", "workers=0", "workers=1")
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is measured: a key of PARTS, the side of the picture, ids in each map."""
+    """One measurement.
+
+    Attributes:
+        part: a key of PARTS.
+        image_size: side of the image, px.
+        labels_per_map: ids in each map.
+    """
 
     part: str
     image_size: int
@@ -65,6 +73,7 @@ SETTINGS = [
     Setting(part="photo", image_size=480, labels_per_map=8),
     Setting(part="labels", image_size=224, labels_per_map=8),
 ]
+# with --full alone: all of them take minutes on a CPU
 ON_REQUEST = [
     Setting(part="loader", image_size=480, labels_per_map=2),
     Setting(part="loader", image_size=480, labels_per_map=20),
@@ -73,9 +82,8 @@ ON_REQUEST = [
     Setting(part="labels", image_size=224, labels_per_map=20),
     Setting(part="packing", image_size=224, labels_per_map=8),
 ]
-"""With --full alone: a CPU takes minutes for all."""
+# a worker adds one copy of each batch, whatever is loaded: measured once
 WITH_WORKER = Setting(part="loader", image_size=480, labels_per_map=8)
-"""A worker adds one copy of each batch, whatever is loaded: measured once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +91,14 @@ class Result:
     """One contender in one setting: a line of dataloading.csv.
 
     Attributes:
-        part: "loader" is all of it, "photo", "labels" and "packing" are parts alone.
+        part, image_size, labels_per_map: of the Setting; "loader" is the whole loader, the other parts are parts of it.
+        contender: one of CONTENDERS.
         samples_per_s: of one core, median of the rounds.
-        ratio, low, high: median, first and third quartile of contender / ours in seconds, round by round.
-        wall_ms: median time per sample by the clock, in which others may have had the core too.
+        ratio, low, high: median, first and third quartile of contender / ours in CPU seconds, round by round.
+        wall_ms: median wall-clock time per sample, in which other processes may have used the core.
         upload_bytes: per sample, of all tensors of a batch of 32; 0 for the parts.
-        encoded_bytes: the same where a GPU decodes: the JPEG instead of its pixels; 0 for the baseline.
+        encoded_bytes: the same if a GPU decodes, with the JPEG instead of its pixels; 0 for the baseline.
+        rounds: that the medians are taken over.
     """
 
     part: str
@@ -108,10 +118,10 @@ class Result:
 RESULTS: list[Result] = []
 
 
-def official(folder: Path, setting: Setting) -> OfficialDataset:
+def published(folder: Path, setting: Setting) -> PublishedDataset:
     """The baseline's samples."""
     semantics = Semantics.spelling()
-    return OfficialDataset(
+    return PublishedDataset(
         folder / "images",
         folder / f"labels-{setting.labels_per_map}",
         NAMES,
@@ -124,7 +134,7 @@ def official(folder: Path, setting: Setting) -> OfficialDataset:
     )
 
 
-def config(setting: Setting, **changes) -> PrismerConfig:
+def config(setting: Setting, **changes: Any) -> PrismerConfig:
     return prismer_base(image_size=setting.image_size, label_size=LABEL_SIZE, **changes)
 
 
@@ -140,22 +150,22 @@ def ours(folder: Path, setting: Setting) -> Loader:
     )
 
 
-def some_of(samples: OfficialDataset) -> Callable[[], int]:
+def some_of(samples: PublishedDataset) -> Callable[[], int]:
     """A round of the baseline without collation."""
     places = itertools.cycle(range(COUNT))
-    return lambda: len([samples[i] for i in itertools.islice(places, OFFICIAL_BATCH)])
+    return lambda: len([samples[i] for i in itertools.islice(places, PUBLISHED_BATCH)])
 
 
 def whole_loader(contender: str, folder: Path, setting: Setting) -> Callable[[], int]:
     if contender == "ours":
         loader, epochs = ours(folder, setting), itertools.count()
         return lambda: sum(len(batch.images) for batch in loader.epoch(next(epochs)))
-    samples = official(folder, setting)
+    samples = published(folder, setting)
     loader = DataLoader(
         samples,
-        OFFICIAL_BATCH,
-        # an epoch is a round, so that no worker is ahead when it is the others' turn
-        sampler=RandomSampler(samples, num_samples=OFFICIAL_BATCH),
+        PUBLISHED_BATCH,
+        # an epoch is a round, so that no worker runs ahead in the turn of another contender
+        sampler=RandomSampler(samples, num_samples=PUBLISHED_BATCH),
         num_workers=int(contender == "workers=1"),
         persistent_workers=contender == "workers=1",
     )
@@ -165,7 +175,7 @@ def whole_loader(contender: str, folder: Path, setting: Setting) -> Callable[[],
 def photos(contender: str, folder: Path, setting: Setting) -> Callable[[], int]:
     """JPEG -> cropped, flipped, augmented pixels: (B, 3, R, R) uint8 of ours, normalised fp32 of the baseline."""
     if contender != "ours":
-        samples = official(folder, setting)
+        samples = published(folder, setting)
         samples.experts = ()
         return some_of(samples)
     pipeline = ImagePipeline(config(setting, experts=()), batch_size=BATCH, augmented=True, threads=1)
@@ -180,9 +190,9 @@ def photos(contender: str, folder: Path, setting: Setting) -> Callable[[], int]:
 
 
 def labels(contender: str, folder: Path, setting: Setting) -> Callable[[], int]:
-    """Label files -> what the model is given of them, without augmentation; ours reads the JPEG's bytes too."""
+    """Label files -> label tensors, without augmentation; ours reads the JPEG's bytes too."""
     if contender != "ours":
-        samples = official(folder, setting)
+        samples = published(folder, setting)
         samples.augment = samples.with_rgb = False
         return some_of(samples)
     dataset = ShardDataset(folder / f"shards-{setting.labels_per_map}")
@@ -198,7 +208,7 @@ def labels(contender: str, folder: Path, setting: Setting) -> Callable[[], int]:
 
 
 def packing(contender: str, folder: Path, setting: Setting) -> Callable[[], int]:
-    """Label maps -> bytes to store: ours at 224 px, PNGs of the picture's size."""
+    """Label maps -> bytes to store: ours at 224 px, PNGs at the image's size."""
     if contender == "ours":
         dataset = ShardDataset(folder / f"shards-{setting.labels_per_map}")
         planes = [dataset[i].labels for i in range(len(dataset))]
@@ -209,10 +219,10 @@ def packing(contender: str, folder: Path, setting: Setting) -> Callable[[], int]
     places = itertools.cycle(maps)
 
     def run() -> int:
-        for pictures in itertools.islice(places, OFFICIAL_BATCH):
-            for picture in pictures:
-                picture.save(io.BytesIO(), "PNG")
-        return OFFICIAL_BATCH
+        for images in itertools.islice(places, PUBLISHED_BATCH):
+            for image in images:
+                image.save(io.BytesIO(), "PNG")
+        return PUBLISHED_BATCH
 
     return run
 
@@ -221,17 +231,17 @@ PARTS = {"loader": whole_loader, "photo": photos, "labels": labels, "packing": p
 
 
 def core_seconds() -> float:
-    """That a core worked for this process and its workers."""
+    """CPU time of this process and its workers."""
     seconds = time.process_time()
     for child in multiprocessing.active_children():
-        # behind the name, which may hold blanks: user and system time are fields 14 and 15 of proc(5)
+        # after the name, which may hold blanks: user and system time are fields 14 and 15 of proc(5)
         ticks = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         seconds += sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
     return seconds
 
 
-def serve(pipe, contender: str, folder: Path, core: int) -> None:
-    """Until told to stop: receive a setting, do a round, send seconds per sample, of the core and by the clock."""
+def serve(pipe: Connection, contender: str, folder: Path, core: int) -> None:
+    """Until told to stop: receive a setting, run a round, send CPU and wall-clock seconds per sample."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     random.seed(0)
@@ -244,24 +254,24 @@ def serve(pipe, contender: str, folder: Path, core: int) -> None:
         samples = rounds[setting]()
         wall = time.perf_counter() - start
         pipe.send(((core_seconds() - before) / samples, wall / samples))
-    # ends the worker in an instant; at the end of the interpreter it takes seconds
+    # ends the workers at once; at the exit of the interpreter it takes seconds
     rounds.clear()
 
 
 @contextmanager
 def processes(folder: Path) -> Iterator[dict[str, Callable[[Setting], tuple[float, float]]]]:
-    """contender -> a function that has it do one round, see `serve`."""
+    """contender -> a function that makes it run one round, see `serve`."""
     context = multiprocessing.get_context("spawn")
     core = max(os.sched_getaffinity(0))
     pipes, running = {}, []
     with pytest.MonkeyPatch.context() as patch:
-        # inherited, and read when a process starts
+        # inherited by the processes, which read it when they start
         patch.setenv("OMP_NUM_THREADS", "1")
         for contender in CONTENDERS:
             pipes[contender], theirs = context.Pipe()
             running.append(context.Process(target=serve, args=(theirs, contender, folder, core)))
             running[-1].start()
-            # a process that fails closes the last end, and `recv` raises
+            # a process that fails then closes the last end, and `recv` raises
             theirs.close()
 
     def turn(contender: str, setting: Setting) -> tuple[float, float]:
@@ -277,8 +287,8 @@ def processes(folder: Path) -> Iterator[dict[str, Callable[[Setting], tuple[floa
             process.join()
 
 
-def nbytes(value) -> int:
-    """Of all tensors in nested dicts and dataclasses."""
+def nbytes(value: object) -> int:
+    """Bytes of all tensors in nested dicts and dataclasses."""
     if isinstance(value, Tensor):
         return value.nbytes
     if is_dataclass(value):
@@ -301,7 +311,7 @@ def contenders(corpus):
 
 @pytest.fixture(scope="module", autouse=True)
 def report(request, corpus):
-    """Writes and prints the table when all is measured."""
+    """Write and print the table after the last measurement."""
     yield
     if not RESULTS:
         return
@@ -330,9 +340,9 @@ def report(request, corpus):
     "setting", SETTINGS + ON_REQUEST, ids=lambda s: f"{s.part}-{s.image_size}px-{s.labels_per_map}ids"
 )
 def test_dataloading(benchmark, contenders, corpus, request, setting):
-    """Upload bytes are asserted, they are exact; speeds are reported, they are this machine's."""
+    """Upload bytes are exact and asserted; speeds depend on the machine and are reported."""
     if setting in ON_REQUEST and not request.config.getoption("--full"):
-        pytest.skip("to keep the run short; --full has it")
+        pytest.skip("left out to keep the run short; --full includes it")
     names = [n for n in CONTENDERS if n != "workers=1" or setting == WITH_WORKER]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
 
@@ -368,9 +378,9 @@ def test_dataloading(benchmark, contenders, corpus, request, setting):
 
 
 def upload_bytes(folder: Path, setting: Setting) -> tuple[float, float, float]:
-    """Per sample: the baseline's tensors, the tensors of our batch, and ours with JPEGs for a GPU to decode."""
+    """Bytes per sample of the baseline's tensors, of our batch, and of ours with JPEGs for a GPU to decode."""
     R, L = setting.image_size, LABEL_SIZE
-    theirs = nbytes(official(folder, setting)[0])
+    theirs = nbytes(published(folder, setting)[0])
     assert theirs == 4 * (3 * R * R + (1 + 3 + 1 + 3 * 64) * L * L) + 8 * L * L
     loader = ours(folder, setting)
     images = next(loader.epoch(0)).images
@@ -381,7 +391,7 @@ def upload_bytes(folder: Path, setting: Setting) -> tuple[float, float, float]:
     samples = [loader.dataset[i] for i in range(BATCH)]
     files = sum(len(s.jpeg) + sum(map_.nbytes for map_ in s.labels.values()) for s in samples)
     encoded = files / BATCH + tables
-    # the labels are 1/96 at any size; of the picture, uint8 can save no more than 3 of 4 bytes
+    # the labels shrink to 1/96 at any size; uint8 saves 3 of 4 bytes of the image
     assert 50 * (tensors - 3 * R * R) <= theirs - 4 * 3 * R * R
     assert 50 * (tensors if R == 224 else encoded) <= theirs
     return theirs, tensors, encoded

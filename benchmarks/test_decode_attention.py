@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import compare, gate, on
+from benchmarks.harness import contenders_on, refuse_if_worse, time_contenders
 from prismer.kernels.decode_attention import decode_attention
 
 SHAPES = {  # rows, heads, queries of a row, shared keys, suffix slots, ancestors of a query
@@ -43,19 +43,19 @@ def draws(R, H, Q, S, M, A):
 
 
 def calls(*sizes):
-    return on(draws(*sizes), dict(ours=decode_attention, eager=repeated), frozen=(0, 1, 2, 4, 5))
+    return contenders_on(draws(*sizes), dict(ours=decode_attention, eager=repeated), frozen=(0, 1, 2, 4, 5))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decode_attention(benchmark, shape, dtype, compiled):
     R, H, Q, S, M, A = SHAPES[shape]
-    gate(calls(R, 2, min(Q, 5), 150, M, A), dtype, "forward")
+    refuse_if_worse(calls(R, 2, min(Q, 5), 150, M, A), dtype, "forward")
     contenders = calls(R, H, Q, S, M, A)(dtype)
     # the softer comparison: the repeat is free, as if the cache had been built that way
     q, k, v, *_ = contenders["ours"].inputs
     q, k, v = q.transpose(1, 2).reshape(R * Q, H, 1, 64), k.repeat_interleave(Q, 0), v.repeat_interleave(Q, 0)
     contenders["sdpa-alone"] = type(contenders["ours"])(run=sdpa_alone, inputs=[q, k, v])
-    compare(
+    time_contenders(
         benchmark,
         contenders,
         room="decode_attention",

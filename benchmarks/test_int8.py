@@ -1,7 +1,7 @@
 """int8 towers against fp32 and bf16, on a CPU: pytest benchmarks/test_int8.py --benchmark-only --full
 
-One model with random weights in four versions. "ours" is int8 towers (prismer/quantise.py) with all else in fp32; the
-encoder's output may be off by 2 % of its norm, bf16's too, else nothing is timed.
+The contenders are one model with random weights in four versions. "ours" has int8 towers (prismer/quantise.py) and
+everything else in fp32. If the encoder's output in any version is off by more than 2 % of its norm, nothing is timed.
 """
 
 import copy
@@ -17,13 +17,15 @@ from prismer.config import preset
 from prismer.model import Prismer
 from prismer.quantise import quantise
 
-MOST = 0.02
+# largest error of the encoder's output, relative to its norm
+MAX_ERROR = 0.02
+# tokens of a caption
 LENGTH = 20
 
 
 @functools.cache
 def versions() -> dict[str, Prismer]:
-    """BASE at 480 px, by contender."""
+    """The four versions of BASE at 480 px, by name of the contender."""
     model = copy.deepcopy(jobs.build(preset("base", image_size=480))).eval()
     bf16 = copy.deepcopy(model).to(torch.bfloat16)
     return {
@@ -37,7 +39,7 @@ def versions() -> dict[str, Prismer]:
 def _encoder(versions, images) -> Job:
     def check(outcomes: dict[str, torch.Tensor]) -> None:
         for name, tokens in outcomes.items():
-            jobs.assert_close(f"tokens of {name}", tokens.float(), outcomes["fp32"], MOST)
+            jobs.assert_close(f"tokens of {name}", tokens.float(), outcomes["fp32"], MAX_ERROR)
 
     def encode(model):
         with torch.inference_mode():
@@ -55,7 +57,7 @@ def _caption(versions, images) -> Job:
     options = dict(beams=3, max_length=LENGTH, min_length=LENGTH)
 
     def check(outcomes: dict[str, list[str]]) -> None:
-        # which words random weights prefer by a hair is no matter of precision
+        # the words may differ: with random weights the best two are nearly tied
         assert all(len(captions) == 1 and captions[0] for captions in outcomes.values())
 
     return Job(
@@ -66,11 +68,11 @@ def _caption(versions, images) -> Job:
     )
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="int8 towers are for a CPU")
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="int8 towers run on a CPU only")
 @pytest.mark.parametrize("make", [_encoder, _caption], ids=["encoder", "caption"])
 def test_int8(benchmark, make, everything):
     if not everything:
-        pytest.skip("BASE in four versions: --full has it")
+        pytest.skip("BASE in four versions takes long; --full runs it")
     job = make(versions(), jobs.draw_images(versions()["fp32"].config, 1))
 
     def in_turn(ours, others, rounds: int) -> list[float]:

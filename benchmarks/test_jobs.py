@@ -1,9 +1,9 @@
 """Whole jobs at real sizes, ours against the released way of computing: pytest benchmarks/test_jobs.py --benchmark-only
 
-Random weights, 480 px unless said, fp32; what is computed and compared is in whole_jobs.py, how it is measured in
-job_runner.py. By default one caption of BASE, one round; with --full every job, of LARGE too. Beside seconds and peak
-memory (of a step: above parameters and gradients) a row holds counted FLOPs, operators issued, and the share of the
-operators' time that went into matrix products.
+Weights are random, images have 480 px unless a case says otherwise, and everything is fp32. whole_jobs.py defines what
+is computed and compared, job_runner.py how it is measured. By default one BASE caption runs for one round; --full runs
+every job, with LARGE too. A measurement holds the time, the peak memory (of a step: above parameters and gradients),
+the counted FLOPs, the operators called, and the fraction of the operators' time spent in matrix products.
 """
 
 import functools
@@ -23,11 +23,11 @@ class Case:
     """One job at one size.
 
     Attributes:
-        name: of the test.
+        name: test id.
         make: (model, shape) -> Job.
-        model, side: preset and pixels.
-        default: measured without --full.
-        rounds: with --full; else one.
+        model, side: preset and image size in pixels.
+        default: also measured without --full.
+        rounds: number of rounds with --full; without it there is one.
     """
 
     name: str
@@ -47,7 +47,7 @@ _fine_tuning = functools.partial(jobs.step_job, batch=2)
 _rank = jobs.rank_job
 
 CASES = [
-    # in this order a model is built once
+    # cases with the same model follow each other: the last model is cached, so each is built once
     Case(name="pre-training", make=_pre_training, side=224),
     Case(name="labels", make=_labels, side=224, rounds=5),
     Case(name="classes", make=jobs.classify_job, side=384, rounds=1),
@@ -82,7 +82,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_job(benchmark, case, everything):
     if not (everything or case.default):
-        pytest.skip("on a CPU one job, to keep the run short: --full has the rest")
+        pytest.skip("on a CPU only one job runs by default; --full runs them all")
     model = jobs.build(preset(case.model, image_size=case.side))
     job = case.make(model, f"{case.model.upper()}-{case.side}")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import compare, gate, on
+from benchmarks.harness import contenders_on, refuse_if_worse, time_contenders
 from prismer.kernels.label_map import label_map
 
 SHAPES = {"BASE B2": (2, 56), "LARGE B2": (2, 64), "BASE B8": (8, 56)}
@@ -39,7 +39,7 @@ def gather(ids, rows, features, size):
 def calls(B, size):
     rows = torch.randint(0, 133, (B, 256))
     functions = dict(ours=label_map, eager=paint, gather=gather)
-    return on([regions(B), rows, torch.randn(133, 64), size], functions)
+    return contenders_on([regions(B), rows, torch.randn(133, 64), size], functions)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -47,8 +47,8 @@ def test_label_map(benchmark, shape, dtype, part, everything, compiled):
     B, size = SHAPES[shape]
     if B == 8 and part == "forward+backward" and not everything:
         pytest.skip("the gradient of painting takes seconds a round on a CPU; --full runs it")
-    gate(calls(1, size), dtype, part)
-    compare(
+    refuse_if_worse(calls(1, size), dtype, part)
+    time_contenders(
         benchmark,
         compiled(calls(B, size)(dtype), False),
         room="label_map",

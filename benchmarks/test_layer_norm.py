@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import compare, gate, on
+from benchmarks.harness import contenders_on, refuse_if_worse, time_contenders
 from benchmarks.shapes import MODELS
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 
@@ -27,17 +27,19 @@ def eager_add(x, residual, weight, bias):
 def calls(R, D, add):
     affine = [1 + torch.randn(D), torch.randn(D)]
     if add:
-        return on([torch.randn(R, D), torch.randn(R, D), *affine], dict(ours=add_layer_norm, eager=eager_add))
-    return on([torch.randn(R, D) + 0.5, *affine], dict(ours=layer_norm, eager=eager))
+        return contenders_on(
+            [torch.randn(R, D), torch.randn(R, D), *affine], dict(ours=add_layer_norm, eager=eager_add)
+        )
+    return contenders_on([torch.randn(R, D) + 0.5, *affine], dict(ours=layer_norm, eager=eager))
 
 
 @pytest.mark.parametrize("add", (False, True), ids=("alone", "add"))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_layer_norm(benchmark, shape, add, dtype, part, compiled):
     R, D = SHAPES[shape]
-    gate(calls(min(R, 64), D, add), dtype, part)
+    refuse_if_worse(calls(min(R, 64), D, add), dtype, part)
     streams = (2 + 2 * add) + (3 if part == "forward+backward" else 0)
-    compare(
+    time_contenders(
         benchmark,
         compiled(calls(R, D, add)(dtype), shape == "BASE-480 B2"),
         room="add_layer_norm" if add else "layer_norm",

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import compare, gate, on
+from benchmarks.harness import contenders_on, refuse_if_worse, time_contenders
 from benchmarks.shapes import MODELS
 from prismer.kernels.adaptor import adaptor
 from prismer.kernels.mlp import mlp
@@ -27,13 +27,13 @@ def weights(D_in, D_out):
 def mlp_calls(R, D):
     ours = lambda x, *w: mlp(x, *w, activation="quick_gelu")  # noqa: E731
     draws = [torch.randn(R, D), *weights(D, 4 * D), *weights(4 * D, D)]
-    return on(draws, dict(ours=ours, eager=eager_mlp), frozen=(1, 2, 3, 4))
+    return contenders_on(draws, dict(ours=ours, eager=eager_mlp), frozen=(1, 2, 3, 4))
 
 
 def adaptor_calls(R, D):
     ours = lambda x, *w: adaptor(x, *w, late=False)  # noqa: E731
     draws = [torch.randn(R, D), 1 + torch.randn(D), torch.randn(D), *weights(D, D), *weights(D, D)]
-    return on(draws, dict(ours=ours, eager=eager_adaptor))
+    return contenders_on(draws, dict(ours=ours, eager=eager_adaptor))
 
 
 ROOMS = {
@@ -48,8 +48,8 @@ ROOMS = {
 def test_mlp(benchmark, room, model, dtype, part, compiled):
     calls, flops = ROOMS[room]
     R, D = model.tokens, model.width
-    gate(calls(32, D), dtype, part)
+    refuse_if_worse(calls(32, D), dtype, part)
     contenders = compiled(calls(R, D)(dtype), model.name == "BASE-480")
-    compare(
+    time_contenders(
         benchmark, contenders, room=room, shape=model.name, dtype=dtype, part=part, flops=flops(R, D, part), seconds=0.6
     )

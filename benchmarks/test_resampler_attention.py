@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.harness import Call, compare, gate, on
+from benchmarks.harness import Contender, contenders_on, refuse_if_worse, time_contenders
 from benchmarks.shapes import MODELS, NUM_LATENTS, RESAMPLER_HEADS
 from prismer.kernels.modules import PerceiverResampler
 from prismer.kernels.resampler_attention import resampler_attention
@@ -40,7 +40,9 @@ def calls(B, L, D):
         torch.randn(3 * D, D) / D**0.5,
         torch.randn(3 * D),
     ]
-    return on(draws, dict(ours=order(None), eager=plain, ordinary=order("ordinary"), absorbed=order("absorbed")))
+    return contenders_on(
+        draws, dict(ours=order(None), eager=plain, ordinary=order("ordinary"), absorbed=order("absorbed"))
+    )
 
 
 @pytest.mark.parametrize("experts", MODES)
@@ -48,9 +50,9 @@ def calls(B, L, D):
 def test_resampler_attention(benchmark, size, experts, dtype, part, compiled):
     model = SIZES[size]
     L = round(model.expert_tokens * MODES[experts])
-    gate(calls(1, 60, 96), dtype, part)
+    refuse_if_worse(calls(1, 60, 96), dtype, part)
     contenders = compiled(calls(1, L, model.width)(dtype), False)
-    compare(
+    time_contenders(
         benchmark,
         contenders,
         room="resampler_attention",
@@ -107,7 +109,7 @@ def module_calls(L, D):
             def run(leaf, *_, module=module):
                 return module(leaf)
 
-            found[name] = Call(run=run, inputs=[leaf, *(parameters[n] for n in names)])
+            found[name] = Contender(run=run, inputs=[leaf, *(parameters[n] for n in names)])
         return found
 
     return make
@@ -117,6 +119,6 @@ def module_calls(L, D):
 def test_resampler(benchmark, size, dtype, part, compiled):
     model = SIZES[size]
     contenders = compiled(module_calls(model.expert_tokens, model.width)(dtype), False)
-    compare(
+    time_contenders(
         benchmark, contenders, room="PerceiverResampler", shape=f"{size} 6 experts", dtype=dtype, part=part, seconds=1.5
     )

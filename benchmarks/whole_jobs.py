@@ -1,10 +1,11 @@
-"""Whole jobs, ours against the released way of computing (baseline.py): what test_jobs.py has measured.
+"""The whole jobs that test_jobs.py measures: ours against the released way of computing (baseline.py).
 
-Everything is synthetic and deterministic: random weights, noise and patches of ids instead of pictures and labels,
-answers made of word lists (word_lists.py).
+Everything is synthetic and deterministic: random weights, noise instead of images, patches of ids instead of label
+maps, and answers made of word lists (word_lists.py).
 
-The baseline gets its labels expanded already, as from a loader that is fast enough: what the expansion takes is a job
-of its own. Dropout has a rate that never drops anything, so that all operators of training run and results compare.
+The baseline gets labels that are expanded already, as if its loader were fast enough; their expansion is measured as a
+job of its own. The dropout rate is so low that nothing is dropped: all operators of training run, and the results of
+the contenders can be compared.
 """
 
 import dataclasses
@@ -43,13 +44,13 @@ CLASS_PREFIX = "A photo of a"
 
 @functools.lru_cache(maxsize=1)
 def build(config: PrismerConfig, tokenizer: Tokenizer | None = None) -> Prismer:
-    """A model with random weights; without a tokenizer it has RoBERTa's."""
+    """A model with random weights and the given tokenizer, by default RoBERTa's."""
     torch.manual_seed(0)
     return Prismer(config.replace(dropout=NEVER_DROPS), tokenizer or Tokenizer.roberta()).to(DEVICE)
 
 
 def draw_images(config: PrismerConfig, count: int, seed: int = 1) -> ImageBatch:
-    """Noise for pictures and intensities; for ids patches of seven, background among them, in each image other ones."""
+    """Noise for images and intensity maps; patches of six ids and background for id maps, different in each image."""
     g = torch.Generator().manual_seed(seed)
     labels, rows, side = {}, {}, config.label_size
     for name in config.experts:
@@ -74,7 +75,7 @@ def draw_images(config: PrismerConfig, count: int, seed: int = 1) -> ImageBatch:
 
 
 def repeat_image(images: ImageBatch, times: int) -> ImageBatch:
-    """A batch of one image as a batch of `times` equal ones."""
+    """Repeat a batch of one image `times` times."""
     return dataclasses.replace(
         images,
         rgb=images.rgb.repeat(times, 1, 1, 1),
@@ -84,7 +85,7 @@ def repeat_image(images: ImageBatch, times: int) -> ImageBatch:
 
 
 def expanded(images: ImageBatch) -> HostImages:
-    """What the released loader would hand over, on the device."""
+    """The expanded images that the released loader would produce, on the device."""
     host = expand_images(images.to("cpu"))
     return HostImages(
         rgb=host.rgb.to(DEVICE),
@@ -98,18 +99,18 @@ def expanded(images: ImageBatch) -> HostImages:
 
 
 def assert_close(name: str, ours: Tensor, theirs: Tensor, relative: float = 1e-4) -> None:
-    """By the norm of the difference."""
+    """Compare by the norm of the difference, relative to the norm of `theirs`."""
     assert ours.shape == theirs.shape, f"{name}: {tuple(ours.shape)} and {tuple(theirs.shape)}"
     error = ((ours - theirs).norm() / theirs.norm()).item()
     assert error <= relative, f"{name} is off by {error:.1e}, allowed are {relative:.1e}: not timed"
 
 
 def _check_scores(outcomes: dict[str, object]) -> None:
-    """All contenders agree with the baseline on its candidates and their scores; some rank more than those."""
+    """Each contender must give the baseline's candidates and scores; some contenders rank more candidates."""
     candidates, scores = outcomes[BASELINE]
     for name, (own, values) in outcomes.items():
         if own.shape[1] > candidates.shape[1]:
-            # of the whole list, in its order
+            # this contender scored the whole list, in its order
             own, values = candidates, values.gather(1, candidates)
         assert torch.equal(own, candidates), f"{name} picks other candidates than the baseline: not timed"
         assert_close(f"scores of {name}", values, scores)
@@ -124,7 +125,7 @@ def _check_steps(outcomes: dict[str, object]) -> None:
     for name, (own_loss, own) in outcomes.items():
         assert_close(f"loss of {name}", own_loss, loss)
         assert own.keys() == gradients.keys(), f"{name} trains other parameters than the baseline: not timed"
-        # of all together: that of a key's bias is nothing but rounding
+        # the norm over all parameters together: a key's bias alone has a gradient of nothing but rounding
         error, size = (
             sum(t.square().sum().item() for t in tensors) ** 0.5
             for tensors in ((own[k] - gradients[k] for k in own), gradients.values())
@@ -136,7 +137,7 @@ def _check_steps(outcomes: dict[str, object]) -> None:
 
 
 def caption_job(model: Prismer, shape: str, batch: int = 1, beams: int = 3, length: int = 20) -> Job:
-    """Captions of full length, whatever the random model would write."""
+    """Captions of exactly `length` tokens, so that the work does not depend on what a random model writes."""
     model.eval()
     images = draw_images(model.config, batch)
     options = dict(beams=beams, max_length=length, min_length=length)
@@ -157,7 +158,7 @@ def caption_job(model: Prismer, shape: str, batch: int = 1, beams: int = 3, leng
 def rank_job(
     model: Prismer, shape: str, top_k: int, questions: int = 1, whole_list: bool = False, answers: list[str] = ANSWERS
 ) -> Job:
-    """One image, and questions about it: ours encodes it once; whole_list adds the ranking of every answer."""
+    """Answers to questions about one image, which ours encodes once; `whole_list` adds a ranking of every answer."""
     model.eval()
     tokenizer, images, asked = model.tokenizer, draw_images(model.config, 1), QUESTIONS[:questions]
     copies = repeat_image(images, questions)
@@ -165,8 +166,8 @@ def rank_job(
     trie = Candidates.answers(tokenizer, answers).trie
     group = [encode_question(tokenizer, question) for question in asked]
 
-    def rank(pictures: ImageBatch, groups: list, k: int | None) -> tuple[Tensor, Tensor]:
-        return _rank(model, pictures, groups, trie, k, "batch")
+    def rank(images: ImageBatch, groups: list, k: int | None) -> tuple[Tensor, Tensor]:
+        return _rank(model, images, groups, trie, k, "batch")
 
     calls: dict[str, Callable] = {OURS: lambda: rank(images, [group], top_k)}
     if questions > 1:
@@ -207,13 +208,13 @@ def _rank(
     with torch.inference_mode():
         ranking = rank_answers(model.decoder, model.encode(images), groups, trie, top_k=top_k, read_out=read_out)
     if top_k is None:
-        # scores stand in the order of the list
+        # the scores must be in the order of the list
         assert torch.equal(ranking.candidates[0].cpu(), torch.arange(len(trie)))
     return ranking.candidates, ranking.scores
 
 
 def encoder_job(model: Prismer, shape: str) -> Job:
-    """One image, beside the matrix product that says what the machine can do."""
+    """Encode one image, beside a plain matrix product that shows what the machine can do."""
     model.eval()
     images = draw_images(model.config, 1)
     baseline, host = Baseline(model), expanded(images)
@@ -236,7 +237,7 @@ def encoder_job(model: Prismer, shape: str) -> Job:
 
 
 def labels_job(config: PrismerConfig, shape: str, batch: int = 4) -> Job:
-    """From label maps as they are stored to what the first convolution of each stem reads."""
+    """Turn stored label maps into the input of each stem's first convolution."""
     images = draw_images(config, batch)
     sides = {
         name: config.label_size * (4 if EXPERTS[name].is_ids else 16) // config.patch_size for name in config.experts
@@ -276,7 +277,7 @@ def labels_job(config: PrismerConfig, shape: str, batch: int = 4) -> Job:
 
 
 def caption_batch(model: Prismer, images: ImageBatch, texts: int, prefix: str) -> Batch:
-    """`texts` captions of each image; they differ."""
+    """`texts` different captions for each image."""
     captions = itertools.cycle(CAPTIONS)
     limit = model.config.max_positions
     groups = [
@@ -287,7 +288,7 @@ def caption_batch(model: Prismer, images: ImageBatch, texts: int, prefix: str) -
 
 
 def step_job(model: Prismer, shape: str, mode: str, batch: int, texts: int = 1, prefix: str = "A picture of") -> Job:
-    """Forward and backward; with several texts per image also ours with an image for each text."""
+    """Forward and backward; with several texts of one image, also ours with a copy of the image for each text."""
     model.train()
     freeze(model, mode)
     grouped = caption_batch(model, draw_images(model.config, batch), texts, prefix)

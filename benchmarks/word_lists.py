@@ -1,5 +1,7 @@
-"""Texts of whole jobs: 3,128 answers, many of which begin alike, as those to questions about pictures do, 1,000
-classes, and a few questions and captions. Made of word lists, always the same.
+"""Texts for the whole jobs: 3,128 answers, 1,000 class names, and a few questions and captions.
+
+All are built from word lists and never change. Many answers begin with the same words, like real answers to questions
+about images.
 """
 
 import itertools
@@ -239,7 +241,7 @@ _SAYINGS = (
 
 
 def _made() -> list[str]:
-    """Families of answers, one behind the other."""
+    """All answers, family after family, with duplicates."""
     return [
         *_SAYINGS,
         *_COLOURS,
@@ -255,13 +257,14 @@ def _made() -> list[str]:
 
 
 def _first(texts: list[str], count: int) -> list[str]:
+    """The first `count` distinct texts."""
     distinct = list(dict.fromkeys(texts))
     assert len(distinct) >= count
     return distinct[:count]
 
 
+# as many as the published list has
 ANSWERS = _first(_made(), 3128)
-"""As many as the published list holds."""
 CLASSES = _first([*_THINGS, *(f"{kind} {thing}" for kind in _KINDS for thing in _THINGS)], 1000)
 QUESTIONS = [
     "What is the man in the red jacket holding in his left hand?",

@@ -1,6 +1,6 @@
-// The extension prismer._C: schemas of the native ops and their registration, on the stable ABI of
-// torch, so that one binary serves Python >= 3.10 and torch >= 2.10. Fake implementations live
-// beside each op in kernels/.
+// The extension prismer._C: schemas and CPU implementations of the native ops. It uses the stable
+// ABI of torch, so that one binary serves Python >= 3.10 and torch >= 2.10. The fake
+// implementations are beside each op in kernels/.
 
 #include <Python.h>
 
@@ -30,7 +30,7 @@ Tensor bias_activation_backward_cpu(
 void logit_statistics_cpu(
     const Tensor& logits, const Tensor& bias, const Tensor& targets, int64_t first, Tensor state);
 Tensor philox_kept_cpu(
-    const Tensor& seed, int64_t heads, int64_t row, int64_t rows, int64_t keys, int64_t segment,
+    const Tensor& seed, int64_t heads, int64_t row, int64_t rows, int64_t keys,
     int64_t threshold);
 Tensor label_map_cpu(const Tensor& ids, const Tensor& rows, const Tensor& features, int64_t size);
 Tensor label_map_backward_cpu(
@@ -58,7 +58,8 @@ std::string cpu_capability();
 
 }  // namespace prismer
 
-// tensors contiguous; their shapes and dtypes are in the rooms of kernels/
+// all tensors are contiguous, but for the q, k and v of attention; the op's file in kernels/ gives
+// shapes and dtypes
 STABLE_TORCH_LIBRARY(prismer_native, m) {
   m.def(
       "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> "
@@ -73,8 +74,7 @@ STABLE_TORCH_LIBRARY(prismer_native, m) {
       "logit_statistics(Tensor logits, Tensor bias, Tensor targets, int first, Tensor(a!) state) -> "
       "()");
   m.def(
-      "philox_kept(Tensor seed, int heads, int row, int rows, int keys, int segment, "
-      "int threshold) -> Tensor");
+      "philox_kept(Tensor seed, int heads, int row, int rows, int keys, int threshold) -> Tensor");
   m.def("label_map(Tensor ids, Tensor rows, Tensor features, int size) -> Tensor");
   m.def("label_map_backward(Tensor dy, Tensor ids, Tensor rows, int num_rows) -> Tensor");
   m.def(
@@ -86,7 +86,7 @@ STABLE_TORCH_LIBRARY(prismer_native, m) {
   m.def(
       "decode_attention(Tensor q, Tensor shared_k, Tensor shared_v, Tensor shared_mask, "
       "Tensor suffix_k, Tensor suffix_v, Tensor ancestors) -> Tensor");
-  // the loader's, see dataloading/feed/native_pixels.py
+  // ops of the loader, see dataloading/feed/native_pixels.py
   m.def(
       "augment_photo(Tensor pixels, Tensor? matrix, bool flip, bool autocontrast, bool equalize, "
       "Tensor(a!) out) -> ()");
@@ -121,7 +121,7 @@ STABLE_TORCH_LIBRARY_IMPL(prismer_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&prismer::cpu_capability));
 }
 
-// importing the module is what loads the library above; it has no Python contents of its own
+// an empty module: importing it loads this library, which registers the ops above
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -1,1 +1,1 @@
-"""Data at rest and in flight: label maps, shards, rendered scenes, the DALI pipeline and the loader."""
+"""Data: shards on disk, imports, rendered scenes, experts, semantics, and the loader that feeds the model."""

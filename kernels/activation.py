@@ -5,7 +5,7 @@
     squared_relu(u) = relu(u)^2                   derivative  2 relu(u)
     y = act(u),  u = h + bias,   dh = dy act'(u),  dbias = sum over rows of dh
 
-u is formed in fp32 and rounded to nothing. `h` is kept for the backward pass, and the bias, which is a parameter.
+u is computed in fp32 and never rounded. Autograd saves `h` and the bias, which is a parameter.
 Sources: CLIP, arXiv:2103.00020 (quick_gelu); Hendrycks and Gimpel, arXiv:1606.08415; So et al., arXiv:2109.08668.
 
 Traffic, issued, for R rows of D numbers of s bytes, a bias of w bytes each, blocks of BR rows in P groups:
@@ -13,14 +13,16 @@ Traffic, issued, for R rows of D numbers of s bytes, a bias of w bytes each, blo
     backward  3 R D s + P D w, and for a trained bias 4 P D bytes of partial sums, written and read, and 4 D written
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from prismer.kernels import dispatch
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.dispatch import TORCH, TRITON, Backend, Op
 from prismer.kernels.layer_norm import _groups, _sum_groups_kernel
 
 ACTIVATIONS = ("quick_gelu", "gelu", "squared_relu")
@@ -41,18 +43,22 @@ def bias_activation_reference(h: Tensor, bias: Tensor | None, activation: str) -
     return y.to(h.dtype)
 
 
+NATIVE = Backend(name="native", devices=("cpu",), float64=False)
+OP = Op(name="bias_activation", reference=bias_activation_reference, backends=(NATIVE, TRITON, TORCH))
+
+
 # Triton
 
 
 @triton.jit
 def activated(b_u, ACTIVATION: tl.constexpr):
-    """act(u) of an fp32 block; "relu" is there for the adaptor, "none" for products without."""
+    """act(u) of an fp32 block; the adaptor uses "relu", and a product without an activation uses "none"."""
     if ACTIVATION == "quick_gelu":
         b_y = b_u * tl.sigmoid(1.702 * b_u)
     elif ACTIVATION == "gelu":
         b_y = 0.5 * b_u * (1.0 + tl.erf(b_u * 0.7071067811865476))
     elif ACTIVATION == "squared_relu":
-        # a comparison, where a maximum would turn NaN into 0
+        # a maximum would turn NaN into 0
         b_r = tl.where(b_u < 0, 0.0, b_u)
         b_y = b_r * b_r
     elif ACTIVATION == "relu":
@@ -108,7 +114,7 @@ def _backward_kernel(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program takes `blocks` blocks of rows and leaves its partial column sums; "none" only sums dy."""
+    """One program takes `blocks` blocks of rows and writes its partial column sums; "none" only sums dy."""
     i_group = tl.program_id(0).to(tl.int64)
     o_col = tl.program_id(1) * BD + tl.arange(0, BD)
     m_col = o_col < D
@@ -132,12 +138,12 @@ def _backward_kernel(
 
 
 def _tiles(D: int) -> dict[str, int]:
-    """Two thousand numbers a block: two 128-bit vectors of bf16 for each lane of four warps."""
+    """2048 numbers a block: two 128-bit vectors of bf16 for each lane of four warps."""
     BD = min(triton.next_power_of_2(max(D, 16)), 256)
     return dict(BR=2048 // BD, BD=BD, num_warps=4)
 
 
-def _forward_triton(h, bias, activation, y) -> None:
+def _forward_triton(h: Tensor, bias: Tensor | None, activation: str, y: Tensor) -> None:
     R, D = h.shape
     tiles = _tiles(D)
     _forward_kernel[(triton.cdiv(R, tiles["BR"]), triton.cdiv(D, tiles["BD"]))](
@@ -145,7 +151,15 @@ def _forward_triton(h, bias, activation, y) -> None:
     )
 
 
-def _backward_triton(dy, h, bias, activation, sums, dh, dtype=torch.float32) -> Tensor:
+def _backward_triton(
+    dy: Tensor,
+    h: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    sums: bool,
+    dh: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     R, D = dy.shape
     tiles = _tiles(D)
     P, blocks = _groups(R, tiles["BR"])
@@ -157,7 +171,7 @@ def _backward_triton(dy, h, bias, activation, sums, dh, dtype=torch.float32) -> 
 
 
 def sum_groups(partial: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Column sums of (P, D) partial sums in fp32, in a fixed order, stored in `dtype`. A launcher of Triton."""
+    """Column sums of (P, D) partial sums in fp32, in a fixed order, stored in `dtype`, by a Triton kernel."""
     P, D = partial.shape
     total = partial.new_empty(D, dtype=dtype)
     _sum_groups_kernel[(triton.cdiv(D, 64), 1)](partial, total, P, D, BP=16, BD=64, num_warps=4)
@@ -168,7 +182,7 @@ def sum_groups(partial: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def activate(u: Tensor, activation: str) -> Tensor:
-    """act(u), fresh, for `u` in the dtype to compute in."""
+    """act(u) in a new tensor, for `u` in the dtype to compute in."""
     if activation == "quick_gelu":
         return F.silu(1.702 * u, inplace=True).div_(1.702)
     if activation == "gelu":
@@ -177,7 +191,7 @@ def activate(u: Tensor, activation: str) -> Tensor:
 
 
 def activate_backward(dy: Tensor, u: Tensor, activation: str) -> Tensor:
-    """dy act'(u), fresh, for both in the dtype to compute in."""
+    """dy act'(u) in a new tensor, for both in the dtype to compute in."""
     if activation == "quick_gelu":
         return torch.ops.aten.silu_backward(dy, 1.702 * u)
     if activation == "gelu":
@@ -194,12 +208,12 @@ def _biased(h: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _sums_torch(dh: Tensor) -> Tensor:
-    # torch adds halves in fp32, but on the CPU a dtype= would first copy them
+    # torch sums bf16 and fp16 in fp32 anyway, and on the CPU dtype= would first make a copy
     return dh.sum(0).to(torch.promote_types(dh.dtype, torch.float32))
 
 
 def column_sums(dy: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
-    """Sum over rows of a contiguous (R, D), formed in fp32, as `dtype`, for an op that runs on `backend`."""
+    """Sum over the rows of a contiguous (R, D), in fp32, stored in `dtype`, for an op that runs on `backend`."""
     if backend != "triton":
         return _sums_torch(dy).to(dtype)
     if not dy.shape[0]:
@@ -210,16 +224,9 @@ def column_sums(dy: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
 # the registered ops
 
 
-def supports(backend: str, h: Tensor) -> str | None:
-    """None if `backend` serves numbers like those of `h`, else the reason why not."""
-    if backend in ("native", "triton") and h.dtype == torch.float64:
-        return f"{backend} bias_activation computes in fp32, and h is float64"
-    return None
-
-
-def _forward(h, bias, activation):
+def _forward(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     h = h.contiguous()
-    backend = dispatch.choose("bias_activation", h.device, lambda name: supports(name, h))
+    backend = OP.choose(h)
     if backend == "torch":
         return activate(_biased(h, bias), activation).to(h.dtype)
     if backend == "native":
@@ -230,15 +237,15 @@ def _forward(h, bias, activation):
     return y
 
 
-def _forward_fake(h, bias, activation):
+def _forward_fake(h: Tensor) -> Tensor:
     return h.new_empty(h.shape)
 
 
-def _backward(dy, h, bias, activation, sums):
+def _backward(dy: Tensor, h: Tensor, bias: Tensor | None, activation: str, sums: bool) -> tuple[Tensor, Tensor]:
     dy, h = dy.contiguous(), h.contiguous()
-    backend = dispatch.choose("bias_activation", h.device, lambda name: supports(name, h))
+    backend = OP.choose(h)
     if backend == "triton":
-        dh, dbias = _backward_fake(dy, h, bias, activation, sums)
+        dh, dbias = _backward_fake(h, sums)
         if h.shape[0]:
             return dh, _backward_triton(dy, h, bias, activation, sums, dh)
         return dh, dbias.zero_()
@@ -247,25 +254,15 @@ def _backward(dy, h, bias, activation, sums):
     else:
         u = _biased(h, bias)
         dh = activate_backward(dy.to(u.dtype), u, activation).to(h.dtype)
-    return dh, _sums_torch(dh) if sums else _backward_fake(dy, h, bias, activation, sums)[1]
+    return dh, _sums_torch(dh) if sums else _backward_fake(h, sums)[1]
 
 
-def _backward_fake(dy, h, bias, activation, sums):
+def _backward_fake(h: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
     compute = torch.promote_types(h.dtype, torch.float32)
     return h.new_empty(h.shape), h.new_empty(h.shape[1] if sums else 0, dtype=compute)
 
 
-bias_activation_op = dispatch.define(
-    "bias_activation(Tensor h, Tensor? bias, str activation) -> Tensor", _forward, _forward_fake
-)
-bias_activation_backward_op = dispatch.define(
-    "bias_activation_backward(Tensor dy, Tensor h, Tensor? bias, str activation, bool sums) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     h, bias, activation = inputs
     ctx.set_materialize_grads(False)
     if any(ctx.needs_input_grad):
@@ -274,7 +271,7 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(h, bias)
 
 
-def _autograd(ctx, dy):
+def _autograd(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return None, None, None
     needs = ctx.needs_input_grad
@@ -282,14 +279,15 @@ def _autograd(ctx, dy):
     return dh if needs[0] else None, dbias.to(ctx.dtype) if needs[1] else None, None
 
 
-dispatch.register_backward("bias_activation", _setup_context, _autograd)
+bias_activation_op = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+bias_activation_backward_op = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
 
 
 def check_activation(activation: str) -> None:
-    """Raise ValueError unless `activation` is one that is computed here."""
+    """Raise ValueError unless `activation` is one of `ACTIVATIONS`."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; choose {', '.join(ACTIVATIONS)}")
 
@@ -315,7 +313,7 @@ def bias_activation(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         raise ValueError(
             f"bias is {bias.dtype} of shape {tuple(bias.shape)}; pass floats of shape {tuple(h.shape[-1:])}"
         )
-    if dispatch.asked() == "reference":
+    if OP.route(h) == "reference":
         return bias_activation_reference(h, bias, activation)
     return bias_activation_op(h.reshape(-1, h.shape[-1]), bias, activation).view(h.shape)
 

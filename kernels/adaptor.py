@@ -1,36 +1,38 @@
-"""The adaptor of Prismer: a residual bottleneck-free perceptron with squared ReLU, normed before or after.
+"""The adaptor of Prismer: a residual perceptron with squared ReLU and no bottleneck, with a norm before or after.
 
     early (late=False, vision)    u = LN(x);  r = relu(u down^T + down_bias);  y = x + r^2 up^T + up_bias
     late  (late=True, text)       u = x;      r as above;  total = x + r^2 up^T + up_bias;  y = LN(total)
     dt = dy (early), or dy through LN (late);  dr2 = dt up;  dh = dr2 * 2 r;  du = dh down;
     ddown = dh^T u,  dup = dt^T r^2,  biases: the column sums of dh and dt;  dx = dt + du (through LN if early)
 
-Bias and ReLU end the first product, which stores r alone; the second one squares r as it loads it, and ends with bias
-and residual: Triton writes neither h nor r^2, torch's operators drop r^2 at once. In the early order LN's backward pass
-adds dy to dx.
+The first product ends with bias and ReLU and stores r alone. The second product squares r as it loads it, and ends with
+bias and residual. So Triton writes neither h nor r^2, and torch's operators drop r^2 at once. In the early order the
+backward pass of LN adds dy to dx.
 
-Saved, for R rows of D numbers of s bytes, hidden width E (E = D in Prismer), besides parameters themselves:
-    early   r, R E s; x, which the stream holds anyway, R D s; mean and rstd of LN, 8 R.  The normalised u is not saved:
-            it is formed again, and only if down_weight trains.
-    late    r, R E s; total, R D s, because neither x nor y gives it back; mean and rstd, 8 R; x, R D s, only if
+Saved, for R rows of D numbers of s bytes, hidden width E (E = D in Prismer), beside the parameters themselves:
+    early   r, R E s; x, which the stream holds anyway, R D s; mean and rstd of LN, 8 R. The normalised u is not saved:
+            it is computed again, and only if down_weight trains.
+    late    r, R E s; total, R D s, because it follows from neither x nor y; mean and rstd, 8 R; x, R D s, only if
             down_weight trains.
-Less trains, less is saved: in the early order nothing at all if only up_bias trains, in the late order no r if only the
-norm does. Plain torch saves r^2 as well, R E s, and in the early order u, R D s.
+The less trains, the less is saved: in the early order nothing at all if only up_bias trains, in the late order no r if
+only the norm trains. Plain torch saves r^2 as well, R E s, and in the early order u, R D s.
 
 FLOPs of the products: forward 4 R D E; backward 2 R D E for each of dh, du, ddown and dup that is needed.
-Bytes of the forward products, compulsory: (3 R D + 2 R E + 2 D E) s; the norm's are told in layer_norm.
+Bytes of the forward products, compulsory: (3 R D + 2 R E + 2 D E) s, and those of layer_norm.
 Source: Prismer, arXiv:2303.02506, section 3.2.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import dispatch
 from prismer.kernels.activation import column_sums
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.dispatch import TORCH, TRITON, Op
 from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient
-from prismer.kernels.layer_norm import _layer_norm, _layer_norm_backward, layer_norm_reference
+from prismer.kernels.layer_norm import layer_norm_backward_op, layer_norm_op, layer_norm_reference
 from prismer.kernels.mlp import check_linear
 
 
@@ -57,50 +59,71 @@ def adaptor_reference(
     return (layer_norm_reference(total, gamma, beta, eps) if late else total).to(x.dtype)
 
 
+OP = Op(name="adaptor", reference=adaptor_reference, backends=(TRITON, TORCH))
+
+
 # the registered ops
 
 
-def supports(backend: str, x: Tensor) -> str | None:
-    """None if `backend` serves rows like those of `x`, else the reason why not."""
-    if backend == "triton" and x.dtype == torch.float64:
-        return "triton adaptor computes in fp32, and x is float64"
-    return None
-
-
-def _forward(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps):
+def _forward(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    late: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = x.contiguous()
-    backend = dispatch.choose("adaptor", x.device, lambda name: supports(name, x))
+    backend = OP.choose(x)
     u = x
     if not late:
-        u, _, mean, rstd = _layer_norm(x, None, norm_weight, norm_bias, eps)
+        u, _, mean, rstd = layer_norm_op(x, None, norm_weight, norm_bias, eps)
     r, _ = gemm(u, down_weight, down_bias, backend=backend, activation="relu")
     y, _ = gemm(r, up_weight, up_bias, backend=backend, residual=x, square=True)
     total = x.new_empty(0)
     if late:
         total = y
-        y, _, mean, rstd = _layer_norm(total, None, norm_weight, norm_bias, eps)
+        y, _, mean, rstd = layer_norm_op(total, None, norm_weight, norm_bias, eps)
     return y, r, total, mean, rstd
 
 
-def _forward_fake(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps):
+def _forward_fake(x: Tensor, down_weight: Tensor, late: bool) -> tuple[Tensor, ...]:
     R, D = x.shape
     compute = torch.promote_types(x.dtype, torch.float32)
     mean, rstd = (x.new_empty(R, dtype=compute) for _ in range(2))
-    total = x.new_empty(R, D) if late else x.new_empty(0)
+    total = x.new_empty((R, D) if late else 0)
     return x.new_empty(R, D), x.new_empty(R, down_weight.shape[0]), total, mean, rstd
 
 
 def _backward(
-    dy, x, r, total, mean, rstd, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps, needs
-):
+    dy: Tensor,
+    x: Tensor | None,
+    r: Tensor | None,
+    total: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_weight: Tensor | None,
+    down_bias: Tensor | None,
+    up_weight: Tensor | None,
+    up_bias: Tensor | None,
+    late: bool,
+    eps: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`needs`: of x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias."""
     need_x, need_gamma, need_beta, need_down, need_down_bias, need_up, need_up_bias = needs
     dy = dy.contiguous()
-    backend = dispatch.choose("adaptor", dy.device, lambda name: supports(name, dy))
+    backend = OP.choose(dy)
     dx, dgamma, dbeta, ddown, ddown_bias, dup, dup_bias = (dy.new_empty(0) for _ in range(7))
     affine = need_gamma or need_beta
     dt = dy
     if late:
-        dt, dgamma, dbeta = _layer_norm_backward(dy, None, total, norm_weight, mean, rstd, affine)
+        dt, dgamma, dbeta = layer_norm_backward_op(dy, None, total, norm_weight, mean, rstd, affine)
     need_u = need_x or (affine and not late)
     if need_u or need_down or need_down_bias:
         # relu(h)^2 has the derivative 2 relu(h), which is that of relu(r)^2 too
@@ -116,13 +139,13 @@ def _backward(
         if need_down_bias:
             ddown_bias = sums
         if need_down:
-            u = x.contiguous() if late else _layer_norm(x, None, norm_weight, norm_bias, eps)[0]
+            u = x.contiguous() if late else layer_norm_op(x, None, norm_weight, norm_bias, eps)[0]
             ddown = gemm_gradient(dh, u, backend=backend)
         if need_u:
             dx, _ = gemm(dh, down_weight.T, None, backend=backend, residual=dt if late else None)
             if not late:
-                # takes du, and the residual's dy, to dx
-                dx, dgamma, dbeta = _layer_norm_backward(dx, dy, x, norm_weight, mean, rstd, affine)
+                # from du and the dy of the residual to dx
+                dx, dgamma, dbeta = layer_norm_backward_op(dx, dy, x, norm_weight, mean, rstd, affine)
     if need_up:
         dup = gemm_gradient(dt, r, backend=backend, square=True)
     if need_up_bias:
@@ -139,8 +162,14 @@ def _backward(
 
 
 def _backward_fake(
-    dy, x, r, total, mean, rstd, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps, needs
-):
+    dy: Tensor,
+    r: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
     need_x, _, _, need_down, _, need_up, _ = needs
     D, E = dy.shape[1], 0 if r is None else r.shape[1]
     dgamma, dbeta, ddown_bias, dup_bias = (
@@ -158,24 +187,7 @@ def _backward_fake(
     )
 
 
-_adaptor = dispatch.define(
-    "adaptor(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor down_weight, Tensor? down_bias,"
-    " Tensor up_weight, Tensor? up_bias, bool late, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-# needs: of x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias
-_adaptor_backward = dispatch.define(
-    "adaptor_backward(Tensor dy, Tensor? x, Tensor? r, Tensor? total, Tensor? mean, Tensor? rstd,"
-    " Tensor? norm_weight, Tensor? norm_bias, Tensor? down_weight, Tensor? down_bias, Tensor? up_weight,"
-    " Tensor? up_bias, bool late, float eps, bool[7] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps = inputs
     _, r, total, mean, rstd = output
     ctx.mark_non_differentiable(r, total, mean, rstd)
@@ -195,7 +207,7 @@ def _setup_context(ctx, inputs, output) -> None:
         total if late else None,
         mean if need_norm else None,
         rstd if need_norm else None,
-        # the early order forms u again for ddown; a bias tells its gradient's dtype
+        # the early order computes u again for ddown; a bias tells the dtype of its gradient
         norm_weight if need_norm or need_down else None,
         norm_bias if need_beta or (need_down and not late) else None,
         down_weight if need_u else None,
@@ -205,7 +217,7 @@ def _setup_context(ctx, inputs, output) -> None:
     )
 
 
-def _autograd(ctx, dy, *_):
+def _autograd(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
     needs = list(ctx.needs_input_grad[:7])
@@ -213,7 +225,8 @@ def _autograd(ctx, dy, *_):
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
-dispatch.register_backward("adaptor", _setup_context, _autograd)
+_adaptor = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_adaptor_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
@@ -256,7 +269,7 @@ def adaptor(
     check_linear("down", down_weight, down_bias, D, x)
     check_linear("up", up_weight, up_bias, down_weight.shape[0], x, D)
     parameters = (norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
-    if dispatch.asked() == "reference":
+    if OP.route(x) == "reference":
         return adaptor_reference(x, *parameters, late=late, eps=eps)
     return _adaptor(x.reshape(-1, D), *parameters, late, eps)[0].view(x.shape)
 

@@ -4,11 +4,11 @@
     m = 1 / (1 - dropout) for a weight that survives, else 0;   out_h = sum over tokens of m p v_h
 
 The same value is computed in one of two orders. "ordinary" projects keys and values (2 L D E products an image) and
-attends. "absorbed" takes the projections to the side where there are few rows, as `absorb.py` says:
+attends. "absorbed" moves the projections to the side with few rows (`absorbed_projection.py`):
 
     a_h = W_k,h^T q_h / sqrt(K)  (E numbers),   s = a_h . c,   t_h = sum m p c,   out_h = W_v,h t_h + b_v,h sum(m p)
 
-b_k adds the same number to all scores of a query, so it cancels, and its gradient is zero. Gradients, absorbed:
+b_k adds the same number to all scores of a query: it cancels, and its gradient is zero. Gradients, absorbed:
 
     dt_h = W_v,h^T dout_h,   dp = m (dt_h . c + dout_h . b_v,h),   ds = p (dp - sum p dp),   da_h = sum ds c
     dc = sum over queries and heads of ds a_h + m p dt_h,   dq_h = W_k,h da_h / sqrt(K)
@@ -16,9 +16,9 @@ b_k adds the same number to all scores of a query, so it cancels, and its gradie
 
 FLOPs for B images, N queries, L tokens, widths D of queries and E of tokens (`flops` has the gradients):
     absorbed  2 B (2 N D E + 2 H N L E),      ordinary  2 B (2 L D E + 2 N L D)
-With the 20 tokens of a caption at 480 px (BASE) a forward and backward pass takes 0.38 of the ordinary one, at 224 px
-0.43; from some 55 queries an image on the ordinary order is ahead.
-Saved, in numbers, beside c and parameters: absorbed B N D (q) + B H N L (p); t and m are formed again. The ordinary
+With the 20 tokens of a caption a forward and backward pass takes 0.38 of the ordinary FLOPs at 480 px (BASE), and 0.43
+at 224 px; from about 55 queries an image the ordinary order is cheaper.
+Saved, in numbers, beside c and the parameters: absorbed B N D (q) + B H N L (p); t and m are formed again. The ordinary
 order saves B L D for keys and for values, in every layer, and attention's own.
 Source of the layer: Prismer, arXiv:2303.02506, section 3; Vaswani et al., arXiv:1706.03762, section 3.2.
 """
@@ -30,11 +30,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prismer.kernels import dispatch
-from prismer.kernels.absorbed_projection import absorb, absorb_weight, bmm, release, rows_of_images, steps, store_rows
+from prismer.kernels.absorbed_projection import (
+    bmm,
+    context_to_heads,
+    heads_to_context,
+    image_slices,
+    put_images,
+    take_images,
+    weight_gradient,
+)
 from prismer.kernels.attention import attention, attention_reference
+from prismer.kernels.dispatch import TORCH, Op
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import check_linear
-from prismer.kernels.philox import survivors
+from prismer.kernels.philox import draw_seed, survivors
 
 _ARGUMENTS = ("q", "context", "k_weight", "k_bias", "v_weight", "v_bias")
 
@@ -48,9 +57,9 @@ def cross_attention_reference(
     q: Tensor,
     context: Tensor,
     k_weight: Tensor,
-    k_bias: Tensor,
+    k_bias: Tensor | None,
     v_weight: Tensor,
-    v_bias: Tensor,
+    v_bias: Tensor | None,
     num_heads: int,
     *,
     dropout: float = 0.0,
@@ -63,6 +72,10 @@ def cross_attention_reference(
     q32, k, v = (_heads(t, num_heads) for t in (q32, F.linear(c, w_k, b_k), F.linear(c, w_v, b_v)))
     out = attention_reference(q32, k, v, dropout=dropout, seed=seed)
     return out.transpose(1, 2).flatten(2).to(q.dtype)
+
+
+# the absorbed order alone: the ordinary one consists of other ops
+OP = Op(name="cross_attention", reference=cross_attention_reference, backends=(TORCH,))
 
 
 def flops(order: str, B: int, N: int, L: int, D: int, E: int, H: int, grads: Collection[str] = ()) -> int:
@@ -100,61 +113,85 @@ def flops(order: str, B: int, N: int, L: int, D: int, E: int, H: int, grads: Col
 def cheaper_order(B: int, N: int, L: int, D: int, E: int, H: int, grads: Collection[str] = ()) -> str:
     """The order that `order=None` takes on a CPU; arguments as in `flops`."""
     absorbed, ordinary = (flops(order, B, N, L, D, E, H, grads) for order in ("absorbed", "ordinary"))
-    # the rest is lost in the absorbed order's many small products
+    # the absorbed order loses the rest in its many small products
     return "absorbed" if absorbed < 0.8 * ordinary else "ordinary"
 
 
 # the absorbed order: the registered ops
 
 
-def _dropped(p: Tensor, survive: Tensor | None, dropout: float) -> Tensor:
-    """m p, or (with dp for p) m dp, of some images; `survive` is theirs."""
-    return p if survive is None else (p * survive).mul_(1 / (1 - dropout))
+def _apply_dropout(p: Tensor, kept: Tensor | None, dropout: float) -> Tensor:
+    """m p of some images, or m dp; `kept` says which of their weights survive, None that all do."""
+    return p if kept is None else (p * kept).mul_(1 / (1 - dropout))
 
 
-def _survivors(q: Tensor, L: int, seed: Tensor | None, H: int, dropout: float) -> Tensor | None:
+def _survivors(q: Tensor, L: int, seed: Tensor | None, num_heads: int, dropout: float) -> Tensor | None:
     """(B, H * N, L) bool, or None without dropout."""
     B, N, _ = q.shape
-    return survivors(seed, B, H, 0, N, L, 0, dropout).flatten(1, 2) if dropout else None
+    return survivors(seed, B, num_heads, 0, N, L, dropout).flatten(1, 2) if dropout else None
 
 
-def _forward(q, context, k_weight, k_bias, v_weight, v_bias, seed, num_heads, dropout, keep):
+def _per_head(sums: Tensor, num_heads: int) -> Tensor:
+    """(B, H * N) -> (B, N, H, 1), to scale the heads of (B, N, H, K)."""
+    return sums.unflatten(1, (num_heads, -1)).transpose(1, 2)[..., None]
+
+
+def _forward(
+    q: Tensor,
+    context: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    seed: Tensor | None,
+    num_heads: int,
+    dropout: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """out (B, N, D), and p (B, H * N, L) for the backward pass if `keep`."""
     q, context, H = q.contiguous(), context.contiguous(), num_heads
     (B, N, D), L = q.shape, context.shape[1]
-    _, probs = _forward_fake(q, context, k_weight, k_bias, v_weight, v_bias, seed, H, dropout, keep)
+    _, probs = _forward_fake(q, context, H, keep)
     compute = torch.promote_types(q.dtype, torch.float32)
-    a = absorb(q.view(-1, D), k_weight, H, (D // H) ** -0.5)
+    a = heads_to_context(q.view(-1, D), k_weight, H, (D // H) ** -0.5)
     survive, t = _survivors(q, L, seed, H, dropout), torch.empty_like(a)
-    share = q.new_empty(B, H * N if dropout else 0, dtype=compute)
-    for images in steps(context):
+    sums = q.new_empty(B, H * N if dropout else 0, dtype=compute)
+    for images in image_slices(context):
         c = context[images]
-        scores = bmm(rows_of_images(a, B, images), c.mT)
+        scores = bmm(take_images(a, B, images), c.mT)
         p = torch.softmax(scores, -1, out=probs[images] if keep else None)
         if dropout:
-            p = _dropped(p, survive[images], dropout)
-            share[images] = p.sum(-1, dtype=compute)
-        store_rows(bmm(p, c), t, B, images)
-    out = release(t, v_weight, 1.0).view(B, N, D)
+            p = _apply_dropout(p, survive[images], dropout)
+            sums[images] = p.sum(-1, dtype=compute)
+        put_images(bmm(p, c), t, B, images)
+    out = context_to_heads(t, v_weight, 1.0).view(B, N, D)
     if v_bias is not None and dropout:
-        out.unflatten(2, (H, -1)).add_(_share_of_heads(share, H) * v_bias.view(H, -1))
+        out.unflatten(2, (H, -1)).add_(_per_head(sums, H) * v_bias.view(H, -1))
     elif v_bias is not None:
         out += v_bias
     return out, probs
 
 
-def _share_of_heads(share: Tensor, H: int) -> Tensor:
-    """(B, H * N) -> (B, N, H, 1)"""
-    return share.unflatten(1, (H, -1)).transpose(1, 2)[..., None]
-
-
-def _forward_fake(q, context, k_weight, k_bias, v_weight, v_bias, seed, num_heads, dropout, keep):
+def _forward_fake(q: Tensor, context: Tensor, num_heads: int, keep: bool) -> tuple[Tensor, Tensor]:
     B, N, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(B if keep else 0, num_heads * N, context.shape[1])
 
 
-def _backward(dout, q, context, k_weight, v_weight, v_bias, seed, probs, num_heads, dropout, needs):
-    """`needs`: of q, context and the weight and bias of keys and values, as `_ARGUMENTS`."""
-    results = _backward_fake(dout, q, context, k_weight, v_weight, v_bias, seed, probs, num_heads, dropout, needs)
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    context: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    seed: Tensor | None,
+    probs: Tensor,
+    num_heads: int,
+    dropout: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `_ARGUMENTS`; those that `needs` does not ask for are (0,)."""
+    results = _backward_fake(q, context, k_weight, v_weight, needs)
     dq, dcontext, dk_weight, dk_bias, dv_weight, dv_bias = results
     need = dict(zip(_ARGUMENTS, needs, strict=True))
     dk_bias.zero_()
@@ -164,73 +201,60 @@ def _backward(dout, q, context, k_weight, v_weight, v_bias, seed, probs, num_hea
     rows, drows = q.view(-1, D), dout.reshape(-1, D)
     need_scores = need["q"] or need["context"] or need["k_weight"]
     if need_scores:
-        dt = absorb(drows, v_weight, H, 1.0)
+        dt = heads_to_context(drows, v_weight, H, 1.0)
         offset = None
         if v_bias is not None and dropout:
-            # without dropout the weights sum to one, and the softmax does not see what all keys share
+            # without dropout the weights of a query sum to one, and the softmax ignores what all its keys share
             heads = drows.view(B, N, H, -1).to(compute) * v_bias.view(H, -1)
             offset = heads.sum(-1).transpose(1, 2).flatten(1)[..., None].to(q.dtype)
     if need["context"]:
-        a = absorb(rows, k_weight, H, scale)
+        a = heads_to_context(rows, k_weight, H, scale)
     da = q.new_empty(H, B * N, E) if need["q"] or need["k_weight"] else None
     t = q.new_empty(H, B * N, E) if need["v_weight"] else None
-    share = q.new_ones(B, H * N, dtype=compute)
+    sums = q.new_ones(B, H * N, dtype=compute)
     survive = _survivors(q, L, seed, H, dropout)
-    for images in steps(context):
+    for images in image_slices(context):
         c, p = context[images], probs[images]
         kept = None if survive is None else survive[images]
-        dropped = _dropped(p, kept, dropout)
+        dropped = _apply_dropout(p, kept, dropout)
         if need["v_bias"] and dropout:
-            share[images] = dropped.sum(-1, dtype=compute)
+            sums[images] = dropped.sum(-1, dtype=compute)
         if t is not None:
-            store_rows(bmm(dropped, c), t, B, images)
+            put_images(bmm(dropped, c), t, B, images)
         if not need_scores:
             continue
-        dt_here = rows_of_images(dt, B, images)
+        dt_here = take_images(dt, B, images)
         dp = bmm(dt_here, c.mT)
         if offset is not None:
             dp += offset[images]
-        ds = torch._softmax_backward_data(_dropped(dp, kept, dropout), p, -1, p.dtype)
+        ds = torch._softmax_backward_data(_apply_dropout(dp, kept, dropout), p, -1, p.dtype)
         if da is not None:
-            store_rows(bmm(ds, c), da, B, images)
+            put_images(bmm(ds, c), da, B, images)
         if need["context"]:
-            # of both uses in one product
+            # one product for both uses of the context, as keys and as values
             both = torch.cat([ds, dropped], 1).mT
-            dcontext[images] = bmm(both, torch.cat([rows_of_images(a, B, images), dt_here], 1))
+            dcontext[images] = bmm(both, torch.cat([take_images(a, B, images), dt_here], 1))
     if need["q"]:
-        dq.view(-1, D).copy_(release(da, k_weight, scale))
+        dq.view(-1, D).copy_(context_to_heads(da, k_weight, scale))
     if need["k_weight"]:
-        absorb_weight(rows, da, scale, dk_weight)
+        weight_gradient(rows, da, scale, dk_weight)
     if need["v_weight"]:
-        absorb_weight(drows, t, 1.0, dv_weight)
+        weight_gradient(drows, t, 1.0, dv_weight)
     if need["v_bias"]:
-        heads = drows.view(B, N, H, -1) * _share_of_heads(share, H)
+        heads = drows.view(B, N, H, -1) * _per_head(sums, H)
         dv_bias.copy_(heads.flatten(2).sum((0, 1)))
     return results
 
 
-def _backward_fake(dout, q, context, k_weight, v_weight, v_bias, seed, probs, num_heads, dropout, needs):
+def _backward_fake(
+    q: Tensor, context: Tensor, k_weight: Tensor, v_weight: Tensor, needs: list[bool]
+) -> tuple[Tensor, ...]:
     D = q.shape[2]
     shapes = q.shape, context.shape, k_weight.shape, (D,), v_weight.shape, (D,)
     return tuple(q.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
-_cross_attention = dispatch.define(
-    "cross_attention(Tensor q, Tensor context, Tensor k_weight, Tensor? k_bias, Tensor v_weight, Tensor? v_bias,"
-    " Tensor? seed, int num_heads, float dropout, bool keep) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-_cross_attention_backward = dispatch.define(
-    "cross_attention_backward(Tensor dout, Tensor q, Tensor context, Tensor k_weight, Tensor v_weight, Tensor? v_bias,"
-    " Tensor? seed, Tensor probs, int num_heads, float dropout, bool[6] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     q, context, k_weight, _, v_weight, v_bias, seed, ctx.num_heads, ctx.dropout, _ = inputs
     probs = output[1]
     ctx.mark_non_differentiable(probs)
@@ -239,7 +263,7 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(q, context, k_weight, v_weight, v_bias, seed, probs)
 
 
-def _autograd(ctx, dout, _):
+def _autograd(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 10
     needs = list(ctx.needs_input_grad[:6])
@@ -247,19 +271,40 @@ def _autograd(ctx, dout, _):
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4
 
 
-dispatch.register_backward("cross_attention", _setup_context, _autograd)
+_cross_attention = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_cross_attention_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
 
 
-def _ordinary(q, context, k_weight, k_bias, v_weight, v_bias, num_heads, dropout, seed) -> Tensor:
+def _ordinary(
+    q: Tensor,
+    context: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    num_heads: int,
+    dropout: float,
+    seed: Tensor | None,
+) -> Tensor:
     projected = linears(context, [(k_weight, k_bias), (v_weight, v_bias)])
     q, k, v = (_heads(t, num_heads) for t in (q, *projected))
     return attention(q, k, v, dropout=dropout, seed=seed).transpose(1, 2).flatten(2)
 
 
-def _check(q, context, k_weight, k_bias, v_weight, v_bias, num_heads, dropout, order) -> None:
+def _check(
+    q: Tensor,
+    context: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    num_heads: int,
+    dropout: float,
+    order: str | None,
+) -> None:
     if q.dim() != 3 or not q.is_floating_point():
         raise ValueError(f"q is {q.dtype} of shape {tuple(q.shape)}; pass floats of shape (B, N, D)")
     B, _, D = q.shape
@@ -301,8 +346,8 @@ def cross_attention(
         dropout: probability that a weight is dropped; the rest are scaled by 1 / (1 - dropout).
         seed: int64, one element on the device of q: the same seed drops the same weights in both orders and in
             `attention`. None draws one from torch's generator.
-        order: "absorbed" or "ordinary", equal but for rounding; None takes on a CPU the one with fewer `flops` for this
-            call, elsewhere the ordinary one, which ends in a vendor's attention.
+        order: "absorbed" or "ordinary", equal but for rounding. None takes the cheaper one by `flops` on a CPU, and the
+            ordinary one elsewhere, because it ends in a vendor's attention.
 
     Returns:
         (B, N, D), the heads side by side, before the output projection.
@@ -312,20 +357,18 @@ def cross_attention(
     """
     tensors = q, context, k_weight, k_bias, v_weight, v_bias
     _check(*tensors, num_heads, dropout, order)
-    asked = dispatch.asked()
+    if OP.route(q) == "reference":
+        seed = draw_seed(dropout, seed, q.device)
+        return cross_attention_reference(*tensors, num_heads, dropout=dropout, seed=seed)
     grads = []
     if torch.is_grad_enabled():
         grads = [name for name, t in zip(_ARGUMENTS, tensors, strict=True) if t is not None and t.requires_grad]
     if order is None:
         (B, N, D), (L, E) = q.shape, context.shape[1:]
-        ours = q.device.type == "cpu" and asked in (None, "native", "torch")
+        # an attention that is asked for by name runs in the ordinary order
+        ours = q.device.type == "cpu" and dispatch.asked() in (None, "native", "torch")
         order = cheaper_order(B, N, L, D, E, num_heads, grads) if ours else "ordinary"
-    if asked != "reference" and (order == "ordinary" or not q.numel() or not context.numel()):
+    if order == "ordinary" or not q.numel() or not context.numel():
         return _ordinary(*tensors, num_heads, dropout, seed)
-    if not dropout:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
-    if asked == "reference":
-        return cross_attention_reference(*tensors, num_heads, dropout=dropout, seed=seed)
+    seed = draw_seed(dropout, seed, q.device)
     return _cross_attention(*tensors, seed, num_heads, float(dropout), bool(grads))[0]

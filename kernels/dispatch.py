@@ -1,67 +1,42 @@
-"""Which implementation of an op runs, and how ops are registered with torch: the one place that decides both.
+"""The contract of an op: which of its implementations runs, and how torch knows the op.
 
-Backends, the fastest usable one first: `native` is compiled C++ and CUDA C++, `triton` is compiled at its first call,
-`torch` is composed of PyTorch operators without needless memory, `reference` is the definition that tests compare with.
-Attention can also be lent to `flash-attn`, `xformers` and torch's own `sdpa`. PRISMER_BACKEND, read when this module
-is imported, or `use_backend` asks for another than the fastest.
+The file of an op declares one `Op`: its definition, its implementations ("backends") and what each of them serves.
+All else follows from the declaration. `Op.route` and `Op.choose` pick what runs a call. `Op.register` gives torch the
+op with schema, shapes and gradient. `all_ops` finds the ops of this folder, for `prismer info` and for the tests.
+
+The backends: `native` is compiled C++ and CUDA C++, `triton` is compiled at its first call, `torch` is composed of
+PyTorch operators, `reference` is the definition that tests compare with. Attention can also run on `flash-attn`,
+`xformers` and torch's own `sdpa`. The fastest usable backend runs; PRISMER_BACKEND, read when this module is imported,
+or `use_backend` ask for another one.
 """
 
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
+import pkgutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 BACKENDS = ("native", "triton", "torch", "flash-attn", "xformers", "sdpa", "reference")
-
-_ANY, _GPU, _COMPILED = None, ("cuda",), ("cpu", "cuda")
-_OPS: dict[str, dict[str, tuple[str, ...] | None]] = {
-    # native first: its launch costs the host a fraction of Triton's, and these ops are short
-    "layer_norm": {"native": _COMPILED, "triton": _GPU, "torch": _ANY, "reference": _ANY},
-    "label_map": {"native": _COMPILED, "triton": _GPU, "torch": _ANY, "reference": _ANY},
-    "decode_attention": {"native": _COMPILED, "triton": _GPU, "torch": _ANY, "reference": _ANY},
-    "bias_activation": {"native": ("cpu",), "triton": _GPU, "torch": _ANY, "reference": _ANY},
-    "mlp": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
-    "adaptor": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
-    # on a GPU a vendor's attention where it serves the call, and ours where it does not
-    "attention": {
-        "flash-attn": _GPU,
-        "native": ("cpu",),
-        "sdpa": _ANY,
-        "triton": _GPU,
-        "xformers": _GPU,
-        "torch": _ANY,
-        "reference": _ANY,
-    },
-    "resampler_attention": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
-    "cross_entropy": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
-    # inside the loss and attention on torch's operators
-    "logit_statistics": {"native": ("cpu",), "torch": _ANY},
-    "philox_kept": {"native": ("cpu",), "torch": _ANY},
-    "instance_rows": {"triton": _GPU, "torch": _ANY, "reference": _ANY},
-}
-# op -> backend, fastest first -> device types that it serves; None is every device
 
 _BUILD = "run pip install --no-build-isolation --no-deps -e ."
 _log = logging.getLogger("prismer.kernels")
 
 
-@dataclass(frozen=True, kw_only=True)
-class BackendRow:
-    """One line of `backends()`: may `backend` serve `op` on this machine, and if not, why."""
-
-    op: str
-    backend: str
-    usable: bool
-    reason: str
+# what is asked for
 
 
 def _checked(backend: str, source: str) -> str:
@@ -75,8 +50,8 @@ def _from_environment() -> str | None:
     return _checked(backend, "PRISMER_BACKEND") if backend else None
 
 
+# of the whole process, not of a thread: on a GPU the backward pass runs in autograd's own threads
 _asked: str | None = _from_environment()
-# of the whole process, not of a thread: on a GPU the backward pass runs in threads of autograd's own
 
 
 def asked() -> str | None:
@@ -86,10 +61,10 @@ def asked() -> str | None:
 
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Ask for one backend inside the block, in every thread, before PRISMER_BACKEND; None asks for the fastest.
+    """Ask for one backend inside the block, in every thread, whatever PRISMER_BACKEND says; None asks for the fastest.
 
     Raises:
-        ValueError: if `backend` is no backend's name.
+        ValueError: if `backend` is not the name of a backend.
     """
     global _asked
     before, _asked = _asked, None if backend is None else _checked(backend, "backend")
@@ -99,13 +74,15 @@ def use_backend(backend: str | None) -> Iterator[None]:
         _asked = before
 
 
+# what this machine has
+
 _loading = threading.RLock()
 
 
 @functools.cache
 def native_missing(device_type: str = "cpu") -> str | None:
-    """Load the native extension of a device once; None if its ops are there, else the reason why they are not."""
-    # while a thread loads an extension, it is in sys.modules without a spec, and find_spec raises in the others
+    """Load the native extension for a device type once; None if it loads, else the reason why not."""
+    # while a thread loads an extension, it is in sys.modules without a spec, and find_spec raises in other threads
     with _loading:
         return _load_native(device_type)
 
@@ -137,14 +114,14 @@ def triton_missing() -> str | None:
 
 
 def interpreting() -> bool:
-    """Does Triton run kernels in its interpreter (TRITON_INTERPRET=1), which takes tensors of the CPU?"""
+    """Does Triton run kernels in its interpreter (TRITON_INTERPRET=1), which takes CPU tensors?"""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
 
 
 _PACKAGES = {
-    # generations 3, 4 and 2; the third name alone is an empty namespace where only generation 4 is installed
+    # generations 3, 4 and 2; where only generation 4 is installed, the third name is an empty namespace
     "flash-attn": tuple(
         (module, "flash_attn_func") for module in ("flash_attn_interface", "flash_attn.cute", "flash_attn")
     ),
@@ -154,7 +131,7 @@ _PACKAGES = {
 
 @functools.cache
 def module_missing(module: str, function: str) -> str | None:
-    """None if another library's `module` has `function`, else the reason; it may be absent or broken."""
+    """None if `module` of another library can be imported and has `function`, else the reason why not."""
     try:
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed"
@@ -164,13 +141,14 @@ def module_missing(module: str, function: str) -> str | None:
         if error.name == module.split(".")[0]:
             return f"{module} is not installed"
         return f"{module} does not import here ({error})"
-    except Exception as error:  # a binary built for another torch fails in any way it likes
+    # a binary that was built for another torch can raise anything
+    except Exception as error:
         return f"{module} does not import here ({type(error).__name__}: {error})"
     return None
 
 
 def package_missing(backend: str) -> str | None:
-    """None if a package behind `flash-attn` or `xformers` imports, else the reason."""
+    """None if a package behind `flash-attn` or `xformers` can be imported, else the reason why not."""
     reasons = [module_missing(*entry) for entry in _PACKAGES[backend]]
     return None if None in reasons else f"{backend} is not there: {'; '.join(reasons)}"
 
@@ -183,171 +161,22 @@ def _has_native(op: str, device_type: str) -> bool:
     )
 
 
-def _why_not(op: str, backend: str, device_type: str) -> str | None:
-    """None if `backend` can serve `op` on this kind of device, else the reason."""
-    if backend == "triton":
-        reason = triton_missing()
-        if reason is None and device_type != "cuda" and not interpreting():
-            reason = (
-                f"triton {op} serves cuda tensors, not {device_type}; TRITON_INTERPRET=1 runs it on the CPU, slowly"
-            )
-        return reason
-    served = _OPS[op][backend]
-    if served is not None and device_type not in served:
-        return f"{backend} {op} serves {' and '.join(served)} tensors, not {device_type}"
-    if backend == "native":
-        reason = native_missing(device_type)
-        if reason is None and not _has_native(op, device_type):
-            reason = f"prismer._C was built from older sources, without {op}; {_BUILD}"
-        return reason
-    if backend in ("flash-attn", "xformers"):
-        return package_missing(backend)
-    return None
+# who watches a call
 
-
-def _anything(backend: str) -> str | None:
-    return None
-
-
-def choose(op: str, device: torch.device, supports: Callable[[str], str | None] = _anything) -> str:
-    """The implementation that `op` uses for tensors on `device`.
-
-    An op that never comes in the backend asked for ignores the request (there is no native loss); one that does, but
-    cannot run here or does not support this call, refuses. Otherwise the fastest that can is taken, and what was
-    passed over for the sake of this call is logged once (logger `prismer.kernels`, level INFO).
-
-    Args:
-        op: a name of the table above.
-        device: where the tensors are.
-        supports: the room's own rule: backend -> None, or the reason why that one does not serve this call.
-
-    Raises:
-        RuntimeError: if the backend asked for exists and cannot run this call.
-    """
-    asked_for = _asked
-    if asked_for in _OPS[op]:
-        reason = _why_not(op, asked_for, device.type) or supports(asked_for)
-        if reason is not None:
-            raise RuntimeError(f"backend {asked_for} was asked for, but {reason}")
-        return asked_for
-    for backend in _OPS[op]:
-        # the interpreter is for proofs: slower than anything, it is only taken when asked for
-        if backend == "triton" and device.type != "cuda":
-            continue
-        if _why_not(op, backend, device.type) is None:
-            reason = supports(backend)
-            if reason is None:
-                return backend
-            _log_once(op, backend, reason)
-    raise AssertionError(f"{op} has no backend for {device}")
-
-
-@functools.lru_cache(maxsize=256)
-def _log_once(op: str, backend: str, reason: str) -> None:
-    _log.info("%s does not run on %s here: %s", op, backend, reason)
-
-
-def backends() -> list[BackendRow]:
-    """Every op with its implementations, and which of them can run on this machine."""
-    gpu = torch.cuda.is_available()
-    rows = []
-    for op, served_by in _OPS.items():
-        for backend, served in served_by.items():
-            device = "cuda" if gpu and (served is None or "cuda" in served) else "cpu"
-            reason = _why_not(op, backend, device)
-            rows.append(BackendRow(op=op, backend=backend, usable=reason is None, reason=reason or ""))
-    return rows
-
-
-_library = torch.library.Library("prismer", "FRAGMENT")
-_implementations: dict[str, Callable] = {}
-_functions: dict[str, type[torch.autograd.Function]] = {}
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-# types of tensors that are what they seem
+# tensors of these types have no behaviour of their own
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+# torch has no arithmetic for these floating dtypes
 NARROW = frozenset(
     dtype
     for name, dtype in vars(torch).items()
     if name.startswith(("float8", "float4")) and isinstance(dtype, torch.dtype)
 )
-# floats by name that no operator of torch computes with
-
-
-def define(schema: str, implementation: Callable, fake: Callable) -> Callable:
-    """Register `prismer::<name>` with torch: opaque to torch.compile, with shapes from `fake`.
-
-    A call with ordinary tensors that nobody watches (no compiler, no dispatch mode, no function transform, no tensor
-    subclass) runs the implementation directly, with the gradient of `register_backward` as an autograd function: the
-    dispatcher's way to an op of Python, and its generated autograd, cost the host several times as much.
-
-    Args:
-        schema: such as "layer_norm(Tensor x, float eps) -> Tensor".
-        implementation: serves every device; it chooses the backend itself, and returns fresh contiguous tensors.
-        fake: the same outputs without data.
-
-    Returns:
-        The op, to be called as a function.
-    """
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"prismer::{name}", fake, lib=_library)
-    _implementations[name] = implementation
-    op = getattr(torch.ops.prismer, name)
-
-    def call(*args):
-        if torch.compiler.is_compiling():
-            return op(*args)
-        if forward_ad._current_level >= 0:
-            # it would come out as zeros
-            raise NotImplementedError(
-                f"prismer::{name} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); "
-                "differentiate in reverse, or leave the dual level for this call"
-            )
-        if _watched():
-            return op(*args)
-        gradient = False
-        for arg in args:
-            if isinstance(arg, torch.Tensor):
-                if type(arg) not in PLAIN:
-                    return op(*args)
-                if arg.dtype in NARROW:
-                    raise ValueError(
-                        f"{name} was given a tensor of {arg.dtype}, which is for storage alone; cast it first, with "
-                        "its scale if it has one: fp32, bf16, fp16 and float64 are served"
-                    )
-                gradient = gradient or arg.requires_grad
-        if gradient and torch.is_grad_enabled():
-            function = _functions.get(name)
-            # an op without a gradient says so itself
-            return op(*args) if function is None else function.apply(*args)
-        return implementation(*args)
-
-    return call
-
-
-def on_host(x: torch.Tensor, *weights: torch.Tensor) -> bool:
-    """Does an eager call with `x` run on this CPU, with no backend asked for and nobody watching?
-
-    There the host is the device: between products that empty its caches, a function of Python costs as much as adding
-    two tensors. Rooms call torch's own operators where a fused one would save no more than that. Not so for `weights`
-    that ZeRO-3 partitions: torch keeps a view of a weight for the backward pass, which would keep it gathered.
-    """
-    return (
-        _asked is None
-        and x.device.type == "cpu"
-        and type(x) in PLAIN
-        and x.dtype not in NARROW
-        and not (torch.compiler.is_compiling() or _watched())
-        and not any(hasattr(weight, "ds_id") for weight in weights)
-    )
-
-
 _believed: bool | None = None
 
 
 @contextmanager
 def as_if_watched(answer: bool) -> Iterator[None]:
-    """Have the ops believe that something watches them, or that nothing does, whatever is the case.
+    """Make the ops believe, inside the block, that something watches them (True) or that nothing does (False).
 
     With False a counter sees the operators of a plain run one by one; with True a profile shows the registered ops.
     """
@@ -360,7 +189,7 @@ def as_if_watched(answer: bool) -> Iterator[None]:
 
 
 def _watched() -> bool:
-    """Does something see the operators that are called: a dispatch or function mode, or a transform of torch.func?"""
+    """Does a dispatch mode, a function mode or a transform of torch.func see each operator that is called?"""
     if _believed is not None:
         return _believed
     return bool(
@@ -370,21 +199,302 @@ def _watched() -> bool:
     )
 
 
+def is_partitioned(weight: Tensor) -> bool:
+    """Does ZeRO-3 partition this weight? torch's own operators would save a view of it, which keeps it gathered."""
+    return hasattr(weight, "ds_id")
+
+
+def on_host(x: Tensor) -> bool:
+    """Is `x` a plain tensor on the CPU, in an eager call with no backend asked for and nothing watching?
+
+    There the host is the device: between products that empty its caches, a call of a Python function costs as much as
+    adding two tensors.
+    """
+    return (
+        _asked is None
+        and x.device.type == "cpu"
+        and type(x) in PLAIN
+        and x.dtype not in NARROW
+        and not (torch.compiler.is_compiling() or _watched())
+    )
+
+
+# the contract
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One implementation of an op, and what it serves.
+
+    Attributes:
+        name: one of `BACKENDS`.
+        devices: the device types that it serves; None is every device type.
+        float64: whether it computes float64 exactly; if not, it refuses float64.
+        refuses: a rule of its own, which gets the arguments of `Op.choose`: None, or the reason why it does not serve
+            the call.
+        slower: likewise, None, or the reason why another backend is faster. Not asked if the user asked for this one.
+    """
+
+    name: str
+    devices: tuple[str, ...] | None = None
+    float64: bool = True
+    refuses: Callable[..., str | None] | None = None
+    slower: Callable[..., str | None] | None = None
+
+    def __post_init__(self) -> None:
+        _checked(self.name, "the name of a backend")
+
+
+# the three that most ops have. A native launch costs the host a fraction of Triton's, and these ops are short: native
+# comes first where there is one
+NATIVE = Backend(name="native", devices=("cpu", "cuda"), float64=False)
+TRITON = Backend(name="triton", devices=("cuda",), float64=False)
+TORCH = Backend(name="torch")
+
+_library = torch.library.Library("prismer", "FRAGMENT")
+_implementations: dict[str, Callable] = {}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Op:
+    """One op: its definition and its implementations.
+
+    Attributes:
+        name: torch knows the op as `prismer::<name>`, and its kernels in the native extension as
+            `prismer_native::<name>`.
+        reference: the definition, in plain PyTorch; None for a part of another op.
+        backends: the implementations, the fastest first. The last one is `torch`, which serves every call.
+        host: whether torch's own operators do a call as well; gets the arguments of `route`. It counts for eager calls
+            on a CPU, where a fused op pays only if it saves more than its own Python functions cost.
+    """
+
+    name: str
+    reference: Callable | None
+    backends: tuple[Backend, ...]
+    host: Callable[..., bool] | None = None
+
+    def route(self, x: Tensor, *facts: Any) -> str:
+        """How a public function runs a call: as "reference", on torch's own operators ("host"), or as the "op".
+
+        Args:
+            x: the tensor that decides.
+            facts: more arguments for the `host` rule of this op.
+        """
+        if _asked is not None:
+            return "reference" if _asked == "reference" else "op"
+        if self.host is None or not self.host(x, *facts) or not on_host(x):
+            return "op"
+        return "host"
+
+    def choose(self, x: Any, *facts: Any, asked_for: str | None = None) -> str:
+        """The name of the backend that runs a call.
+
+        An op without the backend asked for ignores the request (there is no native loss). If the op has the backend,
+        but it cannot run here or does not serve the call, the request is refused. Without a request the first backend
+        that serves the call runs, and the reason why another was passed over is logged once (logger `prismer.kernels`,
+        level INFO). `reference` means `torch` here: a public function runs the definition before it comes to a choice.
+
+        Args:
+            x: the tensor that decides, or anything else with `device` and `dtype`.
+            facts: more arguments for the rules of the backends.
+            asked_for: a backend that precedes `use_backend` and PRISMER_BACKEND.
+
+        Raises:
+            RuntimeError: if the backend asked for exists and cannot run this call.
+        """
+        asked_for = asked_for or _asked
+        if asked_for is not None:
+            asked_for = "torch" if asked_for == "reference" else asked_for
+            for backend in self.backends:
+                if backend.name == asked_for:
+                    reason = self._unusable(backend, x.device.type) or self._refusal(backend, x, facts)
+                    if reason is not None:
+                        raise RuntimeError(f"backend {asked_for} was asked for, but {reason}")
+                    return asked_for
+        for backend in _ranked(self, x, facts):
+            reason = self._refusal(backend, x, facts)
+            if reason is None and backend.slower is not None:
+                reason = backend.slower(x, *facts)
+            if reason is None:
+                return backend.name
+            _log_once(self.name, backend.name, reason)
+        raise AssertionError(f"{self.name} has no backend for {x.device}")
+
+    def _refusal(self, backend: Backend, x: Any, facts: tuple) -> str | None:
+        """None if `backend` serves the call, else the reason why not."""
+        if not backend.float64 and x.dtype == torch.float64:
+            return f"{backend.name} {self.name} computes in fp32, and the call is in float64"
+        return None if backend.refuses is None else backend.refuses(x, *facts)
+
+    def _unusable(self, backend: Backend, device_type: str) -> str | None:
+        """None if `backend` can run this op on tensors of a device type on this machine, else the reason why not."""
+        name = backend.name
+        if name == "triton":
+            reason = triton_missing()
+            if reason is None and device_type != "cuda" and not interpreting():
+                reason = (
+                    f"triton {self.name} serves cuda tensors, not {device_type}; "
+                    "TRITON_INTERPRET=1 runs it on the CPU, slowly"
+                )
+            return reason
+        if backend.devices is not None and device_type not in backend.devices:
+            return f"{name} {self.name} serves {' and '.join(backend.devices)} tensors, not {device_type}"
+        if name == "native":
+            reason = native_missing(device_type)
+            if reason is None and not _has_native(self.name, device_type):
+                reason = f"prismer._C was built from older sources, without {self.name}; {_BUILD}"
+            return reason
+        return package_missing(name) if name in _PACKAGES else None
+
+    def register(
+        self,
+        implementation: Callable,
+        *,
+        fake: Callable,
+        suffix: str = "",
+        mutates: tuple[str, ...] = (),
+        setup_context: Callable | None = None,
+        backward: Callable | None = None,
+    ) -> Callable:
+        """Register `prismer::<name><suffix>` with torch: opaque to torch.compile, with shapes from `fake`.
+
+        A call with plain tensors that nothing watches (no compiler, no dispatch mode, no function transform, no tensor
+        subclass) runs the implementation directly, and its gradient as an autograd function: the way through the
+        dispatcher to an op of Python, with generated autograd, costs the host several times as much.
+
+        Args:
+            implementation: serves every device; its annotated signature is the schema. It chooses the backend itself,
+                and returns fresh contiguous tensors.
+            fake: the same outputs without data. Its parameters are those arguments of the implementation that it
+                needs, by name.
+            suffix: of the name, such as "_backward".
+            mutates: names of the arguments that the implementation changes in place.
+            setup_context, backward: the gradient, as `torch.library.register_autograd` takes it.
+
+        Returns:
+            The op, to be called as a function with all arguments in order.
+        """
+        name = self.name + suffix
+        # a graph takes integers for constants
+        schema = torch.library.infer_schema(implementation, mutates_args=mutates).replace("SymInt", "int")
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"prismer::{name}", _taking_all(fake, implementation), lib=_library)
+        _implementations[name] = implementation
+        differentiable = None
+        if backward is not None:
+            torch.library.register_autograd(f"prismer::{name}", backward, setup_context=setup_context, lib=_library)
+            differentiable = _autograd_function(name, implementation, setup_context, backward)
+        op = getattr(torch.ops.prismer, name)
+
+        def call(*args: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return op(*args)
+            if forward_ad._current_level >= 0:
+                # otherwise jvp silently returns zeros
+                raise NotImplementedError(
+                    f"prismer::{name} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); "
+                    "differentiate in reverse, or leave the dual level for this call"
+                )
+            if _watched():
+                return op(*args)
+            gradient = False
+            for arg in args:
+                if isinstance(arg, Tensor):
+                    if type(arg) not in PLAIN:
+                        return op(*args)
+                    if arg.dtype in NARROW:
+                        raise ValueError(
+                            f"{name} was given a tensor of {arg.dtype}, which is for storage alone; cast it first, "
+                            "with its scale if it has one: fp32, bf16, fp16 and float64 are served"
+                        )
+                    gradient = gradient or arg.requires_grad
+            if gradient and torch.is_grad_enabled():
+                # an op without a gradient says so itself
+                return op(*args) if differentiable is None else differentiable.apply(*args)
+            return implementation(*args)
+
+        return call
+
+
+def _ranked(op: Op, x: Any, facts: tuple) -> tuple[Backend, ...]:
+    """The backends to try for a call, in order: as the op declares them, whatever the shapes are.
+
+    This is the one place where an order is looked up: a measured one, by device, op and class of shapes, belongs here.
+    """
+    return _usable(op, x.device.type)
+
+
+@functools.cache
+def _usable(op: Op, device_type: str) -> tuple[Backend, ...]:
+    # Triton's interpreter is for proofs: it is slower than anything, and only taken when asked for
+    interpreted = "triton" if device_type != "cuda" else None
+    return tuple(b for b in op.backends if b.name != interpreted and op._unusable(b, device_type) is None)
+
+
+@functools.lru_cache(maxsize=256)
+def _log_once(op: str, backend: str, reason: str) -> None:
+    _log.info("%s does not run on %s here: %s", op, backend, reason)
+
+
+def _taking_all(fake: Callable, implementation: Callable) -> Callable:
+    """`fake`, called with all arguments of `implementation`."""
+    names = list(inspect.signature(implementation).parameters)
+    wanted = [names.index(name) for name in inspect.signature(fake).parameters]
+    return lambda *args: fake(*(args[i] for i in wanted))
+
+
+def _autograd_function(
+    name: str, implementation: Callable, setup_context: Callable, backward: Callable
+) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = implementation(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = dict(forward=staticmethod(forward), backward=staticmethod(backward))
+    return type(name, (torch.autograd.Function,), members)
+
+
 def implementation(name: str) -> Callable:
     """What runs behind `prismer::<name>` on every device, for those who count the operators inside."""
     return _implementations[name]
 
 
-def register_backward(name: str, setup_context: Callable, backward: Callable) -> None:
-    """Give the op `name` its gradient, as `torch.library.register_autograd` does."""
-    torch.library.register_autograd(f"prismer::{name}", backward, setup_context=setup_context, lib=_library)
-    run = implementation(name)
+# all ops
 
-    def forward(ctx, *args):
-        output = run(*args)
-        setup_context(ctx, args, output)
-        return output
 
-    _functions[name] = type(
-        name, (torch.autograd.Function,), dict(forward=staticmethod(forward), backward=staticmethod(backward))
-    )
+@dataclass(frozen=True, kw_only=True)
+class BackendRow:
+    """One line of `backends()`: whether `backend` can serve `op` on this machine, and if not, why."""
+
+    op: str
+    backend: str
+    usable: bool
+    reason: str
+
+
+def op_modules() -> list[ModuleType]:
+    """Every module of this folder and of its packages, imported, in alphabetical order."""
+    found = pkgutil.walk_packages([str(Path(__file__).parent)], "prismer.kernels.")
+    return [importlib.import_module(name) for name in sorted(module.name for module in found)]
+
+
+def all_ops() -> list[Op]:
+    """Every op that a module of this folder declares."""
+    found = (value for module in op_modules() for value in vars(module).values() if isinstance(value, Op))
+    return list(dict.fromkeys(found))
+
+
+def backends() -> list[BackendRow]:
+    """Every op with its backends, and which of them can run on this machine."""
+    gpu = torch.cuda.is_available()
+    rows = []
+    for op in all_ops():
+        for backend in op.backends:
+            device = "cuda" if gpu and (backend.devices is None or "cuda" in backend.devices) else "cpu"
+            reason = op._unusable(backend, device)
+            rows.append(BackendRow(op=op.name, backend=backend.name, usable=reason is None, reason=reason or ""))
+        if op.reference is not None:
+            rows.append(BackendRow(op=op.name, backend="reference", usable=True, reason=""))
+    return rows

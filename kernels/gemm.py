@@ -1,19 +1,19 @@
-"""Matrix products with what surrounds them: the building block of `mlp` and `adaptor`, with no op of its own.
+"""Matrix products with prologue and epilogue, the building block of `mlp` and `adaptor`; this file registers no op.
 
-    gemm              c = act(A W^T + bias) + residual,  and h = A W^T if it is to be kept
-    gemm_derivative   dh = (dy W) act'(u),  u = h + bias,  and act(u) and the column sums of dh if they are wanted
+    gemm              c = act(A W^T + bias) + residual,  and h = A W^T if `keep`
+    gemm_derivative   dh = (dy W) act'(u),  u = h + bias,  and act(u) and the column sums of dh if asked for
     gemm_gradient     dW = dy^T A
-The first and the last can square A as they load it.
+`gemm` and `gemm_gradient` can square A as they load it.
 
-Accumulation and epilogue are fp32; fp32 inputs are multiplied as fp32, never in tf32. The order of summation depends
-on K alone, so a row comes out the same in any batch. Programs go through the tiles of C in groups of eight rows of
-tiles, so that what they share of A and B stays in the L2 cache.
+Accumulation and epilogue are in fp32, and fp32 inputs are multiplied as fp32, never in tf32. The order of summation
+depends on K alone, so a row is the same in any batch. Programs take the tiles of C in groups of eight rows of tiles, so
+that the parts of A and B that they share stay in the L2 cache.
 
 Cost of (M, K) times (K, N) in s bytes, tiles BM x BN x BK:
     FLOPs     2 M N K; issued 2 ceil(M / BM) BM ceil(N / BN) BN ceil(K / BK) BK
     bytes     (M K + K N + M N) s compulsory; issued (M K ceil(N / BN) + K N ceil(M / BM) + M N) s
-and M N s for each of h read or written and residual read, and twice for act(u): h is read again to form it; per row of
-tiles, N w for a bias of w bytes each, and 4 N for partial column sums, which are then read once, with 4 N written.
+Add M N s for h read or written and for the residual read, and 2 M N s for act(u), which reads h again. For each row of
+tiles, add N w for a bias of w bytes each, and 4 N for partial column sums, which are then read once, with 4 N written.
 """
 
 import torch
@@ -111,11 +111,11 @@ def _gemm_kernel(
         if HAS_RESIDUAL:
             b_c += tl.load(p_residual + o, mask=m, other=0.0).to(tl.float32)
     if SUMS:
-        # rows past the end are zero: their A is
+        # rows past the end are zero, since those of A are
         tl.store(p_sums + i_m.to(tl.int64) * N + o_n, tl.sum(b_c, 0), mask=m_n)
     tl.store(p_c + o, b_c.to(p_c.dtype.element_ty), mask=m)
     if STORE_ACTIVATED:
-        # h again, from the cache: to hold it beside dh would spill registers
+        # read h again, from the cache: holding it beside dh would spill registers
         b_u = tl.load(p_h + o, mask=m, other=0.0).to(tl.float32)
         if HAS_BIAS:
             b_u += b_bias
@@ -123,33 +123,33 @@ def _gemm_kernel(
 
 
 def _tiles(M: int, N: int, dtype: torch.dtype, activated: bool = False) -> dict[str, int]:
-    """Tile shapes; BK, which sets the order of summation, is that of the dtype alone.
+    """Tile shapes. BK, which sets the order of summation, depends on the dtype alone.
 
     Eight warps leave an accumulator 32 or 64 registers a thread, so that no epilogue spills on any architecture.
     """
     if dtype == torch.float32:
         return dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=3)
-    # 36 large tiles leave most of an H100 idle: then smaller tiles, and four times as many
+    # few large tiles would leave most of an H100 idle: four times as many small ones do not
     if triton.cdiv(M, 128) * triton.cdiv(N, 128) < 96:
         return dict(BM=64, BN=64, BK=64, num_warps=8, num_stages=4)
-    # two results of the epilogue do not fit beside 64 registers
+    # 64 registers for the accumulator would leave no room for two results of the epilogue
     return dict(BM=128, BN=64 if activated else 128, BK=64, num_warps=8, num_stages=3)
 
 
 def _launch(
-    a,
-    b,
-    c,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
     *,
-    bias=None,
-    activation="none",
-    h=None,
-    residual=None,
-    differentiate=False,
-    activated=None,
-    sums=None,
-    square_a=False,
-    square_b=False,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    h: Tensor | None = None,
+    residual: Tensor | None = None,
+    differentiate: bool = False,
+    activated: Tensor | None = None,
+    sums: torch.dtype | None = None,
+    square_a: bool = False,
+    square_b: bool = False,
 ) -> Tensor | None:
     """Run the kernel on views `a` (M, K) and `b` (K, N); returns the column sums if a dtype is given for them."""
     (M, K), N = a.shape, b.shape[1]
@@ -158,20 +158,7 @@ def _launch(
     tiles = _tiles(M, N, a.dtype, activated is not None)
     num_m = triton.cdiv(M, tiles["BM"])
     partial = torch.empty(num_m, N, dtype=torch.float32, device=a.device) if sums else None
-    _gemm_kernel[(num_m * triton.cdiv(N, tiles["BN"]),)](
-        a,
-        b,
-        bias,
-        h,
-        residual,
-        c,
-        activated,
-        partial,
-        M,
-        N,
-        K,
-        *a.stride(),
-        *b.stride(),
+    flags = dict(
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         KEEP=h is not None and not differentiate,
@@ -182,12 +169,13 @@ def _launch(
         SQUARE_A=square_a,
         SQUARE_B=square_b,
         GROUP=_GROUP,
-        **tiles,
     )
+    pointers, strides = (a, b, bias, h, residual, c, activated, partial), (*a.stride(), *b.stride())
+    _gemm_kernel[(num_m * triton.cdiv(N, tiles["BN"]),)](*pointers, M, N, K, *strides, **flags, **tiles)
     return sum_groups(partial, sums) if sums else None
 
 
-# for the rooms that are built of products: on `backend` "triton", or of torch's operators
+# for ops that consist of products: `backend` is "triton", or "torch" for torch's operators
 
 
 def gemm(
@@ -247,13 +235,13 @@ def gemm_derivative(
     activated: bool = False,
     sums: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dh = (dy weight) act'(h + bias); then act(h + bias) if `activated`, and dh's column sums if `sums`, else empty.
+    """dh = (dy weight) act'(h + bias), act(h + bias) if `activated`, and the column sums of dh if `sums`, else empty.
 
     Args:
         dy: (R, N), contiguous.
         weight: (N, K), as in `nn.Linear`.
         h: (R, K), contiguous; bias: (K,) or None.
-        sums: the dtype for the sums, which are formed in fp32.
+        sums: the dtype for the sums, which are computed in fp32.
     """
     empty = dy.new_empty(0)
     if backend == "triton":

@@ -1,31 +1,34 @@
-"""Instance rows: every cell of a grid of tokens gets the row of the object that it shows, and its position.
+"""Instance rows: add to every token of a grid the row of the object that its cell shows, and its position.
 
     out[b, i * grid + j] = x[b, i * grid + j] + table[row] + positions[i * grid + j]
     row = rows[id], or id % F without `rows`;   id = ids[b, i * s // grid, j * s // grid]
     dx = dy,  dtable[r] = sum of dy over cells whose row is r,  dpositions = sum of dy over the batch
 
-One pass instead of four (gather ids, gather rows, add, add). dx is dy itself, not a copy. dtable and dpositions are
-added up in fp32 and in a fixed order, without atomics. An entry of `rows` outside the table: `torch` raises on the CPU;
-on a GPU, where raising means to wait, nothing is read, the cell becomes NaN, and it adds to no gradient of the table.
+This is one pass instead of four (gather ids, gather rows, add, add). dx is dy itself, not a copy. dtable and dpositions
+are summed in fp32 in a fixed order, without atomics. If an entry of `rows` is outside the table, `torch` raises on the
+CPU. On a GPU, where raising would wait for the device, nothing is read, the cell becomes NaN, and it adds to no
+gradient of the table.
 Source: Prismer, arXiv:2303.02506, section 3.2 (instance embeddings of detected objects).
 
 Traffic of the Triton kernels, for N = B * grid * grid cells of D numbers of s bytes and a table of F rows:
     forward   reads 2 N D s (3 N D s with positions) and, for every 128 columns, 9 N of ids and rows (N without `rows`);
               writes N D s
     backward  a program owns 32 rows and 64 columns of the table and takes all cells, 32 at a time. It multiplies a
-              (32, 32) matrix of zeros and ones by the (32, 64) of dy where a cell shows one of its rows, and passes
-              over the tile where none does. With M such tiles of T cells, summed over the blocks of rows:
+              (32, 32) matrix of zeros and ones by the (32, 64) of dy where a cell shows one of its rows, and skips a
+              tile where none does. With M such tiles of T cells, summed over the blocks of rows:
               2 * 32 * 32 * 64 M FLOPs for every 64 columns; reads D s T and, in every program, 9 N (N); writes 4 F D.
-dpositions are added up by torch.
+torch sums dpositions.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from prismer.kernels import dispatch
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.dispatch import TORCH, Backend, Op
 
 
 def _cell_rows(ids: Tensor, rows: Tensor | None, num_rows: int, grid: int) -> Tensor:
@@ -44,6 +47,16 @@ def add_instance_rows_reference(
     if positions is not None:
         out = out + positions.to(compute)
     return out.to(x.dtype)
+
+
+def _too_large(x: Tensor) -> str | None:
+    if x.shape[0] * x.shape[1] >= 2**31:
+        return "triton instance_rows counts cells in 32 bits, and these are too many"
+    return None
+
+
+TRITON = Backend(name="triton", devices=("cuda",), float64=False, refuses=_too_large)
+OP = Op(name="instance_rows", reference=add_instance_rows_reference, backends=(TRITON, TORCH))
 
 
 # Triton
@@ -127,7 +140,7 @@ def _table_kernel(
         if tl.max(m_mine.to(tl.int32), 0) > 0:
             o = o_cell.to(tl.int64)[:, None] * D + o_col[None, :]
             b_dy = tl.load(p_dy + o, mask=m_cell[:, None] & m_col[None, :], other=0.0)
-            # zeros and ones are exact in every dtype, so products are, and sums are in fp32
+            # zeros and ones, and so the products, are exact in every dtype; the sums are in fp32
             b_pick = (o_row[:, None] == b_row[None, :]).to(b_dy.dtype)
             b_sum = tl.dot(b_pick, b_dy, b_sum, input_precision="ieee")
     o = o_row.to(tl.int64)[:, None] * D + o_col[None, :]
@@ -138,28 +151,18 @@ _FORWARD_TILES = dict(BN=16, BD=128)
 _TABLE_TILES = dict(BF=32, BN=32, BD=64)
 
 
-def _forward_triton(x, ids, table, rows, positions, grid, out) -> None:
+def _forward_triton(
+    x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, positions: Tensor | None, grid: int, out: Tensor
+) -> None:
     (B, cells, D), tiles = x.shape, _FORWARD_TILES
-    N = B * cells
+    N, given = B * cells, dict(HAS_ROWS=rows is not None, HAS_POSITIONS=positions is not None)
+    sizes = N, ids.shape[1], len(table), D, grid
     _forward_kernel[(triton.cdiv(N, tiles["BN"]), triton.cdiv(D, tiles["BD"]))](
-        x,
-        ids,
-        table,
-        rows,
-        positions,
-        out,
-        N,
-        ids.shape[1],
-        len(table),
-        D,
-        grid,
-        HAS_ROWS=rows is not None,
-        HAS_POSITIONS=positions is not None,
-        **tiles,
+        x, ids, table, rows, positions, out, *sizes, **given, **tiles
     )
 
 
-def _table_triton(dy, ids, rows, num_rows, grid, dtable) -> None:
+def _table_triton(dy: Tensor, ids: Tensor, rows: Tensor | None, num_rows: int, grid: int, dtable: Tensor) -> None:
     (B, cells, D), tiles = dy.shape, _TABLE_TILES
     _table_kernel[(triton.cdiv(num_rows, tiles["BF"]), triton.cdiv(D, tiles["BD"]))](
         dy, ids, rows, dtable, B * cells, ids.shape[1], num_rows, D, grid, HAS_ROWS=rows is not None, **tiles
@@ -169,60 +172,55 @@ def _table_triton(dy, ids, rows, num_rows, grid, dtable) -> None:
 # torch
 
 
-def _forward_torch(x, ids, table, rows, positions, grid):
+def _forward_torch(
+    x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, positions: Tensor | None, grid: int
+) -> Tensor:
     index = _cell_rows(ids, rows, len(table), grid)
     compute = torch.promote_types(x.dtype, torch.float32)
-    # x first: the order of the definition, so that fp32 agrees with it bit for bit
+    # x first, as in the definition, so that fp32 agrees with it bit for bit
     out = x.to(compute) + torch.embedding(table, index)
     if positions is not None:
         out += positions
     return out.to(x.dtype)
 
 
-def _table_torch(dy, ids, rows, num_rows, grid):
+def _table_torch(dy: Tensor, ids: Tensor, rows: Tensor | None, num_rows: int, grid: int) -> Tensor:
     index = _cell_rows(ids, rows, num_rows, grid)
     compute = torch.promote_types(dy.dtype, torch.float32)
-    # adds up in a fixed order on every device, where index_add uses atomics on CUDA
+    # sums in a fixed order on every device; index_add uses atomics on CUDA
     return torch.ops.aten.embedding_dense_backward(dy.to(compute), index, num_rows, -1, False)
 
 
 # the registered ops
 
 
-def supports(backend: str, x: Tensor) -> str | None:
-    """None if `backend` serves tokens like `x`, else the reason why not."""
-    if backend == "triton" and x.dtype == torch.float64:
-        return "triton instance_rows computes in fp32, and x is float64"
-    if backend == "triton" and x.shape[0] * x.shape[1] >= 2**31:
-        return "triton instance_rows counts cells in 32 bits, and these are too many"
-    return None
-
-
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _forward(x, ids, table, rows, positions, grid):
+def _forward(x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, positions: Tensor | None, grid: int) -> Tensor:
     x, ids, table, rows, positions = _contiguous(x, ids, table, rows, positions)
-    backend = dispatch.choose("instance_rows", x.device, lambda name: supports(name, x))
+    backend = OP.choose(x)
     if backend == "torch":
         return _forward_torch(x, ids, table, rows, positions, grid)
-    out = _forward_fake(x, ids, table, rows, positions, grid)
+    out = _forward_fake(x)
     if out.numel():
         _forward_triton(x, ids, table, rows, positions, grid, out)
     return out
 
 
-def _forward_fake(x, ids, table, rows, positions, grid):
+def _forward_fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _backward(dy, ids, rows, num_rows, grid, table, positions):
+def _backward(
+    dy: Tensor, ids: Tensor, rows: Tensor | None, num_rows: int, grid: int, table: bool, positions: bool
+) -> tuple[Tensor, Tensor]:
     dy, ids, rows = _contiguous(dy, ids, rows)
-    backend = dispatch.choose("instance_rows", dy.device, lambda name: supports(name, dy))
-    dtable, dpositions = _backward_fake(dy, ids, rows, num_rows, grid, table, positions)
+    backend = OP.choose(dy)
+    dtable, dpositions = _backward_fake(dy, num_rows, table, positions)
     if positions:
-        # torch adds in a fixed order too, and in fp32
+        # torch sums in a fixed order too, and in fp32
         torch.sum(dy, 0, dtype=dpositions.dtype, out=dpositions)
     if not dtable.numel():
         return dtable, dpositions
@@ -234,37 +232,24 @@ def _backward(dy, ids, rows, num_rows, grid, table, positions):
     return dtable, dpositions
 
 
-def _backward_fake(dy, ids, rows, num_rows, grid, table, positions):
+def _backward_fake(dy: Tensor, num_rows: int, table: bool, positions: bool) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(dy.dtype, torch.float32)
     dtable = dy.new_empty((num_rows, dy.shape[2]) if table else (0,), dtype=dtype)
     dpositions = dy.new_empty(dy.shape[1:] if positions else (0,), dtype=dtype)
     return dtable, dpositions
 
 
-_instance_rows = dispatch.define(
-    "instance_rows(Tensor x, Tensor ids, Tensor table, Tensor? rows, Tensor? positions, int grid) -> Tensor",
-    _forward,
-    _forward_fake,
-)
-_instance_rows_backward = dispatch.define(
-    "instance_rows_backward(Tensor dy, Tensor ids, Tensor? rows, int num_rows, int grid, bool table, bool positions)"
-    " -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, ids, table, rows, positions, grid = inputs
     ctx.set_materialize_grads(False)
     if ctx.needs_input_grad[2] or ctx.needs_input_grad[4]:
         ctx.num_rows, ctx.grid = table.shape[0], grid
         ctx.dtypes = table.dtype, None if positions is None else positions.dtype
-        # the gradient of the positions asks for nothing but dy
+        # the gradient of the positions needs dy alone
         ctx.save_for_backward(ids, rows)
 
 
-def _autograd(ctx, dy):
+def _autograd(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     if dy is None or not (needs[2] or needs[4]):
         return dy, None, None, None, None, None
@@ -279,7 +264,8 @@ def _autograd(ctx, dy):
     )
 
 
-dispatch.register_backward("instance_rows", _setup_context, _autograd)
+_instance_rows = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_instance_rows_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
@@ -305,12 +291,12 @@ def add_instance_rows(
         ValueError: if a shape, dtype or device does not fit.
     """
     _check(x, ids, table, rows, grid, positions)
-    if dispatch.asked() == "reference":
+    if OP.route(x) == "reference":
         return add_instance_rows_reference(x, ids, table, rows, grid, positions)
     return _instance_rows(x, ids, table, rows, positions, grid)
 
 
-def _check(x, ids, table, rows, grid, positions) -> None:
+def _check(x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, grid: int, positions: Tensor | None) -> None:
     cells = grid * grid
     if not x.is_floating_point() or x.dim() != 3 or grid < 1 or x.shape[1] != cells:
         raise ValueError(

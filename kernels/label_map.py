@@ -4,30 +4,32 @@
     dfeatures[f] = sum over pixels and taps whose row is f of w_tap * dy[b, :, i, j]
 
 The resize keeps corners (`align_corners=True`): output i samples source i * (h - 1) / (size - 1). Only the four taps of
-an output are read, a quarter of a 224 px map at size 56, and the 64-channel map that they are taken from never exists.
-Where the four taps name one row, `native` and `triton` give that row and not a sum of weights that add up to nearly 1.
+each output are read, a quarter of a 224 px map at size 56, and the 64-channel map at full size never exists. Where the
+four taps name one row, `native` and `triton` return that row, not a sum with weights that add up to nearly 1.
 Source: Prismer, arXiv:2303.02506, section 3.2.
 
-Every kind of id is told by `rows`, which turns the ids of each image into rows of one table of features:
-    segmentation  one class table for all images: rows[b, id] = first + id, the same in every image
+`rows` maps the ids of each image to rows of one table of features, for each kind of label:
+    segmentation  ids are classes of one table: rows[b, id] = first + id, the same in every image
     objects       ids are instances, numbered in each image anew: rows[b, id] = first + class of instance id of image b
     words         ids are words read in image b: rows[b, id] = the row of that word among the words of the batch
-and 255, the background, is an id like any other: its row holds the features of "nothing here". Crop and flip are not
-fused: the loader has done both, for image and labels alike, before ids come here.
+The background, 255, is an id like any other: its row holds the features of "nothing here". Crop and flip are not fused:
+the loader applies both, to image and labels alike, before it hands over the ids.
 
-An entry of `rows` outside the table: `native` and `torch` raise on the CPU; on a GPU, where raising means to wait,
-`native` and `triton` read nothing and write NaN, and such a tap adds to no gradient.
+If an entry of `rows` is outside the table, `native` and `torch` raise on the CPU. On a GPU, where raising would wait
+for the device, `native` and `triton` read nothing and write NaN, and such a tap adds to no gradient.
 
 Traffic of the Triton kernels, for P = B * size * size pixels, E of which blend, C <= 64 numbers of s bytes each:
     forward   reads 36 P (4 ids of 1 byte and their rows of 8) + C s (P + 3 E), writes C s P
     backward  a program owns 64 rows of the table and a part of the pixels, which it takes 32 at a time. It multiplies a
-              (64, 32) matrix of weights by the (32, 64) of dy where a pixel names one of its rows and passes over the
-              tile where none does. With N such tiles of T pixels, summed over programs: 2 * 64 * 32 * 64 N FLOPs;
+              (64, 32) matrix of weights by the (32, 64) of dy where a pixel names one of its rows, and skips a tile
+              where none does. With N such tiles of T pixels, summed over programs: 2 * 64 * 32 * 64 N FLOPs;
               reads 36 P for every 64 rows of the table + C s T, writes 4 C F for each of G parts, which are then read
               and added up in order, and 4 C F (if G is 1, only the last). No atomics and no sort. G is at most 64, and
               G F C at most 4 M, by shapes alone.
 Above 64 numbers per row, ids and rows are read once for every 64.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prismer.kernels import dispatch
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.dispatch import NATIVE, TORCH, Backend, Op
 
 
 def label_map_reference(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
@@ -48,14 +50,23 @@ def label_map_reference(ids: Tensor, rows: Tensor, features: Tensor, size: int) 
     return F.interpolate(expanded, (size, size), mode="bilinear", align_corners=True)
 
 
+def _too_large(like: Tensor, ids: Tensor, size: int) -> str | None:
+    if max(size * max(ids.shape[1:]), ids.shape[0] * size * size) >= 2**31:
+        return "triton label_map counts pixels in 32 bits, and these are too many"
+    return None
+
+
+TRITON = Backend(name="triton", devices=("cuda",), float64=False, refuses=_too_large)
+OP = Op(name="label_map", reference=label_map_reference, backends=(NATIVE, TRITON, TORCH))
+
+
 # Triton
 
 
 @triton.jit
 def _tap(i, source, steps):
-    """Where output i reads along one axis: two positions, which are one where it falls on a pixel, and the weight of
-    the second."""
-    # integers: exact whatever the sizes, where an fp32 position may land just below a whole pixel
+    """Where output i reads along one axis: two positions, equal at a whole pixel, and the weight of the second."""
+    # integers are exact, whatever the sizes; an fp32 position could be just below a whole pixel
     scaled = i * (source - 1)
     low = scaled // steps
     rest = scaled - low * steps
@@ -139,7 +150,7 @@ def _backward_kernel(
         o_pixel = (i_part * tiles + i) * BP + tl.arange(0, BP)
         m_pixel = o_pixel < P
         b_00, b_01, b_10, b_11, b_y, b_x = _taps(p_ids, p_rows, o_pixel, m_pixel, h, w, F, size, steps)
-        # an image names few rows: most tiles hold none of a program's, and are passed over
+        # an image names few rows, so most tiles hold no row of this program and are skipped
         first = tl.program_id(0) * BF
         m_mine = (b_00 >= first) & (b_00 < first + BF)
         m_mine |= (b_01 >= first) & (b_01 < first + BF)
@@ -172,9 +183,9 @@ def _sum_parts_kernel(p_partial, p_sum, G, N, BG: tl.constexpr, BN: tl.constexpr
     tl.store(p_sum + o, tl.sum(b_sum, 0), mask=o < N)
 
 
-_BACKWARD_TILES = dict(BF=64, BP=32, num_warps=8)
 # a product in fp32 runs on the ordinary units and keeps its operands in registers: 79 here on sm_90, but all 255 and
 # spills with 64 pixels and 4 warps
+_BACKWARD_TILES = dict(BF=64, BP=32, num_warps=8)
 _SUM_TILES = dict(BG=8, BN=128)
 _MAX_PARTS = 64
 
@@ -184,14 +195,14 @@ def _columns(C: int) -> int:
 
 
 def _parts(P: int, F: int, C: int) -> tuple[int, int]:
-    """Parts G of the pixels and tiles of each: a function of the shapes alone, so that sums repeat anywhere."""
+    """Parts G of the pixels and tiles of each: from the shapes alone, so that sums are the same anywhere."""
     tiles = triton.cdiv(P, _BACKWARD_TILES["BP"])
     parts = max(1, min(_MAX_PARTS, 2**22 // (F * C)))
     each = triton.cdiv(tiles, parts)
     return triton.cdiv(tiles, each), each
 
 
-def _forward_triton(ids, rows, features, size, out) -> None:
+def _forward_triton(ids: Tensor, rows: Tensor, features: Tensor, size: int, out: Tensor) -> None:
     (B, h, w), (F, C) = ids.shape, features.shape
     P, BC = B * size * size, _columns(C)
     _forward_kernel[(triton.cdiv(P, 32), triton.cdiv(C, BC))](
@@ -199,7 +210,7 @@ def _forward_triton(ids, rows, features, size, out) -> None:
     )
 
 
-def _backward_triton(dy, ids, rows, dfeatures) -> None:
+def _backward_triton(dy: Tensor, ids: Tensor, rows: Tensor, dfeatures: Tensor) -> None:
     (B, h, w), size, (F, C) = ids.shape, dy.shape[1], dfeatures.shape
     P, BC = B * size * size, _columns(C)
     G, tiles = _parts(P, F, C)
@@ -239,24 +250,24 @@ def _gather_plan(ids: Tensor, rows: Tensor, size: int, dtype: torch.dtype) -> tu
     return index.reshape(-1, 4), weight.reshape(-1, 4).repeat(B, 1)
 
 
-def _forward_torch(ids, rows, features, size):
+def _forward_torch(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
     """The weighted sum of taps as an embedding bag, which reads the taps without storing them."""
     compute = torch.promote_types(features.dtype, torch.float32)
     index, weight = _gather_plan(ids, rows, size, compute)
-    # contiguous, or it leaves its fast path
+    # embedding_bag has a fast path for contiguous tables alone
     table = features.to(compute).contiguous()
     out = F.embedding_bag(index, table, mode="sum", per_sample_weights=weight)
     return out.to(features.dtype).view(ids.shape[0], size, size, features.shape[1])
 
 
-def _backward_torch(dy, ids, rows, num_rows):
+def _backward_torch(dy: Tensor, ids: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     compute = torch.promote_types(dy.dtype, torch.float32)
     C = dy.shape[3]
     index, weight = _gather_plan(ids, rows, dy.shape[1], compute)
     dy_rows = dy.reshape(-1, C).to(compute)
     dfeatures = torch.zeros(num_rows, C, dtype=compute, device=dy.device)
     for tap in range(index.shape[1]):
-        # adds up in a fixed order on every device, where index_add uses atomics on CUDA
+        # sums in a fixed order on every device; index_add uses atomics on CUDA
         dfeatures += torch.ops.aten.embedding_dense_backward(
             dy_rows * weight[:, tap, None], index[:, tap].contiguous(), num_rows, -1, False
         )
@@ -266,39 +277,30 @@ def _backward_torch(dy, ids, rows, num_rows):
 # the registered ops
 
 
-def supports(backend: str, ids: Tensor, dtype: torch.dtype, size: int) -> str | None:
-    """None if `backend` serves maps like `ids` with features or gradients of `dtype`, else the reason why not."""
-    if backend in ("native", "triton") and dtype == torch.float64:
-        return f"{backend} label_map computes in fp32, and features are float64"
-    if backend == "triton" and max(size * max(ids.shape[1:]), ids.shape[0] * size * size) >= 2**31:
-        return "triton label_map counts pixels in 32 bits, and these are too many"
-    return None
-
-
-def _forward(ids, rows, features, size):
+def _forward(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
     ids, rows, features = ids.contiguous(), rows.contiguous(), features.contiguous()
-    backend = dispatch.choose("label_map", ids.device, lambda name: supports(name, ids, features.dtype, size))
+    backend = OP.choose(features, ids, size)
     if backend == "native":
         return torch.ops.prismer_native.label_map(ids, rows, features, size)
     if backend == "triton":
-        out = _forward_fake(ids, rows, features, size)
+        out = _forward_fake(ids, features, size)
         if out.numel():
             _forward_triton(ids, rows, features, size, out)
         return out
     return _forward_torch(ids, rows, features, size)
 
 
-def _forward_fake(ids, rows, features, size):
+def _forward_fake(ids: Tensor, features: Tensor, size: int) -> Tensor:
     return features.new_empty(ids.shape[0], size, size, features.shape[1])
 
 
-def _backward(dy, ids, rows, num_rows):
+def _backward(dy: Tensor, ids: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     dy, ids, rows = dy.contiguous(), ids.contiguous(), rows.contiguous()
-    backend = dispatch.choose("label_map", ids.device, lambda name: supports(name, ids, dy.dtype, dy.shape[1]))
+    backend = OP.choose(dy, ids, dy.shape[1])
     if backend == "native":
         return torch.ops.prismer_native.label_map_backward(dy, ids, rows, num_rows)
     if backend == "triton":
-        dfeatures = _backward_fake(dy, ids, rows, num_rows)
+        dfeatures = _backward_fake(dy, num_rows)
         if not dy.numel():
             return dfeatures.zero_()
         if num_rows:
@@ -307,20 +309,12 @@ def _backward(dy, ids, rows, num_rows):
     return _backward_torch(dy, ids, rows, num_rows)
 
 
-def _backward_fake(dy, ids, rows, num_rows):
+def _backward_fake(dy: Tensor, num_rows: int) -> Tensor:
     dtype = torch.promote_types(dy.dtype, torch.float32)
     return dy.new_empty(num_rows, dy.shape[3], dtype=dtype)
 
 
-_label_map = dispatch.define(
-    "label_map(Tensor ids, Tensor rows, Tensor features, int size) -> Tensor", _forward, _forward_fake
-)
-_label_map_backward = dispatch.define(
-    "label_map_backward(Tensor dy, Tensor ids, Tensor rows, int num_rows) -> Tensor", _backward, _backward_fake
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ids, rows, features, _ = inputs
     ctx.set_materialize_grads(False)
     if ctx.needs_input_grad[2]:
@@ -328,14 +322,15 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(ids, rows)
 
 
-def _autograd(ctx, dy):
+def _autograd(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None or not ctx.needs_input_grad[2]:
         return None, None, None, None
     dfeatures = _label_map_backward(dy, *ctx.saved_tensors, ctx.num_rows)
     return None, None, dfeatures.to(ctx.dtype), None
 
 
-dispatch.register_backward("label_map", _setup_context, _autograd)
+_label_map = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_label_map_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
@@ -344,8 +339,8 @@ dispatch.register_backward("label_map", _setup_context, _autograd)
 def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
     """Look up each pixel's features and resize bilinearly with `align_corners=True`.
 
-    Waits for no device. `size == h == w` is a plain lookup. For the backward pass it keeps ids and rows, and only if
-    `features` require a gradient, which is added up in a fixed order.
+    The host does not wait for the device. `size == h == w` is a plain lookup. Autograd saves ids and rows if `features`
+    require a gradient, which is summed in a fixed order.
 
     Args:
         ids: (B, h, w) uint8, the stored map; 255 is background by convention of the tables.
@@ -354,8 +349,7 @@ def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
         size: side of the output in pixels.
 
     Returns:
-        (B, C, size, size) in the dtype of `features`, channels_last in memory; summed in fp32
-        (float64 for float64).
+        (B, C, size, size) in the dtype of `features`, channels_last in memory; summed in fp32 (float64 for float64).
 
     Raises:
         ValueError: if a shape, dtype or device does not fit.
@@ -375,7 +369,7 @@ def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
         raise ValueError(
             f"ids, rows and features are on {ids.device}, {rows.device} and {features.device}; move them to one device"
         )
-    if dispatch.asked() == "reference":
+    if OP.route(features) == "reference":
         return label_map_reference(ids, rows, features, size)
     # (B, size, size, C) in memory: channels_last, as the convolution that follows wants it
     return _label_map(ids, rows, features, size).permute(0, 3, 1, 2)
@@ -384,9 +378,8 @@ def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
 def kernel_cases() -> list[KernelCase]:
     """What is compiled ahead of time: BASE and LARGE, 8 images, a table of 320 rows."""
     cases = []
-    C, F = 64, 320
+    B, side, C, F = 8, 224, 64, 320
     for model, size in (("BASE", 56), ("LARGE", 64)):
-        B, side = 8, 224
         P, BC = B * size * size, _columns(C)
         G, _ = _parts(P, F, C)
         backward = dict(_BACKWARD_TILES)

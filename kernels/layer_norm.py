@@ -4,15 +4,17 @@
     g = dy * weight,  xhat = (x - mean) * rstd
     dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  dweight = sum over rows of dy * xhat,  dbias = sum of dy
 
-With a residual, `x` above is `total = x + residual`, rounded to its dtype. Statistics are kept, not the normalised
-input; a frozen affine costs neither memory nor its reduction. dweight and dbias are summed in a fixed order.
+With a residual, `x` above is `total = x + residual`, rounded to its dtype. Autograd saves the statistics, not the
+normalised input. A frozen affine costs neither memory nor a reduction. dweight and dbias are summed in a fixed order.
 Source: Ba et al., arXiv:1607.06450; pre-norm in the encoder and post-norm in the decoder of Prismer, arXiv:2303.02506.
 
 Compulsory traffic, for R rows of D numbers of s bytes (weights 2 D w bytes, statistics 8 R bytes):
     forward   2 R D s + 2 D w + 8 R;   with a residual 4 R D s + 2 D w + 8 R
     backward  3 R D s + D w + 8 R;     with dtotal 4 R D s + D w + 8 R
-and for a trained affine 8 D bytes of partial sums for each of the P row groups, written and read, and 8 D written.
+A trained affine adds 8 D bytes of partial sums, written and read, for each of P groups of rows, and 8 D bytes written.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prismer.kernels import dispatch
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.dispatch import NATIVE, TORCH, TRITON, Op
 
 _MAX_WIDTH = 65536
 
@@ -45,6 +47,18 @@ def add_layer_norm_reference(
     """The definition of `add_layer_norm`."""
     total = x + residual
     return layer_norm_reference(total, weight, bias, eps), total
+
+
+def _host(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether torch's own operator serves the call as well: in fp32 it does the same at a lower cost of the call."""
+    return (
+        x.dtype == torch.float32
+        and (weight is None) == (bias is None)
+        and (weight is None or (weight.dtype == bias.dtype == torch.float32))
+    )
+
+
+OP = Op(name="layer_norm", reference=layer_norm_reference, backends=(NATIVE, TRITON, TORCH), host=_host)
 
 
 # Triton
@@ -76,7 +90,7 @@ def _forward_kernel(
     b_x = tl.load(p_x + o, mask=m, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         b_x += tl.load(p_residual + o, mask=m, other=0.0).to(tl.float32)
-        # what is normalised is what the next layer and the backward pass see: the rounded sum
+        # normalise the rounded sum, which the next layer and the backward pass see
         b_total = b_x.to(p_total.dtype.element_ty)
         tl.store(p_total + o, b_total, mask=m)
         b_x = b_total.to(tl.float32)
@@ -113,7 +127,7 @@ def _backward_kernel(
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program takes `blocks` blocks of rows and leaves its partial sums of the affine in a row of its own."""
+    """One program takes `blocks` blocks of rows and writes its partial sums for the affine to its own row."""
     i_group = tl.program_id(0).to(tl.int64)
     o_col = tl.arange(0, BD)
     m_col = o_col < D
@@ -161,73 +175,55 @@ def _sum_groups_kernel(p_partial, p_sum, P, D, BP: tl.constexpr, BD: tl.constexp
 
 
 def _tiles(D: int) -> dict[str, int]:
-    """Rows a block and warps: a warp for every 256 numbers, so that each lane holds two 128-bit vectors of bf16."""
+    """Rows of a block, and warps: one for every 256 numbers, so that each lane holds two 128-bit vectors of bf16."""
     BD = triton.next_power_of_2(max(D, 16))
     return dict(BR=max(1, 1024 // BD), BD=BD, num_warps=min(max(BD // 256, 4), 16))
 
 
 def _groups(R: int, BR: int) -> tuple[int, int]:
-    """Row groups P of the backward pass and row blocks of each: a function of R alone, so that sums repeat anywhere."""
+    """Row groups P of the backward pass and row blocks of each: from R alone, so that sums are the same anywhere."""
     blocks = triton.cdiv(R, BR)
     each = triton.cdiv(blocks, 256)
     return triton.cdiv(blocks, each), each
 
 
-def _forward_triton(x, residual, weight, bias, eps, y, total, mean, rstd) -> None:
+def _forward_triton(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    outputs: tuple[Tensor, ...],
+) -> None:
     R, D = x.shape
     tiles = _tiles(D)
-    _forward_kernel[(triton.cdiv(R, tiles["BR"]),)](
-        x,
-        residual,
-        weight,
-        bias,
-        y,
-        total,
-        mean,
-        rstd,
-        R,
-        D,
-        eps,
-        HAS_RESIDUAL=residual is not None,
-        HAS_WEIGHT=weight is not None,
-        HAS_BIAS=bias is not None,
-        **tiles,
-    )
+    given = dict(HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None)
+    _forward_kernel[(triton.cdiv(R, tiles["BR"]),)](x, residual, weight, bias, *outputs, R, D, eps, **given, **tiles)
 
 
-def _backward_triton(dy, dtotal, x, weight, mean, rstd, affine, dx) -> Tensor:
+def _backward_triton(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, affine: bool
+) -> tuple[Tensor, Tensor]:
+    """dx, and the sums for the affine as one tensor (2, D)."""
     R, D = x.shape
     tiles = _tiles(D)
     P, blocks = _groups(R, tiles["BR"])
+    dx = torch.empty_like(x)
     partial = torch.empty(2, P if affine else 0, D, dtype=torch.float32, device=x.device)
-    _backward_kernel[(P,)](
-        dy,
-        dtotal,
-        x,
-        weight,
-        mean,
-        rstd,
-        dx,
-        partial[0],
-        partial[1],
-        R,
-        D,
-        blocks,
-        HAS_TOTAL=dtotal is not None,
-        HAS_WEIGHT=weight is not None,
-        AFFINE=affine,
-        **tiles,
-    )
+    given = dict(HAS_TOTAL=dtotal is not None, HAS_WEIGHT=weight is not None, AFFINE=affine)
+    _backward_kernel[(P,)](dy, dtotal, x, weight, mean, rstd, dx, *partial, R, D, blocks, **given, **tiles)
     sums = torch.empty(2, D if affine else 0, dtype=torch.float32, device=x.device)
     if affine:
         _sum_groups_kernel[(triton.cdiv(D, 64), 2)](partial, sums, P, D, BP=16, BD=64, num_warps=4)
-    return sums
+    return dx, sums
 
 
 # torch
 
 
-def _forward_torch(x, residual, weight, bias, eps):
+def _forward_torch(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     total = x + residual if residual is not None else x.new_empty(0)
     x32 = (x if residual is None else total).to(compute)
@@ -242,7 +238,9 @@ def _forward_torch(x, residual, weight, bias, eps):
     return y.to(x.dtype), total, mean, rstd
 
 
-def _backward_torch(dy, dtotal, x, weight, mean, rstd, affine):
+def _backward_torch(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, affine: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     compute = mean.dtype
     xhat = (x.to(compute) - mean[:, None]) * rstd[:, None]
     dy32 = dy.to(compute)
@@ -261,73 +259,54 @@ def _backward_torch(dy, dtotal, x, weight, mean, rstd, affine):
 # the registered ops
 
 
-def supports(backend: str, x: Tensor) -> str | None:
-    """None if `backend` serves rows like those of `x`, else the reason why not."""
-    if backend in ("native", "triton") and x.dtype == torch.float64:
-        return f"{backend} layer_norm computes in fp32, and x is float64"
-    return None
-
-
-def _forward(x, residual, weight, bias, eps):
-    R, D = x.shape
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    backend = dispatch.choose("layer_norm", x.device, lambda name: supports(name, x))
+    backend = OP.choose(x)
     if backend == "torch":
         return _forward_torch(x, residual, weight, bias, eps)
     if backend == "native":
         return torch.ops.prismer_native.layer_norm(x, residual, weight, bias, eps)
-    y, total, mean, rstd = _forward_fake(x, residual, weight, bias, eps)
-    if R:
-        _forward_triton(x, residual, weight, bias, eps, y, total, mean, rstd)
-    return y, total, mean, rstd
+    outputs = _forward_fake(x, residual)
+    if x.shape[0]:
+        _forward_triton(x, residual, weight, bias, eps, outputs)
+    return outputs
 
 
-def _forward_fake(x, residual, weight, bias, eps):
+def _forward_fake(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     mean, rstd = (x.new_empty(x.shape[0], dtype=compute) for _ in range(2))
     total = x.new_empty(0 if residual is None else x.shape)
     return x.new_empty(x.shape), total, mean, rstd
 
 
-def _backward(dy, dtotal, x, weight, mean, rstd, affine):
+def _backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, affine: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     dy, x = dy.contiguous(), x.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
-    backend = dispatch.choose("layer_norm", x.device, lambda name: supports(name, x))
+    backend = OP.choose(x)
     if backend == "torch":
         dx, *sums = _backward_torch(dy, dtotal, x, weight, mean, rstd, affine)
     elif backend == "native":
         dx, *sums = torch.ops.prismer_native.layer_norm_backward(dy, dtotal, x, weight, mean, rstd, affine)
+    elif x.shape[0]:
+        dx, sums = _backward_triton(dy, dtotal, x, weight, mean, rstd, affine)
     else:
-        dx = torch.empty_like(x)
-        sums = torch.zeros(2, x.shape[1] if affine else 0, device=x.device)
-        if x.shape[0]:
-            sums = _backward_triton(dy, dtotal, x, weight, mean, rstd, affine, dx)
-    # rounded once, here; the halves of Triton's one tensor are copied, since an op's outputs may not share memory
+        dx, sums = torch.empty_like(x), torch.zeros(2, x.shape[1] if affine else 0, device=x.device)
+    # rounded once, here. The outputs of an op may not share memory, so both halves of Triton's one tensor are copied
     dtype = x.dtype if weight is None else weight.dtype
     return dx, *(part.to(dtype, copy=backend == "triton") for part in sums)
 
 
-def _backward_fake(dy, dtotal, x, weight, mean, rstd, affine):
+def _backward_fake(x: Tensor, weight: Tensor | None, mean: Tensor, affine: bool) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.dtype if weight is None else weight.dtype
     dweight, dbias = (mean.new_empty(x.shape[1] if affine else 0, dtype=dtype) for _ in range(2))
     return x.new_empty(x.shape), dweight, dbias
 
 
-_layer_norm = dispatch.define(
-    "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-_layer_norm_backward = dispatch.define(
-    "layer_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool affine)"
-    " -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias, _ = inputs
     _, total, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
@@ -340,13 +319,13 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
 
 
-def _autograd(ctx, dy, dtotal, *_):
+def _autograd(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        # only the sum went on: its gradient passes through
+        # only the sum was used: its gradient passes through
         return dtotal, dtotal if ctx.has_residual else None, None, None, None
     x, weight, mean, rstd = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    dx, dweight, dbias = _layer_norm_backward(dy, dtotal, x, weight, mean, rstd, needs[2] or needs[3])
+    dx, dweight, dbias = layer_norm_backward_op(dy, dtotal, x, weight, mean, rstd, needs[2] or needs[3])
     return (
         dx if needs[0] else None,
         dx if needs[1] else None,
@@ -356,20 +335,11 @@ def _autograd(ctx, dy, dtotal, *_):
     )
 
 
-dispatch.register_backward("layer_norm", _setup_context, _autograd)
+layer_norm_op = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+layer_norm_backward_op = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public functions
-
-
-def _is_torchs(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Is this call torch's own operator? In fp32 on a CPU it does the same work at a lower cost of the call."""
-    return (
-        x.dtype == torch.float32
-        and (weight is None) == (bias is None)
-        and (weight is None or (weight.dtype == bias.dtype == torch.float32))
-        and dispatch.on_host(x)
-    )
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -404,11 +374,12 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         ValueError: if a shape or dtype does not fit, or D exceeds 65536.
     """
     _check(x, None, weight, bias)
-    if _is_torchs(x, weight, bias):
+    route = OP.route(x, weight, bias)
+    if route == "host":
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    if dispatch.asked() == "reference":
+    if route == "reference":
         return layer_norm_reference(x, weight, bias, eps)
-    return _layer_norm(x.reshape(-1, x.shape[-1]), None, weight, bias, eps)[0].view(x.shape)
+    return layer_norm_op(x.reshape(-1, x.shape[-1]), None, weight, bias, eps)[0].view(x.shape)
 
 
 def add_layer_norm(
@@ -421,19 +392,20 @@ def add_layer_norm(
         weight, bias, eps: as in `layer_norm`.
 
     Returns:
-        The normalised sum and the sum, both (..., D). A pre-norm block goes on from the sum, a post-norm one drops it.
+        The normalised sum and the sum, both (..., D). A pre-norm block adds to the sum, a post-norm block drops it.
 
     Raises:
         ValueError: if a shape or dtype does not fit, or D exceeds 65536.
     """
     _check(x, residual, weight, bias)
-    if _is_torchs(x, weight, bias):
+    route = OP.route(x, weight, bias)
+    if route == "host":
         total = x + residual
         return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total
-    if dispatch.asked() == "reference":
+    if route == "reference":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     rows = (-1, x.shape[-1])
-    y, total, _, _ = _layer_norm(x.reshape(rows), residual.reshape(rows), weight, bias, eps)
+    y, total, _, _ = layer_norm_op(x.reshape(rows), residual.reshape(rows), weight, bias, eps)
     return y.view(x.shape), total.view(x.shape)
 
 

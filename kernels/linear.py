@@ -3,17 +3,20 @@
     y_i = x W_i^T + b_i
     dx = sum over i of dy_i W_i,   dW_i = dy_i^T x,   db_i = sum over rows of dy_i
 
-The gradient of the input is accumulated inside the matrix products, where separate layers would add tensors that they
-first wrote; what is frozen is neither computed nor kept. The products themselves are the platform's library.
+The gradient of the input is accumulated inside the matrix products; separate layers would write three tensors and add
+them. Frozen layers compute and save nothing. The products themselves are the platform's library.
 Source: query, key and value of Vaswani et al., arXiv:1706.03762, section 3.2.
 
-FLOPs 2 R D N forward for N outputs in all; as much again for dx, and for the weights that train.
+FLOPs: 2 R D N forward for N outputs in all, as many again for dx, and as many again for the weights that train.
 """
+
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import dispatch, matmul
+from prismer.kernels import matmul
+from prismer.kernels.dispatch import TORCH, Op, is_partitioned
 
 _MOST = 3
 
@@ -23,63 +26,62 @@ def linears_reference(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> 
     return [F.linear(x, weight, bias) for weight, bias in layers]
 
 
-def _pairs(tensors) -> list[tuple[Tensor, Tensor | None]]:
-    return [(tensors[i], tensors[i + 1]) for i in range(0, len(tensors), 2) if tensors[i] is not None]
+def _host(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's own layers serve the call as well: the op saves no product. `weight` is the first one."""
+    return not matmul.on_onednn(x) and not is_partitioned(weight)
 
 
-def _forward(x, *tensors):
-    outputs = [matmul.linear(x, weight, bias) for weight, bias in _pairs(tensors)]
-    return *outputs, *(x.new_empty(0) for _ in range(_MOST - len(outputs)))
+OP = Op(name="linears", reference=linears_reference, backends=(TORCH,), host=_host)
 
 
-def _forward_fake(x, *tensors):
-    outputs = [x.new_empty(x.shape[0], weight.shape[0]) for weight, _ in _pairs(tensors)]
-    return *outputs, *(x.new_empty(0) for _ in range(_MOST - len(outputs)))
+# the registered ops
 
 
-def _backward(x, dy1, dy2, dy3, w1, w2, w3, needs):
-    """`needs`: dx, then weight and bias of each layer. `x` is there if a weight trains, weights are if dx is needed."""
+def _forward(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor | None, b2: Tensor | None, w3: Tensor | None, b3: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    layers = (w1, b1), (w2, b2), (w3, b3)
+    return tuple(x.new_empty(0) if weight is None else matmul.linear(x, weight, bias) for weight, bias in layers)
+
+
+def _forward_fake(x: Tensor, w1: Tensor, w2: Tensor | None, w3: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(0 if weight is None else (x.shape[0], weight.shape[0])) for weight in (w1, w2, w3))
+
+
+def _backward(
+    x: Tensor | None,
+    dy1: Tensor | None,
+    dy2: Tensor | None,
+    dy3: Tensor | None,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    w3: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`needs`: dx, then weight and bias of each layer. `x` is given if a weight trains, the weights if dx is needed."""
     dx = None
     grads = []
     empty = next(dy for dy in (dy1, dy2, dy3) if dy is not None).new_empty
     for i, (dy, weight) in enumerate(((dy1, w1), (dy2, w2), (dy3, w3))):
         if dy is not None and needs[0]:
-            if dx is None:
-                dx = matmul.mm(dy, weight)
-            elif matmul.on_onednn(dy):
-                dx += matmul.mm(dy, weight)
-            else:
-                dx.addmm_(dy, weight)
+            dx = matmul.mm(dy, weight) if dx is None else matmul.add_mm(dx, dy, weight)
         grads.append(matmul.mm(dy.mT, x) if needs[1 + 2 * i] else empty(0))
         grads.append(dy.sum(0) if needs[2 + 2 * i] else empty(0))
     return (empty(0) if dx is None else dx), *grads
 
 
-def _backward_fake(x, dy1, dy2, dy3, w1, w2, w3, needs):
+def _backward_fake(
+    x: Tensor | None, dy1: Tensor | None, dy2: Tensor | None, dy3: Tensor | None, w1: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, ...]:
     grads = []
-    empty = next(dy for dy in (dy1, dy2, dy3) if dy is not None).new_empty
+    given = next(dy for dy in (dy1, dy2, dy3) if dy is not None)
     for i, dy in enumerate((dy1, dy2, dy3)):
-        grads.append(empty((dy.shape[1], x.shape[1]) if needs[1 + 2 * i] else 0))
-        grads.append(empty(dy.shape[1] if needs[2 + 2 * i] else 0))
-    rows = next(dy for dy in (dy1, dy2, dy3) if dy is not None).shape[0]
-    return empty((rows, w1.shape[1]) if needs[0] else 0), *grads
+        grads.append(given.new_empty((dy.shape[1], x.shape[1]) if needs[1 + 2 * i] else 0))
+        grads.append(given.new_empty(dy.shape[1] if needs[2 + 2 * i] else 0))
+    return given.new_empty((given.shape[0], w1.shape[1]) if needs[0] else 0), *grads
 
 
-_linears = dispatch.define(
-    "linears(Tensor x, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor? w3, Tensor? b3)"
-    " -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-_linears_backward = dispatch.define(
-    "linears_backward(Tensor? x, Tensor? dy1, Tensor? dy2, Tensor? dy3, Tensor? w1, Tensor? w2, Tensor? w3,"
-    " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, *tensors = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(y for y, w in zip(output, tensors[::2], strict=True) if w is None))
@@ -90,7 +92,7 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(x if weights_train else None, *weights)
 
 
-def _autograd(ctx, *dys):
+def _autograd(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
     if all(dy is None for dy in dys):
         return (None,) * (1 + 2 * _MOST)
     x, *weights = ctx.saved_tensors
@@ -99,7 +101,11 @@ def _autograd(ctx, *dys):
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
-dispatch.register_backward("linears", _setup_context, _autograd)
+_linears = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_linears_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
+
+
+# the public function
 
 
 def linears(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
@@ -124,7 +130,8 @@ def linears(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> list[Tenso
                 f"weight {tuple(weight.shape)} {weight.dtype} and bias {None if bias is None else tuple(bias.shape)} "
                 f"do not fit x {tuple(x.shape)} {x.dtype}; pass (N, {x.shape[-1]}) and (N,) of {x.dtype}"
             )
-    if dispatch.asked() == "reference" or (dispatch.on_host(x, layers[0][0]) and not matmul.on_onednn(x)):
+    # torch's own layers are the definition
+    if OP.route(x, layers[0][0]) != "op":
         return linears_reference(x, layers)
     flat = [t for layer in layers for t in layer] + [None, None] * (_MOST - len(layers))
     outputs = _linears(x.reshape(-1, x.shape[-1]), *flat)

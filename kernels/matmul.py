@@ -1,10 +1,10 @@
-"""Matrix products without a gradient of their own, on the library that is fastest here: what the rooms are built of.
+"""Matrix products without a gradient of their own, on the library that is fastest here; other ops consist of them.
 
-On a CPU torch multiplies fp32 matrices with MKL, which gives AMD processors with AVX-512 less than half of what oneDNN,
-the other library that torch brings, gets out of them: of 2048 x 2048 matrices on two cores of a Zen 5 222 GFLOP/s
-against 488, and 31 ms against 5 for 3 rows times RoBERTa's vocabulary. There oneDNN multiplies; everywhere else torch
-does as it always does. The processor decides, not a stopwatch, so that a run gives the same bits each time.
-PRISMER_MATMUL=torch, read when this module is imported, leaves everything to torch.
+On a CPU torch multiplies fp32 matrices with MKL. On AMD processors with AVX-512, MKL reaches less than half the speed
+of oneDNN, the other library that torch includes: 222 against 488 GFLOP/s for matrices of 2048 x 2048 on two cores of a
+Zen 5, and 31 against 5 ms for 3 rows times RoBERTa's vocabulary. There oneDNN multiplies; elsewhere torch decides.
+The choice depends on the processor, not on a measurement, so that a run gives the same bits each time.
+PRISMER_MATMUL=torch, read when this module is imported, leaves every product to torch.
 """
 
 import functools
@@ -32,7 +32,7 @@ def onednn_is_faster() -> bool:
 
 
 def on_onednn(x: Tensor) -> bool:
-    """Does oneDNN multiply `x` by a matrix: fp32 with data, on such a processor?"""
+    """Does oneDNN multiply `x` by a matrix? It does if `x` is fp32 with data, on such a processor."""
     return (
         not torch.compiler.is_compiling()
         and x.dtype == torch.float32
@@ -53,3 +53,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a b: (M, K) and (K, N), any strides -> (M, N)."""
     return linear(a, b.mT) if on_onednn(a) else a @ b
+
+
+def add_mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out + a b, in place of `out` (M, N)."""
+    # oneDNN cannot write a product to given memory
+    return out.add_(mm(a, b)) if on_onednn(a) else out.addmm_(a, b)

@@ -1,25 +1,28 @@
-"""The two-layer perceptron of a transformer block, with bias and activation inside the matrix matmul.
+"""The two-layer perceptron of a transformer block, with bias and activation inside the matrix products.
 
     h = x fc_weight^T,  a = act(h + fc_bias),  y = a proj_weight^T + proj_bias
     dh = (dy proj_weight) act'(h + fc_bias),  dx = dh fc_weight
     dfc_weight = dh^T x,  dproj_weight = dy^T a,  biases: the column sums of dh and dy
 
-For R rows of D numbers of s bytes, hidden width E and output width O, each product only where something trains:
+For R rows of D numbers of s bytes, hidden width E and output width O, and each product only where something trains:
     FLOPs     forward 2 R E (D + O);  backward 2 R E (O for dh + D for dx + D for dfc_weight + O for dproj_weight)
-    saved     h, R E s, the product WITHOUT its bias; x, R D s, only if fc_weight trains; and parameters themselves.
-              h is not even written if nothing that needs it trains; a is never saved: it is formed again beside dh.
-    bytes     forward, compulsory: (R D + 2 R E + R O + D E + E O) s, R E s more if h is kept
+    saved     h, R E s, the product WITHOUT its bias; x, R D s, only if fc_weight trains; and the parameters themselves.
+              h is not even written if nothing that needs it trains. a is never saved: it is computed again with dh.
+    bytes     forward, compulsory: (R D + 2 R E + R O + D E + E O) s, and R E s more if h is saved
 Source: the MLP of CLIP, arXiv:2103.00020 (quick_gelu), of RoBERTa, arXiv:1907.11692 (gelu), and of the resampler of
 Prismer, arXiv:2303.02506 (squared_relu).
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import dispatch, matmul
+from prismer.kernels import matmul
 from prismer.kernels.activation import bias_activation_op, bias_activation_reference, check_activation, column_sums
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.dispatch import TORCH, TRITON, Op, is_partitioned
 from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient
 
 
@@ -41,34 +44,59 @@ def mlp_reference(
     return F.linear(a, w2, b2).to(x.dtype)
 
 
+def _host(x: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, activation: str) -> bool:
+    """Whether torch's own layers serve the call as well: with GELU and a frozen second layer they save no more."""
+    return (
+        activation == "gelu"
+        and not (torch.is_grad_enabled() and proj_weight.requires_grad)
+        and all(bias is None or bias.dtype == x.dtype for bias in (fc_bias, proj_bias))
+        and not matmul.on_onednn(x)
+        and not is_partitioned(proj_weight)
+    )
+
+
+OP = Op(name="mlp", reference=mlp_reference, backends=(TRITON, TORCH), host=_host)
+
+
 # the registered ops
 
 
-def supports(backend: str, x: Tensor) -> str | None:
-    """None if `backend` serves rows like those of `x`, else the reason why not."""
-    if backend == "triton" and x.dtype == torch.float64:
-        return "triton mlp computes in fp32, and x is float64"
-    return None
-
-
-def _forward(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, keep):
+def _forward(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
-    backend = dispatch.choose("mlp", x.device, lambda name: supports(name, x))
+    backend = OP.choose(x)
     a, h = gemm(x, fc_weight, fc_bias, backend=backend, activation=activation, keep=keep)
     y, _ = gemm(a, proj_weight, proj_bias, backend=backend)
     return y, h
 
 
-def _forward_fake(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, keep):
-    R, E = x.shape[0], fc_weight.shape[0]
-    h = x.new_empty(R, E) if keep else x.new_empty(0)
-    return x.new_empty(R, proj_weight.shape[0]), h
+def _forward_fake(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    h = x.new_empty((x.shape[0], fc_weight.shape[0]) if keep else 0)
+    return x.new_empty(x.shape[0], proj_weight.shape[0]), h
 
 
-def _backward(dy, x, h, fc_weight, fc_bias, proj_weight, proj_bias, activation, needs):
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    fc_weight: Tensor | None,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor | None,
+    proj_bias: Tensor | None,
+    activation: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`needs`: of x, fc_weight, fc_bias, proj_weight, proj_bias."""
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = needs
     dy = dy.contiguous()
-    backend = dispatch.choose("mlp", dy.device, lambda name: supports(name, dy))
+    backend = OP.choose(dy)
     dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias = (dy.new_empty(0) for _ in range(5))
     if need_x or need_fc_weight or need_fc_bias:
         dh, a, sums = gemm_derivative(
@@ -96,7 +124,15 @@ def _backward(dy, x, h, fc_weight, fc_bias, proj_weight, proj_bias, activation, 
     return dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias
 
 
-def _backward_fake(dy, x, h, fc_weight, fc_bias, proj_weight, proj_bias, activation, needs):
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    fc_weight: Tensor | None,
+    fc_bias: Tensor | None,
+    proj_bias: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
     R, outputs = dy.shape
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = needs
     return (
@@ -108,22 +144,7 @@ def _backward_fake(dy, x, h, fc_weight, fc_bias, proj_weight, proj_bias, activat
     )
 
 
-_mlp = dispatch.define(
-    "mlp(Tensor x, Tensor fc_weight, Tensor? fc_bias, Tensor proj_weight, Tensor? proj_bias, str activation, bool keep)"
-    " -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-# needs: of x, fc_weight, fc_bias, proj_weight, proj_bias
-_mlp_backward = dispatch.define(
-    "mlp_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? fc_weight, Tensor? fc_bias, Tensor? proj_weight,"
-    " Tensor? proj_bias, str activation, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, fc_weight, fc_bias, proj_weight, proj_bias, activation, _ = inputs
     _, h = output
     ctx.mark_non_differentiable(h)
@@ -142,7 +163,7 @@ def _setup_context(ctx, inputs, output) -> None:
         )
 
 
-def _autograd(ctx, dy, _):
+def _autograd(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 7
     needs = list(ctx.needs_input_grad[:5])
@@ -150,7 +171,8 @@ def _autograd(ctx, dy, _):
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
-dispatch.register_backward("mlp", _setup_context, _autograd)
+_mlp = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_mlp_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
@@ -159,7 +181,7 @@ dispatch.register_backward("mlp", _setup_context, _autograd)
 def check_linear(
     name: str, weight: Tensor, bias: Tensor | None, inputs: int, like: Tensor, outputs: int | None = None
 ) -> None:
-    """Raise ValueError unless `weight` (outputs, inputs) and `bias` (outputs,) are a layer for `like`, which is x."""
+    """Raise ValueError unless `weight` (outputs, inputs) and `bias` (outputs,) make a layer for x, which is `like`."""
     if (
         weight.dtype != like.dtype
         or weight.dim() != 2
@@ -186,7 +208,7 @@ def mlp(
     *,
     activation: str,
 ) -> Tensor:
-    """proj(act(fc(x))), which saves the pre-activation only, and computes no gradient of what is frozen.
+    """proj(act(fc(x))), which saves the pre-activation alone and computes no gradient of frozen parameters.
 
     Args:
         x: (..., D), fp32, bf16, fp16 or float64.
@@ -205,19 +227,13 @@ def mlp(
         raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (..., D)")
     check_linear("fc", fc_weight, fc_bias, x.shape[-1], x)
     check_linear("proj", proj_weight, proj_bias, fc_weight.shape[0], x)
-    if dispatch.asked() == "reference":
-        return mlp_reference(x, fc_weight, fc_bias, proj_weight, proj_bias, activation=activation)
-    training = torch.is_grad_enabled()
-    if (
-        activation == "gelu"
-        and not (training and proj_weight.requires_grad)
-        and all(bias is None or bias.dtype == x.dtype for bias in (fc_bias, proj_bias))
-        and not matmul.on_onednn(x)
-        and dispatch.on_host(x, proj_weight)
-    ):
-        # torch keeps no more than we do where the second layer is frozen
+    route = OP.route(x, fc_bias, proj_weight, proj_bias, activation)
+    if route == "host":
         return F.linear(F.gelu(F.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
-    keep = training and any(t is not None and t.requires_grad for t in (x, fc_weight, fc_bias, proj_weight))
+    if route == "reference":
+        return mlp_reference(x, fc_weight, fc_bias, proj_weight, proj_bias, activation=activation)
+    needs_h = (x, fc_weight, fc_bias, proj_weight)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needs_h)
     rows = x.reshape(-1, x.shape[-1])
     y, _ = _mlp(rows, fc_weight, fc_bias, proj_weight, proj_bias, activation, keep)
     return y.view(*x.shape[:-1], proj_weight.shape[0])

@@ -1,25 +1,27 @@
-"""Drop-in modules on the fused ops, with the state-dict keys of what they replace.
+"""Drop-in modules on the fused ops, with the state-dict keys of the modules that they replace.
 
 | module | replaces | keys |
 |---|---|---|
 | `LayerNorm` | `nn.LayerNorm` | weight, bias |
-| `MLP` | the feed-forward of CLIP and others | c_fc.*, c_proj.*, or the two names you give |
+| `MLP` | the feed-forward of CLIP and others | c_fc.*, c_proj.*, or two names of your choice |
 | `Adaptor` | Prismer's residual adaptors (arXiv:2303.02506, section 3.2) | norm.*, down.*, up.* |
-| `MultiheadAttention` | `nn.MultiheadAttention`, batch first | in_proj_*, out_proj.*; or four names of yours |
+| `MultiheadAttention` | `nn.MultiheadAttention`, batch first | in_proj_*, out_proj.*, or four names of your choice |
 | `PerceiverResampler` | Flamingo's and Prismer's resampler (arXiv:2204.14198, section 3.1.1) | latents, blocks.i.* |
 | `LinearCrossEntropy` | an LM head and its loss | weight, bias |
 
-Each owns the parameters that it uses, and reads them only inside its own `forward`. Those with children read the
-children's parameters without calling them: `_z3_leaf` tells DeepSpeed ZeRO-3 to gather the whole module on entry (no
-import of deepspeed is needed). ZeRO-3 needs an input of such a module to require a gradient when it trains.
+A module with children reads their weights and does not call them. The attribute `_z3_leaf` makes DeepSpeed ZeRO-3
+gather such a module as a whole (without an import of deepspeed). Under ZeRO-3, an input of a module that trains must
+require a gradient.
 
-To read a layer is to call it only while it is the plain layer that was built: one that is adapted, quantised, pruned,
-parametrised, hooked, wrapped or offloaded is called, and the module runs unfused around it. What a module owns itself
-(`in_proj_*`, the matrix of `LinearCrossEntropy`) is read in any case: a parametrisation or a hook of the module has
-done its work by then, and a tensor class of another library is refused by the ops or runs its own operators.
+A module reads a child only while the child is the plain layer that was built (prismer.kernels.layer_state). A child
+that is adapted, quantised, pruned, parametrised, hooked, wrapped or offloaded is called, and the module runs unfused
+around it. The module always reads its own weights (`in_proj_*`, the matrix of `LinearCrossEntropy`): hooks and
+parametrisations of the module itself have run by then, and the ops refuse tensor classes of other libraries or run
+their operators.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,20 +33,20 @@ from prismer.kernels.adaptor import adaptor
 from prismer.kernels.attention import attention
 from prismer.kernels.cross_entropy import linear_cross_entropy
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
-from prismer.kernels.layer_state import has_hooks, reads_as_called
+from prismer.kernels.layer_state import has_hooks, is_plain_layer
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
 from prismer.kernels.resampler_attention import resampler_attention, standardise
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` over one dimension: fp32 statistics, and no reduction for a frozen affine."""
+    """`nn.LayerNorm` over one dimension, with fp32 statistics. A frozen weight and bias cost no reduction."""
 
-    def __init__(self, width: int | Sequence[int], eps: float = 1e-5, **options):
+    def __init__(self, width: int | Sequence[int], eps: float = 1e-5, **options: Any) -> None:
         super().__init__(width, eps=eps, **options)
         if len(self.normalized_shape) != 1:
             raise ValueError(
-                f"normalized_shape is {self.normalized_shape}; this layer norm takes the last dimension alone"
+                f"normalized_shape is {self.normalized_shape}; this norm takes only one dimension, the last"
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,20 +54,20 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """norm(x + residual) and x + residual in one pass; for the forward of a module that contains this one."""
+        """norm(x + residual) and x + residual in one pass; for modules that contain this one."""
         if has_hooks(self) or "forward" in self.__dict__ or type(self).forward is not LayerNorm.forward:
             total = x + residual
             return self(total), total
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
-def _call(layer: nn.Module, x: Tensor) -> Tensor:
-    """What `layer` makes of `x`, by the op where it is a plain linear."""
-    return linears(x, [(layer.weight, layer.bias)])[0] if reads_as_called(layer) else layer(x)
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    """`layer(x)`, by the fused op if the layer is a plain linear."""
+    return linears(x, [(layer.weight, layer.bias)])[0] if is_plain_layer(layer) else layer(x)
 
 
 def _add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """`norm.add`, or the same of a norm of another class."""
+    """norm(x + residual) and x + residual, for a norm of any class."""
     if isinstance(norm, LayerNorm):
         return norm.add(x, residual)
     total = x + residual
@@ -73,25 +75,26 @@ def _add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Ten
 
 
 class MLP(nn.Module):
-    """proj(activation(fc(x))): (..., D) -> (..., D). Of the two hidden tensors only the pre-activation is saved.
+    """proj(activation(fc(x))): (..., D) -> (..., D). Autograd saves one of the two hidden tensors, the pre-activation.
 
     Args:
-        width, hidden: D, and the size between the two layers.
+        width: D.
+        hidden: size between the two layers.
         activation: "quick_gelu", "gelu" (erf) or "squared_relu".
-        names: what the two linear layers are called.
+        names: of the two linear layers.
     """
 
     _z3_leaf = True
 
-    def __init__(self, width: int, hidden: int, activation: str, names: tuple[str, str] = ("c_fc", "c_proj")):
+    def __init__(self, width: int, hidden: int, activation: str, names: tuple[str, str] = ("c_fc", "c_proj")) -> None:
         super().__init__()
         self.activation, self.names = activation, names
         self.add_module(names[0], nn.Linear(width, hidden))
         self.add_module(names[1], nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        fc, proj = (self.get_submodule(name) for name in self.names)
-        if not (reads_as_called(fc) and reads_as_called(proj)):
+        fc, proj = (getattr(self, name) for name in self.names)
+        if not (is_plain_layer(fc) and is_plain_layer(proj)):
             return proj(bias_activation(fc(x), None, self.activation))
         return mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=self.activation)
 
@@ -100,18 +103,18 @@ class MLP(nn.Module):
 
 
 class Adaptor(nn.Module):
-    """The residual bottleneck-free MLP that adapts a frozen layer; of its hidden tensors one is saved.
+    """A residual MLP that adapts a frozen layer: (..., D) -> (..., D). Autograd saves one hidden tensor.
 
     `late=False` (vision): x + up(relu(down(norm(x)))^2). `late=True` (text): norm(x + up(relu(down(x))^2)).
 
     Args:
-        width: D; (..., D) -> (..., D).
-        late: the norm comes after the residual.
+        width: D.
+        late: whether the norm comes after the residual sum.
     """
 
     _z3_leaf = True
 
-    def __init__(self, width: int, *, late: bool, eps: float = 1e-5):
+    def __init__(self, width: int, *, late: bool, eps: float = 1e-5) -> None:
         super().__init__()
         self.norm = LayerNorm(width, eps=eps)
         self.down = nn.Linear(width, width)
@@ -120,7 +123,7 @@ class Adaptor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, down, up = self.norm, self.down, self.up
-        if not (reads_as_called(norm, LayerNorm) and reads_as_called(down) and reads_as_called(up)):
+        if not (is_plain_layer(norm, LayerNorm) and is_plain_layer(down) and is_plain_layer(up)):
             y = x + up(bias_activation(down(x if self.late else norm(x)), None, "squared_relu"))
             return norm(y) if self.late else y
         return adaptor(
@@ -137,13 +140,13 @@ class MultiheadAttention(nn.Module):
     Args:
         width: D of queries and output.
         num_heads: H, a divisor of D.
-        context_width: size of keys' and values' inputs if it is not D; only with separate projections.
+        context_width: width of the context if it is not D; needs `names`.
         names: None for one packed projection with the keys of `nn.MultiheadAttention`, or the names of query, key,
             value and output projection, such as ("q_proj", "k_proj", "v_proj", "out_proj").
         dropout: of the attention probabilities, in training.
 
     Raises:
-        ValueError: if the sizes do not divide, or a packed projection is asked to take another context width.
+        ValueError: if D is not a multiple of H, or `context_width` differs from D without `names`.
     """
 
     _z3_leaf = True
@@ -156,13 +159,13 @@ class MultiheadAttention(nn.Module):
         context_width: int | None = None,
         names: tuple[str, str, str, str] | None = None,
         dropout: float = 0.0,
-    ):
+    ) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width {width} does not divide into {num_heads} heads; choose a divisor")
         if names is None and context_width not in (None, width):
             raise ValueError(
-                f"one packed projection cannot take a context of width {context_width} beside {width}; give names"
+                f"one packed projection cannot take a context of width {context_width} beside {width}; pass names"
             )
         self.num_heads, self.names, self.dropout = num_heads, names, dropout
         if names is None:
@@ -175,7 +178,7 @@ class MultiheadAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform projections and zero biases where packed, as `nn.MultiheadAttention`; else nn.Linear's own."""
+        """Initialise a packed projection like `nn.MultiheadAttention`; separate ones keep nn.Linear's values."""
         if self.names is None:
             nn.init.xavier_uniform_(self.in_proj_weight)
             nn.init.zeros_(self.in_proj_bias)
@@ -185,31 +188,28 @@ class MultiheadAttention(nn.Module):
         return rearrange(x, "b n (h k) -> b h n k", h=self.num_heads)
 
     def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of `x` (B, N, D), keys and values of `context` (B, L, ...) or of `x`: (B, H, N or L, K) each."""
+        """Queries of `x` (B, N, D), keys and values of `context` (B, L, ...) or else of `x`: each (B, H, N or L, K)."""
         D = x.shape[-1]
         if self.names is not None:
-            layers = [self.get_submodule(name) for name in self.names[:3]]
-            if not all(map(reads_as_called, layers)):
-                source = x if context is None else context
-                return tuple(self._heads(layer(t)) for layer, t in zip(layers, (x, source, source), strict=True))
-            q, k, v = [(layer.weight, layer.bias) for layer in layers]
-            if context is None:
-                parts = linears(x, [q, k, v])
+            layers = [getattr(self, name) for name in self.names[:3]]
+            if all(map(is_plain_layer, layers)):
+                pairs = [(layer.weight, layer.bias) for layer in layers]
+                parts = linears(x, pairs) if context is None else [*linears(x, pairs[:1]), *linears(context, pairs[1:])]
             else:
-                parts = [*linears(x, [q]), *linears(context, [k, v])]
+                source = x if context is None else context
+                parts = [layer(t) for layer, t in zip(layers, (x, source, source), strict=True)]
         elif context is None:
-            (packed,) = linears(x, [(self.in_proj_weight, self.in_proj_bias)])
-            parts = packed.chunk(3, dim=-1)
+            parts = list(linears(x, [(self.in_proj_weight, self.in_proj_bias)])[0].chunk(3, dim=-1))
         else:
-            (q,) = linears(x, [(self.in_proj_weight[:D], self.in_proj_bias[:D])])
-            (packed,) = linears(context, [(self.in_proj_weight[D:], self.in_proj_bias[D:])])
-            parts = q, *packed.chunk(2, dim=-1)
-        return tuple(self._heads(part) for part in parts)
+            packed = linears(context, [(self.in_proj_weight[D:], self.in_proj_bias[D:])])[0]
+            parts = [*linears(x, [(self.in_proj_weight[:D], self.in_proj_bias[:D])]), *packed.chunk(2, dim=-1)]
+        q, k, v = (self._heads(part) for part in parts)
+        return q, k, v
 
     def merge(self, out: Tensor) -> Tensor:
-        """The output projection of (B, H, N, K): (B, N, D)."""
+        """Merge the heads and project: (B, H, N, K) -> (B, N, D)."""
         layer = self.out_proj if self.names is None else self.get_submodule(self.names[3])
-        return _call(layer, rearrange(out, "b h n k -> b n (h k)"))
+        return _linear(layer, rearrange(out, "b h n k -> b n (h k)"))
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, causal: bool = False, key_mask: Tensor | None = None
@@ -219,7 +219,7 @@ class MultiheadAttention(nn.Module):
         Args:
             x: (B, N, D) queries.
             context: (B, L, D or context_width) keys and values; `x` itself if None.
-            causal: query i sees keys up to i.
+            causal: whether query i sees only the keys up to i.
             key_mask: (B, L) bool, True where a key is seen.
 
         Returns:
@@ -231,11 +231,11 @@ class MultiheadAttention(nn.Module):
 
 
 class ResamplerBlock(nn.Module):
-    """Latents attend to themselves and to the inputs, then pass a squared-ReLU MLP; both residual, pre-norm."""
+    """A pre-norm layer: latents attend to themselves and to the inputs, then pass a squared-ReLU MLP."""
 
     _z3_leaf = True
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(width)
         self.ln_2 = LayerNorm(width)
@@ -245,11 +245,11 @@ class ResamplerBlock(nn.Module):
 
     @property
     def folds_norm(self) -> bool:
-        """Whether the norm of the inputs goes into the projections, which needs both to be what was built."""
-        return reads_as_called(self.ln_2, LayerNorm) and reads_as_called(self.attn, MultiheadAttention)
+        """Whether the inputs' norm is folded into the projections: both must be plain."""
+        return is_plain_layer(self.ln_2, LayerNorm) and is_plain_layer(self.attn, MultiheadAttention)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """z: (B, M, D) latents; x: (B, L, D) inputs, standardised if `folds_norm`. Returns the new latents."""
+        """Latents z (B, M, D), inputs x (B, L, D) -> latents (B, M, D); `folds_norm` asks for standardised inputs."""
         attn = self.attn
         if not self.folds_norm:
             y = self.ln_1(z)
@@ -258,14 +258,16 @@ class ResamplerBlock(nn.Module):
         out = resampler_attention(
             self.ln_1(z), x, self.ln_2.weight, self.ln_2.bias, attn.in_proj_weight, attn.in_proj_bias, attn.num_heads
         )
-        y, z = _add_norm(self.ln_ff, _call(attn.out_proj, out), z)
+        y, z = _add_norm(self.ln_ff, _linear(attn.out_proj, out), z)
         return z + self.mlp(y)
 
 
 class PerceiverResampler(nn.Module):
-    """(B, L, D) tokens of any number and order -> (B, M, D) latents; no positions, no final norm (spec 1.5).
+    """Resample any number of tokens to a fixed number of latents: (B, L, D) -> (B, M, D).
 
-    The inputs are standardised once; every block's own norm of them is folded into its projections.
+    It adds no positional embeddings and has no final norm (Prismer, arXiv:2303.02506, section 3.2).
+
+    The inputs are standardised once; each block folds the weights of its own norm into its projections.
 
     Args:
         width: D.
@@ -274,7 +276,7 @@ class PerceiverResampler(nn.Module):
         num_latents: M.
     """
 
-    def __init__(self, width: int, depth: int, num_heads: int, num_latents: int):
+    def __init__(self, width: int, depth: int, num_heads: int, num_latents: int) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.randn(num_latents, width) * width**-0.5)
         self.blocks = nn.ModuleList(ResamplerBlock(width, num_heads) for _ in range(depth))
@@ -282,7 +284,8 @@ class PerceiverResampler(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x_hat = None
         z = self.latents.expand(x.shape[0], -1, -1)
-        for block in self.blocks:
+        blocks: Any = self.blocks
+        for block in blocks:
             if not block.folds_norm:
                 z = block(z, x)
                 continue
@@ -292,15 +295,17 @@ class PerceiverResampler(nn.Module):
 
 
 class LinearCrossEntropy(nn.Module):
-    """An LM head and its label-smoothed loss without the logits; keys of the `nn.Linear` that it replaces.
+    """An LM head and its label-smoothed loss, which does not form the logits; with the keys of the head's `nn.Linear`.
 
     Args:
         width: D.
         vocabulary: V.
-        bias: whether the head has one.
+        bias: whether the head has a bias.
         label_smoothing, ignore_index, reduction: as in `linear_cross_entropy`.
         device, dtype: of the parameters.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -311,9 +316,9 @@ class LinearCrossEntropy(nn.Module):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         reduction: str = "mean",
-        device=None,
-        dtype=None,
-    ):
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, width, device=device, dtype=dtype))
         offset = torch.empty(vocabulary, device=device, dtype=dtype) if bias else None
@@ -322,18 +327,18 @@ class LinearCrossEntropy(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, 0.02) matrix, zero bias."""
+        """Draw the matrix from N(0, 0.02) and set the bias to zero."""
         nn.init.normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, labels: Tensor, row_weights: Tensor | None = None) -> Tensor:
-        """The loss of hidden states.
+        """Compute the loss of hidden states.
 
         Args:
             x: (..., D).
             labels: (...) int64.
-            row_weights: (...) factors of the rows' losses, or None.
+            row_weights: (...) factors of the losses, or None.
 
         Returns:
             A scalar, or (...) losses with reduction "none".

@@ -1,4 +1,4 @@
-"""`python -m prismer` is the command `prismer`."""
+"""`python -m prismer` runs the command `prismer`."""
 
 import sys
 

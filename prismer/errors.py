@@ -1,13 +1,17 @@
-"""What errors say: values as a sentence can hold them, and which exceptions are sentences for the user at all.
+"""Errors that are meant for the user, values as their sentences show them, and common checks.
 
-The others are mistakes of ours, whose traceback is needed.
+An InputError or a MachineError ends a command with its sentence; any other error is a mistake in this library, and its
+traceback is shown. Both classes are defined with the kernels, which import nothing from here.
 """
 
 import dis
 import numbers
 from collections.abc import Iterable
 
-_LONGEST = 60
+from prismer.kernels.errors import InputError, MachineError
+
+__all__ = ["InputError", "MachineError", "check_count", "check_integer", "listed", "shown"]
+_MAX_LENGTH = 60
 
 
 def is_a_sentence(error: BaseException) -> bool:
@@ -25,20 +29,27 @@ def is_a_sentence(error: BaseException) -> bool:
     return raised and frame.f_globals.get("__name__", "").startswith("prismer.")
 
 
+def check_integer(name: str, value: object) -> None:
+    """Raise InputError unless `value` is a whole number; True and 3.0 are not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise InputError(f"{name} is {shown(value)}; give a whole number")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise InputError unless `value` is a whole number of at least `least`."""
+    check_integer(name, value)
+    if value < least:
+        raise InputError(f"{name} is {shown(value)}; it must be at least {least}")
+
+
 def shown(value: object) -> str:
-    """A value in a sentence: its repr, which any terminal takes, cut to a short length."""
+    """A value as a sentence shows it: its repr, which any terminal can print, cut to a short length."""
     text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+    return text if len(text) <= _MAX_LENGTH else f"{text[: _MAX_LENGTH - 3]}..."
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names in a sentence, in alphabetical order; odd ones and long ones as `shown` shows them, and not too many."""
+    """Names as a sentence lists them: the first five in alphabetical order, unprintable and long ones as `shown`."""
     names = sorted(names)
-    texts = [name if name.isprintable() and 0 < len(name) <= _LONGEST else shown(name) for name in names[:5]]
+    texts = [name if name.isprintable() and 0 < len(name) <= _MAX_LENGTH else shown(name) for name in names[:5]]
     return ", ".join(texts) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def check_count(name: str, value: object) -> None:
-    """Raise a ValueError unless `value` is an integer, which True and 3.0 are not."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} is {value!r}; give a whole number")

@@ -1,6 +1,6 @@
 """Files that are whole or absent: atomic writes, folders that replace one another, checksums and locks.
 
-Imports only `reading.py` of this library, so that every part of it may write through here.
+This file imports only the ground floor, so that every part of the library may use it.
 """
 
 import errno
@@ -18,23 +18,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from prismer.errors import InputError
 from prismer.reading import read_json
 
+# file name -> size and crc32, in every folder whose files belong together
 CHECKSUMS = "checksums.json"
-"""File name -> size and crc32, in every folder whose files belong together."""
+_DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-# errors of the machine
+# errors of the operating system
 
 
 def is_disk_failure(error: BaseException) -> bool:
-    """Whether a disk is full, over quota or broken: the machine's fault and not that of an argument."""
-    return _number_of(error) in _FULL
+    """Whether `error` means that a disk is full, over quota or broken."""
+    return _number_of(error) in _DISK_FAILURES
 
 
 def sentence(error: BaseException) -> str:
-    """One sentence for an error of the operating system, or of a library that met one."""
+    """One sentence for the user about an error of the operating system."""
     name = getattr(error, "filename", None)
     if is_disk_failure(error):
         what = os.strerror(_number_of(error))
@@ -45,13 +45,13 @@ def sentence(error: BaseException) -> str:
 def _number_of(error: BaseException) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    # safetensors has it in words
+    # safetensors has the number in its message
     said = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
     return int(said[1]) if said else None
 
 
 def add_name(error: BaseException, path: Path) -> None:
-    """Note in `error` which file it is about; a failed write or fsync does not know."""
+    """Set the file name of `error`, which a failed write or fsync does not have."""
     if isinstance(error, OSError) and error.filename is None:
         error.filename = str(path)
 
@@ -61,10 +61,10 @@ def add_name(error: BaseException, path: Path) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; after the block it is on the disk, in the place of `path`.
+    """Yield a temporary path to write to; after the block the new file replaces `path`.
 
-    A reader sees the old file or the new one, even after a power cut. If the block fails, the old one stays and
-    nothing is left beside it.
+    A reader sees the old file or the new one, even after a power cut. If the block fails, the old file stays and the
+    temporary one is removed.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -75,33 +75,33 @@ def replacing(path: str | Path) -> Iterator[Path]:
         sync(path.parent)
     except BaseException as error:
         add_name(error, path)
-        # the first error is the one to tell
+        # the first error is the one to report
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the new one, even after a power cut."""
+    """Write `data` to `path`; a reader sees the old file or the new one, even after a power cut."""
     with replacing(path) as partial:
         partial.write_bytes(data)
 
 
 def write_json(path: str | Path, value) -> None:
-    """Replace `path` by `value` as indented JSON, as `write_atomically` does.
+    """Write `value` to `path` as indented JSON, as `write_atomically` does.
 
     Raises:
-        ValueError: if a number in it is not finite.
+        ValueError: if a number in `value` is not finite.
     """
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
     except ValueError:
-        raise ValueError(f"{path} would hold a number that is not finite; it is left as it was") from None
+        raise InputError(f"{path} would hold a number that is not finite; the file was not changed") from None
     write_atomically(path, (text + "\n").encode())
 
 
 def sync(path: str | Path) -> None:
-    """Make the content of a file, or the renames in a folder, last."""
+    """Write the content of a file, or the renames in a folder, through to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -111,16 +111,16 @@ def sync(path: str | Path) -> None:
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Give an empty folder beside `folder` to fill; after the block it stands in the place of `folder`.
+    """Yield an empty temporary folder to fill; after the block it replaces `folder`.
 
-    If the block fails, the old folder stays as it was and nothing is left beside it.
+    If the block fails, the old folder stays and the temporary one is removed.
 
     Raises:
-        ValueError: if something else than a folder has that name: a file, a device, a link to nowhere.
+        ValueError: if `folder` exists and is not a folder: a file, a device or a broken link.
     """
     folder = Path(folder)
     if os.path.lexists(folder) and not folder.is_dir():
-        raise ValueError(f"{folder} is there and is no folder; give another name")
+        raise InputError(f"{folder} exists and is not a folder; give another name")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -135,9 +135,9 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def replace_folder(aside: Path, folder: Path) -> None:
-    """Put the finished folder `aside` in the place of `folder`; the old one goes only after the new one is there.
+    """Rename the finished folder `aside` to `folder`, then remove the old `folder`.
 
-    A crash between the two renames leaves the old one as `earlier_folder` finds it.
+    After a crash between the two renames `earlier_folder` finds the old one.
     """
     old = _set_aside(folder)
     if folder.exists():
@@ -154,7 +154,7 @@ def replace_folder(aside: Path, folder: Path) -> None:
 
 
 def earlier_folder(folder: Path) -> Path | None:
-    """Where an interrupted `replace_folder` left the only copy of `folder`; None if it was not interrupted."""
+    """The only copy of `folder` after an interrupted `replace_folder`; None if it was not interrupted."""
     old = _set_aside(folder)
     return old if folder.name and old.is_dir() and not folder.exists() else None
 
@@ -166,35 +166,35 @@ def _set_aside(folder: Path) -> Path:
 # checksums
 
 
-def crc32_of(path: str | Path) -> int:
+def _crc32_of(path: str | Path) -> int:
     """The crc32 of a file's content."""
-    crc, room = 0, memoryview(bytearray(1 << 22))
+    crc, buffer = 0, memoryview(bytearray(1 << 22))
     with open(path, "rb") as file:
-        while count := file.readinto(room):
-            crc = zlib.crc32(room[:count], crc)
+        while count := file.readinto(buffer):
+            crc = zlib.crc32(buffer[:count], crc)
     return crc
 
 
 def write_checksums(folder: str | Path, known: Mapping[str, int] | None = None) -> None:
-    """Note size and crc32 of every file of `folder`, and make them all last.
+    """Write checksums.json with the size and crc32 of every file in `folder`, after syncing each file.
 
     Args:
-        known: file name -> crc32, of files whose content need not be read again.
+        known: file name -> crc32, for files whose content need not be read again.
     """
     known, sums = known or {}, {}
     for path in sorted(Path(folder).iterdir()):
         if path.name != CHECKSUMS:
             sync(path)
-            crc = known[path.name] if path.name in known else crc32_of(path)
+            crc = known[path.name] if path.name in known else _crc32_of(path)
             sums[path.name] = dict(size=path.stat().st_size, crc32=f"{crc:08x}")
     write_json(Path(folder) / CHECKSUMS, sums)
 
 
 def find_damage(folder: str | Path, names: Iterable[str] | None = None) -> str | None:
-    """The first file of `folder` that is not what was written; None if all are, or if no checksums are there.
+    """The first file of `folder` that differs from its checksum; None if none does, or if there are no checksums.
 
     Args:
-        names: the files to look at; None takes all that have a checksum, and misses those that are gone.
+        names: the files to check; None checks every file that has a checksum, missing ones too.
 
     Raises:
         ValueError: if the checksums themselves are damaged.
@@ -208,12 +208,12 @@ def find_damage(folder: str | Path, names: Iterable[str] | None = None) -> str |
             continue
         entry, path = sums[name], folder / name
         if not isinstance(entry, dict) or set(entry) != {"size", "crc32"}:
-            raise ValueError(
+            raise InputError(
                 f"{folder / CHECKSUMS} is damaged (entry {name!r}); restore it, or delete it to go on without checksums"
             )
         if not path.is_file():
             return name
-        if path.stat().st_size != entry["size"] or f"{crc32_of(path):08x}" != entry["crc32"]:
+        if path.stat().st_size != entry["size"] or f"{_crc32_of(path):08x}" != entry["crc32"]:
             return name
     return None
 
@@ -222,16 +222,16 @@ def find_damage(folder: str | Path, names: Iterable[str] | None = None) -> str |
 
 
 def take_lock(path: str | Path) -> IO[str]:
-    """Lock `path`, which is made if needed, until this process ends or the returned file is closed.
+    """Create `path` if needed, and lock it until this process ends or the returned file is closed.
 
-    A lock of POSIX: the system frees it however the process ends, and children do not inherit it. Where the file
-    system knows no locks, a warning says so.
+    It is a POSIX lock: the system releases it however the process ends, and child processes do not inherit it. If the
+    file system has no locks, a warning says so.
 
     Raises:
-        ValueError: if another process holds it; the sentence says which.
+        ValueError: if another process holds the lock; the sentence names that process.
     """
     path = Path(path)
-    # opened for appending: the note of the holder must survive a failed attempt
+    # append mode: a failed attempt must not erase the name of the process that holds the lock
     file = open(path, "a+", encoding="utf-8", errors="replace")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -245,7 +245,7 @@ def take_lock(path: str | Path) -> IO[str]:
         file.seek(0)
         holder = " ".join(file.read(200).split()) or "another process"
         file.close()
-        raise ValueError(f"{path.parent} is in use by {holder}; wait for it, or end it first") from None
+        raise InputError(f"{path.parent} is in use by {holder}; wait for it, or end it first") from None
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

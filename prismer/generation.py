@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prismer.errors import check_count
+from prismer.errors import check_integer
 from prismer.kernels.decode_attention import decode_attention
 from prismer.text import KeysValues, TextDecoder, causal_attend, position_ids
 
@@ -147,7 +147,7 @@ def beam_search(
     V = decoder.config.vocab_size
     counts = dict(beams=beams, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
     for name, value in counts.items():
-        check_count(name, value)
+        check_integer(name, value)
     number = isinstance(length_penalty, numbers.Real) and not isinstance(length_penalty, bool)
     # written so that NaN is refused, too
     if not (number and -_MAX_PENALTY <= length_penalty <= _MAX_PENALTY):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from prismer.batch import ImageBatch
-from prismer.errors import check_count, shown
+from prismer.errors import check_integer, shown
 from prismer.generation import beam_search
 from prismer.network import PrismerNetwork
 from prismer.ranking import AnswerTrie, Ranking, rank_answers
@@ -110,7 +110,7 @@ def caption(
     if max_length is None:
         max_length = model.config.caption_max_length
     for name, value in (("max_length", max_length), ("min_length", min_length)):
-        check_count(name, value)
+        check_integer(name, value)
     if max_length <= len(prompt):
         raise ValueError(f"max_length is {max_length}, but the prefix alone has {len(prompt)} tokens; raise max_length")
     generated = beam_search(

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from prismer.batch import ImageBatch
-from prismer.dataloading.feed.features import Semantics
-from prismer.dataloading.feed.images import ExpertLabels, ImageSource, image_batch
+from prismer.dataloading.feed.image_batch import ExpertLabels, image_batch
+from prismer.dataloading.feed.load_image import ImageSource
+from prismer.dataloading.semantics.features import Semantics
 from prismer.inference import Answer, Candidates, answer, caption, classify
 from prismer.network import PrismerNetwork
 from prismer.weights.backbones import from_backbones

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prismer.errors import check_count
+from prismer.errors import check_integer
 from prismer.generation import Groups, Prompts, read_prompts
 from prismer.kernels.decode_attention import decode_attention
 from prismer.kernels.linear import linears
@@ -119,7 +119,7 @@ def rank_answers(
         ValueError: if `top_k` is below 1, or for the reasons of `read_prompts`.
     """
     if top_k is not None:
-        check_count("top_k", top_k)
+        check_integer("top_k", top_k)
         if top_k < 1:
             raise ValueError(f"top_k is {top_k}; expected at least 1, or None to score every answer")
     cross = decoder.project_context(context)

@@ -1,4 +1,4 @@
-"""Safetensors files: written tensor by tensor with a checksum; their names and shapes, read without the data."""
+"""Safetensors files: write them tensor by tensor with a checksum, and read tensor shapes without the data."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from prismer.errors import InputError
 from prismer.files import add_name
 
 _DTYPES = {
@@ -30,7 +31,12 @@ _DTYPES = {
 def write_safetensors(
     path: str | Path, header: Mapping[str, tuple[torch.dtype, torch.Size]], tensors: Iterable[Tensor]
 ) -> int:
-    """Write a safetensors file whose tensors come one after the other, in the order of `header`; returns its crc32.
+    """Write a safetensors file one tensor at a time, so that only one is in memory; returns its crc32.
+
+    Args:
+        path: the file.
+        header: name -> dtype and shape of each tensor.
+        tensors: the tensors, in the order of `header`.
 
     Raises:
         OSError: with the name of the file, if the disk is full or broken; the file is removed.
@@ -64,20 +70,20 @@ def write_safetensors(
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> int:
     """Write tensors by name as one safetensors file; returns its crc32."""
-    # widest first: readers want every tensor aligned to its item size
+    # widest dtype first: readers need every tensor aligned to its item size
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
     return write_safetensors(path, header, (tensors[name] for name in names))
 
 
 def read_shapes(path: str | Path) -> dict[str, torch.Size]:
-    """The shapes of a safetensors file's tensors, by name; their data are not read.
+    """The shapes of a safetensors file's tensors, by name, read without the data.
 
     Raises:
-        ValueError: if the file is cut, or is something else.
+        ValueError: if the file is incomplete or not a safetensors file.
     """
     try:
         with safe_open(path, "pt") as file:
             return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); export it again") from None
+        raise InputError(f"{path} is not a whole safetensors file ({error}); export it again") from None

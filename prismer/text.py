@@ -22,7 +22,7 @@ from prismer.kernels.activation import bias_activation
 from prismer.kernels.attention import attention
 from prismer.kernels.cross_attention import cross_attention
 from prismer.kernels.cross_entropy import linear_cross_entropy
-from prismer.kernels.layer_state import reads_as_called
+from prismer.kernels.layer_state import is_plain_layer
 from prismer.kernels.linear import linears
 from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention
 from prismer.tied_embedding import embed_tied
@@ -218,7 +218,7 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not reads_as_called(self.dense):
+        if not is_plain_layer(self.dense):
             return self.norm(bias_activation(self.dense(x), None, "gelu"))
         (h,) = linears(x, [(self.dense.weight, None)])
         return self.norm(bias_activation(h, self.dense.bias, "gelu"))

@@ -1,16 +1,16 @@
 """Captions, questions, answers and class names as token ids and labels, and their collation into a TextBatch.
 
 The rules are those of Prismer (arXiv:2303.02506) as its released code applies them, with one change: the query that
-predicts the first answer token is always one `<pad>`. There, it was a `<pad>` for every question but the longest of
-its batch, so that an answer depended on its neighbours; here no text depends on another.
+predicts the first answer token is always one `<pad>`. In the released code it is a `<pad>` for every question but the
+longest of its batch, so that an answer depends on the other questions; here no text depends on another.
 
-A text is `(ids, labels, weight)`. `labels[t]` is the token `ids[t]` where it is a target and IGNORE_INDEX elsewhere;
-the loss shifts. A `<pad>` is never a key, has the position of all pads, and may be a query.
+A text is `(ids, labels, weight)`. `labels[t]` is `ids[t]` where that token is a target, and IGNORE_INDEX elsewhere; the
+loss shifts the labels. A `<pad>` is never a key, always has the same position, and may be a query.
 """
 
 import re
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from prismer.batch import IGNORE_INDEX, TextBatch
 from prismer.tokenizer import Tokenizer
 
 MAX_WORDS = 30
-MAX_CAPTION_TOKENS = 30
 # `<s>` and `</s>` included
-MAX_QUESTION_TOKENS = 35
+MAX_CAPTION_TOKENS = 30
 # `<s>` included
+MAX_QUESTION_TOKENS = 35
+CLASS_PREFIX = "A photo of a"
 
 Text = tuple[list[int], list[int], float]
 ChooseTexts = Callable[[dict, np.random.Generator], list[Text]]
@@ -31,19 +32,19 @@ _PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 
 
 def clean_caption(caption: str) -> str:
-    """A caption as it is trained on: capitalised, `.!"()*#:;~` as blanks, single blanks, at most 30 words.
+    """A caption as training uses it: capitalised, blanks for `.!"()*#:;~`, single blanks, at most 30 words.
 
-    Capitals come before blanks, as in the released data: `"Stop" sign` starts with its quotation mark and so in
-    lower case.
+    As in the released data, capitals come before blanks: `"Stop" sign` starts with a quotation mark, and so becomes
+    `stop sign`.
     """
     words = _PUNCTUATION.sub(" ", caption.capitalize()).split()
     return " ".join(words[:MAX_WORDS])
 
 
 def clean_question(question: str) -> str:
-    """A question as it is asked: `.!"()*#:;~` as blanks, capitalised, at most 30 words, `?` at the end.
+    """A question as the model reads it: blanks for `.!"()*#:;~`, capitalised, at most 30 words, `?` at the end.
 
-    Runs of blanks stay, each blank ending a (possibly empty) word.
+    Several blanks in a row stay; each one ends a word, which may be empty.
 
     Raises:
         ValueError: if nothing is left of the question.
@@ -74,23 +75,23 @@ def format_class(name: str) -> str:
 
 
 def encode_prompt(tokenizer: Tokenizer, prefix: str) -> list[int]:
-    """`<s>` and the prefix: where captions and class names start, in training and in generation."""
+    """`<s>` and the prefix: the start of captions and class names, in training and in generation."""
     return [tokenizer.bos_id, *tokenizer.encode(prefix.strip())]
 
 
 def encode_caption(
     tokenizer: Tokenizer, caption: str, prefix: str = "", max_positions: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """`<s> prefix caption </s>` and labels on what follows the prefix.
+    """`<s> prefix caption </s>` and labels on everything after the prefix.
 
-    The sentence is capitalised once: without a prefix the caption starts with a capital, after a prefix it goes on
-    in lower case.
+    Only the start of the sentence is capitalised: a caption starts with a capital without a prefix, and in lower case
+    after a prefix.
 
     Args:
-        caption: cleaned here (`clean_caption`).
+        caption: not yet cleaned (`clean_caption`).
         prefix: "A picture of"; "" for pre-training.
-        max_positions: size of the decoder's position table (`PrismerConfig.max_positions`), if it may be the
-            shorter limit.
+        max_positions: size of the decoder's position table (`PrismerConfig.max_positions`), which may shorten the
+            text; None for no such limit.
 
     Returns:
         ids and labels, at most 30 of each, `</s>` always last.
@@ -104,7 +105,7 @@ def encode_caption(
 def encode_class(
     tokenizer: Tokenizer, prefix: str, name: str, max_positions: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """`<s> prefix name </s>`, the name in lower case and otherwise as it is, labels on the name and `</s>`.
+    """`<s> prefix name </s>` and labels on the name and `</s>`; the name is in lower case, otherwise unchanged.
 
     Returns:
         ids and labels, at most 30 of each.
@@ -121,12 +122,12 @@ def encode_answer(tokenizer: Tokenizer, answer: str) -> list[int]:
 
 
 def answer_fits(tokenizer: Tokenizer, answer: str, max_positions: int | None) -> bool:
-    """Whether `max_positions` hold the answer after the longest question, as training and ranking ask it."""
+    """Whether the answer and the longest question together fit into `max_positions`, in training and in ranking."""
     if max_positions is None:
         return True
-    # the read-out `<pad>` takes no position; the end token is predicted and never read
+    # the `<pad>` before the answer takes no position; the end token is predicted and never read
     room = _max_tokens(tokenizer, max_positions) + 1 - MAX_QUESTION_TOKENS
-    # a token is one byte at least; with the blank in front and the end token, this many at most
+    # a token has at least one byte, so that this is the most tokens, with the blank in front and the end token
     if len(answer.encode()) + 2 <= room:
         return True
     return len(encode_answer(tokenizer, answer)) <= room
@@ -138,7 +139,7 @@ def encode_class_name(tokenizer: Tokenizer, name: str) -> list[int]:
 
 
 def encode_question(tokenizer: Tokenizer, question: str, max_tokens: int = MAX_QUESTION_TOKENS) -> list[int]:
-    """`<s>` and the cleaned question, cut to `max_tokens`; neither `</s>` nor the read-out `<pad>` follows.
+    """`<s>` and the cleaned question, cut to `max_tokens`, without `</s>` or the `<pad>` that predicts the answer.
 
     Raises:
         ValueError: if the question is empty.
@@ -149,13 +150,13 @@ def encode_question(tokenizer: Tokenizer, question: str, max_tokens: int = MAX_Q
 def encode_qa(
     tokenizer: Tokenizer, question: str, answer: str, max_positions: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """`<s> question <pad> answer </s>` and labels on the answer and `</s>` alone.
+    """`<s> question <pad> answer </s>` and labels on the answer and `</s>`.
 
-    The `<pad>` is the query that predicts the first token of the answer, whatever the batch.
+    The `<pad>` is the query that predicts the first token of the answer, in every batch.
 
     Args:
-        question, answer: cleaned and formatted here.
-        max_positions: size of the decoder's position table, if it may be the shorter limit; the question gives way.
+        question, answer: not yet cleaned and formatted.
+        max_positions: size of the decoder's position table, which may shorten the question; None for no such limit.
 
     Raises:
         ValueError: if the question or the answer is empty, or the answer alone exceeds the positions.
@@ -176,13 +177,13 @@ def collate(groups: list[list[Text]], *, pad_id: int = 1, bos_id: int = 0, split
     """The texts of B images as rectangular tensors.
 
     Args:
-        groups: for each image its texts; lists may differ in length and be empty.
-        pad_id: fills texts to the longest of the batch.
-        bos_id: the one token of a text that only fills its group: a row of pads alone would have no key to attend to.
-        split: place in the group where texts of another length begin, see TextBatch.
+        groups: for each image its texts; the lists may differ in length and may be empty.
+        pad_id: pads texts to the length of the longest of the batch.
+        bos_id: the only token of a text that fills up a group; a row of pads would have no key to attend to.
+        split: number of leading texts in a group before those of another length, see TextBatch.
 
     Returns:
-        ids (B, G, T), labels (B, G, T), weights (B, G), with G and T at least 1; filling texts have weight 0.
+        ids (B, G, T), labels (B, G, T), weights (B, G), with G and T at least 1; texts that fill up have weight 0.
 
     Raises:
         ValueError: if there is no image, or a text's ids and labels differ in length or are empty.
@@ -214,66 +215,27 @@ def collate(groups: list[list[Text]], *, pad_id: int = 1, bos_id: int = 0, split
     )
 
 
-# the choosers are partial applications of module functions, which loader processes can receive; closures cannot
+# a chooser is a partial application of a function below, which can be sent to loader processes; a closure cannot
 
 
-def caption_texts(
-    tokenizer: Tokenizer, prefix: str = "", num_texts: int = 1, max_positions: int | None = None
-) -> ChooseTexts:
-    """Choose up to `num_texts` captions of an image, drawn without replacement, each of weight 1.
-
-    Pre-training is `prefix=""`.
-    """
-    return partial(_choose_captions, tokenizer, prefix, num_texts, max_positions)
-
-
-def vqa_texts(tokenizer: Tokenizer, num_texts: int = 1, max_positions: int | None = None) -> ChooseTexts:
-    """Choose up to `num_texts` (question, distinct answer) pairs of an image, each with its answer's weight."""
-    return partial(_choose_questions, tokenizer, num_texts, max_positions)
-
-
-def joint_texts(
-    tokenizer: Tokenizer,
-    prefix: str = "",
-    captions_per_image: int = 1,
-    questions_per_image: int = 1,
-    max_positions: int | None = None,
-) -> ChooseTexts:
-    """Captions, then (question, answer) pairs, of one image in one group: the image is encoded once for all."""
-    captions = caption_texts(tokenizer, prefix, captions_per_image, max_positions)
-    questions = vqa_texts(tokenizer, questions_per_image, max_positions)
-    return partial(_choose_both, captions, questions)
-
-
-def classification_texts(
-    tokenizer: Tokenizer,
-    prefix: str = "A photo of a",
-    class_names: list[str] | None = None,
-    max_positions: int | None = None,
-) -> ChooseTexts:
-    """The class of an image as one text.
-
-    `class_names` is needed where the samples hold class indices; class names in the samples are taken as they are.
-    """
-    return partial(_choose_class, tokenizer, prefix, class_names, max_positions)
-
-
-def _choose_captions(
+def choose_captions(
     tokenizer: Tokenizer, prefix: str, num_texts: int, max_positions: int | None, meta: dict, rng: np.random.Generator
 ) -> list[Text]:
+    """Up to `num_texts` captions of an image, drawn without replacement, each of weight 1."""
     captions = _draw(_field(meta, "captions"), num_texts, rng)
     return [(*encode_caption(tokenizer, caption, prefix, max_positions), 1.0) for caption in captions]
 
 
-def _choose_questions(
+def choose_questions(
     tokenizer: Tokenizer, num_texts: int, max_positions: int | None, meta: dict, rng: np.random.Generator
 ) -> list[Text]:
+    """Up to `num_texts` (question, distinct answer) pairs of an image, each with its answer's weight."""
     pairs = [
         (entry["question"], answer["answer"], float(answer["weight"]))
         for entry in _field(meta, "questions")
         for answer in entry.get("answers", ())
     ]
-    # all of them, drawn or not: whether a sample is used must not depend on the draw
+    # check answers that are not drawn too: the draw must not decide whether a sample is used
     for _, answer, _ in pairs:
         if not answer_fits(tokenizer, answer, max_positions):
             raise ValueError(f"the answer {answer[:40]!r}... is too long for {max_positions} positions; shorten it")
@@ -283,32 +245,36 @@ def _choose_questions(
     ]
 
 
-def _choose_both(captions: ChooseTexts, questions: ChooseTexts, meta: dict, rng: np.random.Generator) -> list[Text]:
-    # an image may come with captions or questions alone, as lists of either kind are imported
-    if "captions" not in meta:
-        return questions(meta, rng)
-    return captions(meta, rng) + (questions(meta, rng) if "questions" in meta else [])
-
-
-def _choose_class(
-    tokenizer: Tokenizer,
-    prefix: str,
-    class_names: list[str] | None,
-    max_positions: int | None,
-    meta: dict,
-    rng: np.random.Generator,
+def choose_class(
+    tokenizer: Tokenizer, class_names: list[str], max_positions: int | None, meta: dict, rng: np.random.Generator
 ) -> list[Text]:
+    """The class of an image as one text; `class_names` names the classes of samples that hold an index."""
     name = _field(meta, "class")
     if not isinstance(name, str):
-        if class_names is None or not 0 <= name < len(class_names):
-            known = "no class names were given" if class_names is None else f"there are {len(class_names)}"
-            raise ValueError(f"a sample is of class {name} but {known}; give the name of every class")
+        if not 0 <= name < len(class_names):
+            raise ValueError(
+                f"a sample is of class {name} but {len(class_names)} names were given; give the name of every class"
+            )
         name = class_names[name]
-    return [(*encode_class(tokenizer, prefix, name, max_positions), 1.0)]
+    return [(*encode_class(tokenizer, CLASS_PREFIX, name, max_positions), 1.0)]
 
 
-def _field(meta: dict, name: str):
-    # an empty list is an image without texts; a missing one is a dataset for another task, which would train nothing
+def choose_joint(choosers: dict[str, ChooseTexts], meta: dict, rng: np.random.Generator) -> list[Text]:
+    """Texts of several kinds in one group, so that the image is encoded once for all of them.
+
+    Args:
+        choosers: field of a sample's JSON -> chooser of its texts, in the order of the group. Kinds that a sample
+            lacks are left out, since lists of captions and of questions are imported apart; a sample that lacks all
+            kinds is refused.
+    """
+    present = [choose for name, choose in choosers.items() if name in meta]
+    # without any, a chooser says what is missing
+    present = present or list(choosers.values())[-1:]
+    return [text for choose in present for text in choose(meta, rng)]
+
+
+def _field(meta: dict, name: str) -> Any:
+    # an empty list is an image without texts; a missing field is a dataset for another task
     if meta.get(name) is None:
         raise ValueError(
             f"a sample has no {name!r}, only {', '.join(sorted(meta)) or 'nothing'}; "

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prismer.kernels.dispatch import on_host
+from prismer.kernels.dispatch import is_partitioned, on_host
 
 
 class _EmbedTied(torch.autograd.Function):
@@ -51,7 +51,7 @@ def embed_tied(embedding: nn.Embedding, ids: Tensor) -> tuple[Tensor, Tensor]:
     """
     # reading `embedding.weight` would make ZeRO-3 gather it
     (table,) = embedding.parameters()
-    if table.requires_grad and torch.is_grad_enabled() and on_host(table, table):
+    if table.requires_grad and torch.is_grad_enabled() and on_host(table) and not is_partitioned(table):
         return _EmbedTied.apply(table, ids, embedding.padding_idx)
     # in this order: after its own forward pass ZeRO-3 releases the table, and for the head it must be gathered
     return embedding(ids), embedding.weight

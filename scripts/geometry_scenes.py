@@ -1,8 +1,8 @@
-"""Scenes furnished like photographs, with exact depth and normals, for scripts/train_geometry_head.py.
+"""Rendered scenes that resemble photographs, with exact depth and normals, for scripts/train_geometry_head.py.
 
-They are cast by dataloading/scenes/raycast.py like the embedded dataset: rooms, streets, landscapes and close-ups of
-figures put together from spheres, cubes, cylinders and cones, with textures, from cameras of any height, pitch and
-angle of view. World axes are x right, y up, z towards the viewer.
+dataloading/scenes/raycast.py casts them, as it does the embedded dataset. They show rooms, streets, landscapes and
+close-ups of textured figures made of spheres, cubes, cylinders and cones; the height, pitch and angle of view of the
+camera vary. World axes are x right, y up, z towards the viewer.
 """
 
 import io
@@ -12,18 +12,18 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from prismer.dataloading.experts.vit_trunk import HEAD_SIDE
-from prismer.dataloading.scenes.raycast import GROUND, SKY, Camera, Primitive, _intersect, cast
+from prismer.dataloading.scenes.raycast import GROUND, SKY, Camera, Primitive, cast, intersect
 
+# side of the target maps, equal to that of the head's outputs
 TARGET = 96
-"""Side of the target maps: that of the head's outputs."""
+# the largest distance, and the distance of the sky
 FAR = 60.0
-"""Where distances are clipped; the sky is this far."""
+# the sky faces the camera, as in the maps of the embedded dataset
 SKY_NORMAL = (0.0, 0.0, 1.0)
-"""The sky faces the camera, as in the maps of the embedded dataset."""
 
 
 def _paint(rng: np.random.Generator) -> tuple:
-    """A linear RGB albedo: earthy and grey ones are common, strong ones rare."""
+    """A random linear RGB albedo: earthy and grey colours are common, strong colours are rare."""
     grey = rng.uniform(0.03, 0.85) ** 1.3
     tint = rng.normal(0, 1, 3) * rng.choice([0.05, 0.15, 0.5], p=[0.4, 0.4, 0.2])
     return tuple(np.clip(grey * np.exp(tint), 0.01, 0.95))
@@ -34,7 +34,7 @@ def _solid(shape: str, centre, extent, yaw: float, owner: int, rng: np.random.Ge
 
 
 def _figure(rng: np.random.Generator, x: float, z: float, size: float, owner: int) -> list[Primitive]:
-    """A thing of height about `size` that stands at (x, 0, z): animal, person, tree, house, furniture or pile."""
+    """A random figure of height about `size` that stands at (x, 0, z), such as an animal, a tree or a house."""
     kind = rng.choice(
         ["animal", "person", "tree", "house", "table", "pile", "single", "bottle", "hill", "vehicle"],
         p=[0.2, 0.1, 0.12, 0.08, 0.1, 0.1, 0.1, 0.06, 0.04, 0.1],
@@ -44,8 +44,8 @@ def _figure(rng: np.random.Generator, x: float, z: float, size: float, owner: in
     main, second = _paint(rng), _paint(rng)
     parts: list[Primitive] = []
 
-    def add(shape, along, up, across, extent, paint=main, turn=0.0):
-        """Coordinates in units of `size`: along the figure, up, across."""
+    def add(shape: str, along: float, up: float, across: float, extent, paint=main, turn: float = 0.0) -> None:
+        """Add a solid; positions and extents are in units of `size`, in the axes of the figure."""
         centre = (x + size * (c * along + s * across), size * up, z + size * (c * across - s * along))
         parts.append(_solid(shape, centre, size * np.array(extent), yaw + turn, owner, rng, paint))
 
@@ -124,7 +124,7 @@ def _figure(rng: np.random.Generator, x: float, z: float, size: float, owner: in
 
 
 def _sample_scene(rng: np.random.Generator) -> tuple[Camera, list[Primitive]]:
-    """A camera one to six units from what it looks at, and everything around it."""
+    """A random camera, one to six units from the main figure, and the solids of its scene."""
     kind = rng.choice(["room", "open", "close"], p=[0.35, 0.35, 0.3])
     u = rng.uniform
     pitch = math.radians(u(-8, 25) if u() < 0.75 else u(20, 60))
@@ -150,7 +150,7 @@ def _sample_scene(rng: np.random.Generator) -> tuple[Camera, list[Primitive]]:
         if u() < 0.6:
             parts.append(_solid("cube", (0, tall + 0.3, (near - deep) / 2), (12, 0.3, (near + deep) / 2), 0.0, 0, rng))
         for _ in range(rng.integers(0, 4)):
-            # pictures, windows, shelves
+            # paintings, windows, shelves
             centre, extent = (u(left, wide), u(0.3, tall), -deep + 0.06), (*u(0.2, 0.7, 2), u(0.02, 0.25))
             parts.append(_solid("cube", centre, extent, 0.0, 0, rng))
     elif kind == "open":
@@ -172,7 +172,7 @@ def _sample_scene(rng: np.random.Generator) -> tuple[Camera, list[Primitive]]:
 
 
 def _waves(rng: np.random.Generator, points: np.ndarray, pace: float) -> np.ndarray:
-    """A texture (k,) of about [-1, 1] at (3, k) points: noise, stripes, checks or bricks with `pace` waves per unit."""
+    """A texture (k,) of about [-1, 1] at (3, k) points: noise, stripes, checks or spots, with `pace` waves per unit."""
     kind = rng.choice(["noise", "stripes", "checks", "spots"], p=[0.72, 0.1, 0.08, 0.1])
     if kind == "noise":
         value = np.zeros(points.shape[1], np.float32)
@@ -190,29 +190,29 @@ def _waves(rng: np.random.Generator, points: np.ndarray, pace: float) -> np.ndar
 
 
 def render_scene(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One scene.
+    """Render one scene.
 
     Returns:
-        Picture (HEAD_SIDE, HEAD_SIDE, 3) uint8; inverse distance (TARGET, TARGET) fp16, the sky at 1 / FAR; normals
+        The image (HEAD_SIDE, HEAD_SIDE, 3) uint8; inverse distances (TARGET, TARGET) fp16, 1 / FAR for the sky; normals
         (3, TARGET, TARGET) int8, in units of 1 / 127.
     """
     rng = np.random.default_rng(seed)
     while True:
         camera, parts = _sample_scene(rng)
         labels = cast(camera, parts, TARGET)
-        # a camera inside a thing, or one that sees nothing but a wall, teaches nothing
+        # rejects cameras that are inside a solid or see only a wall
         inverse = 1 / np.minimum(labels.t, np.float32(FAR))
         if labels.t.min() > 0.15 and np.quantile(inverse, 0.95) > 1.15 * np.quantile(inverse, 0.05):
             break
     axes = camera.axes.astype(np.float32)
     normal = np.einsum("ij,jhw->ihw", axes, labels.normal)
     normal = np.where(labels.part == SKY, np.float32(SKY_NORMAL)[:, None, None], normal)
-    picture = _photograph(rng, camera, parts)
-    return picture, inverse.astype(np.float16), np.round(normal * 127).astype(np.int8)
+    image = _photograph(rng, camera, parts)
+    return image, inverse.astype(np.float16), np.round(normal * 127).astype(np.int8)
 
 
 def _photograph(rng: np.random.Generator, camera: Camera, parts: list[Primitive]) -> np.ndarray:
-    """The picture of a scene: textures, sun with shadows, haze, and what cameras do: blur, noise, exposure, JPEG."""
+    """The image of a scene, with textures, sun, shadows, haze, and a camera's exposure, noise, blur and JPEG."""
     n, u = HEAD_SIDE, rng.uniform
     trace, rays = cast(camera, parts, n), camera.rays(n)
     solid = trace.part != SKY
@@ -236,10 +236,10 @@ def _photograph(rng: np.random.Generator, camera: Camera, parts: list[Primitive]
         origin = points[:, solid] + 2e-3 * trace.normal[:, solid]
         lit = np.ones(origin.shape[1], bool)
         for part in parts:
-            # walls and ceilings let the sun in
+            # walls and ceilings cast no shadow
             if part.extent.max() < 8:
                 o = part.to_local(*(origin - part.centre.astype(np.float32)[:, None]))
-                lit &= ~np.isfinite(_intersect(part.shape, o, part.to_local(*light)))
+                lit &= ~np.isfinite(intersect(part.shape, o, part.to_local(*light)))
         sunny[solid] = lit
     sun, ambient = u(0.3, 1.3), u(0.15, 0.7)
     facing = np.maximum(np.einsum("i,ihw->hw", light, trace.normal), 0)
@@ -255,8 +255,8 @@ def _photograph(rng: np.random.Generator, camera: Camera, parts: list[Primitive]
     colour = colour * np.float32(u(0.7, 1.1) / max(0.2, np.quantile(colour, 0.95)))
     colour = colour * np.float32(np.exp(rng.normal(0, 0.08, 3)))[:, None, None]
     tone = np.clip(colour, 0, 1) ** np.float32(1 / u(1.8, 2.6)) + rng.normal(0, u(0, 0.03), (3, n, n))
-    picture = Image.fromarray((np.clip(tone, 0, 1).transpose(1, 2, 0) * 255).astype(np.uint8))
-    picture = picture.filter(ImageFilter.GaussianBlur(u(0.3, 1.4)))
+    image = Image.fromarray((np.clip(tone, 0, 1).transpose(1, 2, 0) * 255).astype(np.uint8))
+    image = image.filter(ImageFilter.GaussianBlur(u(0.3, 1.4)))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=int(u(50, 95)))
+    image.save(file, "JPEG", quality=int(u(50, 95)))
     return np.asarray(Image.open(file))

@@ -1,4 +1,4 @@
-"""Draws docs/embedded-default.png from the logs in docs/curves: the towers, what was tried, and the run that ships.
+"""Draw docs/embedded-default.png from the logs in docs/curves: the towers, the choices, and the shipped run.
 
 python scripts/plot_embedded_default.py
 """
@@ -15,7 +15,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def rows(name: str) -> list[dict]:
-    """The JSON lines of one log."""
+    """The rows of one JSON-lines log."""
     return [json.loads(line) for line in (DOCS / "curves" / name).read_text().splitlines()]
 
 

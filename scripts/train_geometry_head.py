@@ -1,14 +1,14 @@
-"""Trains the head that makes depth and surface normals from the frozen ViT-S, on rendered scenes with exact labels.
+"""Train the head that makes depth and normals from the features of the frozen ViT-S, on rendered scenes.
 
     prismer experts fetch vit-s-depth                             # the trunk, once
     python scripts/train_geometry_head.py render                  # scenes into runs/geometry/
-    python scripts/train_geometry_head.py features                # what the trunk sees in them
+    python scripts/train_geometry_head.py features                # the trunk's features of the scenes
     python scripts/train_geometry_head.py train                   # -> prismer/assets/geometry-head/
     python scripts/train_geometry_head.py check --photo motorcycle_left.png --disparity motorcycle_disp.npz
 
 Normals are in camera axes (x right, y up, z towards the camera), as in the maps of the embedded dataset. Photographs
-with a measured disparity for `check` are in scikit-image's wheel (skimage/data/motorcycle_*) and in Debian's opencv-doc
-(aloeL.jpg, aloeGT.png).
+with measured disparity for `check` are in the wheel of scikit-image (skimage/data/motorcycle_*) and in Debian's package
+opencv-doc (aloeL.jpg, aloeGT.png).
 """
 
 import argparse
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -38,16 +39,17 @@ from prismer.dataloading.experts.vit_trunk import (
     Trunk,
     trunk_folder,
 )
+from prismer.files import replacing, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "runs" / "geometry"
 RECIPE = "recipe.json"
+# the number of scenes, the last ones, on which the head is evaluated
 HELD_OUT = 100
-"""How many scenes, the last, are for judging."""
 
 
 def _array(name: str, shape: tuple, dtype) -> np.ndarray:
-    """A file for one array, written aside until `_finish` renames it."""
+    """An array in a temporary file; `_finish` gives it its name."""
     WORK.mkdir(parents=True, exist_ok=True)
     return np.lib.format.open_memmap(WORK / f"{name}.partial", "w+", dtype=dtype, shape=shape)
 
@@ -65,7 +67,7 @@ def _rendered(name: str) -> np.ndarray:
 
 
 def render_all(images: int, workers: int) -> None:
-    """Render scenes 0 .. images - 1; the last HELD_OUT are for judging."""
+    """Render scenes 0 .. images - 1; the last HELD_OUT are held out."""
     made = {
         "rgb": _array("rgb", (images, HEAD_SIDE, HEAD_SIDE, 3), np.uint8),
         "inverse": _array("inverse", (images, TARGET, TARGET), np.float16),
@@ -81,7 +83,7 @@ def render_all(images: int, workers: int) -> None:
 
 
 def compute_features() -> None:
-    """Run the frozen trunk once over all pictures."""
+    """Run the frozen trunk once over all images."""
     rgb = _rendered("rgb")
     trunk = Trunk.load(trunk_folder(), HEAD_LAYERS)
     grid = HEAD_SIDE // trunk.patch
@@ -93,17 +95,17 @@ def compute_features() -> None:
 
 
 def _standardised(inverse: Tensor) -> Tensor:
-    """Each map (B, h, w) less its median, in units of its mean distance from it."""
+    """Subtract from each map (B, h, w) its median, and divide by the mean distance from the median."""
     middle = inverse.flatten(1).median(1).values[:, None, None]
     return (inverse - middle) / (inverse - middle).abs().mean((1, 2), keepdim=True).clamp_min(1e-4)
 
 
 def losses(depth: Tensor, normal: Tensor, inverse: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Of inverse depth up to scale and shift, with its edges at four scales; and of the normals' directions.
+    """The losses of inverse depth up to scale and shift, of its gradients at four scales, and of normals.
 
     Args:
-        depth: (B, 1, h, w) of the head, near = large.
-        normal: (B, 3, h, w), unit.
+        depth: (B, 1, h, w) from the head, near is large.
+        normal: (B, 3, h, w) unit vectors from the head.
         inverse: (B, h, w) true inverse distance.
         target: (B, 3, h, w) true normals.
     """
@@ -120,17 +122,17 @@ def losses(depth: Tensor, normal: Tensor, inverse: Tensor, target: Tensor) -> di
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two flat arrays, ties at their mean rank."""
+    """The rank correlation of two flat arrays; equal values have their mean rank."""
 
-    def ranks(values):
+    def ranks(values: np.ndarray) -> np.ndarray:
         _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
         return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
     return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
-def _judge(head: GeometryHead, batches) -> dict[str, float]:
-    """Held-out scores: rank correlation of depth per scene, beside that of the row alone; angles of normals."""
+def _evaluate(head: GeometryHead, batches: Iterable[tuple[list[Tensor], Tensor, Tensor]]) -> dict[str, float]:
+    """Held-out scores: the rank correlation of depth in a scene, that of the row index, and angles of normals."""
     ours, rows, angles = [], [], []
     row = np.repeat(np.arange(TARGET), TARGET)
     head.eval()
@@ -153,7 +155,7 @@ def _judge(head: GeometryHead, batches) -> dict[str, float]:
 
 
 def train(epochs: int, batch: int, peak: float, out: Path) -> None:
-    """Train the head with AdamW, cosine after a warm-up, and write it with its recipe."""
+    """Train the head with AdamW and a cosine schedule with warm-up, and write it with its recipe."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     features, inverses, normals = (_rendered(name) for name in ("features", "inverse", "normal"))
@@ -166,8 +168,10 @@ def train(epochs: int, batch: int, peak: float, out: Path) -> None:
         target = torch.from_numpy(normals[rows].astype(np.float32))
         return list(maps.unbind(1)), torch.from_numpy(inverses[rows].astype(np.float32)), target
 
-    def judge() -> dict[str, float]:
-        return _judge(head, (load(np.arange(i, min(i + 10, len(features)))) for i in range(known, len(features), 10)))
+    def evaluate() -> dict[str, float]:
+        return _evaluate(
+            head, (load(np.arange(i, min(i + 10, len(features)))) for i in range(known, len(features), 10))
+        )
 
     head = GeometryHead(features.shape[2])
     optimiser = torch.optim.AdamW(head.parameters(), lr=peak, weight_decay=0.02)
@@ -187,53 +191,46 @@ def train(epochs: int, batch: int, peak: float, out: Path) -> None:
             optimiser.step()
             schedule.step()
             bar.update()
-        scores = judge()
+        scores = evaluate()
         last = {f"{name}_loss": round(value.item(), 4) for name, value in parts.items()}
         bar.write(json.dumps({"epoch": epoch + 1} | scores | last))
     bar.close()
     _write(head, out, scores, scenes=known, epochs=epochs, batch=batch, peak=peak, seconds=round(time.time() - began))
 
 
-def _write(head: GeometryHead, out: Path, scores: dict, **how) -> None:
+def _write(head: GeometryHead, out: Path, scores: dict, **training: float) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().to(torch.float32).contiguous() for key, value in head.state_dict().items()}
-    aside = out / f".{HEAD_WEIGHTS}"
-    save_file(tensors, aside, metadata={"format": "pt"})
-    os.chmod(aside, 0o644)
+    with replacing(out / HEAD_WEIGHTS) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        os.chmod(partial, 0o644)
     recipe = {
         "script": "scripts/train_geometry_head.py",
         "trunk": NAME,
         "layers": HEAD_LAYERS,
         "side": HEAD_SIDE,
         "parameters": sum(value.numel() for value in tensors.values()),
-        "sha256": hashlib.sha256(aside.read_bytes()).hexdigest(),
-        "training": how | {"seed": 0},
+        "sha256": hashlib.sha256((out / HEAD_WEIGHTS).read_bytes()).hexdigest(),
+        "training": training | {"seed": 0},
         "held_out_scenes": {"count": HELD_OUT} | scores,
     }
-    os.replace(aside, out / HEAD_WEIGHTS)
-    _write_recipe(recipe, out)
+    write_json(out / RECIPE, recipe)
     print(json.dumps(recipe, indent=2))
 
 
-def _write_recipe(recipe: dict, out: Path) -> None:
-    aside = out / f".{RECIPE}"
-    aside.write_text(json.dumps(recipe, indent=2) + "\n")
-    os.replace(aside, out / RECIPE)
-
-
 def check(photo: Path, disparity: Path, out: Path) -> None:
-    """Rank correlation of a photograph's depth with its measured disparity, printed and noted in the recipe.
+    """Print the rank correlation of a photograph's depth with its measured disparity, and add it to the recipe.
 
     Args:
         photo: an image file.
-        disparity: .npz with one array, not finite where unknown; or a grey image, 0 where unknown.
+        disparity: an .npz file with one array, not finite where unknown; or a grey image, 0 where unknown.
         out: folder of the head.
     """
     trunk = Trunk.load(trunk_folder(), HEAD_LAYERS)
     head = GeometryHead(trunk.width)
     head.load_state_dict(load_file(out / HEAD_WEIGHTS))
-    picture = Image.open(photo).convert("RGB").resize((HEAD_SIDE, HEAD_SIDE), Image.BILINEAR, reducing_gap=None)
-    pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None]
+    image = Image.open(photo).convert("RGB").resize((HEAD_SIDE, HEAD_SIDE), Image.BILINEAR, reducing_gap=None)
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None]
     with torch.no_grad():
         depth, _ = head.eval()(trunk.features(pixels))
     if disparity.suffix == ".npz":
@@ -250,14 +247,14 @@ def check(photo: Path, disparity: Path, out: Path) -> None:
     print(json.dumps({photo.name: scores}))
     recipe = json.loads((out / RECIPE).read_text())
     recipe.setdefault("photographs", {})[photo.name] = scores
-    _write_recipe(recipe, out)
+    write_json(out / RECIPE, recipe)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("render", "features", "train", "check"))
     parser.add_argument("--images", type=int, default=2000, help="scenes to render (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="rendering processes")
     parser.add_argument("--epochs", type=int, default=12, help="default %(default)s")
     parser.add_argument("--batch", type=int, default=8, help="default %(default)s")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")

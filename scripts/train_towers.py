@@ -1,12 +1,12 @@
-"""Pre-trains the frozen towers of preset tiny on rendered scenes: vision on their labels, text as a language model.
+"""Pre-train the towers of the preset tiny on rendered scenes: vision on the labels, text as a language model.
 
     python scripts/train_towers.py render --images 24000     # scenes into runs/towers/, once
     python scripts/train_towers.py vision --minutes 25
     python scripts/train_towers.py text --minutes 6
     python scripts/train_towers.py pack                      # -> prismer/assets/tiny-towers/ with recipe and hashes
 
-The scenes come from the split name "towers", which no train, val or test split of `prismer data render` shares. The
-towers have neither adaptors nor cross-attention: those are what `deepspeed train.py` adds and trains.
+The scenes belong to a split called "towers", so that `prismer data render` never renders one of them for training,
+validation or test. The towers have no adaptors and no cross-attention; `deepspeed train.py` adds and trains those.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prismer.config import prismer_tiny
-from prismer.dataloading.scenes.dataset import SEG_CLASSES, WORDS, render_scene, scene_seed
-from prismer.dataloading.scenes.text import ATTRIBUTES
+from prismer.dataloading.scenes.captions_and_questions import ATTRIBUTES
+from prismer.dataloading.scenes.dataset import SEG_CLASSES, render_scene, scene_seed
+from prismer.dataloading.scenes.layout import WORDS
 from prismer.experts import BACKGROUND
-from prismer.files import write_checksums
+from prismer.files import replacing, write_checksums, write_json
 from prismer.stems import normalise_rgb
 from prismer.text import TextDecoder, causal_attend, position_ids
 from prismer.texts import clean_caption, encode_caption, encode_qa
@@ -42,15 +44,15 @@ ASSETS = ROOT / "prismer" / "assets" / "tiny-towers"
 SPLIT = "towers"
 SHAPES, COLOURS = ATTRIBUTES["shape"], ATTRIBUTES["colour"]
 MATERIALS, SIZES = ATTRIBUTES["material"], ATTRIBUTES["size"]
+# side in pixels of the cells for which the vision tower predicts labels
 CELL = 4
-"""Side in px of a cell for which the vision tower predicts what stands there."""
 
 
 # -- scenes --------------------------------------------------------------------------------------------------------
 
 
 def scene_targets(rgb: np.ndarray, planes: dict, meta: dict) -> dict[str, np.ndarray]:
-    """What the vision tower learns from one scene: labels per 4 px cell, words per patch, counts per picture."""
+    """The targets of the vision tower for one scene: labels of 4 px cells, words of patches, counts of objects."""
     middle = slice(CELL // 2, None, CELL)
     seg, boxes = planes["seg"][middle, middle], planes["obj_detection"][middle, middle]
     objects = meta["scene"]["objects"]
@@ -58,7 +60,7 @@ def scene_targets(rgb: np.ndarray, planes: dict, meta: dict) -> dict[str, np.nda
     material = np.zeros(seg.shape, np.uint8)
     size = np.zeros(seg.shape, np.uint8)
     for own in (False, True):
-        # a box may cover a neighbour's pixels: first by shape alone, then by box and shape
+        # first by shape alone, then by box and shape, because a box may cover pixels of a neighbour
         for index, thing in enumerate(objects):
             here = seg == SHAPES.index(thing["shape"])
             x0, y0, x1, y1 = (v // CELL for v in thing["box"])
@@ -105,7 +107,7 @@ def _render(index: int) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def render(images: int, workers: int) -> None:
-    """Render `images` scenes into one .npy per target and one JSON-lines file of texts."""
+    """Render `images` scenes into one .npy file for each target and one JSON-lines file of texts."""
     WORK.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, np.ndarray] = {}
     with ProcessPoolExecutor(workers) as pool, open(WORK / "texts.jsonl.tmp", "w") as texts:
@@ -126,7 +128,7 @@ def render(images: int, workers: int) -> None:
 
 
 class VisionTower(nn.Module):
-    """The encoder without adaptors and experts, and linear heads that are thrown away."""
+    """The encoder without adaptors and experts, and linear heads that only training uses."""
 
     def __init__(self):
         super().__init__()
@@ -172,7 +174,7 @@ class VisionTower(nn.Module):
 
 
 def vision_losses(out: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cross entropies of classes, counts and words; mean absolute errors of depth and normals."""
+    """The cross entropies of classes, counts and words, and the mean absolute errors of depth and normals."""
     losses = {name: F.cross_entropy(out[name], target[name].long()) for name in ("seg", "colour", "material", "size")}
     losses["word"] = F.cross_entropy(out["word"], target["word"].long()) * 2
     losses["counts"] = F.cross_entropy(out["counts"], target["counts"].long()) * 3
@@ -182,7 +184,7 @@ def vision_losses(out: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str
 
 
 def vision_scores(model: VisionTower, data: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, float]:
-    """Held-out accuracies: per cell (objects only), per word patch, per count."""
+    """Held-out accuracies of cells with an object, of patches with a word, and of counts."""
     right: dict[str, list] = {}
     model.eval()
     with torch.inference_mode():
@@ -204,8 +206,24 @@ def cosine(step_share: float, peak: float, warmup: float = 0.03) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step_share - warmup) / (1 - warmup)))
 
 
-def optimise(model: nn.Module, minutes: float, peak: float, loss_of, report, log: Path) -> None:
-    """AdamW for a fixed time, cosine over it; `loss_of(step)` gives named losses, `report()` scores twenty times."""
+def optimise(
+    model: nn.Module,
+    minutes: float,
+    peak: float,
+    loss_of: Callable[[int], dict[str, Tensor]],
+    report: Callable[[], dict[str, float]],
+    log: Path,
+) -> None:
+    """Train with AdamW for a fixed time, with a cosine schedule over that time.
+
+    Args:
+        model: trained in place.
+        minutes: the time.
+        peak: the highest learning rate.
+        loss_of: the named losses of a step.
+        report: scores for the log; called twenty times.
+        log: the file of the log.
+    """
     optimiser = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05)
     began, step, shown = time.time(), 0, -1
     lines = []
@@ -256,7 +274,7 @@ def train_vision(minutes: float, batch: int, peak: float) -> None:
 
 
 def plain_text_logits(decoder: TextDecoder, ids: Tensor) -> Tensor:
-    """The decoder without what the joining adds: no cross-attention, adaptors or extra layer. (R, T) -> (R, T, V)."""
+    """The decoder without cross-attention, adaptors and the extra layer: (R, T) ids -> (R, T, V) logits."""
     pad = decoder.config.pad_id
     attend = causal_attend(ids.ne(pad))
     x = decoder.embeddings(decoder.embeddings.word(ids), position_ids(ids, pad))
@@ -266,7 +284,7 @@ def plain_text_logits(decoder: TextDecoder, ids: Tensor) -> Tensor:
 
 
 def text_ids(tokenizer: Tokenizer) -> list[list[int]]:
-    """Every caption, and every question with its read-out pad and answer, as token ids."""
+    """The token ids of every caption, and of every question with its read-out pad and answer."""
     rows = []
     for line in (WORK / "texts.jsonl").read_text().splitlines():
         meta = json.loads(line)
@@ -276,7 +294,7 @@ def text_ids(tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def train_tokenizer() -> Tokenizer:
-    """A byte-level BPE on the scenes' cleaned texts, with the words of answers in the forms in which they occur."""
+    """Train a byte-level BPE on the cleaned texts of the scenes, with answers in the forms in which they occur."""
     texts = []
     for line in (WORK / "texts.jsonl").read_text().splitlines()[:6000]:
         meta = json.loads(line)
@@ -312,7 +330,7 @@ def train_text(minutes: float, batch: int, peak: float) -> None:
         decoder.train()
         return {"held_out_loss": value}
 
-    # texts of like length share a batch, so that few tokens are padding
+    # texts of similar length share a batch, so that few tokens are padding
     rows.sort(key=len)
 
     def loss_of(step: int) -> dict[str, Tensor]:
@@ -335,7 +353,7 @@ def train_text(minutes: float, batch: int, peak: float) -> None:
 
 
 def pack() -> None:
-    """Both towers into one safetensors file, with the tokenizer and the recipe, as package data."""
+    """Write both towers as one safetensors file, with the tokenizer and the recipe, into the package's assets."""
     from safetensors.torch import load_file
 
     tensors = {}
@@ -343,8 +361,8 @@ def pack() -> None:
         for key, value in load_file(WORK / f"{name}.safetensors").items():
             tensors[prefix + key] = value
     ASSETS.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, ASSETS / "towers.safetensors.tmp", metadata={"format": "pt"})
-    os.replace(ASSETS / "towers.safetensors.tmp", ASSETS / "towers.safetensors")
+    with replacing(ASSETS / "towers.safetensors") as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     Tokenizer.from_folder(WORK / "tokenizer").save(ASSETS)
     recipe = {
         "script": "scripts/train_towers.py",
@@ -357,7 +375,7 @@ def pack() -> None:
             for name in ("vision", "text")
         },
     }
-    (ASSETS / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    write_json(ASSETS / "recipe.json", recipe)
     write_checksums(ASSETS)
     print(json.dumps(recipe, indent=2))
 

@@ -1,14 +1,14 @@
-"""Shared by all tests: fixed seeds, poisoned memory, the twice-PyTorch rule, and the `gpu` marker.
+"""Shared by all tests: fixed seeds, poisoned memory, the rule of numerics (`assert_no_worse`) and the `gpu` marker.
 
-No test may hang on one processor's rounding. A loop over what libraries do on others, and over other draws:
+No test may depend on the rounding of one processor. This loop imitates other processors and draws other numbers:
 
     for onednn in SSE41 AVX2 AVX512_CORE AVX512_CORE_BF16; do for aten in default avx2 avx512; do for threads in 1 2; do
         export ONEDNN_MAX_CPU_ISA=$onednn ATEN_CPU_CAPABILITY=$aten OMP_NUM_THREADS=$threads
         PRISMER_TEST_SEED=$((seed += 1)) pytest -q tests/ops
     done; done; done
 
-MKL_ENABLE_INSTRUCTIONS (SSE4_2, AVX2, AVX512) and MKL_CBWR (COMPATIBLE, AVX2) do the same for MKL, PRISMER_CPU_ISA
-(baseline, avx2, avx512) for our own C++, whose tests go through all three by themselves.
+MKL_ENABLE_INSTRUCTIONS (SSE4_2, AVX2, AVX512) and MKL_CBWR (COMPATIBLE, AVX2) do the same for MKL, and PRISMER_CPU_ISA
+(baseline, avx2, avx512) for our own C++. The tests of the C++ run on all three by themselves.
 """
 
 import os
@@ -24,18 +24,19 @@ import torch.utils.deterministic
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
-    # Triton reads it when a kernel is decorated: kernels then run on CPU tensors, when asked for
+    # lets Triton kernels run on CPU tensors; set here because Triton reads it when a kernel is decorated
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-# another number draws other tensors
+# another seed draws other tensors
 SEED = int(os.environ.get("PRISMER_TEST_SEED", 0))
-# how often errors are drawn: enough that a single number is not near nothing in all of them
+# number of drawn errors: enough that the error of a single number is not close to zero in all of them
 DRAWS = 8
 NORMS = {"max": lambda t: t.abs().max().item(), "rms": lambda t: t.square().mean().sqrt().item()}
 
 
 def by_name(name, tensors):
+    """`tensors` as a dict; a single tensor gets `name`."""
     return dict(tensors) if isinstance(tensors, Mapping) else {name: tensors}
 
 
@@ -49,7 +50,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def seeds():
-    """Every test draws the same numbers, alone or in any order."""
+    """Every test draws the same numbers, whether it runs alone or in any order."""
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
@@ -57,7 +58,7 @@ def seeds():
 
 @pytest.fixture
 def poisoned_memory():
-    """Uninitialised tensors are full of NaN, those of native code too, so that unwritten output shows."""
+    """Fill uninitialised tensors with NaN, those of native code too, so that unwritten output shows."""
     before = torch.are_deterministic_algorithms_enabled()
     filling = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -69,18 +70,20 @@ def poisoned_memory():
 
 @pytest.fixture
 def assert_no_worse():
-    """Compare with float64: our error may be twice that of plain PyTorch in the same dtype, gradients' three times.
+    """The rule of numerics: our error against float64 may be twice that of plain PyTorch in the same dtype.
 
-    Where PyTorch's own error is small by luck, ours may be twice what the arithmetic makes of the computation whatever
-    the order of its sums (see `roundings.py`); and one rounding more, since a result is stored.
+    The error of a gradient may be three times as large. PyTorch's own error can be small by luck; ours may then be
+    twice (three times) the error that rounding causes in this computation, for any order of its sums (see
+    `roundings.py`). One more rounding is always allowed, because the result is stored.
 
     Args:
-        name: of the tensor; of tensors by name it is the prefix, if any. `d...` is a gradient.
-        ours, plain: a tensor, or tensors by name, of which those in `ours` are compared.
-        exact: called without arguments, gives the same in float64. It is called again where PyTorch was lucky, with
-            errors put into every operator: it must draw nothing, and round nothing itself.
-        factor: instead of 2, or of 3 for gradients.
-        inner: the dtype that holds what comes before the result, if it is not that of `ours`.
+        name: name of the tensor, if `ours` is one tensor. A name that begins with `d` is a gradient.
+        ours: a tensor, or a dict of tensors by name; each of them is compared.
+        plain: the same from plain PyTorch; it may hold more tensors.
+        exact: a function without arguments that returns the same in float64. It is called again with errors added to
+            every operator, so it must draw no random numbers and must not round.
+        factor: replaces 2, and 3 for gradients.
+        inner: dtype of the intermediate results, if it differs from that of `ours`.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -95,7 +98,7 @@ def assert_no_worse():
             if dtype not in drawn:
                 drawn[dtype] = []
                 for seed in range(DRAWS):
-                    # attention of torch's own in parts, each of which rounds
+                    # the MATH backend splits torch's attention into operators, each of which rounds
                     with Rounded(dtype, seed), sdpa_kernel(SDPBackend.MATH):
                         drawn[dtype].append(by_name(name, exact()))
             return torch.stack([draw[key] - truth[key] for draw in drawn[dtype]])
@@ -124,7 +127,7 @@ def assert_no_worse():
 
 @pytest.fixture
 def running():
-    """A context in which ops run on the named backend; where there is no GPU, Triton's interpreter has correct bf16."""
+    """A context in which ops run on the named backend; without a GPU, Triton is interpreted, with correct bf16."""
     from prismer.kernels.dispatch import use_backend
 
     @contextmanager
@@ -142,7 +145,7 @@ def running():
 
 @pytest.fixture
 def count_calls():
-    """A context that records the calls of operators: name -> list of their arguments by name."""
+    """A context that records calls of operators: operator name -> a list of arguments by name, one item per call."""
 
     class Recorder(TorchDispatchMode):
         def __init__(self):

@@ -1,5 +1,6 @@
-"""One process of the run that test_plan.py compares the planner with: what DeepSpeed holds between steps, and at its
-fullest. `torchrun --nproc_per_node N tests/plan_under_zero.py report.json`
+"""One process of the DeepSpeed run that test_plan.py compares the planner with: bytes between steps and at the peak.
+
+torchrun --nproc_per_node N tests/plan_under_zero.py report.json
 """
 
 import functools
@@ -33,7 +34,7 @@ ZERO = dict(
 
 
 def config() -> PrismerConfig:
-    """Matrices of odd sizes too, so that shards need padding."""
+    """A small config with matrices of odd sizes, so that shards need padding."""
     return prismer_tiny(
         image_size=64,
         label_size=64,
@@ -51,11 +52,11 @@ def config() -> PrismerConfig:
     )
 
 
-def let_go(collective):
-    """`collective`, over when it returns, and its tensors no longer held by gloo's own thread.
+def wait_for_release(collective):
+    """Make `collective` return only after gloo's own thread has released its tensors.
 
-    That thread holds them for a moment after the collective is done. Where it is the last to do so, it releases their
-    memory, and the profiler, which follows one thread, would count that memory as alive ever after.
+    That thread holds the tensors for a moment after the collective is done. If it is the last holder, it frees their
+    memory, and the profiler, which follows one thread, would count that memory as alive until the end.
     """
 
     @functools.wraps(collective)
@@ -73,14 +74,14 @@ def let_go(collective):
 
 
 class Done:
-    """The handle of a collective that is over."""
+    """The handle of a finished collective."""
 
     def wait(self) -> None:
         return
 
 
 def held() -> int:
-    """Bytes of all tensors that Python knows."""
+    """The bytes of all tensors that Python can reach."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -90,7 +91,7 @@ def held() -> int:
 
 
 def measure(stage: int, precision: str) -> dict:
-    """Train three steps; bytes between the second and the third, and at the worst of the third."""
+    """Train three steps; measure the bytes between the second and third step, and the peak of the third."""
     before = held()
     torch.manual_seed(0)
     model = Prismer(config()).train()
@@ -139,7 +140,7 @@ def measure(stage: int, precision: str) -> dict:
 def main() -> None:
     torch.set_num_threads(1)
     for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
-        setattr(dist, name, let_go(getattr(dist, name)))
+        setattr(dist, name, wait_for_release(getattr(dist, name)))
     engines.start_distributed()
     found = [measure(*run) for run in RUNS]
     if dist.get_rank() == 0:

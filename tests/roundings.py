@@ -1,15 +1,15 @@
-"""What the rounding of a computation may cost, whatever the processor, the library or the order of its sums.
+"""The rounding error that a computation may have, independent of the processor, the library and the order of sums.
 
-`Rounded` runs float64 code with the errors of a shorter dtype. After every operator of torch, forward and backward,
-it moves each number by a random amount of the size that a first-order error analysis allows the operator:
+`Rounded` runs float64 code with the errors of a shorter dtype. After every torch operator, forward and backward, it
+moves each number of the result y by a random amount. The sizes come from a first-order error analysis:
 
-    u |y|                 of every result y, since the dtype holds it; u is the unit roundoff, eps / 2
-    u' sqrt(n) sum |t|    of a result that sums n terms t, such as the |A| |B| of a product: the bound of Higham and
+    u |y|                 because the dtype stores the result; u is the unit roundoff, eps / 2
+    u' sqrt(n) sum |t|    if the result is a sum of n terms t, such as the |A| |B| of a product: the bound of Higham and
                           Mary (SIAM J. Sci. Comput. 41, 2019) for any order; u' is the accumulator's, fp32 or longer
 
-The errors go on through the rest of the code as real ones do, so that what comes out shows how much of them arrives:
-cancellation amplifies them, averages damp them. No library's luck enters, and no tolerance is chosen by hand. What
-torch computes in one operator (a softmax, a norm) is taken apart, held in the accumulator inside, and stored once.
+The errors pass through the rest of the code as real ones do: cancellation amplifies them, averages damp them. The
+result shows how much of them arrives. It does not depend on a library's luck or on a tolerance chosen by hand. Some
+torch operators (softmax, norms) are decomposed: their parts round to the accumulator, and the result is stored once.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
-# every result is a sum of products of arguments: on absolute values it gives sum |t|, and on ones n
+# operators whose results are sums of products of arguments: they give sum |t| on absolute values, and n on ones
 SUMS = {
     *(aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.mv, aten.dot, aten.convolution, aten.convolution_backward),
     *(aten.sum, aten.cumsum, aten.index_add, aten.index_add_, aten.scatter_add, aten.scatter_add_),
     *(aten.index_put, aten.index_put_, aten._index_put_impl_, aten.embedding_dense_backward),
     *(aten.upsample_bilinear2d, aten.upsample_bilinear2d_backward),
 }
-# results that are as exact as their arguments, though torch counts some of them among the pointwise operators
+# operators that do not round, although torch tags some of them as pointwise
 EXACT = {
     *(aten._to_copy, aten.clone, aten.copy_, aten.detach, aten.where, aten.masked_fill, aten.masked_fill_, aten.neg),
     *(aten.abs, aten.relu, aten.threshold_backward, aten.clamp, aten.clamp_min, aten.maximum, aten.minimum, aten.sign),
@@ -49,7 +49,7 @@ def mean(x: Tensor, dim=None, keepdim: bool = False, **_) -> Tensor:
 
 
 def var_mean(x: Tensor, dim=None, *, correction=1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-    """In two passes: what one pass loses is a fault."""
+    """Computed in two passes: the larger error of one pass counts as a bug."""
     dim = list(range(x.dim())) if dim is None else dim
     center = mean(x, dim, True)
     squares = (x - center).square().sum(dim, keepdim=keepdim)
@@ -83,7 +83,7 @@ PARTS |= {
 
 
 class Rounded(TorchDispatchMode):
-    """Inside, float64 results of torch are off as those of `dtype` may be; `seed` draws signs and sizes."""
+    """A mode in which float64 results have random errors as large as those of `dtype` may be; `seed` draws them."""
 
     def __init__(self, dtype: torch.dtype, seed: int = 0):
         super().__init__()
@@ -104,32 +104,32 @@ class Rounded(TorchDispatchMode):
         if func.is_view or packet in EXACT:
             return func(*args, **kwargs)
         if packet in SUMS:
-            # before the call: it may write to its first argument
+            # before the call, because it may overwrite its first argument
             with torch.no_grad():
                 sizes, counts = (func(*_mapped(args, change), **_mapped(kwargs, change)) for change in (_size, _one))
             out = func(*args, **kwargs)
-            spread = lambda y, size, n: (  # noqa: E731
-                self._stored(y) + _unit(self.accumulator) * n.sqrt() * size * self._noise(y)
-            )
-            return self._each(out, spread, sizes, counts)
+            return self._each(out, self._summed, sizes, counts)
         out = func(*args, **kwargs)
         return self._each(out, self._stored) if torch.Tag.pointwise in func.tags else out
 
     def _each(self, out, change: Callable, *more):
-        """`out`, or each of its tensors, changed: in place, for what was given may be `out` itself."""
+        """Apply `change` to `out` or each of its tensors, in place: `out` may be an argument of the operator."""
         if isinstance(out, tuple | list):
             parts = [t if isinstance(t, tuple | list) else [None] * len(out) for t in more]
             return tuple(self._each(*given) for given in zip(out, [change] * len(out), *parts, strict=True))
         if isinstance(out, Tensor) and out.dtype == torch.float64 and out.numel():
             new = change(out, *more)
-            # nothing is added to what is not finite
+            # leave infinities and NaN alone
             out.copy_(torch.where(out.isfinite(), new, out))
         return out
 
     def _stored(self, y: Tensor) -> Tensor:
-        # below `tiny` the roundings are of one size, and zeros are exact
+        # below `tiny` all roundings have the same size; zeros are exact
         size = y.abs().clamp(min=torch.finfo(self.dtype).tiny) * (y != 0)
         return y + _unit(self.dtype) * size * self._noise(y)
+
+    def _summed(self, y: Tensor, size: Tensor, count: Tensor) -> Tensor:
+        return self._stored(y) + _unit(self.accumulator) * count.sqrt() * size * self._noise(y)
 
     def _noise(self, y: Tensor) -> Tensor:
         return torch.randn(y.shape, generator=self.draw, dtype=torch.float64)
@@ -140,14 +140,14 @@ def _unit(dtype: torch.dtype) -> float:
 
 
 def _mapped(arguments, change: Callable):
-    """Arguments of an operator with its float64 tensors changed, one list deep; never those that were given."""
+    """Copies of an operator's arguments with `change` applied to the float64 tensors, also inside lists."""
     if isinstance(arguments, dict):
         return {name: _mapped(value, change) for name, value in arguments.items()}
     if isinstance(arguments, tuple | list):
         return type(arguments)(_mapped(value, change) for value in arguments)
     if isinstance(arguments, Tensor) and arguments.dtype == torch.float64:
         return change(arguments)
-    # a factor such as addmm's alpha
+    # floats are factors, such as addmm's alpha
     return abs(arguments) if isinstance(arguments, float) else arguments
 
 

@@ -1,7 +1,7 @@
-"""Proves that benchmarks/baseline.py is a fair baseline: on the same parameters it gives the tokens, captions, answer
-scores, losses and gradients that our model gives, so that only its way of computing differs.
+"""Proves that benchmarks/baseline.py is a fair baseline: with the same parameters it gives the same tokens, captions,
+answer scores, losses and gradients as our model, so that the two differ only in their way of computing.
 
-Weights are drawn so large that a norm, a bias or a table that one side forgets shows.
+The weights are so large that a norm, a bias or a table shows if one side forgets it.
 Run: pytest tests/test_baseline.py
 """
 
@@ -40,7 +40,7 @@ SMALL = dict(
     dropout=0.0,
 )
 CONFIGS = {
-    # label grids of 4, which is not that of the pictures
+    # the label grid of 4 differs from the grid of the image
     "patch16": dict(image_size=80, label_size=64, patch_size=16),
     "patch14": dict(image_size=74, label_size=56, patch_size=14, vision_activation="gelu"),
     "no-experts": dict(image_size=64, experts=()),
@@ -63,7 +63,7 @@ ANSWERS = [
 
 
 def build(name: str = "patch16", seed: int = 0, **changes) -> Prismer:
-    """A Prismer in evaluation mode whose every tensor matters."""
+    """A Prismer in evaluation mode in which every tensor affects the result."""
     model = Prismer(PrismerConfig(**{**SMALL, **CONFIGS[name], **changes}), TOKENIZER).eval()
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def build(name: str = "patch16", seed: int = 0, **changes) -> Prismer:
 
 
 def draw_images(config: PrismerConfig, count: int = 3, seed: int = 1, rows_given: bool = True) -> ImageBatch:
-    """Noise; ids in patches, background among them, each image with a table of its own."""
+    """Noise; id maps consist of patches, some of them background, and each image has its own rows of features."""
     g = torch.Generator().manual_seed(seed)
     labels, rows = {}, {}
     for name in config.experts:
@@ -119,7 +119,7 @@ def test_encode(name, rows_given):
     torch.testing.assert_close(Baseline(model).encode(expand_images(images)), tokens, rtol=0, atol=0)
 
 
-# without a bonus every caption reaches the limit, with one some end
+# without a bonus for the end token every caption reaches the limit; with one, some end earlier
 @pytest.mark.parametrize("bonus", (0.0, 3.0, 3.5))
 @torch.no_grad()
 def test_caption(bonus):
@@ -130,14 +130,14 @@ def test_caption(bonus):
     assert tokens == ours
     lengths = {len(ids) for ids in tokens}
     assert lengths == {12} if not bonus else len(lengths) > 1 and min(lengths) >= 4
-    assert len({tuple(ids) for ids in tokens}) > 4, "captions do not depend on the picture"
+    assert len({tuple(ids) for ids in tokens}) > 4, "captions do not depend on the image"
     assert Baseline(model).caption(images, max_length=16) == model.caption(images, max_length=16)
 
 
 @pytest.mark.parametrize("seed", (1, 2))
 @torch.no_grad()
 def test_search_ends_at_the_same_step(seed):
-    """With three likely words and the end, which often ranks below the open beams: there it must not count."""
+    """Three words and the end token are likely; the end token often ranks below the open beams, and must not count."""
     model = build(seed=seed)
     bias = model.decoder.head.bias
     bias[3:] -= 30
@@ -155,11 +155,11 @@ def test_search_ends_at_the_same_step(seed):
         tokens, ours, (passes, our_passes) = search_twice(model, one, min_length=6)
         assert (tokens, passes) == (ours, our_passes)
         steps.add(passes)
-    assert len(steps) > 1, "all searches take equally long"
+    assert len(steps) > 1, "all searches take the same number of steps"
 
 
 def search_twice(model: Prismer, images: ImageBatch, min_length: int, max_length: int = 16):
-    """What the baseline and ours generate after the prompt, and how often each ran the decoder."""
+    """The tokens that the baseline and ours generate after the prompt, and how often each ran the decoder."""
     prompt = encode_prompt(TOKENIZER, model.config.caption_prefix)
     passes = [0, 0]
     baseline = Baseline(model)
@@ -189,7 +189,7 @@ def search_twice(model: Prismer, images: ImageBatch, min_length: int, max_length
 @pytest.mark.parametrize("top_k", (1, 5, len(ANSWERS)))
 @torch.no_grad()
 def test_rank(top_k):
-    """Questions of different lengths: the longest predicts from its last token, the others from a `<pad>`."""
+    """Questions of different lengths: the longest predicts from its last token, the others predict from a `<pad>`."""
     model = build()
     images = draw_images(model.config)
     chosen, scores = Baseline(model).rank(images, QUESTIONS, ANSWERS, top_k)
@@ -226,7 +226,7 @@ def draw_batch(config: PrismerConfig) -> Batch:
 
 @pytest.mark.parametrize("mode", FREEZE_MODES)
 def test_loss_and_gradients(mode):
-    """In training mode, so that batch norms take the statistics of the batch."""
+    """Runs in training mode, where batch norm uses the statistics of the batch."""
     model = build().train()
     freeze(model, mode)
     batch = draw_batch(model.config)
@@ -247,7 +247,7 @@ def test_loss_and_gradients(mode):
             assert error < 1e-4, f"gradient of {name} is off by {error:.2g} of its largest entry"
 
 
-def test_dropout_is_on_in_training_alone():
+def test_dropout_runs_in_training_only():
     model = build(dropout=0.3).train()
     batch, baseline = draw_batch(model.config), Baseline(model)
     with torch.no_grad():
@@ -258,7 +258,7 @@ def test_dropout_is_on_in_training_alone():
 
 @torch.no_grad()
 def test_autocast():
-    """Products in bf16 around fp32 weights: the stream of image tokens is bf16, results are off by roundings."""
+    """Products run in bf16 on fp32 weights: image tokens are bf16, and results are off by roundings only."""
     model = build()
     batch = draw_batch(model.config)
     exact = model.encode(batch.images)
@@ -270,7 +270,7 @@ def test_autocast():
     assert_close("loss", loss, model(batch), 0.02)
 
 
-def test_refusals():
+def test_other_weights_and_several_texts_are_refused():
     model = build("no-experts")
     with pytest.raises(ValueError, match="bfloat16 weights"):
         Baseline(build("no-experts").bfloat16())

@@ -1,5 +1,8 @@
-"""Proves that Counter's FLOPs are exact: against closed formulas written out here, for layers, attention in every
-implementation, and the whole tiny model forward and backward. Run: pytest tests/test_counting.py"""
+"""Proves that CostCounter's FLOPs are exact: against closed formulas written out here, for layers, attention on every
+backend, and the whole tiny model forward and backward.
+
+Run: pytest tests/test_counting.py
+"""
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from prismer import Prismer
 from prismer.batch import Batch, ImageBatch, TextBatch
 from prismer.config import preset
-from prismer.costs.counting import Counter
+from prismer.costs.counting import CostCounter
 from prismer.freezing import freeze
 from prismer.kernels.attention import attention
 from prismer.kernels.attention import native_backend as attention_native
@@ -20,12 +23,13 @@ from prismer.kernels.mlp import mlp
 from prismer.kernels.resampler_attention import flops as resampler_flops
 from prismer.kernels.resampler_attention import resampler_attention
 
-R, D, V = 6, 10, 14  # rows, and widths in and out
+# rows, input width, output width
+R, D, V = 6, 10, 14
 
 
 def count(run) -> tuple[int, int]:
     """FLOPs of the forward pass of `run()`, and of its backward pass."""
-    with Counter() as counter:
+    with CostCounter() as counter:
         out = run()
         forward = counter.flops
         if out.requires_grad:
@@ -39,13 +43,13 @@ def draw(*shape, device="cpu", grad=False):
 
 @pytest.mark.parametrize("device", ("cpu", "meta"))
 @pytest.mark.parametrize("bias", (False, True))
-def test_linear(device, bias):
+def test_a_linear_layer(device, bias):
     layer = nn.Linear(D, V, bias=bias, device=device)
     one = 2 * R * D * V
     assert count(lambda: layer(draw(R, D, device=device, grad=True))) == (one, 2 * one)
-    # nothing asks for the gradient of x
+    # x needs no gradient
     assert count(lambda: layer(draw(R, D, device=device))) == (one, one)
-    # two leading dimensions take another way inside torch
+    # torch handles two leading dimensions with other operators
     assert count(lambda: layer(draw(2, 3, D, device=device, grad=True))) == (one, 2 * one)
     with torch.inference_mode():
         assert count(lambda: layer(draw(2, 3, D, device=device))) == (one, 0)
@@ -68,7 +72,7 @@ def test_products_that_overwrite_and_products_with_vectors():
 
 
 @pytest.mark.parametrize("groups", (1, 2))
-def test_convolution(groups):
+def test_a_convolution(groups):
     layer, x = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups), draw(2, 4, 9, 8, grad=True)
     one = 2 * 2 * (5 * 4) * 6 * (4 // groups) * 9  # images, points out, channels, filter
     assert count(lambda: layer(x)) == (one, 2 * one)
@@ -77,12 +81,12 @@ def test_convolution(groups):
 
 @pytest.mark.parametrize("frozen", (False, True))
 @pytest.mark.parametrize("device", ("cpu", "meta"))
-def test_mlp(device, frozen):
+def test_the_mlp(device, frozen):
     fc_weight, fc_bias = draw(V, D, device=device), draw(V, device=device)
     proj_weight, proj_bias = draw(D, V, device=device), draw(D, device=device)
     weights = [t.requires_grad_(not frozen) for t in (fc_weight, fc_bias, proj_weight, proj_bias)]
     x, one = draw(R, D, device=device, grad=True), 2 * R * D * V
-    # two products; in the backward pass one more for each gradient, of which there are two or four
+    # two products; the backward pass has one for each gradient, two or four in all
     assert count(lambda: mlp(x, *weights, activation="quick_gelu")) == (2 * one, (2 if frozen else 4) * one)
     with as_if_watched(False):
         assert device == "meta" or count(lambda: mlp(x, *weights, activation="quick_gelu")) == (
@@ -92,18 +96,18 @@ def test_mlp(device, frozen):
 
 
 @pytest.mark.parametrize("backend", ("native", "sdpa", "torch", "triton", "reference"))
-def test_attention(backend):
+def test_attention_on_every_backend(backend):
     B, H, N, S, K = 2, 3, 4, 5, 32
     q, k, v = (draw(B, H, n, K, grad=True) for n in (N, S, S))
     one = 2 * B * H * N * S * K
     with use_backend(backend):
         forward, backward = count(lambda: attention(q, k, v))
     assert forward == 2 * one
-    # five products where scores are computed once more, four where they were kept
+    # five products if scores are computed again, four if they were kept
     assert backward == (4 if backend == "reference" else 5) * one
 
 
-def test_attention_of_frozen_keys():
+def test_attention_to_keys_without_gradient():
     q, k, v = draw(1, 2, 4, 32, grad=True), draw(1, 2, 5, 32), draw(1, 2, 5, 32)
     one = 2 * 2 * 4 * 5 * 32
     with use_backend("native"):
@@ -113,7 +117,7 @@ def test_attention_of_frozen_keys():
 
 @pytest.mark.parametrize("backend", ("native", "torch"))
 def test_attention_without_data(backend, monkeypatch):
-    """On fake tensors of a CPU, on which the kernel, having no data, must not run."""
+    """The kernel must not run on fake CPU tensors, which have no data."""
     for name in ("forward", "backward"):
         monkeypatch.delattr(attention_native, name)
     with FakeTensorMode(), use_backend(backend):
@@ -124,7 +128,7 @@ def test_attention_without_data(backend, monkeypatch):
 @pytest.mark.parametrize("backend", ("torch", "triton"))
 @pytest.mark.parametrize("device", ("cpu", "meta"))
 def test_resampler_attention(device, backend):
-    """Triton's kernels cannot be looked into: their FLOPs are those of the same op on torch's operators."""
+    """Triton's kernels count as the same op on torch's operators."""
     B, M, L, width, H = 1, 4, 40, 32, 2
     names = ("query", "x_hat", "norm_weight", "norm_bias", "in_proj_weight", "in_proj_bias")
     shapes = (B, M, width), (B, L, width), (width,), (width,), (3 * width, width), (3 * width,)
@@ -133,7 +137,7 @@ def test_resampler_attention(device, backend):
         forward, backward = count(lambda: resampler_attention(*tensors, H, order="absorbed"))
     size = ("absorbed", B, M, L, width, H)
     expected = resampler_flops(*size)
-    # beyond the room's formula, which leaves products with vectors out: the queries times the norm's bias
+    # the op's formula leaves out products with vectors: here the queries times the norm's bias
     assert forward == expected + 2 * H * M * width
     exact = resampler_flops(*size, names) - expected
     assert exact <= backward < 1.03 * exact
@@ -151,12 +155,12 @@ def test_decode_attention():
     inputs = decode_inputs()
     R, H, Q, K = inputs[0].shape
     S, M, listed = 20, 12, 2 * 4 * 3 - 2
-    with use_backend("native"), torch.inference_mode(), Counter() as counter:
+    with use_backend("native"), torch.inference_mode(), CostCounter() as counter:
         decode_attention(*inputs)
     assert counter.flops == 4 * H * K * (R * Q * S + listed) and counter.calls == 1
     assert [row[0] for row in counter.rows()] == ["prismer_native::decode_attention"]
-    # few slots: torch multiplies by all of them
-    with use_backend("torch"), torch.inference_mode(), Counter() as counter:
+    # with few slots torch multiplies by all of them
+    with use_backend("torch"), torch.inference_mode(), CostCounter() as counter:
         decode_attention(*inputs)
     assert counter.flops == 4 * H * K * R * Q * (S + M) and counter.calls == 1
 
@@ -170,7 +174,7 @@ def whole_batch(config) -> Batch:
 
 
 class Products(torch.overrides.TorchFunctionMode):
-    """FLOPs by torch's public functions, another way to see them than operators; one product more for each gradient."""
+    """Counts FLOPs of torch's public functions instead of operators, with one more product for each gradient."""
 
     def __init__(self):
         super().__init__()
@@ -190,8 +194,8 @@ class Products(torch.overrides.TorchFunctionMode):
 
 
 @pytest.mark.parametrize("mode", ("freeze_lang_vision", "freeze_vision", "none"))
-def test_whole_model(mode):
-    """Operators and functions agree, and so do real, unwatched and fake tensors, with what is frozen left out."""
+def test_the_whole_model(mode):
+    """Operators and functions agree, as do real, unwatched and fake tensors; frozen parts add no gradients."""
     model = Prismer(preset("tiny")).train()
     batch = whole_batch(model.config)
     freeze(model, mode)
@@ -206,24 +210,24 @@ def test_whole_model(mode):
         fake = Prismer(model.config).train()
         freeze(fake, mode)
         forward, backward = count(lambda: fake(whole_batch(model.config)))
-    # without data all positions are taken for targets, the last of each text too; the loss forms its gradients at once
+    # without data all positions count as targets, even the last of each text; the loss forms its gradients at once
     head = 2 * 6 * model.config.text_width * model.config.vocab_size
     assert (forward, backward) == (seen[0] + 3 * head, seen[1])
 
 
-def test_calls_and_rows():
+def test_calls_and_bytes_of_simple_operators():
     x = draw(4, 8)
-    with Counter() as counter:
+    with CostCounter() as counter:
         y = torch.empty(4, 8)
         y.copy_(x)
         y.view(8, 4).add_(1.0)
         F.embedding(torch.tensor([1, 3, 3]), x)
-    # tensor, copy_, add_, embedding; the allocation and the view launch nothing
+    # tensor, copy_, add_ and embedding count; the allocation and the view launch nothing
     rows = {name: row for name, *row in counter.rows()}
     size = 4 * 8 * 4
     assert rows["aten::copy_"] == [1, 0, 2 * size]
     assert rows["aten::add_"] == [1, 0, 2 * size]
-    # three rows read and written, and their numbers; not the whole table
+    # three rows read and written, and three indices; not the whole table
     assert rows["aten::embedding"] == [1, 0, 2 * 3 * 32 + 3 * 8]
     assert "aten::empty" not in rows and "aten::view" not in rows
     assert counter.calls == sum(row[0] for row in rows.values())
@@ -231,7 +235,7 @@ def test_calls_and_rows():
 
 def test_a_registered_op_is_one_call():
     x, weight, bias = draw(R, D), draw(V, D), draw(V)
-    with Counter() as counter, torch.no_grad():
+    with CostCounter() as counter, torch.no_grad():
         mlp(x, weight, bias, draw(D, V), draw(D), activation="gelu")
     assert counter.issued["prismer::mlp"] == 1 and "aten::mm" not in counter.issued
     inner = {name: calls for name, calls, *_ in counter.rows()}

@@ -1,4 +1,4 @@
-"""Proves that every example of docs/drop-in.md runs as it stands, and trains to the same losses without `apply_to`.
+"""Proves that every example of docs/drop-in.md runs as written, and trains to the same losses without `apply_to`.
 
 Run: pytest tests/test_docs_drop_in.py -s   (-s shows the reports)
 """
@@ -19,7 +19,7 @@ PACKAGES = {
 
 
 def examples() -> dict[str, str]:
-    """The code blocks of the page, by the heading that they stand under."""
+    """The code blocks of the page, by their headings."""
     found = {}
     heading = "the beginning"
     for title, block in re.findall(r"^#+ ([^\n]+)$|^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S):
@@ -32,8 +32,8 @@ def examples() -> dict[str, str]:
 EXAMPLES = examples()
 
 
-def large_parameters(model):
-    """Norms away from 1 and biases away from 0, so that a forgotten one shows."""
+def move_vectors(model: torch.nn.Module) -> None:
+    """Move norms from 1 and biases from 0, so that a forgotten one shows."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -41,13 +41,13 @@ def large_parameters(model):
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
-def run(code: str, monkeypatch, patched: bool) -> tuple[dict, list]:
-    """The names that an example leaves, and its reports."""
+def run_example(code: str, monkeypatch: pytest.MonkeyPatch, patched: bool) -> tuple[dict, list]:
+    """Run an example, patched or not, and return its names and its reports."""
     reports = []
     original = patch.apply_to
 
     def apply_to(model, *args, **kwargs):
-        large_parameters(model)
+        move_vectors(model)
         report = original(model, *args, **kwargs)
         reports.append(report)
         if not patched:
@@ -62,19 +62,19 @@ def run(code: str, monkeypatch, patched: bool) -> tuple[dict, list]:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_example(name, monkeypatch):
+def test_an_example_runs_and_trains_like_the_unpatched_model(name, monkeypatch):
     code = EXAMPLES[name]
     for package, command in PACKAGES.items():
         if f"from {package}" in code:
             pytest.importorskip(package, reason=command)
-    names, reports = run(code, monkeypatch, patched=True)
+    names, reports = run_example(code, monkeypatch, patched=True)
     assert reports and all(report.replaced for report in reports)
     print("", *reports, sep="\n")
     if "losses" not in names:
         return
     losses = names["losses"]
     assert len(losses) >= 3 and losses[-1] < losses[-3], f"it does not learn: {losses}"
-    plain, _ = run(code, monkeypatch, patched=False)
+    plain, _ = run_example(code, monkeypatch, patched=False)
     assert losses == pytest.approx(plain["losses"], rel=2e-5)
 
 

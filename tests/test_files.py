@@ -1,4 +1,4 @@
-"""Files are whole or absent, JSON is strict, checksums see every bit, and a lock dies with its holder.
+"""Proves that files are whole or absent, JSON is strict, checksums detect every flip, and locks end with a process.
 
 python -m pytest tests/test_files.py
 """
@@ -52,8 +52,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, write, fault):
     assert os.listdir(tmp_path) == ["a.json"] and path.read_text() == "old"
 
 
-def test_json_is_written_through_to_the_disk(tmp_path, monkeypatch):
-    """A rename lasts only once file and folder are synced."""
+def test_json_is_synced_before_and_after_the_rename(tmp_path, monkeypatch):
+    """A rename is durable only once file and folder are synced."""
     synced = []
     real = os.fsync
     monkeypatch.setattr(
@@ -65,7 +65,7 @@ def test_json_is_written_through_to_the_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [-float("inf")]}])
-def test_no_number_that_json_lacks(tmp_path, value):
+def test_numbers_that_are_not_finite_are_refused(tmp_path, value):
     with pytest.raises(ValueError, match="a.json would hold a number that is not finite"):
         write_json(tmp_path / "a.json", value)
     assert not os.listdir(tmp_path)
@@ -87,7 +87,7 @@ def test_a_failed_block_leaves_nothing(tmp_path):
 
 
 def test_an_interruption_between_the_renames_loses_nothing(tmp_path, monkeypatch):
-    """Killed after the first of two renames, the old folder is found; after a failed second one, it is back."""
+    """After a failed second rename the old folder is back; after a kill before the rename it is found."""
     folder, aside = tmp_path / "m", tmp_path / "aside"
     for path, name in ((folder, "old"), (aside, "new")):
         path.mkdir()
@@ -105,7 +105,7 @@ def test_an_interruption_between_the_renames_loses_nothing(tmp_path, monkeypatch
         replace_folder(aside, folder)
     assert os.listdir(folder) == ["old"] and earlier_folder(folder) is None
     monkeypatch.undo()
-    # what a kill between the two leaves
+    # the state after a kill between the two renames
     folder.rename(tmp_path / ".m-old")
     assert earlier_folder(folder) == tmp_path / ".m-old"
     replace_folder(aside, folder)
@@ -140,7 +140,7 @@ def test_damaged_json_is_one_sentence(tmp_path, data, words):
     assert words in text and str(path) in text and text.endswith("do this") and "\n" not in text
 
 
-def test_what_is_no_json_file(tmp_path):
+def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("")
     for name, words in {
@@ -153,15 +153,15 @@ def test_what_is_no_json_file(tmp_path):
             read_json(tmp_path / name)
 
 
-def test_a_byte_order_mark_means_nothing():
+def test_a_byte_order_mark_is_ignored():
     assert parse_json(b'\xef\xbb\xbf{"a": 1.5}', "x") == {"a": 1.5}
 
 
-def test_checksums_see_every_bit(tmp_path):
+def test_checksums_detect_a_flip_of_any_bit(tmp_path):
     data = random.randbytes(5000)
     (tmp_path / "a").write_bytes(data)
     (tmp_path / "b").write_bytes(b"")
-    assert find_damage(tmp_path) is None, "a folder without checksums is an old one"
+    assert find_damage(tmp_path) is None, "a folder without checksums is accepted"
     write_checksums(tmp_path)
     assert find_damage(tmp_path) is None
     for _ in range(20):
@@ -177,7 +177,7 @@ def test_checksums_see_every_bit(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 5}', '{"a": {"size": 1}}', '{"a": null}'])
-def test_damaged_checksums(tmp_path, text):
+def test_damaged_checksums_are_refused(tmp_path, text):
     (tmp_path / "a").write_bytes(b"x")
     (tmp_path / CHECKSUMS).write_text(text)
     with pytest.raises(ValueError, match=CHECKSUMS):
@@ -193,7 +193,7 @@ input()
 """
 
 
-def test_a_lock_dies_with_its_holder(tmp_path):
+def test_a_lock_is_released_when_its_process_dies(tmp_path):
     path = tmp_path / "run" / ".lock"
     path.parent.mkdir()
     holder = subprocess.Popen(

@@ -73,12 +73,17 @@ def build_wheel(folder, **environment):
 
 def expected_files():
     """Every module of the three rooms, by its place under `prismer`, and every asset."""
-    files = {f"prismer/{path.name}" for path in (ROOT / "prismer").glob("*.py")}
+    ours = (ROOT / "prismer").rglob("*.py")
+    files = {str(path.relative_to(ROOT)) for path in ours} | {"prismer/py.typed"}
     for room in ("kernels", "dataloading"):
         files |= {f"prismer/{path.relative_to(ROOT)}" for path in (ROOT / room).rglob("*.py")}
     assets = (path for path in (ROOT / "prismer" / "assets").rglob("*") if path.is_file())
     files |= {str(path.relative_to(ROOT)) for path in assets if "__pycache__" not in path.parts}
-    assert {"prismer/kernels/label_map.py", "prismer/dataloading/batch.py", "prismer/model.py"} <= files
+    assert {
+        "prismer/kernels/label_map.py",
+        "prismer/dataloading/store/shards.py",
+        "prismer/training/trainer.py",
+    } <= files
     return files
 
 

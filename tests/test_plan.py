@@ -1,5 +1,5 @@
-"""Proves that the planner tells the truth: bytes of real training steps, what running DeepSpeed engines hold, FLOPs,
-bytes sent, the largest batch, and the command's screen and refusals.
+"""Proves the planner: its bytes against real training steps and running DeepSpeed engines, its FLOPs and bytes sent
+against formulas, the largest batch, and the output and refusals of `prismer plan`.
 
 Run: pytest tests/test_plan.py
 """
@@ -17,7 +17,7 @@ import torch
 from prismer import tied_embedding as tied
 from prismer.cli.main import main
 from prismer.config import prismer_base, prismer_tiny
-from prismer.costs.fake_step import FakeTrainer, _Watch, blank_batch
+from prismer.costs.fake_step import FakeTrainer, _MemoryWatch, blank_batch
 from prismer.costs.plan import SETUPS, Job, Plan, Setup, ZeroSettings, texts_of
 from prismer.freezing import freeze
 from prismer.kernels import cross_attention, matmul
@@ -25,7 +25,8 @@ from prismer.kernels.dispatch import use_backend
 from prismer.kernels.mlp import mlp
 from prismer.kernels.resampler_attention import torch_backend as resampler_torch
 from prismer.model import Prismer
-from prismer.training.config import TASK_DEFAULTS, TrainConfig, read_config
+from prismer.training.config import TrainConfig
+from prismer.training.engine_settings import read_config
 from tests.ops.live_bytes import peak_bytes
 
 HERE = Path(__file__).parent
@@ -34,7 +35,7 @@ TINY = prismer_tiny(text_depth=2, vision_depth=2)
 
 
 def small(**changes):
-    """Six experts at 112 px, small in width and depth."""
+    """A config with six experts at 112 px, small in width and depth."""
     sizes = dict(
         image_size=112,
         label_size=112,
@@ -55,7 +56,7 @@ def small(**changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def zero_runs(tmp_path_factory):
-    """Real DeepSpeed runs of one and of two processes, under way while the other tests run."""
+    """Real DeepSpeed runs of one and two processes, in the background of the other tests."""
     folder = tmp_path_factory.mktemp("zero")
     paths = [str(HERE.parent), str(HERE / "ops")]
     settings = dict(OMP_NUM_THREADS="1", PRISMER_MATMUL="torch", PYTHONPATH=os.pathsep.join(paths))
@@ -76,13 +77,13 @@ def zero_runs(tmp_path_factory):
         runs[world] = process, out
     yield runs
     for process, _ in runs.values():
-        # torchrun ends its workers when it is asked to end
+        # torchrun ends its workers when it is terminated
         process.terminate()
         process.wait()
 
 
 def one_by_one(x):
-    """A CPU takes the resampler an image at a time, a GPU all at once."""
+    """Slices of one image, as a CPU runs the resampler; a GPU runs all images at once."""
     return (slice(i, i + 1) for i in range(x.shape[0]))
 
 
@@ -96,7 +97,7 @@ def one_by_one(x):
         ("none", 4, ONE, True, 0.1),
     ),
 )
-def test_bytes_of_a_step(monkeypatch, mode, batch, texts, checkpointing, dropout):
+def test_planned_bytes_match_a_real_step(monkeypatch, mode, batch, texts, checkpointing, dropout):
     config = small(dropout=dropout)
     model = Prismer(config).train()
     freeze(model, mode)
@@ -110,7 +111,7 @@ def test_bytes_of_a_step(monkeypatch, mode, batch, texts, checkpointing, dropout
         optimizer.step()
         optimizer.zero_grad()
 
-    # the plan is of torch's own products, which write into memory that is there, and of what a GPU's step keeps
+    # plan and step use torch's own products, which write into existing memory, and keep what a step on a GPU keeps
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)
     monkeypatch.setattr(cross_attention, "cheaper_order", lambda *_: "ordinary")
     monkeypatch.setattr(tied, "on_host", lambda *_: False)
@@ -118,32 +119,31 @@ def test_bytes_of_a_step(monkeypatch, mode, batch, texts, checkpointing, dropout
     measured = peak_bytes(step)
     monkeypatch.setattr(resampler_torch, "steps", one_by_one)
     planned = FakeTrainer(config, mode, "fp32").step(batch, texts, checkpointing)
-    # torch's attention keeps its probabilities where it drops some on a CPU, which no GPU kernel does
+    # on a CPU with dropout, torch's attention keeps its probabilities; GPU kernels do not
     assert planned.peak.total == pytest.approx(measured, rel=0.05)
     if mode == "none" and checkpointing:
-        # few activations: most gradients are there by then, and absent where they leave at once
+        # with few activations most gradients exist at the peak, and are absent where they leave at once
         assert planned.peak_sharded.total < planned.peak.total - planned.peak.gradients // 2
         assert planned.peak.gradients > sum(p.nbytes for p in trained) // 4
 
 
-def test_memory_inside_of_ops():
+def test_memory_inside_ops_is_counted():
     R, D, E = 64, 32, 256
     x, up, down = (torch.empty(shape, device="meta") for shape in ((R, D), (E, D), (D, E)))
-    with use_backend("torch"), _Watch([x, up, down]) as watch:
+    with use_backend("torch"), _MemoryWatch([x, up, down]) as watch:
         mlp(x, up, None, down, None, activation="quick_gelu")
-    # the hidden layer, before its activation and after, or that and the output
+    # the hidden layer before and after its activation, or the hidden layer and the output
     assert 4 * R * (E + D) <= watch.peak.total <= 4 * R * (2 * E + D)
     R, V, D = 240, 30_000, TINY.text_width
     step = FakeTrainer(TINY.replace(vocab_size=V), "none", "fp32").step(2, ((1, R // 2),))
-    # all logits, and the gradients that are formed with the loss
+    # all logits, and the gradients that the loss forms
     formed = 4 * (V * D + V + R * D)
     assert 4 * R * V + formed < step.logits < 2 * 4 * R * V + formed
-    # activations are all there by then
+    # all activations exist by then
     assert step.peak_sharded.total >= step.kept - formed + step.logits - 4 * 10 * R
 
 
-def test_flops():
-    """Every product of a PrismerZ, by hand."""
+def test_flops_of_every_product_match_a_count_by_hand():
     T, N, D, H, V = 20, 49, 128, 64, 700
     config = prismer_base(
         experts=(),
@@ -166,14 +166,14 @@ def test_flops():
     stem, dense, logits = 2 * N * 3 * 16 * 16 * D, 2 * T * H * H, 2 * T * H * V
     # the loss forms its gradients with its value
     assert forward == stem + 3 * block + 2 * layer + plain + dense + 3 * logits
-    # two products for each of a weight; five for the two of attention; none for the gradient of the picture
+    # two products for each product with a weight, five for the two of attention, none for the gradient of the image
     attention = 3 * 4 * N * N * D + 3 * 4 * T * T * H + 2 * 4 * T * N * H
     assert backward == 2 * (forward - 3 * logits) - stem + attention // 2
-    # what is recomputed ends with the last tensor that backward reads
+    # recomputation ends with the last tensor that the backward pass reads
     again = trainer.flops(((1, T),), checkpointing=True)
     assert again[0] == forward
     assert 0.7 * (3 * block + 2 * layer) < again[1] - backward <= 3 * block + 2 * layer
-    # a frozen tower passes gradients on and has none
+    # a frozen tower passes gradients on, and its weights get none
     frozen = FakeTrainer(config, "freeze_vision", "fp32").flops(((1, T),))
     assert frozen == (forward, backward - 3 * 2 * N * 12 * D * D)
 
@@ -187,7 +187,7 @@ def job(world: int, precision: str, **changes) -> Job:
 
 
 @pytest.mark.parametrize("world", (1, 2))
-def test_what_deepspeed_holds(monkeypatch, zero_runs, world):
+def test_planned_bytes_match_what_deepspeed_holds(monkeypatch, zero_runs, world):
     from tests.plan_under_zero import BATCH, RUNS
 
     monkeypatch.setattr(resampler_torch, "steps", one_by_one)
@@ -201,7 +201,7 @@ def test_what_deepspeed_holds(monkeypatch, zero_runs, world):
         name = f"ZeRO {run['stage']} in {run['precision']} on {world}"
         plan = Plan(job(world, run["precision"]))
         held = plan.weights.held(run["stage"], world, plan.job.zero)
-        # step counters, and a few flags
+        # DeepSpeed also holds step counters and a few flags
         assert 0 <= run["held"] - held.total <= 2048, name
         for component in ("parameters", "gradients", "optimizer"):
             if component in run:
@@ -210,7 +210,7 @@ def test_what_deepspeed_holds(monkeypatch, zero_runs, world):
         assert memory.total - memory.batch == pytest.approx(run["peak"], rel=0.1), name
 
 
-def test_sent():
+def test_bytes_sent_in_a_step():
     weights = Plan(job(4, "bf16")).weights
     zero = job(4, "bf16").zero
     everything, trained = 2 * sum(weights.sizes), 2 * sum(weights.trained)
@@ -220,13 +220,13 @@ def test_sent():
     assert weights.sent(3, 4, zero) == pytest.approx((trained + everything) * share, abs=2)
     forgetful = replace(zero, stage3_max_live_parameters=0)
     assert weights.sent(3, 4, forgetful) == pytest.approx((trained + 2 * everything) * share, abs=2)
-    # gradients of a stage that keeps them whole travel once, those of the others with each micro-batch
+    # a stage that keeps gradients whole sends them once a step, other stages with each micro-batch
     assert weights.sent(1, 4, zero, 3) == weights.sent(1, 4, zero)
     assert weights.sent(2, 4, zero, 3) == pytest.approx(4 * trained * share, abs=2)
     assert [weights.sent(stage, 1, zero) for stage in range(4)] == [0] * 4
 
 
-def test_setups_differ_as_they_should():
+def test_offload_and_checkpointing_save_memory():
     plan = Plan(job(4, "bf16"))
     memory = {setup: plan.memory(setup, 8) for setup in SETUPS}
     for setup, of in memory.items():
@@ -242,14 +242,14 @@ def test_setups_differ_as_they_should():
 
 
 @pytest.mark.parametrize("hint", (1, 40))
-def test_largest_batch(hint):
+def test_the_largest_batch_fills_the_memory(hint):
     zero = ZeroSettings(reduce_bucket_size=1000)
     plan = Plan(Job(config=TINY, freeze="none", precision="fp32", texts=ONE, zero=zero))
     for checkpointing in (False, True):
         setup = Setup(stage=2, checkpointing=checkpointing)
-        room = plan.memory(setup, 17).total
-        found = plan.largest_batch(setup, room, hint)
-        assert plan.memory(setup, found).total <= room < plan.memory(setup, 18).total
+        budget = plan.memory(setup, 17).total
+        found = plan.largest_batch(setup, budget, hint)
+        assert plan.memory(setup, found).total <= budget < plan.memory(setup, 18).total
         assert 15 <= found <= 17
         assert plan.largest_batch(setup, plan.memory(setup, 1).total - 1, hint) == 0
 
@@ -264,11 +264,11 @@ def test_plan_and_training_read_the_same_settings():
     with pytest.raises(ValueError, match="sub_group_size is -1; give a number"):
         ZeroSettings.from_engine(dict(zero_optimization=dict(sub_group_size=-1)))
     assert texts_of(train, prismer_base()) == ((1, 30), (9, 42))
-    vqa = TrainConfig(**{"task": "vqa", **TASK_DEFAULTS["vqa"], "questions_per_image": 4})
+    vqa = TrainConfig.for_task(task="vqa", questions_per_image=4)
     assert texts_of(vqa, prismer_base(max_positions=40)) == ((4, 38),)
 
 
-def test_screen(capsys, tmp_path):
+def test_the_output_fits_one_screen(capsys, tmp_path):
     config = dict(zero_optimization=dict(stage=3, reduce_bucket_size=1000), prismer=dict(batch_size=24, freeze="none"))
     (tmp_path / "zero.json").write_text(json.dumps(config))
     flags = ["--gpus", "3", "--gpu-memory", "5", "--config", str(tmp_path / "zero.json"), "--captions", "2"]
@@ -299,7 +299,7 @@ def test_screen(capsys, tmp_path):
         (["--model", "tiny", "--batch", "500", "--gpu-memory", "4.1"], "what would fit: "),
     ),
 )
-def test_refusals(capsys, flags, says):
+def test_wrong_flags_are_refused(capsys, flags, says):
     assert main(["plan", *flags]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1

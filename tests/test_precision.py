@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prismer import precision
-from prismer.cli.ask import load_model
+from prismer.cli.options import load_model
 from prismer.config import prismer_base, prismer_tiny
 from prismer.model import Prismer
 from prismer.precision import caption_seconds, inference_dtype, slow_resumption
@@ -122,7 +122,7 @@ def test_the_command_line_loads_in_a_given_precision(tmp_path):
     folder = tmp_path / "wide"
     Prismer(WIDE).save_pretrained(folder)
     for name, dtype in (("bf16", BF16), ("fp32", FP32)):
-        model, _ = load_model(str(folder), folder, "cpu", precision=name)
+        model, _ = load_model(str(folder), "cpu", precision=name)
         assert {p.dtype for p in model.parameters()} == {dtype}
 
 

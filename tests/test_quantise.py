@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from prismer.cli.main import main
-from prismer.dataloading.feed.features import Semantics
 from prismer.dataloading.feed.loader import Loader
 from prismer.dataloading.scenes.dataset import render_dataset
+from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.freezing import freeze
 from prismer.kernels.modules import MLP, MultiheadAttention
@@ -22,7 +22,8 @@ from prismer.model import Prismer
 from prismer.quantise import Int8Attention, Int8Linear, Int8MLP, check_device, quantise, weight_steps
 from prismer.shipped import shipped_folder
 from prismer.text import causal_attend
-from prismer.training.evaluation import Knowledge, describe, scores
+from prismer.training.evaluation import predict, scores
+from prismer.training.text_statistics import TextStatistics
 
 SCENES = 24
 
@@ -165,7 +166,7 @@ def test_int8_costs_little_accuracy(tiny, int8, validation):
     found, tokens = {}, {}
     for name, model in (("fp32", tiny), ("int8", int8)):
         loader = Loader(validation, batch_size=12, training=False, config=tiny.config, semantics=semantics, threads=1)
-        records = describe(model, loader, task="joint", knowledge=Knowledge(answers=answers))
+        records = predict(model, loader, task="joint", statistics=TextStatistics(answers=answers))
         found[name] = scores(records)
         with torch.inference_mode():
             tokens[name] = model.encode(next(iter(loader.epoch(0))).images)

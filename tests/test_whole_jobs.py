@@ -1,5 +1,7 @@
-"""Proves that the benchmark of whole jobs measures what it says, on small models: every kind of job passes its
-comparison, stops where results differ, and its rows hold exact FLOPs, peak memory and operators of each contender.
+"""Proves on small models that the benchmark of whole jobs measures correctly.
+
+Every kind of job passes its comparison, and stops if results differ. Its measurements hold exact FLOPs, peak memory and
+operators of each contender.
 
 Run: pytest tests/test_whole_jobs.py
 """
@@ -44,9 +46,9 @@ OURS, BASELINE = harness.OURS, jobs.BASELINE
 
 @pytest.fixture(autouse=True)
 def rows(monkeypatch):
-    """What is measured goes here; the session's own rows stay empty."""
+    """The measurements of a test; those of the session stay empty."""
     found = []
-    monkeypatch.setattr("benchmarks.job_runner.ROWS", found)
+    monkeypatch.setattr("benchmarks.job_runner.MEASUREMENTS", found)
     return found
 
 
@@ -56,7 +58,7 @@ def model():
 
 
 def conftest():
-    """benchmarks/conftest.py, beside that of the tests."""
+    """benchmarks/conftest.py, imported under a name other than `conftest`, which is that of the tests."""
     path = Path(harness.__file__).with_name("conftest.py")
     spec = importlib.util.spec_from_file_location("benchmarks_conftest", path)
     module = importlib.util.module_from_spec(spec)
@@ -85,7 +87,7 @@ def test_jobs(kind, model, rows, monkeypatch):
     assert list(found.values()) == rows and found.keys() == job.calls.keys()
     ours, baseline = found[OURS], found[BASELINE]
     assert ours.ratio == ours.low == ours.high == 1 and baseline.rounds == 2
-    assert baseline.ratio == pytest.approx((baseline.low + baseline.high) / 2), "the median of two"
+    assert baseline.ratio == pytest.approx((baseline.low + baseline.high) / 2), "not the median of two rounds"
     for row in found.values():
         assert row.milliseconds > 0 and row.peak_mb > 0 and row.ops > 0 and row.spread_ms > 0
         assert (row.flops > 0) == (0 < row.matrix_share < 1) == (kind != "labels")
@@ -93,17 +95,17 @@ def test_jobs(kind, model, rows, monkeypatch):
     assert not [p for p in model.parameters() if p.grad is not None]
     if kind == "encoder":
         assert found["mm 256"].flops == 2 * 256**3
-        # the resampler folds its norms into products: a few more FLOPs, and no others
+        # the resampler folds its norms into products, which changes the FLOPs a little
         assert 0.9 < ours.flops / baseline.flops < 1.1
     elif kind != "labels":
         assert ours.flops < baseline.flops
     if kind == "five-captions":
-        # the encoder dominates: four images less
+        # the encoder dominates, and ours encodes four images fewer
         assert found["ours ungrouped"].flops > 2 * ours.flops
 
 
 def flops_of_a_step(c: PrismerConfig, T: int) -> int:
-    """A beam's prefix of T tokens: all keys and values of the image in every layer, and logits of every position."""
+    """FLOPs of one prefix of T tokens: layers project all keys and values of the image, all positions get logits."""
     D, H, N = c.vision_width, c.text_width, c.num_context_tokens
     attention = 2 * T * 4 * H * H + 4 * T * T * H
     cross = 2 * (2 * T * H * H + 2 * N * D * H) + 4 * T * N * H
@@ -112,18 +114,18 @@ def flops_of_a_step(c: PrismerConfig, T: int) -> int:
     return layers + 2 * T * H * H + 2 * T * H * c.vocab_size
 
 
-def test_flops_of_the_baseline_s_caption(model):
-    """Those of the closed formula, which gives the published system's 1,506 GF at BASE, 480 px (16 steps, 3 beams)."""
+def test_flops_of_the_baseline_for_a_caption(model):
+    """They match the formula, which gives the published system's 1,506 GF for BASE at 480 px (16 steps, 3 beams)."""
     lengths = 6, 8
     flops = [measure(jobs.caption_job(model, "S", length=length))[BASELINE].flops for length in lengths]
-    # steps that the longer caption has more
+    # the difference is the additional steps of the longer caption
     assert flops[1] - flops[0] == 3 * sum(flops_of_a_step(SMALL, T) for T in range(*lengths))
     base = prismer_base(image_size=480)
     assert 3 * sum(flops_of_a_step(base, T) for T in range(4, 20)) == pytest.approx(1506e9, rel=0.005)
 
 
-def test_flops_of_the_baseline_s_ranking(model):
-    """Question and padded answer once for each candidate: 606 and 4,618 GF at BASE, 480 px, 786 GF for classes."""
+def test_flops_of_the_baseline_for_a_ranking(model):
+    """Each candidate runs question and padded answer: 606 and 4,618 GF for BASE at 480 px, 786 GF for classes."""
     counts = [measure(jobs.rank_job(model, "S", k, answers=ANSWERS[:60]))[BASELINE].flops for k in (2, 4)]
     question = len(encode_question(TOKENIZER, QUESTIONS[0]))
     tokens = question + max(len(encode_answer(TOKENIZER, answer)) for answer in ANSWERS[:60])
@@ -147,7 +149,7 @@ def test_differing_results_are_not_timed(kind, model, rows):
 
 
 def _off(result):
-    """A result of any job by a thousandth away, or another text."""
+    """The result of any job, off by a thousandth, or another text."""
     if isinstance(result, list):
         return ["A wrong caption."] * len(result) if isinstance(result[0], str) else [result[0] * 1.001, *result[1:]]
     return (result[0], result[1] * 1.001) if isinstance(result, tuple) else result * 1.001
@@ -155,7 +157,7 @@ def _off(result):
 
 @pytest.mark.parametrize("case", bench.CASES, ids=lambda case: case.name)
 def test_cases_of_the_benchmark(case, model):
-    """Every job of the benchmark, at a small size: built, and its contenders compared."""
+    """Every job of the benchmark builds at a small size, and its contenders agree."""
     job = case.make(model, "S")
     outcomes = {}
     for name, call in job.calls.items():
@@ -165,7 +167,7 @@ def test_cases_of_the_benchmark(case, model):
     preset(case.model, image_size=case.side)
 
 
-def test_names_of_cases_are_distinct_and_few_run_by_default():
+def test_case_names_are_distinct_and_one_case_runs_by_default():
     names = [case.name for case in bench.CASES]
     assert len(set(names)) == len(names)
     assert [case.name for case in bench.CASES if case.default] == ["caption"]
@@ -183,7 +185,7 @@ def test_gradients_are_compared(model):
         job.check(outcomes)
 
 
-def test_peak_of_a_step_is_above_gradients():
+def test_the_peak_of_a_step_excludes_gradients():
     weight = torch.nn.Parameter(torch.ones(1000, 1000))
 
     def step():
@@ -202,15 +204,15 @@ def test_peak_of_a_step_is_above_gradients():
         check=lambda outcomes: None,
         reset=reset,
     )
-    assert all(row.peak_mb < 0.1 for row in measure(job).values()), "the gradient, 4 MB, counts"
+    assert all(row.peak_mb < 0.1 for row in measure(job).values()), "the gradient of 4 MB is counted"
 
 
 def test_report(model, rows, tmp_path):
-    """Rows of whole jobs and of single ops share one table, one CSV and one plot."""
+    """Measurements of whole jobs and of single ops share one table, one CSV and one plot."""
     report = conftest()
     found = measure(JOBS["answer"](model))
     assert found[BASELINE].ratio == pytest.approx(found[BASELINE].milliseconds / found[OURS].milliseconds)
-    op = harness.Row(
+    op = harness.Measurement(
         room="layer_norm",
         shape="BASE",
         dtype="float32",

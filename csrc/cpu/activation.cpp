@@ -11,7 +11,7 @@ constexpr int64_t kGrain = 32768;
 
 template <typename Stored, typename Activation, bool Gradient>
 struct Epilogue {
-  const Stored* dy;  // with Gradient
+  const Stored* dy;  // used with Gradient only
   const Stored* h;
   const float* bias;  // zeros where there is none
   Stored* out;

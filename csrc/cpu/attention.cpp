@@ -1,9 +1,9 @@
-// Attention on the CPU, as kernels/attention/__init__.py defines it, without dropout and extra keys.
+// Attention on the CPU, as kernels/attention/__init__.py defines it, without dropout.
 //
-// Queries and keys meet in blocks of 96 by 96, whose scores stay in the nearest caches. A task is
-// 96 queries of one head, which go over the blocks of keys with a running maximum. All sums are in
-// a fixed order, whatever the threads. A head's keys and values are packed once per thread, 8 L K
-// bytes of scratch.
+// Scores are computed in blocks of 96 queries by 96 keys, which fit the nearest caches. A task is
+// 96 queries of one head: it goes over the blocks of keys with a running maximum. The order of
+// every sum is fixed, so results do not depend on the number of threads. Each thread packs the keys
+// and values of a head once, into 8 L K bytes of scratch (L keys, head size K).
 
 #include <cmath>
 
@@ -25,11 +25,11 @@ struct Forward {
   float* lse;  // (samples, heads, queries)
   Multiplier multiply;
 
-  // what a thread works with
+  // the scratch memory of one thread
   struct Scratch {
-    int64_t head = -1;  // whose keys are packed
+    int64_t head = -1;  // the head whose keys are packed
     Buffer k, v;        // block by block: columns of keys, pairs of values
-    Buffer place;       // of each key, infinity for one that is not seen
+    Buffer place;       // position of each key; infinity if no query sees it
     Buffer q, scores, weights, sums, totals;
 
     explicit Scratch(const Sizes& n)
@@ -59,7 +59,7 @@ struct Forward {
     const int64_t sample = head / n.heads, h = head % n.heads, words = n.width / P::per_word;
     for (int64_t key = 0; key < n.keys; key += kBlock) {
       const int64_t count = std::min(kBlock, n.keys - key);
-      // by way of what is not yet in use
+      // s.q is free until the first chunk of queries: it holds the rows before their transpose
       P::template rows<Vector>(s.q.data(), k.at(sample, h, key), count, count, n.width);
       P::transpose(s.k.data() + key * words, s.q.data(), count, words);
       P::template steps<Vector>(
@@ -105,7 +105,7 @@ struct Forward {
     }
   }
 
-  // row i of a block of scores: its weights; maximum, total and sums of the row brought up to date
+  // turns row i of a block of scores into weights, and updates the row's maximum, total and sums
   template <typename Vector>
   PRISMER_INLINE void softmax(
       Scratch& s, int64_t i, int64_t columns, const float* place, float last, float& max_at) const {
@@ -128,8 +128,8 @@ struct Forward {
     highest = across<1>(highest, larger);
     const Vector zero = broadcast<Vector>(0.0f);
     const Vector off = select(less(broadcast<Vector>(kMasked), highest), highest, zero);
-    // exactly 1 while the maximum stays
-    const Vector rescale = exp2(prismer::max(old - off, kZero));
+    // exactly 1 as long as the maximum does not change
+    const Vector rescale = exp2(prismer::max(old - off, kLeastExponent));
     float* total_at = s.totals.data() + i * kLanes;
     Vector total = load<Vector>(total_at) * rescale;
 #pragma GCC unroll 6

@@ -1,8 +1,9 @@
 // Gradients of attention on the CPU, as kernels/attention/__init__.py defines them.
 //
-// A task is one head. Its blocks of 96 keys by 96 queries are formed again from the saved
-// logarithms of the sums, with keys as rows, so that the gradients of keys and values need no
-// transpose; all sums are in a fixed order, whatever the threads. Scratch of a thread: 16 L K bytes.
+// A task is one head. It recomputes the weights of 96 keys by 96 queries from the saved
+// log-sum-exp. Keys are the rows of a block, so that the gradients of keys and values need no
+// transpose. The order of every sum is fixed, so results do not depend on the number of threads. A
+// thread has 16 L K bytes of scratch (L keys, head size K).
 
 #include "attention_blocks.h"
 
@@ -19,15 +20,15 @@ struct Backward {
   Rows<const Stored> q, k, v, out, dout;
   const uint8_t* mask;
   const float* lse;
-  Rows<Stored> dq, dk, dv;  // null where not needed, keys and values together
+  Rows<Stored> dq, dk, dv;  // null if not needed; dk and dv are both null or both given
   Multiplier multiply;
 
   struct Scratch {
-    Buffer k, v;            // a word is a pair of columns, or one number
-    Buffer k_steps;         // of keys, where a word is a pair
-    Buffer q, dout;         // of a chunk, columns, and
-    Buffer q_steps, dout_steps;
-    Buffer scores, slopes;  // of a block, a line is a key
+    Buffer k, v;                 // a word is a pair of columns, or one number
+    Buffer k_steps;              // a word is a pair of keys; empty if a word is one number
+    Buffer q, dout;              // a chunk of queries, transposed
+    Buffer q_steps, dout_steps;  // the same chunk; a word is a pair of queries, or one number
+    Buffer scores, slopes;       // of a block, with one line per key
     Buffer weights, dscores, dscores_steps;
     Buffer dq, dk, dv, lines;
 
@@ -95,7 +96,7 @@ struct Backward {
       P::template steps<Vector>(s.q_steps.data(), q_here, count, columns, n.width);
       P::template steps<Vector>(s.dout_steps.data(), dout_here, count, columns, n.width);
     }
-    // a query that is not there has no weights
+    // pad to a whole block: the infinite log-sum-exp gives the padding queries no weight
     float* logs = s.lines.data();
     float* deltas = logs + kBlock;
     std::fill_n(logs, kBlock, kNever);
@@ -138,7 +139,7 @@ struct Backward {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = key + i;
       const bool seen = i < count && (mask == nullptr || mask[sample * n.keys + at]);
-      // a query sees keys up to its own
+      // causal: a key is visible to the query at its own position and to later ones
       const float from = !seen ? kMost : n.causal ? static_cast<float>(at - first) : -1.0f;
       gradients<Vector>(s, i, columns, from);
     }
@@ -166,20 +167,20 @@ struct Backward {
     }
   }
 
-  // line i of a block, a key: weights, and gradients of scores without the scale; zeros for the
-  // queries before `from`
+  // fills line i of a block, which belongs to one key, with its weights and with the gradients of
+  // its scores before scaling; both are zero for the queries before `from`
   template <typename Vector>
   PRISMER_INLINE void gradients(Scratch& s, int64_t i, int64_t columns, float from) const {
     const float scale = n.scale * kLog2e;
     const Vector zero = broadcast<Vector>(0.0f);
     for (int64_t c = 0; c < columns; c += kLanes) {
-      // as forward had it, so that the heaviest of large scores has the weight that it had there
+      // rounded as in the forward pass: for large scores a weight depends on the last bit
       const Vector score = rounded(load<Vector>(s.scores.data() + i * kBlock + c) * scale);
       const auto sees = less(broadcast<Vector>(from - 0.5f - c), load<Vector>(kPlaces));
       const Vector all = weight<Stored>(score - load<Vector>(s.lines.data() + c));
       const Vector here = select(sees, all, zero);
       const Vector slope = load<Vector>(s.slopes.data() + i * kBlock + c);
-      // a query that is not a number spoils only the keys that it sees
+      // select again, so that a NaN in a query reaches only the keys that it sees
       const Vector steep = here * (slope - load<Vector>(s.lines.data() + kBlock + c));
       const Vector gradient = select(sees, steep, zero);
       P::line(s.weights.data() + i * (kBlock / P::per_word), c, here);

@@ -1,5 +1,5 @@
-// What attention's forward and backward pass on the CPU share: how tensors lie, how blocks of them
-// are packed for `multiply.h`, and what is checked.
+// Shared by the forward and backward pass of attention on the CPU: the layout of tensors, the
+// packing of their blocks for `multiply.h`, and the checks of arguments.
 
 #pragma once
 
@@ -11,11 +11,12 @@ namespace prismer {
 
 constexpr int64_t kBlock = 96;  // a multiple of the rows and columns of a tile of products
 constexpr float kLog2e = 1.44269504088896341f;
+// the place of a key that no query sees, and the log-sum-exp of a query that sees no key
 constexpr float kNever = std::numeric_limits<float>::infinity();
 constexpr int64_t kMaxWidth = 256;
-constexpr int64_t kGrain = 65536;  // products of a task that is worth waking a thread
+constexpr int64_t kGrain = 65536;  // a thread gets at least this many products
 constexpr float kMost = std::numeric_limits<float>::max();
-constexpr float kZero = -200.0f;  // 2^-200 is 0 in fp32, and so is what is less
+constexpr float kLeastExponent = -200.0f;  // 2^-200 is 0 in fp32, as is every lower power
 
 inline int64_t blocks_of(int64_t n) { return (n + kBlock - 1) / kBlock; }
 inline int64_t even(int64_t n) { return n + n % 2; }
@@ -33,13 +34,13 @@ struct Rows {
   PRISMER_INLINE Stored* operator[](int64_t t) const { return first + t * token; }
 };
 
-// Two 16-bit numbers of `Stored` make a word where the processor multiplies pairs, else one fp32.
+// Packs numbers into words: a pair of `Stored` where the processor multiplies pairs, else one fp32.
 template <typename Stored>
 struct Pack {
   static constexpr bool paired = std::is_same_v<std::remove_const_t<Stored>, FastBf16>;
   static constexpr int64_t per_word = paired ? 2 : 1;
 
-  // word (token, column pair): `count` tokens of `width`, then zeros up to `padded` tokens
+  // words (token, pair of columns) of `count` tokens, then zeros up to `padded` tokens
   template <typename Vector>
   PRISMER_INLINE static void rows(
       float* out, const Rows<Stored>& x, int64_t count, int64_t padded, int64_t width) {
@@ -56,7 +57,7 @@ struct Pack {
     std::fill(out + count * words, out + padded * words, 0.0f);
   }
 
-  // word (token pair, column); the same as rows() where a word is one number
+  // words (pair of tokens, column); the same as rows() where a word is one number
   template <typename Vector>
   PRISMER_INLINE static void steps(
       float* out, const Rows<Stored>& x, int64_t count, int64_t padded, int64_t width) {
@@ -82,7 +83,7 @@ struct Pack {
     }
   }
 
-  // (rows, words) -> (words, kBlock), the rows up to kBlock being zeros
+  // (rows, words) -> (words, kBlock), with zeros for the rows up to kBlock
   PRISMER_INLINE static void transpose(
       float* out, const float* rows, int64_t count, int64_t words) {
     for (int64_t w = 0; w < words; ++w) {
@@ -92,7 +93,7 @@ struct Pack {
     }
   }
 
-  // `count` numbers, a multiple of kLanes, narrowed where words are pairs
+  // stores a vector at number `at` of a line, narrowed to 16 bits where words are pairs
   template <typename Vector>
   PRISMER_INLINE static void line(float* out, int64_t at, const Vector& value) {
     if constexpr (paired) {
@@ -103,10 +104,10 @@ struct Pack {
   }
 };
 
-// 2^x, 0 where x is -inf; to 2^-18 where it is rounded to 16 bits anyway
+// 2^x, and 0 for x = -inf; accurate to 2^-18 if the result is rounded to 16 bits anyway
 template <typename Stored, typename Vector>
 PRISMER_INLINE Vector weight(const Vector& x) {
-  return exp2<std::is_same_v<Stored, float>>(max(x, kZero));
+  return exp2<std::is_same_v<Stored, float>>(max(x, kLeastExponent));
 }
 
 struct Sizes {
@@ -114,7 +115,7 @@ struct Sizes {
   bool causal;
   float scale;
 
-  // whether, from this key on, none of the queries up to `last` sees any
+  // true if no query up to `last` sees this key or a later one
   PRISMER_INLINE bool beyond(int64_t key, int64_t last) const { return causal && key > last; }
 };
 
@@ -124,7 +125,7 @@ using Multiplier = void (*)(const Factors&);
 
 template <typename Stored>
 Rows<Stored> rows_of(const Tensor& x) {
-  // an op of torch's may give any strides to a tensor of one token or head: they are not used then
+  // the stride of a dimension of size 1 may be anything in torch: it is multiplied by 0 only
   auto* first = const_cast<Stored*>(data<std::remove_const_t<Stored>>(x));
   return {first, x.stride(0), x.stride(1), x.stride(2)};
 }

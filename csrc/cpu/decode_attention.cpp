@@ -1,10 +1,10 @@
-// Decode attention on the CPU, as defined in kernels/decode_attention/__init__.py: few queries per row over
-// long shared keys, and over the listed slots of a suffix; formulas in shared/attention.h.
+// Decode attention on the CPU, as kernels/decode_attention/__init__.py defines it: few queries per
+// row attend to many shared keys and to the listed slots of a suffix. Formulas: shared/attention.h.
 //
 // A task is (row, head, chunk of queries, split of the keys), all sizes fixed, so that results do
 // not depend on the number of threads; splits are merged afterwards, in their order. Within a task
-// a block of keys and values is read into the nearest caches, as fp32, and met there by all
-// queries of the chunk, four at a time: their scores fill one vector of 16 = 4 keys x 4 queries.
+// a block of keys and values is read into the nearest caches, as fp32, where all queries of the
+// chunk use it, four at a time: their scores fill one vector of 16 = 4 keys x 4 queries.
 
 #include <algorithm>
 
@@ -14,7 +14,7 @@
 namespace prismer {
 namespace {
 
-constexpr int64_t kBlock = 64;  // keys at a time: with their values 32 KB at head size 64
+constexpr int64_t kBlock = 64;  // keys at a time; with their values 32 KB at head size 64
 constexpr int64_t kSplit = 512;  // keys of a task
 constexpr int64_t kChunk = 32;   // queries of a task
 constexpr int64_t kTile = 4;     // queries at a time
@@ -22,7 +22,7 @@ constexpr int64_t kTile = 4;     // queries at a time
 template <int64_t value>
 using Constant = std::integral_constant<int64_t, value>;
 
-// shared/attention.h for the lanes of a vector
+// `shift` of shared/attention.h for each lane of a vector
 template <typename Vector>
 PRISMER_INLINE Vector shifts(const Vector& max) {
   return select(less(broadcast<Vector>(kMasked), max), max, broadcast<Vector>(0.0f));
@@ -43,12 +43,12 @@ struct Attend {
   int64_t chunks, splits;
   float scale;
 
-  // what a task works on
+  // the scratch memory of one thread
   struct Scratch {
     Buffer q, k, v;            // fp32 rows of `padded`: the queries, a block of keys and values
-    Buffer nobody;             // accumulator of the queries that a tile lacks
-    Buffer max, sum;           // of the softmax, a vector per tile
-    Buffer scores;             // of a block for a tile, key by key
+    Buffer nobody;             // dummy accumulator for the missing queries of a tile
+    Buffer max, sum;           // of the softmax, one vector per tile
+    Buffer scores;             // of a tile and a block, key by key
     const float* k_at[kBlock];  // the rows of a block
     const float* v_at[kBlock];
     int64_t seen[kSplit];
@@ -65,12 +65,12 @@ struct Attend {
     }
   };
 
-  // the queries of a tile, `There` of them at their places among the lanes of Tile
+  // the queries of a tile; `There` of the Tile lanes of a key belong to a query
   template <int64_t Tile, int64_t There>
   struct Queries {
     const float* q[There];
     float* accumulator[There];
-    const uint8_t* mask[There];  // null where all see all keys of the chunk
+    const uint8_t* mask[There];  // null if all queries see all keys of the chunk
   };
 
   template <int Width>
@@ -113,7 +113,7 @@ struct Attend {
         const auto all_of = [&](auto lanes, auto there) __attribute__((always_inline)) {
           Queries<decltype(lanes)::value, decltype(there)::value> who;
           for (int64_t j = 0; j < there; ++j) {
-            // the last one twice where two of three are there
+            // where two of three are left, the last one twice
             const int64_t here = i + std::min(j, tile - 1);
             who.q[j] = s.q.data() + here * padded;
             who.accumulator[j] =
@@ -129,7 +129,7 @@ struct Attend {
         } else {
           all_of(Constant<kTile>{}, Constant<kTile>{});
         }
-        // the first tile has asked for the next block
+        // only the first tile prefetches the next block
         ahead = 0;
       }
     }
@@ -145,7 +145,8 @@ struct Attend {
     if (split == 0) suffix<Vector>(head, row, first, count, s);
   }
 
-  // the keys of [start, stop) that some query of the chunk sees, and whether some do not see them
+  // lists in s.seen the keys of [start, stop) that any query of the chunk sees; sets `differ` if
+  // some other query does not see one of them
   PRISMER_INLINE int64_t keys_seen(
       Scratch& s, const uint8_t* mask, int64_t mask_step, int64_t count, int64_t start,
       int64_t stop, bool& differ) const {
@@ -167,7 +168,7 @@ struct Attend {
     return seen;
   }
 
-  // each query with its own slots
+  // adds each query's own slots of the suffix
   template <typename Vector>
   PRISMER_INLINE void suffix(
       int64_t head, int64_t row, int64_t first, int64_t count, Scratch& s) const {
@@ -195,7 +196,7 @@ struct Attend {
     }
   }
 
-  // fp32 times `factor`, zeros up to whole vectors
+  // converts a row to fp32, multiplied by `factor` and padded with zeros to whole vectors
   template <typename Vector>
   PRISMER_INLINE void widen_row(float* out, const Stored* in, float factor) const {
     for_columns(width, [=](int64_t c, auto part) __attribute__((always_inline)) {
@@ -203,7 +204,8 @@ struct Attend {
     });
   }
 
-  // k_at and v_at of the listed keys, as fp32 rows; past the block they repeat its first key
+  // points k_at and v_at to the fp32 rows of the chosen keys; k_at past `size` repeats the first
+  // key
   template <typename Vector>
   PRISMER_INLINE void fetch(
       Scratch& s, const Stored* k, const Stored* v, const int64_t* chosen, int64_t size) const {
@@ -224,8 +226,8 @@ struct Attend {
     for (int64_t i = size; i < kBlock; ++i) s.k_at[i] = s.k_at[0];
   }
 
-  // a row of the next block, on its way to the cache while this one is worked on: blocks are too
-  // short for the processor to see the pattern
+  // prefetches a row of the next block during the current one: blocks are too short for the
+  // processor to predict the pattern
   PRISMER_INLINE void prefetch_row(const Stored* p) const {
     const char* line = reinterpret_cast<const char*>(p);
     for (int64_t i = 0; i < width * static_cast<int64_t>(sizeof(Stored)); i += 64) {
@@ -233,12 +235,12 @@ struct Attend {
     }
   }
 
-  // a tile of queries takes in a block of keys: scores, softmax, values
+  // attends from a tile of queries to a block of keys: scores, softmax, weighted values
   template <typename Vector, int64_t Tile, int64_t There>
   PRISMER_INLINE void meet(
       Scratch& s, const Queries<Tile, There>& who, int64_t index, const int64_t* chosen,
       int64_t size, const Stored* k, const Stored* v, int64_t ahead) const {
-    constexpr int64_t group = kLanes / Tile;  // keys whose scores fill a vector
+    constexpr int64_t group = kLanes / Tile;  // keys whose scores fill one vector
     float* scores = s.scores.data();
     Vector highest = broadcast<Vector>(kMasked);
     for (int64_t key = 0; key < size; key += group) {
@@ -298,7 +300,7 @@ struct Attend {
     float factor[kLanes];
     store(factor, rescale);
 
-    // accumulators of as many columns as stay in registers
+    // as many columns at a time as their accumulators fit into registers
     constexpr int64_t columns = Vector::leaf && sizeof(Vector) == 64 ? 4 : 1;
     int64_t c = 0;
     for (; c + columns * kLanes <= padded; c += columns * kLanes) {
@@ -347,7 +349,7 @@ struct Attend {
   }
 };
 
-// the splits of a query, merged in their order
+// merges the splits of a query, in their order
 template <typename Stored>
 struct Merge {
   const float* partial;  // (queries, splits, padded + kLanes)
@@ -457,7 +459,7 @@ Tensor decode_attention_cpu(
         1.0f / std::sqrt(static_cast<float>(width))};
     using Scratch = typename Attend<Stored>::Scratch;
     const auto attend = runner<Attend<Stored>, Attend<Stored>, int64_t, int64_t, Scratch*>();
-    // a task of few keys or queries is not worth waking a thread
+    // small tasks are grouped, because waking a thread costs more than one of them
     const int64_t work =
         std::min(kSplit, keys + ancestors.size(2)) * std::min(kChunk, queries) * width;
     torch::stable::parallel_for(

@@ -1,4 +1,4 @@
-// What the CPU kernels share: the choice of an instruction set and of a type, and their checks.
+// Shared by the CPU kernels: the choice of an instruction set and of a type, and checks of tensors.
 
 #pragma once
 
@@ -43,7 +43,8 @@ inline Isa best_isa() {
   return Isa::baseline;
 }
 
-// the best of this machine, or a lesser one that the environment variable PRISMER_CPU_ISA names
+// the best instruction set of this machine, or a lower one chosen with the environment variable
+// PRISMER_CPU_ISA
 inline Isa isa() {
   static const Isa best = best_isa();
   const char* asked = std::getenv("PRISMER_CPU_ISA");
@@ -58,7 +59,8 @@ inline Isa isa() {
   return chosen;
 }
 
-// Kernel::run<Width> is inlined into each of these, together with everything that it calls
+// The next three functions compile a kernel for one instruction set each: Kernel::run<Width> is
+// inlined into them, together with everything that it calls.
 template <typename Kernel, typename... Args>
 void run_baseline(const Args&... args) {
   Kernel::template run<4>(args...);
@@ -80,7 +82,7 @@ run_avx512(const Args&... args) {
 template <typename Kernel, typename... Args>
 using Runner = void (*)(const Args&...);
 
-// the function to call with (Args...): chosen once per op, called by every thread
+// the function to call with (Args...); an op chooses it once and calls it in every thread
 template <typename Kernel, typename... Args>
 Runner<Kernel, Args...> runner() {
 #if defined(__x86_64__)
@@ -150,7 +152,7 @@ Stored* mutable_data(const Tensor& tensor) {
   return static_cast<Stored*>(tensor.mutable_data_ptr());
 }
 
-// Small outputs (n,), past torch's dispatcher: that takes longer than to normalise a row.
+// A small output (n,). Bypasses torch's dispatcher, which takes longer than normalising a row.
 inline Tensor new_small(int64_t n, int32_t dtype) {
   const int64_t stride = 1;
   AtenTensorHandle handle;
@@ -161,7 +163,7 @@ inline Tensor new_small(int64_t n, int32_t dtype) {
 
 inline Tensor new_floats(int64_t n) { return new_small(n, aoti_torch_dtype_float32()); }
 
-// what an op returns for an optional output that was not asked for
+// what an op returns for an optional output that the caller did not ask for
 inline Tensor nothing_like(const Tensor& tensor) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
@@ -171,7 +173,7 @@ inline Tensor nothing_like(const Tensor& tensor) {
 template <typename Pointer>
 using Pointee = std::remove_pointer_t<Pointer>;
 
-// body(a null pointer to float, Bf16, FastBf16 or Fp16)
+// calls `body` with a null pointer to the stored type of `tensor`: float, Bf16, FastBf16 or Fp16
 template <typename Body>
 void with_stored_type(const Tensor& tensor, const Body& body) {
   switch (tensor.scalar_type()) {
@@ -189,7 +191,7 @@ void with_stored_type(const Tensor& tensor, const Body& body) {
   }
 }
 
-// fp32 numbers that begin on a cache line, so that no vector lies on two
+// an uninitialised array of fp32, aligned to a cache line so that no vector crosses one
 class Buffer {
  public:
   explicit Buffer(int64_t count)
@@ -214,7 +216,7 @@ struct Widen {
   }
 };
 
-// weight and bias of a row in fp32, whatever they are stored in; ones and zeros for those not given
+// weight and bias of a row, converted to fp32 from any stored type; by default ones and zeros
 class Affine {
  public:
   Affine(

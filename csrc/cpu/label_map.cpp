@@ -1,6 +1,6 @@
-// label_map on the CPU, forward and backward, as defined in kernels/label_map.py; formulas in
-// shared/label_map.h. Most pixels lie inside one region: their four taps name one row, which is
-// copied as it is stored, or added to as it comes, with nothing to blend.
+// label_map on the CPU, forward and backward, as kernels/label_map.py defines it. Formulas:
+// shared/label_map.h. Most pixels lie inside one region: their four taps name the same row, so the
+// forward pass copies it, and the backward pass adds to it, without blending.
 
 #include "../shared/label_map.h"
 
@@ -12,10 +12,10 @@
 namespace prismer {
 namespace {
 
-constexpr int64_t kIds = 256;   // that a byte can tell apart
-constexpr int64_t kLines = 16;  // of an image, whose gradients are summed together
+constexpr int64_t kIds = 256;   // values of a byte
+constexpr int64_t kLines = 16;  // output lines of a block of the backward pass
 
-// where the output reads the ids of its image
+// the ids of the images, and the positions at which the output reads them
 struct Source {
   const uint8_t* ids;   // (B, h, w)
   const int64_t* rows;  // (B, kIds)
@@ -23,7 +23,8 @@ struct Source {
   const Tap<float, int64_t>* taps_y;
   const Tap<float, int64_t>* taps_x;
 
-  // body(column, ids of the four taps, their rows, their weights) along an output line of image b
+  // calls body(column, ids of the four taps, their rows, upper weights in y and x) for each column
+  // of an output line of image b
   template <typename Body>
   PRISMER_INLINE void along(int64_t b, int64_t line, const Body& body) const {
     const Tap<float, int64_t> y = taps_y[line];
@@ -47,7 +48,7 @@ template <typename Stored>
 struct Forward {
   Source source;
   const Stored* features;  // (F, width)
-  const float* widened;    // the same
+  const float* widened;    // the same in fp32
   Stored* out;             // (B, size, size, width)
   int64_t width;
 
@@ -94,8 +95,8 @@ template <typename Stored>
 struct Backward {
   Source source;
   const Stored* dy;   // (B, size, size, width)
-  float* sums;        // (blocks, kIds, width): of the gradients of each id
-  uint8_t* touched;   // (blocks, kIds), zeros at first: the sums that there are
+  float* sums;        // (blocks, kIds, width): sum of the gradients of each id
+  uint8_t* touched;   // (blocks, kIds), zeros at first; 1 for the ids that have a sum
   int64_t width, blocks_of_image;
 
   // blocks of kLines output lines
@@ -136,7 +137,7 @@ struct Backward {
         const Stored* const grad = pixels + j * C;
         if (one_region(row)) return add(id[0], 1.0f, grad);
         const auto weights = tap_weights(upper_y, upper_x);
-        // a tap without weight gets nothing, not even a NaN
+        // skip taps of weight 0: 0 * NaN would be NaN
         if (weights.w00 != 0.0f) add(id[0], weights.w00, grad);
         if (weights.w01 != 0.0f) add(id[1], weights.w01, grad);
         if (weights.w10 != 0.0f) add(id[2], weights.w10, grad);
@@ -146,7 +147,7 @@ struct Backward {
   }
 };
 
-// the sums of all blocks, in their order and in the order of ids, to the rows of the table
+// adds the sums of all blocks to the rows of the table, in the order of blocks and ids
 struct Scatter {
   const float* sums;
   const uint8_t* touched;
@@ -223,7 +224,7 @@ Tensor label_map_cpu(
     runner<Widen, float*, const Stored*, int64_t>()(widened.data(), stored, features.numel());
     const Forward<Stored> job{source, stored, widened.data(), mutable_data<Stored>(out), width};
     const auto body = runner<Forward<Stored>, Forward<Stored>, int64_t, int64_t>();
-    // at least 64 K numbers for a thread: less is not worth waking one
+    // a thread gets at least 64 K numbers: waking it for fewer does not pay
     torch::stable::parallel_for(
         0, B * size, 65536 / (size * width) + 1,
         [&](int64_t begin, int64_t end) { body(job, begin, end); });

@@ -1,6 +1,6 @@
-// LayerNorm on the CPU, with an optional residual added first; formulas in shared/norm.h.
-// A row fits the first-level cache: it is read three times there (mean, variance, output), once
-// from memory. Statistics and sums are fp32.
+// LayerNorm on the CPU, with an optional residual added first. Formulas: shared/norm.h. A row is
+// read three times (mean, variance, output) but fits the first-level cache, so only the first read
+// goes to memory. Statistics and sums are fp32.
 
 #include <tuple>
 
@@ -10,18 +10,18 @@
 namespace prismer {
 namespace {
 
-// at least this many numbers for a thread: less is not worth waking one
+// a thread gets at least this many numbers: waking it for fewer does not pay
 constexpr int64_t kGrain = 32768;
 
-// the sums for dweight and dbias are taken over this many blocks of rows, then over the blocks:
-// an order that does not depend on the number of threads
+// dweight and dbias are summed over the rows of each of this many blocks, then over the blocks: the
+// order does not depend on the number of threads
 constexpr int64_t kBlocks = 64;
 
 template <typename Stored>
 struct Forward {
   const Stored* x;
   const Stored* residual;  // or null
-  const float* weight;     // ones and zeros where there is no affine
+  const float* weight;     // weight and bias are ones and zeros if there is no affine
   const float* bias;
   Stored* y;
   Stored* total;
@@ -44,7 +44,7 @@ struct Forward {
       Stored* out = total + row * width;
       for_columns_in_two(width, [&](int64_t c, auto part, int i) __attribute__((always_inline)) {
         store(out + c, load<Vector>(in + c, part) + load<Vector>(added + c, part), part);
-        // as rounded: what is normalised is what is returned
+        // load the rounded sum: the op normalises exactly the total that it returns
         lanes[i] = lanes[i] + load<Vector>(out + c, part);
       });
       in = out;
@@ -79,7 +79,7 @@ struct Backward {
   const float* mean;
   const float* rstd;
   Stored* dx;
-  float* sums;  // (blocks, 2, width), zeros at first: dweight and dbias of a block; or null
+  float* sums;  // (blocks, 2, width), zeros at first: dweight and dbias of each block; or null
   int64_t rows, width, block_rows;
 
   template <int Width>
@@ -103,7 +103,7 @@ struct Backward {
     float* dbias = dweight + width;
     for_columns_in_two(width, [&](int64_t c, auto part, int i) __attribute__((always_inline)) {
       const auto grad_here = load<Vector>(grad + c, part);
-      // past the end of a row dy and weight are zeros
+      // dy and weight load as zeros past the end of a row, so x_hat needs no mask there
       const Vector x_hat = normalised(load<Vector>(in + c, part), row_mean, row_rstd);
       const Vector g = grad_here * load<Vector>(weight + c, part);
       lanes_g[i] = lanes_g[i] + g;
@@ -117,7 +117,8 @@ struct Backward {
     const float mean_gx = sum(lanes_gx[0] + lanes_gx[1]) / static_cast<float>(width);
     for_columns(width, [&](int64_t c, auto part) __attribute__((always_inline)) {
       const Vector x_hat = normalised(load<Vector>(in + c, part), row_mean, row_rstd);
-      // the mean of g is one of rounded numbers: where all are equal, their difference is 0
+      // mean_g is the mean of rounded products; round here too, so that g - mean_g is exactly 0 if
+      // all g are equal
       const Vector g = rounded(load<Vector>(grad + c, part) * load<Vector>(weight + c, part));
       Vector out = input_gradient(g, x_hat, mean_g, mean_gx, row_rstd);
       if (dtotal != nullptr) out = out + load<Vector>(dtotal + row * width + c, part);
@@ -126,7 +127,7 @@ struct Backward {
   }
 };
 
-// the sums of all blocks, in their order
+// adds the sums of all blocks, in their order
 struct Reduce {
   const float* sums;
   float* dweight;

@@ -1,4 +1,5 @@
-// What a softmax cross entropy needs of a chunk of logits, in one pass while they are in the cache.
+// The statistics of a chunk of logits that softmax cross entropy needs, taken in one pass while the
+// logits are in the cache.
 
 #include <cmath>
 #include <limits>
@@ -8,7 +9,7 @@
 namespace prismer {
 namespace {
 
-// columns that are read twice, the second time from the first-level cache
+// columns of a block; each is read twice, the second time from the first-level cache
 constexpr int64_t kBlock = 4096;
 constexpr int64_t kGrain = 65536;
 
@@ -17,7 +18,8 @@ struct Statistics {
   const Stored* logits;  // (rows, columns)
   const float* bias;
   const int64_t* targets;
-  float* state;  // (rows, 4): largest, sum of exp(logit - largest), the target's, sum
+  // (rows, 4): largest logit, sum of exp(logit - largest), logit of the target, sum of the logits
+  float* state;
   int64_t columns, first;
 
   template <int Width>
@@ -30,7 +32,7 @@ struct Statistics {
     const Stored* z = logits + row * columns;
     float* out = state + row * 4;
     float largest = out[0];
-    // blocks are added in fp64: a vocabulary of small terms would lose digits in fp32
+    // sums of blocks are added in fp64: over a whole vocabulary, fp32 would lose small terms
     double exp_sum = out[1], total = out[3];
     for (int64_t start = 0; start < columns; start += kBlock) {
       const int64_t stop = std::min(columns, start + kBlock);
@@ -52,12 +54,12 @@ struct Statistics {
         block += at<Vector>(z, c);
       }
       total += block;
-      // the exponential of vectors limits its argument, and would make a number of these
+      // the exponential of vectors limits its argument, and would make finite numbers of these
       if (largest == std::numeric_limits<float>::infinity() || std::isnan(block)) {
         exp_sum = std::numeric_limits<double>::quiet_NaN();
         continue;
       }
-      // nothing but minus infinity so far: the difference below would be no number
+      // all logits so far are -inf: the difference below would be NaN
       if (largest == -std::numeric_limits<float>::infinity()) continue;
       exp_sum *= std::exp(static_cast<double>(before) - largest);
       lanes = broadcast<Vector>(0.0f);

@@ -1,8 +1,8 @@
-// Products of small packed matrices: what attention on the CPU is built of.
+// Products of small packed matrices, of which attention on the CPU consists.
 //
-// c (+)= a b, with the sums of a tile of c in registers: six rows of up to four vectors of the
-// processor's on AVX-512, of two elsewhere. Numbers lie in words of 32 bits: one fp32, or a pair of
-// bf16 that are neighbours along the sum and meet in one instruction (AVX512-BF16), with fp32 sums.
+// c (+)= a b. A tile of c is summed in registers: six rows of up to four vectors with AVX-512, of
+// up to two elsewhere. Numbers are packed into words of 32 bits: one fp32, or a pair of bf16 that
+// are neighbours along the sum. AVX512-BF16 multiplies pairs in one instruction, with fp32 sums.
 
 #pragma once
 
@@ -19,8 +19,9 @@ struct Factors {
   int64_t b_step;
   float* c;  // fp32 (row, column) at c[row * c_row + column]
   int64_t c_row;
-  int64_t rows, columns, steps;  // even, a multiple of kLanes, any
-  bool add;                      // to what c holds
+  // `rows` must be even, `columns` a multiple of kLanes; `steps` may be any number
+  int64_t rows, columns, steps;
+  bool add;  // add to c, instead of overwriting it
 };
 
 template <bool paired>
@@ -30,7 +31,7 @@ struct Multiply {
     constexpr int64_t most = Width == kLanes ? 4 : 2;  // vectors of a tile
     const int64_t vectors = f.columns / Width;
     for (int64_t done = 0; done < vectors;) {
-      // as even as can be: six vectors are twice three
+      // as even as possible: six vectors are twice three
       const int64_t left = vectors - done, tiles = (left + most - 1) / most;
       const int64_t here = (left + tiles - 1) / tiles;
       if constexpr (most == 4) {

@@ -1,4 +1,4 @@
-// Which weights of attention survive dropout, on the CPU: Philox 4x32-10, as kernels/philox.py defines
+// The dropout mask of attention on the CPU, drawn with Philox 4x32-10 as kernels/philox.py defines
 // it.
 
 #include <cstring>
@@ -8,12 +8,12 @@
 namespace prismer {
 namespace {
 
-constexpr int64_t kKeys = 4 * kLanes;  // of one counter in each lane
-constexpr int64_t kGrain = 16384;
+constexpr int64_t kKeys = 4 * kLanes;  // keys at a time: each lane's counter gives four numbers
+constexpr int64_t kGrain = 16384;      // a thread gets at least this many keys
 
 struct Kept {
   uint32_t seed[2];
-  uint32_t threshold, segment;
+  uint32_t threshold;
   int64_t row, rows, keys;
   uint8_t* out;  // (heads, rows, keys)
 
@@ -33,7 +33,7 @@ struct Kept {
         word[0][i] = static_cast<uint32_t>(first / 4 + i);
         word[1][i] = query;
         word[2][i] = head;
-        word[3][i] = segment;
+        word[3][i] = 0;
       }
       rounds(word);
       uint8_t drawn[kKeys];
@@ -63,7 +63,7 @@ struct Kept {
 }  // namespace
 
 Tensor philox_kept_cpu(
-    const Tensor& seed, int64_t heads, int64_t row, int64_t rows, int64_t keys, int64_t segment,
+    const Tensor& seed, int64_t heads, int64_t row, int64_t rows, int64_t keys,
     int64_t threshold) {
   constexpr const char* op = "philox_kept";
   STD_TORCH_CHECK(
@@ -82,8 +82,8 @@ Tensor philox_kept_cpu(
   const auto bits = static_cast<uint64_t>(*data<int64_t>(seed));
   const Kept job{
       {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)},
-      static_cast<uint32_t>(threshold), static_cast<uint32_t>(segment),
-      row, rows, keys, static_cast<uint8_t*>(out.mutable_data_ptr())};
+      static_cast<uint32_t>(threshold), row, rows, keys,
+      static_cast<uint8_t*>(out.mutable_data_ptr())};
   const auto body = runner<Kept, Kept, int64_t, int64_t>();
   torch::stable::parallel_for(
       0, heads * rows, kGrain / keys + 1,

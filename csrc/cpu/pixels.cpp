@@ -1,7 +1,8 @@
-// What the trainer's loader does to one sample on the CPU, see dataloading/feed/native_pixels.py.
-// Batches run side by side in the loader's threads, so an op works in the thread that calls it.
-// Plain loops: the compiler makes vectors of them, for each instruction set, once each job is
-// copied to where a byte that is written cannot change it.
+// The trainer's loader on one sample on the CPU: see dataloading/feed/native_pixels.py and
+// dataloading/store/native_ops.py.
+// The loader's threads process samples in parallel, so each op runs in the thread that calls it.
+// The loops are plain: the compiler vectorises them for each instruction set. For this, each `run`
+// copies its job into a local, which a write through a byte pointer cannot change.
 
 #include <bit>
 #include <cmath>
@@ -14,23 +15,24 @@
 namespace prismer {
 namespace {
 
-constexpr int64_t kValues = 256;  // of a byte
+constexpr int64_t kValues = 256;  // that a byte can have
 constexpr int64_t kRgb = 3;
 
-// the integer below or equal; std::floor is a function call on the oldest processors
+// the largest integer up to x; std::floor is a function call on the oldest processors
 PRISMER_INLINE int32_t floor_of(float x) {
   const int32_t cut = static_cast<int32_t>(x);
   return cut - (x < static_cast<float>(cut));
 }
 
-// to the nearest integer, of two the even one, for |x| < 2^22
+// the nearest integer, ties to even, for |x| < 2^22
 PRISMER_INLINE int32_t nearest_of(float x) {
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: behind it no bit is left for a fraction
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: a sum this large has no fraction bits
   return std::bit_cast<int32_t>(x + magic) - std::bit_cast<int32_t>(magic);
 }
 
 PRISMER_INLINE float within(float x, float low, float high) {
-  return std::min(std::max(low, x), high);  // in this order a NaN becomes `low`
+  // std::max(low, x), in this order, turns a NaN into `low`
+  return std::min(std::max(low, x), high);
 }
 
 // ---- photo --------------------------------------------------------------------------------------
@@ -39,7 +41,7 @@ struct Lookup {
   uint8_t of[kRgb][kValues];
 };
 
-// the histogram of one channel stretched so that its ends become 0 and 255
+// autocontrast of one channel: stretches its histogram so that the ends become 0 and 255
 void stretch(const int64_t* counts, uint8_t* of) {
   int low = 0, high = kValues - 1;
   while (low < high && counts[low] == 0) ++low;
@@ -52,8 +54,8 @@ void stretch(const int64_t* counts, uint8_t* of) {
   }
 }
 
-// the histogram of one channel made flat: a value becomes the share of pixels up to it, without
-// those of the lowest value
+// equalization of one channel: a value becomes the share of pixels up to it, not counting pixels of
+// the lowest value
 void equalize(const int64_t* counts, uint8_t* of) {
   int low = 0;
   int64_t total = 0, below = 0;
@@ -87,7 +89,7 @@ Lookup lookup_of(const uint8_t* pixels, int64_t count, bool autocontrast, bool e
   return lookup;
 }
 
-// line by line: `to` lies `stride` pixels apart
+// copies line by line through the table, if any; lines of `to` are `stride` pixels apart
 void look_up(
     const uint8_t* pixels, int64_t side, const Lookup* lookup, uint8_t* to, int64_t stride) {
   for (int64_t i = 0; i < side; ++i) {
@@ -127,7 +129,8 @@ struct Planes {
   }
 };
 
-// one black pixel before each line and column, two behind, and a byte: four can be read anywhere
+// one black pixel before each line and column, two after, and one last byte, so that four bytes can
+// be read anywhere
 constexpr int64_t kBefore = 1, kAround = 3;
 
 struct Warp {
@@ -150,7 +153,7 @@ struct Warp {
     const float end = static_cast<float>(side);
     for (int32_t i = 0; i < side; ++i) {
       const float y = static_cast<float>(i) + 0.5f;
-      // the first output pixel looks here, in steps of one column
+      // the source point of the first output pixel of the line, and the step to the next column
       float first_x = m[1] * y + m[2] + 0.5f * m[0] - 0.5f, step_x = m[0];
       const float first_y = m[4] * y + m[5] + 0.5f * m[3] - 0.5f, step_y = m[3];
       if (job.flip) {
@@ -161,7 +164,7 @@ struct Warp {
         const float column = static_cast<float>(j);
         const float in_x = within(first_x + step_x * column, -1.0f, end);
         const float in_y = within(first_y + step_y * column, -1.0f, end);
-        // in 256ths of a pixel; the shift of a negative number is a floor
+        // in 256ths of a pixel; >> rounds negative numbers down
         const int32_t fixed_x = floor_of(in_x * 256.0f + 0.5f);
         const int32_t fixed_y = floor_of(in_y * 256.0f + 0.5f);
         weight_x[j] = fixed_x & 255;
@@ -202,10 +205,11 @@ struct Map {
   uint8_t* out;           // (planes, size, size)
   int64_t h, w, planes;
   uint8_t fill;
-  std::vector<int32_t> columns, lines;  // where in `values` each column and line of the output lies
+  std::vector<int32_t> columns, lines;  // offset in `values` of each column and line of the output
 };
 
-// Source pixels of an axis of `source` pixels, of which the window [low, high) becomes `size`.
+// Offsets of the source pixels on an axis of `source` pixels, whose window [low, high) becomes
+// `size` output pixels.
 std::vector<int32_t> nearest(
     int64_t source, double low, double high, int64_t size, bool flip, int64_t stride) {
   std::vector<int32_t> found(size);
@@ -222,12 +226,12 @@ std::vector<int32_t> nearest(
 struct Resample {
   const Map* maps;
   int64_t count;
-  const float* matrix;  // (2, 3), or null to leave all in place
-  const float* turn;    // (2, 2), or null: of the vectors of the maps with three planes
+  const float* matrix;  // (2, 3) affine map, or null
+  const float* turn;    // (2, 2) rotation of the vectors in maps with three planes, or null
   int32_t* scratch;     // (3, size)
   int64_t size;
 
-  // what one output line shows: pixels `at` of a map, and the fill outside columns [first, last)
+  // one output line: offsets `at` of its source pixels; columns outside [first, last) get the fill
   struct Line {
     int32_t* at;
     int64_t first, last;
@@ -240,7 +244,7 @@ struct Resample {
       Line line{job.scratch, 0, job.size};
       for (int64_t k = 0; k < job.count; ++k) {
         const Map &map = job.maps[k], &before = job.maps[k ? k - 1 : 0];
-        // most maps of a sample have one size, and then the places are those of the one before
+        // most maps of a sample have one size and share the offsets
         if (k == 0 || map.h != before.h || map.w != before.w) job.find(map, i, line);
         if (map.planes == 1) {
           job.take<1>(map, i, line);
@@ -274,7 +278,7 @@ struct Resample {
       in_x[j] = static_cast<int32_t>(inside ? x : -1.0f);
       in_y[j] = static_cast<int32_t>(inside ? y : 0.0f);
     }
-    // the part of a straight line that lies inside a square is one piece
+    // the part of a straight line inside a square is one interval
     line.first = 0;
     line.last = size;
     while (line.first < size && in_x[line.first] < 0) ++line.first;
@@ -299,7 +303,7 @@ struct Resample {
     }
   }
 
-  // (n + 1) / 2 * 255 of unit vectors; three zeros are no vector
+  // vectors are stored as (n + 1) / 2 * 255; three zeros are no vector, and stay
   PRISMER_INLINE void rotate(const Map& map, int64_t i) const {
     uint8_t* __restrict to_x = map.out + i * size;
     uint8_t* __restrict to_y = to_x + size * size;
@@ -312,7 +316,7 @@ struct Resample {
       const int32_t some = -static_cast<int32_t>((to_x[j] | to_y[j] | to_z[j]) != 0);
       const float turned_x = xx * x + xy * y, turned_y = yx * x + yy * y;
       const float square = turned_x * turned_x + turned_y * turned_y + z * z;
-      // no byte is half of 255, so that the sum is never small
+      // no byte is half of 255, so the sum is never near zero
       const float scale = 127.5f / std::sqrt(square);
       to_x[j] = static_cast<uint8_t>(nearest_of(turned_x * scale + 127.5f) & some);
       to_y[j] = static_cast<uint8_t>(nearest_of(turned_y * scale + 127.5f) & some);
@@ -343,7 +347,7 @@ void check_bytes(const char* op, const char* name, const Tensor& tensor) {
   check_contiguous(op, name, tensor);
 }
 
-// the numbers of an optional matrix, null where it is not given
+// the data of an optional matrix; null without one
 const float* checked_matrix(
     const char* op, const char* name, const std::optional<Tensor>& given, int64_t columns) {
   if (!given) return nullptr;
@@ -371,7 +375,7 @@ void augment_photo_cpu(
   STD_TORCH_CHECK(
       out.dim() == 3 && out.size(0) == kRgb && out.size(1) == side && out.size(2) == side, op,
       ": out is ", shape_of(out), "; expected (3, ", side, ", ", side, ")");
-  // places are counted in 32 bits
+  // offsets have 32 bits
   STD_TORCH_CHECK(side <= 16384, op, ": pixels are ", side, " wide; expected at most 16384");
   check_bytes(op, "pixels", pixels);
   check_bytes(op, "out", out);
@@ -465,7 +469,7 @@ void undifference_cpu(Tensor rows) {
       {mutable_data<uint8_t>(rows), rows.size(0), rows.size(1)});
 }
 
-// any shape, uint8 -> (256,) uint8, 1 for values that occur
+// uint8 of any shape -> (256,) uint8: 1 for values that occur, 0 for others
 Tensor values_in_use_cpu(const Tensor& values) {
   check_bytes("values_in_use", "values", values);
   const Tensor found = torch::stable::new_empty(values, {kValues});
@@ -475,7 +479,7 @@ Tensor values_in_use_cpu(const Tensor& values) {
   const int64_t count = values.numel();
   uint64_t eight = 0, before = 0;
   int64_t i = 0;
-  // regions are wide: mostly eight values are the same as the eight before
+  // regions are wide: most groups of eight values equal the group before
   for (; i + 8 <= count; i += 8) {
     std::memcpy(&eight, value + i, 8);
     if (i > 0 && eight == before) continue;

@@ -1,8 +1,8 @@
-// Sixteen fp32 lanes, written once and compiled per instruction set.
+// Vectors of sixteen fp32 lanes, written once and compiled for each instruction set.
 //
-// A Floats<Width> is a binary tree over vectors of Width floats, the compiler's own: one leaf of 16
-// on AVX-512, two of 8 on AVX2, four of 4 elsewhere. Sums over lanes go in the same order for every
-// Width, so that instruction sets differ by the rounding of fused multiply-adds alone.
+// A Floats<Width> is a binary tree whose leaves are the compiler's vectors of Width floats: one
+// leaf of 16 on AVX-512, two of 8 on AVX2, four of 4 elsewhere. Sums over lanes have the same order
+// for every Width, so that instruction sets differ only in the rounding of fused multiply-adds.
 
 #pragma once
 
@@ -18,7 +18,7 @@ namespace prismer {
 
 constexpr int64_t kLanes = 16;
 
-// bits of the 16-bit floating types, as they lie in memory
+// the 16-bit floating types, as bits in memory
 struct Bf16 {
   uint16_t bits;
 };
@@ -54,7 +54,7 @@ PRISMER_INLINE Vector broadcast(Value value) {
     typename Vector::Native result{};
     if (__builtin_constant_p(value) && value == 0) return {result};
 #if defined(__x86_64__)
-    // from plain C++ the compiler inserts lane after lane
+    // for plain C++ the compiler emits one insertion per lane
     if constexpr (sizeof(Vector) > 16) {
       asm("vbroadcastss %1, %0" : "=v"(result) : "vm"(value));
       return {result};
@@ -140,7 +140,7 @@ PRISMER_INLINE Tree<Value, Lanes, Width> select(
   return select(mask, broadcast<Tree<Value, Lanes, Width>>(yes), no);
 }
 
-// a where one of them is NaN
+// the larger number; `a` if one of them is NaN
 template <typename Value, int Lanes, int Width>
 PRISMER_INLINE Tree<Value, Lanes, Width> max(
     const Tree<Value, Lanes, Width>& a, const Tree<Value, Lanes, Width>& b) {
@@ -149,7 +149,7 @@ PRISMER_INLINE Tree<Value, Lanes, Width> max(
   } else {
 #if defined(__x86_64__)
     if constexpr (Width > 4) {
-      // the compiler makes two instructions of a comparison and a choice
+      // for plain C++ the compiler emits two instructions, a comparison and a selection
       typename Tree<Value, Lanes, Width>::Native result;
       asm("vmaxps %1, %2, %0" : "=v"(result) : "v"(a.v), "v"(b.v));
       return {result};
@@ -211,7 +211,7 @@ PRISMER_INLINE Vector abs(const Vector& a) {
   return float_of_bits(bits_of(a) & 0x7fffffff);
 }
 
-// a itself, as a rounded number: its product is not fused with what is added to it afterwards
+// returns `a`, rounded to fp32: keeps the compiler from fusing a product with a later addition
 template <int Lanes, int Width>
 PRISMER_INLINE Tree<float, Lanes, Width> rounded(Tree<float, Lanes, Width> a) {
   if constexpr (Lanes == Width) {
@@ -238,8 +238,8 @@ PRISMER_INLINE To read(const From* p) {
 template <typename Value, int Width>
 using Native = typename Tree<Value, Width, Width>::Native;
 
-// 16-bit numbers at any address, as an operand in memory. No templates: those lose the attribute,
-// and the compiler then drops what was stored there as another type.
+// 16-bit numbers at any address, for memory operands of assembly. Not templates: these lose the
+// attribute may_alias, and the compiler may then drop stores of another type to this memory.
 struct [[gnu::may_alias]] Run8 {
   uint16_t bits[8];
 };
@@ -257,8 +257,8 @@ PRISMER_INLINE Native<float, Width> widen(const float* p) {
 template <int Width>
 PRISMER_INLINE Native<float, Width> widen(const Bf16* p) {
 #if defined(__x86_64__)
-  // instructions by name, here and below: an intrinsic inlines only where its instruction set is
-  // declared, and from plain C++ the compiler makes five of this one
+  // assembly, here and below: an intrinsic is inlined only into functions that declare its
+  // instruction set, and for plain C++ the compiler emits five instructions instead of this one
   if constexpr (Width > 4) {
     Native<uint32_t, Width> wide;
     asm("vpmovzxwd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const Run<Width>*>(p)));
@@ -295,7 +295,7 @@ PRISMER_INLINE void narrow(float* p, Native<float, Width> value) {
   __builtin_memcpy(p, &value, sizeof(value));
 }
 
-// round to nearest even; a NaN stays one, where rounding alone could carry it into infinity
+// rounds to nearest, ties to even; a NaN is kept, because rounding could carry its bits to infinity
 template <int Width>
 PRISMER_INLINE void narrow(Bf16* p, Native<float, Width> value) {
   using Bits = Tree<uint32_t, Width, Width>;
@@ -317,8 +317,8 @@ template <int Width>
 PRISMER_INLINE void narrow(FastBf16* p, Native<float, Width> value) {
 #if defined(__x86_64__)
   if constexpr (Width == 16) {
-    // the instruction makes zeros of denormals: those are rounded by hand, so that every
-    // instruction set gives the same
+    // the instruction flushes denormals to zero: vectors with denormals take the slow path below,
+    // so that every instruction set gives the same result
     uint16_t denormal;
     asm("vfpclassps $0x20, %1, %0" : "=k"(denormal) : "v"(value));
     if (__builtin_expect(denormal == 0, 1)) {
@@ -347,7 +347,7 @@ PRISMER_INLINE void narrow(Fp16* p, Native<float, Width> value) {
 
 }  // namespace leaf
 
-// how many lanes of a vector are there: all, or the first `count` at the end of a row
+// the lanes of a vector that lie in the row: all of them, or the first `count` at its end
 struct Full {};
 struct Tail {
   int64_t count;
@@ -363,7 +363,7 @@ PRISMER_INLINE Vector load(const Stored* p, Full = {}) {
   }
 }
 
-// zeros past the end
+// lanes past the end are zeros
 template <typename Vector, typename Stored>
 PRISMER_INLINE Vector load(const Stored* p, Tail tail) {
   Stored padded[kLanes] = {};
@@ -388,7 +388,7 @@ PRISMER_INLINE void store(Stored* p, const Vector& value, Tail tail) {
   for (int64_t i = 0; i < tail.count; ++i) p[i] = padded[i];
 }
 
-// zero in the lanes past the end
+// `value`, with zeros in the lanes past the end
 template <typename Vector>
 PRISMER_INLINE Vector keep(const Vector& value, Full) {
   return value;
@@ -402,7 +402,7 @@ PRISMER_INLINE Vector keep(const Vector& value, Tail tail) {
   return load<Vector>(lanes);
 }
 
-// body(first column, Full or Tail) for every vector of a row
+// calls body(first column, Full or Tail) for every vector of a row
 template <typename Body>
 PRISMER_INLINE void for_columns(int64_t width, const Body& body) {
   int64_t column = 0;
@@ -410,7 +410,8 @@ PRISMER_INLINE void for_columns(int64_t width, const Body& body) {
   if (column < width) body(column, Tail{width - column});
 }
 
-// the same, telling also which of two accumulators to use: one alone would wait for itself
+// the same, and passes the index of the accumulator to use: with two, an addition need not wait for
+// the one before it
 template <typename Body>
 PRISMER_INLINE void for_columns_in_two(int64_t width, const Body& body) {
   int64_t column = 0;

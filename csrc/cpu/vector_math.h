@@ -1,5 +1,5 @@
-// What vectors of `vector.h` are summed up and put into: sums over lanes in one order for every
-// instruction set, and the exponential.
+// Functions of the vectors of `vector.h`: sums over lanes, in one order for every instruction set,
+// and the exponential.
 
 #pragma once
 
@@ -30,7 +30,7 @@ PRISMER_INLINE float sum(Native<float, Width> v) {
   }
 }
 
-// a step of sums() below; the indices of a shuffle must be written out
+// a step of sums() below; the compiler wants the indices of a shuffle as literals
 template <int Step, int Width>
 PRISMER_INLINE Native<float, Width> fold(Native<float, Width> a, Native<float, Width> b) {
   if constexpr (Width == 16 && Step == 8) {
@@ -70,7 +70,7 @@ PRISMER_INLINE Native<float, Width> fold(Native<float, Width> a, Native<float, W
   }
 }
 
-// lanes i and i ^ Step change places
+// exchanges lanes i and i ^ Step
 template <int Step, int Width>
 PRISMER_INLINE Native<float, Width> swap(Native<float, Width> v) {
   if constexpr (Width == 16 && Step == 8) {
@@ -111,7 +111,7 @@ PRISMER_INLINE Tree<float, Lanes, Width> swap(const Tree<float, Lanes, Width>& a
   }
 }
 
-// over all lanes whose number is the same modulo Period, in each of them
+// reduces lanes whose indices are equal modulo Period; each of them holds the result
 template <int Period, typename Vector, typename Operation>
 PRISMER_INLINE Vector across(Vector a, const Operation& operation) {
   a = operation(a, swap<8>(a));
@@ -130,8 +130,8 @@ PRISMER_INLINE float sum(const Tree<float, Lanes, Width>& a) {
   }
 }
 
-// Step 8 adds the halves of a, and those of b; step 4 neighbouring chunks of four lanes, of a and
-// then of b; steps 2 and 1 pairs within chunks of four
+// Step 8 adds the halves of a, and those of b. Step 4 adds neighbouring chunks of four lanes, first
+// of a and then of b. Steps 2 and 1 add pairs within chunks of four.
 template <int Step, int Lanes, int Width>
 PRISMER_INLINE Tree<float, Lanes, Width> fold(
     const Tree<float, Lanes, Width>& a, const Tree<float, Lanes, Width>& b) {
@@ -146,8 +146,8 @@ PRISMER_INLINE Tree<float, Lanes, Width> fold(
   }
 }
 
-// lane i of the result is the sum of a[i], in the order of sum(); 0 for those i that are not less
-// than Used modulo 4
+// lane i of the result is the sum of a[i], in the order of sum(), or 0 if i modulo 4 is not less
+// than Used
 template <int Used = 4, int Width>
 PRISMER_INLINE Floats<Width> sums(const Floats<Width> (&a)[kLanes]) {
   Floats<Width> quarter[4] = {};
@@ -160,7 +160,8 @@ PRISMER_INLINE Floats<Width> sums(const Floats<Width> (&a)[kLanes]) {
 
 // ---- functions ----------------------------------------------------------------------------------
 
-// `full` is to about an ulp of fp32; otherwise to 2^-18, for results that are rounded to 16 bits
+// `full` is accurate to about an ulp of fp32; otherwise to 2^-18, for results that are rounded to
+// 16 bits
 
 // the nearest integer, for |a| < 2^22
 template <int Lanes, int Width>
@@ -178,7 +179,7 @@ PRISMER_INLINE Tree<float, Lanes, Width> round(const Tree<float, Lanes, Width>& 
       return {result};
     }
 #endif
-    // 1.5 * 2^23: nothing but the integer is left beside it
+    // adding 1.5 * 2^23 rounds to an integer: a float of this size has no bits for a fraction
     result = (a.v + 12582912.0f) - 12582912.0f;
     return {result};
   }
@@ -200,7 +201,7 @@ PRISMER_INLINE Tree<float, Lanes, Width> scale(
       return {result};
     }
 #endif
-    // the field of the exponent: 0 makes zero of the factor, 255 infinity
+    // the exponent field of the factor: with 0 the factor is zero, with 255 infinity
     const Vector within = min(max(whole, -127.0f), 128.0f);
     const auto exponent =
         __builtin_convertvector(within.v, typename Tree<int32_t, Lanes, Width>::Native) + 127;
@@ -224,19 +225,19 @@ PRISMER_INLINE Vector exp2_fraction(const Vector& f) {
   }
 }
 
-// 2^x for |x| < 2^22; see scale() for the ends. NaN stays NaN.
+// 2^x for |x| < 2^22; see scale() for overflow and underflow. NaN stays NaN.
 template <bool full = true, typename Vector>
 PRISMER_INLINE Vector exp2(const Vector& x) {
   const Vector whole = round(x);
   return scale(exp2_fraction<full>(x - whole), whole);
 }
 
-// e^x for any x; infinity from 88.37 on
+// e^x for any x; infinity if x is 88.37 or more
 template <typename Vector>
 PRISMER_INLINE Vector exp(const Vector& exponent) {
   const Vector x = min(max(exponent, -200.0f), 200.0f);
   const Vector whole = round(x * 1.44269504f);
-  // ln 2 in two parts, the first with trailing zeros: its product with `whole` is exact
+  // ln 2 in two parts: the first has trailing zero bits, so its product with `whole` is exact
   const Vector rest = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
   return scale(exp2_fraction<true>(rest * 1.44269504f), whole);
 }

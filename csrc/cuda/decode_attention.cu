@@ -1,7 +1,8 @@
-// Decode attention, the keys split over blocks; semantics in kernels/decode_attention/__init__.py.
+// Decode attention in CUDA, with the keys split over blocks, as
+// kernels/decode_attention/__init__.py defines it.
 //
-// Few queries meet many keys, so blocks are made of (row and head, tile of queries, split of the
-// shared keys), and one more split for the private suffixes. A block brings 32 keys and values at a
+// Few queries attend to many keys, so a block is a (row and head, tile of queries, split of the
+// shared keys), and one more split has the private suffixes. A block loads 32 keys and values at a
 // time into shared memory, once for all its queries. Each of its four warps owns up to four queries:
 // a lane scores one key, the warp updates the softmax, then a lane owns pairs of channels and walks
 // the keys. What each split found (maximum, sum, weighted values) is merged by a second kernel in the
@@ -16,18 +17,18 @@ namespace prismer {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
-constexpr int kKeys = kWarp;        // of a tile: a lane scores one
+constexpr int kKeys = kWarp;        // keys of a tile: each lane scores one
 constexpr int64_t kSplitKeys = 256;
 constexpr int kMergeThreads = 256;
 
-// kPairs: pairs of channels that a lane owns, so that 64 * kPairs >= head size
+// kPairs: pairs of channels of each lane, so that 64 * kPairs >= head size
 template <typename T, int kPairs>
 struct Tile {
-  // the largest head leaves room for fewer queries in 48 KB
+  // with the largest head size, fewer queries fit into 48 KB
   static constexpr int kQueries = kPairs == 4 ? 2 : 4;  // for each warp
   static constexpr bool kTwoBuffers = sizeof(T) == 2 || kPairs <= 2;
 
-  // elements from key to key: an odd number of 16-byte words, so that lanes meet no bank twice
+  // elements from key to key: an odd number of 16-byte words, to avoid bank conflicts
   PRISMER_SHARED static int stride(int head) {
     return (head / kWidest<T> | 1) * kWidest<T>;
   }
@@ -38,7 +39,7 @@ struct Tile {
   }
 };
 
-// a warp's queries, and what it has summed for them; the sum is this lane's share
+// the running softmax of a warp's queries; `sum` is this lane's part of it
 template <int kQueries, int kPairs>
 struct State {
   Softmax softmax[kQueries];
@@ -59,7 +60,7 @@ __device__ __forceinline__ void dot(
       if (i >= active) break;
       float query[8];
       load(q + i * kWarps * head + channel, query);
-      // short sums first: one chain over the head adds up more rounding
+      // sum in short chains: one chain over the whole head would round more
       float sum = query[0] * key[0];
 #pragma unroll
       for (int c = 1; c < 8; ++c) sum += query[c] * key[c];
@@ -68,7 +69,7 @@ __device__ __forceinline__ void dot(
   }
 }
 
-// take in this lane's score of one key; its weight
+// add this lane's score of one key to the softmax; returns its weight
 template <int kPairs>
 __device__ __forceinline__ float update(Softmax& softmax, float (&out)[kPairs][2], float score) {
   const float rescale = raise_max(softmax, warp_max(score));
@@ -95,7 +96,7 @@ __device__ __forceinline__ void load_pairs(const T* v, int head, float (&out)[kP
   }
 }
 
-// `count` rows of (keys, head) into shared memory; the rest of the tile becomes zeros
+// copies `count` rows of (keys, head) into shared memory and fills the rest of the tile with zeros
 template <typename T>
 __device__ __forceinline__ void load_tile(
     const T* source, T* tile, int count, int head, int stride) {
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 3) split_kernel(
     const uint8_t* mask = args.mask + row * args.mask_queries * args.keys;
     for (int64_t base = begin; base < end; base += kKeys) {
       const int count = static_cast<int>(end - base < kKeys ? end - base : kKeys);
-      __syncthreads();  // the last tile has been used by all
+      __syncthreads();  // all warps have used the last tile
       load_tile(k + base * head, k_tile, count, head, stride);
       if constexpr (Shape::kTwoBuffers) load_tile(v + base * head, v_tile, count, head, stride);
       __syncthreads();
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 3) split_kernel(
         scores[i] = update(state.softmax[i], state.out[i], seen ? scores[i] * scale : kMasked);
       }
       if constexpr (!Shape::kTwoBuffers) {
-        __syncthreads();  // the keys have been used by all
+        __syncthreads();  // all warps have used the keys
         load_tile(v + base * head, v_tile, count, head, stride);
         __syncthreads();
       }
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 3) split_kernel(
         const int64_t left = args.num_ancestors - base;
         const int count = static_cast<int>(left < kKeys ? left : kKeys);
         const int64_t listed = lane < count ? ancestors[base + lane] : -1;
-        // a number that is no slot is taken for none: nothing outside the suffix is read
+        // a number that is no slot counts as none: nothing outside the suffix is read
         const int slot = listed >= 0 && listed < args.slots ? static_cast<int>(listed) : -1;
         float score[1] = {kMasked};
         if (slot >= 0) {
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 3) split_kernel(
   }
 }
 
-// one thread for a pair of channels of a query: its splits in order
+// each thread merges the splits of one pair of channels of a query, in order
 template <typename T>
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(DecodeAttention args, int splits) {
   const int64_t split_rows = args.rows * args.heads * args.queries;
@@ -302,7 +303,7 @@ int decode_attention_cuda(const DecodeAttention& args, void* stream) {
   with_element(args.type, [&](auto element) {
     using T = decltype(element);
     if (splits == 0) {
-      // nothing to see: the merge of no splits is zeros
+      // no key at all: the merge of no splits gives zeros
     } else if (args.head <= 64) {
       launch_splits<T, 1>(args, shared_splits, splits, stream);
     } else if (args.head <= 128) {

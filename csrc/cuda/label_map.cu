@@ -1,13 +1,13 @@
-// label_map and its gradient; semantics in kernels/label_map.py.
+// label_map and its gradient in CUDA, as kernels/label_map.py defines them.
 //
 // Forward: a block per output line, a thread per 128 bits of a pixel's numbers; neighbouring threads
 // write neighbouring bytes. An entry of `rows` outside the features cannot be reported without waiting
-// for the device: its pixels become NaN, which the next loss shows, and nothing is read.
+// for the device: nothing is read, and its pixels become NaN, which the next loss shows.
 //
-// Backward: many pixels add to few rows. Float atomics would add in another order on every run, and
-// sorting the taps costs more than the sum. So a warp owns 32 channels, one for each lane, and walks
-// its share of the pixels in order, adding to a table in shared memory that no other thread touches;
-// the tables of all shares are then added in order. The shares depend on shapes alone.
+// Backward: many pixels add to few rows. Float atomics would add in a different order on every run,
+// and sorting the taps costs more than the sum. Instead a warp has 32 channels, one for each lane,
+// and adds its share of the pixels in order to a table in shared memory that no other thread uses.
+// The tables of all shares are then added in order. The shares depend on shapes only.
 
 #include "launch.cuh"
 
@@ -17,10 +17,10 @@ namespace prismer {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kTableRows = 256;  // of a table in shared memory: 32 KB
+constexpr int kTableRows = 256;  // rows of a table in shared memory: 32 KB
 constexpr int kAhead = 8;        // pixels whose dy is loaded before it is needed
 
-// the four rows of a pixel: -1 for one outside the features
+// the rows of the four taps of a pixel; -1 for a row outside the features
 struct Rows {
   int r00, r01, r10, r11;
 };
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(LabelMap args) {
     const Rows r = rows_of(top, bottom, x, rows, args.num_rows);
     float t00[kVec];
     load_row(features, args.width, r.r00, channel, t00);
-    // most pixels lie inside one region of a label map: nothing to blend
+    // blend only where the taps differ: most pixels lie inside one region of the label map
     if (r.r00 != r.r01 || r.r00 != r.r10 || r.r00 != r.r11) {
       float t01[kVec], t10[kVec], t11[kVec];
       load_row(features, args.width, r.r01, channel, t01);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(LabelMap args) {
   }
 }
 
-// block (p, c, t): lines of part p into channels c and rows t of the table; one warp
+// block (p, c, t), one warp: adds the lines of part p to channels c of the rows t of the features
 template <typename T>
 __global__ void __launch_bounds__(kWarp, 8) partial_kernel(
     LabelMapBackward args, int64_t lines_per_part) {
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kWarp, 8) partial_kernel(
   for (int row = 0; row < table_rows; ++row) table[row * kWarp] = 0.0f;
 
   const auto add = [&](int row, float value) {
-    // not rows of other tables, and not -1
+    // skip rows of other tables, and -1
     const int64_t place = row - first_row;
     if (row >= 0 && place >= 0 && place < table_rows) table[place * kWarp] += value;
   };

@@ -1,8 +1,8 @@
-// What the CUDA kernels stand on: the launch, the element types, vector loads and warp reductions.
+// Shared by the CUDA kernels: the launch, the element types, vector loads and warp reductions.
 //
-// The same sources are compiled by a plain C++ compiler and executed in the tests, on a header that
-// defines PRISMER_SIMT and plays the GPU. Hence two macros where CUDA has syntax of its own, and all
-// shared memory dynamic: there the header allocates it to the byte, so that an overrun is found.
+// The tests also compile these sources with a plain C++ compiler and run them, on a header that
+// defines PRISMER_SIMT and simulates the GPU. Two macros therefore replace CUDA's own syntax, and
+// all shared memory is dynamic: the header allocates it to the byte, so that an overrun is found.
 
 #pragma once
 
@@ -52,7 +52,7 @@ __device__ __forceinline__ __half from_float<__half>(float value) {
   return __float2half_rn(value);
 }
 
-// kSize neighbours that move in one instruction
+// kSize neighbouring elements, moved by one instruction
 template <typename T, int kSize>
 struct alignas(sizeof(T) * kSize) Pack {
   T values[kSize];
@@ -62,7 +62,8 @@ struct alignas(sizeof(T) * kSize) Pack {
 template <typename T>
 constexpr int kWidest = 16 / static_cast<int>(sizeof(T));
 
-// kSize elements at `source`, which is aligned to them, or to 16 bytes if they are more
+// loads kSize elements from `source`, which is aligned to their size, or to 16 bytes if that is
+// less
 template <typename T, int kSize>
 __device__ __forceinline__ void load(const T* source, float (&out)[kSize]) {
   constexpr int kStep = kSize < kWidest<T> ? kSize : kWidest<T>;
@@ -82,7 +83,7 @@ __device__ __forceinline__ void store(T* target, const float (&values)[kSize]) {
   *reinterpret_cast<Pack<T, kSize>*>(target) = pack;
 }
 
-// the butterfly leaves the same bits in every lane: addition commutes
+// the butterfly gives the same bits in every lane, because addition commutes
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int step = kWarp / 2; step; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
@@ -101,7 +102,7 @@ inline bool aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-// body(T{}) with the type that `type` names
+// calls body(T{}) with the type that `type` names
 template <typename Body>
 void with_element(Element type, const Body& body) {
   switch (type) {

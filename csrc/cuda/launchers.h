@@ -1,5 +1,5 @@
-// The CUDA kernels as plain functions on device pointers: what ops.cpp calls, and the tests' host
-// build. Each returns a cudaError_t as int, 0 for success; none waits for the device.
+// The CUDA kernels as plain functions on device pointers, called by register.cpp and by the tests'
+// host build. Each returns a cudaError_t as int, 0 for success; none waits for the device.
 
 #pragma once
 
@@ -33,18 +33,18 @@ struct LayerNormBackward {
   const float* mean;  // (rows,)
   const float* rstd;  // (rows,)
   void* dx;           // as x
-  float* dweight;     // (width,), or null together with dbias: not wanted
+  float* dweight;     // (width,); null, together with dbias, if not needed
   float* dbias;       // (width,)
   float* partial;     // (layer_norm_parts(rows), 2, width), scratch
   int64_t rows, width;
 };
-// depends on the rows alone, so that sums are in the same order on every GPU
+// depends on the number of rows only, so that sums have the same order on every GPU
 int64_t layer_norm_parts(int64_t rows);
 int layer_norm_backward_cuda(const LayerNormBackward& args, void* stream);
 
 struct LabelMap {
   const uint8_t* ids;    // (batch, h, w)
-  const int64_t* rows;   // (batch, 256), for each id its row of the features
+  const int64_t* rows;   // (batch, 256): the row of the features for each id
   const void* features;  // (num_rows, width) of type
   void* out;             // (batch, size, size, width) of type
   Element type;
@@ -68,7 +68,7 @@ struct DecodeAttention {
   const void* q;             // (rows, heads, queries, head) of type
   const void* shared_k;      // (rows, heads, keys, head)
   const void* shared_v;      // the same
-  const uint8_t* mask;       // (rows, mask_queries, keys), not 0 where a key is seen
+  const uint8_t* mask;       // (rows, mask_queries, keys), nonzero where a key is visible
   const void* suffix_k;      // (rows, heads, slots, head)
   const void* suffix_v;      // the same
   const int64_t* ancestors;  // (rows, queries, num_ancestors) slots, -1 for none
@@ -80,7 +80,7 @@ struct DecodeAttention {
   int64_t rows, heads, queries, head, keys, mask_queries, slots, num_ancestors;
 };
 int64_t decode_attention_splits(int64_t keys, int64_t slots, int64_t num_ancestors);
-// the first rule that the arguments break, or null
+// the first condition that the arguments violate, or null
 const char* decode_attention_refused(const DecodeAttention& args);
 int decode_attention_cuda(const DecodeAttention& args, void* stream);
 

@@ -1,9 +1,10 @@
-// LayerNorm, forward and backward, one block per row; semantics in kernels/layer_norm.py.
+// LayerNorm in CUDA, forward and backward, as kernels/layer_norm.py defines it; one block per row.
 //
-// A row is read once, in 128-bit loads where its width and the pointers allow, and kept in registers
-// (what exceeds kCached numbers per thread is read again). Mean and variance are two block reductions:
-// shuffles within a warp, then the warps' sums in order. The gradients of weight and bias are sums
-// over rows in two stages of fixed order, without atomics: the same bits on every run and every GPU.
+// A row is read once, in 128-bit loads if its width and the pointers allow it, and kept in
+// registers; numbers beyond kCached per thread are read again. Mean and variance are two block
+// reductions: shuffles within a warp, then the warps' sums in order. The gradients of weight and
+// bias are sums over rows in two stages of fixed order, without atomics: the same bits on every run
+// and every GPU.
 
 #include "launch.cuh"
 
@@ -16,7 +17,8 @@ constexpr int kMaxThreads = 256;
 constexpr int kCached = 16;
 constexpr int kColumns = 32, kLanes = 8;  // block of the sums over rows
 
-// one of three types, chosen at run time: weights are small and stay in the cache
+// loads weights of a type chosen at run time; this is cheap, as they are small and stay in the
+// cache
 template <int kVec>
 __device__ __forceinline__ void load_any(
     const void* source, Element type, int64_t i, float fallback, float (&out)[kVec]) {
@@ -32,10 +34,10 @@ __device__ __forceinline__ void load_any(
   }
 }
 
-// sum over the block, the same bits in every thread; `warps` holds a float for each warp
+// sums over the block, with the same bits in every thread; `warps` has room for a float per warp
 __device__ __forceinline__ float block_sum(float value, float* warps) {
   value = warp_sum(value);
-  __syncthreads();  // the last sum has been read by all
+  __syncthreads();  // all threads have read the last sum
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = value;
   __syncthreads();
   float total = 0.0f;
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3) forward_kernel(LayerNorm args)
   T* total = static_cast<T*>(args.total);
   T* y = static_cast<T*>(args.y) + offset;
 
-  // x, or x + residual rounded as it is stored
+  // reads x, or x + residual rounded to the stored type
   const auto read = [&](int64_t i, float (&v)[kVec]) {
     load(x + i, v);
     if (residual == nullptr) return;
@@ -182,7 +184,8 @@ __global__ void __launch_bounds__(kMaxThreads, 3) dx_kernel(LayerNormBackward ar
   }
 }
 
-// the kLanes sums of each column, added in order by the first lane; true where the sum arrives
+// the first lane adds the kLanes sums of each column, in order; true in the lane that has the
+// result
 __device__ __forceinline__ bool column_sum(float& first, float& second, float* sums) {
   const int place = threadIdx.y * kColumns + threadIdx.x;
   sums[place] = first;
@@ -196,7 +199,7 @@ __device__ __forceinline__ bool column_sum(float& first, float& second, float* s
   return true;
 }
 
-// stage one: block (c, p) sums columns c over its share of the rows
+// stage one: block (c, p) sums the columns c over the rows of part p
 template <typename T>
 __global__ void __launch_bounds__(kColumns* kLanes) partial_kernel(
     LayerNormBackward args, int64_t rows_per_part) {
@@ -219,7 +222,7 @@ __global__ void __launch_bounds__(kColumns* kLanes) partial_kernel(
   }
 }
 
-// stage two: the parts of each column
+// stage two: adds the parts of each column
 __global__ void __launch_bounds__(kColumns* kLanes) finish_kernel(
     LayerNormBackward args, int64_t parts) {
   PRISMER_DYNAMIC_SHARED(shared);
@@ -237,7 +240,7 @@ __global__ void __launch_bounds__(kColumns* kLanes) finish_kernel(
   }
 }
 
-// whole warps, at most kMaxThreads, for a row in loads of `vec`
+// threads of a block, in whole warps and at most kMaxThreads, for a row read in loads of `vec`
 unsigned row_threads(int64_t width, int vec) {
   const int64_t loads = (width + vec - 1) / vec;
   const int64_t threads = (loads + kWarp - 1) / kWarp * kWarp;

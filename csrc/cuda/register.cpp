@@ -1,5 +1,6 @@
 // The extension prismer._C_cuda: the native ops of csrc/ops.cpp for CUDA tensors, on the stable ABI
-// of torch. Checks, allocates, and launches on torch's current stream; waits for nothing.
+// of torch. Each op checks its arguments, allocates its results and launches on torch's current
+// stream; none waits for the device.
 
 #include <Python.h>
 
@@ -26,7 +27,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t kInt = 0x7fffffff;  // what 32-bit arithmetic and a grid hold
+constexpr int64_t kInt = 0x7fffffff;  // the limit of 32-bit indices and of a grid
 
 std::string text_of(const std::vector<int64_t>& shape) {
   std::ostringstream text;
@@ -56,7 +57,7 @@ Element element_of(const char* op, const char* name, const Tensor& tensor) {
   }
 }
 
-// of one op: compares every argument with a first one for the device
+// the checks of one op; every argument must be on the device of the first one
 struct Check {
   const char* op;
   const Tensor& first;
@@ -101,7 +102,7 @@ Tensor floats(const Tensor& like, std::vector<int64_t> shape) {
   return torch::stable::new_empty(like, shape, ScalarType::Float);
 }
 
-// the device of a tensor becomes the current one, and its stream is at hand
+// makes the device of a tensor the current one, and holds that device's stream
 struct Stream {
   explicit Stream(const Tensor& tensor) : guard(tensor.get_device_index()) {
     TORCH_ERROR_CODE_CHECK(
@@ -268,7 +269,8 @@ Tensor label_map_backward(
   return dfeatures;
 }
 
-// a contiguous view may start anywhere, and the kernel moves 16 bytes at a time
+// a copy if the tensor is not aligned: a contiguous view may start anywhere, but the kernel moves
+// 16 bytes at a time
 Tensor at_16_bytes(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(data(tensor)) % 16 ? torch::stable::clone(tensor) : tensor;
 }
@@ -342,7 +344,7 @@ STABLE_TORCH_LIBRARY_IMPL(prismer_native, CUDA, m) {
   m.impl("decode_attention", TORCH_BOX(&prismer::decode_attention));
 }
 
-// importing the module is what loads the library above; it has no Python contents of its own
+// an empty module: importing it loads this library, which registers the ops above
 PyMODINIT_FUNC PyInit__C_cuda() {
   static PyModuleDef module = {
       PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

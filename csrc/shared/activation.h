@@ -1,5 +1,5 @@
 // Arithmetic of the activations and their derivatives. Vector is a vector of floats with the
-// functions exp2, abs, min, max, less and select of cpu/vector_math.h. Not `full` is for results
+// functions exp2, abs, min, max, less and select of cpu/vector_math.h. `full` is false for results
 // that are rounded to 16 bits.
 
 #pragma once
@@ -8,11 +8,11 @@
 
 namespace prismer {
 
-// beyond this distance from the mean there is less than any fp32
+// beyond this distance from the mean the tail is smaller than any fp32 number
 constexpr float kFar = 15.0f;
 
-// P(normal variable < -t) for 0 <= t <= kFar: 2 to a polynomial, which follows the tail where a sum
-// cancels. Coefficients by weighted minimax over 0..14, within 4e-8 (full) or 2e-6.
+// P(normal variable < -t) for 0 <= t <= kFar: 2 to the power of a polynomial, which follows the
+// tail where a sum would cancel. Coefficients by weighted minimax over 0..14, within 4e-8 (full) or 2e-6.
 template <bool full, typename Vector>
 PRISMER_SHARED Vector normal_tail(const Vector& t) {
   Vector p;
@@ -29,7 +29,7 @@ PRISMER_SHARED Vector normal_tail(const Vector& t) {
     p = p * t - 1.15110808f;
     p = p * t - 0.999999929f;
   } else {
-    // pairs first: in one chain of multiply-adds each waits for the one before it
+    // pairs first: in one chain each multiply-add would wait for the one before it
     const Vector t2 = t * t;
     const Vector low = (t * -0.0525173847f - 0.459449923f) * t2 + (t * -1.15101176f - 1.00000469f);
     const Vector high = t2 * 2.14683044e-05f + (t * -0.00064000266f + 0.00756771617f);
@@ -38,7 +38,7 @@ PRISMER_SHARED Vector normal_tail(const Vector& t) {
   return exp2<full>(p);
 }
 
-// x / (1 + e^(-1.702 x)), which is x * sigmoid(1.702 x); the power is one of two
+// x / (1 + e^(-1.702 x)), which is x * sigmoid(1.702 x); the power is a power of two
 struct QuickGelu {
   template <bool full, typename Vector>
   PRISMER_SHARED static Vector value(const Vector& x) {
@@ -47,11 +47,11 @@ struct QuickGelu {
 
   template <bool full, typename Vector>
   PRISMER_SHARED static Vector derivative(const Vector& x) {
-    // beyond 50 it is 0 or 1; within, no power overflows
+    // beyond 50 the derivative is 0 or 1; up to there no power overflows
     const Vector near = min(max(x, -50.0f), 50.0f);
     const Vector power = exp2<full>(near * -2.45546696f);
     const Vector s = 1.0f / (1.0f + power);
-    // power * s is 1 - s, without the cancellation
+    // power * s equals 1 - s, but does not cancel
     return s * (1.0f + 1.702f * near * (power * s));
   }
 };
@@ -64,7 +64,7 @@ struct Gelu {
     return max(x, 0.0f) - t * normal_tail<full>(t);
   }
 
-  // P(normal variable < x) + x times the density there; at -x it is 1 minus that
+  // P(normal variable < x) + x * density(x); the derivative at -x is 1 minus the one at x
   template <bool full, typename Vector>
   PRISMER_SHARED static Vector derivative(const Vector& x) {
     const Vector t = min(abs(x), kFar);
@@ -74,7 +74,8 @@ struct Gelu {
     if constexpr (full) {
       below = normal_tail<full>(t) - t * density;
     } else {
-      // saves the second power: tail / density - t by minimax over 0..6, product within 3e-5
+      // saves the second power: a minimax fit of tail / density - t over 0..6; the error of the
+      // product is below 3e-5
       const Vector u = min(t, 6.0f), u2 = u * u;
       const Vector low = (u * -0.288595376f + 0.609646461f) * u2 + (u * -1.99754473f + 1.25325634f);
       const Vector high =

@@ -1,7 +1,8 @@
-// Arithmetic of an online softmax: a running maximum, and sums that are rescaled when it rises.
+// Arithmetic of an online softmax: it keeps a running maximum, and rescales its sums when that
+// rises.
 //   rescale = raise_max(state, max of the tile); sum and accumulator *= rescale
 //   weight  = exp(score - shift(state.max)); sum += weight; accumulator += weight * value
-// A masked score is -inf: its weight is 0, also while nothing has been seen (max = -inf).
+// A masked score is -inf. Its weight is 0, even before the first visible key (max = -inf).
 
 #pragma once
 
@@ -18,12 +19,13 @@ struct Softmax {
   float sum = 0.0f;
 };
 
-// what is taken off a score before exp: never -inf, which would make -inf - -inf = nan
+// the number that is subtracted from a score before exp: never -inf, because -inf - -inf is NaN
 PRISMER_SHARED float shift(float max) { return max == kMasked ? 0.0f : max; }
 
 PRISMER_SHARED float weight(float score, float max) { return expf(score - shift(max)); }
 
-// take in the maximum of a tile; the factor for what was summed so far, 0 before the first key
+// raises the maximum to that of a tile; returns the factor for all sums so far, which is 0 before
+// the first key
 PRISMER_SHARED float raise_max(Softmax& state, float tile_max) {
   const float max = fmaxf(state.max, tile_max);
   const float rescale = weight(state.max, max);
@@ -32,7 +34,7 @@ PRISMER_SHARED float raise_max(Softmax& state, float tile_max) {
   return rescale;
 }
 
-// 1 / sum; 0 for a query that saw no key, whose output is zeros
+// 1 / sum; 0 for a query that sees no key, whose output is zeros
 PRISMER_SHARED float inverse(float sum) { return sum > 0.0f || sum != sum ? 1.0f / sum : 0.0f; }
 
 }  // namespace prismer

@@ -1,4 +1,5 @@
-// Arithmetic of label_map: where an output line or column reads, and how four taps are blended.
+// Arithmetic of label_map: the positions that an output line or column reads, and the blend of four
+// taps.
 
 #pragma once
 
@@ -14,11 +15,12 @@ struct Tap {
   Value upper;
 };
 
-// output i of `size` over `source` pixels, corners kept; i * (source - 1) must fit in Index
+// the tap of output i when `source` pixels are resized to `size` with aligned corners;
+// i * (source - 1) must fit in Index
 template <typename Value, typename Index>
 PRISMER_SHARED Tap<Value, Index> tap(Index i, Index source, Index size) {
   const Index steps = size > 1 ? size - 1 : 1;
-  // integers: exact, where a float position may land just below a whole pixel
+  // integers are exact; a float position could be just below a whole pixel
   const Index scaled = i * (source - 1);
   const Index low = scaled / steps;
   const Index high = low + 1 < source ? low + 1 : low;

@@ -5,6 +5,6 @@
 #if defined(__CUDACC__)
 #define PRISMER_SHARED __host__ __device__ __forceinline__
 #else
-// always_inline: so that it takes on the instruction set of the CPU kernel that calls it
+// always_inline, so that the function is compiled for the instruction set of its caller
 #define PRISMER_SHARED [[gnu::always_inline]] inline
 #endif

@@ -1,22 +1,25 @@
-"""Arithmetic of boxes, once for all experts: overlap, suppression, and the painting of boxes into an id map by depth.
+"""Boxes of all experts: overlap, suppression, and painting into a map of ids by depth.
 
-Boxes are (left, top, right, bottom), right and bottom outside, in pixels or as fractions of the image. Painting works
-on the rectangles between neighbouring box edges, not on pixels, and takes the mean depths of boxes from one integral
-image: fifty boxes cost about as much as one pass over the map.
+A box is (left, top, right, bottom), in pixels or as fractions of the image; right and bottom lie just outside. Painting
+works on the rectangles between box edges rather than on pixels, and takes the mean depth of each box from one integral
+image. Fifty boxes cost about as much as one pass over the map.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from prismer.dataloading.experts.network import Found
+from prismer.dataloading.experts.network import ExpertOutput, Images
 from prismer.experts import BACKGROUND
 
+# a map has the ids 0..253 for boxes
 MAX_IDS = BACKGROUND - 1
-"""Ids 0..253 of a map: as many boxes are painted at most."""
 
-SAME_BOX = 0.95
-"""A box that overlaps one before it by more than this says the same thing again."""
+# a box is dropped as a duplicate if its overlap with an earlier box is larger
+DUPLICATE_IOU = 0.95
+
+# boxes of one image that compete in suppression, and boxes that it keeps
+MAX_CANDIDATES, MAX_BOXES = 1000, 300
 
 
 def iou_matrix(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -27,34 +30,36 @@ def iou_matrix(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.divide(both, union, out=np.zeros_like(both), where=union > 0)
 
 
-def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, most: float, limit: int) -> Tensor:
-    """Class-wise non-maximum suppression.
+def non_max_suppression(
+    boxes: Tensor, scores: Tensor, classes: Tensor, max_iou: float = 0.5, limit: int = MAX_BOXES
+) -> Tensor:
+    """Drop each box that overlaps a better box of its class.
 
     Args:
         boxes: (n, 4) floating point.
         scores, classes: (n,).
-        most: overlap up to which two boxes of a class may stay.
-        limit: of boxes.
+        max_iou: the largest overlap of two boxes of a class that both stay.
+        limit: the largest number of boxes that stay.
 
     Returns:
-        Indices of the boxes that stay, highest score first, at most `limit`.
+        Indices of the boxes that stay, highest score first.
     """
     from torchvision.ops import batched_nms
 
-    return batched_nms(boxes.float(), scores.float(), classes, most)[:limit]
+    return batched_nms(boxes.float(), scores.float(), classes, max_iou)[:limit]
 
 
-def rasterise(boxes: np.ndarray, size: int) -> np.ndarray:
-    """Boxes in fractions of the image -> int64 pixels of a (size, size) map, each at least one pixel large."""
+def to_pixels(boxes: np.ndarray, size: int) -> np.ndarray:
+    """Convert boxes in fractions of the image to int64 pixels of a (size, size) map, each at least one pixel large."""
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     edges = np.rint(boxes.clip(0, 1) * size).astype(np.int64)
     start = np.minimum(edges[:, :2], size - 1)
     return np.concatenate([start, np.maximum(edges[:, 2:], start + 1)], axis=1)
 
 
-def distinct(boxes: np.ndarray) -> np.ndarray:
-    """Indices of at most `MAX_IDS` boxes of (n, 4), none overlapping one taken before it by over `SAME_BOX`."""
-    same = iou_matrix(boxes, boxes) > SAME_BOX
+def drop_duplicates(boxes: np.ndarray) -> np.ndarray:
+    """Indices of the first `MAX_IDS` boxes of (n, 4) that do not duplicate an earlier kept box."""
+    same = iou_matrix(boxes, boxes) > DUPLICATE_IOU
     kept: list[int] = []
     for i in range(len(boxes)):
         if len(kept) < MAX_IDS and not same[i, kept].any():
@@ -63,18 +68,19 @@ def distinct(boxes: np.ndarray) -> np.ndarray:
 
 
 def paint(boxes: np.ndarray, size: int, depth: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Paint boxes into a map of ids, nearer ones in front.
+    """Paint boxes into a map of ids, the nearer of two overlapping boxes in front.
 
-    The order that holds (spec: Prismer, label generation). Boxes come in detection order and become pixels first. One
-    whose overlap with a box that was kept before it exceeds 0.95 is dropped; id = place among those kept. Then every
-    pair i < j that intersects, in the order (0, 1), (0, 2), ..., (1, 2), ...:
+    These are the rules of Prismer's label generation (arXiv:2303.02506, section 3.2, and its released code). Boxes are
+    rounded to pixels. A box whose overlap with an earlier kept box exceeds 0.95 is dropped; the id of a box is its
+    place among the kept ones. Then each pair i < j that intersects is settled, in the order (0, 1), (0, 2), ...,
+    (1, 2), ...:
 
-    * if one lies wholly inside the other, the outer one loses what the inner one still has at this moment;
-    * otherwise the one with the smaller mean of `depth` over its whole box (the farther one: bright is near) loses the
-      whole overlap, even where the nearer one has lost it to a third; equal means take nothing from either.
+    * If one box lies inside the other, the outer box loses the pixels that the inner box owns at this moment.
+    * Otherwise the farther box loses the whole overlap, even the pixels that the nearer box has lost to a third box.
+      The farther box has the smaller mean of `depth` over its whole area. With equal means neither box loses anything.
 
-    At last each box paints what it still has, in the order of ids, later over earlier. A pixel may so belong to no
-    box although some cover it. Without `depth` only the first rule and the painting order are at work.
+    Finally each box paints the pixels that it still owns, in the order of ids, later boxes over earlier ones. A pixel
+    may belong to no box although boxes cover it. Without `depth` only the first rule applies.
 
     Args:
         boxes: (n, 4) fractions of the image, highest score first.
@@ -82,19 +88,19 @@ def paint(boxes: np.ndarray, size: int, depth: np.ndarray | None = None) -> tupl
         depth: uint8 (size, size), larger is nearer.
 
     Returns:
-        The uint8 map, 255 where nothing is, and (k,) int64: which box each id is.
+        The uint8 map, 255 where no box is; and (k,) int64, the index in `boxes` of each id.
 
     Raises:
         ValueError: if `depth` has another shape or dtype.
     """
     if depth is not None and (depth.shape != (size, size) or depth.dtype != np.uint8):
         raise ValueError(f"the depth map is {depth.dtype} {depth.shape}; boxes are painted on uint8 {(size, size)}")
-    pixels = rasterise(boxes, size)
-    kept = distinct(pixels)
+    pixels = to_pixels(boxes, size)
+    kept = drop_duplicates(pixels)
     pixels = pixels[kept]
     columns = np.unique(np.concatenate([[0, size], pixels[:, 0], pixels[:, 2]]))
     rows = np.unique(np.concatenate([[0, size], pixels[:, 1], pixels[:, 3]]))
-    # from here on boxes are counted in cells between edges: few, whatever the size of the map
+    # from here on a box is a range of cells between edges: there are few, whatever the size of the map
     left, right = (np.searchsorted(columns, pixels[:, i]) for i in (0, 2))
     top, bottom = (np.searchsorted(rows, pixels[:, i]) for i in (1, 3))
     owns = np.zeros((len(kept), len(rows) - 1, len(columns) - 1), bool)
@@ -102,19 +108,20 @@ def paint(boxes: np.ndarray, size: int, depth: np.ndarray | None = None) -> tupl
         owns[i, top[i] : bottom[i], left[i] : right[i]] = True
 
     overlap, area = _overlap(pixels, pixels), _area(pixels)
-    within = overlap == area[:, None]  # i lies inside j
-    farther = np.zeros_like(within)
+    # [i, j]: box i lies inside box j
+    inside = overlap == area[:, None]
+    farther = np.zeros_like(inside)
     if depth is not None:
-        sums = _sums(depth, pixels)
-        # means compared without division: whole numbers, exact
+        sums = _depth_sums(depth, pixels)
+        # compares the means without a division, so that the result is exact
         farther = sums[:, None] * area < sums * area[:, None]
     for i, j in zip(*np.nonzero(np.triu(overlap, 1)), strict=True):
         part = (
             slice(max(top[i], top[j]), min(bottom[i], bottom[j])),
             slice(max(left[i], left[j]), min(right[i], right[j])),
         )
-        if within[i, j] or within[j, i]:
-            inner, outer = (i, j) if within[i, j] else (j, i)
+        if inside[i, j] or inside[j, i]:
+            inner, outer = (i, j) if inside[i, j] else (j, i)
             owns[outer][part] &= ~owns[inner][part]
         elif farther[i, j] or farther[j, i]:
             owns[i if farther[i, j] else j][part] = False
@@ -125,27 +132,30 @@ def paint(boxes: np.ndarray, size: int, depth: np.ndarray | None = None) -> tupl
     return cells.repeat(np.diff(rows), axis=0).repeat(np.diff(columns), axis=1), kept
 
 
-def highest(scores: Tensor, threshold: float, limit: int) -> Tensor:
-    """Indices of the scores above `threshold`, highest first (ties: the earlier one), at most `limit`."""
+def top_scores(scores: Tensor, threshold: float, limit: int = MAX_CANDIDATES) -> Tensor:
+    """Indices of the scores above `threshold`, highest first (of equal scores the earlier first), at most `limit`."""
     order = torch.argsort(scores, descending=True, stable=True)[:limit]
     return order[scores[order] > threshold]
 
 
-def as_found(boxes: Tensor, scores: Tensor, classes: Tensor, label_size: int, depth: Found | None) -> Found:
-    """What a detector says about one image.
+def detections_output(
+    boxes: Tensor, scores: Tensor, classes: Tensor, images: Images, earlier: dict[str, list[ExpertOutput]], index: int
+) -> ExpertOutput:
+    """The output of a detector for one image of a batch.
 
     Args:
         boxes: (n, 4) fractions of the image, clipped to it, highest score first.
         scores, classes: (n,).
-        label_size: side of the map.
-        depth: the depth expert's map of the same size, where there is one.
+        images: the batch.
+        earlier: the outputs of the experts that ran before; boxes are painted by depth if the depth expert did.
+        index: which image of the batch it is.
     """
     boxes = boxes.double().cpu().numpy()
-    plane, kept = paint(boxes, label_size, None if depth is None else depth.plane)
+    plane, kept = paint(boxes, images.label_size, earlier["depth"][index].plane if "depth" in earlier else None)
     scores, classes = scores.float().cpu().numpy()[kept], classes.cpu().numpy()[kept]
-    return Found(
+    return ExpertOutput(
         plane,
-        instances={i: int(class_id) for i, class_id in enumerate(classes)},
+        table={i: int(class_id) for i, class_id in enumerate(classes)},
         boxes={
             i: (*(float(edge) for edge in box), float(score))
             for i, (box, score) in enumerate(zip(boxes[kept], scores, strict=True))
@@ -153,15 +163,23 @@ def as_found(boxes: Tensor, scores: Tensor, classes: Tensor, label_size: int, de
     )
 
 
-def corners(centres: Tensor) -> Tensor:
-    """(..., 4) centre x, centre y, width, height -> left, top, right, bottom, clipped to [0, 1]."""
-    middle, half = centres[..., :2], centres[..., 2:] / 2
+def to_corners(boxes: Tensor) -> Tensor:
+    """Convert (..., 4) centre x, centre y, width, height to left, top, right, bottom, clipped to [0, 1]."""
+    middle, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([middle - half, middle + half], dim=-1).clamp(0, 1)
 
 
-def on_image(boxes: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes (n, 4) in pixels of a padded square -> those that the image has a part of, as its fractions, and which."""
-    boxes = (boxes / part).clamp(0, 1)
+def clip_to_image(boxes: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert boxes in pixels of a padded square to fractions of the image, without those that miss the image.
+
+    Args:
+        boxes: (n, 4) in pixels of the square.
+        size: (4,) width, height, width, height of the image in it.
+
+    Returns:
+        (k, 4) fractions of the image, and (n,) bool: which boxes these are.
+    """
+    boxes = (boxes / size).clamp(0, 1)
     shown = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     return boxes[shown], shown
 
@@ -176,7 +194,8 @@ def _overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return (end - start).clip(0).prod(axis=-1)
 
 
-def _sums(depth: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+def _depth_sums(depth: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """(n,) int64: the sum of `depth` over each box of (n, 4)."""
     integral = np.zeros((depth.shape[0] + 1, depth.shape[1] + 1), np.int64)
     depth.cumsum(axis=0, dtype=np.int64).cumsum(axis=1, out=integral[1:, 1:])
     left, top, right, bottom = pixels.T

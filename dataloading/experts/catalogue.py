@@ -1,7 +1,7 @@
-"""Which networks there are for each expert, and loading the ones that somebody asks for.
+"""The networks of each expert, and loading the networks that a user asks for.
 
-An expert is asked for as `EXPERT`, `EXPERT=NETWORK` or `EXPERT=NETWORK@SOURCE`, where the source is a local folder or a
-hub id; "all" is every expert with its default network.
+A user asks for an expert with `EXPERT`, `EXPERT=NETWORK` or `EXPERT=NETWORK@SOURCE`, where the source is a local folder
+or a hub id. "all" is every expert with its default network.
 """
 
 from collections.abc import Sequence
@@ -10,22 +10,20 @@ from importlib import import_module
 
 import torch
 
-from prismer.dataloading.experts.network import MissingWeights, Network
+from prismer.dataloading.experts.network import Network
+from prismer.dataloading.experts.weights import MissingWeights
 from prismer.experts import EXPERTS
-
-_MODULES = {
-    "depth": "depth",
-    "normal": "normal",
-    "seg": "segmentation",
-    "edge": "edge",
-    "obj_detection": "objects",
-    "ocr_detection": "words",
-}
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One expert that was asked for: its network, and where the weights lie (None: where the card says)."""
+class ExpertRequest:
+    """One expert that a user asks for.
+
+    Attributes:
+        expert: a key of EXPERTS.
+        network: the network that makes its maps.
+        source: folder or hub id of the weights; None is the network's default.
+    """
 
     expert: str
     network: type[Network]
@@ -33,106 +31,103 @@ class Choice:
 
 
 def networks_of(expert: str) -> tuple[type[Network], ...]:
-    """The networks that can make an expert's maps, the default first.
+    """The networks that can make the maps of an expert, the default first.
 
     Raises:
         ValueError: if the expert is unknown.
     """
     if expert not in EXPERTS:
         raise ValueError(f"unknown expert {expert!r}; choose from all, {', '.join(EXPERTS)}")
-    return import_module(f"prismer.dataloading.experts.{_MODULES[expert]}").NETWORKS
+    return import_module(f"prismer.dataloading.experts.{EXPERTS[expert].module}").NETWORKS
 
 
 def find_network(name: str) -> type[Network]:
-    """The network of that name.
+    """The network called `name`.
 
     Raises:
         ValueError: if there is none.
     """
-    known = [network for expert in EXPERTS for network in networks_of(expert)]
-    for network in known:
-        if network.card.name == name:
-            return network
-    names = ", ".join(network.card.name for network in known)
-    raise ValueError(f"unknown network {name!r}; choose from {names}")
+    known = {network.info.name: network for expert in EXPERTS for network in networks_of(expert)}
+    if name not in known:
+        raise ValueError(f"unknown network {name!r}; choose from {', '.join(known)}")
+    return known[name]
 
 
-def choose(asked: str | Sequence[str]) -> list[Choice]:
-    """What was asked for, in an order in which every network finds what it reads.
+def parse_requests(asked: str | Sequence[str]) -> list[ExpertRequest]:
+    """Parse what a user asks for, and sort it so that each network comes after its inputs.
 
     Args:
-        asked: "all", one expert or several; see above.
+        asked: one item or several, in the form that the top of this file describes. "all" adds the experts that the
+            items before it do not name.
 
     Raises:
-        ValueError: if an expert or network is unknown, or an expert comes twice.
+        ValueError: if an expert or network is unknown, or an expert is named twice.
     """
     items = [asked] if isinstance(asked, str) else list(asked)
     if not items:
         raise ValueError(f"no expert was asked for; choose from all, {', '.join(EXPERTS)}")
-    chosen: dict[str, Choice] = {}
+    requests: dict[str, ExpertRequest] = {}
     for item in items:
-        for choice in _parse(item):
-            if choice.expert in chosen and item != "all":
-                raise ValueError(f"{choice.expert} is asked for twice; name one network for it")
-            # "all" fills up what was named one by one
-            chosen.setdefault(choice.expert, choice)
-    return _in_order(list(chosen.values()))
+        for request in _parse(item):
+            if request.expert in requests and item != "all":
+                raise ValueError(f"{request.expert} is asked for twice; name one network for it")
+            requests.setdefault(request.expert, request)
+    return _in_order(list(requests.values()))
 
 
 def load_networks(asked: str | Sequence[str], device: str | torch.device = "cpu") -> tuple[list[Network], list[str]]:
-    """Load what can be loaded.
+    """Load the networks whose weights are on this machine.
 
     Args:
-        asked: see `choose`.
+        asked: see `parse_requests`.
         device: where the networks run.
 
     Returns:
-        The networks, in the order of `choose`, and one sentence for each that is missing.
+        The networks, in the order of `parse_requests`, and one sentence for each network that is missing.
 
     Raises:
-        MissingWeights: if none can be loaded; with all the sentences.
-        ValueError: as `choose`, or if a source holds something else.
+        MissingWeights: if no network can be loaded; the message holds all the sentences.
+        ValueError: as `parse_requests`, or if a source holds something else.
     """
     networks, missing = [], []
-    for choice in choose(asked):
-        card = choice.network.card
-        absent = set(card.needs) - {network.card.expert for network in networks}
+    for request in parse_requests(asked):
+        info = request.network.info
+        absent = set(info.inputs) - {network.info.expert for network in networks}
         try:
-            if absent:
+            if absent and info.inputs_required:
                 raise MissingWeights(
-                    f"{card.name} makes {card.expert} from {', '.join(sorted(absent))}, which is not at work; "
-                    f"ask for it too, or choose another network for {card.expert}"
+                    f"{info.name} makes {info.expert} from {', '.join(sorted(absent))}, which is not loaded; "
+                    f"ask for it too, or choose another network for {info.expert}"
                 )
-            networks.append(choice.network.load(choice.source, device))
+            networks.append(request.network.load(request.source, device))
         except MissingWeights as error:
-            missing.append(f"{card.expert}: {error}")
+            missing.append(f"{info.expert}: {error}")
     if not networks:
         raise MissingWeights("; ".join(missing))
     return networks, missing
 
 
-def _parse(item: str) -> list[Choice]:
+def _parse(item: str) -> list[ExpertRequest]:
     if item == "all":
-        return [Choice(expert, networks_of(expert)[0]) for expert in EXPERTS]
+        return [ExpertRequest(expert, networks_of(expert)[0]) for expert in EXPERTS]
     expert, has_network, rest = item.partition("=")
     networks = networks_of(expert)
     if not has_network:
-        return [Choice(expert, networks[0])]
+        return [ExpertRequest(expert, networks[0])]
     name, _, source = rest.partition("@")
     for network in networks:
-        if network.card.name == name:
-            return [Choice(expert, network, source or None)]
-    names = ", ".join(network.card.name for network in networks)
+        if network.info.name == name:
+            return [ExpertRequest(expert, network, source or None)]
+    names = ", ".join(network.info.name for network in networks)
     raise ValueError(f"unknown network {name!r} for {expert}; choose from {names}")
 
 
-def _in_order(choices: list[Choice]) -> list[Choice]:
-    placed: list[Choice] = []
-    while choices:
-        waiting = {choice.expert for choice in choices}
-        ready = [choice for choice in choices if waiting.isdisjoint(choice.network.card.reads)]
-        # what reads itself in a circle could never start
-        assert ready, f"{sorted(waiting)} read each other"
+def _in_order(requests: list[ExpertRequest]) -> list[ExpertRequest]:
+    placed: list[ExpertRequest] = []
+    while requests:
+        waiting = {request.expert for request in requests}
+        ready = [request for request in requests if waiting.isdisjoint(request.network.info.inputs)]
+        assert ready, f"{sorted(waiting)} are inputs of each other"
         placed += ready
-        choices = [choice for choice in choices if choice not in ready]
+        requests = [request for request in requests if request not in ready]
     return placed

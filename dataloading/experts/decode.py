@@ -1,4 +1,4 @@
-"""Encoded images -> what each network reads, with one decode per image."""
+"""Encoded images -> the square pixels that each network reads, with one decode per image."""
 
 from dataclasses import dataclass
 
@@ -7,26 +7,32 @@ from torch import Tensor
 
 from prismer.dataloading.feed import dali
 
+# fills the square around an image that keeps its proportions
 GREY = 114
-"""What fills the square around an image that keeps its proportions."""
 
 
 @dataclass(frozen=True, order=True)
 class Geometry:
-    """A network's input: `side` px square, into which an image is stretched, or fitted at the top left and padded."""
+    """How an image becomes a square.
+
+    Attributes:
+        side: of the square in pixels.
+        keep_aspect: whether the image keeps its proportions, at the top left of the square, with padding around it;
+            otherwise it is stretched.
+    """
 
     side: int
     keep_aspect: bool = False
 
 
 class ExpertPipeline:
-    """Decodes batches and resizes them to every geometry that some network asks for.
+    """Decodes batches and resizes them to each geometry.
 
     Args:
         geometries: at least one.
-        batch_size: of the largest batch.
+        batch_size: the largest batch.
         threads: CPU threads of DALI.
-        device: "cpu", or a CUDA device: then the GPU decodes, and pixels are born there.
+        device: "cpu", or a CUDA device, which then decodes the images and holds the pixels.
     """
 
     def __init__(
@@ -43,8 +49,8 @@ class ExpertPipeline:
             images: B encoded images.
 
         Returns:
-            geometry -> (B, 3, side, side) uint8 RGB on the device, and (height, width) of the part that shows each
-            image.
+            geometry -> (B, 3, side, side) uint8 RGB on the device, and for each image (height, width) of the part that
+            shows it.
 
         Raises:
             UndecodableImages: if DALI fails on some images; the pipeline stays usable.

@@ -1,9 +1,9 @@
-"""The labelling job: records of any kind -> a dataset folder with expert maps, by any number of processes.
+"""The labelling job: records of any kind -> a dataset folder with expert maps, written by any number of processes.
 
-Shard k holds the records k n .. (k + 1) n - 1 of the source, whoever writes it: process r of w takes the shards k with
-k mod w = r. A shard appears whole, with the names of what was skipped in its sidecar, so a job that was killed goes on
-at the first shard that is absent, also with another number of processes, and ends with the same bytes. Who finds
-all shards present writes `index.json` and `report.json`.
+Shard k holds the records k n .. (k + 1) n - 1 of the source; process r of w writes the shards with k mod w = r. A shard
+is whole or absent, and its sidecar names the records that were skipped. A job that was killed therefore resumes at the
+first absent shard, even with another number of processes, and ends with the same bytes. The process that finds all
+shards present writes `index.json` and `report.json`.
 """
 
 import hashlib
@@ -11,44 +11,47 @@ import io
 import json
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from prismer.dataloading.experts.labeller import Labeller
+from prismer.dataloading.experts.labeller import DecodedBatch, Labeller
 from prismer.dataloading.feed.dali import UndecodableImages
-from prismer.dataloading.feed.images import ExpertLabels, resize_nearest
-from prismer.dataloading.sources.importers import skipped_entry, to_jpeg
-from prismer.dataloading.sources.record import Record, Records, Source
+from prismer.dataloading.feed.image_batch import ExpertLabels
+from prismer.dataloading.feed.rgb import to_jpeg
+from prismer.dataloading.sources.importer import skipped_entry
+from prismer.dataloading.sources.records import FilePart, ImageRecord, ImageRecords
 from prismer.dataloading.store.index import Sample, check_classes, to_json
-from prismer.dataloading.store.labels import pack_labels, unpack_labels
-from prismer.dataloading.store.schema import check_meta
+from prismer.dataloading.store.label_maps import pack_labels, resize_nearest, unpack_labels
+from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.writer import OpenShard, finished_shard, write_index, write_together
+from prismer.experts import EXPERTS
 from prismer.files import write_atomically
 from prismer.reading import read_json
 
 JOB_FILE, REPORT_FILE = "job.json", "report.json"
-_EXPERT_OF = {"instances": "obj_detection", "words": "ocr_detection"}
-# table in a sample's JSON -> the expert whose map it belongs to
-_SHOWN = 8
-# samples on a contact sheet
+# field of a sample's JSON -> the expert whose ids it describes
+_EXPERT_OF_TABLE = {expert.table: name for name, expert in EXPERTS.items() if expert.table}
+# samples on the contact sheet of a shard
+_PREVIEW_SAMPLES = 8
 
 
 @dataclass
 class LabelReport:
-    """What became of the records: `records` = `labelled` + len(`skipped`) once `shards_missing` is 0.
+    """What a job did: `records` = `labelled` + len(`skipped`) once `shards_missing` is 0.
 
     Attributes:
-        records: in the source.
-        labelled: samples in the dataset.
-        skipped: {"key", "image", "reason"} of what was left out.
-        shards_missing: shards that other processes have yet to write.
-        others: {"file", "reason"} of what was found in the source and is no record.
+        records: number of records in the source.
+        labelled: number of samples in the dataset.
+        skipped: {"key", "image", "reason"} of each record that was left out.
+        shards_missing: number of shards that other processes have yet to write.
+        others: {"file", "reason"} of each file in the source that is not a record.
     """
 
     records: int = 0
@@ -59,17 +62,24 @@ class LabelReport:
 
 
 @dataclass
-class _Ready:
-    """A record whose image is known to be a JPEG that can be stored."""
+class _ReadRecord:
+    """A record that was read.
 
-    record: Record
+    Attributes:
+        record: where it comes from.
+        jpeg: its image, as it is stored.
+        size: (height, width) of the image in pixels.
+        planes: the maps that the record already has and that the job keeps.
+    """
+
+    record: ImageRecord
     jpeg: bytes
     size: tuple[int, int]
     planes: dict[str, np.ndarray]
 
 
 def label_records(
-    records: Records,
+    records: ImageRecords,
     out: str | Path,
     labeller: Labeller,
     *,
@@ -83,26 +93,26 @@ def label_records(
     preview: bool = False,
     progress: bool = True,
 ) -> LabelReport:
-    """Label every record that can be read; start it again to resume.
+    """Label every record that can be read. Call it again to resume.
 
     Args:
-        records: what a function of `records.py` returned; maps that they bring along are kept for the experts that
-            are not at work.
+        records: the records, see `source_records`. Maps that they already have are kept, except those of the experts in
+            `labeller`.
         out: the dataset folder.
         labeller: the experts.
-        source, licence: where the images come from; kept with every sample.
-        classes: class tables of the maps that records bring along.
-        samples_per_shard: records per shard; what is skipped leaves a shard smaller.
-        rank, world: this process and how many there are.
+        source, licence: origin and licence of the images, stored with every sample.
+        classes: class tables of the maps that the records already have.
+        samples_per_shard: records for each shard. Skipped records make a shard smaller.
+        rank, world: the index of this process, and the number of processes.
         workers: threads that read and pack.
-        preview: write a contact sheet of each shard's first samples to `out/preview/`.
-        progress: show a bar with images per second of each network and the time left.
+        preview: whether to write a contact sheet of each shard's first samples to `out/preview/`.
+        progress: whether to show a bar with the images per second of each network, and the remaining time.
 
     Returns:
-        The report; of the whole job if every shard is there, which is then also in `out/report.json`.
+        The report. Once every shard is present, it covers the whole job and is also in `out/report.json`.
 
     Raises:
-        ValueError: if `out` holds another job's dataset, or another process writes the same shards.
+        ValueError: if `out` holds the dataset of another job, or another process writes the same shards.
     """
     if not 0 <= rank < world:
         raise ValueError(f"rank is {rank} of {world}; ranks count from 0")
@@ -110,23 +120,23 @@ def label_records(
         raise ValueError(f"samples_per_shard is {samples_per_shard}, workers {workers}; both must be at least 1")
     job = _Job(records, Path(out), labeller, source, licence, classes or {}, samples_per_shard)
     shards = range(rank, job.num_shards, world)
-    waiting = [k for k in shards if finished_shard(job.folder, k, job.fingerprint) is None]
-    count = sum(job.count_of(k) for k in waiting)
+    missing = [k for k in shards if finished_shard(job.folder, k, job.fingerprint) is None]
+    count = sum(job.records_in(k) for k in missing)
     bar = tqdm(total=count, desc="labelling", unit="image", disable=not progress)
-    with bar, ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as ahead:
-        for number, part in _parts(records, samples_per_shard, set(waiting)):
-            first = job.write_shard(number, part, pool, ahead, bar)
+    with bar, ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as decoder:
+        for number, part in _records_of_shards(records, samples_per_shard, set(missing)):
+            first = job.write_shard(number, part, pool, decoder, bar)
             if preview and first:
-                job.draw(number, first)
+                job.draw_preview(number, first)
     return job.finish()
 
 
 class _Job:
-    """What is the same for all shards, and the writing of one."""
+    """What all shards of a job share, and the writing of one shard."""
 
     def __init__(
         self,
-        records: Records,
+        records: ImageRecords,
         folder: Path,
         labeller: Labeller,
         source: str,
@@ -135,7 +145,7 @@ class _Job:
         samples_per_shard: int,
     ):
         self.folder, self.labeller, self.source, self.licence = folder, labeller, source, licence
-        self.experts = {network.card.expert for network in labeller.networks}
+        self.experts = {network.info.expert for network in labeller.networks}
         kept = {name: table for name, table in classes.items() if name not in self.experts}
         self.classes = {**kept, **labeller.classes}
         if records.class_names:
@@ -143,7 +153,7 @@ class _Job:
         check_classes(self.classes)
         self.others = [asdict(other) for other in records.others]
         self.samples_per_shard = samples_per_shard
-        self.count, listing, self.repeated = _survey(records)
+        self.count, listing, self.repeated = _scan_keys(records)
         self.num_shards = -(-self.count // samples_per_shard)
         self.about = {**labeller.about, "samples_per_shard": samples_per_shard}
         notes = {
@@ -155,28 +165,33 @@ class _Job:
             "listing": listing,
         }
         self.fingerprint = hashlib.sha256(to_json(notes)).hexdigest()[:16]
-        self._begin(notes)
+        self._claim_folder(notes)
 
-    def count_of(self, number: int) -> int:
-        """Records of a shard."""
+    def records_in(self, number: int) -> int:
+        """The number of records of a shard."""
         return min(self.samples_per_shard, self.count - number * self.samples_per_shard)
 
     def write_shard(
-        self, number: int, records: Iterator[Record], pool: ThreadPoolExecutor, ahead: ThreadPoolExecutor, bar: tqdm
+        self,
+        number: int,
+        records: Iterator[ImageRecord],
+        pool: ThreadPoolExecutor,
+        decoder: ThreadPoolExecutor,
+        bar: tqdm,
     ) -> list[Sample]:
-        """Label the records of one shard, write it, and return its first samples."""
+        """Label the records of one shard, write the shard, and return its first samples."""
         first: list[Sample] = []
         shard = OpenShard(self.folder, number)
         try:
             skipped: list[dict[str, str]] = []
-            for ready, decoded in self._decoded(records, pool, ahead, skipped, bar):
+            for batch, decoded in self._decoded_batches(records, pool, decoder, skipped, bar):
                 labels = self.labeller.label(decoded)
-                for sample in map(self._sample, ready, labels):
+                for sample in map(self._sample, batch, labels):
                     members = sample.jpeg, to_json(sample.meta), pack_labels(sample.labels)
                     shard.append(sample.key, members, sample.labels)
-                    if len(first) < _SHOWN:
+                    if len(first) < _PREVIEW_SAMPLES:
                         first.append(sample)
-                bar.update(len(ready))
+                bar.update(len(batch))
                 speeds = (f"{name} {speed:.3g}/s" for name, speed in self.labeller.speeds().items())
                 bar.set_postfix_str(", ".join(speeds), refresh=False)
             shard.finish(self.fingerprint, skipped)
@@ -186,7 +201,7 @@ class _Job:
         return first
 
     def finish(self) -> LabelReport:
-        """The report; writes index and report if nothing is missing."""
+        """Return the report; write it and the index if every shard is present."""
         report = LabelReport(records=self.count, others=self.others)
         entries = []
         for number in range(self.num_shards):
@@ -203,7 +218,7 @@ class _Job:
         if report.labelled + len(report.skipped) != report.records:
             raise RuntimeError(
                 f"{report.records} records became {report.labelled} samples and {len(report.skipped)} skipped; "
-                f"this is a fault of the job, keep {self.folder} and report it"
+                f"this is a bug of the labelling job, keep {self.folder} and report it"
             )
         write_index(self.folder, entries, self.classes, self.source, self.about)
         text = {
@@ -215,9 +230,9 @@ class _Job:
         write_together(self.folder / REPORT_FILE, json.dumps(text, indent=1, ensure_ascii=False).encode())
         return report
 
-    def draw(self, number: int, samples: list[Sample]) -> None:
+    def draw_preview(self, number: int, samples: list[Sample]) -> None:
         """Write the contact sheet of a shard."""
-        # matplotlib and fonts, for those who look
+        # imported here, because it needs matplotlib and fonts
         from prismer.dataloading.views.contact_sheet import contact_sheet
 
         file = io.BytesIO()
@@ -226,7 +241,8 @@ class _Job:
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, file.getvalue())
 
-    def _begin(self, notes: dict) -> None:
+    def _claim_folder(self, notes: dict) -> None:
+        """Write the job's notes into a new folder, or compare them with those of the job that began it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / JOB_FILE
         if not path.exists():
@@ -246,24 +262,23 @@ class _Job:
             f"{self.folder} was begun with other {', '.join(changed)}; give the same options or choose another folder"
         )
 
-    def _decoded(
+    def _decoded_batches(
         self,
-        records: Iterator[Record],
+        records: Iterator[ImageRecord],
         pool: ThreadPoolExecutor,
-        ahead: ThreadPoolExecutor,
+        decoder: ThreadPoolExecutor,
         skipped: list[dict[str, str]],
         bar: tqdm,
-    ) -> Iterator[tuple[list[_Ready], dict]]:
-        """Batches of readable records with their pixels; the next is read and decoded while one is labelled."""
+    ) -> Iterator[tuple[list[_ReadRecord], DecodedBatch]]:
+        """Batches of readable records with their pixels. While one is labelled, the next is read and decoded."""
 
-        def skip(record: Record, reason: str) -> None:
+        def skip(record: ImageRecord, reason: str) -> None:
             skipped.append(skipped_entry(record, reason))
             bar.update()
 
-        def batches() -> Iterator[list[_Ready]]:
-            reading = _ahead(pool, self._prepare, records, 2 * self.labeller.batch_size)
-            batch: list[_Ready] = []
-            for record, future in reading:
+        def batches() -> Iterator[list[_ReadRecord]]:
+            batch: list[_ReadRecord] = []
+            for record, future in _submit_ahead(pool, self._read, records, 2 * self.labeller.batch_size):
                 try:
                     batch.append(future.result())
                 except ValueError as error:
@@ -274,34 +289,26 @@ class _Job:
             if batch:
                 yield batch
 
-        def decode(batch: list[_Ready]) -> tuple[list[_Ready], dict, list[tuple[Record, str]]]:
+        def decode(batch: list[_ReadRecord]) -> tuple[list[_ReadRecord], DecodedBatch, list[tuple[ImageRecord, str]]]:
             faults = []
             while batch:
                 try:
-                    return batch, self.labeller.decode([ready.jpeg for ready in batch]), faults
+                    return batch, self.labeller.decode([read.jpeg for read in batch]), faults
                 except UndecodableImages as error:
                     faults += [(batch[i].record, why) for i, why in sorted(error.reasons.items())]
-                    batch = [ready for i, ready in enumerate(batch) if i not in error.reasons]
+                    batch = [read for i, read in enumerate(batch) if i not in error.reasons]
             return [], {}, faults
 
-        def give(future: Future) -> Iterator[tuple[list[_Ready], dict]]:
-            ready, decoded, faults = future.result()
+        # one batch ahead: the next one is decoded while the caller labels this one
+        for _, future in _submit_ahead(decoder, decode, batches(), 1):
+            batch, decoded, faults = future.result()
             for record, reason in faults:
                 skip(record, reason)
-            if ready:
-                yield ready, decoded
+            if batch:
+                yield batch, decoded
 
-        coming: Future | None = None
-        for batch in batches():
-            # submitted before the one in hand is labelled: the two overlap
-            before, coming = coming, ahead.submit(decode, batch)
-            if before is not None:
-                yield from give(before)
-        if coming is not None:
-            yield from give(coming)
-
-    def _prepare(self, record: Record) -> _Ready:
-        """Runs in a thread.
+    def _read(self, record: ImageRecord) -> _ReadRecord:
+        """Read the image and the maps of a record. Threads call it.
 
         Raises:
             ValueError: with the reason, if the record cannot be labelled.
@@ -316,43 +323,45 @@ class _Job:
         except (OSError, EOFError, MemoryError) as error:
             reason = error or "it does not fit into memory"
             raise ValueError(f"it cannot be read ({reason})") from None
-        # the tables of maps that are made anew are not used
-        kept = {name: value for name, value in record.meta.items() if _EXPERT_OF.get(name) not in self.experts}
+        # the tables of the maps that the job replaces are not used
+        kept = {name: value for name, value in record.meta.items() if _EXPERT_OF_TABLE.get(name) not in self.experts}
         check_meta(kept, self.classes)
         boxes = record.meta.get("boxes", {})
         if not isinstance(boxes, dict) or not all(isinstance(x, dict) for x in boxes.values()):
-            raise ValueError("its 'boxes' are no object of expert: {id: box}")
+            raise ValueError("its 'boxes' are not an object of expert: {id: box}")
         to_json(record.meta)
         side = self.labeller.label_size
-        planes = {name: resize_nearest(plane, side) for name, plane in planes.items() if name not in self.experts}
-        return _Ready(record, jpeg, size, planes)
+        planes = {name: resize_nearest(plane, side, side) for name, plane in planes.items() if name not in self.experts}
+        return _ReadRecord(record, jpeg, size, planes)
 
-    def _sample(self, ready: _Ready, labels: ExpertLabels) -> Sample:
-        notes = {"size": list(ready.size), "source": self.source, "licence": self.licence}
-        # what the record itself says of its licence counts more than what was said of all
-        meta = {**notes, **ready.record.meta, **labels.meta, "size": list(ready.size)}
-        kept = ready.record.meta.get("boxes", {})
+    def _sample(self, read: _ReadRecord, labels: ExpertLabels) -> Sample:
+        notes = {"size": list(read.size), "source": self.source, "licence": self.licence}
+        # the record's own source and licence take precedence over those of the job
+        meta = {**notes, **read.record.meta, **labels.meta, "size": list(read.size)}
+        kept = read.record.meta.get("boxes", {})
         boxes = {name: kept[name] for name in kept if name not in self.experts}
         if boxes:
             meta["boxes"] = {**boxes, **labels.meta.get("boxes", {})}
-        return Sample(ready.record.key, ready.jpeg, {**ready.planes, **labels.planes}, meta)
+        return Sample(read.record.key, read.jpeg, {**read.planes, **labels.planes}, meta)
 
 
-def source_records(source: str | Path, images: str | Path | None = None) -> tuple[Records, dict[str, list[str]]]:
-    """The records of a folder of images, an img2dataset folder, a list of the COCO kind or shards.
+def source_records(source: str | Path, images: str | Path | None = None) -> tuple[ImageRecords, dict[str, list[str]]]:
+    """The records of any supported source of images.
 
     Args:
-        source: a folder of images (with captions beside them or without), a folder of WebDataset tars, a dataset of
-            ours, or a JSON list of images and captions.
-        images: the folder that a list's images lie in.
+        source: a folder of images (with captions beside them or without), a folder of WebDataset tars (img2dataset
+            writes such tars), a dataset of ours, or a JSON list of images and captions (COCO).
+        images: the folder of the images of a list.
 
     Returns:
-        The records, and the class tables of the maps that they bring along.
+        The records, and the class tables of the maps that they already have.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if `source` is none of these.
     """
-    from prismer.dataloading.sources.lists import caption_records, folder_records, tar_records
+    from prismer.dataloading.sources.coco_captions import caption_records
+    from prismer.dataloading.sources.image_folders import folder_records
+    from prismer.dataloading.sources.webdataset_tars import tar_records
     from prismer.dataloading.store.shards import ShardDataset
 
     path = Path(source)
@@ -369,17 +378,17 @@ def source_records(source: str | Path, images: str | Path | None = None) -> tupl
     return folder_records(path), {}
 
 
-def _survey(records: Records) -> tuple[int, str, dict[str, Source | None]]:
-    """How many records there are, a digest of their keys in order, and the first image of each repeated key."""
+def _scan_keys(records: ImageRecords) -> tuple[int, str, dict[str, FilePart | None]]:
+    """The number of records, a digest of their keys in order, and the first image of each repeated key."""
     digest, hashes = hashlib.sha256(), array("Q")
     for record in records:
         key = record.key.encode()
         digest.update(key + b"\n")
-        # eight bytes for each of ten million keys; the keys themselves would take a gigabyte
+        # eight bytes for each key, because ten million keys would take a gigabyte
         hashes.append(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little"))
     values, counts = np.unique(np.frombuffer(hashes, np.uint64), return_counts=True)
     suspects = set(values[counts > 1].tolist())
-    first: dict[str, Source | None] = {}
+    first: dict[str, FilePart | None] = {}
     if suspects:
         for record, value in zip(records, hashes, strict=True):
             if value in suspects:
@@ -387,23 +396,27 @@ def _survey(records: Records) -> tuple[int, str, dict[str, Source | None]]:
     return len(hashes), digest.hexdigest()[:16], first
 
 
-def _parts(records: Records, size: int, wanted: set[int]) -> Iterator[tuple[int, Iterator[Record]]]:
-    """The records of each wanted shard, in one pass."""
+def _records_of_shards(
+    records: ImageRecords, size: int, wanted: set[int]
+) -> Iterator[tuple[int, Iterator[ImageRecord]]]:
+    """The records of each wanted shard, in one pass over all records."""
     iterator, number = iter(records), 0
     while wanted:
         part = islice(iterator, size)
         if number in wanted:
             yield number, part
             wanted = wanted - {number}
-        # what is not wanted, or was not taken, is passed over
+        # skips the rest of the shard, or all of it if it is not wanted
         for _ in part:
             pass
         number += 1
 
 
-def _ahead(pool: ThreadPoolExecutor, work, items: Iterator, limit: int) -> Iterator[tuple[Record, Future]]:
-    """(item, future of work(item)) in order, at most `limit` begun ahead."""
-    waiting: list[tuple[Record, Future]] = []
+def _submit_ahead(
+    pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable, limit: int
+) -> Iterator[tuple[Any, Future]]:
+    """(item, future of work(item)) in order, with at most `limit` later items submitted ahead."""
+    waiting: list[tuple[Any, Future]] = []
     for item in items:
         waiting.append((item, pool.submit(work, item)))
         if len(waiting) > limit:

@@ -1,8 +1,8 @@
-"""The nearest word of a lexicon by edit distance, for words that a reader of photos is not sure of.
+"""The nearest word of a lexicon by edit distance, for doubtful words of the word expert.
 
-Entries lie sorted by length. A look-up takes the slice whose lengths are near enough, drops the entries whose sets of
-letters differ too much, and measures the few that are left all at once, one letter per step, with the bit-parallel
-recurrence of Myers (A fast bit-vector algorithm for approximate string matching, 1999) on columns of numpy.
+Entries are sorted by length. A look-up takes the entries of similar length and drops those whose sets of letters differ
+too much. It measures all remaining entries at once, one letter per step, with the bit-parallel recurrence of Myers (A
+fast bit-vector algorithm for approximate string matching, 1999) on numpy columns.
 """
 
 import json
@@ -15,24 +15,24 @@ import numpy as np
 
 from prismer.reading import read_lines
 
+# letters of the longest word that a look-up can measure: one bit for each
 MAX_LENGTH = 64
-"""Letters of the longest word that a look-up can measure: one bit each."""
 
+# the words of two letters: most of the vocabulary's tokens of that length are pieces of words
 _TWO_LETTERS = (
     "ad ah am an as at be by do eh er ex go ha he hi ho id if in is it la lo ma me mr ms my no of oh ok on or ox pa "
     "pi so to tv uk up us we"
 ).split()
-"""Words of two letters: among the vocabulary's tokens of that length most are pieces of words."""
 
 
 class Lexicon:
-    """Words, and the nearest of them to any other; upper and lower case are one.
+    """A set of words that finds the nearest of them to any text; case does not count.
 
     Args:
-        words: the entries; of entries equally near, the earlier wins.
+        words: the entries. Of two entries at the same distance, the earlier wins.
 
     Raises:
-        ValueError: if there is none, or an entry is empty or longer than 64 letters.
+        ValueError: if there is no entry, or an entry is empty or longer than 64 letters.
     """
 
     def __init__(self, words: Iterable[str]):
@@ -46,34 +46,28 @@ class Lexicon:
                     f"write one word per line"
                 )
         self._known = frozenset(entries)
-        # a stable sort: entries of one length stay in their order of preference
+        # the sort is stable: entries of one length stay in their order of preference
         order = sorted(range(len(entries)), key=lambda index: len(entries[index]))
         self._entries = [entries[index] for index in order]
         self._rank = np.array(order)
         self._lengths = np.array([len(entry) for entry in self._entries])
         letters = sorted(set("".join(entries)))
-        # 0 is no letter: it ends short entries, and stands for letters that no entry has
+        # code 0 fills the end of short entries
         self._codes = {letter: number for number, letter in enumerate(letters, 1)}
         self._letters = np.zeros((len(entries), self._lengths[-1]), np.int32)
         for row, entry in zip(self._letters, self._entries, strict=True):
             row[: len(entry)] = [self._codes[letter] for letter in entry]
         self._sets = np.array([_letter_set(entry) for entry in self._entries], np.uint64)
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __contains__(self, word: str) -> bool:
-        return word.lower() in self._known
-
     def nearest(self, word: str, limit: int) -> tuple[str, int] | None:
-        """The entry at the least edit distance (insert, remove or replace a letter), if that is at most `limit`.
+        """The entry at the smallest edit distance (insert, remove or replace a letter).
 
         Args:
-            word: any text; one longer than 64 letters has no nearest entry.
-            limit: the greatest distance looked for.
+            word: any text; a text of more than 64 letters has no nearest entry.
+            limit: the largest distance.
 
         Returns:
-            The entry, in lower case, and its distance; or None.
+            The entry in lower case, and its distance; None if no entry is within `limit`.
         """
         word = word.lower()
         if word in self._known:
@@ -82,7 +76,7 @@ class Lexicon:
             return None
         start = np.searchsorted(self._lengths, len(word) - limit, "left")
         stop = np.searchsorted(self._lengths, len(word) + limit, "right")
-        # one edit mends at most one letter that only the word has, and one that only the entry has
+        # an edit removes at most one letter that only the word has, and one that only the entry has
         own, theirs = np.uint64(_letter_set(word)), self._sets[start:stop]
         differ = np.maximum(np.bitwise_count(own & ~theirs), np.bitwise_count(theirs & ~own))
         near = start + np.flatnonzero(differ <= limit)
@@ -96,14 +90,14 @@ class Lexicon:
         return self._entries[ties[self._rank[ties].argmin()]], int(least)
 
     def _distances(self, word: str, rows: np.ndarray) -> np.ndarray:
-        """Edit distances (rows,) int64 between `word` and the entries of those rows."""
+        """The edit distances (rows,) int64 between `word` and the entries in those rows."""
         one, top = np.uint64(1), np.uint64(len(word) - 1)
         where = np.zeros(len(self._codes) + 1, np.uint64)
         for place, letter in enumerate(word):
             if letter in self._codes:
                 where[self._codes[letter]] |= one << np.uint64(place)
         lengths = self._lengths[rows]
-        # bit i of `up` / `down`: the distance grows / falls by one from prefix i to prefix i + 1 of the word
+        # bit i of `up` and `down`: the distance grows or falls by one from prefix i to prefix i + 1 of the word
         up, down = np.full(len(rows), ~np.uint64(0)), np.zeros(len(rows), np.uint64)
         distance = np.full(len(rows), len(word))
         result = distance.copy()
@@ -121,7 +115,7 @@ class Lexicon:
 
 
 def read_lexicon(path: Path) -> Lexicon:
-    """The lexicon of a text file in UTF-8 with one word per line, the commoner first; empty lines count for nothing.
+    """The lexicon of a UTF-8 text file with one word per line, commoner words first; empty lines are skipped.
 
     Raises:
         ValueError: as `Lexicon`, or if the file cannot be read or is not UTF-8.
@@ -131,9 +125,10 @@ def read_lexicon(path: Path) -> Lexicon:
 
 @cache
 def english_lexicon() -> Lexicon:
-    """The words of three letters and more that RoBERTa's vocabulary has whole, commoner ones first, and 45 of two.
+    """English words: 45 of two letters, and the tokens of RoBERTa's vocabulary that are whole words, commoner first.
 
-    24,116 entries: tokens of ASCII letters that begin with a blank. Some are pieces of words.
+    There are 24,116 entries. A token counts as a whole word if it begins with a blank and has at least three letters,
+    all of them ASCII. Some tokens are pieces of words all the same.
     """
     vocabulary = resources.files("prismer") / "assets" / "roberta" / "vocab.json"
     tokens = json.loads(vocabulary.read_text("utf-8"))
@@ -142,7 +137,7 @@ def english_lexicon() -> Lexicon:
 
 
 def _letter_set(word: str) -> int:
-    """A bit per letter that occurs; some letters share one, which can only hide a difference."""
+    """A bit for each letter of the word. Letters that share a bit can only hide a difference."""
     bits = 0
     for letter in word:
         bits |= 1 << (ord(letter) % 64)

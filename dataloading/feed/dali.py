@@ -1,19 +1,28 @@
-"""What the trainer's pipeline and the experts' have in common: how an image is decoded and resized, and what happens
-when one cannot be.
+"""DALI graphs that survive broken images, and the decoding and resizing that the trainer and the experts share.
 
-A graph is fed from outside and keeps nothing from batch to batch. DALI gives up a whole batch for one broken image and
-its pipeline object afterwards: `Graph.run` then finds the images at fault, one by one, and goes on with a new object.
+A graph is fed from outside and keeps nothing from batch to batch. One broken image makes DALI fail the whole batch and
+invalidates its pipeline object. `Graph.run` then decodes the images one by one to find the broken ones, and builds a
+new object.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+    from nvidia.dali.data_node import DataNode
+
 
 class UndecodableImages(ValueError):
-    """Images of a batch that DALI cannot decode; `reasons` maps their positions in the batch to what it says."""
+    """Some images of a batch do not decode.
+
+    Attributes:
+        reasons: position in the batch -> why.
+    """
 
     def __init__(self, reasons: dict[int, str]):
         super().__init__(reasons)
@@ -27,10 +36,10 @@ class Graph:
     """A DALI graph.
 
     Args:
-        define: makes the graph; its inputs are external sources, whose names are those of the feeds.
+        define: makes the graph; its inputs are external sources with the names of the feeds.
         batch_size: of the largest batch.
         threads: CPU threads of DALI.
-        device: "cpu", or a CUDA device: then the GPU decodes and the outputs are born there.
+        device: "cpu", or a CUDA device that decodes and holds the outputs.
 
     Attributes:
         stream: what outputs are copied on; None on a CPU.
@@ -41,30 +50,30 @@ class Graph:
     ):
         self.define, self.batch_size, self.threads = define, batch_size, threads
         self.device = torch.device(device)
-        # a stream of its own: waiting for the copies below must not wait for the model's kernels
+        # its own stream: waiting for the copies below must not wait for the model's kernels
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pipeline = self._build(batch_size)
         self._shown = None
 
     def run(self, feeds: dict[str, list[np.ndarray]]) -> list[Tensor]:
-        """The outputs for one batch, in the order of the graph, as tensors that DALI will not touch again.
+        """The outputs for one batch, in the order of the graph, as tensors that DALI never reuses.
 
         Args:
-            feeds: input -> one array per image; "image" are the encoded bytes.
+            feeds: input -> one array per image; "image" is the encoded bytes.
 
         Raises:
             UndecodableImages: if DALI fails on some images; the graph stays usable.
         """
         outputs = self._outputs(feeds)
         with torch.cuda.stream(self.stream):
-            # copies: DALI reuses a buffer once it is let go, whatever kernels have yet to read it
+            # copies: DALI reuses a buffer once it is released, even if kernels have yet to read it
             tensors = [torch.from_dlpack(output.as_tensor()).clone() for output in outputs]
             if self.stream is not None:
                 self.stream.synchronize()
         return tensors
 
     def run_views(self, feeds: dict[str, list[np.ndarray]]) -> list[Tensor]:
-        """The only output of a graph on the CPU, image by image, of any sizes; it holds until the next call.
+        """The only output of a graph on the CPU, image by image, in any sizes; valid until the next call.
 
         Args:
             feeds: as above.
@@ -87,8 +96,8 @@ class Graph:
                 raise
             raise UndecodableImages(reasons) from error
 
-    def _build(self, batch_size: int):
-        # here and not above: importing DALI takes seconds and is needed by this class alone
+    def _build(self, batch_size: int) -> "Pipeline":
+        # not at the top: importing DALI takes seconds
         from nvidia.dali import pipeline_def
 
         device_id = None
@@ -96,13 +105,13 @@ class Graph:
             device_id = self.device.index
             if device_id is None:
                 device_id = torch.cuda.current_device()
-        # on a CPU the dynamic executor takes new memory for each batch: its pages cost a third of the decoding
+        # on a CPU the dynamic executor allocates new memory for each batch: its pages cost a third of the decoding
         executor = {"exec_dynamic": False} if self.device.type == "cpu" else {}
         return pipeline_def(self.define, enable_conditionals=True)(
             batch_size=batch_size, num_threads=self.threads, device_id=device_id, prefetch_queue_depth=1, **executor
         )
 
-    def _run(self, pipeline, feeds: dict[str, list[np.ndarray]]) -> tuple:
+    def _run(self, pipeline: "Pipeline", feeds: dict[str, list[np.ndarray]]) -> tuple:
         for name, arrays in feeds.items():
             pipeline.feed_input(name, arrays)
         return pipeline.run()
@@ -119,14 +128,14 @@ class Graph:
 
 
 def image_feed(images: list[bytes]) -> list[np.ndarray]:
-    """Encoded images as the input "image" takes them."""
+    """Encoded images as the feed of the input "image"."""
     return [np.frombuffer(image, np.uint8) for image in images]
 
 
-def decode(device: torch.device):
+def decode(device: torch.device) -> "DataNode":
     """Inside a graph: the input "image" decoded to (h, w, 3) uint8 RGB, upright, on the device.
 
-    JPEG, and also PNG, BMP, WebP and TIFF; grey and CMYK become RGB.
+    Takes JPEG, PNG, BMP, WebP and TIFF; grey and CMYK become RGB.
     """
     from nvidia.dali import fn, types
 
@@ -135,15 +144,15 @@ def decode(device: torch.device):
     return fn.decoders.image(image, device=kind, output_type=types.RGB)
 
 
-def resize(rgb, side: int, **options):
-    """Inside a graph: RGB pixels at (side, side), or as `options` of DALI's resize say."""
+def resize(rgb: "DataNode", side: int, **options: Any) -> "DataNode":
+    """Inside a graph: RGB pixels resized to (side, side); `options` are those of DALI's resize."""
     from nvidia.dali import fn, types
 
-    # cubic with antialias is what Pillow's BICUBIC does, to the bit
+    # cubic with antialias equals Pillow's BICUBIC to the bit
     return fn.resize(rgb, size=[side, side], interp_type=types.INTERP_CUBIC, antialias=True, **options)
 
 
-def planes_first(pixels):
+def planes_first(pixels: "DataNode") -> "DataNode":
     """Inside a graph: (h, w, planes) as (planes, h, w)."""
     from nvidia.dali import fn
 
@@ -151,7 +160,7 @@ def planes_first(pixels):
 
 
 def _reason(error: Exception) -> str:
-    # DALI's message is a page; what the decoder said stands alone after "encountered:", if it said anything
+    # DALI's message is a page long; the decoder's own words, if any, follow "encountered:"
     lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines()]
     words = next((line for line in lines if line), str(error).strip().splitlines()[0])
     if words.startswith("Failed to decode sample"):

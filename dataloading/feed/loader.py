@@ -1,8 +1,8 @@
-"""Shards -> batches: which sample comes when, its texts and tables, and the thread that works ahead of the model.
+"""Shards -> batches: the order of samples, their texts and tables, and the thread that works ahead of the model.
 
-The order is a function of (seed, epoch) alone, a global batch is a slice of it, and a rank takes its part of the slice;
-every random number is keyed by (seed, epoch, sample). So one process of batch 16 and two of batch 8 see the same global
-batches, and a run resumes at any step from (epoch, step) without a saved state.
+The order depends on (seed, epoch) alone. A global batch is a slice of the order, and each rank takes its part of the
+slice. Every random number is keyed by (seed, epoch, sample). One process of batch 16 and two of batch 8 therefore see
+the same global batches, and a run resumes at any (epoch, step) without a saved state.
 """
 
 import queue
@@ -21,19 +21,24 @@ from prismer.batch import IGNORE_INDEX, Batch, ImageBatch
 from prismer.config import PrismerConfig
 from prismer.dataloading.feed.augment import AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
 from prismer.dataloading.feed.dali import UndecodableImages
-from prismer.dataloading.feed.features import FeatureTables, Meanings, Semantics
-from prismer.dataloading.feed.pipeline import ImagePipeline
-from prismer.dataloading.store.schema import check_meta
+from prismer.dataloading.feed.image_pipeline import ImagePipeline
+from prismer.dataloading.semantics.features import FeatureTables, Meanings, Semantics
+from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.shards import CorruptSample, Sample, ShardDataset
 from prismer.texts import ChooseTexts, Text, collate
 
+# in a shuffled order, this many bad samples in a row are a mistake in the set-up
 _MAX_SKIPS_IN_A_ROW = 1000
-# in a shuffled order, so many bad samples in a row mean a mistake in the set-up and not a bad sample
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that was left out: the shard and key that name it (key "" if unknown), and why."""
+    """A sample that was left out.
+
+    Attributes:
+        shard, key: its name; key "" if unknown.
+        reason: why.
+    """
 
     shard: str
     key: str
@@ -42,7 +47,14 @@ class Skipped:
 
 @dataclass
 class _Item:
-    """One sample on its way into a batch."""
+    """One sample on its way into a batch.
+
+    Attributes:
+        index: position in the dataset.
+        params: augmentation; None without.
+        meanings: of the ids in its maps.
+        texts: chosen for it.
+    """
 
     index: int
     sample: Sample
@@ -54,27 +66,27 @@ class _Item:
 class Loader:
     """Batches of a dataset for one rank.
 
-    In training, global batches are slices of a new order each epoch, the incomplete last one is left out, and an
-    unreadable sample is replaced by the next readable one in the order. In evaluation the order is that of the
-    dataset, every sample comes exactly once, unreadable ones are left out, and the last batch may be short.
+    In training every epoch has a new order, the incomplete last global batch is left out, and the next readable sample
+    of the order replaces an unreadable one. In evaluation the order is that of the dataset, every sample comes exactly
+    once, unreadable ones are left out, and the last batch may be short.
 
     Args:
-        dataset: the samples; its class tables say what the ids of seg and obj_detection maps mean.
-        config: the model to feed: experts, image and label size, token ids.
+        dataset: the samples, and the class tables of their seg and obj_detection maps.
+        config: of the model: experts, image and label size, token ids.
         batch_size: images per batch and rank.
         texts: chooses the texts of one image from its JSON (see prismer/texts.py); None for batches without texts.
-        group_size: texts per image, G; shorter choices are filled up with texts of weight 0.
+        group_size: texts per image, G; texts of weight 0 fill shorter choices.
         split: texts of an image before those of another length (captions before questions), see TextBatch.
         semantics: features of class names and words.
         augment: how training images are augmented; None only resizes them.
         seed: of the order and of all draws.
-        rank, world: this process and how many there are.
+        rank, world: this process and the number of processes.
         training: see above.
         threads: CPU threads that decode, and as many that read.
         prefetch: batches prepared ahead.
-        device: where images and maps are processed, and where batches end up.
-        drop_labels: probability that all maps of a training sample are taken away, so that the model also learns to
-            work from the photo alone.
+        device: processes images and maps, and holds the batches.
+        drop_labels: probability that a training sample loses all its maps, so that the model also learns to work
+            without experts.
 
     Attributes:
         steps_per_epoch: batches of this rank in an epoch.
@@ -133,7 +145,7 @@ class Loader:
         self._tables = FeatureTables(config, dataset.classes, semantics)
         self._bad: set[int] = set()
         self._bad_lock = threading.Lock()
-        # of the pipeline: an iterator that was left open may still be working ahead
+        # the pipeline serves one thread at a time, and an iterator that was left open may still work ahead
         self._turn = threading.Lock()
         self._pipeline = ImagePipeline(
             config, batch_size=batch_size, augmented=augment is not None, threads=threads, device=device
@@ -143,7 +155,7 @@ class Loader:
         """The batches of one epoch from `start_step` on, prepared by a thread that ends with the iterator.
 
         Raises:
-            ValueError: if `start_step` is not a step of the epoch or its end.
+            ValueError: if `start_step` is beyond the end of the epoch.
             ValueError: from the iterator, if more texts are chosen for an image than a group holds.
             RuntimeError: from the iterator, if 1000 samples in a row are unreadable.
         """
@@ -155,7 +167,7 @@ class Loader:
         count, global_batch = len(self.dataset), self.batch_size * self.world
         if self.training:
             return count // global_batch
-        # the last slice may not reach this rank
+        # the last global batch may have no sample for this rank
         whole, rest = divmod(count, global_batch)
         return whole + (rest > self.rank * self.batch_size)
 
@@ -179,14 +191,14 @@ class Loader:
                     yield batch
 
     def _positions(self, step: int) -> range:
-        """Places in the epoch's order that this rank's batch takes; none after the last step."""
+        """Positions of this rank's batch in the epoch's order; none after the last step."""
         if step >= self.steps_per_epoch:
             return range(0)
         begin = (step * self.world + self.rank) * self.batch_size
         return range(begin, min(begin + self.batch_size, len(self.dataset)))
 
     def _batch(self, found: list[_Item | None], step: int, find: Callable[[int], _Item | None]) -> Batch | None:
-        """The batch of `step` from what was found; None if an evaluation batch has no readable sample."""
+        """The batch of `step` from the samples found; None if an evaluation batch has no readable sample."""
         while True:
             items = [item for item in found if item is not None]
             if not items:
@@ -206,7 +218,7 @@ class Loader:
                 return self._assemble(items, rgb, labels)
 
     def _readable_item(self, epoch: int, order: np.ndarray, position: int) -> _Item | None:
-        """The sample at `position`, or in training the next one of the order that is readable."""
+        """The sample at `position`; in training, else the next readable one of the order."""
         reason = "they were skipped before"
         for offset in range(min(len(order), _MAX_SKIPS_IN_A_ROW) if self.training else 1):
             index = int(order[(position + offset) % len(order)])
@@ -248,7 +260,7 @@ class Loader:
                 raise ValueError(
                     f"{largest} texts were chosen for an image, group_size is {self.group_size}; enlarge it"
                 )
-            # groups of one size everywhere: the loss is a mean over B x G, on every rank
+            # every group has the same size: the loss is a mean over B x G on every rank
             filler = ([self.config.bos_id], [IGNORE_INDEX], 0.0)
             groups = [item.texts + [filler] * (self.group_size - len(item.texts)) for item in items]
             texts = collate(groups, pad_id=self.config.pad_id, bos_id=self.config.bos_id, split=self.split)
@@ -267,7 +279,7 @@ class Loader:
             self._pipeline.stream.synchronize()
         return batch
 
-    def _skip(self, index: int, reason: str | CorruptSample | ValueError) -> None:
+    def _skip(self, index: int, reason: str | ValueError) -> None:
         with self._bad_lock:
             if index in self._bad:
                 return
@@ -299,8 +311,8 @@ class Loader:
                     continue
 
         def work() -> None:
-            # holds for this thread alone: an OpenMP team of its own would exceed the cores, and then libgomp puts the
-            # model's threads to sleep at every barrier, which halves the speed of training on two cores
+            # for this thread alone: its own OpenMP team would exceed the cores; libgomp then puts the model's threads
+            # to sleep at every barrier, which halves the speed of training on two cores
             torch.set_num_threads(1)
             try:
                 for batch in produce():
@@ -308,7 +320,7 @@ class Loader:
                     if stop.is_set():
                         return
                 put(end)
-            except BaseException as error:  # noqa: BLE001 - it is raised again by the consumer
+            except BaseException as error:  # the consumer raises it again
                 put(error)
 
         thread = threading.Thread(target=work, name="prismer-loader", daemon=True)
@@ -324,7 +336,7 @@ class Loader:
 
     def _hand_over(self, batch: Batch) -> Batch:
         if self.device.type == "cuda":
-            # made on the pipeline's stream: the allocator must not reuse them while the model's kernels read them
+            # the tensors belong to the pipeline's stream: the allocator must not reuse them while the model reads them
             images, texts = batch.images, batch.texts
             tensors = [images.rgb, images.features, *images.labels.values(), *images.rows.values()]
             tensors += [texts.ids, texts.labels, texts.weights] if texts is not None else []

@@ -1,1 +1,1 @@
-"""The embedded dataset: ray-cast scenes with exact labels."""
+"""The embedded dataset: ray-cast scenes with exact labels and texts."""

@@ -12,13 +12,22 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+# hits of rays that meet no primitive
 GROUND, SKY = -1, -2
-"""What a ray hits that hits no primitive."""
+
+# a number or an array, which numpy's arithmetic broadcasts
+Numbers = float | np.ndarray
 
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera; `axes` rows are right, up, back in world space; the picture is square."""
+    """A pinhole camera with a square image.
+
+    Attributes:
+        position: (3,) world coordinates.
+        axes: (3, 3), the rows are right, up and back in world space.
+        tangent: of half the viewing angle.
+    """
 
     position: np.ndarray
     axes: np.ndarray
@@ -31,7 +40,7 @@ class Camera:
         return right * x[None, :] - up * x[:, None] - back
 
     def project(self, points: np.ndarray) -> np.ndarray:
-        """(..., 3) world points to (..., 3): column and row as fractions of the picture, distance."""
+        """(..., 3) world points to (..., 3): column and row as fractions of the image, distance."""
         right, up, back = np.moveaxis((points - self.position) @ self.axes.T, -1, 0)
         distance = np.maximum(-back, 0.1)
         scale = 0.5 / (distance * self.tangent)
@@ -40,7 +49,19 @@ class Camera:
 
 @dataclass(frozen=True)
 class Primitive:
-    """An affine image of a unit shape: `extent` half sizes, turned by `yaw`, at `centre`; part of thing `owner`."""
+    """A unit shape that was scaled, turned and moved.
+
+    Attributes:
+        shape: "sphere", "cube", "cylinder" or "cone".
+        centre: (3,) world coordinates.
+        extent: (3,) half sizes.
+        yaw: rotation about the vertical axis.
+        owner: index of the thing that it is part of.
+        paint: linear RGB.
+        shiny: whether it mirrors its surroundings.
+        word: on the front, of a board; None for other primitives.
+        letters: linear RGB of the word.
+    """
 
     shape: str
     centre: np.ndarray
@@ -52,18 +73,18 @@ class Primitive:
     word: str | None = None
     letters: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
-    def to_local(self, x, y, z) -> tuple:
-        """Turns a world vector (three arrays or numbers) into the unit shape's space."""
+    def to_local(self, x: Numbers, y: Numbers, z: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+        """A world vector in the space of the unit shape."""
         c, s = np.float32(math.cos(self.yaw)), np.float32(math.sin(self.yaw))
         a, b, d = (1 / self.extent).astype(np.float32)
         return (c * x - s * z) * a, y * b, (s * x + c * z) * d
 
-    def to_world(self, x, y, z) -> np.ndarray:
-        """Turns a vector by `yaw`, without scaling."""
+    def to_world(self, x: Numbers, y: Numbers, z: Numbers) -> np.ndarray:
+        """A vector turned by `yaw`, without scaling."""
         return turn(np.float32(math.cos(self.yaw)), np.float32(math.sin(self.yaw)), x, y, z)
 
     def corners(self) -> np.ndarray:
-        """(8, 3) corners of the box around the primitive."""
+        """(8, 3) world coordinates of the corners of the box around the primitive."""
         x, y, z = (CORNERS * self.extent).T
         return self.centre + turn(math.cos(self.yaw), math.sin(self.yaw), x, y, z).T
 
@@ -71,14 +92,25 @@ class Primitive:
 CORNERS = np.array([(i, j, k) for i in (-1.0, 1.0) for j in (-1.0, 1.0) for k in (-1.0, 1.0)])
 
 
-def turn(c, s, x, y, z) -> np.ndarray:
-    """The vectors (x, y, z) turned about the vertical axis by the angle with cosine `c` and sine `s`, (3, ...)."""
+def turn(c: Numbers, s: Numbers, x: Numbers, y: Numbers, z: Numbers) -> np.ndarray:
+    """(3, ...): the vectors (x, y, z) turned about the vertical axis by the angle of cosine `c` and sine `s`."""
     return np.stack(np.broadcast_arrays(c * x + s * z, y, c * z - s * x))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything that a picture is made of; `things` are the description of objects, then signs."""
+    """Everything that an image is rendered from.
+
+    Attributes:
+        camera: the viewer.
+        primitives: the shapes.
+        things: the descriptions of the objects, then of the signs.
+        light: (3,) direction towards the light.
+        sun, ambient: strengths of the direct and of the surrounding light.
+        ground: (3,) linear RGB.
+        sky: (2, 3) linear RGB at the horizon and at the zenith.
+        pattern: (4,) two frequencies, phase and strength of the pattern on the ground.
+    """
 
     camera: Camera
     primitives: list[Primitive]
@@ -93,7 +125,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Trace:
-    """What n x n rays hit: `t`, the primitive (or GROUND, SKY), world normals (3, n, n); per primitive its hits."""
+    """The hits of n x n rays.
+
+    Attributes:
+        t: (n, n) distance along the viewing axis.
+        part: (n, n) index of the primitive, or GROUND or SKY.
+        normal: (3, n, n) in world space; 0 for the sky.
+        hits: for each primitive, the rays that would hit it if it stood alone.
+    """
 
     t: np.ndarray
     part: np.ndarray
@@ -101,8 +140,8 @@ class Trace:
     hits: list[int]
 
 
-def _intersect(shape: str, o: tuple, d: tuple) -> np.ndarray:
-    """First `t` > 0 at which rays o + t d enter a unit shape, inf where they do not."""
+def intersect(shape: str, o: tuple, d: tuple) -> np.ndarray:
+    """First `t` > 0 at which rays o + t d enter a unit shape; inf where they miss it."""
     ox, oy, oz = o
     dx, dy, dz = d
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -123,7 +162,7 @@ def _intersect(shape: str, o: tuple, d: tuple) -> np.ndarray:
             root = np.sqrt(b * b - a * c)
             near, far = np.maximum(near, (-b - root) / a), np.minimum(far, (-b + root) / a)
         else:
-            # the radius of the cone along the ray is q + m t; its base is never seen, since it stands on the ground
+            # the radius of the cone along the ray is q + m t; its base stands on the ground and is never seen
             q, m = (1 - oy) / 2, -dy / 2
             a, b = dx * dx + dz * dz - m * m, ox * dx + oz * dz - q * m
             c = ox * ox + oz * oz - q * q
@@ -152,20 +191,20 @@ def _local_normal(primitive: Primitive, x: np.ndarray, y: np.ndarray, z: np.ndar
 
 
 def frame_of(camera: Camera, points: np.ndarray) -> np.ndarray:
-    """(..., k, 3) points to (..., 4): their left, top, right and bottom as fractions of the picture."""
+    """(..., k, 3) points to (..., 4): their left, top, right and bottom as fractions of the image."""
     place = camera.project(points)[..., :2]
     return np.concatenate([place.min(-2), place.max(-2)], axis=-1)
 
 
 def _window(camera: Camera, points: np.ndarray, n: int) -> tuple[slice, slice]:
-    """Rows and columns of an n x n picture that hold the convex hull of `points`."""
+    """Rows and columns of an n x n image that hold the convex hull of `points`."""
     left, top, right, bottom = frame_of(camera, points) * n
     edges = np.clip([top - 1, bottom + 2, left - 1, right + 2], 0, n).astype(int).tolist()
     return slice(*edges[:2]), slice(*edges[2:])
 
 
 def cast(camera: Camera, primitives: list[Primitive], n: int) -> Trace:
-    """Casts n x n rays, each primitive only inside the window that it can cover."""
+    """Cast n x n rays; each primitive is intersected only inside the window that it can cover."""
     rays = camera.rays(n)
     eye = camera.position.astype(np.float32)
     with np.errstate(divide="ignore"):
@@ -178,7 +217,7 @@ def cast(camera: Camera, primitives: list[Primitive], n: int) -> Trace:
         window = _window(camera, primitive.corners(), n)
         o = primitive.to_local(*(eye - primitive.centre.astype(np.float32)))
         d = primitive.to_local(*rays[:, window[0], window[1]])
-        found = _intersect(primitive.shape, o, d)
+        found = intersect(primitive.shape, o, d)
         hits.append(int(np.isfinite(found).sum()))
         nearer = found < t[window]
         t[window][nearer] = found[nearer]
@@ -192,11 +231,11 @@ def cast(camera: Camera, primitives: list[Primitive], n: int) -> Trace:
 
 @functools.cache
 def _letters(word: str) -> np.ndarray:
-    """Coverage (h, w) fp32 of a word in bold capitals, cropped; about 28 rows, twice what a picture resolves."""
+    """(h, w) fp32 coverage of a word in bold capitals, cropped; about 28 rows, twice the resolution of an image."""
     font = ImageFont.load_default(size=38)
-    picture = Image.new("L", (40 * len(word) + 40, 64))
-    ImageDraw.Draw(picture).text((20, 8), word.upper(), fill=255, font=font, stroke_width=1)
-    return np.asarray(picture.crop(picture.getbbox()), np.float32) / 255
+    image = Image.new("L", (40 * len(word) + 40, 64))
+    ImageDraw.Draw(image).text((20, 8), word.upper(), fill=255, font=font, stroke_width=1)
+    return np.asarray(image.crop(image.getbbox()), np.float32) / 255
 
 
 def board_extent(word: str, height: float) -> np.ndarray:
@@ -206,7 +245,7 @@ def board_extent(word: str, height: float) -> np.ndarray:
 
 
 def board_letters(primitive: Primitive, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For board points in unit coordinates: the coverage by letters, and whether they lie in the word's rectangle."""
+    """For points of a board in unit coordinates: their coverage by letters, and whether the word's box holds them."""
     cover = _letters(primitive.word)
     rows, columns = cover.shape
     height = primitive.extent[1] / 0.8
@@ -223,7 +262,7 @@ def board_letters(primitive: Primitive, x: np.ndarray, y: np.ndarray) -> tuple[n
 
 
 def local_points(layout: Layout, trace: Trace, rays: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels (mask) of primitive `index` and their points (3, k) in its unit space."""
+    """The mask of the pixels of primitive `index`, and their points (3, k) in its unit space."""
     primitive = layout.primitives[index]
     mask = trace.part == index
     offset = (layout.camera.position - primitive.centre).astype(np.float32)[:, None]
@@ -231,7 +270,7 @@ def local_points(layout: Layout, trace: Trace, rays: np.ndarray, index: int) -> 
 
 
 def _shade(layout: Layout, n: int, trace: Trace) -> np.ndarray:
-    """Linear colours (3, n, n) of n x n rays; neighbours in a 2 x 2 cell see four points of the light."""
+    """Linear colours (3, n, n) of n x n rays; the rays of a 2 x 2 cell see four different points of the light."""
     camera, light = layout.camera, layout.light
     rays = camera.rays(n)
     eye = camera.position.astype(np.float32)[:, None, None]
@@ -246,7 +285,7 @@ def _shade(layout: Layout, n: int, trace: Trace) -> np.ndarray:
     sunny, near = _shadows(layout, n, trace, point, lights)
     lambert = np.maximum((trace.normal * lights).sum(0), 0) * sunny
     horizon, zenith = layout.sky[:, :, None, None]
-    # light from above is sky, light from below what the ground returns
+    # light from above comes from the sky, light from below is reflected by the ground
     hemisphere = 0.5 + 0.5 * trace.normal[1]
     bounce = layout.ground[:, None, None]
     fill = layout.ambient * ((0.4 * horizon + 0.6) * hemisphere + bounce * (1 - hemisphere)) * near
@@ -266,8 +305,10 @@ def _shade(layout: Layout, n: int, trace: Trace) -> np.ndarray:
     return colour * (1 - haze) + backdrop * haze
 
 
-def _gloss(layout: Layout, primitive: Primitive, normal, ray, light, sunny) -> np.ndarray:
-    """What a shiny surface mirrors at k points (all vectors (3, k)): the surroundings, tinted, and the light."""
+def _gloss(
+    layout: Layout, primitive: Primitive, normal: np.ndarray, ray: np.ndarray, light: np.ndarray, sunny: np.ndarray
+) -> np.ndarray:
+    """(3, k) colours that a shiny surface mirrors at k points (vectors (3, k)): tinted surroundings, and the light."""
     ray = ray / np.sqrt((ray * ray).sum(0))
     facing = (ray * normal).sum(0)
     mirror = ray - 2 * facing * normal
@@ -281,7 +322,7 @@ def _gloss(layout: Layout, primitive: Primitive, normal, ray, light, sunny) -> n
     paint = np.float32(primitive.paint)[:, None]
     tint = 0.4 + 0.6 * paint / paint.max()
     if primitive.shape in ("cylinder", "cone"):
-        # upright walls never mirror a light this high: they show it as a streak
+        # upright walls never mirror a light this high: they show a streak instead
         flat = mirror[[0, 2]] / np.sqrt((mirror[[0, 2]] ** 2).sum(0) + 1e-6)
         aim = light[[0, 2]] / np.sqrt((light[[0, 2]] ** 2).sum(0))
         glint = 0.7 * np.maximum((flat * aim).sum(0), 0) ** 60 * (normal[1] < 0.9)
@@ -291,7 +332,7 @@ def _gloss(layout: Layout, primitive: Primitive, normal, ray, light, sunny) -> n
 
 
 def _albedo(layout: Layout, trace: Trace, rays: np.ndarray, point: np.ndarray) -> np.ndarray:
-    """Colour of every surface: a gently patterned ground, painted objects, lettered boards."""
+    """Colours (3, n, n) of the surfaces: a gently patterned ground, painted objects, lettered boards."""
     a, b, c, amount = layout.pattern.astype(np.float32)
     wave = np.sin(a * point[0] + b * point[2] + c) * np.sin(b * point[0] - a * point[2] + 2 * c)
     albedo = layout.ground[:, None, None] * (1 + amount * wave)
@@ -301,7 +342,7 @@ def _albedo(layout: Layout, trace: Trace, rays: np.ndarray, point: np.ndarray) -
             continue
         mask, (x, y, z) = local_points(layout, trace, rays, index)
         cover, _ = board_letters(primitive, x, y)
-        # a painted rim of the front, and the narrow sides, are in the colour of the letters
+        # the rim of the front and the narrow sides have the colour of the letters
         width, height, _ = primitive.extent
         rim = np.minimum((1 - np.abs(x)) * width, (1 - np.abs(y)) * height) < 0.06
         cover = np.where(z > 0.99, np.maximum(cover, rim), 1)
@@ -310,8 +351,10 @@ def _albedo(layout: Layout, trace: Trace, rays: np.ndarray, point: np.ndarray) -
     return albedo
 
 
-def _shadows(layout: Layout, n: int, trace: Trace, point: np.ndarray, lights: np.ndarray) -> tuple:
-    """How much sun (0 or 1) and how much ambient light (contact shadows, 0..1) reaches each point, both (n, n)."""
+def _shadows(
+    layout: Layout, n: int, trace: Trace, point: np.ndarray, lights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, n) sun (0 or 1) and (n, n) ambient light (0..1, contact shadows) that reach each point."""
     sunny = np.ones((n, n), np.float32)
     near = np.ones((n, n), np.float32)
     for index, primitive in enumerate(layout.primitives):
@@ -328,7 +371,7 @@ def _shadows(layout: Layout, n: int, trace: Trace, point: np.ndarray, lights: np
         origin = point[:, rows, columns][:, other] + 1e-3 * trace.normal[:, rows, columns][:, other]
         o = primitive.to_local(*(origin - primitive.centre.astype(np.float32)[:, None]))
         d = primitive.to_local(*lights[:, rows, columns][:, other])
-        sunny[rows, columns][other] *= ~np.isfinite(_intersect(primitive.shape, o, d))
+        sunny[rows, columns][other] *= ~np.isfinite(intersect(primitive.shape, o, d))
         if primitive.centre[1] < primitive.extent[1] + 0.1:
             reach = primitive.extent[[0, 2]].max()
             ring = np.array([[i, 0, j] for i in (-1, 1) for j in (-1, 1)]) * 2.2 * reach
@@ -341,7 +384,7 @@ def _shadows(layout: Layout, n: int, trace: Trace, point: np.ndarray, lights: np
     return sunny, near
 
 
-def paint_picture(layout: Layout, size: int, trace: Trace) -> np.ndarray:
+def paint_image(layout: Layout, size: int, trace: Trace) -> np.ndarray:
     """(size, size, 3) uint8 from the trace of 2 x 2 rays per pixel."""
     colour = np.clip(_shade(layout, 2 * size, trace), 0, 1)
     colour = colour.reshape(3, size, 2, size, 2).mean((2, 4)) ** np.float32(1 / 2.2)

@@ -1,1 +1,1 @@
-"""Tables that give class names and words as 64 numbers each."""
+"""Features of class names and words, 64 numbers each: tables, and the tools that make them."""

@@ -1,1 +1,1 @@
-"""Other people's datasets, read and imported."""
+"""Datasets in other formats (COCO, VQAv2, folders, tars), and their import into shards."""

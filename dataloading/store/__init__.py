@@ -1,1 +1,1 @@
-"""The dataset on disk: label maps, shards and their index."""
+"""Datasets on disk: label maps, the JSON of samples, shards and their index files."""

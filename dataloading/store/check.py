@@ -1,4 +1,4 @@
-"""Go through every byte of a dataset folder and list what is wrong with it, by shard and key."""
+"""Read every byte of a dataset folder and list its problems by shard and key."""
 
 import hashlib
 import io
@@ -8,19 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from prismer.dataloading.store.index import SHARD_FILE
-from prismer.dataloading.store.schema import meta_problems
+from prismer.dataloading.store.native_ops import values_in_use
+from prismer.dataloading.store.sample_json import meta_problems
 from prismer.dataloading.store.shards import CorruptSample, Sample, ShardDataset
 from prismer.experts import BACKGROUND, EXPERTS
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong: in which shard ("" for the folder), with which sample ("" for the shard), and what."""
+    """One problem of a dataset.
+
+    Attributes:
+        shard: file name of the tar, "" if the problem is the folder's.
+        key: the sample, "" if the problem is the shard's.
+        text: what is wrong, and what to do.
+    """
 
     shard: str
     key: str
@@ -32,12 +38,13 @@ class Problem:
 
 @dataclass
 class Report:
-    """What `check_dataset` found.
+    """The result of `check_dataset`.
 
     Attributes:
         folder: the dataset.
-        samples: samples that the index promises.
-        counts: captions, questions, answers, objects, words and maps per expert, in samples without a problem.
+        samples: number of samples by the index.
+        counts: number of captions, questions, answers, objects, words and maps per expert, in samples without a
+            problem.
         problems: all of them, in the order of the shards.
     """
 
@@ -48,7 +55,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
     def lines(self) -> list[str]:
@@ -63,10 +70,10 @@ class Report:
 
 
 def check_dataset(folder: str | Path, progress: bool = True, workers: int = 4) -> Report:
-    """Read and check all of a dataset; a problem never hides the next one.
+    """Read and check a whole dataset; no problem hides another one.
 
-    Checked are the index, each shard's checksum and each member's, that every JPEG decodes, sizes of the label maps,
-    ids against class, object and word tables, texts, and keys that occur twice.
+    Checks the index, the checksum of each shard and member, that every JPEG decodes, the sizes of the label maps, ids
+    against class, object and word tables, texts, and that keys are unique.
 
     Args:
         folder: a dataset folder.
@@ -74,7 +81,7 @@ def check_dataset(folder: str | Path, progress: bool = True, workers: int = 4) -
         workers: threads that decode.
 
     Returns:
-        A Report; nothing is raised for damaged data.
+        A Report; damaged data raise nothing.
     """
     report = Report(Path(folder))
     try:
@@ -95,7 +102,7 @@ def check_dataset(folder: str | Path, progress: bool = True, workers: int = 4) -
             try:
                 keys = [dataset.key(i) for i in indices]
             except CorruptSample as error:
-                # without its index no sample of the shard can be found: one line for all
+                # without the shard's index none of its samples can be found: one line for all
                 report.problems.append(Problem(shard, "", error.reason))
                 bar.update(len(indices))
                 continue
@@ -115,10 +122,10 @@ def check_dataset(folder: str | Path, progress: bool = True, workers: int = 4) -
 
 
 def sample_problems(sample: Sample, classes: dict[str, list[str]]) -> list[str]:
-    """What is wrong with a readable sample, one sentence each; [] if all is well.
+    """The problems of a readable sample, one sentence each; [] if there are none.
 
     Args:
-        sample: as a ShardDataset gives it.
+        sample: from a ShardDataset.
         classes: the class tables of its dataset.
     """
     texts = meta_problems(sample.meta, classes)
@@ -182,23 +189,26 @@ def _stray_files(dataset: ShardDataset) -> Iterator[Problem]:
 def _label_problems(sample: Sample, classes: dict[str, list[str]]) -> Iterator[str]:
     sides = {name: plane.shape[:2] for name, plane in sample.labels.items()}
     if len(set(sides.values())) > 1:
-        yield f"the label maps have different sizes ({_list_sizes(sides)}); store all at one size"
+        listed = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sides.items())
+        yield f"the label maps have different sizes ({listed}); store all at one size"
     for name, (height, width) in sides.items():
         if height != width:
             yield f"the {name} map is {height} x {width}; store a square"
     known = {
-        "seg": {str(i) for i in range(len(classes.get("seg", [])))},
-        "obj_detection": _ids_of(sample.meta.get("instances")),
-        "ocr_detection": _ids_of(sample.meta.get("words")),
+        name: set(map(str, range(len(classes.get(name, [])))))
+        if expert.kind == "class"
+        else _ids_of(sample.meta.get(expert.table))
+        for name, expert in EXPERTS.items()
+        if expert.is_ids
     }
     for name, ids in known.items():
         if name in sample.labels:
-            used = set(np.unique(sample.labels[name]).tolist()) - {BACKGROUND}
+            used = set(values_in_use(sample.labels[name])) - {BACKGROUND}
             unknown = {i for i in used if str(i) not in ids}
             if unknown:
                 yield (
-                    f"the {name} map holds {len(unknown)} ids that its table of {len(ids)} entries "
-                    f"does not know ({min(unknown)} is the first)"
+                    f"the {name} map holds {len(unknown)} ids that are not in its table of {len(ids)} entries "
+                    f"({min(unknown)} is the first)"
                 )
 
 
@@ -210,17 +220,11 @@ def _counts(sample: Sample) -> Counter:
     meta = sample.meta
     questions = meta.get("questions", [])
     counts = Counter(
-        {
-            "captions": len(meta.get("captions", [])),
-            "questions": len(questions),
-            "answers": sum(len(question.get("answers", [])) for question in questions),
-            "objects": len(meta.get("instances", {})),
-            "words": len(meta.get("words", {})),
-        }
+        captions=len(meta.get("captions", [])),
+        questions=len(questions),
+        answers=sum(len(question.get("answers", [])) for question in questions),
+        objects=len(meta.get("instances", {})),
+        words=len(meta.get("words", {})),
     )
     counts.update({f"{name} maps": int(name in sample.labels) for name in EXPERTS})
     return counts
-
-
-def _list_sizes(sides: dict[str, tuple[int, int]]) -> str:
-    return ", ".join(f"{name} {height} x {width}" for name, (height, width) in sides.items())

@@ -1,7 +1,7 @@
-"""What a sample is, what the index files of a dataset folder hold, and how they are checked.
+"""The index files of a dataset folder, and the checks that the writer and the reader share.
 
-`shard-000000.index.json` tells for each sample of one tar where its members lie, and their crc32; `index.json` lists
-the shards with their counts and checksums, the class tables and what the writer noted.
+`shard-000000.index.json` (the sidecar of one tar) gives the offset, size and crc32 of each member of each sample.
+`index.json` lists the shards with their counts and checksums, the class tables and the writer's notes.
 """
 
 import hashlib
@@ -12,18 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
+from prismer.experts import BACKGROUND, EXPERTS
 from prismer.reading import parse_json, read_bytes
 
 FORMAT = "prismer-shards"
 VERSION = 1
+# the files of a sample, in the order in which they lie in the tar
 MEMBERS = ("jpg", "json", "labels")
-"""The files of a sample, in the order in which they lie in the tar."""
+# longest key: the classic tar header has 100 bytes for a name
 MAX_KEY = 90
-"""Longest key: the classic tar header has 100 bytes for a name."""
-CLASS_TABLES = ("seg", "obj_detection", "class")
-"""What may have a class table: two kinds of label maps, and the images of a set for classification."""
+# two kinds of label maps, and the images of a dataset for classification
+CLASS_TABLES = (*(name for name, expert in EXPERTS.items() if expert.has_classes), "class")
+# the files that a writer makes, and may remove, besides index.json
 SHARD_FILE = re.compile(r"shard-(\d{6})\.(tar|index\.json)(\.partial)?")
-"""The files that a writer makes, and may remove, besides index.json."""
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -35,8 +36,8 @@ class Sample:
     Attributes:
         key: its name in the dataset, [A-Za-z0-9_-]+ (a dot would split it in WebDataset readers).
         jpeg: the encoded image, RGB.
-        labels: expert -> uint8 map, see `pack_labels`; an absent expert is not in the dict.
-        meta: captions, questions, instances, words, size, source, licence (the text JSON of the data format).
+        labels: expert -> uint8 map, see label_maps.py; an expert without a map is not in the dict.
+        meta: the sample's JSON, see sample_json.py.
     """
 
     key: str
@@ -46,10 +47,15 @@ class Sample:
 
 
 class CorruptSample(ValueError):
-    """A sample that cannot be read: `shard` and `key` name it (key "" if unknown), `reason` says why."""
+    """A sample that cannot be read.
+
+    Attributes:
+        shard, key: its name; key "" if unknown.
+        reason: why.
+    """
 
     def __init__(self, shard: str, key: str, reason: str):
-        # the three arguments, so that the exception survives the trip from a worker process
+        # with all three arguments the exception can be pickled, and so leave a worker process
         super().__init__(shard, key, reason)
         self.shard, self.key, self.reason = shard, key, reason
 
@@ -58,7 +64,24 @@ class CorruptSample(ValueError):
 
 
 class Sidecar:
-    """A parsed `shard-NNNNNN.index.json`; the numbers of 1000 samples as one array of 72 kB."""
+    """A parsed and checked `shard-NNNNNN.index.json`.
+
+    Args:
+        data: its bytes.
+        name: its file name.
+
+    Attributes:
+        shard: file name of the tar.
+        size: of the tar, bytes.
+        fingerprint: of the settings that the samples were made with.
+        skipped: what the job that wrote the shard left out.
+        keys: of the samples, in order.
+        members: (samples, members, 3) int64: offset, size and crc32; 72 kB for 1000 samples.
+        entry: what `index.json` notes about the shard.
+
+    Raises:
+        CorruptSample: if it is damaged, or belongs to another shard.
+    """
 
     def __init__(self, data: bytes, name: str):
         shard = name.replace(".index.json", ".tar")
@@ -66,42 +89,37 @@ class Sidecar:
             fields = parse_json(data, "it", "copy it again")
             if fields["format"] != FORMAT or fields["version"] != VERSION or fields["shard"] != shard:
                 raise ValueError("another format, version or shard")
-            self.shard, self.size, self.sha256 = shard, int(fields["size"]), fields["sha256"]
-            self.fingerprint, self.experts = fields["fingerprint"], fields["experts"]
-            # what a labelling job left out of this shard
+            self.shard, self.size, self.fingerprint = shard, int(fields["size"]), fields["fingerprint"]
             self.skipped: list[dict[str, str]] = fields.get("skipped", [])
             self.keys: list[str] = fields["keys"]
             self.members = np.array(fields["members"], dtype=np.int64).reshape(len(self.keys), len(MEMBERS), 3)
             ends = self.members[..., 0] + self.members[..., 1]
             if self.members.min(initial=0) < 0 or ends.max(initial=0) > self.size:
                 raise ValueError("a member lies outside the shard")
+            self.entry = {
+                "name": shard,
+                "count": len(self.keys),
+                "size": self.size,
+                "sha256": fields["sha256"],
+                "index_sha256": hashlib.sha256(data).hexdigest(),
+                "experts": fields["experts"],
+            }
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise CorruptSample(shard, "", f"its {name} is damaged ({error}); write the shard again") from None
-
-    def entry(self, data: bytes) -> dict:
-        """What `index.json` notes about this shard; `data` are the bytes of the sidecar."""
-        return {
-            "name": self.shard,
-            "count": len(self.keys),
-            "size": self.size,
-            "sha256": self.sha256,
-            "index_sha256": hashlib.sha256(data).hexdigest(),
-            "experts": self.experts,
-        }
 
 
 def read_index(folder: str | Path) -> dict:
     """The parsed and checked `index.json` of a dataset folder.
 
     Raises:
-        ValueError: if it is absent, damaged or of an unknown version.
+        ValueError: if it is absent, is damaged or has an unknown version.
     """
     path = Path(folder) / "index.json"
     try:
         data = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"{folder} is not a finished dataset (no index.json); run the job that writes it again, it will resume"
+            f"{folder} is not a finished dataset (no index.json); run the job that writes it again, which resumes it"
         ) from None
     index = parse_json(data, path, "copy it again or resume the job that writes it")
     if not isinstance(index, dict) or index.get("format") != FORMAT:
@@ -111,7 +129,7 @@ def read_index(folder: str | Path) -> dict:
     try:
         check_classes(index["classes"])
         if not all(SHARD_FILE.fullmatch(entry["name"]) for entry in index["shards"]):
-            raise ValueError("a shard has a name that no writer gives")
+            raise ValueError("a shard has a name that this library does not give")
         if sum(entry["count"] for entry in index["shards"]) != index["count"]:
             raise ValueError(f"the counts of the shards do not add up to {index['count']}")
         missing = {"source", "experts", "about"} - set(index)
@@ -125,40 +143,31 @@ def read_index(folder: str | Path) -> dict:
 
 
 def is_key(name: str) -> bool:
-    """Whether tar and WebDataset readers would give this key back unchanged."""
+    """Whether tar and WebDataset readers give this key back unchanged."""
     return bool(_KEY.fullmatch(name)) and len(name) <= MAX_KEY
 
 
-def check_key(key: str) -> None:
-    """Refuse what is no key.
-
-    Raises:
-        ValueError: if the key is not [A-Za-z0-9_-]+ of at most 90 characters.
-    """
-    if not is_key(key):
-        raise ValueError(f"key {key!r} is not 1 to {MAX_KEY} of the characters A-Z a-z 0-9 _ -; rename the sample")
-
-
 def check_classes(classes: dict[str, list[str]]) -> None:
-    """Refuse class tables that the maps could not refer to.
+    """Refuse class tables whose ids the maps could not hold.
 
     Raises:
-        ValueError: if a table is none of CLASS_TABLES, is not a list of names, or seg has more than 255.
+        ValueError: if a table is not in CLASS_TABLES or not a list of names, or "seg" has more than 255 names.
     """
     for expert, names in classes.items():
         if expert not in CLASS_TABLES:
-            raise ValueError(f"classes names {expert!r}; choose from {', '.join(CLASS_TABLES)}")
+            raise ValueError(f"there is a class table for {expert!r}; choose from {', '.join(CLASS_TABLES)}")
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             raise ValueError(f"the class table of {expert} must be a list of non-empty strings")
-    if len(classes.get("seg", [])) > 255:
-        raise ValueError(f"the class table of seg has {len(classes['seg'])} names; a uint8 map holds at most 255")
+        # the ids of such a map are class indices, and 255 is the background
+        if expert in EXPERTS and EXPERTS[expert].kind == "class" and len(names) > BACKGROUND:
+            raise ValueError(f"the class table of {expert} has {len(names)} names; a uint8 map holds at most 255")
 
 
-def to_json(value) -> bytes:
+def to_json(value: object) -> bytes:
     """Compact UTF-8 JSON; equal values give equal bytes.
 
     Raises:
-        ValueError: if a value is not JSON (NaN included), is nested too deeply, or a text is not Unicode.
+        ValueError: if a value is not JSON (NaN is not), is nested too deeply, or UTF-8 cannot hold a text.
     """
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()

@@ -1,9 +1,9 @@
 """A dataset on disk: tar shards that any WebDataset reader opens, with an index for random access and checksums.
 
-A folder holds `shard-000000.tar`, ... with members KEY.jpg, KEY.json, KEY.labels; beside each a
-`shard-000000.index.json` (per sample: where its members lie and their crc32), and one `index.json` (shards, counts,
-checksums, class tables), which is written last. A writer killed at any moment therefore leaves either a whole dataset
-or a folder without `index.json` whose finished shards are kept by the next `ShardWriter(..., resume=True)`.
+A folder holds `shard-000000.tar`, ... with members KEY.jpg (RGB), KEY.json (sample_json.py) and KEY.labels
+(label_maps.py), and beside each tar its `shard-000000.index.json` (offset, size and crc32 of each member). One
+`index.json` (shards, counts, checksums, class tables) is written last. A writer killed at any moment therefore leaves
+a whole dataset, or a folder without `index.json` whose finished shards the next `ShardWriter(..., resume=True)` keeps.
 """
 
 import hashlib
@@ -11,13 +11,13 @@ import json
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
 from prismer.dataloading.store.index import MEMBERS, CorruptSample, Sample, Sidecar, read_index
-from prismer.dataloading.store.labels import unpack_labels
+from prismer.dataloading.store.label_maps import unpack_labels
 from prismer.dataloading.store.writer import ShardWriter
 from prismer.reading import open_regular, read_bytes
 
@@ -28,17 +28,17 @@ class ShardDataset:
     """Random access to a dataset folder; safe to share between threads and to inherit or send to worker processes.
 
     Only `index.json` is read at first; a shard is opened when one of its samples is asked for. A sample costs one
-    `pread`, and its bytes are checked against their crc32 before any decoder sees them.
+    `pread`. Its bytes are checked against their crc32 before any decoder sees them.
 
     Attributes:
         classes: "seg", "obj_detection" and, for classification, "class" -> list of class names.
         experts: expert -> number of samples that have its map.
-        source, about: what the writer noted.
+        source, about: the writer's notes.
         shards: names of the tars; shard s holds samples starts[s] .. starts[s + 1] - 1.
-        entries: what `index.json` says of each shard (name, count, size, sha256, ...).
+        entries: the entry of each shard in `index.json` (name, count, size, sha256, ...).
 
     Raises:
-        ValueError: if the folder has no `index.json`, or one that is damaged or of an unknown version.
+        ValueError: if the folder has no `index.json`, or that is damaged or of an unknown version.
     """
 
     def __init__(self, folder: str | Path):
@@ -52,8 +52,8 @@ class ShardDataset:
         self.shards: list[str] = [entry["name"] for entry in self.entries]
         self.starts: list[int] = [0, *accumulate(entry["count"] for entry in self.entries)]
         # bounded: ten million samples are ten thousand shards, more than a process may open
-        self._sidecars = _Recent(256, self._load_sidecar)
-        self._files = _Recent(64, self._open_shard)
+        self._sidecar = lru_cache(256)(self._load_sidecar)
+        self._file = lru_cache(64)(self._open_shard)
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -66,7 +66,7 @@ class ShardDataset:
             IndexError: if there is no sample `i`.
         """
         shard, row = self._locate(i)
-        sidecar = self._sidecars(shard)
+        sidecar = self._sidecar(shard)
         jpeg, text, packed = self._read(shard, sidecar, row, slice(None))
         try:
             labels = unpack_labels(packed)
@@ -77,24 +77,24 @@ class ShardDataset:
     def key(self, i: int) -> str:
         """The key of sample `i`, without touching the tar."""
         shard, row = self._locate(i)
-        return self._sidecars(shard).keys[row]
+        return self._sidecar(shard).keys[row]
 
     def shard_of(self, i: int) -> int:
         """The position in `shards` of the tar that holds sample `i`."""
         return self._locate(i)[0]
 
     def meta(self, i: int) -> dict:
-        """The JSON of sample `i` alone: a read of a few hundred bytes, left to the page cache to keep.
+        """The JSON of sample `i` alone: a read of a few hundred bytes, which the page cache keeps.
 
         Raises:
             CorruptSample: as for `self[i]`.
         """
         shard, row = self._locate(i)
-        sidecar = self._sidecars(shard)
+        sidecar = self._sidecar(shard)
         (text,) = self._read(shard, sidecar, row, slice(1, 2))
         return _parse_meta(text, sidecar, row)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return ShardDataset, (self.folder,)
 
     def _locate(self, i: int) -> tuple[int, int]:
@@ -108,8 +108,8 @@ class ShardDataset:
         key = sidecar.keys[row]
         members = sidecar.members[row, which].tolist()
         begin, end = members[0][0], members[-1][0] + members[-1][1]
-        # the reference keeps the descriptor open even if another thread makes the cache drop it
-        file = self._files(shard)
+        # this reference keeps the descriptor open even if another thread makes the cache drop it
+        file = self._file(shard)
         try:
             data = os.pread(file.fileno(), end - begin, begin)
         except OSError as error:
@@ -144,25 +144,9 @@ class ShardDataset:
     def _open_shard(self, shard: int) -> BinaryIO:
         name = self.shards[shard]
         try:
-            return open_regular(self.folder / name)  # closed when the cache lets go
+            return open_regular(self.folder / name)  # closed when the cache drops it
         except OSError as error:
             raise CorruptSample(name, "", f"the file cannot be opened ({error.strerror}); copy it again") from None
-
-
-class _Recent:
-    """A small cache that drops the oldest item; without a lock, which a fork could leave held for ever."""
-
-    def __init__(self, size: int, load: Callable[[int], object]):
-        self.size, self.load = size, load
-        self.items: dict[int, object] = {}
-
-    def __call__(self, i: int):
-        item = self.items.get(i)
-        if item is None:
-            item = self.items[i] = self.load(i)
-            for old in list(self.items)[: -self.size]:
-                self.items.pop(old, None)
-        return item
 
 
 def _parse_meta(text: bytes, sidecar: Sidecar, row: int) -> dict:

@@ -1,4 +1,4 @@
-"""Write a dataset folder: tar shards that are whole or absent, their indices, and the end of a job that was killed."""
+"""Write a dataset folder: tar shards that are whole or absent, their index files, and what a killed job left undone."""
 
 import fcntl
 import hashlib
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from prismer.dataloading.store.index import (
     FORMAT,
+    MAX_KEY,
     MEMBERS,
     SHARD_FILE,
     VERSION,
@@ -20,10 +21,10 @@ from prismer.dataloading.store.index import (
     Sample,
     Sidecar,
     check_classes,
-    check_key,
+    is_key,
     to_json,
 )
-from prismer.dataloading.store.labels import pack_labels
+from prismer.dataloading.store.label_maps import pack_labels
 from prismer.experts import EXPERTS
 from prismer.files import sync, write_atomically
 from prismer.reading import read_bytes
@@ -32,21 +33,24 @@ _BLOCK = 512
 
 
 class ShardWriter:
-    """Writes a dataset folder; use as a context manager: leaving it without an error finishes the dataset.
+    """Writes a dataset folder; a context manager that finishes the dataset when it is left without an error.
 
     Args:
         folder: made if absent.
-        classes: "seg" and "obj_detection" -> list of class names, which the ids in the maps refer to; "class" -> those
-            of a set for classification.
+        classes: "seg" and "obj_detection" -> list of class names, to which the ids in the maps refer; "class" -> class
+            names of a dataset for classification.
         source: where the images come from, in a few words.
-        samples_per_shard: samples after which a new tar is begun.
-        about: anything else worth keeping in `index.json` (versions of the experts, settings); JSON values.
-        resume: keep the finished shards of an earlier writer; `written_keys` tells which samples they hold. A job that
-            writes the others in the order of the first attempt ends with the same bytes as one that was never stopped.
+        samples_per_shard: size of a full tar.
+        about: other notes for `index.json` (versions of the experts, settings); JSON values.
+        resume: keep the finished shards of an earlier writer. A job that writes the other samples in the order of its
+            first attempt ends with the same bytes as an uninterrupted one.
+
+    Attributes:
+        written_keys: keys of the samples in the dataset, those of an earlier writer included.
 
     Raises:
         ValueError: if the folder holds shards and `resume` is False, or was begun with other `classes`, `source` or
-            `about`; if another process writes it; if the arguments are malformed.
+            `about`; if another process writes it; if an argument is malformed.
     """
 
     def __init__(
@@ -66,8 +70,8 @@ class ShardWriter:
         self.classes, self.source, self.about = classes, source, dict(about or {})
         self.samples_per_shard = samples_per_shard
         self.written_keys: set[str] = set()
-        # what must not change between two attempts, so that every shard was made the same way; now, because a value
-        # that is not JSON had better fail before hours of writing
+        # of what must not change between two attempts, so that all shards are made the same way; computed first, so
+        # that a value that is not JSON fails before hours of writing
         notes = to_json([classes, source, self.about])
         self._fingerprint = hashlib.sha256(notes).hexdigest()[:16]
         self._shards: dict[int, dict] = {}
@@ -77,7 +81,7 @@ class ShardWriter:
         try:
             if resume:
                 self._keep_finished_shards()
-            elif self._own_files() or (self.folder / "index.json").exists():
+            elif self._shard_files() or (self.folder / "index.json").exists():
                 raise ValueError(f"{self.folder} already holds shards; resume the job or choose another folder")
         except BaseException:
             self._release()
@@ -89,7 +93,9 @@ class ShardWriter:
         Raises:
             ValueError: if the key is malformed or taken, the image is not a JPEG, or labels or meta are malformed.
         """
-        check_key(sample.key)
+        if not is_key(sample.key):
+            allowed = f"1 to {MAX_KEY} of the characters A-Z a-z 0-9 _ -"
+            raise ValueError(f"key {sample.key!r} is malformed; rename the sample with {allowed}")
         if sample.key in self.written_keys:
             raise ValueError(f"key {sample.key} is written twice; give each sample its own key")
         if not sample.jpeg.startswith(b"\xff\xd8"):
@@ -109,7 +115,7 @@ class ShardWriter:
             self._finish_shard()
 
     def close(self) -> None:
-        """Finish the last shard and write `index.json`; afterwards the folder is a whole dataset."""
+        """Finish the last shard and write `index.json`: the folder is then a whole dataset."""
         try:
             if self._open is not None:
                 self._finish_shard()
@@ -123,14 +129,14 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         else:
             self._abandon()
 
     def _abandon(self) -> None:
-        # the unfinished shard goes, the finished ones stay for the next attempt
+        # the finished shards stay for the next attempt
         if self._open is not None:
             self._open.abandon()
             self._open = None
@@ -141,11 +147,10 @@ class ShardWriter:
         self._open = None
 
     def _take_lock(self) -> io.FileIO:
-        # a record lock: it dies with this process and is not inherited by worker processes that outlive it
+        # a record lock: it dies with this process, and worker processes that outlive it do not inherit it
         path = self.folder / ".writer.lock"
         lock = open(path, "wb", buffering=0)  # held until close
-        alone = _lock(lock, path)
-        if not alone:
+        if not _lock(lock, path):
             lock.close()
             raise ValueError(f"another process is writing {self.folder}; wait for it or choose another folder")
         return lock
@@ -154,42 +159,38 @@ class ShardWriter:
         (self.folder / ".writer.lock").unlink(missing_ok=True)
         self._lock.close()
 
-    def _own_files(self) -> list[tuple[Path, int]]:
+    def _shard_files(self) -> list[tuple[Path, int]]:
         matches = ((path, SHARD_FILE.fullmatch(path.name)) for path in sorted(self.folder.iterdir()))
         return [(path, int(match[1])) for path, match in matches if match]
 
     def _keep_finished_shards(self) -> None:
-        for path, number in self._own_files():
-            if not path.name.endswith(".index.json"):
+        for path, number in self._shard_files():
+            found = _read_sidecar(path) if path.name.endswith(".index.json") else None
+            if found is None:
                 continue
-            try:
-                data = read_bytes(path)
-                sidecar = Sidecar(data, path.name)
-                whole = (self.folder / sidecar.shard).stat().st_size == sidecar.size
-            except (CorruptSample, FileNotFoundError):
-                continue
+            sidecar, whole = found
             if sidecar.fingerprint != self._fingerprint:
                 raise ValueError(
                     f"{self.folder} was begun with other class tables, source or notes; choose another folder"
                 )
             if whole and self.written_keys.isdisjoint(sidecar.keys):
                 self.written_keys.update(sidecar.keys)
-                self._shards[number] = sidecar.entry(data)
+                self._shards[number] = sidecar.entry
         torn = [
-            path for path, number in self._own_files() if path.name.endswith(".partial") or number not in self._shards
+            path for path, number in self._shard_files() if path.name.endswith(".partial") or number not in self._shards
         ]
         if not all(path.name.endswith(".partial") for path in torn):
-            # the index that promises a shard goes before the shard
+            # before a shard that it promises
             (self.folder / "index.json").unlink(missing_ok=True)
         for path in torn:
             path.unlink()
 
 
 def write_index(folder: Path, shards: list[dict], classes: dict[str, list[str]], source: str, about: dict) -> None:
-    """Write `index.json`, which makes a dataset of finished shards.
+    """Write `index.json`, which turns finished shards into a dataset.
 
     Args:
-        shards: their entries (see `Sidecar.entry`) in order.
+        shards: their entries (see `Sidecar`) in order.
         classes, source, about: see `ShardWriter`.
     """
     experts = sum((Counter(shard["experts"]) for shard in shards), Counter())
@@ -207,7 +208,7 @@ def write_index(folder: Path, shards: list[dict], classes: dict[str, list[str]],
 
 
 def write_together(path: Path, data: bytes) -> None:
-    """As `write_atomically`, where several processes may write the same bytes at the same time."""
+    """`write_atomically` for a file that several processes may write at the same time, with the same bytes."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "ab") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
@@ -216,10 +217,10 @@ def write_together(path: Path, data: bytes) -> None:
         except FileNotFoundError:
             moved = True
         if moved and path.exists():
-            # while we waited another process has put its bytes in place, which are ours too
+            # another process has put the same bytes in place
             return
         if moved:
-            # it failed and has taken its file away
+            # the other process failed and removed its file
             return write_together(path, data)
         try:
             file.truncate(0)
@@ -228,28 +229,36 @@ def write_together(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
             os.replace(partial, path)
         except BaseException:
-            # while the lock is ours, so that it is our own file
+            # under the lock, so that the file is ours
             partial.unlink(missing_ok=True)
             raise
     sync(path.parent)
 
 
 def finished_shard(folder: Path, number: int, fingerprint: str) -> tuple[dict, list[dict[str, str]]] | None:
-    """The entry of a shard that is whole and was written under `fingerprint`, and what was skipped; else None."""
-    path = folder / f"shard-{number:06d}.index.json"
+    """The `index.json` entry of a shard and its skipped records; None unless it is whole and has this fingerprint."""
+    found = _read_sidecar(folder / f"shard-{number:06d}.index.json")
+    if found is None:
+        return None
+    sidecar, whole = found
+    return (sidecar.entry, sidecar.skipped) if whole and sidecar.fingerprint == fingerprint else None
+
+
+def _read_sidecar(path: Path) -> tuple[Sidecar, bool] | None:
+    """A sidecar, and whether its tar has the right size; None if it is damaged or either file is absent."""
     try:
-        data = read_bytes(path)
-        sidecar = Sidecar(data, path.name)
-        whole = (folder / sidecar.shard).stat().st_size == sidecar.size
+        sidecar = Sidecar(read_bytes(path), path.name)
+        return sidecar, (path.parent / sidecar.shard).stat().st_size == sidecar.size
     except (CorruptSample, FileNotFoundError):
         return None
-    if not whole or sidecar.fingerprint != fingerprint:
-        return None
-    return sidecar.entry(data), sidecar.skipped
 
 
 class OpenShard:
-    """A tar being written, under a temporary name that no other process can take meanwhile.
+    """A tar being written, under a temporary name that only one process at a time can hold.
+
+    Args:
+        folder: the dataset.
+        number: of the shard.
 
     Raises:
         ValueError: if another process writes it.
@@ -265,7 +274,7 @@ class OpenShard:
         self.experts: Counter = Counter()
         self.sha256 = hashlib.sha256()
         self.size = 0
-        # emptied only once it is ours; closed by finish or abandon
+        # emptied only under the lock; closed by finish or abandon
         self.file = open(self.partial, "ab")
         if not _lock(self.file, self.partial):
             self.file.close()
@@ -273,7 +282,7 @@ class OpenShard:
         self.file.truncate(0)
 
     def append(self, key: str, members: tuple[bytes, ...], labels: dict) -> None:
-        """Add a sample: its encoded members, and the experts that it has maps of."""
+        """Add a sample: its encoded members; `labels` gives the experts to count."""
         row = []
         for extension, data in zip(MEMBERS, members, strict=True):
             header = tarfile.TarInfo(f"{key}.{extension}")
@@ -287,11 +296,11 @@ class OpenShard:
         self.experts.update(labels.keys())
 
     def finish(self, fingerprint: str, skipped: list[dict[str, str]] | None = None) -> dict:
-        """Tar first, then its sidecar: a tar without one counts as torn.
+        """Put the tar in place, then its sidecar: a tar without one counts as torn.
 
         Args:
             fingerprint: of the settings that the samples were made with.
-            skipped: what a job left out, to be kept with the shard.
+            skipped: what a job left out; stored in the sidecar.
 
         Returns:
             The shard's entry for `index.json`.
@@ -305,7 +314,7 @@ class OpenShard:
             sync(self.path.parent)
             return self._write_sidecar(fingerprint, skipped)
         except BaseException:
-            # torn without its sidecar; nobody else writes a shard of this number now
+            # a tar without a sidecar is torn; no other process writes this shard now
             for path in (self._sidecar, self.path):
                 path.unlink(missing_ok=True)
             raise
@@ -327,11 +336,11 @@ class OpenShard:
             }
         )
         write_atomically(self._sidecar, data)
-        return Sidecar(data, self._sidecar.name).entry(data)
+        return Sidecar(data, self._sidecar.name).entry
 
     def abandon(self) -> None:
         """Remove the unfinished file."""
-        # closing writes what is buffered, which a full disk refuses again: the first error is the one to tell
+        # closing writes the buffer, which a full disk refuses again: the first error is the one to report
         with suppress(OSError):
             self.file.close()
         self.partial.unlink(missing_ok=True)
@@ -343,10 +352,10 @@ class OpenShard:
 
 
 def _lock(file: io.IOBase, path: Path) -> bool:
-    """Take a record lock on an open file; False if another process holds it or has moved the file meanwhile."""
+    """Take a record lock on an open file; False if another process holds it, or has moved the file meanwhile."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # the holder before us may have renamed or removed the file between our open and our lock
+        # the previous holder may have renamed or removed the file between our open and our lock
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except (BlockingIOError, PermissionError, FileNotFoundError):
         return False

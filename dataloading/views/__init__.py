@@ -1,1 +1,1 @@
-"""Samples drawn as pictures for people."""
+"""Drawings of samples for people: contact sheets and expert overviews."""

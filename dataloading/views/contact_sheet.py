@@ -1,4 +1,4 @@
-"""A picture of samples for people: each image beside its expert maps, in colours, with its texts below."""
+"""Contact sheets: each sample's image beside its coloured expert maps, with its texts below."""
 
 import colorsys
 import io
@@ -9,28 +9,23 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from prismer.dataloading.store.schema import meta_problems
+from prismer.dataloading.store.sample_json import meta_problems
 from prismer.dataloading.store.shards import Sample, ShardDataset
 from prismer.experts import BACKGROUND, EXPERTS
 from prismer.files import write_atomically
 
-TITLES = {
-    "image": "image",
-    "depth": "depth (near = bright)",
-    "normal": "surface normals",
-    "seg": "segmentation",
-    "edge": "edges",
-    "obj_detection": "objects",
-    "ocr_detection": "words",
-}
-"""The columns that a sheet can have, with what is written above them."""
+# column of a sheet -> its heading
+TITLES = {"image": "image"} | {name: expert.title for name, expert in EXPERTS.items()}
 
 INK, GREY, RULE, EMPTY = (32, 34, 40), (120, 124, 134), (222, 224, 230), (241, 242, 245)
-_MARGIN, _GAP = 24, 8
+# px; _TILE is the side of the square that each image is fitted into
+_MARGIN, _GAP, _TILE = 24, 8, 208
+# most of each kind below a sample
+_NUM_TEXTS = 2
 
 
 def draw_sheet(dataset: ShardDataset, path: str | Path, *, count: int = 8, start: int = 0) -> None:
-    """Write a contact sheet of `count` samples from position `start` as a PNG, or a JPEG by its name.
+    """Write a contact sheet of `count` samples from position `start`, as a JPEG if `path` ends in .jpg, else as a PNG.
 
     Raises:
         ValueError: if there is no sample at `start`, or one cannot be read.
@@ -47,59 +42,39 @@ def draw_sheet(dataset: ShardDataset, path: str | Path, *, count: int = 8, start
     write_atomically(path, file.getvalue())
 
 
-def contact_sheet(
-    samples: list[Sample],
-    classes: dict[str, list[str]],
-    *,
-    columns: tuple[str, ...] | None = None,
-    tile: int = 208,
-    num_captions: int = 2,
-    num_questions: int = 2,
-) -> Image.Image:
-    """One row per sample: its image, its expert maps, and below them key, captions and questions.
+def contact_sheet(samples: list[Sample], classes: dict[str, list[str]]) -> Image.Image:
+    """One row per sample: its image, its expert maps, and below them captions, class, questions and key.
+
+    There is a column for each expert with a map of some sample.
 
     Args:
-        samples: what to show, at least one.
-        classes: the class tables of their dataset; a class without a name is shown by its number.
-        columns: keys of TITLES; without it the image and every expert that one of the samples has.
-        tile: side of the square that each picture is fitted into, px.
-        num_captions, num_questions: texts shown at most.
+        samples: at least one.
+        classes: the class tables of their dataset; the number of a class stands for a missing name.
 
     Raises:
-        ValueError: if there is no sample, a column is unknown, an image does not decode, or texts or tables do not fit
-            the schema.
+        ValueError: if there is no sample, an image does not decode, or texts or tables do not fit the schema.
     """
     if not samples:
         raise ValueError("there are no samples to show; give at least one")
     for sample in samples:
         if problems := meta_problems(sample.meta):
             raise ValueError(f"the sample {sample.key} cannot be shown: {problems[0]}; show others")
-    if columns is None:
-        have = {expert for sample in samples for expert in sample.labels}
-        columns = ("image", *(expert for expert in TITLES if expert in have))
-    unknown = [column for column in columns if column not in TITLES]
-    if unknown:
-        raise ValueError(f"unknown column {unknown[0]!r}; choose from {', '.join(TITLES)}")
-    width = 2 * _MARGIN + len(columns) * (tile + _GAP) - _GAP
-    texts = [_text_lines(s, width - 2 * _MARGIN, num_captions, num_questions) for s in samples]
+    columns = [name for name in TITLES if name == "image" or any(name in sample.labels for sample in samples)]
+    width = 2 * _MARGIN + len(columns) * (_TILE + _GAP) - _GAP
+    texts = [_text_lines(sample, width - 2 * _MARGIN) for sample in samples]
     line = font_of(15).size + 7
-    heights = [tile + 14 + line * len(lines) + 22 for lines in texts]
+    heights = [_TILE + 14 + line * len(lines) + 22 for lines in texts]
     sheet = Image.new("RGB", (width, 44 + sum(heights) + 4), "white")
     draw = ImageDraw.Draw(sheet)
     for number, column in enumerate(columns):
-        x = _MARGIN + number * (tile + _GAP)
-        title, font = TITLES[column], font_of(15, bold=True)
-        if font.getlength(title) > tile:
-            # what stands in brackets does not fit above a small column
-            title = title.partition(" (")[0]
-        draw.text((x, 16), title, font=font, fill=INK)
+        draw.text((_MARGIN + number * (_TILE + _GAP), 16), TITLES[column], font=font_of(15, bold=True), fill=INK)
     top = 44
     for sample, lines, height in zip(samples, texts, heights, strict=True):
-        photo = _decode(sample)
+        image = _decode(sample)
         for number, column in enumerate(columns):
-            picture = fit(draw_column(column, sample, photo, classes, tile), tile)
-            sheet.paste(picture, (_MARGIN + number * (tile + _GAP), top))
-        y = top + tile + 10
+            cell = fit(draw_column(column, sample, image, classes, _TILE), _TILE)
+            sheet.paste(cell, (_MARGIN + number * (_TILE + _GAP), top))
+        y = top + _TILE + 10
         for text, colour in lines:
             draw.text((_MARGIN, y), text, font=font_of(15), fill=colour)
             y += line
@@ -110,27 +85,25 @@ def contact_sheet(
 
 
 def colour_map(expert: str, plane: np.ndarray) -> np.ndarray:
-    """An expert's map as (h, w, 3) uint8: depth in magma, normals and edges as they are, ids in colours of their own.
+    """An expert's map as (h, w, 3) uint8: depth in magma, normals and edges as they are, one colour per id.
 
     Args:
         expert: key of EXPERTS.
         plane: uint8 (h, w), or (h, w, 3) for surface normals.
     """
-    if expert == "normal":
+    if EXPERTS[expert].planes == 3:
         return plane
-    if expert == "edge":
-        return np.repeat(plane[..., None], 3, axis=-1)
-    return _depth_colours()[plane] if expert == "depth" else id_colours()[plane]
+    return (id_colours() if EXPERTS[expert].is_ids else _intensity_colours(EXPERTS[expert].colours))[plane]
 
 
 @lru_cache
-def _depth_colours() -> np.ndarray:
-    return (matplotlib.colormaps["magma"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+def _intensity_colours(name: str) -> np.ndarray:
+    return (matplotlib.colormaps[name](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
 @lru_cache
 def id_colours() -> np.ndarray:
-    """(256, 3) uint8: neighbouring ids far apart in hue; the background is paper."""
+    """(256, 3) uint8: a colour per id, with neighbouring ids far apart in hue; the background is nearly white."""
     golden = 0.618034
     colours = [colorsys.hls_to_rgb((0.58 + i * golden) % 1, (0.60, 0.48, 0.70)[i % 3], 0.58) for i in range(256)]
     table = (np.array(colours) * 255).round().astype(np.uint8)
@@ -140,8 +113,8 @@ def id_colours() -> np.ndarray:
 
 @lru_cache
 def font_of(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The sheet's font at a size in px."""
-    # matplotlib brings the font along, so that the sheet looks the same everywhere
+    """The font of the sheets at a size in px."""
+    # matplotlib ships the font, so that sheets look the same on every machine
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
 
@@ -154,14 +127,13 @@ def _decode(sample: Sample) -> Image.Image:
 
 
 def draw_column(
-    column: str, sample: Sample, photo: Image.Image, classes: dict[str, list[str]], tile: int
+    column: str, sample: Sample, image: Image.Image, classes: dict[str, list[str]], tile: int
 ) -> Image.Image | None:
-    """One column of a sample in the proportions of the photo, at most `tile` px; None where the sample has no map."""
-    scale = tile / max(photo.size)
-    size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
-    photo = photo.resize(size, Image.Resampling.LANCZOS)
+    """One column of a sample in the proportions of the image, at most `tile` px; None if the sample has no map."""
+    image = scale(image, tile, tile)
+    size = image.size
     if column == "image":
-        return photo
+        return image
     if column not in sample.labels:
         return None
     plane = sample.labels[column]
@@ -169,41 +141,41 @@ def draw_column(
         return Image.fromarray(colour_map(column, plane)).resize(size, Image.Resampling.BICUBIC)
     ids = np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.NEAREST))
     names = _names(column, sample, classes)
-    if column == "seg":
+    if EXPERTS[column].kind == "class":
         return _name_regions(Image.fromarray(colour_map(column, ids)), ids, names)
-    return _mark_instances(photo, ids, names)
+    return _mark_instances(image, ids, names)
 
 
 def _names(column: str, sample: Sample, classes: dict[str, list[str]]) -> dict[int, str]:
-    if column == "ocr_detection":
-        return {int(i): word for i, word in sample.meta.get("words", {}).items()}
-    table = dict(enumerate(classes.get(column, [])))
-    if column == "seg":
-        return table
-    instances = sample.meta.get("instances", {})
-    return {int(i): table.get(class_id, str(class_id)) for i, class_id in instances.items()}
+    expert, names = EXPERTS[column], dict(enumerate(classes.get(column, [])))
+    if expert.kind == "class":
+        return names
+    entries = sample.meta.get(expert.table, {})
+    if expert.kind == "word":
+        return {int(i): word for i, word in entries.items()}
+    return {int(i): names.get(class_id, str(class_id)) for i, class_id in entries.items()}
 
 
-def _name_regions(picture: Image.Image, ids: np.ndarray, names: dict[int, str]) -> Image.Image:
-    """Write each class where most of its name lies on its own region; small regions stay without."""
-    draw, font = ImageDraw.Draw(picture), font_of(13, bold=True)
+def _name_regions(drawing: Image.Image, ids: np.ndarray, names: dict[int, str]) -> Image.Image:
+    """Write each class name where most of it covers its own region; small regions get none."""
+    draw, font = ImageDraw.Draw(drawing), font_of(13, bold=True)
     for i in np.unique(ids).tolist():
         mask = ids == i
         if i == BACKGROUND or mask.mean() < 0.015:
             continue
         name = names.get(i, str(i))
-        # a little air around the name keeps it off its neighbours
+        # a margin around the name keeps it off its neighbours
         width = min(int(draw.textlength(name, font=font)) + 16, mask.shape[1])
         height = min(26, mask.shape[0])
         x, y = _best_spot(mask, width, height)
         centre = x + width / 2, y + height / 2
         style = dict(font=font, fill="white", stroke_width=2, stroke_fill=INK, anchor="mm")
         draw.text(centre, name, **style)
-    return picture
+    return drawing
 
 
 def _best_spot(mask: np.ndarray, width: int, height: int) -> tuple[int, int]:
-    """Top left corner of the width x height box that holds most of `mask`, near its centre of mass."""
+    """Top left corner of the width x height box that covers most of `mask` and lies near its centre of mass."""
     total = np.pad(mask.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     inside = total[height:, width:] - total[:-height, width:] - total[height:, :-width] + total[:-height, :-width]
     rows, columns = np.nonzero(mask)
@@ -214,59 +186,63 @@ def _best_spot(mask: np.ndarray, width: int, height: int) -> tuple[int, int]:
     return int(x), int(y)
 
 
-def _mark_instances(photo: Image.Image, ids: np.ndarray, names: dict[int, str]) -> Image.Image:
-    """Tint each id's region on the faded photo, outline it, and put its name on a tag at its top left."""
-    faded = np.asarray(Image.blend(photo.convert("L").convert("RGB"), Image.new("RGB", photo.size, "white"), 0.55))
+def _mark_instances(image: Image.Image, ids: np.ndarray, names: dict[int, str]) -> Image.Image:
+    """Tint each id's region on the faded image, outline it, and tag its top left corner with its name."""
+    faded = np.asarray(Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "white"), 0.55))
     painted = (ids != BACKGROUND)[..., None]
     mixed = np.where(painted, 0.45 * faded + 0.55 * id_colours()[ids], faded)
     mixed[_borders(ids)] = id_colours()[ids[_borders(ids)]] * 0.75
-    picture = Image.fromarray(mixed.round().astype(np.uint8))
-    draw, font = ImageDraw.Draw(picture), font_of(12, bold=True)
+    drawing = Image.fromarray(mixed.round().astype(np.uint8))
+    draw, font = ImageDraw.Draw(drawing), font_of(12, bold=True)
     for i in np.unique(ids).tolist():
         if i == BACKGROUND:
             continue
         rows, columns = np.nonzero(ids == i)
         name = names.get(i, str(i))
         length, height = draw.textlength(name, font=font) + 6, 16
-        x = min(int(columns.min()), max(0, picture.width - int(length) - 1))
+        x = min(int(columns.min()), max(0, drawing.width - int(length) - 1))
         y = max(0, int(rows.min()) - height) if rows.min() >= height else int(rows.min())
         tag = tuple(int(value * 0.6) for value in id_colours()[i])
         draw.rectangle((x, y, x + length, y + height), fill=tag)
         draw.text((x + 3, y + 1), name, font=font, fill="white")
-    return picture
+    return drawing
 
 
 def _borders(ids: np.ndarray) -> np.ndarray:
-    """Pixels of an id whose neighbour to the left, right, top or bottom is another."""
+    """(h, w) bool: pixels of an id with another value to the left or right, above or below."""
     padded = np.pad(ids, 1, mode="edge")
     around = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
     return (ids != BACKGROUND) & np.logical_or.reduce([ids != other for other in around])
 
 
-def fit(picture: Image.Image | None, tile: int) -> Image.Image:
-    """A picture in the middle of a square cell; "no map" in place of None."""
+def scale(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image at the largest size that fits into width x height px."""
+    factor = min(width / image.width, height / image.height)
+    return image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.LANCZOS)
+
+
+def fit(drawing: Image.Image | None, tile: int) -> Image.Image:
+    """A drawing in the middle of a square cell; "no map" instead of None."""
     cell = Image.new("RGB", (tile, tile), EMPTY)
-    if picture is None:
+    if drawing is None:
         text, font = "no map", font_of(13)
         draw = ImageDraw.Draw(cell)
         draw.text((tile / 2, tile / 2), text, font=font, fill=GREY, anchor="mm")
     else:
-        x, y = (tile - picture.width) // 2, (tile - picture.height) // 2
-        cell.paste(picture, (x, y))
-        # white edges on white paper need a frame
-        ImageDraw.Draw(cell).rectangle((x, y, x + picture.width - 1, y + picture.height - 1), outline=RULE)
+        x, y = (tile - drawing.width) // 2, (tile - drawing.height) // 2
+        cell.paste(drawing, (x, y))
+        # white edges on a white sheet need a frame
+        ImageDraw.Draw(cell).rectangle((x, y, x + drawing.width - 1, y + drawing.height - 1), outline=RULE)
     return cell
 
 
-def _text_lines(
-    sample: Sample, width: int, num_captions: int, num_questions: int
-) -> list[tuple[str, tuple[int, int, int]]]:
+def _text_lines(sample: Sample, width: int) -> list[tuple[str, tuple[int, int, int]]]:
     """(text, colour) of each line, wrapped to `width` px."""
     meta = sample.meta
-    texts = [(str(caption), INK) for caption in meta.get("captions", [])[:num_captions]]
+    texts = [(str(caption), INK) for caption in meta.get("captions", [])[:_NUM_TEXTS]]
     if "class" in meta:
         texts.append((f"class: {meta['class']}", INK))
-    for question in meta.get("questions", [])[:num_questions]:
+    for question in meta.get("questions", [])[:_NUM_TEXTS]:
         answers = " / ".join(answer["answer"] for answer in question.get("answers", []))
         texts.append((f"{question['question']}  \N{RIGHTWARDS ARROW}  {answers or 'no answer given'}", GREY))
     texts.append((sample.key, GREY))

@@ -1,37 +1,50 @@
-"""What a room says about each of its Triton kernels, so that `inspect.py` can compile and price them without a GPU.
+"""What an op says about each of its Triton kernels, so that they can be compiled and priced without a GPU.
 
-A room with Triton kernels has a function `kernel_cases() -> list[KernelCase]`: one case per kernel and
-shape class, with the tile shapes that its launcher would take.
+A module with Triton kernels has a function `kernel_cases() -> list[KernelCase]`: one case for each kernel and class of
+shapes, with the tile shapes that its launcher takes. `all_cases` finds these functions by their name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from prismer.kernels import dispatch
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelCase:
     """One kernel as it is launched at one real shape.
 
-    Every pointer argument is taken to be 16-byte aligned, as torch allocates. `flops` and `bytes` are
-    the compulsory cost of the one launch at `shape`: each tensor read once, each written once, masked
-    and padded work not counted.
+    Every pointer argument is taken to be 16-byte aligned, as torch allocates. `flops` and `bytes` are the compulsory
+    cost of one launch at `shape`: each tensor read once and written once, masked and padded work not counted.
+
+    Attributes:
+        name: unique within the op, such as "BASE layer_norm forward".
+        kernel: the function under @triton.jit.
+        signature: argument -> "*bf16", "*fp32", "i32", "i64", "fp32" and so on.
+        constants: the tl.constexpr arguments, and any argument that is None or that Triton would specialise to 1.
+        divisible: integer arguments that are multiples of 16, such as strides.
+        num_warps, num_stages: as the launcher passes them.
+        archs: compute capabilities for which the launcher takes these tile shapes.
+        shape: for people, such as "R 16384 x D 768, bf16".
+        flops, bytes: the compulsory cost.
+        dot: the compiled code must use tensor cores.
+        vector_loads: the compiled code must read global memory 128 bits at a time.
     """
 
-    name: str  # unique in the room, such as "layer_norm_forward-D768-bf16"
-    kernel: Any  # the function under @triton.jit
-    signature: Mapping[str, str]  # argument -> "*bf16", "*fp32", "i32", "i64", "fp32", ...
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
-    # the tl.constexpr arguments, and any argument that is None or that Triton would specialise to 1
-    divisible: tuple[str, ...] = ()  # integer arguments that are multiples of 16, such as strides
+    divisible: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
-    archs: tuple[int, ...] = (80, 90, 100, 120)  # where the launcher takes these tile shapes
-    shape: str  # for people: "R 16384 x D 768, bf16"
+    archs: tuple[int, ...] = (80, 90, 100, 120)
+    shape: str
     flops: int
     bytes: int
-    dot: bool = False  # the compiled code must use tensor cores
-    vector_loads: bool = True  # and must read global memory 128 bits at a time
+    dot: bool = False
+    vector_loads: bool = True
 
     def __post_init__(self) -> None:
         arguments = list(self.kernel.arg_names)
@@ -46,3 +59,30 @@ class KernelCase:
         unknown = [name for name in self.divisible if name not in self.signature]
         if unknown:
             raise ValueError(f"case {self.name}: divisible names {unknown}, not in its signature")
+
+
+def all_cases(ops: Iterable[str] = ()) -> list[tuple[str, KernelCase]]:
+    """Every case of every op, or of the ops named, each with the name of its op's file.
+
+    Raises:
+        ValueError: if an op is named that has no Triton kernels.
+    """
+    functions = {}
+    for module in dispatch.op_modules():
+        if hasattr(module, "kernel_cases"):
+            name = module.__name__.removeprefix("prismer.kernels.").removesuffix(".triton_backend")
+            functions[name] = module.kernel_cases
+    unknown = set(ops) - set(functions)
+    if unknown:
+        raise ValueError(
+            f"no op with Triton kernels is called {', '.join(sorted(unknown))}; choose {', '.join(functions)}"
+        )
+    return [(op, case) for op, function in functions.items() if not ops or op in ops for case in function()]
+
+
+def representatives(found: list[tuple[str, KernelCase]]) -> list[tuple[str, KernelCase]]:
+    """The first case of every kernel."""
+    first = {}
+    for op, case in found:
+        first.setdefault((op, case.kernel.__name__), (op, case))
+    return list(first.values())

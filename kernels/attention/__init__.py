@@ -1,17 +1,16 @@
-"""Attention of queries over one or two segments of keys: self, causal, padded, cross, with dropout on probabilities.
+"""Attention of queries over keys: self, causal, padded, cross, with dropout on the probabilities.
 
     s_ij = scale q_i . k_j, or -inf where query i may not see key j        lse_i = log sum_j exp(s_ij)
     p_ij = exp(s_ij - lse_i)      m_ij = 1 / (1 - dropout) if kept, else 0      out_i = sum_j m_ij p_ij v_j
     dv_j = sum_i m_ij p_ij dout_i      delta_i = dout_i . out_i
     ds_ij = p_ij (m_ij dout_i . v_j - delta_i)      dq_i = scale sum_j ds_ij k_j      dk_j = scale sum_i ds_ij q_i
 
-A query that sees no key gives zeros and has no gradient. The second segment (the latents of the resampler beside its
-inputs) joins the same softmax without a concatenation. Kept is a matter of the seed and of (sample, head, i, j) alone:
-Philox 4x32-10 decides, in the forward and again in the backward pass, whatever the blocks or the backend.
-q, k, v, out and lse (in base 2) are saved; no N x L tensor is. dq, dk and dv are summed by one owner in a fixed order.
+A query that sees no key gives zeros and has no gradient. Philox 4x32-10 decides what is kept from the seed and from
+(sample, head, i, j) alone, in the forward and again in the backward pass, whatever the blocks or the backend. q, k, v,
+out and lse (in base 2) are saved; no N x L tensor is. dq, dk and dv are each summed by one owner in a fixed order.
 Source: Dao, arXiv:2307.08691; Milakov and Gimelshein, arXiv:1805.02867; Salmon et al., "Parallel random numbers: as
-easy as 1, 2, 3", 2011. On GPUs: `attention_triton.py`, with traffic and FLOPs; on CPUs: `attention_native.py`; on any
-device: `attention_torch.py`; other libraries: `attention_peers.py`.
+easy as 1, 2, 3", 2011. On GPUs: `triton_backend.py`, with traffic and FLOPs; on CPUs: `native_backend.py`; on any
+device: `torch_backend.py`; from other libraries: `peers.py`.
 """
 
 import functools
@@ -22,15 +21,10 @@ import torch
 from torch import Tensor
 
 from prismer.kernels import dispatch
-from prismer.kernels.attention import native_backend as attention_native
-from prismer.kernels.attention import peers
-from prismer.kernels.attention import torch_backend as attention_torch
-from prismer.kernels.attention import triton_backend as attention_triton
-from prismer.kernels.attention.triton_backend import kernel_cases as kernel_cases
-from prismer.kernels.philox import survivors
-
-_OURS = dict(native=attention_native, triton=attention_triton, torch=attention_torch)
-BACKENDS = ("flash-attn", "native", "sdpa", "triton", "xformers", "torch", "reference")
+from prismer.kernels.attention import native_backend, peers, torch_backend, triton_backend
+from prismer.kernels.attention.call import Call, Facts
+from prismer.kernels.dispatch import TORCH, Backend, Op
+from prismer.kernels.philox import draw_seed, survivors
 
 
 def attention_reference(
@@ -42,8 +36,6 @@ def attention_reference(
     key_mask: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
-    extra_k: Tensor | None = None,
-    extra_v: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """The definition, fp32 inside (float64 for float64). Arguments as in `attention`."""
@@ -54,155 +46,163 @@ def attention_reference(
         seen = seen.tril()
     if key_mask is not None:
         seen = seen & key_mask[:, None, None, :]
-    kept = [survivors(seed, B, H, 0, N, L, 0, dropout)] if dropout else []
-    if extra_k is not None:
-        L2 = extra_k.shape[2]
-        seen = torch.cat([seen, seen.new_ones(B, 1, N, L2)], 3)
-        k, v = torch.cat([k, extra_k], 2), torch.cat([v, extra_v], 2)
-        kept += [survivors(seed, B, H, 0, N, L2, 1, dropout)] if dropout else []
     scores = q.to(compute) @ k.to(compute).mT * (K**-0.5 if scale is None else scale)
     some = seen.any(3, keepdim=True)
     weights = scores.masked_fill(~seen & some, float("-inf")).softmax(3) * some
     if dropout:
-        weights = weights * torch.cat(kept, 3) / (1 - dropout)
+        weights = weights * survivors(seed, B, H, 0, N, L, dropout) / (1 - dropout)
     out = (weights @ v.to(compute)).to(q.dtype)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+OP = Op(
+    name="attention",
+    reference=attention_reference,
+    # on a GPU the attention of another library where it serves the call, and ours where it does not
+    backends=(
+        Backend(name="flash-attn", devices=("cuda",), refuses=peers.flash_attn_refuses),
+        Backend(
+            name="native",
+            devices=("cpu",),
+            float64=False,
+            refuses=native_backend.refuses,
+            slower=native_backend.slower_than_torch,
+        ),
+        Backend(name="sdpa", refuses=peers.sdpa_refuses),
+        Backend(name="triton", devices=("cuda",), float64=False, refuses=triton_backend.refuses),
+        Backend(name="xformers", devices=("cuda",), refuses=peers.xformers_refuses),
+        TORCH,
+    ),
+)
+BACKENDS = (*(backend.name for backend in OP.backends), "reference")
+
+
+def _reference(call: Call) -> Tensor:
+    seed = draw_seed(call.dropout, call.seed, call.q.device)
+    options = dict(causal=call.causal, key_mask=call.key_mask, dropout=call.dropout, seed=seed, scale=call.scale)
+    return attention_reference(call.q, call.k, call.v, **options)
+
+
+# backends that autograd differentiates by itself, and those of the registered op
+_DIFFERENTIABLE = {
+    "flash-attn": peers.flash_attn,
+    "sdpa": peers.sdpa,
+    "xformers": peers.xformers,
+    "reference": _reference,
+}
+_REGISTERED = {"native": native_backend, "triton": triton_backend, "torch": torch_backend}
+
+
+# which backend
+
+
+@torch.compiler.assume_constant_result
+def _choose(asked: str | None, **constants: object) -> str:
+    """The backend of a call with these `Call.constants`; torch.compile takes the result for a constant too."""
+    return asked if asked == "reference" else OP.choose(Facts.on_this_machine(**constants), asked_for=asked)
+
+
+@functools.lru_cache(maxsize=256)
+def _choose_on_host(dtype: torch.dtype, head_dim: int, dropout: bool, instruction_set: str | None) -> str:
+    """`_choose` for ordinary tensors of a CPU, whose calls are too short to ask each time.
+
+    `instruction_set` is PRISMER_CPU_ISA, which the choice depends on.
+    """
+    return _choose(None, device=torch.device("cpu"), dtype=dtype, head_dim=head_dim, dropout=dropout)
+
+
+def _backend_of(call: Call, asked: str | None) -> str:
+    if asked is None and call.seed is None and dispatch.on_host(call.q) and not call.empty:
+        return _choose_on_host(call.q.dtype, call.q.shape[3], call.dropout > 0, os.environ.get("PRISMER_CPU_ISA"))
+    return _choose(asked or dispatch.asked(), **call.constants())
 
 
 # the registered ops
 
 
-def supports(backend: str, call: peers.Call) -> str | None:
-    """None if `backend` serves the call, else the reason why not."""
-    if backend == "native":
-        return attention_native.serves(call)
-    if backend == "triton":
-        if call.dtype == torch.float64:
-            return "triton attention computes in fp32, and q is float64"
-        if call.head_dim not in attention_triton.HEAD_DIMS:
-            dims = ", ".join(map(str, attention_triton.HEAD_DIMS))
-            return f"triton attention serves head dims {dims}, not {call.head_dim}"
-        return None
-    return None if backend in ("torch", "reference") else peers.supports(backend, call)
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def _empty(out: Tensor, needed: bool, x: Tensor | None) -> Tensor:
-    """Of a gradient of x (B, H, tokens, K): (B, tokens, H, K), or (0,) if it is not needed."""
-    if not needed or x is None:
-        return out.new_empty(0)
-    B, H, N, K = x.shape
-    return out.new_empty(B, N, H, K)
-
-
-def _forward(q, k, v, extra_k, extra_v, key_mask, seed, causal, dropout, scale, backend):
-    out, lse = _forward_fake(q, k, v, extra_k, extra_v, key_mask, seed, causal, dropout, scale, backend)
+def _dense_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    dropout: float,
+    scale: float,
+) -> Call:
+    """The call of an op on a backend that wants the last dimensions and the mask dense."""
     key_mask = None if key_mask is None else key_mask.contiguous()
+    return Call(_dense_rows(q), _dense_rows(k), _dense_rows(v), key_mask, seed, causal, dropout, scale)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    dropout: float,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """out (B, N, H, K) and lse (B, H, N)."""
+    out, lse = _forward_fake(q)
     if out.numel():
-        tensors = map(_rows, (q, k, v, extra_k, extra_v))
-        _OURS[backend].forward(*tensors, key_mask, seed, causal, dropout, scale, out, lse)
+        _REGISTERED[backend].forward(_dense_call(q, k, v, key_mask, seed, causal, dropout, scale), out, lse)
     return out, lse
 
 
-def _forward_fake(q, k, v, extra_k, extra_v, key_mask, seed, causal, dropout, scale, backend):
+def _forward_fake(q: Tensor) -> tuple[Tensor, Tensor]:
     B, H, N, K = q.shape
     compute = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(B, N, H, K), q.new_empty(B, H, N, dtype=compute)
 
 
 def _backward(
-    dout,
-    q,
-    k,
-    v,
-    extra_k,
-    extra_v,
-    key_mask,
-    seed,
-    out,
-    lse,
-    causal,
-    dropout,
-    scale,
-    backend,
-    need_q,
-    need_keys,
-    need_extra,
-):
-    outputs = _backward_fake(
-        dout,
-        q,
-        k,
-        v,
-        extra_k,
-        extra_v,
-        key_mask,
-        seed,
-        out,
-        lse,
-        causal,
-        dropout,
-        scale,
-        backend,
-        need_q,
-        need_keys,
-        need_extra,
-    )
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    dropout: float,
+    scale: float,
+    backend: str,
+    need_q: bool,
+    need_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv (B, tokens, H, K); those that are not needed are (0,)."""
+    outputs = _backward_fake(dout, q, k, v, need_q, need_keys)
     # a gradient without elements needs no program, and one without queries is zero
     grads = [g if g.numel() else None for g in outputs]
     if not out.numel():
         for g in outputs:
             g.zero_()
     elif any(g is not None for g in grads):
-        tensors = [_rows(t) for t in (q, k, v, extra_k, extra_v)]
-        key_mask = None if key_mask is None else key_mask.contiguous()
-        saved = (dout.contiguous(), *tensors, key_mask, seed, out, lse, causal, dropout, scale)
-        _OURS[backend].backward(*saved, grads)
-    return tuple(outputs)
+        call = _dense_call(q, k, v, key_mask, seed, causal, dropout, scale)
+        _REGISTERED[backend].backward(call, dout.contiguous(), out, lse, grads)
+    return outputs
 
 
 def _backward_fake(
-    dout,
-    q,
-    k,
-    v,
-    extra_k,
-    extra_v,
-    key_mask,
-    seed,
-    out,
-    lse,
-    causal,
-    dropout,
-    scale,
-    backend,
-    need_q,
-    need_keys,
-    need_extra,
-):
-    wanted = ((need_q, q), (need_keys, k), (need_keys, v), (need_extra, extra_k), (need_extra, extra_v))
-    return tuple(_empty(out, needed, x) for needed, x in wanted)
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, need_q: bool, need_keys: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    def empty(needed: bool, x: Tensor) -> Tensor:
+        B, H, N, K = x.shape
+        return dout.new_empty(B, N, H, K) if needed else dout.new_empty(0)
+
+    return empty(need_q, q), empty(need_keys, k), empty(need_keys, v)
 
 
-_attention = dispatch.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? extra_k, Tensor? extra_v, Tensor? key_mask, Tensor? seed,"
-    " bool causal, float dropout, float scale, str backend) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-_attention_backward = dispatch.define(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? extra_k, Tensor? extra_v, Tensor? key_mask,"
-    " Tensor? seed, Tensor out, Tensor lse, bool causal, float dropout, float scale, str backend,"
-    " bool need_q, bool need_keys, bool need_extra) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.causal, ctx.dropout, ctx.scale, ctx.backend = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
@@ -211,81 +211,45 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*tensors, out, lse)
 
 
-def _autograd(ctx, dout, _):
+def _autograd(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     if dout is None:
         return (None,) * len(needs)
-    q_to_extra = needs[0], needs[1] or needs[2], needs[3] or needs[4]
     options = ctx.causal, ctx.dropout, ctx.scale, ctx.backend
-    grads = _attention_backward(dout, *ctx.saved_tensors, *options, *q_to_extra)
+    grads = _attention_backward(dout, *ctx.saved_tensors, *options, needs[0], needs[1] or needs[2])
     grads = [g.transpose(1, 2) if need else None for g, need in zip(grads, needs, strict=False)]
     return *grads, *(None,) * (len(needs) - len(grads))
 
 
-dispatch.register_backward("attention", _setup_context, _autograd)
+_attention = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_attention_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
 
 
-@torch.compiler.assume_constant_result
-def _choose(asked, device, dtype, head_dim, causal, masked, dropout, seeded, extra, empty, compiling) -> str:
-    """The backend; a function of constants, so that torch.compile takes its result for one."""
-    call = _call(device, dtype, head_dim, causal, masked, dropout, seeded, extra, empty, compiling)
-
-    def serves(name: str) -> str | None:
-        reason = supports(name, call)
-        if reason is None and name == "native" and asked != "native":
-            reason = attention_native.slower_than_torch(dtype)
-        return reason
-
-    with dispatch.use_backend(asked):
-        return dispatch.choose("attention", device, serves)
-
-
-@functools.lru_cache(maxsize=256)
-def _choose_on_host(dtype: torch.dtype, head_dim: int, dropout: bool, instruction_set: str | None) -> str:
-    """What `_choose` comes to for ordinary tensors of a CPU, whose calls are too short to ask each time.
-
-    `instruction_set` is PRISMER_CPU_ISA, which the choice depends on.
-    """
-    cpu = torch.device("cpu")
-    return _choose(None, cpu, dtype, head_dim, False, False, dropout, False, False, False, False)
-
-
-def _call(device, dtype, head_dim, causal, masked, dropout, seeded, extra, empty, compiling=False) -> peers.Call:
-    return peers.Call(
-        device=device,
-        dtype=dtype,
-        head_dim=head_dim,
-        causal=causal,
-        masked=masked,
-        dropout=dropout,
-        seeded=seeded,
-        extra=extra,
-        empty=empty,
-        compiling=compiling,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-    )
-
-
-def _check(q, k, v, causal, key_mask, dropout, seed, extra_k, extra_v, backend) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    key_mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    backend: str | None,
+) -> None:
     if q.dim() != 4 or not q.is_floating_point() or q.dtype in dispatch.NARROW:
         raise ValueError(
             f"q is {q.dtype} of shape {tuple(q.shape)}; pass floats of shape (B, H, N, K), of 16 bits or more"
         )
     B, H, N, K = q.shape
-    if (extra_k is None) != (extra_v is None):
-        raise ValueError("one of extra_k and extra_v is missing; pass both or neither")
-    for names, pair in ((("k", "v"), (k, v)), (("extra_k", "extra_v"), (extra_k, extra_v))):
-        for name, x in zip(names, pair, strict=True):
-            like = x is None or (x.dim() == 4 and (*x.shape[:2], x.shape[3]) == (B, H, K) and x.shape == pair[0].shape)
-            if not like or (x is not None and (x.dtype != q.dtype or x.device != q.device)):
-                raise ValueError(
-                    f"{name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; pass {q.dtype} of shape "
-                    f"({B}, {H}, keys, {K}) on {q.device}, with as many values as keys"
-                )
+    for name, x in (("k", k), ("v", v)):
+        like = x.dim() == 4 and (*x.shape[:2], x.shape[3]) == (B, H, K) and x.shape == k.shape
+        if not like or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; pass {q.dtype} of shape "
+                f"({B}, {H}, keys, {K}) on {q.device}, with as many values as keys"
+            )
     L = k.shape[2]
     if causal and N != L:
         raise ValueError(f"causal attention of {N} queries over {L} keys; pass as many keys as queries")
@@ -313,8 +277,6 @@ def attention(
     key_mask: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
-    extra_k: Tensor | None = None,
-    extra_v: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -323,12 +285,11 @@ def attention(
     Args:
         q: (B, H, N, K), fp32, bf16, fp16 or float64; any strides, such as those of a view of a packed projection.
         k, v: (B, H, L, K), like q.
-        causal: query i sees keys 0..i; N must equal L. The extra keys are seen by all.
+        causal: query i sees keys 0..i; N must equal L.
         key_mask: (B, L) bool, True where a key of `k` is seen. A query that sees no key at all gives zeros.
         dropout: probability that a weight is dropped; the rest are scaled by 1 / (1 - dropout).
         seed: int64, one element on the device of q: the same seed drops the same weights in `triton`, `torch` and
-            `reference`. None draws one from torch's generator; vendors' backends then draw as they do.
-        extra_k, extra_v: (B, H, L2, K): a second segment of keys under the same softmax, never masked.
+            `reference`. None draws one from torch's generator; other libraries then draw in their own way.
         scale: of the scores; K ** -0.5 if None.
         backend: one of BACKENDS, before `use_backend` and PRISMER_BACKEND; None takes theirs, or the fastest.
 
@@ -339,40 +300,13 @@ def attention(
         ValueError: if a shape, dtype or setting does not fit.
         RuntimeError: if the backend asked for cannot run this call.
     """
-    _check(q, k, v, causal, key_mask, dropout, seed, extra_k, extra_v, backend)
-    K = operator.index(q.shape[3])
-    scale = K**-0.5 if scale is None else float(scale)
-    # torch.compile is to take these for constants, where it leaves the other sizes open
-    empty = True if q.numel() == 0 or k.numel() == 0 else False
-    drops = True if dropout > 0 else False
-    facts = (q.device, q.dtype, K, causal, key_mask is not None, drops, seed is not None, extra_k is not None, empty)
-    plain = backend is None and seed is None and extra_k is None and not empty
-    if plain and dispatch.on_host(q):
-        backend = _choose_on_host(q.dtype, K, drops, os.environ.get("PRISMER_CPU_ISA"))
-    else:
-        backend = _choose(backend or dispatch.asked(), *facts, torch.compiler.is_compiling())
-    if backend == "sdpa":
-        return peers.sdpa(q, k, v, causal, key_mask, dropout, scale)
-    if backend == "flash-attn":
-        return peers.flash_attn(q, k, v, causal, dropout, scale, _call(*facts))
-    if backend == "xformers":
-        return peers.xformers(q, k, v, causal, dropout, scale)
-    if not drops:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
-    if backend == "reference":
-        return attention_reference(
-            q,
-            k,
-            v,
-            causal=causal,
-            key_mask=key_mask,
-            dropout=dropout,
-            seed=seed,
-            extra_k=extra_k,
-            extra_v=extra_v,
-            scale=scale,
-        )
-    out, _ = _attention(q, k, v, extra_k, extra_v, key_mask, seed, causal, float(dropout), scale, backend)
+    _check(q, k, v, causal, key_mask, dropout, seed, backend)
+    # a constant for torch.compile, as are all head dims
+    scale = operator.index(q.shape[3]) ** -0.5 if scale is None else float(scale)
+    call = Call(q, k, v, key_mask, seed, causal, float(dropout), scale)
+    backend = _backend_of(call, backend)
+    if backend in _DIFFERENTIABLE:
+        return _DIFFERENTIABLE[backend](call)
+    seed = draw_seed(dropout, seed, q.device)
+    out, _ = _attention(q, k, v, key_mask, seed, causal, float(dropout), scale, backend)
     return out.transpose(1, 2)

@@ -1,8 +1,8 @@
-"""Attention that others have written, behind our signature: torch's own, flash-attn 2, 3 and 4, xFormers.
+"""Attention from other libraries behind our signature: torch's own, flash-attn 2, 3 and 4, and xFormers.
 
-Each takes (B, H, N, K) and gives (B, H, N, K) whose memory is (B, N, H, K), under plain autograd. `supports` says what
-each does not do. The calls are those of flash-attn 2.8.3, flash-attn 3 as in the same source, flash-attn-4 4.0.0 and
-xFormers 0.0.35; `tests/ops/test_attention_peers.py` keeps their signatures.
+Each function takes a `Call` of (B, H, N, K) tensors and returns (B, H, N, K) whose memory is (B, N, H, K), under plain
+autograd. The functions `..._refuses` say what each library does not do. The calls follow flash-attn 2.8.3, flash-attn 3
+in the same source, flash-attn-4 4.0.0 and xFormers 0.0.35; `tests/ops/test_attention_peers.py` keeps their signatures.
 """
 
 import importlib
@@ -13,90 +13,102 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prismer.kernels import dispatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """What decides whether a backend serves a call of `attention`."""
-
-    device: torch.device
-    dtype: torch.dtype
-    head_dim: int
-    capability: tuple[int, int] | None = None  # of the GPU, such as (9, 0)
-    causal: bool = False
-    masked: bool = False
-    dropout: bool = False
-    seeded: bool = False
-    extra: bool = False  # a second segment of keys
-    empty: bool = False  # no sample, no query or no key
-    deterministic: bool = False  # torch.use_deterministic_algorithms
-    compiling: bool = False
+from prismer.kernels.attention.call import Call, Facts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One of the packages that are called flash-attn."""
+    """One of the packages that are called flash-attn.
+
+    Attributes:
+        number: the generation, 2, 3 or 4.
+        module: where its `flash_attn_func` is.
+        majors: of the compute capabilities for which it is published.
+        dropout: does it drop weights?
+    """
 
     number: int
     module: str
-    majors: tuple[int, ...]  # of the compute capabilities that it is published for
+    majors: tuple[int, ...]
     dropout: bool = False
 
 
-GENERATIONS = (  # the best first
+# the best first
+GENERATIONS = (
     Generation(number=3, module="flash_attn_interface", majors=(9,)),
     Generation(number=4, module="flash_attn.cute", majors=(9, 10, 11)),
     Generation(number=2, module="flash_attn", majors=(8, 9, 10, 11, 12), dropout=True),
 )
 
 
-def _generation_missing(generation: Generation, call: Call) -> str | None:
+def _generation_missing(generation: Generation, facts: Facts) -> str | None:
     """None if this generation of flash-attn serves the call here, else the reason why not."""
     name = f"flash-attn {generation.number}"
-    if call.capability is None or call.capability[0] not in generation.majors:
-        major = "none" if call.capability is None else "{}.{}".format(*call.capability)
+    if facts.capability is None or facts.capability[0] not in generation.majors:
+        found = "none" if facts.capability is None else "{}.{}".format(*facts.capability)
         wanted = ", ".join(f"{major}.x" for major in generation.majors)
-        return f"{name} serves compute capability {wanted}, and this device has {major}"
-    # generation 4 computes larger heads on Hopper, not on Blackwell
-    largest = 128 if generation.number == 4 and call.capability[0] > 9 else 256
-    if call.head_dim > largest or call.head_dim % 8:
-        return f"{name} serves head dims up to {largest} that are multiples of 8, not {call.head_dim}"
-    if call.dropout and not generation.dropout:
+        return f"{name} serves compute capability {wanted}, and this device has {found}"
+    # generation 4 serves larger heads on Hopper, but not on Blackwell
+    largest = 128 if generation.number == 4 and facts.capability[0] > 9 else 256
+    if facts.head_dim > largest or facts.head_dim % 8:
+        return f"{name} serves head dims up to {largest} that are multiples of 8, not {facts.head_dim}"
+    if facts.dropout and not generation.dropout:
         return f"{name} has no dropout"
     return dispatch.module_missing(generation.module, "flash_attn_func")
 
 
-def _generation(call: Call) -> Generation | None:
-    return next((g for g in GENERATIONS if _generation_missing(g, call) is None), None)
+def _generation(facts: Facts) -> Generation | None:
+    """The best generation of flash-attn that serves the call."""
+    return next((g for g in GENERATIONS if _generation_missing(g, facts) is None), None)
 
 
-def supports(backend: str, call: Call) -> str | None:
-    """None if `sdpa`, `flash-attn` or `xformers` serves the call, else the reason why not."""
-    if call.extra:
-        return f"{backend} takes one segment of keys, and extra_k was given"
-    if call.empty:
-        return f"{backend} is not asked about tensors without elements"
-    if call.dropout and call.seeded:
+def _all_refuse(backend: str, facts: Facts) -> str | None:
+    """What no other library does."""
+    if facts.empty:
+        return f"{backend} does not take tensors without elements"
+    if facts.dropout and facts.seeded:
         return f"{backend} draws dropout from torch's generator, and a seed was given"
-    if backend == "sdpa":
-        if call.masked and call.device.type != "cpu":
-            return f"sdpa does not promise zeros on {call.device.type} for a query whose keys are all masked"
-        return None
-    dtypes = [torch.float16, torch.bfloat16] + [torch.float32] * (backend == "xformers")
-    if call.dtype not in dtypes:
-        return f"{backend} serves {' and '.join(map(str, dtypes))}, not {call.dtype}"
-    if call.masked:
-        return f"{backend} takes no key mask without packing the keys"
-    if call.compiling:
-        return f"torch.compile does not see through {backend}"
-    if backend == "flash-attn":
-        reasons = [_generation_missing(generation, call) for generation in GENERATIONS]
-        return None if None in reasons else "; ".join(reasons)
-    if call.head_dim % 8:
-        return f"xformers serves head dims that are multiples of 8, not {call.head_dim}"
-    if call.deterministic:
-        return "xformers has no deterministic backward, and torch.use_deterministic_algorithms asks for one"
     return None
+
+
+def _packages_refuse(backend: str, facts: Facts, *dtypes: torch.dtype) -> str | None:
+    """What neither flash-attn nor xFormers does."""
+    if facts.dtype not in dtypes:
+        return f"{backend} serves {' and '.join(map(str, dtypes))}, not {facts.dtype}"
+    if facts.masked:
+        return f"{backend} takes no key mask without packing the keys"
+    if facts.compiling:
+        return f"torch.compile does not see through {backend}"
+    return None
+
+
+def sdpa_refuses(facts: Facts) -> str | None:
+    """None if torch's own attention serves the call, else the reason why not."""
+    reason = _all_refuse("sdpa", facts)
+    if reason is None and facts.masked and facts.device.type != "cpu":
+        return f"sdpa does not promise zeros on {facts.device.type} for a query whose keys are all masked"
+    return reason
+
+
+def flash_attn_refuses(facts: Facts) -> str | None:
+    """None if a generation of flash-attn serves the call, else the reason why not."""
+    name = "flash-attn"
+    reason = _all_refuse(name, facts) or _packages_refuse(name, facts, torch.float16, torch.bfloat16)
+    if reason is not None:
+        return reason
+    reasons = [_generation_missing(generation, facts) for generation in GENERATIONS]
+    return None if None in reasons else "; ".join(reasons)
+
+
+def xformers_refuses(facts: Facts) -> str | None:
+    """None if xFormers serves the call, else the reason why not."""
+    dtypes = torch.float16, torch.bfloat16, torch.float32
+    reason = _all_refuse("xformers", facts) or _packages_refuse("xformers", facts, *dtypes)
+    if reason is None and facts.head_dim % 8:
+        return f"xformers serves head dims that are multiples of 8, not {facts.head_dim}"
+    if reason is None and facts.deterministic:
+        return "xformers has no deterministic backward, and torch.use_deterministic_algorithms asks for one"
+    return reason
 
 
 def _tokens_first(x: Tensor) -> Tensor:
@@ -105,42 +117,47 @@ def _tokens_first(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, key_mask: Tensor | None, dropout: float, scale: float
-) -> Tensor:
-    """torch's `scaled_dot_product_attention`; arguments as in `attention`."""
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    if mask is not None and causal:
-        N = q.shape[2]
-        mask = mask & torch.ones(N, N, dtype=torch.bool, device=q.device).tril()
+def sdpa(call: Call) -> Tensor:
+    """torch's `scaled_dot_product_attention`."""
+    mask = None if call.key_mask is None else call.key_mask[:, None, None, :]
+    if mask is not None and call.causal:
+        N = call.q.shape[2]
+        mask = mask & torch.ones(N, N, dtype=torch.bool, device=call.q.device).tril()
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None, scale=scale
+        call.q,
+        call.k,
+        call.v,
+        attn_mask=mask,
+        dropout_p=call.dropout,
+        is_causal=call.causal and mask is None,
+        scale=call.scale,
     )
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float, scale: float, call: Call) -> Tensor:
-    """The best generation of flash-attn that serves `call`, as `supports` found."""
-    generation = _generation(call)
+def flash_attn(call: Call) -> Tensor:
+    """The best generation of flash-attn that serves the call; `flash_attn_refuses` has found that there is one."""
+    facts = Facts.on_this_machine(**call.constants())
+    generation = _generation(facts)
     function = importlib.import_module(generation.module).flash_attn_func
-    options = dict(softmax_scale=scale, causal=causal, deterministic=call.deterministic)
+    options = dict(softmax_scale=call.scale, causal=call.causal, deterministic=facts.deterministic)
     if generation.dropout:
-        options["dropout_p"] = dropout
-    out = function(_tokens_first(q), _tokens_first(k), _tokens_first(v), **options)
+        options["dropout_p"] = call.dropout
+    out = function(_tokens_first(call.q), _tokens_first(call.k), _tokens_first(call.v), **options)
     # generation 4 returns the log-sum-exp, or None, beside the output
     out = out if isinstance(out, Tensor) else out[0]
     return out.contiguous().transpose(1, 2)
 
 
-def xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float, scale: float) -> Tensor:
-    """xFormers' `memory_efficient_attention`; arguments as in `attention`."""
+def xformers(call: Call) -> Tensor:
+    """xFormers' `memory_efficient_attention`."""
     ops = importlib.import_module("xformers.ops")
     out = ops.memory_efficient_attention(
-        _tokens_first(q),
-        _tokens_first(k),
-        _tokens_first(v),
-        attn_bias=ops.LowerTriangularMask() if causal else None,
-        p=dropout,
-        scale=scale,
+        _tokens_first(call.q),
+        _tokens_first(call.k),
+        _tokens_first(call.v),
+        attn_bias=ops.LowerTriangularMask() if call.causal else None,
+        p=call.dropout,
+        scale=call.scale,
     )
     return out.contiguous().transpose(1, 2)

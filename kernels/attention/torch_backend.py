@@ -1,6 +1,6 @@
-"""Attention composed of torch's operators, for every device, dtype and call: a chunk of scores at a time.
+"""Attention composed of torch's operators, for every device, dtype and call, one block of queries at a time.
 
-Formulas in `attention.py`; the largest chunk of scores is 64 MB.
+The formulas are in the op's docstring; the scores of a block take 64 MB at most.
 """
 
 import math
@@ -9,93 +9,88 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from prismer.kernels.attention.call import Call
 from prismer.kernels.philox import survivors
 
-_CHUNK_BYTES = 64 << 20  # of scores that are there at once
+_BLOCK_BYTES = 64 << 20
 _LOG2E = math.log2(math.e)
 
 
-def _chunks(q: Tensor, keys: int, itemsize: int) -> Iterator[slice]:
-    B, H, N, _ = q.shape
-    rows = max(1, _CHUNK_BYTES // max(1, B * H * keys * itemsize))
+def _blocks(call: Call, itemsize: int) -> Iterator[slice]:
+    """The queries of each block."""
+    B, H, N, _ = call.q.shape
+    rows = max(1, _BLOCK_BYTES // max(1, B * H * call.k.shape[2] * itemsize))
     for start in range(0, N, rows):
         yield slice(start, min(N, start + rows))
 
 
-def _segments(k, v, extra_k, extra_v, compute) -> list[tuple[int, Tensor, Tensor]]:
-    """Those that have keys: number, keys, values."""
-    pairs = enumerate(((k, v), (extra_k, extra_v)))
-    return [(i, a.to(compute), b.to(compute)) for i, (a, b) in pairs if a is not None and a.shape[2]]
-
-
-def _scores(q, k, segment, rows, causal, key_mask) -> Tensor:
-    """Of the scaled queries `q`, which are those of `rows`; the extra segment is seen by all."""
+def _scores(call: Call, q: Tensor, k: Tensor, rows: slice) -> Tensor:
+    """The scores of scaled queries `q`, which are those of `rows`; -inf where a query does not see a key."""
     scores = q @ k.mT
-    if segment == 0 and key_mask is not None:
-        scores.masked_fill_(~key_mask[:, None, None, :], float("-inf"))
-    if segment == 0 and causal:
-        o_q, o_k = (torch.arange(n, device=q.device) for n in (rows.stop, k.shape[2]))
-        scores.masked_fill_(o_k > o_q[rows, None], float("-inf"))
+    if call.key_mask is not None:
+        scores.masked_fill_(~call.key_mask[:, None, None, :], float("-inf"))
+    if call.causal:
+        o_q = torch.arange(rows.start, rows.stop, device=q.device)
+        o_k = torch.arange(k.shape[2], device=q.device)
+        scores.masked_fill_(o_k > o_q[:, None], float("-inf"))
     return scores
 
 
-def forward(q, k, v, extra_k, extra_v, key_mask, seed, causal, dropout, scale, out, lse):
-    B, H, _, _ = q.shape
-    segments = _segments(k, v, extra_k, extra_v, lse.dtype)
-    if not segments:
+def _survivors(call: Call, rows: slice) -> Tensor:
+    B, H, _, _ = call.q.shape
+    return survivors(call.seed, B, H, rows.start, rows.stop - rows.start, call.k.shape[2], call.dropout)
+
+
+def forward(call: Call, out: Tensor, lse: Tensor) -> None:
+    """Fill out (B, N, H, K) and lse (B, H, N), in base 2."""
+    if not call.k.shape[2]:
         out.zero_()
         lse.fill_(float("inf"))
         return
-    for rows in _chunks(q, sum(k.shape[2] for _, k, _ in segments), lse.itemsize):
-        q_rows = q[:, :, rows].to(lse.dtype) * (scale * _LOG2E)
-        weights = [_scores(q_rows, k, i, rows, causal, key_mask) for i, k, _ in segments]
-        base = weights[0].amax(3, keepdim=True)
-        for more in weights[1:]:
-            base = torch.maximum(base, more.amax(3, keepdim=True))
-        base = base.masked_fill_(base == float("-inf"), 0)
-        weights = [s.sub_(base).exp2_() for s in weights]
-        total = sum(w.sum(3, keepdim=True) for w in weights)
+    k, v = call.k.to(lse.dtype), call.v.to(lse.dtype)
+    for rows in _blocks(call, lse.itemsize):
+        weights = _scores(call, call.q[:, :, rows].to(lse.dtype) * (call.scale * _LOG2E), k, rows)
+        base = weights.amax(3, keepdim=True)
+        base.masked_fill_(base == float("-inf"), 0)
+        weights.sub_(base).exp2_()
+        total = weights.sum(3, keepdim=True)
         nothing = total == 0
         lse[:, :, rows] = (base + total.log2()).masked_fill_(nothing, float("inf")).squeeze(3)
-        if dropout:
-            for (i, k, _), w in zip(segments, weights, strict=True):
-                w *= survivors(seed, B, H, rows.start, w.shape[2], k.shape[2], i, dropout)
-        x = sum(w @ v for w, (_, _, v) in zip(weights, segments, strict=True))
-        x *= 1 / (1 - dropout) / total.masked_fill_(nothing, 1)
+        if call.dropout:
+            weights *= _survivors(call, rows)
+        x = weights @ v
+        x *= 1 / (1 - call.dropout) / total.masked_fill_(nothing, 1)
         out[:, rows] = x.transpose(1, 2)
 
 
-def backward(dout, q, k, v, extra_k, extra_v, key_mask, seed, out, lse, causal, dropout, scale, grads):
-    B, H, _, _ = q.shape
+def backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor, grads: list[Tensor | None]) -> None:
+    """Fill those of dq, dk and dv (B, tokens, H, K) that are not None; dout (B, N, H, K) is contiguous."""
+    dq, dk, dv = grads
     compute = lse.dtype
-    segments = _segments(k, v, extra_k, extra_v, compute)
-    dq, sums = grads[0], [None if g is None else g.new_zeros(g.shape, dtype=compute) for g in grads]
-    if dq is not None and not segments:
+    if not call.k.shape[2]:
+        # there are no keys, and only dq has elements
         dq.zero_()
-    for rows in _chunks(q, sum(k.shape[2] for _, k, _ in segments), lse.itemsize):
-        q_rows = q[:, :, rows].to(compute) * (scale * _LOG2E)
+        return
+    k, v = call.k.to(compute), call.v.to(compute)
+    sums = None if dk is None else (torch.zeros_like(dk, dtype=compute), torch.zeros_like(dv, dtype=compute))
+    for rows in _blocks(call, lse.itemsize):
+        q_rows = call.q[:, :, rows].to(compute) * (call.scale * _LOG2E)
         dout_rows = dout[:, rows].transpose(1, 2).to(compute)
         delta = (dout_rows * out[:, rows].transpose(1, 2)).sum(3, keepdim=True)
-        dq_rows = 0
-        for i, k, v in segments:
-            p = _scores(q_rows, k, i, rows, causal, key_mask)
-            p = p.sub_(lse[:, :, rows, None]).exp2_()
-            dp = dout_rows @ v.mT
-            dropped = p
-            if dropout:
-                kept = survivors(seed, B, H, rows.start, p.shape[2], k.shape[2], i, dropout)
-                kept = kept.to(compute) / (1 - dropout)
-                dropped = p * kept
-                dp *= kept
-            ds = p * dp.sub_(delta)
-            if sums[1 + 2 * i] is not None:
-                sums[1 + 2 * i] += (ds.mT @ q_rows).transpose(1, 2)
-                sums[2 + 2 * i] += (dropped.mT @ dout_rows).transpose(1, 2)
-            if dq is not None:
-                dq_rows = dq_rows + ds @ k
-        if dq is not None and segments:
-            dq[:, rows] = (dq_rows * scale).transpose(1, 2)
-    # the queries above hold the factor that makes the logarithms base 2
-    for grad, total, of_values in zip(grads[1:], sums[1:], (False, True) * 2, strict=True):
-        if grad is not None:
-            grad.copy_(total if of_values else total.div_(_LOG2E))
+        p = _scores(call, q_rows, k, rows).sub_(lse[:, :, rows, None]).exp2_()
+        dp = dout_rows @ v.mT
+        dropped = p
+        if call.dropout:
+            kept = _survivors(call, rows).to(compute) / (1 - call.dropout)
+            dropped = p * kept
+            dp *= kept
+        ds = p * dp.sub_(delta)
+        if sums is not None:
+            sums[0].add_((ds.mT @ q_rows).transpose(1, 2))
+            sums[1].add_((dropped.mT @ dout_rows).transpose(1, 2))
+        if dq is not None:
+            dq[:, rows] = (ds @ k * call.scale).transpose(1, 2)
+    if sums is not None:
+        # q_rows holds the factor that makes the logarithms base 2
+        dk.copy_(sums[0].div_(_LOG2E))
+        dv.copy_(sums[1])

@@ -1,24 +1,23 @@
-"""Flash attention in Triton, forward and backward: the kernels and launchers of `attention.py`, where the maths is.
+"""Flash attention in Triton, forward and backward: kernels and launchers. The op's docstring has the maths.
 
-Scores never reach memory. A program of the forward pass owns a block of queries and streams the keys of the main
-segment, then those of the extra one, through one online softmax; it leaves the output and the log-sum-exp of its rows,
-in base 2. Backward, a program of the first kernel owns a block of queries: delta = sum over K of dout * out, then dq.
-A program of the second owns a block of keys: dk and dv. Nothing is added atomically: a repeated call gives the same
-bits.
+Scores never reach memory. A program of the forward pass owns a block of queries, streams the keys through an online
+softmax, and writes the output and the base-2 log-sum-exp of its rows. In the backward pass a program of the first
+kernel owns a block of queries and computes delta = sum over K of dout * out, then dq. A program of the second kernel
+owns a block of keys and computes dk and dv. Nothing is added atomically: a repeated call gives the same bits.
 
 Head dims 96 and 160 are computed as 64 + 32 and 128 + 32, not padded to a power of two. fp32 is multiplied in full
 precision unless torch.backends.cuda.matmul.allow_tf32 is set.
 
-Traffic, for B*H heads, N queries, L keys, head dim K of s bytes; blocks of BM queries and BN keys, rounded up; rows and
-keys beyond the end are multiplied but not read:
+Traffic, for B*H heads, N queries, L keys, head dim K and numbers of s bytes, in blocks of BM queries and BN keys,
+rounded up; rows and keys beyond the end are multiplied but not read:
     forward   reads q once and, for each query block, K and V: (N + 2 L blocks_m) K s; writes (N s K + 4 N)
     dq        reads q, out, dout once, K and V for each query block: (3 N + 2 L blocks_m) K s + 4 N; writes N K s + 4 N
     dk, dv    reads K and V once, q and dout, lse and delta for each key block: (2 L + 2 N blocks_n) K s + 8 N blocks_n;
               writes 2 L K s
 and L bytes of key mask wherever K is read, 8 bytes of seed a program. Dot FLOPs for each pair of blocks (BM, BN):
     forward 4 BM BN K,  dq 6 BM BN K,  dk and dv 8 BM BN K.
-Causal: a query block sees keys before its end, a key block queries from the block of its first key on; no others are
-read or multiplied.
+Causal: a query block reads the keys before its end, and a key block reads the queries from the block of its first key
+on; no others are read or multiplied.
 """
 
 import torch
@@ -27,9 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.attention.call import Call, Facts
 
+# head dim -> the two widths in which it is computed
 HEAD_DIMS = {32: (32, 0), 64: (64, 0), 96: (64, 32), 128: (128, 0), 160: (128, 32)}
-# head dim -> the two widths it is computed in
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -43,6 +43,7 @@ def _rows(p, stride, o_row, m_row, FROM: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _put_rows(p, stride, o_row, m_row, b, FROM: tl.constexpr, WIDTH: tl.constexpr):
+    """The way back: store a block of rows of a matrix whose last dimension is contiguous."""
     o_col = FROM + tl.arange(0, WIDTH)
     p_row = p + o_row[:, None] * stride + o_col[None, :]
     tl.store(p_row, b.to(p.dtype.element_ty), mask=m_row[:, None])
@@ -50,45 +51,50 @@ def _put_rows(p, stride, o_row, m_row, b, FROM: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def _above(r, threshold):
-    """The upper 24 bits of a draw against the threshold, in a byte: what then moves between threads is small."""
+    """Compare the upper 24 bits of a draw with the threshold; in a byte, so that little moves between threads."""
     return ((r >> 8).to(tl.int32) >= threshold).to(tl.int8)
 
 
 @triton.jit
-def _kept(seed, i_bh, i_row, i_col, threshold, SEGMENT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _kept(seed, i_bh, i_row, i_col, threshold, BM: tl.constexpr, BN: tl.constexpr):
     """Which probabilities of rows i_row.. and keys i_col.. (a multiple of 4) survive dropout.
 
-    Four neighbouring keys share one call of Philox, whose counter is (key // 4, row, head, segment): the choice depends
-    on the seed and the place alone, not on the blocks.
+    Four neighbouring keys share one call of Philox, whose counter is (key // 4, row, head, 0): the choice depends on
+    the seed and the place alone, not on the blocks.
     """
     o_row = i_row + tl.arange(0, BM)[:, None]
     o_four = i_col // 4 + tl.arange(0, BN // 4)[None, :]
-    r0, r1, r2, r3 = tl.philox(seed, o_four, o_row, i_bh, SEGMENT)
+    r0, r1, r2, r3 = tl.philox(seed, o_four, o_row, i_bh, 0)
     r0, r1, r2, r3 = (_above(r0, threshold), _above(r1, threshold), _above(r2, threshold), _above(r3, threshold))
     b = tl.join(tl.join(r0, r2), tl.join(r1, r3))
     return tl.reshape(b, (BM, BN)) != 0
 
 
 @triton.jit
-def _attend(
-    b_q1,
-    b_q2,
-    b_acc1,
-    b_acc2,
-    b_max,
-    b_sum,
+def _forward_kernel(
+    p_q,
     p_k,
     p_v,
     p_mask,
+    p_seed,
+    p_out,
+    p_lse,
+    N,
+    L,
+    H,
+    blocks,
+    q_b,
+    q_h,
+    q_n,
+    k_b,
+    k_h,
     k_n,
+    v_b,
+    v_h,
     v_n,
-    end,
-    i_bh,
-    i_m,
-    seed,
-    scale_log2,
+    scale,
     threshold,
-    SEGMENT: tl.constexpr,
+    unkept,
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -98,8 +104,29 @@ def _attend(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Online softmax of a block of queries over the keys 0..end of one segment; base-2 logarithms."""
-    o_m, o_n = i_m + tl.arange(0, BM), tl.arange(0, BN)
+    """The output and the log-sum-exp of a block of queries, by an online softmax over the keys."""
+    i_bh = tl.program_id(0) // blocks
+    i_m = tl.program_id(0) % blocks * BM
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    o_m, o_n = tl.arange(0, BM), tl.arange(0, BN)
+    m_m = i_m + o_m < N
+    p_q += i_b * q_b + i_h * q_h + i_m.to(tl.int64) * q_n
+    p_k += i_b * k_b + i_h * k_h
+    p_v += i_b * v_b + i_h * v_h
+    b_q1 = _rows(p_q, q_n, o_m, m_m, 0, K1)
+    b_max = tl.full((BM,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BM,), tl.float32)
+    b_acc1 = tl.zeros((BM, K1), tl.float32)
+    if K2:
+        b_q2 = _rows(p_q, q_n, o_m, m_m, K1, K2)
+        b_acc2 = tl.zeros((BM, K2), tl.float32)
+    if DROPOUT:
+        seed = tl.load(p_seed)
+    end = L
+    if CAUSAL:
+        end = tl.minimum(L, i_m + BM)
+    if MASKED:
+        p_mask += i_b * L
     for start in range(0, end, BN):
         m_n = start + o_n < end
         b_s = tl.dot(b_q1, tl.trans(_rows(p_k, k_n, o_n, m_n, 0, K1)), input_precision=PRECISION)
@@ -111,8 +138,8 @@ def _attend(
             seen = tl.load(p_mask + start + o_n, mask=m_n, other=0) != 0
         seen = seen[None, :]
         if CAUSAL:
-            seen = seen & (start + o_n[None, :] <= o_m[:, None])
-        b_s = tl.where(seen, b_s * scale_log2, float("-inf"))
+            seen = seen & (start + o_n[None, :] <= i_m + o_m[:, None])
+        b_s = tl.where(seen, b_s * (scale * _LOG2E), float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         # a row that has seen nothing yet: any finite base keeps its weights at zero
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -120,7 +147,7 @@ def _attend(
         b_shrink = tl.exp2(b_max - b_base)
         b_max, b_sum = b_new, b_sum * b_shrink + tl.sum(b_p, 1)
         if DROPOUT:
-            b_p = tl.where(_kept(seed, i_bh, i_m, start, threshold, SEGMENT, BM, BN), b_p, 0.0)
+            b_p = tl.where(_kept(seed, i_bh, i_m, start, threshold, BM, BN), b_p, 0.0)
         b_v1 = _rows(p_v, v_n, o_n, m_n, 0, K1)
         b_p = b_p.to(b_v1.dtype)
         b_acc1 = tl.dot(b_p, b_v1, b_acc1 * b_shrink[:, None], input_precision=PRECISION)
@@ -129,137 +156,9 @@ def _attend(
             b_acc2 = tl.dot(b_p, b_v2, b_acc2 * b_shrink[:, None], input_precision=PRECISION)
         p_k += BN * k_n
         p_v += BN * v_n
-    return b_acc1, b_acc2, b_max, b_sum
-
-
-@triton.jit
-def _forward_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_extra_k,
-    p_extra_v,
-    p_mask,
-    p_seed,
-    p_out,
-    p_lse,
-    N,
-    L,
-    L2,
-    H,
-    blocks,
-    q_b,
-    q_h,
-    q_n,
-    k_b,
-    k_h,
-    k_n,
-    v_b,
-    v_h,
-    v_n,
-    ek_b,
-    ek_h,
-    ek_n,
-    ev_b,
-    ev_h,
-    ev_n,
-    scale,
-    threshold,
-    unkept,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    EXTRA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    K1: tl.constexpr,
-    K2: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    i_bh = tl.program_id(0) // blocks
-    i_m = tl.program_id(0) % blocks * BM
-    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    o_m = tl.arange(0, BM)
-    m_m = i_m + o_m < N
-    p_q += i_b * q_b + i_h * q_h + i_m.to(tl.int64) * q_n
-    b_q1 = _rows(p_q, q_n, o_m, m_m, 0, K1)
-    b_q2 = b_q1
-    b_max = tl.full((BM,), float("-inf"), tl.float32)
-    b_sum = tl.zeros((BM,), tl.float32)
-    b_acc1 = tl.zeros((BM, K1), tl.float32)
-    b_acc2 = b_sum
-    if K2:
-        b_q2 = _rows(p_q, q_n, o_m, m_m, K1, K2)
-        b_acc2 = tl.zeros((BM, K2), tl.float32)
-    seed = 0
-    if DROPOUT:
-        seed = tl.load(p_seed)
-    end = L
-    if CAUSAL:
-        end = tl.minimum(L, i_m + BM)
-    p_keys = p_mask
-    if MASKED:
-        p_keys = p_mask + i_b * L
-    b_acc1, b_acc2, b_max, b_sum = _attend(
-        b_q1,
-        b_q2,
-        b_acc1,
-        b_acc2,
-        b_max,
-        b_sum,
-        p_k + i_b * k_b + i_h * k_h,
-        p_v + i_b * v_b + i_h * v_h,
-        p_keys,
-        k_n,
-        v_n,
-        end,
-        i_bh,
-        i_m,
-        seed,
-        scale * _LOG2E,
-        threshold,
-        0,
-        CAUSAL,
-        MASKED,
-        DROPOUT,
-        PRECISION,
-        K1,
-        K2,
-        BM,
-        BN,
-    )
-    if EXTRA:
-        b_acc1, b_acc2, b_max, b_sum = _attend(
-            b_q1,
-            b_q2,
-            b_acc1,
-            b_acc2,
-            b_max,
-            b_sum,
-            p_extra_k + i_b * ek_b + i_h * ek_h,
-            p_extra_v + i_b * ev_b + i_h * ev_h,
-            p_mask,
-            ek_n,
-            ev_n,
-            L2,
-            i_bh,
-            i_m,
-            seed,
-            scale * _LOG2E,
-            threshold,
-            1,
-            False,
-            False,
-            DROPOUT,
-            PRECISION,
-            K1,
-            K2,
-            BM,
-            BN,
-        )
     nothing = b_sum == 0
     b_sum = tl.where(nothing, 1.0, b_sum)
-    # plus infinity where no key is seen: minus infinity would make NaN of weights that are zero
+    # plus infinity where no key is seen: with minus infinity, weights that are zero would become NaN
     b_lse = tl.where(nothing, float("inf"), b_max + tl.log2(b_sum))
     b_norm = unkept / b_sum
     tl.store(p_lse + i_bh.to(tl.int64) * N + i_m + o_m, b_lse, mask=m_m)
@@ -270,75 +169,10 @@ def _forward_kernel(
 
 
 @triton.jit
-def _into_queries(
-    b_q1,
-    b_q2,
-    b_do1,
-    b_do2,
-    b_lse,
-    b_delta,
-    b_dq1,
-    b_dq2,
-    p_k,
-    p_v,
-    p_mask,
-    k_n,
-    v_n,
-    end,
-    i_bh,
-    i_m,
-    seed,
-    scale_log2,
-    threshold,
-    unkept,
-    SEGMENT: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    K1: tl.constexpr,
-    K2: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """dq / scale of a block of queries from the keys 0..end of one segment."""
-    o_m, o_n = i_m + tl.arange(0, BM), tl.arange(0, BN)
-    for start in range(0, end, BN):
-        m_n = start + o_n < end
-        b_k1 = _rows(p_k, k_n, o_n, m_n, 0, K1)
-        b_s = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
-        b_dp = tl.dot(b_do1, tl.trans(_rows(p_v, v_n, o_n, m_n, 0, K1)), input_precision=PRECISION)
-        if K2:
-            b_k2 = _rows(p_k, k_n, o_n, m_n, K1, K2)
-            b_s = tl.dot(b_q2, tl.trans(b_k2), b_s, input_precision=PRECISION)
-            b_v2 = _rows(p_v, v_n, o_n, m_n, K1, K2)
-            b_dp = tl.dot(b_do2, tl.trans(b_v2), b_dp, input_precision=PRECISION)
-        seen = m_n
-        if MASKED:
-            seen = tl.load(p_mask + start + o_n, mask=m_n, other=0) != 0
-        seen = seen[None, :]
-        if CAUSAL:
-            seen = seen & (start + o_n[None, :] <= o_m[:, None])
-        b_p = tl.exp2(tl.where(seen, b_s * scale_log2 - b_lse[:, None], float("-inf")))
-        if DROPOUT:
-            b_keep = _kept(seed, i_bh, i_m, start, threshold, SEGMENT, BM, BN)
-            b_dp = tl.where(b_keep, b_dp * unkept, 0.0)
-        b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k1.dtype)
-        b_dq1 = tl.dot(b_ds, b_k1, b_dq1, input_precision=PRECISION)
-        if K2:
-            b_dq2 = tl.dot(b_ds, b_k2, b_dq2, input_precision=PRECISION)
-        p_k += BN * k_n
-        p_v += BN * v_n
-    return b_dq1, b_dq2
-
-
-@triton.jit
 def _queries_kernel(
     p_q,
     p_k,
     p_v,
-    p_extra_k,
-    p_extra_v,
     p_mask,
     p_seed,
     p_out,
@@ -348,7 +182,6 @@ def _queries_kernel(
     p_delta,
     N,
     L,
-    L2,
     H,
     blocks,
     q_b,
@@ -360,12 +193,6 @@ def _queries_kernel(
     v_b,
     v_h,
     v_n,
-    ek_b,
-    ek_h,
-    ek_n,
-    ev_b,
-    ev_h,
-    ev_n,
     scale,
     threshold,
     unkept,
@@ -373,14 +200,13 @@ def _queries_kernel(
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     DROPOUT: tl.constexpr,
-    EXTRA: tl.constexpr,
     PRECISION: tl.constexpr,
     K1: tl.constexpr,
     K2: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """delta of a block of queries, for the kernel of the keys, and dq if it is needed."""
+    """delta of a block of queries, which the keys kernel reads, and dq if it is needed."""
     i_bh = tl.program_id(0) // blocks
     i_m = tl.program_id(0) % blocks * BM
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
@@ -391,7 +217,6 @@ def _queries_kernel(
     b_do1 = _rows(p_dout + place, stride, o_m, m_m, 0, K1)
     b_out1 = _rows(p_out + place, stride, o_m, m_m, 0, K1)
     b_delta = tl.sum(b_do1.to(tl.float32) * b_out1.to(tl.float32), 1)
-    b_do2 = b_do1
     if K2:
         b_do2 = _rows(p_dout + place, stride, o_m, m_m, K1, K2)
         b_out2 = _rows(p_out + place, stride, o_m, m_m, K1, K2)
@@ -402,84 +227,46 @@ def _queries_kernel(
         b_lse = tl.load(p_lse + o_row, mask=m_m, other=float("inf"))
         p_q += i_b * q_b + i_h * q_h + i_m.to(tl.int64) * q_n
         b_q1 = _rows(p_q, q_n, o_m, m_m, 0, K1)
-        b_q2 = b_q1
         b_dq1 = tl.zeros((BM, K1), tl.float32)
-        b_dq2 = b_delta
         if K2:
             b_q2 = _rows(p_q, q_n, o_m, m_m, K1, K2)
             b_dq2 = tl.zeros((BM, K2), tl.float32)
-        seed = 0
         if DROPOUT:
             seed = tl.load(p_seed)
         end = L
         if CAUSAL:
             end = tl.minimum(L, i_m + BM)
-        p_keys = p_mask
+        p_k += i_b * k_b + i_h * k_h
+        p_v += i_b * v_b + i_h * v_h
         if MASKED:
-            p_keys = p_mask + i_b * L
-        b_dq1, b_dq2 = _into_queries(
-            b_q1,
-            b_q2,
-            b_do1,
-            b_do2,
-            b_lse,
-            b_delta,
-            b_dq1,
-            b_dq2,
-            p_k + i_b * k_b + i_h * k_h,
-            p_v + i_b * v_b + i_h * v_h,
-            p_keys,
-            k_n,
-            v_n,
-            end,
-            i_bh,
-            i_m,
-            seed,
-            scale * _LOG2E,
-            threshold,
-            unkept,
-            0,
-            CAUSAL,
-            MASKED,
-            DROPOUT,
-            PRECISION,
-            K1,
-            K2,
-            BM,
-            BN,
-        )
-        if EXTRA:
-            b_dq1, b_dq2 = _into_queries(
-                b_q1,
-                b_q2,
-                b_do1,
-                b_do2,
-                b_lse,
-                b_delta,
-                b_dq1,
-                b_dq2,
-                p_extra_k + i_b * ek_b + i_h * ek_h,
-                p_extra_v + i_b * ev_b + i_h * ev_h,
-                p_mask,
-                ek_n,
-                ev_n,
-                L2,
-                i_bh,
-                i_m,
-                seed,
-                scale * _LOG2E,
-                threshold,
-                unkept,
-                1,
-                False,
-                False,
-                DROPOUT,
-                PRECISION,
-                K1,
-                K2,
-                BM,
-                BN,
-            )
+            p_mask += i_b * L
+        o_n = tl.arange(0, BN)
+        for start in range(0, end, BN):
+            m_n = start + o_n < end
+            b_k1 = _rows(p_k, k_n, o_n, m_n, 0, K1)
+            b_s = tl.dot(b_q1, tl.trans(b_k1), input_precision=PRECISION)
+            b_dp = tl.dot(b_do1, tl.trans(_rows(p_v, v_n, o_n, m_n, 0, K1)), input_precision=PRECISION)
+            if K2:
+                b_k2 = _rows(p_k, k_n, o_n, m_n, K1, K2)
+                b_s = tl.dot(b_q2, tl.trans(b_k2), b_s, input_precision=PRECISION)
+                b_v2 = _rows(p_v, v_n, o_n, m_n, K1, K2)
+                b_dp = tl.dot(b_do2, tl.trans(b_v2), b_dp, input_precision=PRECISION)
+            seen = m_n
+            if MASKED:
+                seen = tl.load(p_mask + start + o_n, mask=m_n, other=0) != 0
+            seen = seen[None, :]
+            if CAUSAL:
+                seen = seen & (start + o_n[None, :] <= i_m + o_m[:, None])
+            b_p = tl.exp2(tl.where(seen, b_s * (scale * _LOG2E) - b_lse[:, None], float("-inf")))
+            if DROPOUT:
+                b_keep = _kept(seed, i_bh, i_m, start, threshold, BM, BN)
+                b_dp = tl.where(b_keep, b_dp * unkept, 0.0)
+            b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k1.dtype)
+            b_dq1 = tl.dot(b_ds, b_k1, b_dq1, input_precision=PRECISION)
+            if K2:
+                b_dq2 = tl.dot(b_ds, b_k2, b_dq2, input_precision=PRECISION)
+            p_k += BN * k_n
+            p_v += BN * v_n
         _put_rows(p_dq + place, stride, o_m, m_m, b_dq1 * scale, 0, K1)
         if K2:
             _put_rows(p_dq + place, stride, o_m, m_m, b_dq2 * scale, K1, K2)
@@ -513,7 +300,6 @@ def _keys_kernel(
     scale,
     threshold,
     unkept,
-    SEGMENT: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -523,7 +309,7 @@ def _keys_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """dk and dv of a block of keys of one segment. Scores are held transposed, (BN, BM)."""
+    """dk and dv of a block of keys. Scores are held transposed, (BN, BM)."""
     i_bh = tl.program_id(0) // blocks
     i_n = tl.program_id(0) % blocks * BN
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
@@ -572,7 +358,7 @@ def _keys_kernel(
         b_p = tl.exp2(tl.where(seen, b_s * (scale * _LOG2E) - b_lse[None, :], float("-inf")))
         b_dropped = b_p
         if DROPOUT:
-            b_keep = tl.trans(_kept(seed, i_bh, start, i_n, threshold, SEGMENT, BM, BN))
+            b_keep = tl.trans(_kept(seed, i_bh, start, i_n, threshold, BM, BN))
             b_dropped = tl.where(b_keep, b_p * unkept, 0.0)
             b_dp = tl.where(b_keep, b_dp * unkept, 0.0)
         b_dropped = b_dropped.to(b_do1.dtype)
@@ -595,22 +381,29 @@ def _keys_kernel(
 # launchers
 
 
-def tiles(kernel: str, K: int, itemsize: int, N: int, L: int, dropout: bool) -> dict[str, int]:
-    """Block shapes of `kernel` ("forward", "queries" or "keys"), for N queries and at most L keys in a segment.
+def refuses(facts: Facts) -> str | None:
+    """None if the kernels serve the call, else the reason why not."""
+    if facts.head_dim not in HEAD_DIMS:
+        return f"triton attention serves head dims {', '.join(map(str, HEAD_DIMS))}, not {facts.head_dim}"
+    return None
 
-    A function of one sample's shape, not of the batch: a sample alone gives the same bits.
+
+def tiles(kernel: str, K: int, itemsize: int, N: int, L: int, dropout: bool) -> dict[str, int]:
+    """Block shapes of `kernel` ("forward", "queries" or "keys"), for N queries and L keys.
+
+    They depend on the shape of a sample, not on the batch: a sample alone gives the same bits.
     """
     BM, BN, num_warps, num_stages = _TILES[kernel, itemsize, dropout][K]
     BM, BN = (min(size, triton.next_power_of_2(max(n, 16))) for size, n in ((BM, N), (BN, L)))
     return dict(BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages)
 
 
-# chosen by compiling: the largest of those tried that neither spill on sm_80, sm_90, sm_100 or sm_120 nor exceed the
-# 99 KB of shared memory of sm_120. Three spill less than the others tried: head dim 160 with dropout in the forward and
-# the keys kernel, and fp32, which no tensor core multiplies exactly, with large heads
-_HEADS = tuple(HEAD_DIMS)
-_TILES = {  # kernel, bytes of a number, dropout -> for each head dim BM, BN, warps, stages
-    (kernel, itemsize, dropout): dict(zip(_HEADS, shapes, strict=True))
+# (kernel, bytes of a number, dropout) -> head dim -> BM, BN, warps, stages. Chosen by compiling: the largest of those
+# tried that neither spill on sm_80, sm_90, sm_100 or sm_120 nor exceed the 99 KB of shared memory of sm_120. Where all
+# of them spill, the one that spills least: head dim 160 with dropout in the forward and the keys kernel, and large
+# heads in fp32, which no tensor core multiplies exactly
+_TILES = {
+    (kernel, itemsize, dropout): dict(zip(HEAD_DIMS, shapes, strict=True))
     for kernel, itemsize, dropout, shapes in (
         ("forward", 2, False, ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 8, 1))),
         ("forward", 2, True, ((128, 64, 8, 3), (64, 64, 8, 3), (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2))),
@@ -628,126 +421,79 @@ _TILES = {  # kernel, bytes of a number, dropout -> for each head dim BM, BN, wa
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of products of fp32 numbers: what the user has set for every other one."""
+    """How fp32 is multiplied: as the user has set it for torch."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
 
 
 def _dropout(dropout: float) -> dict[str, int | float | bool]:
-    """A 24-bit draw below the threshold drops; what is kept grows."""
+    """A 24-bit draw below the threshold drops a weight; `unkept` scales the others."""
     return dict(threshold=round(dropout * 2**24), unkept=1 / (1 - dropout), DROPOUT=dropout > 0)
 
 
-def _layout(name: str, x: Tensor | None) -> dict[str, int]:
-    strides = (0, 0, 0) if x is None else x.stride()[:3]
-    return {f"{name}_{axis}": stride for axis, stride in zip("bhn", strides, strict=True)}
+def _layout(name: str, x: Tensor) -> dict[str, int]:
+    return {f"{name}_{axis}": stride for axis, stride in zip("bhn", x.stride(), strict=False)}
 
 
-def _common(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> dict:
-    _, H, N, K = q.shape
-    return dict(
-        p_q=q,
-        p_k=k,
-        p_v=v,
+def _launch(kernel: triton.JITFunction, name: str, call: Call, **arguments: Tensor | bool | None) -> None:
+    """Launch a kernel with the arguments that all three have, and its own."""
+    B, H, N, K = call.q.shape
+    L = call.k.shape[2]
+    shape = tiles(name, K, call.q.element_size(), N, L, call.dropout > 0)
+    blocks = triton.cdiv(L, shape["BN"]) if name == "keys" else triton.cdiv(N, shape["BM"])
+    kernel[(blocks * B * H,)](
+        p_q=call.q,
+        p_k=call.k,
+        p_v=call.v,
+        # Triton reads bytes
+        p_mask=None if call.key_mask is None else call.key_mask.view(torch.uint8),
+        p_seed=call.seed,
         N=N,
-        L=k.shape[2],
+        L=L,
         H=H,
-        scale=scale,
-        PRECISION=_precision(q.dtype),
+        blocks=blocks,
+        **_layout("q", call.q),
+        **_layout("k", call.k),
+        **_layout("v", call.v),
+        scale=call.scale,
+        **_dropout(call.dropout),
+        CAUSAL=call.causal,
+        MASKED=call.key_mask is not None,
+        PRECISION=_precision(call.q.dtype),
         K1=HEAD_DIMS[K][0],
         K2=HEAD_DIMS[K][1],
-        **_layout("q", q),
-        **_layout("k", k),
-        **_layout("v", v),
-        **_dropout(dropout),
-    )
-
-
-def _both(extra_k: Tensor | None, extra_v: Tensor | None) -> dict:
-    return dict(
-        p_extra_k=extra_k,
-        p_extra_v=extra_v,
-        EXTRA=extra_k is not None,
-        L2=0 if extra_k is None else extra_k.shape[2],
-        **_layout("ek", extra_k),
-        **_layout("ev", extra_v),
-    )
-
-
-def _masks(causal: bool, key_mask: Tensor | None) -> dict:
-    # Triton reads bytes
-    mask = None if key_mask is None else key_mask.view(torch.uint8)
-    return dict(p_mask=mask, MASKED=key_mask is not None, CAUSAL=causal)
-
-
-def forward(q, k, v, extra_k, extra_v, key_mask, seed, causal, dropout, scale, out, lse) -> None:
-    """Fill `out` (B, N, H, K) and `lse` (B, H, N); arguments as in `attention`, key_mask contiguous."""
-    B, H, N, K = q.shape
-    longest = max(k.shape[2], 0 if extra_k is None else extra_k.shape[2])
-    shape = tiles("forward", K, q.element_size(), N, longest, dropout > 0)
-    blocks = triton.cdiv(N, shape["BM"])
-    _forward_kernel[(blocks * B * H,)](
-        **_common(q, k, v, scale, dropout),
-        **_both(extra_k, extra_v),
-        **_masks(causal, key_mask),
-        p_seed=seed,
-        p_out=out,
-        p_lse=lse,
-        blocks=blocks,
+        **arguments,
         **shape,
     )
 
 
-def backward(dout, q, k, v, extra_k, extra_v, key_mask, seed, out, lse, causal, dropout, scale, grads) -> None:
-    """Fill those of dq, dk, dv, dextra_k and dextra_v (B, tokens, H, K) that are not None; dout is contiguous."""
-    dq, dk, dv, dextra_k, dextra_v = grads
-    B, H, N, K = q.shape
-    longest = max(k.shape[2], 0 if extra_k is None else extra_k.shape[2])
+def forward(call: Call, out: Tensor, lse: Tensor) -> None:
+    """Fill out (B, N, H, K) and lse (B, H, N); the last dimension of q, k and v and the mask are dense."""
+    _launch(_forward_kernel, "forward", call, p_out=out, p_lse=lse)
+
+
+def backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor, grads: list[Tensor | None]) -> None:
+    """Fill those of dq, dk and dv (B, tokens, H, K) that are not None; dout (B, N, H, K) is contiguous."""
+    dq, dk, dv = grads
     delta = torch.empty_like(lse)
-    shape = tiles("queries", K, q.element_size(), N, longest, dropout > 0)
-    blocks = triton.cdiv(N, shape["BM"])
-    _queries_kernel[(blocks * B * H,)](
-        **_common(q, k, v, scale, dropout),
-        **_both(extra_k, extra_v),
-        **_masks(causal, key_mask),
-        p_seed=seed,
-        p_out=out,
-        p_lse=lse,
-        p_dout=dout,
-        p_dq=dq,
-        p_delta=delta,
-        blocks=blocks,
-        NEEDED=dq is not None,
-        **shape,
-    )
-    segments = ((k, v, dk, dv, _masks(causal, key_mask)), (extra_k, extra_v, dextra_k, dextra_v, _masks(False, None)))
-    for segment, (keys, values, dkeys, dvalues, masks) in enumerate(segments):
-        if dkeys is None:
-            continue
-        shape = tiles("keys", K, q.element_size(), N, keys.shape[2], dropout > 0)
-        blocks = triton.cdiv(keys.shape[2], shape["BN"])
-        _keys_kernel[(blocks * B * H,)](
-            **_common(q, keys, values, scale, dropout),
-            **masks,
-            p_seed=seed,
-            p_lse=lse,
-            p_delta=delta,
-            p_dout=dout,
-            p_dk=dkeys,
-            p_dv=dvalues,
-            blocks=blocks,
-            SEGMENT=segment,
-            **shape,
-        )
+    saved = dict(p_lse=lse, p_dout=dout, p_delta=delta)
+    _launch(_queries_kernel, "queries", call, p_out=out, p_dq=dq, NEEDED=dq is not None, **saved)
+    if dk is not None:
+        _launch(_keys_kernel, "keys", call, p_dk=dk, p_dv=dv, **saved)
 
 
-def _case(kernel, name, shape, given, tile, cost) -> KernelCase:
-    """A case from arguments as a launch gets them, where a tensor is the name of its type."""
+# what is compiled ahead of time
+
+
+def _case(
+    kernel: triton.JITFunction, name: str, shape: str, given: dict, tile: dict[str, int], flops: int, nbytes: int
+) -> KernelCase:
+    """A case from arguments as a launch gets them, where the type of a tensor stands for it."""
     arguments = given | {key: tile[key] for key in ("BM", "BN")}
     arguments = {key: arguments[key] for key in kernel.arg_names}
     signature, constants = {}, {}
     for key, value in arguments.items():
-        if key.isupper() and key not in ("N", "L", "L2", "H") or value is None:
+        if key.isupper() and key not in ("N", "L", "H") or value is None:
             constants[key] = value
         elif isinstance(value, str):
             signature[key] = value
@@ -763,60 +509,55 @@ def _case(kernel, name, shape, given, tile, cost) -> KernelCase:
         divisible=tuple(key for key, kind in signature.items() if kind == "i32" and arguments[key] % 16 == 0),
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
-        **cost,
+        flops=flops,
+        bytes=nbytes,
     )
 
 
 def kernel_cases() -> list[KernelCase]:
-    """What is compiled ahead of time: 8 images at 480 px, bf16, queries, keys and values packed in one projection."""
+    """What is compiled ahead of time: 8 images at 480 px, bf16, with views of packed projections."""
     cases = []
-    for name, H, N, L, L2, K, causal, dropout in (
-        ("BASE self", 12, 964, 964, 0, 64, False, 0.0),
-        ("LARGE self", 16, 1220, 1220, 0, 64, False, 0.0),
-        ("BASE text, causal, padded, dropout", 12, 40, 40, 0, 64, True, 0.1),
-        ("BASE text to image, dropout", 12, 40, 964, 0, 64, False, 0.1),
-        ("BASE resampler", 8, 64, 1176, 64, 96, False, 0.0),
-        ("LARGE resampler", 8, 64, 1176, 64, 128, False, 0.0),
-        ("HUGE resampler", 8, 64, 1176, 64, 160, False, 0.0),
-        ("tiny self", 4, 64, 64, 0, 32, False, 0.0),
+    for name, H, N, L, K, causal, dropout in (
+        ("BASE self", 12, 964, 964, 64, False, 0.0),
+        ("LARGE self", 16, 1220, 1220, 64, False, 0.0),
+        ("BASE text, causal, padded, dropout", 12, 40, 40, 64, True, 0.1),
+        ("BASE text to image, dropout", 12, 40, 964, 64, False, 0.1),
+        ("BASE resampler", 8, 64, 1240, 96, False, 0.0),
+        ("LARGE resampler", 8, 64, 1240, 128, False, 0.0),
+        ("HUGE resampler", 8, 64, 1240, 160, False, 0.0),
+        ("tiny self", 4, 64, 64, 32, False, 0.0),
     ):
         B, D, s = 8, H * K, 2
-        shape = f"{B} x {H} heads, {N} queries, {f'{L2} + ' if L2 else ''}{L} keys, head dim {K}, bf16"
-        row = dict(b=3 * D * N, h=K, n=3 * D)
+        shape = f"{B} x {H} heads, {N} queries, {L} keys, head dim {K}, bf16"
+        strides = dict(b=3 * D * N, h=K, n=3 * D)
         given = dict(
             N=N,
             L=L,
-            L2=L2,
             H=H,
             scale=K**-0.5,
             PRECISION="ieee",
             CAUSAL=causal,
             MASKED=causal,
-            EXTRA=L2 > 0,
             K1=HEAD_DIMS[K][0],
             K2=HEAD_DIMS[K][1],
             NEEDED=True,
-            SEGMENT=0,
             **_dropout(dropout),
             p_mask="*u8" if causal else None,
             p_seed="*i64" if dropout else None,
             p_lse="*fp32",
             p_delta="*fp32",
-            **{f"{x}_{axis}": stride for x in ("q", "k", "v", "ek", "ev") for axis, stride in row.items()},
+            **{f"{x}_{axis}": stride for x in "qkv" for axis, stride in strides.items()},
             **{f"p_{x}": "*bf16" for x in "q k v out dout dq dk dv".split()},
-            **{f"p_extra_{x}": "*bf16" if L2 else None for x in "kv"},
         )
-        pairs = B * H * (N * (N + 1) // 2 if causal else N * (L + L2))
-        a, b, rows = B * N * D * s, B * (L + L2) * D * s, B * H * N * 4
+        pairs = B * H * (N * (N + 1) // 2 if causal else N * L)
+        queries, keys, rows = B * N * D * s, B * L * D * s, B * H * N * 4
         small = B * L * causal + 8 * (dropout > 0)
-        main = pairs * L // (L + L2)
         for part, kernel, flops, nbytes in (
-            ("forward", _forward_kernel, 4 * pairs * K, 2 * a + 2 * b + rows + small),
-            ("queries", _queries_kernel, 6 * pairs * K, 4 * a + 2 * b + 2 * rows + small),
-            ("keys", _keys_kernel, 8 * main * K, 2 * a + 4 * b * L // (L + L2) + 2 * rows + small),
+            ("forward", _forward_kernel, 4 * pairs * K, 2 * queries + 2 * keys + rows + small),
+            ("queries", _queries_kernel, 6 * pairs * K, 4 * queries + 2 * keys + 2 * rows + small),
+            ("keys", _keys_kernel, 8 * pairs * K, 2 * queries + 4 * keys + 2 * rows + small),
         ):
             tile = tiles(part, K, s, N, L, dropout > 0)
             blocks = triton.cdiv(*((L, tile["BN"]) if part == "keys" else (N, tile["BM"])))
-            cost = dict(flops=flops, bytes=nbytes)
-            cases.append(_case(kernel, f"{name} {part}", shape, given | dict(blocks=blocks), tile, cost))
+            cases.append(_case(kernel, f"{name} {part}", shape, given | dict(blocks=blocks), tile, flops, nbytes))
     return cases

@@ -4,41 +4,42 @@
     loss = lse(z) - (1 - e) z_y - e mean_v(z_v)
     dz = softmax(z) - (1 - e) 1_y - e / V,   dx = dz W,   dW = dz^T x,   db = sum over rows of dz
 
-This is 0.9 * (-log p_y) + 0.1 * mean_v(-log p_v) for e = 0.1, the loss of Prismer (arXiv:2303.02506). dz is formed in
+This is 0.9 * (-log p_y) + 0.1 * mean_v(-log p_v) for e = 0.1, the loss of Prismer (arXiv:2303.02506). dz is computed in
 fp32, p_y - 1 included, and rounded once.
 
-Logits that are not finite mean what they mean to torch's cross_entropy. One of -inf, such as a bias of -inf makes to
-forbid an entry or to pad the vocabulary, has p_v = 0: with e = 0 it adds nothing, nor to any gradient; as the target's,
-or with e > 0, it makes the loss of its row inf, and dz by the formula above stays finite. A row with +inf or NaN, or
-with nothing but -inf, has a loss and a gradient of NaN. fp16 logits beyond 65504 are infinite where they are rounded.
-A row that is ignored may hold anything. To smooth over what is allowed alone, forbid by -1e4.
+Logits that are not finite are treated as in torch's cross_entropy. A logit of -inf, from a bias of -inf that forbids an
+entry or pads the vocabulary, has p_v = 0. With e = 0 it adds nothing to the loss or to any gradient. If it belongs to
+the target, or if e > 0, the loss of its row is inf, and dz by the formula above stays finite. A row with +inf or NaN,
+or with nothing but -inf, has a loss and a gradient of NaN. fp16 logits beyond 65504 become infinite when they are
+rounded. A row that is ignored may hold anything. To smooth over the allowed entries alone, forbid the others by -1e4.
 
-Saved for the backward pass: the inputs themselves, and each row's largest
-logit and log sum; or the finished gradients, where they are formed in the forward pass.
+Autograd saves the inputs themselves and each row's largest logit and log sum; or the finished gradients, if the forward
+pass computes them.
 
-One unit is the 2 R D V FLOPs of a product with W. What is trained, and where its gradient is formed:
+One unit is the 2 R D V FLOPs of a product with W. What trains, and where its gradient is computed:
     nothing (no_grad)                            1 unit
     x alone, any reduction                       2 units, all in the forward pass; the backward pass scales dx
     W or b too, reduction "sum" or "mean":       3 units, all in the forward pass; the backward pass scales in place,
         on a GPU; in fp32; where R V is small    and does not even read the gradients where the factor is 1
-    W or b too, otherwise                        1 unit forward, 3 backward: the logits are formed again
+    W or b too, otherwise                        1 unit forward, 3 backward: the logits are computed again
 
 Extra memory, for numbers of s bytes, beyond what is returned or saved:
     torch, logits once      a chunk of rows: (4 + s) bytes for each of 2^23 logits at most (4 where x is fp32)
     torch, logits again     a chunk of vocabulary: (4 + s) bytes for each of 2^21 logits at most, and 4 R D for dx;
                             a chunk's rows of W see all of x, so that no copy of dW is summed over chunks
-    triton                  statistics: 16 R bytes for every 1024 entries of the vocabulary. Where a gradient is formed,
+    triton                  statistics: 16 R bytes for every 1024 entries of the vocabulary. For a gradient,
                             dz of a chunk of rows, 128 MiB at most: all rows of a step; more rows than that need 4 V D
                             bytes to sum dW in fp32
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import dispatch
-from prismer.kernels.cross_entropy import torch_backend as cross_entropy_torch
-from prismer.kernels.cross_entropy import triton_backend as cross_entropy_triton
+from prismer.kernels.cross_entropy import torch_backend, triton_backend
+from prismer.kernels.dispatch import TORCH, TRITON, Op
 
 _REDUCTIONS = ("none", "sum", "mean")
 
@@ -70,25 +71,23 @@ def linear_cross_entropy_reference(
     return losses.sum() if reduction == "sum" else losses.sum() / (~ignored).sum().clamp(min=1)
 
 
+OP = Op(name="linear_cross_entropy", reference=linear_cross_entropy_reference, backends=(TRITON, TORCH))
+
+
 # the registered ops
 
 
-def supports(backend: str, x: Tensor) -> str | None:
-    """None if `backend` serves rows like those of `x`, else the reason why not."""
-    if backend == "triton" and x.dtype == torch.float64:
-        return "triton cross_entropy computes in fp32, and x is float64"
-    return None
-
-
 def _rows_to_do(labels: Tensor, ignore_index: int) -> Tensor:
-    """Numbers of the rows that count; on a GPU all: to count them would wait for the device."""
+    """Indices of the rows that count; on a GPU all rows, since counting them would wait for the device."""
     if labels.device.type == "cpu":
         return (labels != ignore_index).nonzero()[:, 0]
     return torch.arange(labels.numel(), device=labels.device)
 
 
-def _packed(x, labels, factor, ignore_index):
-    """The rows that count: their numbers, x, targets, factor. Where all must stay, ignored ones are zeros."""
+def _packed(
+    x: Tensor, labels: Tensor, factor: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The rows that count: their indices, x, targets, factor. On a GPU all rows stay, and ignored ones are zeros."""
     rows = _rows_to_do(labels, ignore_index)
     if labels.device.type == "cpu":
         return rows, x[rows], labels[rows], None if factor is None else factor[rows]
@@ -97,8 +96,8 @@ def _packed(x, labels, factor, ignore_index):
     return rows, x.masked_fill(ignored[:, None], 0), labels.masked_fill(ignored, 0), factor
 
 
-def _placed(formed, inputs, rows: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradients in the dtypes of `inputs`, and empty where none was formed; dx of the `rows` done among zeros."""
+def _placed(formed: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...], rows: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients in the dtypes of `inputs`, empty where there is none; dx of `rows` is put among rows of zeros."""
     dx, dweight, dbias = (
         t.new_empty(0) if value is None else value.to(t.dtype) for value, t in zip(formed, inputs, strict=True)
     )
@@ -107,27 +106,39 @@ def _placed(formed, inputs, rows: Tensor | None) -> tuple[Tensor, ...]:
     return dx, dweight, dbias
 
 
-def _forward(x, weight, bias, labels, factor, smoothing, ignore_index, reduce, form_x, form_weight, form_bias):
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    factor: Tensor | None,
+    smoothing: float,
+    ignore_index: int,
+    reduce: bool,
+    form_x: bool,
+    form_weight: bool,
+    form_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, weight, bias, labels = (t.contiguous() for t in (x, weight, bias, labels))
     needs, formed, rows = (form_x, form_weight, form_bias), (None, None, None), None
     stats = x.new_zeros((2, x.shape[0]), dtype=torch.promote_types(x.dtype, torch.float32))
     losses = torch.zeros_like(stats[0])
     factor = None if factor is None else factor.to(stats.dtype).contiguous()
-    backend = dispatch.choose("cross_entropy", x.device, lambda name: supports(name, x))
+    backend = OP.choose(x)
     if backend == "torch":
         rows, x_rows, targets, factor_rows = _packed(x, labels, factor, ignore_index)
         part = x_rows, weight, bias, targets
         if any(needs):
-            losses[rows], stats[:, rows], formed = cross_entropy_torch.form(*part, factor_rows, smoothing, needs)
+            losses[rows], stats[:, rows], formed = torch_backend.form(*part, factor_rows, smoothing, needs)
         else:
-            losses[rows], stats[:, rows] = cross_entropy_torch.statistics(*part, smoothing)
+            losses[rows], stats[:, rows] = torch_backend.statistics(*part, smoothing)
         losses.masked_fill_(labels == ignore_index, 0)
     elif any(needs):
-        formed = cross_entropy_triton.gradients(
+        formed = triton_backend.gradients(
             x, weight, bias, labels, factor, smoothing, ignore_index, losses, stats, False, needs
         )
     elif x.shape[0]:
-        cross_entropy_triton.statistics(x, weight, bias, labels, smoothing, ignore_index, losses, stats, None)
+        triton_backend.statistics(x, weight, bias, labels, smoothing, ignore_index, losses, stats, None)
     gradients = _placed(formed, (x, weight, bias), rows)
     if not reduce:
         return losses, stats, *gradients
@@ -137,70 +148,62 @@ def _forward(x, weight, bias, labels, factor, smoothing, ignore_index, reduce, f
     return losses.sum(), stats, *gradients
 
 
-def _forward_fake(x, weight, bias, labels, factor, smoothing, ignore_index, reduce, form_x, form_weight, form_bias):
+def _forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, reduce: bool, form_x: bool, form_weight: bool, form_bias: bool
+) -> tuple[Tensor, ...]:
     compute = torch.promote_types(x.dtype, torch.float32)
     value = x.new_empty(() if reduce else x.shape[:1], dtype=compute)
     stats = x.new_empty((2, x.shape[0]), dtype=compute)
-    return value, stats, *_gradients_fake(x, weight, bias, form_x, form_weight, form_bias)
+    return value, stats, *_backward_fake(x, weight, bias, form_x, form_weight, form_bias)
 
 
-def _gradients_fake(x, weight, bias, need_x, need_weight, need_bias):
-    return tuple(
-        t.new_empty(t.shape if needed else 0) for t, needed in ((x, need_x), (weight, need_weight), (bias, need_bias))
-    )
-
-
-def _backward(dlosses, stats, x, weight, bias, labels, smoothing, ignore_index, need_x, need_weight, need_bias):
+def _backward(
+    dlosses: Tensor,
+    stats: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    smoothing: float,
+    ignore_index: int,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias, labels = (t.contiguous() for t in (x, weight, bias, labels))
     dlosses = dlosses.to(stats.dtype).contiguous()
     needs, rows = (need_x, need_weight, need_bias), None
-    backend = dispatch.choose("cross_entropy", x.device, lambda name: supports(name, x))
+    backend = OP.choose(x)
     if backend == "torch":
         rows, x_rows, targets, factor = _packed(x, labels, dlosses, ignore_index)
         part = x_rows, weight, bias, targets
-        formed = cross_entropy_torch.backward(*part, stats[:, rows], factor, smoothing, needs)
+        formed = torch_backend.backward(*part, stats[:, rows], factor, smoothing, needs)
     else:
-        formed = cross_entropy_triton.gradients(
+        formed = triton_backend.gradients(
             x, weight, bias, labels, dlosses, smoothing, ignore_index, None, stats, True, needs
         )
     return _placed(formed, (x, weight, bias), rows)
 
 
-def _backward_fake(dlosses, stats, x, weight, bias, labels, smoothing, ignore_index, need_x, need_weight, need_bias):
-    return _gradients_fake(x, weight, bias, need_x, need_weight, need_bias)
+def _backward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, ...]:
+    return tuple(
+        t.new_empty(t.shape if needed else 0) for t, needed in ((x, need_x), (weight, need_weight), (bias, need_bias))
+    )
 
 
-def _scale_in_place(gradient, factor) -> None:
-    backend = dispatch.choose("cross_entropy", gradient.device, lambda name: supports(name, gradient))
+def _scale_in_place(gradient: Tensor, factor: Tensor) -> None:
+    backend = OP.choose(gradient)
     if backend == "triton":
-        cross_entropy_triton.scale(gradient, factor)
-        # what torch's own operators do when they change a tensor
+        triton_backend.scale(gradient, factor)
+        # as torch's own operators do when they change a tensor
         torch.autograd.graph.increment_version(gradient)
     elif gradient.is_cuda or factor.item() != 1:
         gradient.mul_(factor)
 
 
-_linear_cross_entropy = dispatch.define(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor bias, Tensor labels, Tensor? factor, float smoothing,"
-    " int ignore_index, bool reduce, bool form_x, bool form_weight, bool form_bias)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-_linear_cross_entropy_backward = dispatch.define(
-    "linear_cross_entropy_backward(Tensor dlosses, Tensor stats, Tensor x, Tensor weight, Tensor bias, Tensor labels,"
-    " float smoothing, int ignore_index, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-_scale_ = dispatch.define(
-    "linear_cross_entropy_scale_(Tensor(a!) gradient, Tensor factor) -> ()",
-    _scale_in_place,
-    lambda gradient, factor: None,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, weight, bias, labels, factor, smoothing, ignore_index, reduce, *form = inputs
     _, stats, *gradients = output
     ctx.mark_non_differentiable(stats, *gradients)
@@ -217,23 +220,23 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _graph_is_kept() -> bool:
-    """May this backward pass come again (retain_graph)? If torch cannot tell, it may."""
+    """May there be another backward pass (retain_graph)? True if torch cannot tell."""
     tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if tell is None else tell()
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """A gradient of the scalar times that of the scalar: in place, unless the saved tensor is wanted again."""
+    """A saved gradient times the gradient of the loss: in place, unless the saved tensor is needed again."""
     if type(gradient) is not Tensor or _graph_is_kept():
-        # a compiler traces with subclasses, and sees better for itself whose memory is free
+        # a compiler traces with subclasses, and finds by itself which memory is free
         return (gradient * factor).to(gradient.dtype)
-    # another tensor over the same memory: autograd copies a gradient that someone else still holds
+    # a new tensor over the same memory: autograd copies a gradient that something else still holds
     gradient = gradient.detach()
     _scale_(gradient, factor)
     return gradient
 
 
-def _autograd(ctx, dvalue, *_):
+def _autograd(ctx: Any, dvalue: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dvalue is None:
         return (None,) * 11
     if torch.is_grad_enabled():
@@ -250,27 +253,37 @@ def _autograd(ctx, dvalue, *_):
         gradients = [_scaled(t, dvalue) if needed else None for t, needed in zip(ctx.saved_tensors, needs, strict=True)]
     else:
         dx = ctx.saved_tensors[0]
-        # an ignored row's dx is 0, whatever comes from above
+        # dx of an ignored row is 0, whatever the gradient of its loss is
         gradients = (dx * dvalue[:, None]).to(dx.dtype).masked_fill_(dx == 0, 0), None, None
     return *(t if needed else None for t, needed in zip(gradients, needs, strict=True)), *(None,) * 8
 
 
-dispatch.register_backward("linear_cross_entropy", _setup_context, _autograd)
+_linear_cross_entropy = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_linear_cross_entropy_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
+_scale_ = OP.register(_scale_in_place, fake=lambda: None, suffix="_scale_", mutates=("gradient",))
 
 
 # the public function
 
 
 def _formed_in_forward(x: Tensor, V: int, reduce: bool, needs: tuple[bool, bool, bool]) -> bool:
-    """Are the gradients that are needed formed together with the loss, so that its logits exist once?"""
+    """Are the needed gradients computed together with the loss, so that its logits are computed once?"""
     if needs == (True, False, False):
         return True
-    # summed over chunks of rows, a low-precision dW needs a copy in fp32: on a CPU larger than the logits once were
-    in_place = x.dtype in (torch.float32, torch.float64) or x.shape[0] * V <= cross_entropy_torch.ROW_CHUNK_ELEMENTS
+    # a low-precision dW needs a copy in fp32 for sums over chunks of rows: on a CPU it is larger than the logits
+    in_place = x.dtype in (torch.float32, torch.float64) or x.shape[0] * V <= torch_backend.ROW_CHUNK_ELEMENTS
     return any(needs) and reduce and (x.is_cuda or in_place)
 
 
-def _check(x, weight, bias, labels, label_smoothing, reduction, row_weights) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    label_smoothing: float,
+    reduction: str,
+    row_weights: Tensor | None,
+) -> None:
     if (
         x.dim() != 2
         or weight.dim() != 2
@@ -317,9 +330,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Label-smoothed cross entropy of `x @ weight.T + bias`.
 
-    To train, ask for the sum or the mean here: then the gradients can be formed with the loss, from logits that are
-    formed once. With "none" any gradient per row may flow back, and the logits are formed again (not if x alone is
-    trained). The module's docstring has the FLOPs and the memory of each.
+    To train, ask for the sum or the mean here: the gradients can then be computed with the loss, and the logits once.
+    With "none" any gradient per row may flow back, and the logits are computed again (unless x alone trains). The
+    docstring of the module has the FLOPs and the memory of each.
 
     Args:
         x: (R, D), any floating dtype.
@@ -329,7 +342,7 @@ def linear_cross_entropy(
         label_smoothing: share of the target spread evenly over the vocabulary, in [0, 1).
         ignore_index: the label of a row that takes no part.
         reduction: "none", "sum" over rows, or "mean": the sum divided by the number of rows that count.
-        row_weights: (R,) floats, by which the losses of rows are multiplied first; no gradient flows into them.
+        row_weights: (R,) floats that multiply the losses of the rows before the reduction; they get no gradient.
 
     Returns:
         (R,) losses, or with "sum" or "mean" one number, 0 if no row counts; fp32 (float64 for float64 `x`).
@@ -341,7 +354,7 @@ def linear_cross_entropy(
     if bias is None:
         bias = weight.new_zeros(weight.shape[:1])
     _check(x, weight, bias, labels, label_smoothing, reduction, row_weights)
-    if dispatch.asked() == "reference":
+    if OP.route(x) == "reference":
         return linear_cross_entropy_reference(
             x,
             weight,
@@ -365,6 +378,3 @@ def linear_cross_entropy(
         # an ignored row's loss is 0, whatever its weight
         value = (value * row_weights).masked_fill(labels == ignore_index, 0)
     return value
-
-
-kernel_cases = cross_entropy_triton.kernel_cases

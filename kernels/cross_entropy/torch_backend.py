@@ -1,38 +1,36 @@
-"""Linear + cross entropy composed of torch's operators, a chunk of logits at a time; see `cross_entropy.py`."""
+"""Linear + cross entropy, composed of torch's operators, a chunk of logits at a time."""
 
 import torch
 from torch import Tensor
 
-from prismer.kernels import dispatch, matmul
+from prismer.kernels import matmul
 from prismer.kernels.cross_entropy.triton_backend import add_product, pieces
+from prismer.kernels.dispatch import TORCH, Backend, Op
 
+# logits of a chunk of vocabulary: in fp32 they stay in the cache of a CPU, so that exp is not bound by memory
 _CHUNK_ELEMENTS = 2**21
-# logits of a chunk of vocabulary: in fp32 they stay in the cache of a CPU, and exp costs what it computes, not moves
+# logits of a chunk of rows, each row whole: 166 rows of RoBERTa's vocabulary. With fewer, reading W would take longest
 ROW_CHUNK_ELEMENTS = 2**23
-# logits of a chunk of rows, each row whole: 166 rows of RoBERTa's vocabulary; fewer would wait for W from memory
 _BLOCK_ROWS = 2048
 
-
-def _serves(backend: str, x: Tensor) -> str | None:
-    """None if `backend` takes the statistics of logits of rows like those of `x`, else the reason why not."""
-    if backend == "native" and x.dtype == torch.float64:
-        return "native logit_statistics computes in fp32, and x is float64"
-    return None
+NATIVE = Backend(name="native", devices=("cpu",), float64=False)
+# a part of this backend: the statistics of one chunk of logits
+STATISTICS = Op(name="logit_statistics", reference=None, backends=(NATIVE, TORCH))
 
 
 class _Scratch:
     """Memory for one chunk of logits, in fp32 (float64 for float64), and in the dtype of the product."""
 
-    def __init__(self, x: Tensor, size: int):
-        if matmul.on_onednn(x):
-            # it gives no product into memory that is there
-            size = 0
+    def __init__(self, x: Tensor, size: int) -> None:
+        # oneDNN cannot write a product to given memory
+        self.in_place = not matmul.on_onednn(x)
+        size = size if self.in_place else 0
         self.wide = x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
         self.low = self.wide if self.wide.dtype == x.dtype else x.new_empty(size)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """x weight^T, in the dtype of x."""
-        if matmul.on_onednn(x):
+        if not self.in_place:
             return matmul.linear(x, weight)
         shape = x.shape[0], weight.shape[0]
         return torch.mm(x, weight.t(), out=self.low[: shape[0] * shape[1]].view(shape))
@@ -45,7 +43,7 @@ class _Scratch:
         return self.wide[: low.numel()].view(low.shape).copy_(low).add_(bias)
 
     def rounded(self, dz: Tensor) -> Tensor:
-        """`dz`, made in place of the logits, in the dtype of the product."""
+        """`dz`, which stands in the memory of the logits, in the dtype of the product."""
         if self.low is self.wide:
             return dz
         return self.low[: dz.numel()].view(dz.shape).copy_(dz)
@@ -59,13 +57,13 @@ def _column(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 
 
 def _subtract_targets(dz: Tensor, targets: Tensor, columns: slice, smoothing: float, V: int) -> Tensor:
-    """From probabilities to dz, in place: p_y - 1 is formed here, before any rounding."""
+    """From probabilities to dz, in place: p_y - 1 is computed here, before any rounding."""
     local, inside = _column(targets, columns)
     dz -= smoothing / V
     return dz.scatter_add_(1, local, (inside.to(dz.dtype) * (smoothing - 1))[:, None])
 
 
-def statistics(x, weight, bias, targets, smoothing):
+def statistics(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """Losses and (2, R) statistics by chunks of the vocabulary; every row counts."""
     R, V = x.shape[0], weight.shape[0]
     row_blocks = pieces(R, min(_BLOCK_ROWS, _CHUNK_ELEMENTS))
@@ -74,7 +72,7 @@ def statistics(x, weight, bias, targets, smoothing):
     scratch = _Scratch(x, BR * min(BV, V))
     state = scratch.wide.new_zeros(R, 4)
     state[:, 0] = -torch.inf
-    backend = dispatch.choose("logit_statistics", x.device, lambda name: _serves(name, x))
+    backend = STATISTICS.choose(x)
     for columns in pieces(V, BV):
         for rows in row_blocks:
             part = bias[columns], targets[rows], columns, state[rows]
@@ -87,26 +85,35 @@ def statistics(x, weight, bias, targets, smoothing):
     log_sum = exp_sum.log()
     # differences first: large logits cancel before they are added to what is small
     losses = log_sum + (1 - smoothing) * (top - picked)
-    if smoothing:  # 0 times infinity would be no number
+    if smoothing:  # 0 times infinity would be NaN
         losses += smoothing * (top - total / V)
     return losses, torch.stack((top, log_sum))
 
 
-def _add_statistics(z, targets, columns, state) -> None:
+def _add_statistics(z: Tensor | None, targets: Tensor, columns: slice, state: Tensor) -> None:
     """Take a chunk of logits, which it overwrites, into (R, 4): largest, sum of exp(z - largest), target's, sum."""
     top, exp_sum, picked, total = state.unbind(1)
     local, inside = _column(targets, columns)
     picked += z.gather(1, local)[:, 0].masked_fill_(~inside, 0)
     total += z.sum(1)
     higher = torch.maximum(top, z.amax(1))
-    # where nothing but minus infinity was seen so far, the differences would be no numbers
+    # while all logits so far are -inf, the differences would be NaN
     base = higher.masked_fill(higher == -torch.inf, 0)
     exp_sum *= (top - base).exp_()
     exp_sum += z.sub_(base[:, None]).exp_().sum(1)
     top.copy_(higher)
 
 
-def backward(x, weight, bias, targets, stats, factor, smoothing, needs):
+def backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    factor: Tensor,
+    smoothing: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight and dbias as `needs` says, with the chunks of `statistics`; every row counts."""
     R, V = x.shape[0], weight.shape[0]
     row_blocks = pieces(R, min(_BLOCK_ROWS, _CHUNK_ELEMENTS))
@@ -142,8 +149,16 @@ def backward(x, weight, bias, targets, stats, factor, smoothing, needs):
     return dx, dweight, dbias
 
 
-def form(x, weight, bias, targets, factor, smoothing, needs):
-    """Losses, statistics and gradients by chunks of rows, the logits formed once; every row counts."""
+def form(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    factor: Tensor | None,
+    smoothing: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Losses, statistics and gradients by chunks of rows, the logits computed once; every row counts."""
     (R, D), V = x.shape, weight.shape[0]
     chunks = pieces(R, max(ROW_CHUNK_ELEMENTS // V, 1))
     scratch = _Scratch(x, (chunks[0].stop if R else 0) * V)

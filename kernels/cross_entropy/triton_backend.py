@@ -1,7 +1,7 @@
-"""The Triton kernels of `cross_entropy`: a GPU's loss, its statistics, and dz by chunks of rows.
+"""Triton kernels of linear + cross entropy: the loss, its statistics, and dz by chunks of rows.
 
-`statistics` forms the loss with no logits in memory. `gradients` has one buffer of (rows, V rounded up to whole tiles)
-numbers in the dtype of x: it holds logits, then dz in their place, from which torch's products make dx and dweight.
+`statistics` computes the loss with no logits in memory. `gradients` has one buffer of (rows, V rounded up to tiles)
+numbers in the dtype of x. It holds logits, then dz in their place, from which torch's products compute dx and dweight.
 All sums are in a fixed order, the tiles that a row sees do not depend on its batch, and fp32 is multiplied as fp32.
 
 For tiles of BR x BV x BD, Rb = ceil(R / BR) blocks of rows, Vb = ceil(V / BV) tiles and S = ceil(V / 1024) splits,
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 
-_BUFFER_BYTES = 2**27
 # dz of a chunk of rows: 1280 rows of RoBERTa's vocabulary in bf16
+_BUFFER_BYTES = 2**27
 
 
 def pieces(count: int, limit: int) -> list[slice]:
@@ -72,10 +72,10 @@ def _statistics_kernel(
     BV: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program: a block of rows and TILES tiles of the vocabulary, whose partial statistics have a row of their own.
+    """One program: the partial statistics of a block of rows and TILES tiles of the vocabulary, in a row of their own.
 
-    Rows that are ignored are masked rather than packed away: packed texts leave few of them, the products that follow
-    are of a fixed size in any case, and a block that has no other rows skips its products.
+    Ignored rows are masked, not packed away: packed texts leave few of them, the products that follow have a fixed size
+    in any case, and a block without other rows skips its products.
     """
     o_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     i_split = tl.program_id(1).to(tl.int64)
@@ -94,7 +94,7 @@ def _statistics_kernel(
         m_col = o_col < V
         b_z = _logits(p_x, p_weight, p_bias, o_row, m_row, o_col, m_col, D, D, BR, BV, BD)
         if STORE:
-            # the gradient sees the rounded logits: with statistics of others, p_y - 1 would not vanish when p_y is 1
+            # the gradient reads the rounded logits: only their own statistics make p_y - 1 vanish where p_y is 1
             b_low = b_z.to(p_z.dtype.element_ty)
             tl.store(p_z + o_row[:, None] * stride_z + o_col[None, :], b_low, mask=m_in[:, None])
             b_z = b_low.to(tl.float32)
@@ -102,7 +102,7 @@ def _statistics_kernel(
         b_total += tl.sum(tl.where(m_col[None, :], b_z, 0.0), 1)
         b_z = tl.where(m_col[None, :], b_z, float("-inf"))
         b_higher = tl.maximum(b_top, tl.max(b_z, 1))
-        # where nothing but minus infinity was seen so far, the differences would be no numbers
+        # while all logits so far are -inf, the differences would be NaN
         b_base = tl.where(b_higher == float("-inf"), 0.0, b_higher)
         b_sum = b_sum * tl.exp(b_top - b_base) + tl.sum(tl.exp(b_z - b_base[:, None]), 1)
         b_top = b_higher
@@ -176,7 +176,7 @@ def _dz_kernel(
     BV: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """A tile of dz, from logits formed AGAIN or from those in p_z, in their place; columns beyond V are zeros."""
+    """A tile of dz, from logits computed AGAIN or in place of those in p_z; columns beyond V are zeros."""
     i_block = tl.program_id(0).to(tl.int64)
     o_row = i_block * BR + tl.arange(0, BR)
     o_col = tl.program_id(1).to(tl.int64) * BV + tl.arange(0, BV)
@@ -218,7 +218,7 @@ def _tiles(dtype: torch.dtype, dot: bool = True) -> dict[str, int]:
         return dict(BR=64, BV=64, BD=32, num_warps=4, num_stages=3)
     if not dot:
         return dict(BR=64, BV=64, BD=32, num_warps=4, num_stages=3)
-    # of 128 x 128 the statistics would need more registers than there are
+    # with tiles of 128 x 128 the statistics would need more registers than there are
     return dict(BR=128, BV=64, BD=64, num_warps=8, num_stages=3)
 
 
@@ -227,46 +227,45 @@ def _split_tiles(BV: int) -> int:
     return 1024 // BV
 
 
-def statistics(x, weight, bias, labels, smoothing, ignore_index, losses, stats, z) -> None:
-    """Losses and statistics of some rows; with `z`, a buffer for their logits, these are left there."""
+def statistics(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    smoothing: float,
+    ignore_index: int,
+    losses: Tensor,
+    stats: Tensor,
+    z: Tensor | None,
+) -> None:
+    """Losses and statistics of some rows; their logits are stored in the buffer `z` if it is given."""
     (R, D), V = x.shape, weight.shape[0]
     tiles = _tiles(x.dtype)
     each = _split_tiles(tiles["BV"])
     splits = triton.cdiv(V, each * tiles["BV"])
     partial = torch.empty(4, splits, R, dtype=torch.float32, device=x.device)
+    sizes = R, D, V, 0 if z is None else z.stride(0), ignore_index
     _statistics_kernel[(triton.cdiv(R, tiles["BR"]), splits)](
-        x,
-        weight,
-        bias,
-        labels,
-        *partial,
-        z,
-        R,
-        D,
-        V,
-        0 if z is None else z.stride(0),
-        ignore_index,
-        STORE=z is not None,
-        TILES=each,
-        **tiles,
+        x, weight, bias, labels, *partial, z, *sizes, STORE=z is not None, TILES=each, **tiles
     )
-    _combine_kernel[(triton.cdiv(R, 32),)](
-        *partial,
-        labels,
-        losses,
-        *stats,
-        R,
-        V,
-        splits,
-        smoothing,
-        ignore_index,
-        BR=32,
-        BS=triton.next_power_of_2(splits),
-        num_warps=4,
-    )
+    tiles = dict(BR=32, BS=triton.next_power_of_2(splits), num_warps=4)
+    sizes = R, V, splits, smoothing, ignore_index
+    _combine_kernel[(triton.cdiv(R, 32),)](*partial, labels, losses, *stats, *sizes, **tiles)
 
 
-def _dz(x, weight, bias, labels, stats, factor, smoothing, ignore_index, again, z, dbias) -> None:
+def _dz(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    stats: Tensor,
+    factor: Tensor | None,
+    smoothing: float,
+    ignore_index: int,
+    again: bool,
+    z: Tensor,
+    dbias: Tensor | None,
+) -> None:
     """Fill the buffer `z` with dz of some rows, from the logits there or `again` from x, and add to `dbias`."""
     (R, D), V = x.shape, weight.shape[0]
     tiles = _tiles(x.dtype, dot=again)
@@ -274,32 +273,27 @@ def _dz(x, weight, bias, labels, stats, factor, smoothing, ignore_index, again, 
     sums = None
     if dbias is not None:
         sums = torch.empty(grid[0], V, dtype=torch.float32, device=x.device)
-    _dz_kernel[grid](
-        x,
-        weight,
-        bias,
-        labels,
-        *stats,
-        factor,
-        z,
-        sums,
-        R,
-        D,
-        V,
-        z.stride(0),
-        smoothing,
-        ignore_index,
-        AGAIN=again,
-        HAS_FACTOR=factor is not None,
-        SUM_BIAS=dbias is not None,
-        **tiles,
-    )
+    sizes = R, D, V, z.stride(0), smoothing, ignore_index
+    flags = dict(AGAIN=again, HAS_FACTOR=factor is not None, SUM_BIAS=dbias is not None)
+    _dz_kernel[grid](x, weight, bias, labels, *stats, factor, z, sums, *sizes, **flags, **tiles)
     if dbias is not None:
         dbias += sums.sum(0)
 
 
-def gradients(x, weight, bias, labels, factor, smoothing, ignore_index, losses, stats, again, needs):
-    """dx, dweight and dbias as `needs` says, by chunks of rows; unless `again`, losses and statistics on the way."""
+def gradients(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    factor: Tensor | None,
+    smoothing: float,
+    ignore_index: int,
+    losses: Tensor | None,
+    stats: Tensor,
+    again: bool,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight and dbias as `needs` says, by chunks of rows; unless `again`, losses and statistics too."""
     (R, D), V = x.shape, weight.shape[0]
     tiles = _tiles(x.dtype)
     width = triton.cdiv(V, tiles["BV"]) * tiles["BV"]
@@ -312,7 +306,7 @@ def gradients(x, weight, bias, labels, factor, smoothing, ignore_index, losses, 
     if needs[1]:
         single = 0 < R <= rows_each
         dweight = x.new_empty(V, D) if single else x.new_zeros(V, D, dtype=torch.float32)
-        # the product reads every row: whatever stands in an ignored one must not reach it
+        # the product reads every row, and must not see the contents of an ignored one
         x_kept = x.masked_fill((labels == ignore_index)[:, None], 0)
     for rows in pieces(R, rows_each):
         part, z = (x[rows], weight, bias, labels[rows]), buffer[: rows.stop - rows.start]
@@ -345,7 +339,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        # torch's product of bf16 on a CPU knows no other result than bf16
+        # on a CPU torch multiplies bf16 to bf16 alone
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 

@@ -2,9 +2,9 @@
 
     out[r, h, i] = attention of q[r, h, i] over the S shared keys where shared_mask and the slots ancestors[r, i]
 
-Beams of one prompt, or answers to one question, share their prefix: its keys and values exist once per row and are
-read by all queries, never repeated. What a query sees of the suffix is a list of slot numbers, its own included, so
-that reordering beams moves a small integer table and not the cache, and a tree of candidates is packed as one row.
+Beams of one prompt, or answers to one question, share their prefix: its keys and values exist once per row, and all
+queries read them. A list of slot numbers, its own included, says what a query sees of the suffix. So reordering beams
+moves a small table of integers and not the cache, and a tree of candidates is packed as one row.
 Source: shared-prefix decoding as in Prismer's generation and ranking (arXiv:2303.02506, section 4.1), computed once;
 softmax over parts as in FlashAttention (Dao et al., arXiv:2205.14135) and Flash-Decoding.
 
@@ -15,15 +15,15 @@ slots, A ancestors.
 import torch
 from torch import Tensor
 
-from prismer.kernels import dispatch
-from prismer.kernels.decode_attention import triton_backend as decode_attention_triton
-from prismer.kernels.decode_attention.triton_backend import kernel_cases as kernel_cases
+from prismer.kernels.decode_attention import triton_backend
+from prismer.kernels.decode_attention.triton_backend import Pair
+from prismer.kernels.dispatch import TORCH, Backend, Op
 
+# numbers of scores and gathered keys at a time: 64 MB in fp32
 _MAX_FLOATS = 2**24
-# of scores and gathered keys at a time: 64 MB in fp32
+# up to this many slots per listed one, multiplying by all slots is faster than gathering the listed ones: measured on
+# one CPU core, 12 heads of 64, 54 slots of which 18 are listed: 1.0 against 1.7 ms; 2,000 of which 6: 700 against 95 ms
 _DENSE = 16
-# up to this many slots per listed one, multiplying by all slots beats gathering the listed ones: measured on one CPU
-# core, 12 heads of 64, 54 slots of which 18 are listed: 1.0 against 1.7 ms; 2,000 of which 6: 700 against 95 ms
 
 
 def decode_attention_reference(
@@ -47,13 +47,36 @@ def decode_attention_reference(
     return (weights.masked_fill(~mask, 0.0) @ v).to(q.dtype)
 
 
+def _native_refuses(q: Tensor) -> str | None:
+    K = q.shape[3]
+    if q.device.type == "cuda" and (K % 8 or K > 256):
+        return f"native decode_attention on cuda serves head sizes that are multiples of 8 up to 256, not {K}"
+    return None
+
+
+def _triton_refuses(q: Tensor) -> str | None:
+    K = q.shape[3]
+    return f"triton decode_attention serves head sizes up to 256, not {K}" if K > 256 else None
+
+
+OP = Op(
+    name="decode_attention",
+    reference=decode_attention_reference,
+    backends=(
+        Backend(name="native", devices=("cpu", "cuda"), float64=False, refuses=_native_refuses),
+        Backend(name="triton", devices=("cuda",), float64=False, refuses=_triton_refuses),
+        TORCH,
+    ),
+)
+
+
 # torch
 
 
-def _forward_torch(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors) -> Tensor:
-    """Queries in chunks, so that memory is bounded; slots far more numerous than ancestors cost nothing."""
+def _forward_torch(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors: Tensor) -> Tensor:
+    """Queries in chunks, so that memory is bounded; gathers the listed slots where there are far more others."""
     R, H, Q, K = q.shape
-    S, M, A = shared_k.shape[2], suffix_k.shape[2], ancestors.shape[2]
+    S, M, A = shared[0].shape[2], suffix[0].shape[2], ancestors.shape[2]
     dense = M <= _DENSE * A
     floats = S + M if dense else S + A * (2 * K + 1)
     chunk = max(1, _MAX_FLOATS // max(1, R * H * floats))
@@ -62,13 +85,14 @@ def _forward_torch(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ances
     for start in range(0, Q, chunk):
         part = slice(start, start + chunk)
         mask = shared_mask if shared_mask.shape[1] == 1 else shared_mask[:, part]
-        out[:, :, part] = attend(q[:, :, part], shared_k, shared_v, mask, suffix_k, suffix_v, ancestors[:, part])
+        out[:, :, part] = attend(q[:, :, part], shared, mask, suffix, ancestors[:, part])
     return out
 
 
-def _attend_all_slots(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors) -> Tensor:
+def _attend_all_slots(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors: Tensor) -> Tensor:
     """Scores against every slot, those not listed masked: one matrix product where slots are few."""
     dtype = torch.promote_types(q.dtype, torch.float32)
+    (shared_k, shared_v), (suffix_k, suffix_v) = shared, suffix
     S, M = shared_k.shape[2], suffix_k.shape[2]
     listed = torch.zeros(*ancestors.shape[:2], M + 1, dtype=torch.bool, device=q.device)
     listed = listed.scatter_(2, ancestors.where(ancestors >= 0, M), True)[..., :M]
@@ -79,13 +103,13 @@ def _attend_all_slots(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, an
     return out.to(q.dtype)
 
 
-def _attend_listed_slots(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors) -> Tensor:
+def _attend_listed_slots(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors: Tensor) -> Tensor:
     """Scores against gathered slots only: A products per query where slots are many."""
     dtype = torch.promote_types(q.dtype, torch.float32)
+    shared_k, shared_v = shared
     S = shared_k.shape[2]
     queries = q.to(dtype) * q.shape[-1] ** -0.5
-    k = _gather_slots(suffix_k, ancestors).to(dtype)  # (R, H, Q, A, K)
-    v = _gather_slots(suffix_v, ancestors).to(dtype)
+    k, v = (_gather_slots(t, ancestors).to(dtype) for t in suffix)  # (R, H, Q, A, K)
     scores = torch.cat((queries @ shared_k.to(dtype).mT, (k @ queries[..., None])[..., 0]), -1)
     weights = _softmax(scores, shared_mask, ancestors >= 0)
     out = weights[..., :S] @ shared_v.to(dtype) + (weights[..., None, S:] @ v)[..., 0, :]
@@ -95,7 +119,7 @@ def _attend_listed_slots(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v,
 def _softmax(scores: Tensor, shared_mask: Tensor, suffix_mask: Tensor) -> Tensor:
     """One softmax over both parts; overwrites `scores`."""
     mask = torch.cat((shared_mask.expand(-1, suffix_mask.shape[1], -1), suffix_mask), -1)[:, None]
-    # the second fill is for a query that sees nothing, whose softmax is nan
+    # the softmax of a query that sees nothing is NaN, hence the second fill
     return scores.masked_fill_(~mask, float("-inf")).softmax(-1).masked_fill(~mask, 0.0)
 
 
@@ -115,31 +139,25 @@ def _per_query(shared_mask: Tensor) -> Tensor:
 # the registered op
 
 
-def supports(backend: str, q: Tensor) -> str | None:
-    """None if `backend` serves queries like `q`, else the reason why not."""
-    if backend not in ("native", "triton"):
-        return None
-    if q.dtype == torch.float64:
-        return f"{backend} decode_attention computes in fp32, and q is float64"
-    K = q.shape[3]
-    if q.device.type == "cuda" and backend == "native" and (K % 8 or K > 256):
-        return f"native decode_attention on cuda serves head sizes that are multiples of 8 up to 256, not {K}"
-    if backend == "triton" and K > 256:
-        return f"triton decode_attention serves head sizes up to 256, not {K}"
-    return None
-
-
-def _with_rows_together(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of one layout, each vector contiguous; copies only what is not."""
+def _with_rows_together(a: Tensor, b: Tensor) -> Pair:
+    """Keys and values with equal strides and contiguous vectors; copies those that have other strides."""
     if a.stride() != b.stride() or a.stride(-1) != 1:
         return a.contiguous(), b.contiguous()
     return a, b
 
 
-def _forward(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors):
-    backend = dispatch.choose("decode_attention", q.device, lambda name: supports(name, q))
+def _forward(
+    q: Tensor,
+    shared_k: Tensor,
+    shared_v: Tensor,
+    shared_mask: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    ancestors: Tensor,
+) -> Tensor:
+    backend = OP.choose(q)
     if backend == "torch":
-        return _forward_torch(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors)
+        return _forward_torch(q, (shared_k, shared_v), shared_mask, (suffix_k, suffix_v), ancestors)
     mask, ancestors = shared_mask.contiguous(), ancestors.contiguous()
     if backend == "native":
         q, shared_k, shared_v, suffix_k, suffix_v = (
@@ -151,20 +169,15 @@ def _forward(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors):
         q = q if q.stride(-1) == 1 else q.contiguous()
         shared = _with_rows_together(shared_k, shared_v)
         suffix = _with_rows_together(suffix_k, suffix_v)
-        decode_attention_triton.forward(q, *shared, mask, *suffix, ancestors, out)
+        triton_backend.forward(q, shared, mask, suffix, ancestors, out)
     return out
 
 
-def _forward_fake(q, *_):
+def _forward_fake(q: Tensor) -> Tensor:
     return q.new_empty(q.shape)
 
 
-_decode_attention = dispatch.define(
-    "decode_attention(Tensor q, Tensor shared_k, Tensor shared_v, Tensor shared_mask, Tensor suffix_k, Tensor suffix_v,"
-    " Tensor ancestors) -> Tensor",
-    _forward,
-    _forward_fake,
-)
+_decode_attention = OP.register(_forward, fake=_forward_fake)
 
 
 # the public function
@@ -181,14 +194,14 @@ def decode_attention(
 ) -> Tensor:
     """Attend to a shared prefix and to listed suffix slots, with fp32 scores and softmax; scale 1 / sqrt(K).
 
-    There is no host synchronisation, so slot numbers are not checked: one outside -1..M-1 is the caller's bug. Keys and
-    values are read where they lie, in any strides (`native` copies those that are not contiguous).
+    The host does not wait for the device, so slot numbers are not checked: one outside -1..M-1 is the caller's bug.
+    Keys and values may have any strides (`native` copies those that are not contiguous).
 
     Args:
         q: (R, H, Q, K), fp32, bf16, fp16 or float64.
         shared_k, shared_v: (R, H, S, K), in the dtype of `q`.
-        shared_mask: (R, S), or (R, Q, S) to differ by query; bool, True where a key is seen. What is not seen must be
-            finite all the same.
+        shared_mask: (R, S), or (R, Q, S) to differ by query; bool, True where a key is seen. Keys that are
+            not seen must be finite all the same.
         suffix_k, suffix_v: (R, H, M, K), in the dtype of `q`.
         ancestors: (R, Q, A) int64 slot numbers, each at most once per query, -1 for none.
 
@@ -199,9 +212,9 @@ def decode_attention(
         ValueError: if shapes, dtypes or devices do not fit together, or an input requires a gradient that is recorded
             (the reference has one).
     """
-    _check(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors)
+    _check(q, (shared_k, shared_v), shared_mask, (suffix_k, suffix_v), ancestors)
     shared_mask = _per_query(shared_mask)
-    if dispatch.asked() == "reference":
+    if OP.route(q) == "reference":
         return decode_attention_reference(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors)
     inputs = (q, shared_k, shared_v, suffix_k, suffix_v)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
@@ -212,12 +225,13 @@ def decode_attention(
     return _decode_attention(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors)
 
 
-def _check(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors) -> None:
+def _check(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors: Tensor) -> None:
     if q.dim() != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; expected (rows, heads, queries, head size)")
     if not q.is_floating_point():
         raise ValueError(f"q is {q.dtype}; pass floats")
     R, H, Q, K = q.shape
+    (shared_k, shared_v), (suffix_k, suffix_v) = shared, suffix
     S, M = shared_k.shape[-2], suffix_k.shape[-2]
     for name, tensor, shape in (
         ("shared_k", shared_k, (R, H, S, K)),

@@ -1,28 +1,31 @@
-"""Triton kernels of decode attention; what they compute, and the legend, is in `decode_attention.py`.
+"""Triton kernels of decode attention; `__init__.py` says what they compute, and has the legend.
 
-The keys are split: a program takes one row and head, BQ queries, and 256 shared keys or, one more split,
-all listed slots, which it gathers by their numbers. It leaves a maximum, a sum and an unnormalised output in fp32; a
-second kernel combines the T = ceil(S / 256) + (A > 0) parts in order. Parts depend on S alone and BQ on Q alone, so a
-row gives the same bits in any batch. Traffic, for numbers of s bytes, L listed slots over all queries of all rows:
+The keys are split: a program takes one row and head, BQ queries, and 256 shared keys, or in one more split all listed
+slots, which it gathers by their numbers. It stores a maximum, a sum and an unnormalised output in fp32. A second kernel
+combines the T = ceil(S / 256) + (A > 0) parts in order. Parts depend on S alone and BQ on Q alone, so a row gives the
+same bits in any batch. Traffic, for numbers of s bytes, L listed slots over all queries of all rows:
     split     reads R H Q K s T + 2 R H S K s ceil(Q / BQ) + R H S ceil(Q / BQ) of the mask (R H Q S if it differs by
               query) + 8 R H Q A + 2 H L K s; writes R H T Q (4 K + 8)
     combine   reads R H T Q (4 K + 8), writes R H Q K s
     dots      4 K FLOPs for each of R H ceil(Q / BQ) BQ queries and each key, S rounded up to BN
-so a key costs its K s bytes once for up to 64 queries, where attention on repeated keys reads it for each of them.
+So up to 64 queries read the K s bytes of a key once; attention on repeated keys reads them for each query.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 
+# keys and their values
+Pair = tuple[Tensor, Tensor]
 _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
 def _raise_max(b_max, b_new):
-    """The new maximum, the shift to take off scores, and the factor for what was summed under the old maximum."""
+    """The new maximum, the shift to subtract from scores, and the factor for sums under the old maximum."""
     b_new = tl.maximum(b_max, b_new)
     # before the first key the maximum is -inf, and -inf - -inf would be nan
     b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -177,7 +180,7 @@ _KEYS = 256  # shared keys of a part
 
 
 def _head_split(K: int) -> tuple[int, int]:
-    """Two powers of two that together hold a head where that is less than one does, else one and 0."""
+    """The widths of the two parts of a head, powers of two; the second is 0 where one part is not wider than two."""
     whole = max(16, triton.next_power_of_2(K))
     rest = max(16, triton.next_power_of_2(K - whole // 2)) if K > whole // 2 else 16
     return (whole // 2, rest) if whole // 2 >= 16 and whole // 2 + rest < whole else (whole, 0)
@@ -198,7 +201,8 @@ def _combine_tiles(K: int) -> dict[str, int]:
     return dict(BR=max(1, 1024 // BK), BK=BK, num_warps=4)
 
 
-def forward(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors, out) -> None:
+def forward(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors: Tensor, out: Tensor) -> None:
+    (shared_k, shared_v), (suffix_k, suffix_v) = shared, suffix
     R, H, Q, K = q.shape
     S, M, A = shared_k.shape[2], suffix_k.shape[2], ancestors.shape[2]
     splits = triton.cdiv(S, _KEYS)
@@ -209,31 +213,11 @@ def forward(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors, o
     tiles = _tiles(Q, K, q.dtype)
     part = torch.empty(parts, R, H, Q, K, dtype=torch.float32, device=q.device)
     maximum, total = (part.new_empty(parts, R, H, Q) for _ in range(2))
+    strides = *q.stride()[:3], *shared_k.stride()[:3], *suffix_k.stride()[:3]
+    inputs = q, shared_k, shared_v, shared_mask.view(torch.uint8), suffix_k, suffix_v, ancestors
+    sizes = H, Q, S, M, A, splits, K**-0.5 * _LOG2_E
     _split_kernel[(R * H, triton.cdiv(Q, tiles["BQ"]), parts)](
-        q,
-        shared_k,
-        shared_v,
-        shared_mask.view(torch.uint8),
-        suffix_k,
-        suffix_v,
-        ancestors,
-        part,
-        maximum,
-        total,
-        *q.stride()[:3],
-        *shared_k.stride()[:3],
-        *suffix_k.stride()[:3],
-        H,
-        Q,
-        S,
-        M,
-        A,
-        splits,
-        K**-0.5 * _LOG2_E,
-        PER_QUERY=shared_mask.shape[1] > 1,
-        K=K,
-        KEYS=_KEYS,
-        **tiles,
+        *inputs, part, maximum, total, *strides, *sizes, PER_QUERY=shared_mask.shape[1] > 1, K=K, KEYS=_KEYS, **tiles
     )
     tiles = _combine_tiles(K)
     _combine_kernel[(triton.cdiv(R * H * Q, tiles["BR"]),)](part, maximum, total, out, R * H * Q, parts, K=K, **tiles)

@@ -1,67 +1,72 @@
 """Rules for the head and loss of causal language models of transformers: the loss without the logits.
 
     apply_to(model, "loss")
-    output = model(input_ids, labels=labels)  # output.loss as before; while it trains, output.logits is None
+    output = model(input_ids, labels=labels)  # output.loss as before; in training, output.logits is None
 
-Known is every `...ForCausalLM` and `...LMHeadModel` of transformers whose forward gives the logits of a plain linear
-head, unchanged, to `self.loss_function`, and that to be transformers' `ForCausalLMLoss`: the labels are shifted by
-one (or come as `shift_labels`), `ignore_index` is -100 unless given, and the loss is a mean, or the sum divided by
-`num_items_in_batch`. Tied and biased heads are served. Kept are models that scale or cap their logits (Gemma 2,
-Cohere, Granite) or have a loss of their own (BLIP's text decoder).
+Supported is every `...ForCausalLM` and `...LMHeadModel` of transformers whose forward passes the logits of a plain
+linear head, unchanged, to `self.loss_function`, if that function is transformers' `ForCausalLMLoss`: the labels are
+shifted by one (or given as `shift_labels`), `ignore_index` defaults to -100, and the loss is a mean, or the sum
+divided by
+`num_items_in_batch`. The head may be tied and may have a bias. Models that scale or cap their logits (Gemma 2, Cohere,
+Granite) or have a loss of their own (BLIP's text decoder) are kept.
 
-A call without labels is the model's own, and so are generation and evaluation: after `model.eval()`, and under
-`torch.no_grad()`, the output has its logits, for the metrics of whoever asks. In training, with labels, the head
-computes the loss in its own forward, so that ZeRO-3 gathers its weight as ever; the logits never exist, and
-`output.logits` is None. A batch in which every label is ignored gives 0, where a mean over nothing is NaN in
-transformers.
+The fused loss runs in training with labels. A call without labels, a model after `model.eval()` and a call under
+`torch.no_grad()` run the original forward, so that generation and metrics have their logits. The head computes the loss
+inside its own forward, where ZeRO-3 has gathered its weight. The logits never exist, and `output.logits` is None. If
+every label is ignored, the fused loss is 0; transformers' mean is NaN.
 """
 
 import ast
 import functools
 import inspect
 import textwrap
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from prismer.kernels.cross_entropy import linear_cross_entropy
-from prismer.kernels.layer_state import has_foreign_hooks, why_not
-from prismer.kernels.patch.core import Rule, is_patched, own_class
+from prismer.kernels.layer_state import has_foreign_hooks, reason_not_plain
+from prismer.kernels.patch.rules import Rule, is_patched, unpatched_class
 
-_TASK = "prismer_task"
+# the attribute that asks the head for the loss in place of the logits, during one call of the model
+_LOSS_ARGUMENTS = "prismer_loss_arguments"
 
 
-def _forward(self, *args, **kwargs):
+# what the patched model and its head do
+
+
+def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if args:
-        kwargs.update(zip(_parameters(self.prismer_class), args, strict=False))
+        kwargs.update(zip(_parameter_names(self.unpatched_class), args, strict=False))
     labels = kwargs.get("labels")
-    trains = self.training and torch.is_grad_enabled()
-    # a loss may have been set since
-    if labels is None or not trains or not _is_causal_loss(self):
-        return self.prismer_class.forward(self, **kwargs)
+    is_training = self.training and torch.is_grad_enabled()
+    # the user may have set another loss_function since patching
+    if labels is None or not is_training or not _has_causal_loss(self):
+        return self.unpatched_class.forward(self, **kwargs)
     as_dict = kwargs.pop("return_dict", None)
     as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
     options = {name: kwargs.get(name) for name in ("num_items_in_batch", "ignore_index", "shift_labels")}
     head = self.get_output_embeddings()
-    setattr(head, _TASK, {"labels": labels, **options})
+    setattr(head, _LOSS_ARGUMENTS, {"labels": labels, **options})
     try:
-        output = self.prismer_class.forward(self, **kwargs, return_dict=True)
+        output = self.unpatched_class.forward(self, **kwargs, return_dict=True)
     finally:
-        delattr(head, _TASK)
+        delattr(head, _LOSS_ARGUMENTS)
     output = type(output)(**{name: value for name, value in output.items() if name != "logits"})
     return output if as_dict else output.to_tuple()
 
 
-def _head_forward(self, x):
-    """The logits; or, where the model was given labels, the loss in their place."""
-    task = getattr(self, _TASK, None)
-    if task is None:
+def _head_forward(self: nn.Linear, x: Tensor) -> Tensor:
+    """The logits, or the loss in their place if the model asks for it."""
+    arguments = getattr(self, _LOSS_ARGUMENTS, None)
+    if arguments is None:
         return F.linear(x, self.weight, self.bias)
-    ignore = -100 if task["ignore_index"] is None else task["ignore_index"]
-    targets, count = task["shift_labels"], task["num_items_in_batch"]
+    ignore_index = -100 if arguments["ignore_index"] is None else arguments["ignore_index"]
+    targets, count = arguments["shift_labels"], arguments["num_items_in_batch"]
     if targets is None:
-        targets = F.pad(task["labels"], (0, 1), value=ignore)[..., 1:]
+        targets = F.pad(arguments["labels"], (0, 1), value=ignore_index)[..., 1:]
     if targets.numel() != x.numel() // x.shape[-1]:
         raise ValueError(
             f"labels of shape {tuple(targets.shape)} do not fit hidden states {tuple(x.shape)}; "
@@ -73,7 +78,7 @@ def _head_forward(self, x):
         self.bias,
         targets.flatten().to(x.device),
         label_smoothing=0.0,
-        ignore_index=ignore,
+        ignore_index=ignore_index,
         reduction="mean" if count is None else "sum",
     )
     if count is None:
@@ -81,19 +86,19 @@ def _head_forward(self, x):
     return loss / (count.to(loss.device) if hasattr(count, "to") else count)
 
 
-def _get_loss_function(self):
+def _get_loss_function(self: Any) -> Any:
     head = self.get_output_embeddings()
-    if getattr(head, _TASK, None) is None:
-        return self.prismer_class.loss_function.fget(self)
-    return functools.partial(_finished_loss, head)
+    if getattr(head, _LOSS_ARGUMENTS, None) is None:
+        return self.unpatched_class.loss_function.fget(self)
+    return functools.partial(_pass_loss_on, head)
 
 
-def _set_loss_function(self, function):
-    self.prismer_class.loss_function.fset(self, function)
+def _set_loss_function(self: Any, function: Any) -> None:
+    self.unpatched_class.loss_function.fset(self, function)
 
 
-def _finished_loss(head, logits, labels, vocab_size, **kwargs):
-    # what the model takes for its logits is the loss that the head has computed
+def _pass_loss_on(head: nn.Linear, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+    """Stand in for the model's loss function: its logits are the loss that the head has computed."""
     if vocab_size != head.out_features:
         raise ValueError(
             f"the config says a vocabulary of {vocab_size}, the head has {head.out_features} rows; "
@@ -103,49 +108,53 @@ def _finished_loss(head, logits, labels, vocab_size, **kwargs):
 
 
 @functools.cache
-def _parameters(kind: type) -> tuple[str, ...]:
+def _parameter_names(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
-def _is_causal_loss(model) -> bool:
+# when a model is kept
+
+
+def _has_causal_loss(model: Any) -> bool:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     return model.loss_function is ForCausalLMLoss
 
 
-def _head_name(model) -> list[str]:
+def _find_head(model: Any) -> str:
     head = model.get_output_embeddings()
-    return [next(name for name, module in model.named_modules() if module is head)]
+    return next(name for name, module in model.named_modules() if module is head)
 
 
-def _check(model):
+def _check(model: Any) -> str | None:
     head = model.get_output_embeddings()
-    if own_class(head) is not nn.Linear:
+    if unpatched_class(head) is not nn.Linear:
         return f"its head is a {type(head).__name__} (quantised, adapted or wrapped), not a plain layer"
     if is_patched(model) and not is_patched(head):
-        return "its head was set after it was patched; call undo() and apply_to() again to have the fused loss"
-    name = _head_name(model)[0]
-    reason = why_not(name, head, hooks=False) or _listened("head", head)
+        return "its head was replaced after it was patched; call undo() and apply_to() again for the fused loss"
+    name = _find_head(model)
+    reason = reason_not_plain(name, head, is_called=True) or _reason_needs_logits("head", head)
     if reason is not None:
         return reason
-    if not is_patched(model) and not _is_causal_loss(model):
+    if not is_patched(model) and not _has_causal_loss(model):
         return "its loss is not transformers' ForCausalLMLoss"
     first, *path = name.split(".")
-    if not hands_on_logits(own_class(model), first):
-        return "its forward does more with the logits or labels than hand them to self.loss_function"
-    module = model.get_submodule(first)
+    kind: Any = unpatched_class(model)
+    if not only_passes_logits_to_loss(kind, first):
+        return "its forward does more with the logits or labels than pass them to self.loss_function"
+    module: Any = model.get_submodule(first)
     for child in path:
-        reason = _listened(first, module)
+        reason = _reason_needs_logits(first, module)
         if reason is not None:
             return reason
-        if not ends_with(type(module), child):
+        if not _returns_output_of(module.__class__, child):
             return f"its {first} does more than end with the linear head"
         module = module.get_submodule(child)
     return None
 
 
-def _listened(name: str, module: nn.Module) -> str | None:
-    """Why what goes through this module has to be logits."""
+def _reason_needs_logits(name: str, module: nn.Module) -> str | None:
+    """Keep a model if hooks or wrappers of this module expect logits to pass through it."""
     if has_foreign_hooks(module):
         return f"its {name} has hooks, which would see the loss in place of the logits"
     if "forward" in module.__dict__:
@@ -154,61 +163,63 @@ def _listened(name: str, module: nn.Module) -> str | None:
 
 
 @functools.cache
-def hands_on_logits(kind: type, head: str) -> bool:
-    """Whether `forward`, as written, makes its logits by self.<head>(...), for the loss and the output alone.
+def only_passes_logits_to_loss(kind: Any, head: str) -> bool:
+    """Whether the source of `forward` computes logits once, with self.<head>(...), for the loss and the output alone.
 
     Args:
         kind: the model's class.
         head: name of the attribute that is called.
     """
-    tree = _source(kind)
+    tree = _parse_forward(kind)
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    made = losses = 0
+    assignments = losses = 0
     for node in ast.walk(tree):
         if not isinstance(node, ast.Name) or node.id not in ("logits", "labels"):
             continue
         parent = parents[node]
-        holder = parents[parent] if isinstance(parent, ast.keyword) else parent
+        user = parents[parent] if isinstance(parent, ast.keyword) else parent
         if isinstance(node.ctx, ast.Store):
             if node.id == "labels" or not isinstance(parent, ast.Assign) or not _calls(parent.value, head):
                 return False
-            made += 1
-        elif isinstance(holder, ast.Call) and _is_own(holder.func, "loss_function"):
+            assignments += 1
+        elif isinstance(user, ast.Call) and _is_attribute_of_self(user.func, "loss_function"):
             losses += node.id == "logits"
-        elif isinstance(holder, ast.Call):
-            if node.id == "labels" or not isinstance(parents[holder], ast.Return):
+        elif isinstance(user, ast.Call):
+            # the construction of the output
+            if node.id == "labels" or not isinstance(parents[user], ast.Return):
                 return False
-        elif node.id == "logits" or not isinstance(holder, ast.Compare):
+        elif node.id == "logits" or not isinstance(user, ast.Compare):
             return False
-    return made == losses == 1
+    return assignments == losses == 1
 
 
 @functools.cache
-def ends_with(kind: type, child: str) -> bool:
-    """Whether `forward`, as written, returns what self.<child>(...) gives."""
-    *_, before, last = [None, *_source(kind).body[0].body]
-    if not isinstance(last, ast.Return):
+def _returns_output_of(kind: Any, child: str) -> bool:
+    """Whether the source of `forward` ends by returning self.<child>(...)."""
+    body = _parse_forward(kind).body
+    if not isinstance(body[-1], ast.Return):
         return False
-    if isinstance(last.value, ast.Name) and isinstance(before, ast.Assign):
-        (target,) = before.targets
-        return isinstance(target, ast.Name) and target.id == last.value.id and _calls(before.value, child)
-    return _calls(last.value, child)
+    value = body[-1].value
+    if isinstance(value, ast.Name) and len(body) > 1 and isinstance(body[-2], ast.Assign):
+        (target,) = body[-2].targets
+        return isinstance(target, ast.Name) and target.id == value.id and _calls(body[-2].value, child)
+    return _calls(value, child)
 
 
-def _source(kind: type) -> ast.Module:
-    return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
+def _parse_forward(kind: Any) -> Any:
+    return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward)))).body[0]
 
 
-def _calls(node: ast.AST, name: str) -> bool:
-    """Is it self.<name>(...), with .contiguous() behind it or not?"""
+def _calls(node: ast.AST | None, name: str) -> bool:
+    """Whether this is self.<name>(...), with or without .contiguous() behind it."""
     if not isinstance(node, ast.Call):
         return False
     if isinstance(node.func, ast.Attribute) and node.func.attr == "contiguous" and not node.args:
         return _calls(node.func.value, name)
-    return _is_own(node.func, name)
+    return _is_attribute_of_self(node.func, name)
 
 
-def _is_own(node: ast.AST, name: str) -> bool:
+def _is_attribute_of_self(node: ast.AST, name: str) -> bool:
     return (
         isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
@@ -216,15 +227,15 @@ def _is_own(node: ast.AST, name: str) -> bool:
     )
 
 
-_METHODS = {"forward": _forward, "loss_function": property(_get_loss_function, _set_loss_function)}
 RULES = tuple(
     Rule(
         "loss",
         f"transformers.models.*.{name}",
-        _METHODS,
+        {"forward": _model_forward, "loss_function": property(_get_loss_function, _set_loss_function)},
         _check,
         covers=False,
-        inner=(_head_name, {"forward": _head_forward}),
+        find_head=_find_head,
+        head_methods={"forward": _head_forward},
     )
     for name in ("*ForCausalLM", "*LMHeadModel")
 )

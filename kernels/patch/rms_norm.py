@@ -3,15 +3,17 @@
     y = x_hat * weight,   x_hat = x * rstd,   rstd = 1 / sqrt(mean(x^2) + eps)
     g = dy * weight,   dx = rstd * (g - x_hat * mean(g * x_hat)),   dweight = sum over rows of dy * x_hat
 
-With a residual, `x` above is `total = x + residual`, rounded to its dtype. Of R rows, the input and R numbers are kept;
-plain operators keep three tensors of that size. One op to autograd, made of torch's operators inside.
-Source: Zhang and Sennrich, arXiv:1910.07467; the norms of Idefics2's resampler, arXiv:2405.02246.
+With a residual, `x` above is `total = x + residual`, rounded to its dtype. Autograd saves the input and one number a
+row, where plain operators save three tensors of the size of the input. To autograd this is one op, made of torch's
+operators. Source: Zhang and Sennrich, arXiv:1910.07467; the norms of Idefics2's resampler, arXiv:2405.02246.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prismer.kernels import dispatch
+from prismer.kernels.dispatch import TORCH, Op
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
@@ -30,10 +32,14 @@ def add_rms_norm_reference(
     return rms_norm_reference(total, weight, eps), total
 
 
+OP = Op(name="rms_norm", reference=rms_norm_reference, backends=(TORCH,))
+
+
 # the registered ops
 
 
-def _forward(x, residual, weight, eps):
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised rows, the sum (empty without a residual), and rstd."""
     compute = torch.promote_types(x.dtype, torch.float32)
     total = x.new_empty(0) if residual is None else x + residual
     x32 = (x if residual is None else total).to(compute)
@@ -44,16 +50,18 @@ def _forward(x, residual, weight, eps):
     return y.to(x.dtype), total, rstd
 
 
-def _forward_fake(x, residual, weight, eps):
+def _forward_fake(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     total = x.new_empty(0 if residual is None else x.shape)
     return x.new_empty(x.shape), total, x.new_empty(x.shape[0], dtype=compute)
 
 
-def _backward(dy, dtotal, x, weight, rstd, affine):
+def _backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, weight_trains: bool
+) -> tuple[Tensor, Tensor]:
     compute = rstd.dtype
     x_hat, dy = x.to(compute) * rstd[:, None], dy.to(compute)
-    dweight = (dy * x_hat).sum(0) if affine else rstd.new_empty(0)
+    dweight = (dy * x_hat).sum(0) if weight_trains else rstd.new_empty(0)
     g = dy if weight is None else dy * weight
     means = torch.linalg.vecdot(g, x_hat)[:, None] / x.shape[1]
     dx = torch.addcmul(g, x_hat, means, value=-1).mul_(rstd[:, None])
@@ -62,25 +70,12 @@ def _backward(dy, dtotal, x, weight, rstd, affine):
     return dx.to(x.dtype), dweight.to(x.dtype if weight is None else weight.dtype)
 
 
-def _backward_fake(dy, dtotal, x, weight, rstd, affine):
+def _backward_fake(x: Tensor, weight: Tensor | None, rstd: Tensor, weight_trains: bool) -> tuple[Tensor, Tensor]:
     dtype = x.dtype if weight is None else weight.dtype
-    return x.new_empty(x.shape), rstd.new_empty(x.shape[1] if affine else 0, dtype=dtype)
+    return x.new_empty(x.shape), rstd.new_empty(x.shape[1] if weight_trains else 0, dtype=dtype)
 
 
-_rms_norm = dispatch.define(
-    "rms_norm(Tensor x, Tensor? residual, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-_rms_norm_backward = dispatch.define(
-    "rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor? weight, Tensor rstd, bool affine)"
-    " -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, residual, weight, _ = inputs
     _, total, rstd = output
     ctx.mark_non_differentiable(*((total, rstd) if residual is None else (rstd,)))
@@ -90,16 +85,17 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(total if ctx.has_residual else x, weight, rstd)
 
 
-def _autograd(ctx, dy, dtotal, _):
+def _autograd(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    # only the sum was used, and its gradient passes through
     if dy is None:
-        # only the sum went on: its gradient passes through
         return dtotal, dtotal if ctx.has_residual else None, None, None
     needs = ctx.needs_input_grad
     dx, dweight = _rms_norm_backward(dy, dtotal, *ctx.saved_tensors, needs[2])
     return dx if needs[0] else None, dx if needs[1] else None, dweight if needs[2] else None, None
 
 
-dispatch.register_backward("rms_norm", _setup_context, _autograd)
+_rms_norm = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_rms_norm_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public functions
@@ -134,26 +130,26 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
         ValueError: if a shape or dtype does not fit.
     """
     _check(x, None, weight)
-    if dispatch.asked() == "reference":
+    if OP.route(x) == "reference":
         return rms_norm_reference(x, weight, eps)
     return _rms_norm(x.reshape(-1, x.shape[-1]), None, weight, eps)[0].view(x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """Add, then normalise: the end of one sub-layer and the beginning of the next.
+    """Add, then normalise: a residual sum and the norm that follows it.
 
     Args:
         x, residual: (..., D), of one dtype.
         weight, eps: as in `rms_norm`.
 
     Returns:
-        The normalised sum and the sum, both (..., D).
+        The normalised sum and the sum itself, both (..., D).
 
     Raises:
         ValueError: if a shape or dtype does not fit.
     """
     _check(x, residual, weight)
-    if dispatch.asked() == "reference":
+    if OP.route(x) == "reference":
         return add_rms_norm_reference(x, residual, weight, eps)
     y, total, _ = _rms_norm(x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1]), weight, eps)
     return y.view(x.shape), total.view(x.shape)

@@ -11,37 +11,39 @@ the projections to the other side of the products with the keys, where there are
     a_h = W_k,h^T q_h / sqrt(K)  (D numbers),  scores = (a_h * gamma) . x_hat_n + a_h . beta  and  a_h . query_m
     t_h = gamma * (P_x x_hat) + beta * sum(P_x) + P_z query,                   out_h = W_v,h t_h + b_v,h
 
-so that x_hat itself is key and value of every head and layer, and keys and values of the inputs never exist. Source of
-the layer: the resampler of Prismer, arXiv:2303.02506, and Flamingo, arXiv:2204.14198; of the exchange: associativity.
+Then x_hat itself is key and value of every head and layer, and keys and values of the inputs never exist.
+Sources: the resampler of Prismer, arXiv:2303.02506, and of Flamingo, arXiv:2204.14198; associativity.
 
 Matrix products for B images, M queries, L inputs, N = M + L keys, Q = H M absorbed queries (`flops` has the gradients):
     absorbed  2 B (3 M D^2 + 2 Q N D),      ordinary  2 B (M D^2 + 2 N D^2 + 2 M N D)
-`order=None` takes the absorbed order where it needs less than 0.8 of the ordinary one, forward plus the gradients that
-this call needs; the rest is lost in its many small products (measured on a CPU: at 0.86 it is even or 10 % behind, at
-0.67 it takes 0.70 of the time, at 0.52 0.52). Without the projection of the queries, common to both, the absorbed order
-needs 0.66 (BASE), 0.51 (LARGE), 0.42 (HUGE) of the ordinary one with six experts, and 0.84 with one; all gradients
-together keep that ratio. Frozen weights are cheap in the ordinary order alone, which then does the gradients of BASE.
+`order=None` takes the absorbed order if it needs less than 0.8 of the FLOPs of the ordinary one, for the forward pass
+and the gradients that this call needs. It loses the rest in many small products: measured on a CPU, it takes 1.0 to 1.1
+of the time at 0.86 of the FLOPs, 0.70 at 0.67, and 0.52 at 0.52. Without the projection of the queries, which both
+orders share, the absorbed order needs 0.66 (BASE), 0.51 (LARGE), 0.42 (HUGE) of the ordinary one with six experts, and
+0.84 with one. All gradients together keep that ratio. Frozen weights save products in the ordinary order alone, so that
+BASE with frozen weights takes the ordinary order.
 
-Kept for the backward pass, in bytes, for numbers of s bytes, besides the inputs and parameters themselves:
+Saved for the backward pass, in bytes, for numbers of s bytes, beside the inputs and parameters themselves:
     absorbed  B M D s (q) + B Q N s (probabilities); and B Q D s + 4 B Q where the norm or in_proj_weight trains.
-              Triton pads N to W = 64 (ceil(M / 64) + ceil(L / 64)), and keeps 4 B Q W / 64 more
+              Triton pads N to W = 64 (ceil(M / 64) + ceil(L / 64)), and saves 4 B Q W / 64 more
     ordinary  B M D s (q) + B Q N s (probabilities) + 2 B N D s (keys and values)
 """
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prismer.kernels import dispatch, matmul
-from prismer.kernels.absorbed_projection import absorb, absorb_weight, release
-from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels import matmul
+from prismer.kernels.absorbed_projection import context_to_heads, heads_to_context, weight_gradient
+from prismer.kernels.dispatch import TORCH, TRITON, Op
 from prismer.kernels.layer_norm import layer_norm
-from prismer.kernels.resampler_attention import torch_backend as resampler_torch
-from prismer.kernels.resampler_attention import triton_backend as resampler_triton
+from prismer.kernels.resampler_attention import torch_backend, triton_backend
 
-_MIXED = {"norm_weight", "norm_bias", "in_proj_weight"}  # what needs P_x x_hat again
+# their gradients need P_x x_hat again
+_MIXED = {"norm_weight", "norm_bias", "in_proj_weight"}
 _ARGUMENTS = ("query", "x_hat", "norm_weight", "norm_bias", "in_proj_weight", "in_proj_bias")
 
 
@@ -70,6 +72,9 @@ def resampler_attention_reference(
     )
     probs = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)
     return (probs @ v).transpose(1, 2).flatten(2).to(query.dtype)
+
+
+OP = Op(name="resampler_attention", reference=resampler_attention_reference, backends=(TRITON, TORCH))
 
 
 def flops(order: str, B: int, M: int, L: int, D: int, H: int, grads: Collection[str] = ()) -> int:
@@ -115,64 +120,91 @@ def cheaper_order(B: int, M: int, L: int, D: int, H: int, grads: Collection[str]
 # both backends of the absorbed order
 
 
-def _absorbed_forward(query, x_hat, gamma, beta, weight, bias, H, triton, keep, keep_mixed):
+def _absorbed_forward(
+    query: Tensor,
+    x_hat: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    H: int,
+    triton: bool,
+    keep: bool,
+    keep_mixed: bool,
+) -> tuple[Tensor | None, ...]:
     (B, M, D), scale = query.shape, (query.shape[2] // H) ** -0.5
     w_q, w_k, w_v = weight.view(3, D, D)
     q = matmul.linear(query.view(-1, D), w_q, bias[:D])
-    a, factor = absorb(q, w_k, H, scale), None
+    a, factor = heads_to_context(q, w_k, H, scale), None
     if triton:
-        t, probs, factor, share, mixed = resampler_triton.attend(a, query, x_hat, gamma, beta, keep_mixed)
+        t, probs, factor, share, mixed = triton_backend.attend(a, query, x_hat, gamma, beta, keep_mixed)
     else:
-        t, probs, share, mixed = resampler_torch.attend(a, query, x_hat, gamma, beta, keep, keep_mixed)
+        t, probs, share, mixed = torch_backend.attend(a, query, x_hat, gamma, beta, keep, keep_mixed)
     # the probabilities of a query sum to one, so b_v passes through
-    out = release(t, w_v, 1.0).add_(bias[2 * D :])
+    out = context_to_heads(t, w_v, 1.0).add_(bias[2 * D :])
     return out.view(B, M, D), q.view(B, M, D), probs, factor, share, mixed
 
 
-def _absorbed_backward(dy, query, x_hat, gamma, beta, weight, q, probs, factor, share, mixed, H, needs, results):
+def _absorbed_backward(
+    dy: Tensor,
+    query: Tensor,
+    x_hat: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    q: Tensor,
+    probs: Tensor,
+    factor: Tensor,
+    share: Tensor,
+    mixed: Tensor,
+    H: int,
+    needs: dict[str, bool],
+    results: tuple[Tensor, ...],
+) -> None:
     D, scale = query.shape[2], (query.shape[2] // H) ** -0.5
     w_q, w_k, w_v = weight.view(3, D, D)
     rows, q, dy = query.view(-1, D), q.view(-1, D), dy.view(-1, D)
     dquery, _, _, _, dweight, dbias = results
-    a, dt = absorb(q, w_k, H, scale), absorb(dy, w_v, H, 1.0)
+    a, dt = heads_to_context(q, w_k, H, scale), heads_to_context(dy, w_v, H, 1.0)
     if factor.numel():
-        da, t = resampler_triton.attend_backward(
+        da, t = triton_backend.attend_backward(
             a, dt, query, x_hat, gamma, beta, probs, factor, share, mixed, needs, results
         )
     else:
-        da, t = resampler_torch.attend_backward(a, dt, query, x_hat, gamma, beta, probs, share, mixed, needs, results)
+        da, t = torch_backend.attend_backward(a, dt, query, x_hat, gamma, beta, probs, share, mixed, needs, results)
     if needs["query"] or needs["in_proj_weight"] or needs["in_proj_bias"]:
-        dq = release(da, w_k, scale)
+        dq = context_to_heads(da, w_k, scale)
     if needs["query"]:
         dquery = dquery.view(-1, D)
         dquery += matmul.mm(dq, w_q)
     if needs["in_proj_weight"]:
         dweight[:D] = matmul.mm(dq.T, rows)
-        absorb_weight(q, da, scale, dweight[D : 2 * D])
-        absorb_weight(dy, t, 1.0, dweight[2 * D :])
+        weight_gradient(q, da, scale, dweight[D : 2 * D])
+        weight_gradient(dy, t, 1.0, dweight[2 * D :])
     if needs["in_proj_bias"]:
-        resampler_torch.bias_gradient(dq, dy, dbias)
+        torch_backend.bias_gradient(dq, dy, dbias)
 
 
 # the registered ops
 
 
-def supports(backend: str, query: Tensor) -> str | None:
-    """None if `backend` serves the absorbed order of queries like `query`, else the reason why not."""
-    if backend == "triton" and query.dtype == torch.float64:
-        return "triton resampler_attention computes in fp32, and query is float64"
-    return None
-
-
 def _is_triton(query: Tensor, absorbed: bool) -> bool:
-    """The ordinary order is of torch products alone, whatever is asked for; so is an empty batch."""
-    if not absorbed or not query.numel():
-        return False
-    chosen = dispatch.choose("resampler_attention", query.device, lambda name: supports(name, query))
-    return chosen == "triton"
+    """The ordinary order consists of torch products alone, whatever is asked for; an empty batch needs no kernel."""
+    return absorbed and query.numel() > 0 and OP.choose(query) == "triton"
 
 
-def _forward(query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias, num_heads, absorbed, keep, keep_mixed):
+def _forward(
+    query: Tensor,
+    x_hat: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    num_heads: int,
+    absorbed: bool,
+    keep: bool,
+    keep_mixed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     query, x_hat, weight = (t.contiguous() for t in (query, x_hat, in_proj_weight))
     arguments = query, x_hat, norm_weight, norm_bias, weight, in_proj_bias, num_heads
     if absorbed:
@@ -181,22 +213,22 @@ def _forward(query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias,
         kept = (keep, keep, keep and triton, keep_mixed, keep_mixed, False)
         state = *state, None
     else:
-        out, q, probs, kv = resampler_torch.ordinary_forward(*arguments, keep)
+        out, q, probs, kv = torch_backend.ordinary_forward(*arguments, keep)
         kept, state = (keep, keep, False, False, False, keep), (q, probs, *[None] * 3, kv)
-    empty = _forward_fake(*arguments, absorbed, False, False)[1:]
+    empty = _forward_fake(query, x_hat, num_heads, absorbed, False, False)[1:]
     return out, *(t if k else e for t, k, e in zip(state, kept, empty, strict=True))
 
 
 def _forward_fake(
-    query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias, num_heads, absorbed, keep, keep_mixed
-):
+    query: Tensor, x_hat: Tensor, num_heads: int, absorbed: bool, keep: bool, keep_mixed: bool
+) -> tuple[Tensor, ...]:
     (B, M, D), L = query.shape, x_hat.shape[1]
     Q, compute = num_heads * M, torch.promote_types(query.dtype, torch.float32)
     triton = keep and _is_triton(query, absorbed)
-    blocks = sum(resampler_triton.blocks_of(M, L))
-    width = blocks * resampler_triton.BLOCK if triton else M + L
+    blocks = sum(triton_backend.blocks_of(M, L))
+    width = blocks * triton_backend.BLOCK if triton else M + L
 
-    def state(wanted, *shape, dtype=query.dtype):
+    def state(wanted: bool, *shape: int, dtype: torch.dtype = query.dtype) -> Tensor:
         return query.new_empty(shape if wanted else 0, dtype=dtype)
 
     return (
@@ -211,47 +243,28 @@ def _forward_fake(
 
 
 def _backward(
-    dy,
-    query,
-    x_hat,
-    norm_weight,
-    norm_bias,
-    in_proj_weight,
-    q,
-    probs,
-    factor,
-    share,
-    mixed,
-    kv,
-    num_heads,
-    query_,
-    x_hat_,
-    norm_,
-    weight_,
-    bias_,
-):
+    dy: Tensor,
+    query: Tensor,
+    x_hat: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    in_proj_weight: Tensor,
+    q: Tensor,
+    probs: Tensor,
+    factor: Tensor,
+    share: Tensor,
+    mixed: Tensor,
+    kv: Tensor,
+    num_heads: int,
+    need_query: bool,
+    need_x_hat: bool,
+    need_norm: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dy, query, x_hat, weight = (t.contiguous() for t in (dy, query, x_hat, in_proj_weight))
-    results = _backward_fake(
-        dy,
-        query,
-        x_hat,
-        norm_weight,
-        norm_bias,
-        weight,
-        q,
-        probs,
-        factor,
-        share,
-        mixed,
-        kv,
-        num_heads,
-        query_,
-        x_hat_,
-        norm_,
-        weight_,
-        bias_,
-    )
-    needs = dict(query=query_, x_hat=x_hat_, norm=norm_, in_proj_weight=weight_, in_proj_bias=bias_)
+    results = _backward_fake(query, x_hat, need_query, need_x_hat, need_norm, need_weight, need_bias)
+    needs = dict(query=need_query, x_hat=need_x_hat, norm=need_norm, in_proj_weight=need_weight, in_proj_bias=need_bias)
     inputs = dy, query, x_hat, norm_weight, norm_bias, weight, q.contiguous(), probs.contiguous()
     if not query.numel():
         for t in results:
@@ -259,64 +272,36 @@ def _backward(
         return results
     for t in results[2:4]:
         t.zero_()
-    # what was kept says how it was made: the backward pass takes the order and the backend of its forward pass
+    # the saved tensors tell the order and the backend of the forward pass, which the backward pass takes too
     if kv.numel():
-        resampler_torch.ordinary_backward(*inputs, kv, num_heads, needs, results)
+        torch_backend.ordinary_backward(*inputs, kv, num_heads, needs, results)
     else:
         _absorbed_backward(*inputs, factor, share, mixed, num_heads, needs, results)
     return results
 
 
 def _backward_fake(
-    dy,
-    query,
-    x_hat,
-    norm_weight,
-    norm_bias,
-    in_proj_weight,
-    q,
-    probs,
-    factor,
-    share,
-    mixed,
-    kv,
-    num_heads,
-    query_,
-    x_hat_,
-    norm_,
-    weight_,
-    bias_,
-):
+    query: Tensor,
+    x_hat: Tensor,
+    need_query: bool,
+    need_x_hat: bool,
+    need_norm: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
     compute = torch.promote_types(query.dtype, torch.float32)
     D = query.shape[2]
     return (
-        query.new_empty(query.shape if query_ else 0),
-        query.new_empty(x_hat.shape if x_hat_ else 0),
-        query.new_empty(D if norm_ else 0, dtype=compute),
-        query.new_empty(D if norm_ else 0, dtype=compute),
-        query.new_empty((3 * D, D) if weight_ else 0),
-        query.new_empty(3 * D if bias_ else 0),
+        query.new_empty(query.shape if need_query else 0),
+        query.new_empty(x_hat.shape if need_x_hat else 0),
+        query.new_empty(D if need_norm else 0, dtype=compute),
+        query.new_empty(D if need_norm else 0, dtype=compute),
+        query.new_empty((3 * D, D) if need_weight else 0),
+        query.new_empty(3 * D if need_bias else 0),
     )
 
 
-_resampler_attention = dispatch.define(
-    "resampler_attention(Tensor query, Tensor x_hat, Tensor norm_weight, Tensor norm_bias, Tensor in_proj_weight,"
-    " Tensor in_proj_bias, int num_heads, bool absorbed, bool keep, bool keep_mixed)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-_resampler_attention_backward = dispatch.define(
-    "resampler_attention_backward(Tensor dy, Tensor query, Tensor x_hat, Tensor norm_weight, Tensor norm_bias,"
-    " Tensor in_proj_weight, Tensor q, Tensor probs, Tensor factor, Tensor share, Tensor mixed,"
-    " Tensor kv, int num_heads, bool need_query, bool need_x_hat, bool need_norm, bool need_weight, bool need_bias)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     *tensors, _, num_heads, _, keep, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -327,7 +312,7 @@ def _setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*tensors[:5], *output[1:])
 
 
-def _autograd(ctx, dy, *_):
+def _autograd(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:6]
     if dy is None:
         return (None,) * 10
@@ -338,13 +323,23 @@ def _autograd(ctx, dy, *_):
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4
 
 
-dispatch.register_backward("resampler_attention", _setup_context, _autograd)
+_resampler_attention = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
+_resampler_attention_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
 
 
-def _check(query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias, num_heads, order):
+def _check(
+    query: Tensor,
+    x_hat: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    num_heads: int,
+    order: str | None,
+) -> None:
     if query.dim() != 3 or not query.is_floating_point() or 0 in query.shape[1:]:
         raise ValueError(f"query is {query.dtype} of shape {tuple(query.shape)}; pass floats of shape (B, M, D)")
     B, _, D = query.shape
@@ -400,7 +395,7 @@ def resampler_attention(
     """
     tensors = query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias
     _check(*tensors, num_heads, order)
-    if dispatch.asked() == "reference":
+    if OP.route(query) == "reference":
         return resampler_attention_reference(*tensors, num_heads)
     grads = []
     if torch.is_grad_enabled():
@@ -411,8 +406,3 @@ def resampler_attention(
     absorbed = order == "absorbed"
     keep_mixed = absorbed and not _MIXED.isdisjoint(grads)
     return _resampler_attention(*tensors, num_heads, absorbed, bool(grads), keep_mixed)[0]
-
-
-def kernel_cases() -> list[KernelCase]:
-    """What is compiled ahead of time: BASE, LARGE and HUGE with six experts, 8 images."""
-    return resampler_triton.kernel_cases()

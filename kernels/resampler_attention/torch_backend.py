@@ -1,54 +1,68 @@
-"""Attention of a resampler composed of torch's operators: both orders of `resampler_attention.py`."""
+"""Attention of a resampler, composed of torch's operators, in both orders."""
 
 import torch
 from torch import Tensor
 
 from prismer.kernels import matmul
-from prismer.kernels.absorbed_projection import bmm, rows_of_images, steps, store_rows
+from prismer.kernels.absorbed_projection import bmm, image_slices, put_images, take_images
 
-# the absorbed order on torch: on the CPU an image at a time
+# the absorbed order; on the CPU one image at a time
 
 
-def _mixture(mixed, share, gamma, beta, probs_z, query) -> Tensor:
-    """t of the module's docstring, (n, Q, D): gamma * mixed + beta * share + probs_z query."""
+def _mixture(mixed: Tensor, share: Tensor, gamma: Tensor, beta: Tensor, probs_z: Tensor, query: Tensor) -> Tensor:
+    """t of the formulas in `__init__.py`, (n, Q, D): gamma * mixed + beta * share + probs_z query."""
     total = (mixed.to(share.dtype) * gamma).addcmul_(share[..., None], beta.to(share.dtype))
     return torch.baddbmm(total.to(query.dtype), probs_z, query)
 
 
-def attend(a, query, x_hat, gamma, beta, keep, keep_mixed):
-    """Absorbed queries (H, B * M, D) -> t of the same shape, and what the backward pass needs of it."""
+def attend(
+    a: Tensor, query: Tensor, x_hat: Tensor, gamma: Tensor, beta: Tensor, keep: bool, keep_mixed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Absorbed queries (H, B * M, D) -> t of the same shape, probs, share, mixed (empty if not kept)."""
     (B, M, D), L = query.shape, x_hat.shape[1]
     Q, compute = a.shape[0] * M, torch.promote_types(query.dtype, torch.float32)
     probs = query.new_empty(B if keep else 0, Q, M + L)
     share = query.new_empty(B if keep_mixed else 0, Q, dtype=compute)
     mixed = query.new_empty(B if keep_mixed else 0, Q, D)
     t, beta = torch.empty_like(a), beta.to(compute)
-    for images in steps(query):
-        u, x, a_here = query[images], x_hat[images], rows_of_images(a, B, images)
+    for images in image_slices(query):
+        u, x, a_here = query[images], x_hat[images], take_images(a, B, images)
         scores = u.new_empty(len(u), Q, M + L)
         bmm(a_here, u.mT, out=scores[..., :M])
-        # the offset of the inputs is taken from the few latents: a softmax does not see what all keys share
+        # a softmax ignores what all keys share, so subtract the offset of the inputs from the scores of the few latents
         scores[..., :M] -= torch.matmul(a_here.to(compute), beta)[..., None]
         bmm((a_here * gamma).to(u.dtype), x.mT, out=scores[..., M:])
         p = torch.softmax(scores, -1, out=probs[images] if keep else None)
         mixed_here, share_here = bmm(p[..., M:], x), p[..., M:].sum(-1, dtype=compute)
         if keep_mixed:
             mixed[images], share[images] = mixed_here, share_here
-        store_rows(_mixture(mixed_here, share_here, gamma, beta, p[..., :M], u), t, B, images)
+        put_images(_mixture(mixed_here, share_here, gamma, beta, p[..., :M], u), t, B, images)
     return t, probs, share, mixed
 
 
-def attend_backward(a, dt, query, x_hat, gamma, beta, probs, share, mixed, needs, results):
-    """Gradients of `_attend`: fills those of query (its keys' part), x_hat and norm; returns da, and t again."""
+def attend_backward(
+    a: Tensor,
+    dt: Tensor,
+    query: Tensor,
+    x_hat: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    probs: Tensor,
+    share: Tensor,
+    mixed: Tensor,
+    needs: dict[str, bool],
+    results: tuple[Tensor, ...],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `attend`: fills those of query (its keys' part), x_hat and norm; returns da, and t again."""
     (B, M, D), L, Q = query.shape, x_hat.shape[1], probs.shape[1]
     compute = torch.promote_types(query.dtype, torch.float32)
     dquery, dx_hat, dgamma, dbeta, _, _ = results
     da, t = torch.empty_like(a), torch.empty_like(a if needs["in_proj_weight"] else a[:0])
-    for images in steps(query):
+    for images in image_slices(query):
         u, x, p = query[images], x_hat[images], probs[images]
-        pair = torch.cat([rows_of_images(a, B, images), rows_of_images(dt, B, images)], dim=1)
+        pair = torch.cat([take_images(a, B, images), take_images(dt, B, images)], dim=1)
         scaled = (pair * gamma).to(u.dtype)
-        # gradients of scores over probabilities: the keys' gradient contracts them with (a, dt) in one product
+        # gradients of scores above probabilities: one product with (a, dt) gives the gradient of the keys
         both = u.new_empty(len(u), 2 * Q, M + L)
         dscores, dprobs = both[:, :Q], both[:, Q:]
         bmm(pair[:, Q:], u.mT, out=dprobs[..., :M])
@@ -64,7 +78,7 @@ def attend_backward(a, dt, query, x_hat, gamma, beta, probs, share, mixed, needs
         if any(needs[name] for name in needs if name != "x_hat"):
             mixed_da = bmm(dscores[..., M:], x)
             share_da = dscores[..., M:].sum(-1, dtype=compute)
-            store_rows(_mixture(mixed_da, share_da, gamma, beta, dscores[..., :M], u), da, B, images)
+            put_images(_mixture(mixed_da, share_da, gamma, beta, dscores[..., :M], u), da, B, images)
         if needs["norm"]:
             products = (mixed_da.to(compute) * pair[:, :Q]).addcmul_(mixed[images].to(compute), pair[:, Q:].to(compute))
             dgamma += products.sum((0, 1))
@@ -72,7 +86,7 @@ def attend_backward(a, dt, query, x_hat, gamma, beta, probs, share, mixed, needs
             dbeta += torch.mv(pair.to(compute).view(-1, D).T, weights)
         if needs["in_proj_weight"]:
             again = _mixture(mixed[images], share[images], gamma, beta, p[..., :M], u)
-            store_rows(again, t, B, images)
+            put_images(again, t, B, images)
     return da, t
 
 
@@ -83,7 +97,7 @@ def bias_gradient(dq: Tensor, dy: Tensor, dbias: Tensor) -> None:
     torch.sum(dy, 0, out=dbias[2 * D :])
 
 
-# the ordinary order, of torch products only
+# the ordinary order
 
 
 def _split_heads(t: Tensor, H: int) -> Tensor:
@@ -92,11 +106,13 @@ def _split_heads(t: Tensor, H: int) -> Tensor:
 
 
 def _normed(x_hat: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """What is projected; not kept, since x_hat is."""
+    """The input of the projections; not saved, since x_hat is."""
     return torch.addcmul(beta, x_hat, gamma).to(x_hat.dtype)
 
 
-def ordinary_forward(query, x_hat, gamma, beta, weight, bias, H, keep):
+def ordinary_forward(
+    query: Tensor, x_hat: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor, H: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, M, D), L = query.shape, x_hat.shape[1]
     scale, w_kv = (D // H) ** -0.5, weight[D:]
     q = matmul.linear(query.view(-1, D), weight[:D], bias[:D]).view(B, M, D)
@@ -105,7 +121,7 @@ def ordinary_forward(query, x_hat, gamma, beta, weight, bias, H, keep):
     kv[B * M :] = matmul.linear(_normed(x_hat, gamma, beta).view(-1, D), w_kv)
     kv_z, kv_x = kv[: B * M].view(B, M, 2 * D), kv[B * M :].view(B, L, 2 * D)
     probs, out = q.new_empty(B if keep else 0, H * M, M + L), torch.empty_like(query)
-    for images in steps(query):
+    for images in image_slices(query):
         q_here = _split_heads(q[images], H)
         k_z, v_z, k_x, v_x = (_split_heads(t, H) for kv in (kv_z, kv_x) for t in kv[images].chunk(2, 2))
         scores = q.new_empty(len(q_here), M, M + L)
@@ -120,7 +136,20 @@ def ordinary_forward(query, x_hat, gamma, beta, weight, bias, H, keep):
     return out.add_(bias[2 * D :]), q, probs, kv
 
 
-def ordinary_backward(dy, query, x_hat, gamma, beta, weight, q, probs, kv, H, needs, results):
+def ordinary_backward(
+    dy: Tensor,
+    query: Tensor,
+    x_hat: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    q: Tensor,
+    probs: Tensor,
+    kv: Tensor,
+    H: int,
+    needs: dict[str, bool],
+    results: tuple[Tensor, ...],
+) -> None:
     (B, M, D), L = query.shape, x_hat.shape[1]
     scale, w_kv = (D // H) ** -0.5, weight[D:]
     dquery, dx_hat, dgamma, dbeta, dweight, dbias = results
@@ -130,7 +159,7 @@ def ordinary_backward(dy, query, x_hat, gamma, beta, weight, q, probs, kv, H, ne
     dkv = torch.empty_like(kv if need_dkv else kv[:0])
     dparts = [t.view(B, -1, 2 * D) for t in (dkv[: B * M], dkv[B * M :])] if need_dkv else []
     dq = torch.empty_like(q if need_dq else q[:0])
-    for images in steps(query):
+    for images in image_slices(query):
         n = len(query[images])
         q_here, do = (_split_heads(t[images], H) for t in (q, dy))
         p = probs[images].view(n * H, M, M + L)
@@ -155,7 +184,7 @@ def ordinary_backward(dy, query, x_hat, gamma, beta, weight, q, probs, kv, H, ne
         dx = matmul.mm(dkv_x, w_kv)
     if needs["norm"]:
         # in chunks of an image, so that the products in fp32 stay small
-        for images in steps(query):
+        for images in image_slices(query):
             dx_here = dx.view(B, L, D)[images].to(dgamma.dtype)
             dgamma += (dx_here * x_hat[images]).sum((0, 1))
             dbeta += dx_here.sum((0, 1))

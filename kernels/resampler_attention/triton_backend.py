@@ -1,24 +1,24 @@
-"""Triton kernels of the absorbed resampler attention: what lies between the two products with the heads' weights.
+"""Triton kernels of the absorbed resampler attention, between the two products with the weights of the heads.
 
-The absorbed queries a come as (H, B * M, D); row q = h * M + m of image b is row h * B * M + b * M + m of them.
-Keys come in blocks of 64: first the blocks of the M latents, then those of the L inputs. Scores are never stored:
-a program computes a tile of them, takes its exponentials relative to the largest of each row in this tile, and leaves
-largest and sum behind; whoever reads the tile multiplies with
+The absorbed queries a are (H, B * M, D); row q = h * M + m of image b is their row h * B * M + b * M + m. Keys come in
+blocks of 64: first the blocks of the M latents, then those of the L inputs. Scores are never stored. A program computes
+a tile of scores, takes the exponentials relative to the largest score of each row of the tile, and stores the largest
+and the sum. A program that reads the tile multiplies it by
 
     factor[b, q, block] = exp(largest[b, q, block] - largest[b, q]) / sum of all exponentials of the row
 
-so that probs * factor are the probabilities, rounded once. The padding of a block is stored as zero, so that tiles are
-aligned and are read without a mask. Every sum has a fixed order; there are no atomics.
+so that probs * factor are the probabilities, rounded once. The padding of a block is stored as zeros: tiles are aligned
+and are read without a mask. Every sum has a fixed order; there are no atomics.
 
 Compulsory traffic of `attend` in bytes read and written, for numbers of s bytes, with Q = H M, NB blocks, W = 64 NB:
     scale   B Q D s + 4 D;                    B Q D s + 4 B Q
     scores  (2 B Q D + B (M + L) D) s + 4 B Q;    B Q W s + 8 B Q NB
     factor  8 B Q NB;                         4 B Q (NB + 1)
-    mix     (B Q W + B (M + L) D) s + 4 D + 4 B Q (NB + 1);    B Q D s, and B Q D s more if P_x x_hat is kept
+    mix     (B Q W + B (M + L) D) s + 4 D + 4 B Q (NB + 1);    B Q D s, and B Q D s more if P_x x_hat is saved
 Products are padded to tiles: scores and mix take 2 B ceil(Q / BQ) BQ W ceil(D / BD) BD FLOPs each.
 """
 
-from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 
-BLOCK = 64  # keys of a tile of probabilities: part of the layout of what is kept
+# keys of a tile of probabilities: part of the layout of saved tensors
+BLOCK = 64
 
 
 def blocks_of(M: int, L: int) -> tuple[int, int]:
@@ -117,7 +118,7 @@ def _scores_kernel(
     o_stat = (i_image * Q + o_q) * NB + i_block
     o_tile = o_stat[:, None] * BN + tl.arange(0, BN)[None, :]
     if BACKWARD:
-        # the sum is of the rounded numbers that dscores is made of: a confident row then cancels exactly
+        # sum the rounded numbers from which dscores is computed, so that a confident row cancels exactly
         b_dprobs = b_tile.to(p_dprobs.dtype.element_ty)
         tl.store(p_dprobs + o_tile, b_dprobs, mask=m_q[:, None])
         b_probs = _probs(p_probs, p_factor, o_tile, o_stat, m_q)
@@ -154,7 +155,7 @@ def _keys(p_keys, o_key, m_key, o_col, m_col, D):
 
 @triton.jit
 def _factor_kernel(p_max, p_sum, p_factor, p_share, R, NZ, NB, BR: tl.constexpr, BB: tl.constexpr):
-    """What makes exponentials probabilities, tile by tile, and the share of the inputs in every row."""
+    """The factors that make exponentials probabilities, tile by tile, and the share of the inputs in every row."""
     o_row, o_block = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BB)
     m_row = o_row < R
     o, m = o_row[:, None] * NB + o_block[None, :], m_row[:, None] & (o_block < NB)[None, :]
@@ -196,7 +197,7 @@ def _mix_kernel(
     """t = gamma * (tiles_x x_hat) + beta * sum(tiles_x) + tiles_z query.
 
     MODE 0, forward: tiles are probabilities. MODE 1: tiles are gradients of scores, t is da, and their sums are stored
-    as share. MODE 2: t of the forward pass again, from mixed = tiles_x x_hat as it was kept.
+    as share. MODE 2: t of the forward pass again, from the saved mixed = tiles_x x_hat.
     """
     i_col, i_image = tl.program_id(0), tl.program_id(2).to(tl.int64)
     o_q = tl.program_id(1) * BQ + tl.arange(0, BQ)
@@ -315,7 +316,7 @@ def _keys_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Gradients of the latents as keys and of x_hat; block `first` on, so that one of both can be left out."""
+    """Gradients of the latents as keys and of x_hat, from block `first` on, so that either can be left out."""
     i_image, i_block = tl.program_id(2).to(tl.int64), tl.program_id(1) + first
     o_col = tl.program_id(0) * BD + tl.arange(0, BD)
     m_col = o_col < D
@@ -391,13 +392,13 @@ def _tiles(kind: str, Q: int, D: int, itemsize: int) -> dict[str, int]:
     if kind == "keys":
         BQ = min(BQ, 64)
         return dict(BQ=BQ, BN=BLOCK, BD=BD, num_warps=4, num_stages=2)
-    # four warps spill: a mix has two tiles at once, and products exact to fp32 leave their tiles in plain registers
+    # four warps would spill: a mix holds two tiles, and products exact to fp32 keep their operands in registers
     num_warps = 8 if itemsize == 4 or kind == "mix" and BQ > 64 else 4
     return dict(BQ=BQ, BN=BLOCK, BD=BD, num_warps=num_warps, num_stages=3)
 
 
 def _groups(R: int) -> tuple[int, int]:
-    """Groups of rows that are summed apart in the norm's gradient, at most 64, and blocks of 16 rows of each."""
+    """Groups of rows, at most 64, that the gradient of the norm sums separately, and blocks of 16 rows of each."""
     blocks = triton.cdiv(R, 16)
     each = triton.cdiv(blocks, 64)
     return triton.cdiv(blocks, each), each
@@ -418,45 +419,46 @@ def _scale(a: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     return scaled, offset
 
 
-def _scores(a, scaled, offset, query, x_hat, probs, factor, largest, sums, dprobs) -> None:
+def _scores(
+    a: Tensor,
+    scaled: Tensor,
+    offset: Tensor,
+    query: Tensor,
+    x_hat: Tensor,
+    probs: Tensor,
+    factor: Tensor | None,
+    largest: Tensor | None,
+    sums: Tensor,
+    dprobs: Tensor | None,
+) -> None:
     sizes = _sizes(query, x_hat, a.shape[0])
     tiles = _tiles("scores", sizes[4], sizes[3], a.element_size())
+    pointers = a, scaled, offset, query, x_hat, probs, factor, largest, sums, dprobs
     _scores_kernel[(sizes[-1], triton.cdiv(sizes[4], tiles["BQ"]), sizes[0])](
-        a,
-        scaled,
-        offset,
-        query,
-        x_hat,
-        probs,
-        factor,
-        largest,
-        sums,
-        dprobs,
-        *sizes,
-        BACKWARD=dprobs is not None,
-        **tiles,
+        *pointers, *sizes, BACKWARD=dprobs is not None, **tiles
     )
 
 
-def _mix(mode, probs, factor, dprobs, delta, query, x_hat, gamma, beta, share, mixed, t) -> None:
+def _mix(
+    mode: int,
+    probs: Tensor,
+    factor: Tensor,
+    dprobs: Tensor | None,
+    delta: Tensor | None,
+    query: Tensor,
+    x_hat: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    share: Tensor,
+    mixed: Tensor,
+    t: Tensor,
+) -> None:
     sizes = _sizes(query, x_hat, t.shape[0])
     tiles = _tiles("mix", sizes[4], sizes[3], t.element_size())
+    flags = dict(MODE=mode, STORE_MIXED=mode < 2 and mixed.numel() > 0)
+    pointers = probs, factor, dprobs, delta, query, x_hat, gamma, beta, share, mixed, t
     _mix_kernel[(triton.cdiv(sizes[3], tiles["BD"]), triton.cdiv(sizes[4], tiles["BQ"]), sizes[0])](
-        probs,
-        factor,
-        dprobs,
-        delta,
-        query,
-        x_hat,
-        gamma,
-        beta,
-        share,
-        mixed,
-        t,
-        *sizes,
-        MODE=mode,
-        STORE_MIXED=mode < 2 and mixed.numel() > 0,
-        **tiles,
+        *pointers, *sizes, **flags, **tiles
     )
 
 
@@ -480,13 +482,24 @@ def attend(
 
 
 def attend_backward(
-    a, dt, query, x_hat, gamma, beta, probs, factor, share, mixed, needs, results
+    a: Tensor,
+    dt: Tensor,
+    query: Tensor,
+    x_hat: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    probs: Tensor,
+    factor: Tensor,
+    share: Tensor,
+    mixed: Tensor,
+    needs: dict[str, bool],
+    results: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `attend`: fills those of query (its keys' part), x_hat and norm; returns da, and t again.
 
     Args:
         needs: which gradients are needed, by name.
-        results: where to: query, x_hat, norm_weight, norm_bias, and two that are not filled here.
+        results: the gradients of query, x_hat, norm_weight and norm_bias to fill, and two that are not filled here.
     """
     B, M, L, D, Q, NZ, NB = sizes = _sizes(query, x_hat, a.shape[0])
     dquery, dx_hat, dgamma, dbeta, _, _ = results
@@ -501,7 +514,8 @@ def attend_backward(
     if needs["in_proj_weight"]:
         _mix(2, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
     if needs["x_hat"] or needs["query"]:
-        scaled_a = _scale(a, gamma, beta)[0] if needs["x_hat"] else a  # or not read
+        # without dx_hat the kernel does not read it
+        scaled_a = _scale(a, gamma, beta)[0] if needs["x_hat"] else a
         first, last = 0 if needs["query"] else NZ, NB if needs["x_hat"] else NZ
         tiles = _tiles("keys", Q, D, a.element_size())
         if last > first:
@@ -520,151 +534,151 @@ def attend_backward(
     return da, t
 
 
-def _case(
-    cases,
-    model,
-    shape,
-    widths,
-    all_integers,
-    name,
-    kernel,
-    kind,
-    kinds,
-    constants,
-    flops,
-    bytes,
-    integers=None,
-    **options,
-) -> None:
-    """One line of `kernel_cases`: pointers that are not in `kinds` are None, as this launch leaves them."""
-    tiles, integers = _tiles(kind, *widths, 2), integers or all_integers
-    warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-    left_out = {n: None for n in kernel.arg_names if n.startswith("p_") and n not in kinds}
-    case = KernelCase(
-        name=f"{model} {name}",
-        kernel=kernel,
-        signature=kinds | integers,
-        flops=flops,
-        bytes=bytes,
-        shape=shape,
-        constants=left_out | constants | tiles,
-        num_warps=warps,
-        num_stages=stages,
-        divisible=tuple(n for n in integers if n in ("D", "M", "Q")),
-        **options,
+def _cases(model: str, L: int, D: int) -> list[KernelCase]:
+    """The cases of one model, with L inputs of width D."""
+    cases = []
+    B, M, H = 8, 64, 8
+    Q, (NZ, NX) = H * M, blocks_of(M, L)
+    NB, bf16, fp32 = NZ + NX, "*bf16", "*fp32"
+    rows, keys, number = B * Q * D * 2, B * (M + L) * D * 2, 4 * B * Q
+    tiles, product = B * Q * NB * BLOCK * 2, 2 * B * Q * (M + L) * D
+    groups, _ = _groups(B * Q)
+    integers = {name: "i32" for name in ("B", "M", "L", "D", "Q", "NZ", "NB")}
+
+    shape = f"{model}, 8 images, 512 absorbed queries x {M + L} keys x {D}, bf16"
+
+    def case(
+        name: str,
+        kernel: Any,
+        kind: str,
+        kinds: dict,
+        constants: dict,
+        flops: int,
+        bytes: int,
+        integers: dict = integers,
+        **options: Any,
+    ) -> None:
+        """Add a case; pointers that are not in `kinds` are None, as this launch leaves them."""
+        tiles = _tiles(kind, Q, D, 2)
+        warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
+        left_out = {n: None for n in kernel.arg_names if n.startswith("p_") and n not in kinds}
+        cases.append(
+            KernelCase(
+                name=f"{model} {name}",
+                kernel=kernel,
+                signature=kinds | integers,
+                flops=flops,
+                bytes=bytes,
+                shape=shape,
+                constants=left_out | constants | tiles,
+                num_warps=warps,
+                num_stages=stages,
+                divisible=tuple(n for n in integers if n in ("D", "M", "Q")),
+                **options,
+            )
+        )
+
+    inputs = dict(p_query=bf16, p_x=bf16)
+    affine = dict(p_gamma=bf16, p_beta=bf16)
+    case(
+        "scale",
+        _scale_kernel,
+        "rows",
+        dict(p_a=bf16, **affine, p_scaled=bf16, p_offset=fp32),
+        {},
+        2 * rows,
+        2 * rows + 4 * D + number,
+        integers=dict(R="i32", D="i32"),
     )
-    cases.append(case)
+    forward = dict(p_a=bf16, p_scaled=bf16, p_offset=fp32, **inputs, p_probs=bf16, p_sum=fp32)
+    case(
+        "scores",
+        _scores_kernel,
+        "scores",
+        forward | dict(p_max=fp32),
+        dict(BACKWARD=False),
+        product,
+        2 * rows + keys + tiles + (1 + 2 * NB) * number,
+        dot=True,
+    )
+    case(
+        "scores backward",
+        _scores_kernel,
+        "scores",
+        forward | dict(p_factor=fp32, p_dprobs=bf16),
+        dict(BACKWARD=True),
+        product,
+        2 * rows + keys + 2 * tiles + (1 + 2 * NB) * number,
+        dot=True,
+    )
+    case(
+        "factor",
+        _factor_kernel,
+        "factor",
+        dict(p_max=fp32, p_sum=fp32, p_factor=fp32, p_share=fp32),
+        dict(BB=triton.next_power_of_2(NB)),
+        6 * B * Q * NB,
+        (3 * NB + 1) * number,
+        integers=dict(R="i32", NZ="i32", NB="i32"),
+        vector_loads=False,
+    )
+    mix = dict(p_probs=bf16, **inputs, **affine, p_share=fp32, p_mixed=bf16, p_t=bf16)
+    case(
+        "mix",
+        _mix_kernel,
+        "mix",
+        mix | dict(p_factor=fp32),
+        dict(MODE=0, STORE_MIXED=True),
+        product,
+        tiles + keys + 4 * D + (NB + 1) * number + 2 * rows,
+        dot=True,
+    )
+    case(
+        "mix backward",
+        _mix_kernel,
+        "mix",
+        mix | dict(p_factor=fp32, p_dprobs=bf16, p_delta=fp32),
+        dict(MODE=1, STORE_MIXED=True),
+        product,
+        2 * tiles + keys + 4 * D + (NB + 2) * number + 2 * rows,
+        dot=True,
+    )
+    case(
+        "mix again",
+        _mix_kernel,
+        "mix",
+        mix | dict(p_factor=fp32),
+        dict(MODE=2, STORE_MIXED=False),
+        2 * B * Q * M * D,
+        tiles * NZ // NB + B * M * D * 2 + 4 * D + (NZ + 1) * number + 2 * rows,
+        dot=True,
+    )
+    gradient = dict(p_a=bf16, p_dt=bf16, p_probs=bf16, p_factor=fp32, p_dprobs=bf16, p_delta=fp32)
+    case(
+        "keys",
+        _keys_kernel,
+        "keys",
+        gradient | dict(p_scaled_a=bf16, p_scaled_dt=bf16, p_dquery=bf16, p_dx=bf16),
+        {},
+        2 * product,
+        4 * rows + 2 * tiles + (NB + 1) * number + keys,
+        integers=integers | dict(first="i32"),
+        dot=True,
+    )
+    case(
+        "norm",
+        _norm_kernel,
+        "rows",
+        dict(p_a=bf16, p_dt=bf16, p_mixed_da=bf16, p_mixed=bf16, p_share_da=fp32, p_share=fp32, p_partial=fp32),
+        {},
+        4 * rows,
+        4 * rows + 2 * number + 8 * groups * D,
+        integers={name: "i32" for name in ("B", "M", "D", "Q", "each")},
+    )
+    return cases
 
 
 def kernel_cases() -> list[KernelCase]:
     """What is compiled ahead of time: BASE, LARGE and HUGE with six experts, 8 images, all gradients."""
-    cases = []
-    for model, L, D in (("BASE", 1176, 768), ("LARGE", 1536, 1024), ("HUGE", 1536, 1280)):
-        B, M, H = 8, 64, 8
-        Q, (NZ, NX) = H * M, blocks_of(M, L)
-        NB, bf16, fp32 = NZ + NX, "*bf16", "*fp32"
-        rows, keys, number = B * Q * D * 2, B * (M + L) * D * 2, 4 * B * Q
-        tiles, product = B * Q * NB * BLOCK * 2, 2 * B * Q * (M + L) * D
-        groups, _ = _groups(B * Q)
-        integers = {name: "i32" for name in ("B", "M", "L", "D", "Q", "NZ", "NB")}
-
-        shape = f"{model}, 8 images, 512 absorbed queries x {M + L} keys x {D}, bf16"
-        case = partial(_case, cases, model, shape, (Q, D), integers)
-        inputs = dict(p_query=bf16, p_x=bf16)
-        affine = dict(p_gamma=bf16, p_beta=bf16)
-        case(
-            "scale",
-            _scale_kernel,
-            "rows",
-            dict(p_a=bf16, **affine, p_scaled=bf16, p_offset=fp32),
-            {},
-            2 * rows,
-            2 * rows + 4 * D + number,
-            integers=dict(R="i32", D="i32"),
-        )
-        forward = dict(p_a=bf16, p_scaled=bf16, p_offset=fp32, **inputs, p_probs=bf16, p_sum=fp32)
-        case(
-            "scores",
-            _scores_kernel,
-            "scores",
-            forward | dict(p_max=fp32),
-            dict(BACKWARD=False),
-            product,
-            2 * rows + keys + tiles + (1 + 2 * NB) * number,
-            dot=True,
-        )
-        case(
-            "scores backward",
-            _scores_kernel,
-            "scores",
-            forward | dict(p_factor=fp32, p_dprobs=bf16),
-            dict(BACKWARD=True),
-            product,
-            2 * rows + keys + 2 * tiles + (1 + 2 * NB) * number,
-            dot=True,
-        )
-        case(
-            "factor",
-            _factor_kernel,
-            "factor",
-            dict(p_max=fp32, p_sum=fp32, p_factor=fp32, p_share=fp32),
-            dict(BB=triton.next_power_of_2(NB)),
-            6 * B * Q * NB,
-            (3 * NB + 1) * number,
-            integers=dict(R="i32", NZ="i32", NB="i32"),
-            vector_loads=False,
-        )
-        mix = dict(p_probs=bf16, **inputs, **affine, p_share=fp32, p_mixed=bf16, p_t=bf16)
-        case(
-            "mix",
-            _mix_kernel,
-            "mix",
-            mix | dict(p_factor=fp32),
-            dict(MODE=0, STORE_MIXED=True),
-            product,
-            tiles + keys + 4 * D + (NB + 1) * number + 2 * rows,
-            dot=True,
-        )
-        case(
-            "mix backward",
-            _mix_kernel,
-            "mix",
-            mix | dict(p_factor=fp32, p_dprobs=bf16, p_delta=fp32),
-            dict(MODE=1, STORE_MIXED=True),
-            product,
-            2 * tiles + keys + 4 * D + (NB + 2) * number + 2 * rows,
-            dot=True,
-        )
-        case(
-            "mix again",
-            _mix_kernel,
-            "mix",
-            mix | dict(p_factor=fp32),
-            dict(MODE=2, STORE_MIXED=False),
-            2 * B * Q * M * D,
-            tiles * NZ // NB + B * M * D * 2 + 4 * D + (NZ + 1) * number + 2 * rows,
-            dot=True,
-        )
-        gradient = dict(p_a=bf16, p_dt=bf16, p_probs=bf16, p_factor=fp32, p_dprobs=bf16, p_delta=fp32)
-        case(
-            "keys",
-            _keys_kernel,
-            "keys",
-            gradient | dict(p_scaled_a=bf16, p_scaled_dt=bf16, p_dquery=bf16, p_dx=bf16),
-            {},
-            2 * product,
-            4 * rows + 2 * tiles + (NB + 1) * number + keys,
-            integers=integers | dict(first="i32"),
-            dot=True,
-        )
-        case(
-            "norm",
-            _norm_kernel,
-            "rows",
-            dict(p_a=bf16, p_dt=bf16, p_mixed_da=bf16, p_mixed=bf16, p_share_da=fp32, p_share=fp32, p_partial=fp32),
-            {},
-            4 * rows,
-            4 * rows + 2 * number + 8 * groups * D,
-            integers={name: "i32" for name in ("B", "M", "D", "Q", "each")},
-        )
-    return cases
+    models = ("BASE", 1176, 768), ("LARGE", 1536, 1024), ("HUGE", 1536, 1280)
+    return [case for model in models for case in _cases(*model)]

@@ -1,10 +1,19 @@
-"""`prismer plan`: what a training run needs of each GPU, on one screen, before anything is loaded or rented."""
+"""`prismer plan`: the memory, FLOPs, communication and time of a training run, on one screen, before it starts."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-TASKS = ("pretrain", "caption", "vqa", "classify", "joint")
-EFFICIENCIES = (0.2, 0.3, 0.4, 0.5, 0.6)
+from prismer.errors import InputError, check_count
+from prismer.training.tasks import TASKS
+
+if TYPE_CHECKING:
+    from prismer.costs.plan import Memory, Plan, Setup
+    from prismer.training.config import TrainConfig
+
+# shares of the peak that the table of step times shows
+_EFFICIENCIES = (0.2, 0.3, 0.4, 0.5, 0.6)
+# (title, field of costs.plan.Memory)
 _COLUMNS = (
     ("weights", "parameters"),
     ("grads", "gradients"),
@@ -17,34 +26,36 @@ _COLUMNS = (
 )
 
 
-def add_plan_command(commands) -> None:
-    """Add `plan` to the sub-commands of `prismer`."""
-    plan = commands.add_parser("plan", help="memory, FLOPs, communication and time of a training run, for ZeRO 0 to 3")
+def add_plan_command(commands: argparse._SubParsersAction) -> None:
+    """Add plan to the commands of `prismer`."""
+    plan = commands.add_parser(
+        "plan", help="estimate memory, FLOPs, communication and time of a training run with ZeRO 0 to 3"
+    )
     plan.add_argument("--model", metavar="MODEL", help="preset or model folder (default: the config's, or base)")
-    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="default 1")
-    plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU (default 80)")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default 1)")
+    plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="memory of one GPU (default 80)")
     plan.add_argument(
         "--reserve",
         type=float,
         default=4.0,
         metavar="GB",
-        help="left for CUDA, cuDNN, NCCL and holes between blocks (default 4)",
+        help="memory left for CUDA, cuDNN, NCCL and fragmentation (default 4)",
     )
-    plan.add_argument("--config", type=Path, metavar="JSON", help="zero3.json of the run")
-    plan.add_argument("--task", choices=TASKS, help="default: the config's, or pretrain")
+    plan.add_argument("--config", type=Path, metavar="JSON", help="config of the run, such as zero3.json")
+    plan.add_argument("--task", choices=tuple(TASKS), help="default: the config's, or pretrain")
     plan.add_argument("--image-size", type=int, metavar="PX", help="side of the RGB input")
-    plan.add_argument("--freeze", metavar="MODE", help="default: the task's")
-    plan.add_argument("--batch", type=int, metavar="N", help="images of a micro-batch of one GPU")
-    plan.add_argument("--captions", type=int, metavar="N", help="captions of an image")
-    plan.add_argument("--questions", type=int, metavar="N", help="questions of an image")
-    plan.add_argument("--precision", choices=("bf16", "fp32"), help="default bf16")
+    plan.add_argument("--freeze", metavar="MODE", help="freeze mode (default: the task's)")
+    plan.add_argument("--batch", type=int, metavar="N", help="images in a micro-batch of one GPU")
+    plan.add_argument("--captions", type=int, metavar="N", help="captions per image")
+    plan.add_argument("--questions", type=int, metavar="N", help="questions per image")
+    plan.add_argument("--precision", choices=("bf16", "fp32"), help="default: the config's, or bf16")
     plan.add_argument(
         "--checkpointing",
         action="store_true",
         default=None,
-        help="time a step that recomputes blocks in its backward pass",
+        help="time a step that recomputes each block in its backward pass",
     )
-    plan.add_argument("--offload", action="store_true", help="mark the rows whose optimizer is on the host")
+    plan.add_argument("--offload", action="store_true", help="mark the row whose optimizer is on the host")
     plan.add_argument(
         "--peak",
         type=float,
@@ -52,40 +63,47 @@ def add_plan_command(commands) -> None:
         metavar="PFLOPS",
         help="dense peak of one GPU in 10^15 FLOP/s (default 0.8, a bf16 H100)",
     )
-    plan.add_argument("--efficiency", type=float, default=0.4, metavar="SHARE", help="of the peak (default 0.4)")
+    plan.add_argument(
+        "--efficiency",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="share of the peak that a step reaches (default 0.4)",
+    )
     plan.set_defaults(run=_plan)
 
 
 def _plan(args: argparse.Namespace) -> None:
     for name in ("gpus", "batch", "image_size", "captions"):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if value is not None:
+            check_count(f"--{name.replace('_', '-')}", value)
     for name in ("gpu_memory", "peak"):
         if getattr(args, name) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
     if not 0 < args.efficiency <= 1:
-        raise ValueError(f"--efficiency is {args.efficiency}; give a share of the peak, up to 1")
+        raise InputError(f"--efficiency is {args.efficiency}; give a share of the peak, up to 1")
     if not 0 <= args.reserve < args.gpu_memory:
-        raise ValueError(f"--reserve {args.reserve} leaves nothing of --gpu-memory {args.gpu_memory}; lower it")
+        raise InputError(f"--reserve {args.reserve} leaves nothing of --gpu-memory {args.gpu_memory}; lower it")
     train, engine = _settings(args)
-    plan, batch = _job(args, train, engine)
-    room = int((args.gpu_memory - args.reserve) * 1e9)
-    rows = _rows(plan, batch, room)
+    plan, batch = _plan_of(args, train, engine)
+    budget = int((args.gpu_memory - args.reserve) * 1e9)
+    rows = _rows(plan, batch, budget)
     print("\n".join(_head(args, train, plan, batch)))
     print("\n".join(_table(args, train, rows, batch)))
     print("\n".join(_costs(args, train, plan, batch)))
-    if not any(memory.total <= room for _, memory, _ in rows):
+    if not any(memory.total <= budget for _, memory, _ in rows):
         setup, _, largest = max(rows, key=lambda row: row[2])
         fits = f"{largest} with {_name(setup)}" if largest else "nothing, at any batch; more GPUs"
-        raise ValueError(
-            f"{batch} images a GPU do not fit into {args.gpu_memory:g} GB in any row; what would fit: {fits}"
+        raise InputError(
+            f"{batch} images per GPU do not fit into {args.gpu_memory:g} GB in any row; what would fit: {fits}"
         )
 
 
-def _settings(args: argparse.Namespace):
+def _settings(args: argparse.Namespace) -> "tuple[TrainConfig, dict]":
     """The run's TrainConfig and engine settings, from the config file and the flags."""
-    from prismer.training.config import TASK_DEFAULTS, TrainConfig, read_config
+    from prismer.training.config import TrainConfig
+    from prismer.training.engine_settings import read_config
 
     given = dict(
         task=args.task,
@@ -103,16 +121,16 @@ def _settings(args: argparse.Namespace):
         given = {"task": "pretrain", "model": "base"} | {
             name: value for name, value in given.items() if value is not None
         }
-        train, engine = TrainConfig(**{**TASK_DEFAULTS[given["task"]], **given}), {}
+        train, engine = TrainConfig.for_task(**given), {}
     return train, engine
 
 
-def _job(args: argparse.Namespace, train, engine: dict):
-    """The Plan, and the images of a micro-batch."""
-    from prismer.costs.info import read_config
+def _plan_of(args: argparse.Namespace, train: "TrainConfig", engine: dict) -> "tuple[Plan, int]":
+    """The Plan, and the number of images in a micro-batch."""
+    from prismer.costs.info import model_config
     from prismer.costs.plan import Job, Plan, ZeroSettings, texts_of
 
-    config = read_config(train.model)
+    config = model_config(train.model)
     if train.image_size:
         config = config.replace(image_size=train.image_size)
     batch = args.batch or train.micro_batch(args.gpus)
@@ -128,19 +146,19 @@ def _job(args: argparse.Namespace, train, engine: dict):
     return Plan(job), batch
 
 
-def _rows(plan, batch: int, room: int) -> list[tuple]:
-    """(setup, its memory, its largest micro-batch)."""
+def _rows(plan: "Plan", batch: int, budget: int) -> "list[tuple[Setup, Memory, int]]":
+    """(setup, its memory, its largest micro-batch within `budget` bytes)."""
     from prismer.costs.plan import SETUPS
 
-    return [(s, plan.memory(s, batch), plan.largest_batch(s, room, hint=batch)) for s in SETUPS]
+    return [(s, plan.memory(s, batch), plan.largest_batch(s, budget, hint=batch)) for s in SETUPS]
 
 
-def _name(setup) -> str:
+def _name(setup: "Setup") -> str:
     offload = ", optimizer on the host" if setup.offload else ""
     return f"ZeRO {setup.stage}{offload}{', checkpointing' if setup.checkpointing else ''}"
 
 
-def _head(args: argparse.Namespace, train, plan, batch: int) -> list[str]:
+def _head(args: argparse.Namespace, train: "TrainConfig", plan: "Plan", batch: int) -> list[str]:
     job, weights = plan.job, plan.weights
     config, total, trained = job.config, sum(weights.sizes), sum(weights.trained)
     images = batch * job.world * job.accumulation
@@ -152,18 +170,20 @@ def _head(args: argparse.Namespace, train, plan, batch: int) -> list[str]:
         f"{config.name}, {train.task}, {config.image_size} px, {job.freeze}, {job.precision}, {gpus}",
         f"{total:,} parameters, {trained:,} trained; {tokens} image tokens; texts: {texts}",
         f"all gradients: {weights.bytes_each * trained / 1e9:,.3g} GB",
-        f"micro-batch {batch} images a GPU, {images:,} images a step{pieces}",
+        f"micro-batch {batch} images per GPU, {images:,} images per step{pieces}",
         "",
     ]
 
 
-def _table(args: argparse.Namespace, train, rows: list[tuple], batch: int) -> list[str]:
+def _table(
+    args: argparse.Namespace, train: "TrainConfig", rows: "list[tuple[Setup, Memory, int]]", batch: int
+) -> list[str]:
     from prismer.costs.plan import Setup
 
     largest = max(memory.total for _, memory, _ in rows)
     unit, scale, digits = ("GB", 1e9, 2) if largest >= 2e9 else ("MB", 1e6, 1)
     lines = [
-        f"one GPU at its fullest moment, {unit} ({args.reserve:g} GB more are left free); * what you asked for",
+        f"peak memory of one GPU, {unit} (besides {args.reserve:g} GB that stay free); * the setup you asked for",
         "ZeRO optim recompute" + "".join(f"{title:>8}" for title, _ in _COLUMNS) + f"{'total':>9}{'fits':>6}",
     ]
     asked = Setup(stage=3, offload=args.offload, checkpointing=train.gradient_checkpointing)
@@ -174,7 +194,7 @@ def _table(args: argparse.Namespace, train, rows: list[tuple], batch: int) -> li
         fits = str(most) if most >= batch else f"{most}!"
         mark = "*" if setup == asked else " "
         lines.append(f"{setup.stage:>2} {mark} {where:<5} {again:<9}{parts}{memory.total / scale:9.{digits}f}{fits:>6}")
-    lines.append("fits: images of the largest micro-batch; ! less than the one asked for")
+    lines.append("fits: images in the largest micro-batch; ! fewer than you asked for")
     return lines
 
 
@@ -182,7 +202,7 @@ def _tera(flops: int) -> str:
     return f"{flops / 1e12:,.4g}"
 
 
-def _costs(args: argparse.Namespace, train, plan, batch: int) -> list[str]:
+def _costs(args: argparse.Namespace, train: "TrainConfig", plan: "Plan", batch: int) -> list[str]:
     checkpointing, world = train.gradient_checkpointing, plan.job.world
     forward, backward = plan.flops(batch, checkpointing)
     plain = plan.flops(batch, False)[1]
@@ -190,21 +210,21 @@ def _costs(args: argparse.Namespace, train, plan, batch: int) -> list[str]:
     again = f" ({_tera(backward - plain)} of it recomputed)" if checkpointing else ""
     lines = [
         "",
-        f"TFLOP of a GPU's step: forward {_tera(forward)}, backward {_tera(backward)}{again}, sum {_tera(total)}",
+        f"TFLOP of a step on one GPU: forward {_tera(forward)}, backward {_tera(backward)}{again}, sum {_tera(total)}",
     ]
     seconds = total / (args.peak * 1e15 * args.efficiency)
     if world > 1:
         sent = [plan.sent(stage) for stage in range(4)]
         shown = ", ".join(f"ZeRO {stage} {n / 1e9:,.3g}" for stage, n in enumerate(sent))
-        lines.append(f"GB that a GPU sends in a step: {shown}")
+        lines.append(f"GB that one GPU sends in a step: {shown}")
         lines.append(
-            f"GB/s of network to send it while a GPU computes at efficiency {args.efficiency:g}: "
+            f"GB/s of network to send it during a step at efficiency {args.efficiency:g}: "
             f"ZeRO 0-2 {sent[2] / seconds / 1e9:,.3g}, ZeRO 3 {sent[3] / seconds / 1e9:,.3g}"
         )
     images = batch * world * plan.job.accumulation
-    shares = sorted({*EFFICIENCIES, args.efficiency})
+    shares = sorted({*_EFFICIENCIES, args.efficiency})
     lines += [
-        f"step at {args.peak:g} PFLOP/s x efficiency, arithmetic alone",
+        f"time of a step at {args.peak:g} PFLOP/s x efficiency, arithmetic only",
         "efficiency" + "".join(f"{f'{share:g}':>11}" for share in shares),
     ]
     times = [total / (args.peak * 1e15 * share) for share in shares]
@@ -214,5 +234,5 @@ def _costs(args: argparse.Namespace, train, plan, batch: int) -> list[str]:
         from prismer.costs.plan import Setup
 
         host = plan.host(Setup(stage=3, offload=True))
-        lines.append(f"host memory of a GPU's optimizer and gradients: {host / 1e9:,.2f} GB")
+        lines.append(f"host memory for the optimizer and gradients of one GPU: {host / 1e9:,.2f} GB")
     return lines

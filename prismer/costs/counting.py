@@ -1,8 +1,9 @@
 """Exact counts of what a piece of PyTorch code does: FLOPs, operators issued, bytes read and written.
 
-`with Counter() as counter: model(batch).backward()` sees every operator, of the forward and of the backward pass. FLOPs
-are those of matrix products, convolutions and attention, 2 per multiply-add, from the shapes of each call; a mask saves
-none of them, as is the custom. Tensors may be real, on the meta device or fake (enter Counter inside FakeTensorMode).
+`with CostCounter() as counter: model(batch).backward()` sees every operator of the forward and the backward pass. FLOPs
+are those of matrix products, convolutions and attention, 2 per multiply-add, from the shapes of each call. By
+convention a mask saves none of them. Tensors may be real, on the meta device or fake (enter CostCounter inside
+FakeTensorMode).
 """
 
 import collections
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from prismer.kernels import dispatch, resampler_attention
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+# operators that launch no kernel
 _NO_LAUNCH = frozenset(
     f"aten::{name}"
     for name in (
@@ -31,24 +33,10 @@ _NO_LAUNCH = frozenset(
         "_fused_sdp_choice",
     )
 )
-_PICKS = frozenset(f"aten::{name}" for name in ("embedding", "gather", "index", "index_select"))
+# operators that read only some rows of their first argument
+_ROW_READERS = frozenset(f"aten::{name}" for name in ("embedding", "gather", "index", "index_select"))
+# operators that write their first argument without reading it
 _OVERWRITES = frozenset(f"aten::{name}" for name in ("copy_", "fill_", "zero_"))
-
-
-def _times_vector(matrix: Tensor, *_, **__) -> int:
-    return 2 * matrix.numel()
-
-
-def _plus_times_vector(_, matrix: Tensor, *__, **___) -> int:
-    return 2 * matrix.numel()
-
-
-def _times_packed_weight(x: Tensor, *_, out_val: Tensor, **__) -> int:
-    return 2 * x.numel() * out_val.shape[-1]
-
-
-def _outer(_, a: Tensor, b: Tensor, **__) -> int:
-    return 2 * a.numel() * b.numel()
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
@@ -56,38 +44,34 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
 
 
 def _attention_backward(_, q: Tensor, k: Tensor, v: Tensor, *__, **___) -> int:
-    # scores once more, dq and dk; the gradient of the weights, and dv
+    # scores again, dq and dk; the gradient of the probabilities, and dv
     return 2 * prod(q.shape[:-1]) * k.shape[-2] * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
-def _native_attention_backward(dout, q, k, v, *rest, **_) -> int:
+def _native_attention_backward(_, q: Tensor, k: Tensor, __, *rest, **___) -> int:
     *_, dq, dk, _ = rest
-    # scores once more and the gradient of the weights; dq; dk and dv
+    # scores again and the gradient of the probabilities; dq; dk and dv
     return (2 + (dq is not None) + 2 * (dk is not None)) * 2 * q.numel() * k.shape[-2]
 
 
 def _convolution_backward(
     dy: Tensor, x: Tensor, weight: Tensor, _, __, ___, ____, transposed: bool, *rest, **______
 ) -> int:
-    # dx and dweight each cost what the forward pass costs; groups are in the shape of the weight
+    # dx and dweight each cost as much as the forward pass; the weight's shape accounts for groups
     need_dx, need_dweight, _ = rest[-1]
     points = prod((x if transposed else dy).shape[2:])
     return (need_dx + need_dweight) * 2 * x.shape[0] * points * weight.numel()
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, *_, **__) -> int:
-    return 2 * x.numel() * weight.shape[0]
-
-
-def _decode_attention(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors, **_) -> int:
-    """All shared keys for each query, and of the suffix the slots that are listed."""
+def _decode_attention(q: Tensor, shared_k: Tensor, _, __, ___, ____, ancestors: Tensor, **_____) -> int:
+    """All shared keys for each query, and the slots of the suffix that `ancestors` lists."""
     R, H, Q, K = q.shape
     listed = ancestors.numel() if _without_data(ancestors) else int((ancestors >= 0).sum())
     return 4 * K * H * (R * Q * shared_k.shape[2] + listed)
 
 
-def _resampler_backward(_, query, x_hat, *rest) -> int:
-    """By the room's formula: what Triton's forward pass kept (its `factor`) is of no use to torch's backward pass."""
+def _resampler_backward(_, query: Tensor, x_hat: Tensor, *rest) -> int:
+    """By the op's own formula, since torch's backward pass cannot run on what Triton's forward pass kept."""
     kv, num_heads, *needs = rest[-7:]
     names = ("query", "x_hat", "norm_weight", "in_proj_weight", "in_proj_bias")
     grads = [name for name, need in zip(names, needs, strict=True) if need]
@@ -95,22 +79,22 @@ def _resampler_backward(_, query, x_hat, *rest) -> int:
     return resampler_attention.flops(*call, grads) - resampler_attention.flops(*call)
 
 
-# what torch's own registry of formulas lacks, or counts wrongly (convolutions in groups, backward)
+# formulas that torch's registry lacks, or has wrong (the backward pass of grouped convolutions)
 _FORMULAS: dict[str, Callable[..., int]] = {
-    "aten::mv": _times_vector,
-    "aten::dot": _times_vector,
-    "aten::vdot": _times_vector,
-    "aten::addmv": _plus_times_vector,
-    "aten::addr": _outer,
+    "aten::mv": lambda matrix, *_, **__: 2 * matrix.numel(),
+    "aten::dot": lambda x, *_, **__: 2 * x.numel(),
+    "aten::vdot": lambda x, *_, **__: 2 * x.numel(),
+    "aten::addmv": lambda _, matrix, *__, **___: 2 * matrix.numel(),
+    "aten::addr": lambda _, a, b, **__: 2 * a.numel() * b.numel(),
     "aten::_int_mm": flop_registry[torch.ops.aten.mm],
     "aten::addbmm": flop_registry[torch.ops.aten.baddbmm],
     "aten::_addmm_activation": flop_registry[torch.ops.aten.addmm],
-    "aten::_weight_int8pack_mm": _times_packed_weight,
-    "quantized::linear_dynamic": _times_packed_weight,
+    "aten::_weight_int8pack_mm": lambda x, *_, out_val, **__: 2 * x.numel() * out_val.shape[-1],
+    "quantized::linear_dynamic": lambda x, *_, out_val, **__: 2 * x.numel() * out_val.shape[-1],
     "aten::convolution_backward": _convolution_backward,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
-    "mkldnn::_linear_pointwise": _onednn_linear,
+    "mkldnn::_linear_pointwise": lambda x, weight, *_, **__: 2 * x.numel() * weight.shape[0],
     "prismer_native::attention": _attention,
     "prismer_native::attention_backward": _native_attention_backward,
     "prismer_native::decode_attention": _decode_attention,
@@ -121,20 +105,20 @@ for _packet, _formula in flop_registry.items():
 
 
 def _formula_of(name: str) -> Callable[..., int] | None:
-    # addmm_ multiplies as addmm does
+    # addmm_ costs as much as addmm
     return _FORMULAS.get(name) or _FORMULAS.get(name.removesuffix("_"))
 
 
-class Counter(TorchDispatchMode):
-    """Counts what is called inside `with Counter() as counter:`.
+class CostCounter(TorchDispatchMode):
+    """Counts the operators that run inside `with CostCounter() as counter:`.
 
-    Registered ops (`prismer::*`) are one call each. On the CPU their implementation runs under the counter, so that
-    FLOPs and rows are of the operators inside; what cannot be looked into (a GPU's kernels, tensors without data) is a
-    row of its own, whose FLOPs are those of the op composed of torch's operators, on the same shapes.
+    Registered ops (`prismer::*`) are one call each. On the CPU their implementation runs under the counter, so FLOPs
+    and rows are those of the operators inside. The inside of a GPU's kernels and of ops on tensors without data is
+    invisible: such an op is one row, with the FLOPs of its implementation on torch's operators for the same shapes.
 
     Attributes:
         flops: of matrix products, convolutions and attention, 2 per multiply-add.
-        issued: operator name -> times it was called; views and allocations are not counted.
+        issued: operator name -> number of calls, without views and allocations.
     """
 
     def __init__(self):
@@ -146,13 +130,13 @@ class Counter(TorchDispatchMode):
 
     @property
     def calls(self) -> int:
-        """Operators issued, registered ops as one each; views and allocations not counted."""
+        """Operators issued, without views and allocations; a registered op is one."""
         return self.issued.total()
 
     def rows(self) -> list[tuple[str, int, int, int]]:
-        """(operator, calls, FLOPs, bytes read and written) of the innermost operators seen, in order of appearance.
+        """(operator, calls, FLOPs, bytes read and written) of the innermost operators, in order of appearance.
 
-        Bytes are those of the tensors in and out, each element once: less where a cache holds an input.
+        Bytes are those of the tensors in and out, each element once. Less is moved where a cache holds an input.
         """
         return [(name, *row) for name, row in self._rows.items()]
 
@@ -165,14 +149,14 @@ class Counter(TorchDispatchMode):
             return self._registered(func, args, kwargs)
         formula = _formula_of(name)
         if formula is None and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
-            # under inference_mode what torch composes of other operators, such as linear, arrives whole
+            # under inference_mode a composite operator such as linear arrives whole
             with self:
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
         if name == "aten::nonzero" and _without_data(args[0]):
-            # the worst case: of labels, every position has a target
+            # the worst case: every label is a target
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         if name == "aten::_local_scalar_dense" and _without_data(args[0]):
-            # of the gradient of a loss
+            # the gradient of a loss
             return 1.0
         out = func(*args, **kwargs)
         if func.is_view or name in _NO_LAUNCH:
@@ -188,8 +172,8 @@ class Counter(TorchDispatchMode):
             self.issued[func._schema.name] += 1
         implementation = dispatch.implementation(func._opname)
         tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
-        in_reach = all(t.device.type == "cpu" and not _without_data(t) for t in tensors)
-        if in_reach and dispatch.asked() != "triton":
+        visible = all(t.device.type == "cpu" and not _without_data(t) for t in tensors)
+        if visible and dispatch.asked() != "triton":
             self._depth += 1
             try:
                 with self:
@@ -200,10 +184,10 @@ class Counter(TorchDispatchMode):
         if func._opname == "resampler_attention_backward" and args[8].numel():
             flops = _resampler_backward(*args)
         else:
-            inside = Counter()
-            args_, kwargs_ = tree_map_only((Tensor, str), _without_kernels, (args, kwargs))
+            inside = CostCounter()
+            meta_args, meta_kwargs = tree_map_only((Tensor, str), _without_kernels, (args, kwargs))
             with dispatch.use_backend("torch"), inside:
-                implementation(*args_, **kwargs_)
+                implementation(*meta_args, **meta_kwargs)
             flops = inside.flops
         self._add(func._schema.name, flops, _traffic(func, args, kwargs, out))
         return out
@@ -221,7 +205,7 @@ def _without_data(tensor: Tensor) -> bool:
 
 
 def _without_kernels(argument: Tensor | str) -> Tensor | str:
-    """A tensor's shape alone (a fake one stays what it is), and torch for the backend that an op was told to use."""
+    """Replace a tensor by one without data (a fake one stays), and the name of a kernel's backend by "torch"."""
     if isinstance(argument, str):
         return "torch" if argument in ("native", "triton") else argument
     if _without_data(argument):
@@ -230,7 +214,7 @@ def _without_kernels(argument: Tensor | str) -> Tensor | str:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of the elements that there are: an expanded dimension has one."""
+    """Bytes of the elements in memory: an expanded dimension has one element."""
     if tensor.layout != torch.strided:
         return 0
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
@@ -238,10 +222,10 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _traffic(func, args: tuple, kwargs: dict, out) -> int:
-    """Bytes that a call must read and write."""
+    """The bytes that a call has to read and write."""
     written = _bytes_of_all(out)
-    if func._schema.name in _PICKS:
-        # of a table, the rows picked
+    if func._schema.name in _ROW_READERS:
+        # each row that is read is written too
         return 2 * written + _bytes_of_all(args[1:])
     read = 0
     for i, argument in enumerate(func._schema.arguments):
@@ -250,7 +234,7 @@ def _traffic(func, args: tuple, kwargs: dict, out) -> int:
         if not (changed and (argument.is_out or func._schema.name in _OVERWRITES)):
             read += _bytes_of_all(value)
         if changed and not func._schema.returns:
-            # what is changed in place is else returned, and counted there
+            # operators that return what they change in place counted it above
             written += _bytes_of_all(value)
     return read + written
 

@@ -1,10 +1,10 @@
 """A training step of the real model on tensors without data: its bytes and FLOPs, in a second and without memory.
 
-The model runs forward and backward on torch's meta device while a dispatch mode sees every tensor come and go. Bytes
-are of four kinds: kept (alive when the forward pass ends: what backward reads), gradients of parameters, logits (what
-the loss takes inside), and working memory (all the rest: temporaries and gradients of activations). Fused ops are
-what they are on any device: they keep what they register for backward, and need inside what their implementation on
-torch's operators allocates, but for attention and the short ops, whose kernels need nothing.
+The model runs forward and backward on torch's meta device while a dispatch mode sees tensors appear and disappear. The
+bytes are of four kinds: kept (alive when the forward pass ends, because the backward pass reads them), gradients of
+parameters, logits (inside the loss), and working memory (the rest: temporaries and gradients of activations). Fused ops
+count as on any device: they keep what they save for the backward pass, and inside they take what their implementation
+on torch's operators allocates. Attention and the short ops take nothing inside, because their kernels allocate nothing.
 """
 
 import weakref
@@ -21,17 +21,17 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from prismer import batch_norm as layers
 from prismer.batch import Batch, ImageBatch, TextBatch
 from prismer.config import PrismerConfig
-from prismer.costs.counting import Counter
+from prismer.costs.counting import CostCounter
 from prismer.freezing import freeze
 from prismer.kernels import dispatch
 from prismer.model import Prismer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+# (texts per image, tokens of each): one pair, or two if texts of another length follow (questions)
 Texts = tuple[tuple[int, int], ...]
-"""(texts per image, tokens of each): one pair, or two where texts of another length follow (questions)."""
 
-# their kernels on every device take memory for outputs alone, which torch's operators would not
+# their kernels allocate only outputs, on every device; torch's operators would allocate more
 _OUTPUTS_ONLY = frozenset(
     f"{op}{suffix}"
     for op in ("attention", "layer_norm", "bias_activation", "label_map", "instance_rows")
@@ -51,19 +51,19 @@ class Moment:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all four kinds."""
         return self.kept + self.working + self.logits + self.gradients
 
 
 @dataclass(frozen=True, kw_only=True)
 class FakeStep:
-    """What one forward and backward pass costs.
+    """Memory of one forward and backward pass.
 
     Attributes:
-        peak: the worst moment where every gradient stays until the step, as in plain training.
-        peak_sharded: the worst moment where a gradient leaves as soon as it is formed; its `gradients` are 0.
+        peak: the fullest moment if every gradient stays until the optimizer's step, as in plain training.
+        peak_sharded: the fullest moment if each gradient leaves as soon as it is formed; its `gradients` are 0.
         kept: bytes alive when the forward pass ends.
-        logits: the most bytes that the loss takes inside.
+        logits: the most bytes inside the loss.
         batch: bytes of images, expert labels and texts.
     """
 
@@ -74,21 +74,21 @@ class FakeStep:
     batch: int
 
 
-class _Watch(TorchDispatchMode):
-    """Follows storages from the operator that makes them to their end.
+class _MemoryWatch(TorchDispatchMode):
+    """Follows each storage from the operator that allocates it until it is freed.
 
     Args:
-        known: tensors that were there before, which count for nothing.
+        known: tensors that exist already, which do not count.
     """
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
         self.logits = 0
-        # held, so that no new storage gets the id of an old one
+        # kept alive, so that no new storage gets the id of an old one
         self.known = [t.untyped_storage() for t in known]
         self.kinds = {id(storage): "" for storage in self.known}
         self.sizes: dict[int, int] = {}
-        self.deaths: dict[int, weakref.ref] = {}
+        self.finalizers: dict[int, weakref.ref] = {}
         self.live = dict.fromkeys(("kept", "working", "gradients"), 0)
         self.peak = self.peak_sharded = Moment()
         self.insides: dict[tuple, int] = {}
@@ -98,7 +98,7 @@ class _Watch(TorchDispatchMode):
         if func.namespace == "prim":
             return func(*args, **kwargs)
         if func.namespace == "aten":
-            # what torch composes of other operators, such as linear, is seen as those
+            # a composite operator such as linear is seen as the operators that it calls
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -112,47 +112,47 @@ class _Watch(TorchDispatchMode):
             self.logits = max(self.logits, inside)
         else:
             self._compare(working=inside)
-        tree_map_only(Tensor, self._born, out)
+        tree_map_only(Tensor, self._on_allocation, out)
         self._compare()
         return out
 
     def _inside(self, func, args: tuple, kwargs: dict) -> int:
-        """Most bytes that a registered op takes inside, its outputs too; the like layers of a stack are asked once."""
+        """The most bytes inside a registered op, outputs included; equal layers of a stack are measured once."""
         if func.namespace != "prismer" or func._schema.is_mutable or func._opname in _OUTPUTS_ONLY:
             return 0
         leaves = list(tree_iter((args, kwargs)))
         key = func, *((a.shape, a.dtype) if isinstance(a, Tensor) else str(a) for a in leaves)
         if key not in self.insides:
-            watch = _Watch([a for a in leaves if isinstance(a, Tensor)])
+            watch = _MemoryWatch([a for a in leaves if isinstance(a, Tensor)])
             with watch:
                 dispatch.implementation(func._opname)(*args, **kwargs)
             self.insides[key] = watch.peak.total
         return self.insides[key]
 
-    def _born(self, tensor: Tensor) -> None:
+    def _on_allocation(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = id(storage)
         if key not in self.kinds:
             self.kinds[key], self.sizes[key] = "working", storage.nbytes()
             self.live["working"] += self.sizes[key]
-            self.deaths[key] = weakref.ref(storage, lambda _: self._died(key))
+            self.finalizers[key] = weakref.ref(storage, lambda _: self._on_free(key))
 
-    def _died(self, key: int) -> None:
-        del self.deaths[key]
+    def _on_free(self, key: int) -> None:
+        del self.finalizers[key]
         self.live[self.kinds.pop(key)] -= self.sizes.pop(key)
 
     def become(self, key: int, kind: str) -> None:
-        """From now on the storage with this id counts as `kind`."""
+        """Count the storage with this id as `kind` from now on."""
         if self.kinds.get(key):
             self.live[self.kinds[key]] -= self.sizes[key]
             self.live[kind] += self.sizes[key]
             self.kinds[key] = kind
 
     def end_forward(self) -> None:
-        """What is alive now is what backward reads."""
+        """Count all that is alive now as kept for the backward pass."""
         for key in list(self.sizes):
             self.become(key, "kept")
-        # the worst moment so far was in the forward pass, and most of what it held is kept
+        # the fullest moment so far was in the forward pass, and most of its bytes are kept
         self.peak, self.peak_sharded = (
             replace(m, kept=kept, working=m.kept + m.working - kept)
             for m in (self.peak, self.peak_sharded)
@@ -168,7 +168,7 @@ class _Watch(TorchDispatchMode):
 
 
 def blank_batch(config: PrismerConfig, size: int, texts: Texts) -> Batch:
-    """`size` images with labels of every expert, and texts of full length, every token of them a target."""
+    """`size` images with labels of every expert, and texts of full length whose tokens are all targets."""
     side, count = config.image_size, sum(n for n, _ in texts)
     images = ImageBatch.without_labels(
         torch.zeros(size, 3, side, side, dtype=torch.uint8), config.experts, config.label_size
@@ -188,8 +188,8 @@ def _tensors(batch: Batch) -> list[Tensor]:
 
 
 @contextmanager
-def _one_of(world: int) -> Iterator[None]:
-    """Have batch norm believe in `world` processes: across several it keeps other tensors than alone."""
+def _pretend_world(world: int) -> Iterator[None]:
+    """Make batch norm see `world` processes, because it keeps other tensors in several than in one."""
     before = layers.dist
     layers.dist = SimpleNamespace(
         is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: world, all_reduce=lambda x: None
@@ -201,13 +201,13 @@ def _one_of(world: int) -> Iterator[None]:
 
 
 class FakeTrainer:
-    """A Prismer without data, whose training steps can be asked what they cost.
+    """A Prismer without data that measures its training steps.
 
     Args:
         config: architecture and image size.
         mode: a freeze mode.
-        precision: "bf16" or "fp32", of the weights.
-        world: processes that train together.
+        precision: of the weights, "bf16" or "fp32".
+        world: number of processes that train together.
     """
 
     def __init__(self, config: PrismerConfig, mode: str, precision: str, world: int = 1):
@@ -218,22 +218,22 @@ class FakeTrainer:
         self.model = model.to(DTYPES[precision])
 
     def step(self, batch_size: int, texts: Texts, checkpointing: bool = False) -> FakeStep:
-        """The bytes of one forward and backward pass.
+        """The memory of one forward and backward pass.
 
         Args:
-            batch_size: images of the micro-batch.
-            texts: as `Texts` says.
-            checkpointing: recompute each block in the backward pass.
+            batch_size: images in the micro-batch.
+            texts: texts of each image, see `Texts`.
+            checkpointing: whether the backward pass recomputes each block.
         """
         batch = self._batch(batch_size, texts, checkpointing)
         inputs = _tensors(batch)
-        watch = _Watch([*self.model.parameters(), *self.model.buffers(), *inputs])
+        watch = _MemoryWatch([*self.model.parameters(), *self.model.buffers(), *inputs])
 
-        def formed(parameter: Tensor) -> None:
+        def on_gradient(parameter: Tensor) -> None:
             watch.become(id(parameter.grad.untyped_storage()), "gradients")
 
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        hooks = [p.register_post_accumulate_grad_hook(formed) for p in trained]
+        hooks = [p.register_post_accumulate_grad_hook(on_gradient) for p in trained]
         with self._as_on_a_gpu(), watch:
             loss = self.model(batch)
             watch.end_forward()
@@ -251,9 +251,9 @@ class FakeTrainer:
         )
 
     def flops(self, texts: Texts, checkpointing: bool = False) -> tuple[int, int]:
-        """FLOPs of one image, forward and backward, 2 per multiply-add; what is recomputed counts as backward."""
+        """FLOPs of one image, forward and backward, 2 per multiply-add; recomputation counts as backward."""
         batch = self._batch(1, texts, checkpointing)
-        with self._as_on_a_gpu(), Counter() as counter:
+        with self._as_on_a_gpu(), CostCounter() as counter:
             loss = self.model(batch)
             forward = counter.flops
             loss.backward()
@@ -267,6 +267,6 @@ class FakeTrainer:
 
     @contextmanager
     def _as_on_a_gpu(self) -> Iterator[None]:
-        """Every op of ours as it is registered, keeping what its kernels keep, in one of `world` processes."""
-        with dispatch.use_backend("torch"), _one_of(self.world):
+        """Run registered ops, which keep what their kernels keep, as one of `world` processes."""
+        with dispatch.use_backend("torch"), _pretend_world(self.world):
             yield

@@ -1,6 +1,7 @@
-"""What `prismer info` tells: a model's size, this machine, the versions that matter, and the kernels that can run."""
+"""The text of `prismer info`: a model's size, this machine, versions, and the kernels that can run here."""
 
 import dataclasses
+import fnmatch
 import os
 import platform
 from importlib import metadata
@@ -11,14 +12,16 @@ from torch import nn
 
 from prismer import __version__
 from prismer.config import PrismerConfig, preset
+from prismer.errors import InputError
 from prismer.freezing import FREEZE_MODES, freeze
 from prismer.kernels.dispatch import backends
 from prismer.model import Prismer
-from prismer.shipped import SHIPPED_MODELS, shipped_folder
+from prismer.shipped import model_folder
 from prismer.weights.folder import folder_config
 from prismer.weights.locate import CONFIG
 
-PACKAGES = (
+# distributions whose versions decide what runs; a star stands for a part that differs by CUDA version
+_PACKAGES = (
     "torch",
     "torchvision",
     "triton",
@@ -29,9 +32,8 @@ PACKAGES = (
     "xformers",
     "flash-attn",
 )
-"""Distributions whose versions decide what runs; a star stands for what differs by CUDA version."""
 
-# Linux's names of the instructions that speed up matrix products, with the common ones
+# instruction sets that speed up matrix products: Linux's name -> the usual name
 _CPU_FLAGS = {
     "avx2": "AVX2",
     "avx512f": "AVX512",
@@ -43,54 +45,52 @@ _CPU_FLAGS = {
 }
 
 
-def report(model: str) -> str:
-    """Everything as one text.
+def info_text(model: str) -> str:
+    """All sections of `prismer info` as one text.
 
     Args:
         model: a model folder, a shipped model or a preset.
 
     Raises:
-        ValueError: if there is no such model or its config is not one.
+        ValueError: if there is no such model, or its config is wrong.
     """
-    config = read_config(model)
+    config = model_config(model)
     sections = {
         f"model {model}": {field.name: _show(config, field.name) for field in dataclasses.fields(config)},
-        "parameters": {name: f"{count:,}" for name, count in count_parameters(config).items()},
-        "machine": machine(),
-        "versions": versions(),
-        "kernels": kernels(),
+        "parameters": {name: f"{count:,}" for name, count in _count_parameters(config).items()},
+        "machine": _machine(),
+        "versions": _versions(),
+        "kernels": _kernels(),
     }
     return "\n\n".join(_table(title, rows) for title, rows in sections.items())
 
 
-def read_config(model: str) -> PrismerConfig:
+def model_config(model: str) -> PrismerConfig:
     """The config of a model folder, a shipped model or a preset.
 
     Raises:
-        ValueError: if there is no such model or its config is not one.
+        ValueError: if there is no such model, or its config is wrong.
     """
-    folder = Path(model)
-    if not folder.is_dir() and model in SHIPPED_MODELS and (shipped_folder(model) / CONFIG).is_file():
-        folder = shipped_folder(model)
+    folder = model_folder(model)
     if not folder.is_dir():
         if "/" in model:
-            raise ValueError(f"no model folder {model}; give a folder or a preset such as base or large-z")
+            raise InputError(f"no model folder {model}; give a folder or a preset such as base or large-z")
         return preset(model)
     if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} has no {CONFIG}; give a model folder or a preset such as base or large-z")
+        raise InputError(f"{folder} has no {CONFIG}; give a model folder or a preset such as base or large-z")
     return folder_config(folder)
 
 
-def count_parameters(config: PrismerConfig) -> dict[str, int]:
-    """Parameters in all, of the two halves, and trainable in each freeze mode; no memory is taken for them."""
+def _count_parameters(config: PrismerConfig) -> dict[str, int]:
+    """Parameters of the model, of its two halves, and trainable ones in each freeze mode; none is allocated."""
     with torch.device("meta"):
         model = Prismer(config)
     counts = {"total": _count(model), "encoder": _count(model.encoder), "decoder": _count(model.decoder)}
     return counts | {f"trainable, {mode}": freeze(model, mode)[0] for mode in FREEZE_MODES}
 
 
-def machine() -> dict[str, str]:
-    """Processor and GPUs."""
+def _machine() -> dict[str, str]:
+    """This machine's Python, processor and GPUs."""
     cpuinfo = Path("/proc/cpuinfo")
     words = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
     flags = [name for flag, name in _CPU_FLAGS.items() if flag in words]
@@ -109,29 +109,21 @@ def machine() -> dict[str, str]:
     return rows
 
 
-def versions() -> dict[str, str]:
-    """Versions of this library and of `PACKAGES`, read without importing them."""
-    installed = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
+def _versions() -> dict[str, str]:
+    """Versions of this library and of the packages it depends on, read without importing them."""
+    # case, "-" and "_" do not matter in names of packages
+    installed = {(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in metadata.distributions()}
     rows = {"prismer": __version__}
-    for name in PACKAGES:
-        stem = name.removesuffix("*")
-        found = [f"{v} ({n})" if name != stem else v for n, v in installed.items() if _same(n, stem, name != stem)]
-        rows[stem.removesuffix("-cuda")] = ", ".join(found) or "not installed"
+    for pattern in _PACKAGES:
+        names = fnmatch.filter(installed, pattern.replace("_", "-"))
+        found = [f"{installed[name]} ({name})" if "*" in pattern else installed[name] for name in names]
+        rows[pattern.removesuffix("-cuda*")] = ", ".join(found) or "not installed"
     return rows | {"CUDA of torch": torch.version.cuda or "none"}
 
 
-def kernels() -> dict[str, str]:
-    """Each op's implementations: usable, or why not."""
-    rows: dict[str, str] = {}
-    for row in backends():
-        rows[f"{row.op}, {row.backend}"] = "usable" if row.usable else row.reason
-    return rows
-
-
-def _same(name: str | None, wanted: str, prefix: bool) -> bool:
-    # the index treats case, "-" and "_" alike
-    name, wanted = (text.lower().replace("_", "-") for text in (name or "", wanted))
-    return name.startswith(wanted) if prefix else name == wanted
+def _kernels() -> dict[str, str]:
+    """The backends of each op: "usable", or the reason why not."""
+    return {f"{row.op}, {row.backend}": "usable" if row.usable else row.reason for row in backends()}
 
 
 def _count(module: nn.Module) -> int:

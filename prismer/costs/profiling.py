@@ -1,8 +1,8 @@
-"""Where the time of a step goes: a trace for chrome://tracing or ui.perfetto.dev, and one screen of figures.
+"""Where the time of a step goes: a trace for chrome://tracing or ui.perfetto.dev, and a table of one screen.
 
-Steps are timed by torch.profiler; the one after them is not timed, but counted (counting.py), which would disturb the
-clock. Each operator then has time, FLOPs and bytes, and is compared with what this machine was measured to do: the
-roofline (Williams et al., 2009) says whether its FLOPs or its bytes would take longer, hence which peak limits it.
+torch.profiler times some steps. One more step is counted (counting.py) and not timed, because counting takes time. Each
+operator then has seconds, FLOPs and bytes, which are compared with the measured peaks of this machine. By the roofline
+model (Williams et al., 2009) the peak at which its FLOPs or its bytes take longer is the one that limits it.
 """
 
 import functools
@@ -18,28 +18,30 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from prismer.costs.counting import Counter
+from prismer.costs.counting import CostCounter
+from prismer.errors import InputError
 from prismer.kernels import matmul
 from prismer.kernels.dispatch import as_if_watched
 
 _STEP = "prismer: step"
-_SHOWN = 18
-# operators; with the sums around them one screen
+# operators in the table; with the sums below them they fill one screen
+_MAX_ROWS = 18
+# side of the matrices whose product measures the matrix peak
 _SIDE = 2048
-_COPIED = 2**28
-# bytes, more than caches hold
-_PATIENCE = 0.3
-# seconds for each peak
+# bytes of the copy that measures the memory peak, more than caches hold
+_COPY_BYTES = 2**28
+# seconds to measure each peak
+_PEAK_SECONDS = 0.3
 _Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Peaks:
-    """What the machine was measured to do.
+    """Measured peaks of a machine.
 
     Attributes:
-        matrix: dtype -> FLOP/s of a product of matrices, fp32 and bf16, on the library that the model takes.
-        memory: bytes/s read and written by a copy.
+        matrix: dtype -> FLOP/s of a matrix product in fp32 and bf16, with the library that the model uses.
+        memory: bytes/s that a copy reads and writes.
     """
 
     matrix: dict[torch.dtype, float]
@@ -48,18 +50,18 @@ class Peaks:
 
 @functools.cache
 def measure_peaks(device: torch.device) -> Peaks:
-    """The best of a few products of 2048-cubed matrices and of copies of 256 MB: about a second, once per process."""
+    """Time products of 2048 x 2048 matrices and copies of 256 MB; takes about a second, once per process."""
     matrix = {dtype: _matrix_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    source = torch.zeros(_COPIED, dtype=torch.uint8, device=device)
+    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
-    return Peaks(matrix=matrix, memory=2 * _COPIED / _best_seconds(lambda: target.copy_(source), device))
+    return Peaks(matrix=matrix, memory=2 * _COPY_BYTES / _best_seconds(lambda: target.copy_(source), device))
 
 
 def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     rate = 0.0
-    # without bf16 instructions the large product may take half a minute: then the small one must do
+    # without bf16 instructions the large product may take half a minute, so the small one has to do
     for side in (_SIDE // 8, _SIDE):
-        if side == _SIDE and 2 * side**3 / rate > 4 * _PATIENCE:
+        if side == _SIDE and 2 * side**3 / rate > 4 * _PEAK_SECONDS:
             return rate
         a, b = torch.ones(side, side, device=device, dtype=dtype), torch.ones(side, side, device=device, dtype=dtype)
         rate = 2 * side**3 / _best_seconds(lambda a=a, b=b: matmul.mm(a, b), device)
@@ -67,7 +69,7 @@ def _matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _best_seconds(run: Callable, device: torch.device) -> float:
-    best, end = float("inf"), time.perf_counter() + _PATIENCE
+    best, end = float("inf"), time.perf_counter() + _PEAK_SECONDS
     while best == float("inf") or time.perf_counter() < end:
         _wait(device)
         begun = time.perf_counter()
@@ -83,13 +85,13 @@ def _wait(device: torch.device) -> None:
 
 
 def check_trace(path: Path) -> None:
-    """Find out now, and not after the work, whether a trace can be written.
+    """Check before the work that a trace can be written.
 
     Raises:
-        ValueError: if the name does not end in .json or .json.gz, or its folder does not take files.
+        ValueError: if the name does not end in .json or .json.gz, or no file can be written there.
     """
     if not path.name.endswith((".json", ".json.gz")):
-        raise ValueError(f"a trace is JSON, and {path} does not say so; end its name in .json.gz")
+        raise InputError(f"a trace is JSON, but its name is {path}; end the name in .json.gz")
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
@@ -97,19 +99,26 @@ def check_trace(path: Path) -> None:
         _aside(path).unlink()
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(
+        raise InputError(
             f"the trace {path} cannot be written ({reason}); name a file in a folder that exists"
         ) from None
 
 
 def _aside(path: Path) -> Path:
-    # the profiler compresses by the end of the name
+    # the profiler compresses a file whose name ends in .gz
     return path.with_name(f".partial-{path.name}")
 
 
 @dataclass(kw_only=True)
-class Row:
-    """One operator in one step; `seconds` includes what it calls. An operator without a count has FLOPs and bytes 0."""
+class OperatorCost:
+    """The cost of one operator in one step.
+
+    Attributes:
+        name: as torch registers it, e.g. "aten::mm".
+        calls: in a mean step.
+        seconds: of all calls, with the operators that they call.
+        flops, bytes: of all calls; 0 if the operator was not counted.
+    """
 
     name: str
     calls: float = 0
@@ -119,22 +128,23 @@ class Row:
 
 
 class StepProfile:
-    """Profiles steps of whoever runs them: `with profile.step(): ...`, until `finished`, then `report()`.
+    """Profiles the steps of its caller: `with profile.step(): ...` until `finished`, then `report()`.
 
-    Two steps warm up, `steps` are timed, one is counted; later ones are left alone.
+    The first `warmup` steps are not measured, the next `steps` are timed, and one more is counted. Later steps run as
+    usual.
 
     Args:
         trace: the file to write, .json.gz or .json.
-        device: where the steps compute; a GPU's time is that of its kernels.
-        dtype: what they multiply in, to be compared with that peak: fp32 or bf16.
-        steps: how many to time.
-        warmup: steps before those.
+        device: the device of the steps; on a GPU an operator's time is that of its kernels.
+        dtype: the dtype of the steps' matrix products, which selects the peak: fp32 or bf16.
+        steps: number of timed steps.
+        warmup: number of steps before them.
     """
 
     def __init__(self, trace: Path, *, device: torch.device, dtype: torch.dtype, steps: int, warmup: int = 2):
         check_trace(trace)
         self.trace, self.device, self.dtype, self.steps, self.warmup = trace, device, dtype, steps, warmup
-        self.counter, self._done = Counter(), 0
+        self.counter, self._done = CostCounter(), 0
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -142,22 +152,22 @@ class StepProfile:
 
     @property
     def needed(self) -> int:
-        """Steps until `finished`."""
+        """The number of steps until `finished`."""
         return self.warmup + self.steps + 1
 
     @property
     def finished(self) -> bool:
-        """Whether `report` has something to report."""
+        """Whether all steps have run, so that `report` can be called."""
         return self._done >= self.needed
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around one step."""
+        """Run one step inside the block."""
         timed = self._done - self.warmup
         if 0 <= timed < self.steps:
             if timed == 0:
                 self._profile.start()
-            # a GPU's ops of Triton are seen by the names they are counted under only through torch's dispatcher
+            # only torch's dispatcher gives a GPU's Triton ops the names under which they are counted
             with as_if_watched(self.device.type == "cuda"), record_function(_STEP):
                 yield
                 _wait(self.device)
@@ -170,9 +180,11 @@ class StepProfile:
             yield
         self._done += 1
 
-    def rows(self) -> tuple[list[Row], float, float]:
-        """(operators, seconds in what only surrounds them, seconds of a step), the longest first; of one mean step."""
-        rows = {name: Row(name=name, flops=flops, bytes=traffic) for name, _, flops, traffic in self.counter.rows()}
+    def rows(self) -> tuple[list[OperatorCost], float, float]:
+        """(operators, the slowest first; seconds of views, allocation and autograd; seconds of all) of a mean step."""
+        rows = {
+            name: OperatorCost(name=name, flops=flops, bytes=traffic) for name, _, flops, traffic in self.counter.rows()
+        }
         on_gpu, events = self.device.type == "cuda", self._profile.events()
         steps = [event for event in events if event.name == _STEP and event.device_type == DeviceType.CPU]
         seconds = sum(event.cpu_time_total for event in steps) * 1e-6 / self.steps
@@ -191,10 +203,10 @@ class StepProfile:
         return sorted(rows.values(), key=lambda row: -row.seconds), around, seconds
 
     def report(self) -> str:
-        """Write the trace at once under its name, measure the machine, and return the table.
+        """Write the trace, measure the machine's peaks, and return the table.
 
         Raises:
-            OSError: with the name of the trace, if it cannot be written; nothing is left of it.
+            OSError: with the name of the trace, if it cannot be written; no part of it remains.
         """
         try:
             self._profile.export_chrome_trace(str(_aside(self.trace)))
@@ -209,7 +221,7 @@ class StepProfile:
 
 
 def profile_call(run: Callable[[], _Out], trace: Path, *, device: torch.device, dtype: torch.dtype) -> tuple[_Out, str]:
-    """Run `run` three times, to warm up, to time and to count it; returns what it returned, and the table."""
+    """Call `run` three times, to warm up, to time and to count; return its result and the table."""
     steps = StepProfile(trace, device=device, dtype=dtype, steps=1, warmup=1)
     while not steps.finished:
         with steps.step():
@@ -217,21 +229,21 @@ def profile_call(run: Callable[[], _Out], trace: Path, *, device: torch.device, 
     return out, steps.report()
 
 
-def format_table(rows: list[Row], around: float, seconds: float, peaks: Peaks, dtype: torch.dtype) -> str:
-    """One screen of at most 100 columns.
+def format_table(rows: list[OperatorCost], around: float, seconds: float, peaks: Peaks, dtype: torch.dtype) -> str:
+    """The table of a profile, at most 120 columns wide.
 
     Args:
-        rows, around, seconds: of `StepProfile.rows`.
-        peaks: what the fractions are of.
-        dtype: what the step multiplied in, for the matrix peak.
+        rows, around, seconds: from `StepProfile.rows`.
+        peaks: the machine's, of which the table shows fractions.
+        dtype: of the step's matrix products.
     """
-    # processors multiply both kinds of 16 bits alike
+    # processors multiply bf16 and fp16 equally fast
     dtype = torch.bfloat16 if dtype.itemsize == 2 else torch.float32
     matrix = peaks.matrix[dtype]
 
-    def line(name, calls, spent, flops=0, traffic=0) -> str:
+    def line(name: str, calls: str, spent: float, flops: int = 0, traffic: int = 0) -> str:
         if len(name) > 36:
-            # backward passes differ from the others by their end
+            # the end of a long name tells whether it is a backward pass
             name = f"{name[:22]}..{name[-12:]}"
         text = f"{name:36} {calls:>7} {spent * 1e3:9.2f} {spent / seconds:7.1%}"
         if not traffic:
@@ -242,17 +254,17 @@ def format_table(rows: list[Row], around: float, seconds: float, peaks: Peaks, d
         limit = "matrix" if flops / matrix >= traffic / peaks.memory else "memory"
         return f"{text} {flops / spent / matrix:7.1%} {traffic / spent / peaks.memory:7.1%} {limit}"
 
-    def together(name: str, some: list[Row]) -> str:
+    def total(name: str, some: list[OperatorCost]) -> str:
         sums = (sum(getattr(row, field) for row in some) for field in ("seconds", "flops", "bytes"))
         return line(name, f"{sum(row.calls for row in some):.0f}", *sums)
 
-    shown, others = rows[:_SHOWN], rows[_SHOWN:]
+    shown, others = rows[:_MAX_ROWS], rows[_MAX_ROWS:]
     lines = [
         f"{'one step':36} {'calls':>7} {'ms':>9} {'time':>7} {'GFLOP':>9} {'MB':>9} {'matrix':>7} {'memory':>7} limit",
-        *(together(row.name, [row]) for row in shown),
+        *(total(row.name, [row]) for row in shown),
     ]
     if others:
-        lines.append(together(f"{len(others)} other operators", others))
+        lines.append(total(f"{len(others)} other operators", others))
     gap = seconds - around - sum(row.seconds for row in rows)
     if around:
         lines.append(line("views, allocation, autograd", "", around))

@@ -1,27 +1,29 @@
-"""The data of a run: its two splits are checked, their texts read, and their loaders opened."""
+"""The data of a run: its two splits are checked, their texts counted, and their loaders opened."""
 
-from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from prismer.dataloading.feed.augment import AugmentConfig
-from prismer.dataloading.feed.features import Semantics
 from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.model import Prismer
-from prismer.texts import ChooseTexts, answer_fits, caption_texts, classification_texts, joint_texts, vqa_texts
+from prismer.texts import ChooseTexts, answer_fits, choose_captions, choose_class, choose_joint, choose_questions
 from prismer.training.config import TrainConfig
-from prismer.training.evaluation import Survey, collect_knowledge, survey
+from prismer.training.streams import print_on_rank_zero
+from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TASKS
+from prismer.training.text_statistics import TextCounts, TextStatistics, count_texts
 from prismer.training.zero import gather_json
 
-NO_AUGMENTATION = AugmentConfig(min_area=1.0, flip=0.0, num_ops=0)
+_NO_AUGMENTATION = AugmentConfig(min_area=1.0, flip=0.0, num_ops=0)
 
 
-def find_dataset(data: Path) -> None:
-    """Refuse a folder without a training split.
+def check_dataset(data: Path) -> None:
+    """Refuse a dataset folder without a training split.
 
     Raises:
         ValueError: if there is no `data`/train.
@@ -30,61 +32,58 @@ def find_dataset(data: Path) -> None:
         raise ValueError(f"no dataset at {data / 'train'}; render or import one, or name another with --data")
 
 
-def read_texts(config: TrainConfig, model: Prismer, run: Path, first: bool, say: Callable[[str], None]) -> None:
-    """Check that both splits have texts for the task; at the first start, keep in `run` what those of training say.
+def check_texts(config: TrainConfig, model: Prismer, run: Path, first_start: bool) -> None:
+    """Check that both splits have texts for the task, and save the training split's statistics in `run` (rank 0).
 
     Args:
         run: the run folder.
-        first: whether the run starts for the first time; later the training split is not read again.
-        say: told what will be skipped.
+        first_start: whether the training split is read; a resumed run has its statistics already.
 
     Raises:
-        ValueError: if a split has nothing for the task.
+        ValueError: if a split has no texts for the task.
     """
     data = Path(config.data)
     for split in ("train", "val"):
-        if not (data / split).is_dir() or (split == "train" and not first):
+        if not (data / split).is_dir() or (split == "train" and not first_start):
             continue
         dataset = ShardDataset(data / split)
-        found = survey(dataset)
-        found.check(config.task, data / split)
-        if found.skipped:
-            say(
-                f"{len(found.skipped)} of {len(dataset)} samples of {data / split} cannot be used and will be "
-                f"skipped; the first: {found.skipped[0]}"
+        counts = count_texts(dataset)
+        counts.check(config.task, data / split)
+        if counts.skipped:
+            print_on_rank_zero(
+                f"{len(counts.skipped)} of {len(dataset)} samples of {data / split} cannot be used and will be "
+                f"skipped; the first: {counts.skipped[0]}"
             )
         if split == "train":
-            _keep_knowledge(config, model, dataset, found, run, say)
+            _statistics(config, model, dataset, counts).save(run)
 
 
-def _keep_knowledge(
-    config: TrainConfig, model: Prismer, dataset: ShardDataset, found: Survey, run: Path, say: Callable
-) -> None:
-    def fits(answer: str) -> bool:
-        return answer_fits(model.tokenizer, answer, model.config.max_positions)
-
-    long = [answer for answer in found.answers if not fits(answer)]
+def _statistics(config: TrainConfig, model: Prismer, dataset: ShardDataset, counts: TextCounts) -> TextStatistics:
+    room = model.config.max_positions
+    fits = partial(answer_fits, model.tokenizer, max_positions=room)
+    long = [answer for answer in counts.answers if not fits(answer)]
     if long:
-        say(
-            f"{len(long)} answers are too long for the model's {model.config.max_positions} positions; their samples "
-            f"will be skipped (the first: {long[0][:60]!r}...)"
+        print_on_rank_zero(
+            f"{len(long)} answers are too long for the model's {room} positions; their samples will be skipped "
+            f"(the first: {long[0][:60]!r}...)"
         )
-    collect_knowledge(dataset, config.max_answers, found=found, fits=fits).save(run)
+    return TextStatistics.from_counts(counts, dataset.classes.get("class"), config.max_answers, fits)
 
 
-def choose_texts(config: TrainConfig, model: Prismer, classes: list[str]) -> tuple[ChooseTexts, int]:
-    """What the loader takes from an image's JSON, and how many texts at most."""
-    tokenizer, prefix, room = (model.tokenizer, model.config.caption_prefix, model.config.max_positions)
-    captions, questions = config.captions_per_image, config.questions_per_image
-    if config.task == "joint":
-        return joint_texts(tokenizer, prefix, captions, questions, room), captions + questions
-    if config.task == "vqa":
-        return vqa_texts(tokenizer, questions, room), questions
-    if config.task == "classify":
-        return classification_texts(tokenizer, class_names=classes or None, max_positions=room), 1
-    if config.task == "pretrain":
-        prefix = ""
-    return caption_texts(tokenizer, prefix, captions, room), captions
+def choose_texts(config: TrainConfig, model: Prismer, classes: list[str]) -> ChooseTexts:
+    """The function that draws the task's texts from a sample's JSON.
+
+    Args:
+        classes: class names, for samples whose class is an index.
+    """
+    task, tokenizer, room = TASKS[config.task], model.tokenizer, model.config.max_positions
+    prefix = model.config.caption_prefix if task.caption_prefix else ""
+    choosers = {
+        CAPTIONS: partial(choose_captions, tokenizer, prefix, config.captions_per_image, room),
+        QUESTIONS: partial(choose_questions, tokenizer, config.questions_per_image, room),
+        CLASSES: partial(choose_class, tokenizer, classes, room),
+    }
+    return partial(choose_joint, {kind.field: choosers[kind] for kind in task.texts})
 
 
 def open_loaders(
@@ -93,11 +92,11 @@ def open_loaders(
     """The loaders of this rank: of the training split, and of the validation split if there is one.
 
     Args:
-        classes: class names, for classification.
+        classes: class names, for samples whose class is an index.
         micro_batch: training images per forward pass of this process.
 
     Raises:
-        ValueError: if a split is damaged, or too small for a batch.
+        ValueError: if a split is damaged, or the training split is smaller than a batch.
     """
     data = Path(config.data)
     common = dict(
@@ -110,14 +109,15 @@ def open_loaders(
         device=device,
     )
     augment = AugmentConfig(min_area=config.crop_min_area, flip=config.flip, num_ops=config.augment_ops)
-    texts, group_size = choose_texts(config, model, classes)
+    counts = list(config.texts_per_image.values())
     train = Loader(
         ShardDataset(data / "train"),
         batch_size=micro_batch,
-        texts=texts,
-        group_size=group_size,
-        split=config.captions_per_image if config.task == "joint" else 0,
-        augment=None if augment == NO_AUGMENTATION else augment,
+        texts=choose_texts(config, model, classes),
+        group_size=sum(counts),
+        # texts of the second kind have another length
+        split=counts[0] if len(counts) > 1 else 0,
+        augment=None if augment == _NO_AUGMENTATION else augment,
         drop_labels=config.drop_labels,
         **common,
     )
@@ -128,10 +128,10 @@ def open_loaders(
 
 
 def check_readable(val: Loader, group: dist.ProcessGroup) -> None:
-    """Refuse a validation split of which no image can be read, before any step is spent (a collective).
+    """Refuse a validation split none of whose images can be read, before any step is spent (collective).
 
     Raises:
-        ValueError: on all ranks, if none has read one.
+        ValueError: on all ranks, if none of them reads an image.
     """
     with closing(val.epoch(0)) as batches:
         readable = next(batches, None) is not None
@@ -139,5 +139,5 @@ def check_readable(val: Loader, group: dist.ProcessGroup) -> None:
         why = val.skipped[0].reason if val.skipped else "it is empty"
         raise ValueError(
             f"none of the {len(val.dataset)} samples of {val.dataset.folder} can be read ({why}); write the split "
-            f"again, or take it away to train without"
+            f"again, or move it away to train without validation"
         )

@@ -15,7 +15,7 @@ from prismer.weights.tensors import read_tensors
 TOWERS = "tiny-towers"
 
 
-def start_config(source: str) -> PrismerConfig:
+def initial_config(source: str) -> PrismerConfig:
     """The architecture of a preset or a model folder.
 
     Raises:
@@ -28,7 +28,7 @@ def start_config(source: str) -> PrismerConfig:
     return preset(source)
 
 
-def start_model(source: str, image_size: int = 0, seed: int = 0) -> Prismer:
+def build_initial_model(source: str, image_size: int = 0, seed: int = 0) -> Prismer:
     """The model that training starts from.
 
     Args:
@@ -39,7 +39,7 @@ def start_model(source: str, image_size: int = 0, seed: int = 0) -> Prismer:
     Raises:
         ValueError: if there is no such model, or it comes without towers or tokenizer.
     """
-    config = start_config(source)
+    config = initial_config(source)
     if Path(source).is_dir():
         model = Prismer.from_pretrained(source, image_size=image_size or None, dtype=torch.float32)
         if model.tokenizer is None:

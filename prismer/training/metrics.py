@@ -1,9 +1,9 @@
-"""Scores of captions and answers: BLEU, ROUGE-L, CIDEr-D, VQA accuracy, top-1; pure Python and numpy.
+"""Scores of captions, answers and classes in Python and numpy: BLEU, CIDEr-D, VQA accuracy, top-1.
 
 Captions are compared as lists of tokens. `tokenize_caption` follows the Penn Treebank tokenizer of the COCO caption
 toolkit (lower case, contractions split, punctuation dropped), so that scores are comparable with published ones;
-METEOR and SPICE need Java programs and are left to that toolkit. Values are fractions: papers print BLEU 0.40 as 40
-and CIDEr 1.35 as 135.
+ROUGE-L, METEOR and SPICE are left to that toolkit. Scores are fractions: papers print BLEU 0.40 as 40 and CIDEr 1.35 as
+135.
 """
 
 import itertools
@@ -16,11 +16,11 @@ import numpy as np
 
 MAX_NGRAM = 4
 CIDER_SIGMA = 6.0
-ROUGE_BETA = 1.2
 
 Tokens = Sequence[str]
 
-# what keeps its full stop: the first list in any capitals, the second only with a capital ("he had to wash.")
+# abbreviations, which keep their full stop: the first list in any case, the second only with a capital letter, since
+# "he had to wash." ends a sentence
 _ABBREVIATIONS = """mr mrs ms dr drs prof profs sen sens rep reps atty lt col gen messrs gov govs adm rev maj sgt cpl
 pvt mt capt st ste ave pres lieut hon brig comdr cmdr pfc spc supt det jr sr bros blvd rd esq inc co cos corp ltd plc
 etc vs jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri ala ariz calif colo conn fla ga
@@ -49,26 +49,15 @@ _NEGATION = re.compile(r"(?<=[^\W\d_])(?=n't(?![^\W_]))", re.IGNORECASE)
 _TYPOGRAPHIC = str.maketrans(
     {"‘": "'", "’": "'", "“": '"', "”": '"', "«": '"', "»": '"', "–": "--", "—": "--", "…": "..."}
 )
-_SPLIT_WORDS = {
-    "cannot": ("can", "not"),
-    "gonna": ("gon", "na"),
-    "gotta": ("got", "ta"),
-    "wanna": ("wan", "na"),
-    "gimme": ("gim", "me"),
-    "lemme": ("lem", "me"),
-    "(": ("-lrb-",),
-    ")": ("-rrb-",),
-    "[": ("-lsb-",),
-    "]": ("-rsb-",),
-    "{": ("-lcb-",),
-    "}": ("-rcb-",),
-}
-# the toolkit drops a fixed list of marks, in which neither brackets nor "!!" are found
+_WORDS = "cannot can not;gonna gon na;gotta got ta;wanna wan na;gimme gim me;lemme lem me"
+_BRACKETS = "( -lrb-;) -rrb-;[ -lsb-;] -rsb-;{ -lcb-;} -rcb-"
+_REPLACED = {token: parts for token, *parts in map(str.split, f"{_WORDS};{_BRACKETS}".split(";"))}
+# the toolkit drops a fixed list of marks, which contains neither brackets nor "!!"
 _DROPPED = re.compile(r"['\"`,.:;!?]|-{1,}|\.{3,}")
 
 
 def tokenize_caption(caption: str) -> list[str]:
-    """The lower-case tokens that captions are compared by, without punctuation.
+    """The lower-case tokens of a caption, without punctuation.
 
     `"A dog's close-up, isn't it?"` gives a, dog, 's, close-up, is, n't, it.
     """
@@ -77,7 +66,7 @@ def tokenize_caption(caption: str) -> list[str]:
     for token in _TOKEN.findall(text):
         if not _DROPPED.fullmatch(token):
             token = token.lower()
-            tokens.extend(_SPLIT_WORDS.get(token, (token,)))
+            tokens.extend(_REPLACED.get(token, [token]))
     return tokens
 
 
@@ -86,16 +75,16 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
 
         BLEU-n = min(1, exp(1 - r / c)) * (p_1 ... p_n)^(1/n)
 
-    p_k: share of the candidates' k-grams that occur in a reference of the same image, each counted at most as often
-    as in the reference that has it most; c: tokens of all candidates; r: tokens of the references closest in length,
-    the shorter on a tie.
+    p_k is the share of the candidates' k-grams that occur in a reference of the same image; a k-gram counts at most as
+    often as in the reference that contains it most often. c is the number of tokens of all candidates, and r that of
+    the references closest in length, of the shorter one on a tie.
 
     Args:
         candidates: for each image the tokens of one caption.
         references: for each image the tokens of its references.
 
     Returns:
-        (4,) fp64; 0 where no n-gram agrees.
+        (4,) fp64; 0 where no n-gram occurs in a reference.
 
     Raises:
         ValueError: if the two differ in length, or an image has no reference.
@@ -108,7 +97,8 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
         reference_length += min((abs(len(r) - len(candidate)), len(r)) for r in refs)[1]
         allowed: Counter = Counter()
         for ref in refs:
-            allowed |= _ngrams(ref)  # the maximum of the counts
+            # the larger of the counts
+            allowed |= _ngrams(ref)
         for ngram, count in (_ngrams(candidate) & allowed).items():
             matched[len(ngram) - 1] += count
         total += [max(0, len(candidate) - n) for n in range(MAX_NGRAM)]
@@ -117,39 +107,14 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
     return brevity * np.cumprod(precision) ** (1 / np.arange(1, MAX_NGRAM + 1))
 
 
-def rouge_l(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
-    """ROUGE-L of each caption (Lin 2004), as the COCO toolkit computes it.
-
-        P = max_r lcs / |candidate|    R = max_r lcs / |r|    ROUGE-L = (1 + b^2) P R / (R + b^2 P),    b = 1.2
-
-    The best precision and the best recall may belong to two references.
-
-    Returns:
-        (images,) fp64.
-
-    Raises:
-        ValueError: as `bleu`.
-    """
-    _check(candidates, references)
-    scores = np.zeros(len(candidates))
-    for i, (candidate, refs) in enumerate(zip(candidates, references, strict=True)):
-        common = [_longest_common_subsequence(candidate, ref) for ref in refs]
-        if max(common):
-            precision = max(common) / len(candidate)
-            recall = max(c / len(ref) for c, ref in zip(common, refs, strict=True) if ref)
-            beta2 = ROUGE_BETA**2
-            scores[i] = (1 + beta2) * precision * recall / (recall + beta2 * precision)
-    return scores
-
-
 def cider_d(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
     """CIDEr-D of each caption (Vedantam et al. 2015), which the COCO toolkit calls CIDEr.
 
         10 / 4 * sum over n = 1..4 of mean over references r of
             exp(-(|c| - |r|)^2 / (2 * 6^2)) * min(g_n(c), g_n(r)) . g_n(r) / (|g_n(c)| |g_n(r)|)
 
-    g_n: for each n-gram its count times log(images / images with a reference that has it). The weights come from
-    `references`: scores belong to this set of images, and those of a single image are all 0.
+    g_n holds for each n-gram its count times log(images / images with a reference that contains it). These weights come
+    from `references`, so that a score is only valid within its set of images; the score of a single image is 0.
 
     Returns:
         (images,) fp64; their mean is the score of the corpus.
@@ -194,7 +159,7 @@ def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]
         references: for each image its references, plain text.
 
     Returns:
-        BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D by name.
+        BLEU-1 to BLEU-4 and CIDEr-D by name.
 
     Raises:
         ValueError: as `bleu`.
@@ -202,7 +167,6 @@ def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]
     tokens = [tokenize_caption(caption) for caption in candidates]
     reference_tokens = [[tokenize_caption(caption) for caption in refs] for refs in references]
     scores = {f"BLEU-{n + 1}": float(s) for n, s in enumerate(bleu(tokens, reference_tokens))}
-    scores["ROUGE-L"] = float(rouge_l(tokens, reference_tokens).mean())
     scores["CIDEr-D"] = float(cider_d(tokens, reference_tokens).mean())
     return scores
 
@@ -211,15 +175,6 @@ def _ngrams(tokens: Tokens) -> Counter:
     """Every n-gram of 1 to 4 tokens with its count."""
     tokens = tuple(tokens)
     return Counter(tokens[i : i + n] for n in range(1, MAX_NGRAM + 1) for i in range(len(tokens) - n + 1))
-
-
-def _longest_common_subsequence(a: Tokens, b: Tokens) -> int:
-    row = [0] * (len(b) + 1)
-    for x in a:
-        diagonal = 0
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
-    return row[-1]
 
 
 def _check(candidates: Sequence, references: Sequence[Sequence]) -> None:
@@ -233,8 +188,8 @@ def _check(candidates: Sequence, references: Sequence[Sequence]) -> None:
         raise ValueError(f"image {empty} has no reference caption; leave the image out")
 
 
-# the contractions that the VQA evaluation restores when an apostrophe is missing; "its", "hell", "were" and other
-# words of their own are not among them
+# the contractions that the VQA evaluation restores when an apostrophe is missing; "its", "hell", "were" and others that
+# are also words without an apostrophe are not among them
 _CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't
 must've needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
@@ -245,7 +200,7 @@ would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll yo
 
 
 def _without_apostrophes(word: str) -> list[str]:
-    """`word` without one, or without each choice of several, of its apostrophes; one at least stays if it had two."""
+    """Every spelling of `word` without some of its apostrophes; of several, at least one stays."""
     at = [i for i, c in enumerate(word) if c == "'"]
     drops = itertools.chain.from_iterable(itertools.combinations(at, n) for n in range(1, max(2, len(at))))
     return ["".join(c for i, c in enumerate(word) if i not in drop) for drop in drops]
@@ -260,11 +215,11 @@ _ANSWER_MARKS = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def normalize_answer(answer: str) -> str:
-    """An answer as the VQA evaluation compares it.
+    """The form in which the VQA evaluation compares answers.
 
-    Lower case; punctuation removed where it touches a blank (or anywhere, in an answer with a comma between digits)
-    and a blank elsewhere; full stops removed unless a digit follows; zero to ten and none as digits; articles
-    removed; apostrophes restored in contractions.
+    The text becomes lower case. A punctuation mark is removed if it touches a blank somewhere in the answer, or if the
+    answer has a comma between digits; otherwise a blank replaces it. Full stops are removed unless a digit follows.
+    Zero to ten and none become digits, articles are removed, and contractions get their apostrophes back.
     """
     answer = " ".join(answer.split())
     text = answer
@@ -277,8 +232,8 @@ def normalize_answer(answer: str) -> str:
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
 
 
+# people who answered each question of VQA; the weight of an answer is the share of them that gave it
 PEOPLE = 10
-"""People who answered each question of VQA: what a weight of an answer is a share of."""
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str] | Mapping[str, float]) -> float:
@@ -286,12 +241,12 @@ def vqa_accuracy(prediction: str, answers: Sequence[str] | Mapping[str, float]) 
 
         mean over the answers a of min(1, #(others than a that agree) / 3)
 
-    That is the measure of VQA, made for ten people's answers. With fewer than four, which could not give 1, any
-    agreement counts as 1: a single true answer means exact match. The official script compares the raw texts where
-    all ten people wrote the same; here texts are always normalised.
+    This metric is made for the answers of ten people. With fewer than four answers it could not reach 1, so any
+    agreement counts as 1 there: with a single true answer it is exact match. The official script compares the raw texts
+    where all ten people wrote the same; here texts are always normalised.
 
     Args:
-        answers: what each person said, or distinct answers with their weights. Weights are shares of ten people,
+        answers: each person's answer, or distinct answers with their weights. Weights are shares of ten people,
             whatever their sum: 0.6, 0.2, 0.1, 0.1 are six, two, one and one.
 
     Raises:
@@ -310,21 +265,19 @@ def vqa_accuracy(prediction: str, answers: Sequence[str] | Mapping[str, float]) 
         agree = sum(normalize_answer(text) == prediction for text in answers)
         if people < 4:
             return float(agree > 0)
-    # leaving out one who agrees leaves one fewer to agree with
+    # leaving out a person who agrees leaves one fewer who agrees
     own, others = max(0.0, agree - 1), agree
     return (agree * min(1.0, own / 3) + (people - agree) * min(1.0, others / 3)) / people
 
 
 def answer_scores(
-    predictions: Sequence[str],
-    answers: Sequence[Sequence[str] | Mapping[str, float]],
-    kinds: Sequence[str] | None = None,
+    predictions: Sequence[str], answers: Sequence[Sequence[str] | Mapping[str, float]], kinds: Sequence[str]
 ) -> dict[str, float]:
     """Mean VQA accuracy, over all questions and for each kind of question.
 
     Args:
-        predictions: one answer for each question.
-        answers: the true answers of each question (`vqa_accuracy`).
+        predictions: the predicted answer of each question.
+        answers: the true answers of each question, as for `vqa_accuracy`.
         kinds: the kind of each question ("colour", "count").
 
     Returns:
@@ -333,22 +286,21 @@ def answer_scores(
     Raises:
         ValueError: if the lengths differ or are 0, or a question has no true answer.
     """
-    lengths = {len(predictions), len(answers), len(kinds) if kinds is not None else len(answers)}
-    if len(lengths) != 1 or 0 in lengths:
+    if not len(predictions) == len(answers) == len(kinds) != 0:
         raise ValueError(
-            f"got {len(predictions)} predictions for {len(answers)} questions"
-            f"{'' if kinds is None else f' of {len(kinds)} kinds'}; give one of each, at least one"
+            f"got {len(predictions)} predictions for {len(answers)} questions of {len(kinds)} kinds; "
+            f"give one of each, at least one"
         )
     scores = [vqa_accuracy(p, a) for p, a in zip(predictions, answers, strict=True)]
-    result = {"accuracy": float(np.mean(scores))}
     by_kind = defaultdict(list)
-    for kind, score in zip(kinds or (), scores, strict=False):
+    for kind, score in zip(kinds, scores, strict=True):
         by_kind[kind].append(score)
-    return result | {f"accuracy/{kind}": float(np.mean(by_kind[kind])) for kind in sorted(by_kind)}
+    means = {f"accuracy/{kind}": float(np.mean(by_kind[kind])) for kind in sorted(by_kind)}
+    return {"accuracy": float(np.mean(scores)), **means}
 
 
 def top1(predictions: Sequence, targets: Sequence) -> float:
-    """The share of predictions that equal their targets: class indices or names.
+    """The share of predictions (class indices or names) that equal their targets.
 
     Raises:
         ValueError: if the lengths differ or are 0.

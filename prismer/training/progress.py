@@ -1,37 +1,39 @@
-"""What a run shows while it trains: a progress bar, metrics.jsonl, TensorBoard scalars and loss.png; rank 0 only."""
+"""What rank 0 shows while a run trains: a progress bar, metrics.jsonl, TensorBoard scalars and loss.png."""
 
-import errno
 import json
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from prismer.files import add_name, replacing, write_atomically
-from prismer.training.stopping import discard
+from prismer.training.streams import tolerant_of_closing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 METRICS = "metrics.jsonl"
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """Every line of metrics.jsonl, in order; a last line that a crash cut short is left out.
+    """The rows of metrics.jsonl, in order, without a last line that a crash cut short.
 
     Raises:
-        ValueError: if another line is damaged.
+        ValueError: if any other line is damaged.
     """
     file = Path(folder) / METRICS
     if not file.exists():
         return []
     if not file.is_file():
-        raise ValueError(f"{file} is no file; move it away to go on without the earlier records")
+        raise ValueError(f"{file} is not a file; move it away to go on without the earlier records")
     lines, rows = file.read_bytes().split(b"\n"), []
     for number, line in enumerate(lines, 1):
         row = _read_row(line)
         if row is not None:
             rows.append(row)
+        # a crash may cut short only what follows the last line break
         elif number < len(lines):
-            # what follows the last line break was never finished
             raise ValueError(
                 f"line {number} of {file} is damaged; delete the line, or move the file away to go on without it"
             )
@@ -39,7 +41,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def append_metrics(folder: Path, row: dict) -> None:
-    """Add one line to metrics.jsonl."""
+    """Append one line to metrics.jsonl."""
     try:
         with open(Path(folder) / METRICS, "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -49,6 +51,7 @@ def append_metrics(folder: Path, row: dict) -> None:
 
 
 def _read_row(line: bytes) -> dict | None:
+    """The row of a line; None if it is damaged."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -63,36 +66,21 @@ def _read_row(line: bytes) -> dict | None:
     return row if fits else None
 
 
-def tell(text: str, file: TextIO) -> None:
-    """Print a line; a reader that has gone (`| head`, a closed terminal) ends the printing and not the run."""
-    try:
-        print(text, file=file, flush=True)
-    except OSError as error:
-        silence(file)
-        if error.errno not in (errno.EPIPE, errno.EIO) and file is not sys.stderr:
-            tell(f"standard output cannot be written ({error.strerror}); going on without it", sys.stderr)
-
-
-def silence(file: TextIO) -> None:
-    """Let what is written to `file`, and what still waits in it, go nowhere."""
-    discard(file.fileno())
-
-
 class Progress:
-    """The bar and the records of one run.
+    """The progress bar and the records of one run.
 
     Args:
         folder: the run folder.
-        start: the step that the run starts or resumes at; records of later steps are cut.
+        start: the step from which the run starts or resumes; records of later steps are removed.
         total: steps in all.
     """
 
-    def __init__(self, folder: Path, start: int, total: int):
+    def __init__(self, folder: Path, start: int, total: int) -> None:
         self.folder = Path(folder)
         kept = [row for row in read_metrics(folder) if row["step"] <= start]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_atomically(self.folder / METRICS, text.encode())
-        # imported here: it takes seconds, and only rank 0 needs it
+        # the import takes seconds, and only rank 0 needs it
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(self.folder / "tensorboard", purge_step=start + 1)
@@ -103,19 +91,17 @@ class Progress:
             desc="train",
             unit="step",
             dynamic_ncols=on_terminal,
-            # a log file wants a line now and then, a terminal a moving bar
+            # a terminal shows a moving bar, a log file gets a line now and then
             mininterval=0.2 if on_terminal else 15,
         )
 
     def advance(self) -> None:
-        """One step is done."""
-        try:
+        """Count one step."""
+        with tolerant_of_closing(sys.stderr):
             self._bar.update()
-        except OSError:
-            silence(sys.stderr)
 
     def record(self, row: dict) -> None:
-        """Keep one row of numbers; "step" names the step, "kind" what was measured."""
+        """Write numbers, and the "step" and "kind" (train or validation) of them, to metrics.jsonl and TensorBoard."""
         append_metrics(self.folder, row)
         try:
             for key, value in row.items():
@@ -128,24 +114,20 @@ class Progress:
         if row["kind"] == "train":
             self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['samples_per_s']:.1f} samples/s", refresh=False)
 
-    def say(self, text: str) -> None:
-        """A line that does not tear the bar."""
-        try:
+    def print_line(self, text: str) -> None:
+        """Print a line above the bar."""
+        with tolerant_of_closing(sys.stderr):
             tqdm.write(text, file=sys.stderr)
-        except OSError:
-            silence(sys.stderr)
 
     def close(self) -> None:
-        """End the bar and the curves."""
-        try:
+        """End the bar and close TensorBoard's file."""
+        with tolerant_of_closing(sys.stderr):
             self._bar.close()
-        except OSError:
-            silence(sys.stderr)
         self._board.close()
 
 
 def plot_metrics(folder: Path) -> None:
-    """Draw loss.png from metrics.jsonl: training loss, learning rate, and the scores on the validation split."""
+    """Draw loss.png from metrics.jsonl: training loss, learning rate, and the scores of the validation split."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,7 +158,7 @@ def plot_metrics(folder: Path) -> None:
         plt.close(figure)
 
 
-def _plot_training(axis, rows: list[dict]) -> None:
+def _plot_training(axis: "Axes", rows: list[dict]) -> None:
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     axis.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="loss as logged")
     axis.plot(steps, _smooth(losses), color="tab:blue", linewidth=2, label="smoothed")
@@ -190,19 +172,20 @@ def _plot_training(axis, rows: list[dict]) -> None:
     axis.legend(lines, [line.get_label() for line in lines], loc="upper right")
 
 
-def _plot_scores(axis, rows: list[dict], names: list[str], title: str, ylabel: str) -> None:
+def _plot_scores(axis: "Axes", rows: list[dict], names: list[str], title: str, ylabel: str) -> None:
     for name in names:
         points = [(row["step"], row[name]) for row in rows if name in row]
-        whole = "/" not in name
-        label = name if whole else name.partition("/")[2]
-        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=2.5 if whole else 1.2, label=label)
+        # "accuracy/KIND" is the accuracy of one kind of question
+        kind = name.partition("/")[2]
+        width = 1.2 if kind else 2.5
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=width, label=kind or name)
     axis.set(xlabel="optimizer step", ylabel=ylabel, title=title)
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right", fontsize="small", ncols=2)
 
 
 def _smooth(values: list[float], window: int = 9) -> list[float]:
-    """Centred running means; shorter windows at the ends."""
+    """Centred running means, over shorter windows at both ends."""
     half = window // 2
     parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]

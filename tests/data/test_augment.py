@@ -1,4 +1,4 @@
-"""Proves that augmentation is a function of its key alone, has the published strengths, and turns normals correctly.
+"""Proves that augmentation depends on its key alone, has the published strengths, and turns normals correctly.
 
 python -m pytest tests/data/test_augment.py
 """
@@ -17,7 +17,7 @@ def draw_many(config: AugmentConfig, count: int, aspect: float = 1.0) -> list[Au
 
 
 def test_keyed_rng_is_pinned():
-    # a run that resumes under another numpy or on another machine must draw what it would have drawn
+    # a run that resumes under another numpy or on another machine must draw the same numbers
     draws = keyed_rng(Draw.ORDER, 42, 3).bit_generator.random_raw(2)
     assert draws.tolist() == [17620198455373672332, 7401354521157662530]
 
@@ -73,35 +73,35 @@ def test_settings_switch_parts_off():
     still = draw_many(AugmentConfig(num_ops=0, min_area=1), 100)
     assert not any(p.warps or p.autocontrast or p.equalize for p in still)
     assert all(p.window == (0, 0, 1, 1) for p in still)
-    # the crop does not change with the settings of the rest: two runs differ only where their settings do
+    # the crop does not depend on the other settings
     a, b = (draw_many(AugmentConfig(flip=flip), 50) for flip in (0, 1))
     assert [p.window for p in a] == [p.window for p in b]
 
 
 @pytest.mark.parametrize("field", [dict(min_area=0), dict(min_area=1.5), dict(flip=2), dict(num_ops=-1)])
-def test_config_refuses(field):
+def test_config_refuses_values_out_of_range(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         AugmentConfig(**field)
 
 
-def test_pixel_matrix():
+def test_the_pixel_matrix_moves_points_and_keeps_the_centre():
     # a shift to the left by a quarter: the output's first pixel of 8 shows the source's third
     params = AugmentParams(affine=np.array([[1.0, 0, 0.25], [0, 1, 0]]))
     assert params.pixel_matrix(8) @ [0.5, 0.5, 1] == pytest.approx([2.5, 0.5])
-    # whatever turns, the centre stays
+    # a rotation keeps the centre
     turned = AugmentParams(affine=np.array([[0.6, -0.8, 0.0], [0.8, 0.6, 0.0]]))
     assert turned.pixel_matrix(8) @ [4, 4, 1] == pytest.approx([4, 4])
     assert AugmentParams().pixel_matrix(7).tolist() == [[1, 0, 0], [0, 1, 0]]
 
 
 def test_normal_matrix_follows_the_surface():
-    """The normal of a tilted plane after any flip and affine map is that of the height field that was moved."""
+    """After any flip and affine map, the normal of a tilted plane is that of the moved height field."""
     rng = np.random.default_rng(0)
     for params in draw_many(AugmentConfig(), 100):
         slope = rng.normal(size=2)
 
         def height(x, y, params=params, slope=slope):
-            # output point -> source point, then the mirror, which comes first
+            # output point -> source point, then the flip, which is applied first
             x, y = params.affine @ [x, y, 1]
             return slope @ [-x if params.flip else x, y]
 

@@ -1,6 +1,6 @@
-"""Proves that the checker lists every problem of a damaged dataset by shard and key, and none of a whole one.
+"""Proves that the check lists every problem of a damaged dataset by shard and key, and none of a whole one.
 
-python -m pytest -q tests/data/test_check.py
+python -m pytest tests/data/test_check.py
 """
 
 import hashlib
@@ -17,11 +17,6 @@ from prismer.dataloading.store.check import Problem, check_dataset, sample_probl
 from prismer.dataloading.store.shards import Sample, ShardWriter
 
 CLASSES = {"seg": ["ground", "sky"], "obj_detection": ["cube", "cone"]}
-
-
-@pytest.fixture(autouse=True)
-def fast_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def make_sample(i=0, **changes):
@@ -85,7 +80,7 @@ def test_every_problem_is_listed_and_none_hides_another(tmp_path):
     file = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(file, "JPEG")
-    # the headers are whole, the last pixels are missing
+    # the headers are whole, but the last pixels are missing
     samples[3] = make_sample(3, jpeg=file.getvalue()[:-400], meta={"size": [64, 64]})
     samples[4] = make_sample(4, meta={"captions": ["  ", "fine", ""], "words": {}}, jpeg=b"\xff\xd8nothing")
     write_dataset(tmp_path, samples)
@@ -110,7 +105,7 @@ def test_every_problem_is_listed_and_none_hides_another(tmp_path):
     for line, wanted in zip(lines, expected, strict=True):
         assert line[2].startswith(wanted[2])
     assert report.lines()[-1] == "problems: 10"
-    # samples 2, 5, 6 and 7 are well
+    # samples 2, 5, 6 and 7 have no problem
     assert report.counts["captions"] == 4
 
 
@@ -155,7 +150,7 @@ def test_a_grey_jpeg_is_named():
     assert sample_problems(make_sample(jpeg=file.getvalue()), CLASSES) == ["the image is JPEG L; expected an RGB JPEG"]
 
 
-def test_a_question_without_answers_is_a_test_question():
+def test_a_question_needs_no_answers():
     sample = make_sample(meta={"questions": [{"question": "what?", "answers": []}]})
     assert sample_problems(sample, CLASSES) == []
 
@@ -185,7 +180,7 @@ def test_a_lost_file_is_one_line_and_the_rest_is_checked(tmp_path, damage, messa
     assert message in problems["shard-000001.tar", ""]
 
 
-def test_a_truncated_shard(tmp_path):
+def test_a_truncated_shard_is_named_with_its_lost_sample(tmp_path):
     write_dataset(tmp_path, [make_sample(i) for i in range(6)])
     path = tmp_path / "shard-000000.tar"
     with tarfile.open(path) as tar:
@@ -199,7 +194,7 @@ def test_a_truncated_shard(tmp_path):
 
 
 def test_damage_between_the_members_is_found(tmp_path):
-    """A tar header is no sample's, but without it no other reader opens the shard."""
+    """A tar header belongs to no sample, but without it no other reader opens the shard."""
     write_dataset(tmp_path, [make_sample(i) for i in range(2)])
     path = tmp_path / "shard-000000.tar"
     data = bytearray(path.read_bytes())
@@ -208,8 +203,8 @@ def test_damage_between_the_members_is_found(tmp_path):
     assert found(tmp_path) == {("shard-000000.tar", ""): "the file fails its checksum; copy it again"}
 
 
-def test_keys_that_occur_twice(tmp_path):
-    """Two datasets put together by hand: each shard is whole, a key is in both."""
+def test_a_key_in_two_shards_is_named(tmp_path):
+    """Two datasets were merged by hand: each shard is whole, but both hold one key."""
     first = write_dataset(tmp_path / "a", [make_sample(i) for i in (0, 1, 2)])
     second = write_dataset(tmp_path / "b", [make_sample(i) for i in (5, 5, 5, 6, 1, 8)][3:])
     index = json.loads((first / "index.json").read_bytes())
@@ -225,7 +220,7 @@ def test_keys_that_occur_twice(tmp_path):
     assert found(first) == {("shard-000001.tar", "key1"): "the key is also in shard-000000.tar; rename one"}
 
 
-def test_stray_files(tmp_path):
+def test_files_that_belong_to_no_shard_are_listed(tmp_path):
     write_dataset(tmp_path, [make_sample(i) for i in range(2)])
     for name in ("shard-000007.tar", "shard-000000.tar.partial", "notes.txt"):
         (tmp_path / name).write_bytes(b"x")

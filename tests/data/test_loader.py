@@ -1,4 +1,4 @@
-"""Proves that batches depend on (seed, epoch, step) alone, and that no broken sample stops a run or slips in.
+"""Proves that batches depend on (seed, epoch, step) alone, and that no broken sample stops a run or enters a batch.
 
 python -m pytest tests/data/test_loader.py
 """
@@ -14,8 +14,8 @@ from PIL import Image
 from prismer.batch import IGNORE_INDEX, Batch
 from prismer.config import prismer_tiny
 from prismer.dataloading.feed.augment import AugmentConfig
-from prismer.dataloading.feed.features import Semantics
 from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 
 CONFIG = prismer_tiny(image_size=48, label_size=32)
@@ -59,11 +59,11 @@ def dataset(tmp_path_factory) -> ShardDataset:
 
 
 def broken_samples() -> dict[int, tuple[Sample, str]]:
-    """Samples whose checksums are right and whose contents are not, and what must be said of them."""
+    """Samples with the right checksums and broken contents, each with a part of the reason."""
     cases: dict[int, tuple[Sample, str]] = {}
     for i, (cut, reason) in {
         3: (lambda jpeg: jpeg[: len(jpeg) // 2], "does not decode"),
-        11: (lambda jpeg: b"\xff\xd8" + b"not a picture" * 50, "does not decode"),
+        11: (lambda jpeg: b"\xff\xd8" + b"not an image" * 50, "does not decode"),
         12: (lambda jpeg: jpeg[:4], "does not decode"),
     }.items():
         sample = make_sample(i)
@@ -97,8 +97,8 @@ def broken(tmp_path_factory) -> ShardDataset:
     ids=["nested", "no-object", "no-utf8", "surrogate", "nan", "digits"],
 )
 @pytest.mark.filterwarnings("ignore:skipping sample")
-def test_json_of_other_writers(tmp_path, monkeypatch, text, reason):
-    """Bytes that this library's writer refuses, with the right checksum."""
+def test_samples_with_malformed_json_are_skipped(tmp_path, monkeypatch, text, reason):
+    """The JSON has the right checksum, but this library's writer refuses it."""
     from prismer.dataloading.store import writer as shard_writer
 
     honest = shard_writer.to_json
@@ -112,7 +112,7 @@ def test_json_of_other_writers(tmp_path, monkeypatch, text, reason):
 
 
 def choose(meta: dict, rng: np.random.Generator) -> list:
-    """Two captions as their last digits."""
+    """The last digits of two captions, as tokens."""
     picked = rng.choice(len(meta["captions"]), 2, replace=False)
     ids = [[0, 10 + int(meta["captions"][j][-1]), 2] for j in picked]
     return [(text, text, 0.5) for text in ids]
@@ -126,7 +126,7 @@ def make_loader(dataset: ShardDataset, **changes) -> Loader:
 
 
 def samples_of(batch: Batch) -> list[dict]:
-    """Each sample with all that it brings, whatever rows its batch gave to its words."""
+    """All tensors of each sample, with features in place of rows, which depend on the batch."""
     images, texts = batch.images, batch.texts
     out = []
     for b, key in enumerate(batch.keys):
@@ -148,7 +148,7 @@ def assert_same(a: list[dict], b: list[dict]):
 
 
 def test_two_ranks_see_the_global_batches_of_one(dataset):
-    """Two processes of batch 8 and one of batch 16 agree bit for bit: order, augmentation, texts, dropped labels."""
+    """Two processes of batch 8 and one of batch 16 agree bit for bit in order, augmentation, texts, dropped labels."""
     whole = list(make_loader(dataset, batch_size=16, drop_labels=0.3).epoch(2))
     ranks = [
         list(make_loader(dataset, rank=rank, world=2, drop_labels=0.3, threads=1 + rank).epoch(2)) for rank in range(2)
@@ -184,7 +184,7 @@ def test_epochs_and_seeds_differ(dataset):
     assert common and not any(torch.equal(first[key], second[key]) for key in common)
 
 
-def test_batch_contents(dataset):
+def test_a_batch_holds_the_tensors_and_features_of_its_samples(dataset):
     (batch, *_) = make_loader(dataset).epoch(0)
     images = batch.images
     assert images.rgb.shape == (8, 3, 48, 48) and images.rgb.dtype == torch.uint8
@@ -230,7 +230,7 @@ def test_evaluation_sees_every_sample_once(dataset, world):
         steps.append(len(batches))
         keys += [key for batch in batches for key in batch.keys]
     assert sorted(keys) == [f"sample-{i:03d}" for i in range(COUNT)]
-    # 37 = 2 x 15 + 5 + 2 + 0: the last rank has nothing left
+    # 37 = 2 x 15 + 5 + 2 + 0: no sample is left for the last rank
     assert steps == ([8] if world == 1 else [3, 3, 2])
 
 
@@ -251,7 +251,7 @@ def test_labels_are_dropped_as_often_as_asked(dataset):
             for sample in samples_of(batch):
                 dropped = [not sample["depth"].any(), not sample["normal"].any()]
                 dropped += [bool((sample[name] == 255).all()) for name in ("seg", "ocr_detection")]
-                # all maps of a sample go, or none
+                # a sample loses all its maps, or none
                 assert len(set(dropped)) == 1
                 blank[epoch, sample["key"]] = dropped[0]
     assert 0.35 < np.mean(list(blank.values())) < 0.65
@@ -278,7 +278,7 @@ def test_broken_samples_are_skipped_and_reported(broken, training):
 
 @pytest.mark.filterwarnings("ignore:skipping sample")
 def test_broken_samples_change_nothing_else(dataset, broken):
-    """Their places go to the next good sample of the order; all other places are as in the sound dataset."""
+    """The next good sample of the order takes the place of a broken one; all other places stay the same."""
     bad = {f"sample-{i:03d}" for i in broken_samples()}
     sound = [s for batch in make_loader(dataset).epoch(0) for s in samples_of(batch)]
     got = [s for batch in make_loader(broken).epoch(0) for s in samples_of(batch)]
@@ -288,9 +288,9 @@ def test_broken_samples_change_nothing_else(dataset, broken):
     )
     for i, sample in enumerate(sound[:-8]):
         if sample["key"] in bad:
-            heir = next(s for s in sound[i:] if s["key"] not in bad)
-            assert_same([heir], [got[i]])
-    # two ranks agree with one on every heir
+            replacement = next(s for s in sound[i:] if s["key"] not in bad)
+            assert_same([replacement], [got[i]])
+    # two ranks agree with one on every replacement
     ranks = [list(make_loader(broken, batch_size=4, rank=r, world=2).epoch(0)) for r in range(2)]
     halves = [s for pair in zip(*ranks, strict=True) for batch in pair for s in samples_of(batch)]
     assert_same(got, halves)
@@ -320,7 +320,7 @@ def test_the_first_skip_warns(broken):
 
 
 @pytest.mark.filterwarnings("ignore:skipping sample")
-def test_nothing_readable_is_an_error(dataset):
+def test_a_dataset_without_readable_samples_is_an_error(dataset):
     def refuse(meta, rng):
         raise ValueError("a sample has no 'questions'")
 
@@ -340,12 +340,12 @@ def test_closing_early_ends_the_thread(dataset):
     assert len(loader_threads()) == 1
     batches.close()
     assert not loader_threads()
-    # and the loader goes on as if nothing had happened
+    # the loader works on
     assert_same(samples_of(next(loader.epoch(0))), samples_of(first))
 
 
 def test_batches_are_prepared_ahead(dataset):
-    """While the consumer holds one batch, `prefetch` more are made, and no further."""
+    """While the consumer holds one batch, `prefetch` more batches are made, and not more."""
     seen = []
 
     def choose_and_note(meta, rng):
@@ -360,7 +360,7 @@ def test_batches_are_prepared_ahead(dataset):
             break
         deadline.wait(0.05)
     deadline.wait(0.3)
-    # one taken, two waiting, one in the thread's hands, one being read
+    # one batch is taken, two wait, the thread holds one, and the samples of one are read
     assert len(seen) == 4 * 5
     batches.close()
 
@@ -391,12 +391,12 @@ def test_a_group_too_small_is_named(dataset):
         (dict(prefetch=0), "prefetch is 0"),
     ],
 )
-def test_loader_refuses(dataset, changes, message):
+def test_loader_refuses_wrong_arguments(dataset, changes, message):
     with pytest.raises(ValueError, match=message):
         make_loader(dataset, **changes)
 
 
-def test_without_experts(dataset):
+def test_a_model_without_experts_gets_no_labels(dataset):
     (batch, *_) = make_loader(dataset, config=CONFIG.replace(experts=())).epoch(0)
     assert batch.images.labels == {} and batch.images.rows == {}
     assert batch.images.features.shape == (1, 64)

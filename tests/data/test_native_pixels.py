@@ -1,4 +1,4 @@
-"""Proves the loader's native ops: against plain numpy, against DALI, and on every instruction set of this machine.
+"""Proves the loader's native ops against numpy and against DALI, on every instruction set of this machine.
 
 python -m pytest tests/data/test_native_pixels.py
 """
@@ -14,10 +14,11 @@ from PIL import Image
 from prismer.config import prismer_tiny
 from prismer.dataloading.feed import dali, native_pixels
 from prismer.dataloading.feed.augment import AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
-from prismer.dataloading.feed.pipeline import ImagePipeline, rotate_normals
+from prismer.dataloading.feed.image_pipeline import ImagePipeline, rotate_normals
+from prismer.dataloading.store import native_ops
 from prismer.experts import EXPERTS
 
-if not native_pixels.is_built():
+if not native_ops.is_built():
     pytest.skip("prismer._C was not built", allow_module_level=True)
 
 ops = torch.ops.prismer_native
@@ -39,7 +40,7 @@ def isa(request, monkeypatch):
 
 
 def pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A picture with edges, smooth parts and noise, whose channels have histograms of their own."""
+    """An image with edges, smooth parts and noise; its channels have different histograms."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     smooth = np.stack([30 + x * 150 / width, 60 + y * 120 / height, 90 + (x + y) % 64], -1)
@@ -54,7 +55,7 @@ def jpeg(height: int = 240, width: int = 320, seed: int = 0) -> bytes:
 
 
 def labels(side: int, seed: int) -> dict[str, np.ndarray]:
-    """Maps of all experts: regions, a ramp, and normals that point everywhere, with fill in a corner."""
+    """Maps of all experts: regions, a ramp, and normals in all directions with fill in a corner."""
     rng = np.random.default_rng(seed)
     maps = {}
     for name, expert in EXPERTS.items():
@@ -68,26 +69,26 @@ def labels(side: int, seed: int) -> dict[str, np.ndarray]:
     return maps
 
 
-def photo(picture: np.ndarray, params: AugmentParams) -> np.ndarray:
-    """The op on a square picture: (R, R, 3) int."""
-    out = torch.full((3, len(picture), len(picture)), 77, dtype=torch.uint8)
-    matrix = torch.from_numpy(params.pixel_matrix(len(picture))) if params.warps else None
+def photo(image: np.ndarray, params: AugmentParams) -> np.ndarray:
+    """augment_photo of a square image: (R, R, 3) int."""
+    out = torch.full((3, len(image), len(image)), 77, dtype=torch.uint8)
+    matrix = torch.from_numpy(params.pixel_matrix(len(image))) if params.warps else None
     flags = params.flip, params.autocontrast, params.equalize
-    ops.augment_photo(torch.from_numpy(picture), matrix, *flags, out)
+    ops.augment_photo(torch.from_numpy(image), matrix, *flags, out)
     return out.permute(1, 2, 0).numpy().astype(int)
 
 
 def looking(affine: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """x and y, in pixels from the corner, where each output pixel looks."""
+    """x and y of the source point of each output pixel, in pixels from the corner."""
     centre = (np.arange(side) + 0.5) / side - 0.5
     x, y = np.meshgrid(centre, centre)
     return tuple(side * (row[0] * x + row[1] * y + row[2] + 0.5) for row in affine)
 
 
-def bilinear(picture: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """In float64, black around the picture."""
-    side = len(picture)
-    padded = np.pad(picture.astype(float), ((2, 3), (2, 3), (0, 0)))
+def bilinear(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Bilinear samples in float64, black outside the image."""
+    side = len(image)
+    padded = np.pad(image.astype(float), ((2, 3), (2, 3), (0, 0)))
     x, y = x.clip(-1.5, side + 1.5) - 0.5, y.clip(-1.5, side + 1.5) - 0.5
     left, top = np.floor(x).astype(int), np.floor(y).astype(int)
     wx, wy = (x - left)[..., None], (y - top)[..., None]
@@ -98,39 +99,39 @@ def bilinear(picture: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("side", [1, 7, 61, 96])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("affine", AFFINES)
-def test_photo_is_flipped_and_warped(isa, side, flip, affine):
-    picture = pixels(side, side)
+def test_images_are_flipped_and_warped(isa, side, flip, affine):
+    image = pixels(side, side)
     params = AugmentParams(flip=flip, affine=AFFINES[affine])
-    seen = picture[:, ::-1] if flip else picture
+    seen = image[:, ::-1] if flip else image
     expected = bilinear(seen, *looking(params.affine, side))
-    difference = np.abs(photo(picture, params) - expected)
-    # places are rounded to 1/256 of a pixel: half of that, of a step of 255, is half a level along each axis
+    difference = np.abs(photo(image, params) - expected)
+    # source points are rounded to 1/256 of a pixel; half of that, at a step of 255, is half a level along each axis
     assert difference.max() <= 2 and difference.mean() < 0.4, (difference.max(), difference.mean())
     plain = AugmentParams(flip=flip)
-    assert np.array_equal(photo(picture, plain), seen)
+    assert np.array_equal(photo(image, plain), seen)
 
 
 @pytest.mark.parametrize("autocontrast, equalize", [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("flip", [False, True])
 def test_lookup_tables_are_those_of_dali(isa, autocontrast, equalize, flip):
-    """To the bit, on noise, on narrow histograms, on one colour and on two."""
+    """To the bit, on noise, narrow histograms, one colour and two colours."""
     from nvidia.dali import fn, types
     from nvidia.dali.auto_aug import augmentations
 
     side = 64
-    pictures = [pixels(side, side, seed) for seed in range(4)]
-    pictures += [pixels(side, side, 9) // 3 + 50, np.full((side, side, 3), 99, np.uint8)]
-    pictures += [np.where(pictures[0] > 90, 200, 7).astype(np.uint8), pictures[1] // 60 * 13]
+    images = [pixels(side, side, seed) for seed in range(4)]
+    images += [pixels(side, side, 9) // 3 + 50, np.full((side, side, 3), 99, np.uint8)]
+    images += [np.where(images[0] > 90, 200, 7).astype(np.uint8), images[1] // 60 * 13]
 
     def define():
         image = fn.external_source(name="image", dtype=types.UINT8, layout="HWC")
         image = augmentations.auto_contrast(image) if autocontrast else image
         return (fn.equalize(image) if equalize else image,)
 
-    expected = dali.Graph(define, batch_size=len(pictures), threads=1).run({"image": pictures})[0]
+    expected = dali.Graph(define, batch_size=len(images), threads=1).run({"image": images})[0]
     params = AugmentParams(autocontrast=autocontrast, equalize=equalize, flip=flip)
-    for picture, dalis in zip(pictures, expected.numpy(), strict=True):
-        assert np.array_equal(photo(picture, params), dalis[:, ::-1] if flip else dalis)
+    for image, dalis in zip(images, expected.numpy(), strict=True):
+        assert np.array_equal(photo(image, params), dalis[:, ::-1] if flip else dalis)
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -159,7 +160,7 @@ def test_maps_take_the_nearest_value(isa, window, affine, flip):
             expected = rotate_normals(torch.from_numpy(expected[None].astype(np.uint8)), matrix)[0].numpy()
             assert np.array_equal(got.any(0), expected.any(0))
         wrong = np.abs(got.astype(int) - expected) > (name == "normal")
-        # rounding decides where a pixel looks right between two others, as the shear often has it
+        # rounding decides where a source point lies exactly between two pixels, as often under a shear
         assert wrong.mean() < 0.02, f"{name}: {wrong.mean():.4f}"
 
 
@@ -178,10 +179,10 @@ def test_an_image_does_not_depend_on_the_instruction_set(monkeypatch):
 
 
 def test_native_ops_and_dali_agree(monkeypatch):
-    """The same draws: photos within rounding, maps but for pixels on the borders of regions."""
+    """With the same draws, images agree within rounding, and maps except at the borders of regions."""
     config = prismer_tiny(image_size=96, label_size=64)
     native = ImagePipeline(config, batch_size=32, augmented=True)
-    monkeypatch.setattr(native_pixels, "is_built", lambda: False)
+    monkeypatch.setattr(native_ops, "is_built", lambda: False)
     dalis = ImagePipeline(config, batch_size=32, augmented=True)
     assert native.native and not dalis.native
     params = [draw_params(AugmentConfig(), keyed_rng(Draw.AUGMENT, 3, 0, i), 4 / 3) for i in range(32)]
@@ -194,7 +195,7 @@ def test_native_ops_and_dali_agree(monkeypatch):
     expected, dalis_named = dalis(images, maps, params)
     difference = (rgb.int() - expected.int()).abs().float()
     for i, p in enumerate(params):
-        # DALI's filter sees beyond the crop; that, and one level more at the end of a histogram, are then stretched
+        # DALI's filter sees beyond the crop; stretching a histogram enlarges that difference
         limit = 1.5 if p.equalize or p.autocontrast else 0.25
         assert difference[i].mean() < limit, f"{difference[i].mean():.3f} under {p}"
     assert (difference > 4).float().mean() < 0.005
@@ -236,29 +237,29 @@ def test_outputs_outlive_the_next_batch():
         ((0.41, 0.1, 0.44, 0.9), 10, 10, (4, 1, 5, 9)),
     ],
 )
-def test_whole_pixels(window, height, width, expected):
+def test_windows_move_to_the_nearest_pixel_edges(window, height, width, expected):
     assert native_pixels.whole_pixels(window, height, width) == expected
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 9), (5, 1), (37, 101), (224, 672)])
-def test_undifference(isa, height, width):
+def test_undifference_adds_up_rows(isa, height, width):
     plane = np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8)
     expected = np.add.accumulate(plane, axis=0, dtype=np.uint8)
-    native_pixels.undifference(plane)
+    native_ops.undifference(plane)
     assert np.array_equal(plane, expected)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1000])
-def test_values_in_use(size):
+def test_values_in_use_are_found(size):
     for values in ([0], [255], [3, 200], range(256)):
         plane = np.random.default_rng(size).choice(list(values), (size,)).astype(np.uint8)
-        assert native_pixels.values_in_use(plane) == sorted(set(plane.tolist()))
-        assert native_pixels.values_in_use(np.sort(plane)) == sorted(set(plane.tolist()))
-    assert native_pixels.values_in_use(np.repeat(np.uint8([9, 0, 9, 4]), 8)) == [0, 4, 9]
-    # the last one alone differs
+        assert native_ops.values_in_use(plane) == sorted(set(plane.tolist()))
+        assert native_ops.values_in_use(np.sort(plane)) == sorted(set(plane.tolist()))
+    assert native_ops.values_in_use(np.repeat(np.uint8([9, 0, 9, 4]), 8)) == [0, 4, 9]
+    # only the last value differs
     plane = np.zeros((3, 9), np.uint8)
     plane[-1, -1] = 9
-    assert native_pixels.values_in_use(plane) == [0, 9]
+    assert native_ops.values_in_use(plane) == [0, 9]
 
 
 def test_maps_may_be_read_only_or_strided():
@@ -297,6 +298,6 @@ WINDOW = torch.tensor(BOX, dtype=torch.float64)
         (lambda: ops.values_in_use(torch.zeros(3)), "uint8"),
     ],
 )
-def test_errors(call, message):
+def test_malformed_arguments_are_refused(call, message):
     with pytest.raises(RuntimeError, match=message):
         call()

@@ -1,6 +1,6 @@
-"""Labelling jobs in processes of their own, for tests that kill and measure them.
+"""Labelling jobs in their own processes, for tests that kill and measure them.
 
-They are forked from a server that has imported everything and started nothing, so that one begins within milliseconds.
+The processes are forked from a server that has all modules imported, so that they start within milliseconds.
 """
 
 import multiprocessing
@@ -14,15 +14,15 @@ from PIL import Image
 
 from prismer.dataloading.experts.job import label_records
 from prismer.dataloading.experts.labeller import Labeller
-from prismer.dataloading.sources.lists import folder_records
+from prismer.dataloading.sources.image_folders import folder_records
 from tests.experts.stand_ins import Brightness, Halves
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["jobs", "nvidia.dali.fn", "nvidia.dali.auto_aug.augmentations"])
+CONTEXT.set_forkserver_preload(["tests.experts.jobs", "nvidia.dali.fn", "nvidia.dali.auto_aug.augmentations"])
 
 
 def write_photos(folder: Path, count: int, side: int = 40, seed: int = 0) -> Path:
-    """JPEGs of random colours and proportions, photo-00000.jpg and so on."""
+    """Write JPEGs of random colours and proportions: photo-00000.jpg and so on."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for i in range(count):
@@ -34,15 +34,15 @@ def write_photos(folder: Path, count: int, side: int = 40, seed: int = 0) -> Pat
 
 
 class Slow(Brightness):
-    """Takes some milliseconds, so that a kill finds it at work."""
+    """Brightness with a delay, so that a kill happens while it runs."""
 
-    def predict(self, images, known):
+    def predict(self, images, earlier):
         time.sleep(0.004)
-        return super().predict(images, known)
+        return super().predict(images, earlier)
 
 
 def run_job(photos: Path, out: Path, rank: int = 0, world: int = 1, per_shard: int = 8, started=None):
-    """One labelling job of two stand-in networks."""
+    """Run one labelling job with two stand-in networks."""
     labeller = Labeller([Slow(), Halves()], label_size=32, batch_size=4, threads=1)
     if started is not None:
         started.set()
@@ -60,7 +60,7 @@ def run_job(photos: Path, out: Path, rank: int = 0, world: int = 1, per_shard: i
 
 
 def run_watched(photos: Path, out: Path, sizes) -> None:
-    """A job that puts (images labelled, resident bytes) into the queue `sizes` while it runs."""
+    """Run a job that puts (images labelled, resident bytes) into the queue `sizes`."""
     labeller = Labeller([Brightness(), Halves()], label_size=32, batch_size=16, threads=1)
     done = threading.Event()
 
@@ -80,6 +80,6 @@ def run_watched(photos: Path, out: Path, sizes) -> None:
     watcher.join()
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a dataset folder."""
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The content of each file of a dataset folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}

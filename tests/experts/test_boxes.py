@@ -1,5 +1,7 @@
-"""Boxes: overlap and suppression, and painting by depth order against masks drawn pixel by pixel from the words of the
-specification. Run: pytest tests/experts/test_boxes.py"""
+"""Proves that boxes overlap, are suppressed and are painted by depth as the published rules say.
+
+python -m pytest tests/experts/test_boxes.py
+"""
 
 import numpy as np
 import pytest
@@ -7,21 +9,21 @@ import torch
 
 from prismer.dataloading.experts.boxes import (
     MAX_IDS,
-    as_found,
-    corners,
-    distinct,
-    highest,
+    clip_to_image,
+    detections_output,
+    drop_duplicates,
     iou_matrix,
-    on_image,
+    non_max_suppression,
     paint,
-    rasterise,
-    suppress,
+    to_corners,
+    to_pixels,
+    top_scores,
 )
-from prismer.dataloading.experts.network import Found
+from prismer.dataloading.experts.network import ExpertOutput, Images
 
 
 def painted_by_masks(pixels, size, depth):
-    """The specification, word by word, on whole masks."""
+    """The rules of `paint`, one after another, on masks of the whole map."""
     kept, masks = [], []
     for number, (left, top, right, bottom) in enumerate(pixels):
         mask = np.zeros((size, size), bool)
@@ -61,7 +63,7 @@ def random_pixels(rng, count, size, step):
 
 @pytest.mark.parametrize("step", [1, 4, 8])
 @pytest.mark.parametrize("depths", ["none", "noise", "two values", "constant"])
-def test_paint_equals_masks(step, depths):
+def test_painting_equals_the_rules_on_masks(step, depths):
     rng = np.random.default_rng(step)
     size = 40
     for count in (1, 2, 3, 5, 9, 20, 40) * 6:
@@ -78,10 +80,11 @@ def test_paint_equals_masks(step, depths):
         np.testing.assert_array_equal(plane, expected)
 
 
-def test_paint_the_nearer_in_front_though_first():
+def test_the_nearer_box_lies_in_front_even_if_it_comes_first():
     depth = np.full((10, 10), 50, np.uint8)
     depth[:, :3] = 200
-    boxes = np.array([[0, 0, 0.6, 1], [0.4, 0, 1, 1]])  # the first one is nearer, the second is painted later
+    # the first box is nearer, the second one is painted later
+    boxes = np.array([[0, 0, 0.6, 1], [0.4, 0, 1, 1]])
     plane, _ = paint(boxes, 10, depth)
     assert (plane[:, :6] == 0).all() and (plane[:, 6:] == 1).all()
     plane, _ = paint(boxes, 10)
@@ -90,7 +93,7 @@ def test_paint_the_nearer_in_front_though_first():
     assert (plane[:, 4:] == 1).all()
 
 
-def test_paint_inner_in_front_though_farther():
+def test_an_inner_box_lies_in_front_even_if_it_is_farther():
     depth = np.full((20, 20), 250, np.uint8)
     depth[5:10, 5:10] = 0
     outer, inner = [0, 0, 1, 1], [0.25, 0.25, 0.5, 0.5]
@@ -100,23 +103,23 @@ def test_paint_inner_in_front_though_farther():
         assert plane[0, 0] == boxes.index(outer)
 
 
-def test_paint_axes():
-    plane, _ = paint(np.array([[0.5, 0, 1, 0.25]]), 8)  # left, top, right, bottom
+def test_a_box_is_left_top_right_bottom():
+    plane, _ = paint(np.array([[0.5, 0, 1, 0.25]]), 8)
     assert (plane[:2, 4:] == 0).all() and (plane != 255).sum() == 8
 
 
-def test_paint_nothing():
+def test_no_boxes_give_a_background_map():
     plane, kept = paint(np.zeros((0, 4)), 12, np.zeros((12, 12), np.uint8))
     assert (plane == 255).all() and plane.shape == (12, 12) and plane.dtype == np.uint8
     assert kept.shape == (0,)
 
 
-def test_paint_refuses_another_size_of_depth():
+def test_a_depth_map_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"float64 \(4, 8\)"):
         paint(np.array([[0, 0, 1, 1]]), 8, np.zeros((4, 8)))
 
 
-def test_paint_many():
+def test_at_most_254_boxes_are_painted():
     rng = np.random.default_rng(0)
     start = rng.random((400, 2)) * 0.9
     boxes = np.concatenate([start, start + 0.02 + rng.random((400, 2)) * 0.08], axis=1)
@@ -125,55 +128,61 @@ def test_paint_many():
     assert plane[plane != 255].max() <= 253
 
 
-def test_distinct_takes_the_first():
+def test_the_first_of_duplicate_boxes_stays():
     boxes = np.array([[0, 0, 100, 100], [0, 0, 100, 96], [0, 0, 100, 95], [0, 0, 100, 91]])
-    # 0.96 is the same box, 0.95 and 0.91 are not; nor does it matter that 2 lies close to 1, which went
-    assert distinct(boxes).tolist() == [0, 2]
-    assert distinct(boxes[1:]).tolist() == [0, 2]
+    # an overlap of 0.96 makes a duplicate, 0.95 and 0.91 do not; box 2 is close to box 1, but box 1 was dropped
+    assert drop_duplicates(boxes).tolist() == [0, 2]
+    assert drop_duplicates(boxes[1:]).tolist() == [0, 2]
 
 
-def test_rasterise():
+def test_boxes_are_rounded_to_at_least_one_pixel():
     boxes = np.array([[0.1, 0.2, 0.3, 0.9], [0.5, 0.5, 0.5, 0.5], [1, 1, 1, 1], [-1, -0.1, 2, 1.2]])
     expected = [[1, 2, 3, 9], [5, 5, 6, 6], [9, 9, 10, 10], [0, 0, 10, 10]]
-    assert rasterise(boxes, 10).tolist() == expected
+    assert to_pixels(boxes, 10).tolist() == expected
 
 
-def test_iou_matrix():
+def test_overlap_of_empty_boxes_is_zero():
     boxes = np.array([[0, 0, 2, 2], [1, 1, 3, 3], [5, 5, 5, 9]])
     expected = [[1, 1 / 7, 0], [1 / 7, 1, 0], [0, 0, 0]]
     np.testing.assert_allclose(iou_matrix(boxes, boxes), expected)
 
 
-def test_suppress_within_a_class():
+def test_boxes_are_suppressed_within_their_class():
     boxes = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 0.9], [0, 0, 1, 0.8], [0, 0, 0.3, 1]])
     scores = torch.tensor([0.5, 0.9, 0.8, 0.3])
-    assert suppress(boxes, scores, torch.tensor([1, 1, 2, 1]), 0.5, 9).tolist() == [1, 2, 3]
-    assert suppress(boxes, scores, torch.tensor([1, 1, 1, 1]), 0.5, 9).tolist() == [1, 3]
-    assert suppress(boxes, scores, torch.tensor([1, 1, 2, 1]), 0.5, 2).tolist() == [1, 2]
+    assert non_max_suppression(boxes, scores, torch.tensor([1, 1, 2, 1]), 0.5, 9).tolist() == [1, 2, 3]
+    assert non_max_suppression(boxes, scores, torch.tensor([1, 1, 1, 1]), 0.5, 9).tolist() == [1, 3]
+    assert non_max_suppression(boxes, scores, torch.tensor([1, 1, 2, 1]), 0.5, 2).tolist() == [1, 2]
 
 
-def test_highest():
+def test_top_scores_are_sorted_and_ties_keep_their_order():
     scores = torch.tensor([0.2, 0.9, 0.5, 0.9, 0.7])
-    assert highest(scores, 0.5, 10).tolist() == [1, 3, 4]
-    assert highest(scores, 0.1, 2).tolist() == [1, 3]
+    assert top_scores(scores, 0.5, 10).tolist() == [1, 3, 4]
+    assert top_scores(scores, 0.1, 2).tolist() == [1, 3]
     ties = torch.arange(500) % 2 + 1.0
-    assert highest(ties, 1.5, 500).tolist() == list(range(1, 500, 2))
+    assert top_scores(ties, 1.5, 500).tolist() == list(range(1, 500, 2))
 
 
-def test_corners_and_on_image():
-    boxes = corners(torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.1, 0.9, 0.4, 0.4]]))
+def test_boxes_that_miss_the_image_are_dropped():
+    boxes = to_corners(torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.1, 0.9, 0.4, 0.4]]))
     torch.testing.assert_close(boxes, torch.tensor([[0.4, 0.3, 0.6, 0.7], [0, 0.7, 0.3, 1]]))
     pixels = torch.tensor([[10.0, 5, 30, 60], [40, 0, 60, 10], [0, 51, 10, 70]])
-    shown, which = on_image(pixels, torch.tensor([40, 50, 40, 50]))
+    shown, which = clip_to_image(pixels, torch.tensor([40, 50, 40, 50]))
     assert which.tolist() == [True, False, False]
     torch.testing.assert_close(shown, torch.tensor([[0.25, 0.1, 0.75, 1.0]]))
 
 
-def test_as_found_numbers_what_is_kept():
+def test_ids_number_the_boxes_that_are_kept():
     boxes = torch.tensor([[0, 0, 0.5, 1], [0, 0, 0.5, 0.99], [0.25, 0, 1, 1]])
     depth = np.zeros((8, 8), np.uint8)
     depth[:, :2] = 255
-    found = as_found(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([5, 6, 7]), 8, Found(depth))
-    assert found.instances == {0: 5, 1: 7}
-    assert found.boxes[1] == pytest.approx((0.25, 0, 1, 1, 0.7))
-    assert (found.plane[:, :4] == 0).all() and (found.plane[:, 4:] == 1).all()
+    images = Images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), [(8, 8)] * 2, 8)
+    earlier = {"depth": [ExpertOutput(255 - depth), ExpertOutput(depth)]}
+    scores, classes = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([5, 6, 7])
+    output = detections_output(boxes, scores, classes, images, earlier, 1)
+    assert output.table == {0: 5, 1: 7}
+    assert output.boxes[1] == pytest.approx((0.25, 0, 1, 1, 0.7))
+    assert (output.plane[:, :4] == 0).all() and (output.plane[:, 4:] == 1).all()
+    # by the other image's depth the second box lies in front
+    output = detections_output(boxes, scores, classes, images, earlier, 0)
+    assert (output.plane[:, 2:] == 1).all()

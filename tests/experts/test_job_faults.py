@@ -1,4 +1,4 @@
-"""Proves that a labelling job names what it cannot use, by the rules of the importers, and survives a full disk.
+"""Proves that a labelling job reports what it cannot use, as the importers do, and survives a full disk.
 
 python -m pytest tests/experts/test_job_faults.py
 """
@@ -17,9 +17,9 @@ from prismer.cli.main import main
 from prismer.dataloading.experts.labeller import Labeller
 from prismer.dataloading.store import writer as shard_writer
 from prismer.dataloading.store.check import check_dataset
-from prismer.dataloading.store.labels import pack_labels
+from prismer.dataloading.store.label_maps import pack_labels
 from prismer.dataloading.store.shards import ShardDataset
-from tests.experts.jobs import contents, write_photos
+from tests.experts.jobs import read_files, write_photos
 from tests.experts.stand_ins import Brightness
 from tests.experts.test_job import label
 
@@ -53,7 +53,7 @@ def test_a_damaged_block_is_refused_wherever_an_image_is_read(tmp_path, capsys):
     assert "broken.png cannot be shown: the image cannot be decoded" in capsys.readouterr().err
 
 
-def test_what_is_no_image_is_named_and_ends_nothing(tmp_path):
+def test_files_that_are_not_images_are_reported_and_skipped(tmp_path):
     photos = write_photos(tmp_path / "photos", 3)
     os.mkfifo(photos / "pipe.jpg")
     (photos / "loop.jpg").symlink_to("loop.jpg")
@@ -90,7 +90,7 @@ def test_what_is_no_image_is_named_and_ends_nothing(tmp_path):
     ],
     ids=ascii,
 )
-def test_a_sample_of_wrong_types_is_skipped_and_named(tmp_path, meta):
+def test_a_sample_with_wrong_types_is_skipped_and_reported(tmp_path, meta):
     photos = write_photos(tmp_path / "photos", 2)
     (tmp_path / "in").mkdir()
     with tarfile.open(tmp_path / "in/shard-000000.tar", "w") as tar:
@@ -106,7 +106,7 @@ def test_a_sample_of_wrong_types_is_skipped_and_named(tmp_path, meta):
 
 
 @pytest.mark.parametrize("when", ["job", "tar", "sidecar", "folder", "index"])
-def test_a_full_disk_leaves_what_was_whole(tmp_path, monkeypatch, when):
+def test_a_full_disk_leaves_whole_shards_and_the_job_resumes(tmp_path, monkeypatch, when):
     photos = write_photos(tmp_path / "photos", 9)
     out, whole = tmp_path / "out", tmp_path / "whole"
     label(photos, whole, per_shard=3)
@@ -146,5 +146,5 @@ def test_a_full_disk_leaves_what_was_whole(tmp_path, monkeypatch, when):
     tars = {name[:12] for name in left if name.endswith(".tar")}
     assert tars == {name[:12] for name in left if name.startswith("shard") and name.endswith(".json")}
     assert label(photos, out, per_shard=3).labelled == 9
-    assert contents(out) == contents(whole)
+    assert read_files(out) == read_files(whole)
     assert len(ShardDataset(out)) == 9

@@ -1,4 +1,4 @@
-"""Proves that each network gets the right pixels, in order, in parts that fit, and that names lead to networks.
+"""Proves that each network gets the right pixels in batches that fit, and that requests are parsed and sorted.
 
 python -m pytest tests/experts/test_labeller.py
 """
@@ -15,9 +15,10 @@ from prismer.config import prismer_tiny
 from prismer.dataloading.experts import catalogue
 from prismer.dataloading.experts.decode import GREY, ExpertPipeline, Geometry
 from prismer.dataloading.experts.labeller import Labeller
-from prismer.dataloading.experts.network import Images, MissingWeights, intensities, min_max
+from prismer.dataloading.experts.network import Images, intensity_outputs, min_max
+from prismer.dataloading.experts.weights import MissingWeights
 from prismer.dataloading.feed.dali import UndecodableImages
-from prismer.dataloading.feed.images import image_batch
+from prismer.dataloading.feed.image_batch import image_batch
 from prismer.experts import EXPERTS
 from tests.experts.stand_ins import Brightness, Halves
 
@@ -44,7 +45,7 @@ def test_one_decode_serves_every_geometry():
         assert (image[:, height:] == GREY).all() and (image[:, :, width:] == GREY).all()
 
 
-def test_pixels_are_those_of_pillow():
+def test_pixels_are_resized_as_by_pillow():
     ramp = np.add.outer(np.arange(60), np.arange(80)).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(np.stack([ramp, 255 - ramp, ramp // 2], -1)).save(file, "JPEG", quality=95)
@@ -53,7 +54,7 @@ def test_pixels_are_those_of_pillow():
     assert np.abs(pixels[0].permute(1, 2, 0).numpy() - exact).max() <= 1
 
 
-def test_a_broken_image_is_named_and_the_rest_goes_on():
+def test_a_broken_image_is_named_and_the_pipeline_goes_on():
     pipeline = ExpertPipeline({Geometry(16)}, batch_size=3)
     with pytest.raises(UndecodableImages) as error:
         pipeline([jpeg(9, 9), jpeg(99, 99)[:300], jpeg(9, 9)])
@@ -61,20 +62,20 @@ def test_a_broken_image_is_named_and_the_rest_goes_on():
     assert pipeline([jpeg(9, 9)])[Geometry(16)][0].shape == (1, 3, 16, 16)
 
 
-def test_padding_is_cut_from_intensities():
+def test_the_padding_is_cut_off_intensities():
     maps = torch.zeros(2, 1, 8, 8)
     maps[0, :, :4] = 1
     maps[1, :, :, :2] = 0.5
     images = Images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [(16, 32), (32, 8)], 10)
-    first, second = intensities(maps, images, "depth")
+    first, second = intensity_outputs(maps, images)
     assert first.plane.shape == (10, 10) and (first.plane == 255).all()
     assert (second.plane == 127).all()
 
 
-def test_intensities_keep_their_corners_and_are_truncated():
+def test_intensities_are_resized_with_aligned_corners_and_truncated():
     maps = torch.linspace(0, 1, 4).expand(1, 3, 4, 4)
     images = Images(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), [(4, 4)], 7)
-    plane = intensities(maps, images, "normal")[0].plane
+    plane = intensity_outputs(maps, images)[0].plane
     assert plane.shape == (7, 7, 3)
     assert plane[0, :, 0].tolist() == [int(255 * i / 6 + 1e-4) for i in range(7)]
 
@@ -86,7 +87,7 @@ def test_min_max_of_a_constant_map_is_zero():
     assert torch.equal(scaled[1, 0], torch.tensor([[0, 0.25], [0.5, 1]]))
 
 
-def test_labels_feed_the_model():
+def test_the_model_reads_the_labels():
     labeller = Labeller([Brightness(), Halves()], label_size=32)
     bright, dark = labeller([jpeg(60, 40, (255, 255, 255)), jpeg(60, 40, (0, 0, 0))])
     assert bright.meta["instances"] == {"0": 1} and dark.meta["instances"] == {"0": 0}
@@ -100,7 +101,7 @@ def test_labels_feed_the_model():
 
 
 @pytest.mark.parametrize("kind", ["path", "bytes", "pil", "array", "tensor"])
-def test_whatever_the_model_opens_can_be_labelled(tmp_path, kind):
+def test_every_source_of_an_image_can_be_labelled(tmp_path, kind):
     data = jpeg(60, 40)
     image = Image.open(io.BytesIO(data))
     array = np.asarray(image)
@@ -116,7 +117,7 @@ def test_whatever_the_model_opens_can_be_labelled(tmp_path, kind):
     assert np.abs(labels.planes["depth"].astype(int) - 200).max() <= 3
 
 
-def test_an_unreadable_picture_gives_a_sentence(tmp_path):
+def test_an_unreadable_image_is_named(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="photo.jpg cannot be labelled: the image is in no known"):
         Labeller([Brightness()], label_size=8)([tmp_path / "photo.jpg"])
@@ -128,26 +129,26 @@ class Hungry(Brightness):
     def __init__(self, room: int):
         self.room, self.batches = room, []
 
-    def predict(self, images, known):
+    def predict(self, images, earlier):
         self.batches.append(len(images))
         if len(images) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().predict(images, known)
+        return super().predict(images, earlier)
 
 
-def test_out_of_memory_halves_the_batch_and_loses_nothing():
-    pictures = [jpeg(20, 20, (20 * i, 0, 0)) for i in range(7)]
+def test_a_network_out_of_memory_gets_half_as_many_images():
+    images = [jpeg(20, 20, (20 * i, 0, 0)) for i in range(7)]
     network = Hungry(room=2)
     labeller = Labeller([network, Halves()], label_size=4, batch_size=8)
-    planes = [labels.planes["depth"].mean() for labels in labeller(pictures)]
+    planes = [labels.planes["depth"].mean() for labels in labeller(images)]
     assert network.batches == [7, 4, 2, 2, 2, 1]
     assert np.abs(np.array(planes) - 20 * np.arange(7)).max() < 3
-    # what fitted is remembered
+    # the labeller remembers the batch size that fitted
     network.batches.clear()
-    labeller(pictures[:4])
+    labeller(images[:4])
     assert network.batches == [2, 2]
     with pytest.raises(RuntimeError, match="brightness does not fit into the memory of cpu"):
-        Labeller([Hungry(room=0)], label_size=4, batch_size=2)(pictures)
+        Labeller([Hungry(room=0)], label_size=4, batch_size=2)(images)
 
 
 def test_speeds_count_the_images_of_each_network():
@@ -165,14 +166,17 @@ def test_each_expert_has_one_network(networks):
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """A catalogue of stand-ins: depth has two networks, objects one; words need objects and have no weights."""
+    """A catalogue of stand-ins: two networks for depth, one for objects, and one for words that needs objects.
+
+    The weights of the network for words are missing.
+    """
 
     class Other(Brightness):
-        card = replace(Brightness.card, name="other")
+        info = replace(Brightness.info, name="other")
 
     class Words(Brightness):
-        card = replace(
-            Brightness.card, name="words", expert="ocr_detection", reads=("obj_detection",), needs=("obj_detection",)
+        info = replace(
+            Brightness.info, name="words", expert="ocr_detection", inputs=("obj_detection",), inputs_required=True
         )
 
         @classmethod
@@ -196,11 +200,11 @@ def stand_ins(monkeypatch):
         ("depth=other@/a@b", ["other"]),
     ],
 )
-def test_what_is_asked_for_comes_in_an_order_that_works(stand_ins, asked, expected):
-    choices = catalogue.choose(asked)
-    assert [choice.network.card.name for choice in choices] == expected
+def test_requests_are_sorted_so_that_inputs_come_first(stand_ins, asked, expected):
+    requests = catalogue.parse_requests(asked)
+    assert [request.network.info.name for request in requests] == expected
     if "@" in asked:
-        assert choices[0].source == "/a@b"
+        assert requests[0].source == "/a@b"
 
 
 @pytest.mark.parametrize(
@@ -211,36 +215,35 @@ def test_what_is_asked_for_comes_in_an_order_that_works(stand_ins, asked, expect
         ([], "no expert was asked for"),
     ],
 )
-def test_wrong_requests_give_a_sentence(stand_ins, asked, message):
+def test_a_wrong_request_is_refused_in_one_sentence(stand_ins, asked, message):
     with pytest.raises(ValueError, match=message):
-        catalogue.choose(asked)
+        catalogue.parse_requests(asked)
 
 
-def test_an_unknown_expert_gives_a_sentence():
+def test_an_unknown_expert_is_refused():
     with pytest.raises(ValueError, match="unknown expert 'taste'; choose from all, depth"):
-        catalogue.choose("taste")
+        catalogue.parse_requests("taste")
 
 
-def test_the_rest_goes_on_without_missing_weights(stand_ins):
+def test_experts_with_weights_are_loaded_without_the_others(stand_ins):
     networks, missing = catalogue.load_networks("all")
-    assert [network.card.name for network in networks] == ["brightness", "halves"]
+    assert [network.info.name for network in networks] == ["brightness", "halves"]
     assert missing == ["ocr_detection: the weights of words are not here; run `prismer experts fetch words`"]
     with pytest.warns(UserWarning, match="experts fetch words"):
         assert len(Labeller.load("all").networks) == 2
-    with pytest.raises(MissingWeights, match="which is not at work"):
+    with pytest.raises(MissingWeights, match="which is not loaded"):
         catalogue.load_networks("ocr_detection=words@here")
     assert len(catalogue.load_networks(["obj_detection", "ocr_detection=words@here"])[0]) == 2
 
 
 @pytest.mark.parametrize("expert", EXPERTS)
-def test_every_expert_has_networks_with_complete_cards(expert):
+def test_every_network_is_described_completely(expert):
     networks = catalogue.networks_of(expert)
-    names = [network.card.name for network in networks]
+    names = [network.info.name for network in networks]
     assert len(set(names)) == len(names) >= 1
     for network in networks:
-        card = network.card
-        assert card.expert == expert and card.about and card.licence and card.trained_on
-        assert set(card.needs) <= set(card.reads) <= set(EXPERTS) - {expert}
-        assert (network.package is not None) == (card.weights == "fetched")
-        assert network.package is None or callable(network.convert)
-        assert catalogue.find_network(card.name) is network
+        info = network.info
+        assert info.expert == expert and info.summary and info.licence and info.trained_on
+        assert set(info.inputs) <= set(EXPERTS) - {expert} and (info.inputs or not info.inputs_required)
+        assert (network.package is not None) == (info.weights == "fetched")
+        assert catalogue.find_network(info.name) is network

@@ -1,20 +1,29 @@
-"""Segmentation experts: GrabCut masks from boxes, Mask2Former's class map against the rule written out, and the real
-class built from a tiny configuration. Run: pytest tests/experts/test_segmentation.py"""
+"""Proves that GrabCut fills boxes with the shapes in them, and that Mask2Former's class map follows its rule.
+
+python -m pytest tests/experts/test_segmentation.py
+"""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from prismer.dataloading.experts.network import Found, Images, MissingWeights
-from prismer.dataloading.experts.objects import COCO, NanoDet
-from prismer.dataloading.experts.segmentation import NETWORKS, BoxesGrabCut, Mask2FormerAde, Mask2FormerCoco, semantic
+from prismer.dataloading.experts.network import ExpertOutput, Images
+from prismer.dataloading.experts.objects import NanoDet
+from prismer.dataloading.experts.segmentation import (
+    NETWORKS,
+    BoxesGrabCut,
+    Mask2FormerAde,
+    Mask2FormerCoco,
+    semantic_map,
+)
+from prismer.dataloading.experts.weights import MissingWeights
 
 SIZE = 96
 
 
 def scene(*shapes, noise=6):
-    """A green picture with coloured (left, top, right, bottom) rectangles, (3, SIZE, SIZE) uint8."""
+    """A green image (3, SIZE, SIZE) uint8 with coloured rectangles (left, top, right, bottom)."""
     pixels = np.full((SIZE, SIZE, 3), (40, 120, 50), np.int64)
     for (left, top, right, bottom), colour in shapes:
         pixels[top:bottom, left:right] = colour
@@ -23,20 +32,21 @@ def scene(*shapes, noise=6):
 
 
 def objects(*boxes):
-    """What an object expert found: (box in pixels of the scene, class)."""
-    return Found(
+    """The output of an object expert for boxes (box in pixels of the scene, class)."""
+    return ExpertOutput(
         np.full((SIZE, SIZE), 255, np.uint8),
-        instances={i: class_id for i, (_, class_id) in enumerate(boxes)},
+        table={i: class_id for i, (_, class_id) in enumerate(boxes)},
         boxes={i: (*(edge / SIZE for edge in box), 0.9) for i, (box, _) in enumerate(boxes)},
     )
 
 
 def cut(pixels, found, label_size=SIZE):
+    """The segmentation of a scene with those objects."""
     images = Images(pixels[None], [(SIZE, SIZE)], label_size)
     return BoxesGrabCut.load().predict(images, {"obj_detection": [found]})[0].plane
 
 
-def test_grabcut_finds_the_shape():
+def test_grabcut_fills_the_shape_in_a_box():
     shape = (30, 20, 60, 70)
     plane = cut(scene((shape, (200, 40, 40))), objects(((24, 12, 68, 80), 17)))
     expected = np.full((SIZE, SIZE), 255, np.uint8)
@@ -45,7 +55,7 @@ def test_grabcut_finds_the_shape():
     assert set(np.unique(plane)) == {17, 255}
 
 
-def test_grabcut_small_ones_in_front():
+def test_small_objects_lie_in_front():
     large, small = (10, 10, 85, 85), (40, 40, 60, 60)
     pixels = scene((large, (200, 40, 40)), (small, (30, 30, 220)))
     for order in (0, 1):
@@ -55,7 +65,7 @@ def test_grabcut_small_ones_in_front():
         assert (plane[14:30, 14:80] == 3).all(), order
 
 
-def test_grabcut_at_another_label_size():
+def test_the_map_may_be_smaller_than_the_image():
     plane = cut(scene(((30, 20, 60, 70), (200, 40, 40))), objects(((24, 12, 68, 80), 17)), 48)
     assert plane.shape == (48, 48)
     expected = np.full((48, 48), 255, np.uint8)
@@ -68,8 +78,8 @@ def test_grabcut_at_another_label_size():
     [(0, 0, SIZE, SIZE), (2, 1, 95, 95), (50, 50, 51, 52), (93, 93, 96, 96), (30, 30, 60, 60)],
     ids=["all", "almost all", "pixels", "corner", "like its surroundings"],
 )
-def test_grabcut_where_there_is_nothing_to_cut(box):
-    """A constant picture, a box without surroundings, a box of a few pixels: the ellipse in the box."""
+def test_a_box_that_cannot_be_cut_is_filled_with_an_ellipse(box):
+    """The image is constant, the box has no surroundings, or it has only a few pixels."""
     left, top, right, bottom = box
     for noise in (0, 6):
         plane = cut(scene(noise=noise), objects((box, 4)))
@@ -79,7 +89,7 @@ def test_grabcut_where_there_is_nothing_to_cut(box):
         assert (plane == 4).sum() == inside.sum()
 
 
-def test_grabcut_repeats_itself():
+def test_the_same_image_gives_the_same_masks():
     import cv2
 
     pixels = scene(((30, 20, 60, 70), (60, 110, 60)), noise=60)
@@ -93,8 +103,8 @@ def test_grabcut_repeats_itself():
     np.testing.assert_array_equal(first, both[1].plane)
 
 
-def test_grabcut_fixes_the_random_numbers(monkeypatch):
-    """They start GrabCut's clusters in some versions of OpenCV, though not in the one that this was written with."""
+def test_the_random_numbers_of_opencv_are_seeded_before_each_cut(monkeypatch):
+    """Some versions of OpenCV initialise GrabCut's clusters from them."""
     import cv2
 
     calls, real = [], cv2.grabCut
@@ -104,35 +114,32 @@ def test_grabcut_fixes_the_random_numbers(monkeypatch):
     assert calls == [0, "cut", 0, "cut"]
 
 
-def test_grabcut_without_boxes():
+def test_an_image_without_boxes_is_background():
     plane = cut(scene(), objects())
     assert plane.shape == (SIZE, SIZE) and (plane == 255).all()
 
 
-def test_grabcut_without_the_object_expert():
+def test_grabcut_needs_the_object_expert_and_no_weights():
     images = Images(scene()[None], [(SIZE, SIZE)], SIZE)
     with pytest.raises(ValueError, match="ask for obj_detection too"):
-        BoxesGrabCut.load().predict(images, {"depth": [Found(np.zeros((SIZE, SIZE), np.uint8))]})
+        BoxesGrabCut.load().predict(images, {"depth": [ExpertOutput(np.zeros((SIZE, SIZE), np.uint8))]})
     with pytest.raises(ValueError, match="has no weights"):
         BoxesGrabCut.load("somewhere")
 
 
-def test_grabcut_takes_over_class_names():
+def test_grabcut_takes_over_the_class_names_of_the_detector():
     network = BoxesGrabCut.load()
-    assert network.classes == list(COCO)
     detector = NanoDet(torch.nn.Identity(), "cpu", "test")
     detector.classes = ["cat", "red ball"]
-    network.follow(detector)
-    assert network.classes == ["cat", "red ball"] and BoxesGrabCut.load().classes == list(COCO)
-    network.follow(BoxesGrabCut.load())
-    assert network.classes == ["cat", "red ball"]
+    network.attach_input(detector)
+    assert network.classes == ["cat", "red ball"] and BoxesGrabCut.load().classes == []
     detector.classes = [str(i) for i in range(256)]
     with pytest.raises(ValueError, match="nanodet-g has 256 classes"):
-        network.follow(detector)
+        network.attach_input(detector)
 
 
 def written_out(classes, masks, side, size, label_size):
-    """The rule, step by step: masks to the pixels of the input, the image's part of them, to the map."""
+    """The rule, step by step: resize the masks to the input, cut off the padding, resize to the map, and sum."""
     height, width = size
     large = F.interpolate(masks[None], (side, side), mode="bilinear")[:, :, :height, :width]
     large = F.interpolate(large, (label_size, label_size), mode="bilinear")[0]
@@ -149,41 +156,41 @@ def smooth_masks(count, cells):
 
 
 @pytest.mark.parametrize("size", [(480, 480), (480, 321), (250, 480)])
-def test_semantic_equals_the_rule(size):
+def test_the_class_map_equals_the_rule_written_out(size):
     classes, masks = torch.randn(9, 6) * 2, smooth_masks(9, 120)
-    plane = semantic(classes, masks, 480, size, 64)
+    plane = semantic_map(classes, masks, 480, size, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        np.testing.assert_array_equal(semantic(classes, masks, 480, size, 64), plane)
+        np.testing.assert_array_equal(semantic_map(classes, masks, 480, size, 64), plane)
     assert plane.dtype == np.uint8 and plane.shape == (64, 64)
     assert (plane != written_out(classes, masks, 480, size, 64)).mean() < 0.005
 
 
-def test_semantic_places_and_void():
-    """Three queries on known places; the fourth is sure to be nothing and shows nowhere."""
+def test_a_query_of_no_object_does_not_show():
+    """Three queries lie in known places; the fourth covers everything and has the class "no object"."""
     masks = torch.full((4, 120, 120), -20.0)
-    masks[0, :, :40] = 20  # left
-    masks[1, :30, 40:] = 20  # above, right
+    # left, top right, bottom right
+    masks[0, :, :40] = 20
+    masks[1, :30, 40:] = 20
     masks[2, 30:, 40:] = 20
     masks[3] = 20
     classes = torch.full((4, 4), -20.0)
     classes[[0, 1, 2, 3], [2, 0, 1, 3]] = 20
     # the image fills the upper half of the square: 240 x 480
-    plane = semantic(classes, masks, 480, (240, 480), 48)
+    plane = semantic_map(classes, masks, 480, (240, 480), 48)
     expected = np.full((48, 48), 2)
     expected[:24, 16:], expected[24:, 16:] = 0, 1
     np.testing.assert_array_equal(plane, expected)
 
 
-def test_semantic_sums_over_queries():
-    """Two unsure queries of one class outweigh a surer one of another."""
+def test_two_unsure_queries_of_a_class_outweigh_a_surer_one_of_another_class():
     classes = torch.tensor([[0.6, 0.3, 0.1], [0.3, 0.6, 0.1], [0.3, 0.55, 0.15]]).log()
     masks = torch.full((3, 8, 8), 3.0)
     masks[2, :, 4:] = -9
-    plane = semantic(classes, masks, 32, (32, 32), 8)
+    plane = semantic_map(classes, masks, 32, (32, 32), 8)
     assert (plane[:, :4] == 1).all()
-    # to the right the scores tie but for the third query's remainder
+    # on the right the third query is nearly absent, so that the first one wins
     classes[0] = torch.tensor([0.7, 0.2, 0.1]).log()
-    plane = semantic(classes, masks, 32, (32, 32), 8)
+    plane = semantic_map(classes, masks, 32, (32, 32), 8)
     assert (plane[:, :3] == 1).all() and (plane[:, 5:] == 0).all()
 
 
@@ -218,7 +225,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_mask2former(folder):
+def test_mask2former_gives_an_image_the_same_map_alone_and_in_a_batch(folder):
     network = Mask2FormerCoco.load(folder)
     assert network.classes == [f"stuff {i}" for i in range(12)] and len(network.version) == 12
     assert type(Mask2FormerAde.load(folder)) is Mask2FormerAde
@@ -231,8 +238,7 @@ def test_mask2former(folder):
         assert (found.plane != alone.plane).mean() < 0.01
 
 
-def test_mask2former_input(folder, monkeypatch):
-    """RGB by ImageNet's mean and deviation; whatever the padding holds, it is zero for the network."""
+def test_mask2former_reads_normalised_rgb_with_zeros_as_padding(folder, monkeypatch):
     network = Mask2FormerCoco.load(folder)
     seen = []
     inner = network.model.forward
@@ -243,14 +249,15 @@ def test_mask2former_input(folder, monkeypatch):
 
     monkeypatch.setattr(network.model, "forward", watch)
     pixels = torch.zeros(1, 3, 480, 480, dtype=torch.uint8)
-    pixels[:, 0] = 255  # red
+    # red
+    pixels[:, 0] = 255
     network.predict(Images(pixels, [(200, 480)], 32), {})
     expected = (np.array([1, 0, 0]) - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
     np.testing.assert_allclose(seen[0][0, :, 199, 479], expected, rtol=1e-5)
     assert (seen[0][:, :, 200:] == 0).all()
 
 
-def test_mask2former_refuses(folder, tmp_path):
+def test_a_folder_with_another_segmenter_is_refused(folder, tmp_path):
     with pytest.raises(MissingWeights, match="seg=mask2former-coco@facebook/"):
         Mask2FormerCoco.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "segformer"}')
@@ -258,6 +265,6 @@ def test_mask2former_refuses(folder, tmp_path):
         Mask2FormerAde.load(tmp_path)
 
 
-def test_cards():
+def test_grabcut_is_the_default():
     assert NETWORKS[0] is BoxesGrabCut
-    assert all(network.card.expert == "seg" for network in NETWORKS)
+    assert all(network.info.expert == "seg" for network in NETWORKS)

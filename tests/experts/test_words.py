@@ -1,6 +1,6 @@
-"""Word expert: Prismer's rules for what is kept, words cut from lines, painting, and reading drawn text.
+"""Proves which words are accepted, how lines become words and words become maps, and that drawn text is read.
 
-pytest tests/experts/test_words.py
+python -m pytest tests/experts/test_words.py
 """
 
 import shutil
@@ -15,8 +15,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from prismer.dataloading.experts.lexicon import Lexicon
-from prismer.dataloading.experts.network import Images, MissingWeights
-from prismer.dataloading.experts.words import MAX_WORDS, RapidOcr, Word, accepted, found, split_line
+from prismer.dataloading.experts.network import Images
+from prismer.dataloading.experts.weights import MissingWeights
+from prismer.dataloading.experts.words import MAX_WORDS, RapidOcr, Word, accept_word, split_line, words_output
 
 LEXICON = Lexicon(["to", "exit", "stop", "parking", "coffee", "pa"])
 SQUARE = np.float32([[0, 0], [10, 0], [10, 5], [0, 5]])
@@ -31,7 +32,7 @@ def box(left, top, right, bottom) -> np.ndarray:
     [
         ("EXIT", 0.80, "exit"),
         ("EXIT", 0.79, None),
-        # an edit is allowed in entries of 3-5 letters, two in longer ones, none in shorter ones
+        # one edit is allowed in entries of 3-5 letters, two in longer entries, none in shorter ones
         ("EXlT", 0.85, "exit"),
         ("EXl", 0.85, None),
         ("parkng", 0.85, "parking"),
@@ -39,7 +40,7 @@ def box(left, top, right, bottom) -> np.ndarray:
         ("park", 0.85, None),
         ("to", 0.85, "to"),
         ("po", 0.85, None),
-        # sure enough to need no lexicon
+        # from 0.98 no lexicon is needed
         ("Wivenhoe", 0.98, "wivenhoe"),
         ("Wivenhoe", 0.979, None),
         ("EXlT", 0.98, "exlt"),
@@ -49,11 +50,11 @@ def box(left, top, right, bottom) -> np.ndarray:
         ("125", 0.90, "125"),
         ("125", 0.89, None),
         ("125", 0.79, None),
-        # marks at the ends are no part of a word, signs with a meaning are
+        # marks at the ends are cut off, signs with a meaning stay
         ("“STOP!”", 0.85, "stop"),
         ("50%", 0.95, "50%"),
         ("B&B.", 0.95, "b&b"),
-        # single letters, other scripts
+        # single letters and other scripts are dropped
         ("A", 1.0, None),
         ("5.", 1.0, None),
         ("--", 1.0, None),
@@ -64,26 +65,25 @@ def box(left, top, right, bottom) -> np.ndarray:
         ("ＥＸＩＴ", 0.85, "exit"),
     ],
 )
-def test_accepted(text, score, expected):
-    word = accepted(Word(text, score, SQUARE), LEXICON)
+def test_words_are_kept_replaced_or_dropped(text, score, expected):
+    word = accept_word(Word(text, score, SQUARE), LEXICON)
     assert (word and word.text) == expected
     if word:
         assert word.score == score and word.corners is SQUARE
 
 
-def test_found():
-    """Polygons in fractions of the image; the first word lies in front; ids count in reading order."""
+def test_words_are_painted_as_polygons_with_the_first_in_front():
     words = [
         Word("a1", 0.9, box(20, 10, 60, 30)),
         Word("b2", 0.8, box(40, 20, 100, 40)),
         Word("c3", 1.0, np.float32([[150, 50], [200, 75], [150, 100], [100, 75]])),
     ]
-    result = found(words, (100, 200), 100)
+    result = words_output(words, (100, 200), 100)
     expected = np.full((100, 100), 255, np.uint8)
     expected[20:40, 20:50] = 1
     expected[10:30, 10:30] = 0
     assert (result.plane[:, :50] == expected[:, :50]).all()
-    assert result.words == {0: "a1", 1: "b2", 2: "c3"}
+    assert result.table == {0: "a1", 1: "b2", 2: "c3"}
     assert result.boxes[0] == pytest.approx((0.1, 0.1, 0.3, 0.3, 0.9))
     assert result.boxes[2] == pytest.approx((0.5, 0.5, 1.0, 1.0, 1.0))
     # a diamond, not its box
@@ -93,36 +93,37 @@ def test_found():
     assert diamond.mean() == pytest.approx(0.5, abs=0.05)
 
 
-def test_found_nothing():
-    result = found([], (30, 40), 16)
+def test_no_words_give_a_background_map():
+    result = words_output([], (30, 40), 16)
     assert (result.plane == 255).all() and result.plane.dtype == np.uint8
-    assert not result.words and not result.boxes
+    assert not result.table and not result.boxes
 
 
-def test_found_many():
+def test_at_most_254_words_are_kept():
     words = [Word(f"w{i}", 1.0, box(i, 0, i + 1, 1)) for i in range(300)]
-    result = found(words, (1, 300), 600)
-    assert list(sorted(result.words)) == list(range(MAX_WORDS)) and MAX_WORDS == 254
+    result = words_output(words, (1, 300), 600)
+    assert list(sorted(result.table)) == list(range(MAX_WORDS)) and MAX_WORDS == 254
     assert (result.plane[:, 508:] == 255).all()
     assert set(np.unique(result.plane)) == {*range(254), 255}
 
 
 def test_found_tiny():
     """However small a word is, it has a pixel."""
-    result = found([Word("ab", 1.0, box(41, 61, 42, 62)), Word("cd", 1.0, box(99.9, 99.9, 100, 100))], (100, 100), 10)
+    result = words_output(
+        [Word("ab", 1.0, box(41, 61, 42, 62)), Word("cd", 1.0, box(99.9, 99.9, 100, 100))], (100, 100), 10
+    )
     assert np.argwhere(result.plane == 0).tolist() == [[6, 4]]
     assert np.argwhere(result.plane == 1).tolist() == [[9, 9]]
 
 
-def test_found_outside():
-    """What lies behind the border is cut."""
-    result = found([Word("ab", 1.0, box(-5, 2, 45, 20))], (10, 40), 20)
+def test_a_word_is_cut_at_the_border_of_the_image():
+    result = words_output([Word("ab", 1.0, box(-5, 2, 45, 20))], (10, 40), 20)
     assert result.boxes[0] == pytest.approx((0, 0.2, 1, 1, 1))
     assert (result.plane[4:] == 0).all() and (result.plane[:4] == 255).all()
 
 
 def outputs(text: str, letters: list[str], scores: list[float]) -> np.ndarray:
-    """What a recogniser gives that sees one character per column: "_" is no letter."""
+    """The output of a recogniser that sees one character in each column; "_" is no letter."""
     probabilities = np.zeros((len(text), len(letters) + 1), np.float32)
     for column, (character, score) in enumerate(zip(text, scores, strict=True)):
         entry = 0 if character == "_" else letters.index(character) + 1
@@ -140,34 +141,30 @@ class TestSplitLine:
         scores = scores or [0.9] * len(text)
         return split_line(outputs(text, self.letters, scores), self.letters, quad, width or padded, padded)
 
-    def test_repeats(self):
-        """A letter over several columns is one; divided by "no letter" it is two."""
+    def test_a_letter_over_several_columns_is_one_unless_no_letter_is_between(self):
         assert [word.text for word in self.read("_aab_bb_c")] == ["abbc"]
 
-    def test_nothing(self):
+    def test_a_line_without_letters_has_no_words(self):
         assert self.read("____") == [] and self.read("_  _") == []
 
-    def test_scores(self):
-        """A word's score is the mean over its own letters, each where it was first seen."""
+    def test_the_score_of_a_word_is_the_mean_over_the_first_columns_of_its_letters(self):
         scores = [0.5, 0.9, 0.7, 0.3, 0.8, 0.6, 0.95]
         first, second = self.read("_aab dc", scores=[*scores[:3], 0.7, 0.4, *scores[5:]])
         assert first.score == pytest.approx((0.9 + 0.7) / 2) and second.score == pytest.approx((0.6 + 0.95) / 2)
 
-    def test_places(self):
-        """Without room a word ends half way to the next, with room three quarters of a letter behind its last."""
+    def test_a_word_ends_near_its_last_letter_or_half_way_to_the_next_word(self):
         first, second = self.read("ab cd")
-        # middles at 4 12 | 28 36: pitch 8
+        # the letters have their centres at 4, 12, 28 and 36
         assert np.allclose(first.corners, box(0, 0, 18, 48)) and np.allclose(second.corners, box(22, 0, 40, 48))
         first, second = self.read("a b")
         assert np.allclose(first.corners, box(0, 0, 12, 48)) and np.allclose(second.corners, box(12, 0, 24, 48))
 
-    def test_padding(self):
-        """Columns behind the line's width count for nothing."""
+    def test_the_padding_behind_a_line_does_not_count(self):
         first, second = self.read("a b_____", quad=box(100, 50, 148, 98), width=24)
         assert np.allclose(first.corners, box(100, 50, 124, 98))
         assert np.allclose(second.corners, box(124, 50, 148, 98))
 
-    def test_slanted(self):
+    def test_a_slanted_line_has_slanted_words(self):
         quad = np.float32([[0, 0], [100, 50], [90, 70], [-10, 20]])
         first, second = self.read("a b", quad=quad)
         assert np.allclose(first.corners, [[0, 0], [50, 25], [40, 45], [-10, 20]])
@@ -182,28 +179,28 @@ def network():
 
 
 def drawn(size: tuple[int, int], texts: list[tuple[str, tuple[int, int], int]]) -> Image.Image:
-    picture = Image.new("RGB", size, (40, 90, 60))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", size, (40, 90, 60))
+    draw = ImageDraw.Draw(image)
     for text, place, height in texts:
         draw.text(place, text, (250, 240, 220), font=ImageFont.load_default(height))
-    return picture
+    return image
 
 
-def batch(*pictures: Image.Image, label_size: int = 240) -> Images:
-    """Each at the top left of 960 x 960, the rest grey."""
-    pixels = np.full((len(pictures), 960, 960, 3), 114, np.uint8)
-    for row, picture in zip(pixels, pictures, strict=True):
-        row[: picture.height, : picture.width] = picture
-    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), [(p.height, p.width) for p in pictures], label_size)
+def batch(*images: Image.Image, label_size: int = 240) -> Images:
+    """Each image at the top left of a grey square of 960 x 960."""
+    pixels = np.full((len(images), 960, 960, 3), 114, np.uint8)
+    for square, image in zip(pixels, images, strict=True):
+        square[: image.height, : image.width] = image
+    sizes = [(image.height, image.width) for image in images]
+    return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2), sizes, label_size)
 
 
 SIGN = [("COFFEE SHOP", (60, 80), 64), ("open 24 hours", (300, 300), 40)]
 
 
-def test_predict(network):
-    """Two lines of text: the words, their ids in reading order, and their places in the stretched map."""
+def test_two_lines_are_read_in_order_and_painted_in_place(network):
     result = network.predict(batch(drawn((800, 480), SIGN)), {})[0]
-    assert [result.words[i] for i in sorted(result.words)] == ["coffee", "shop", "open", "24", "hours"]
+    assert [result.table[i] for i in sorted(result.table)] == ["coffee", "shop", "open", "24", "hours"]
     assert all(box[4] > 0.9 for box in result.boxes.values())
     assert result.plane.shape == (240, 240) and result.plane.dtype == np.uint8
     assert set(np.unique(result.plane)) == {0, 1, 2, 3, 4, 255}
@@ -219,24 +216,22 @@ def test_predict(network):
         assert (rows.max() + 1) / 240 == pytest.approx(bottom, abs=0.01)
 
 
-def test_batch(network):
-    """A picture alone reads as it does among others, whatever lies in the padding."""
-    pictures = drawn((800, 480), SIGN), drawn((480, 800), [("EXIT", (100, 300), 90)]), drawn((960, 960), [])
-    together = network.predict(batch(*pictures), {})
-    assert [list(result.words.values()) for result in together[1:]] == [["exit"], []]
-    for picture, result in zip(pictures, together, strict=True):
-        images = batch(picture)
-        images.pixels[:, :, picture.height :] = 255
+def test_an_image_reads_the_same_alone_and_in_a_batch_whatever_its_padding_holds(network):
+    drawings = drawn((800, 480), SIGN), drawn((480, 800), [("EXIT", (100, 300), 90)]), drawn((960, 960), [])
+    together = network.predict(batch(*drawings), {})
+    assert [list(result.table.values()) for result in together[1:]] == [["exit"], []]
+    for drawing, result in zip(drawings, together, strict=True):
+        images = batch(drawing)
+        images.pixels[:, :, drawing.height :] = 255
         alone = network.predict(images, {})[0]
         assert (alone.plane == result.plane).all()
-        assert alone.words == result.words and alone.boxes == result.boxes
+        assert alone.table == result.table and alone.boxes == result.boxes
 
 
 @pytest.mark.parametrize("turn", [Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270], ids=["up", "down"])
-def test_turned_text(network, turn):
-    """A line that runs up or down the picture; its words come in its own order, each in its own half."""
+def test_text_that_runs_up_or_down_is_read_in_its_own_order(network, turn):
     result = network.predict(batch(drawn((800, 480), [("COFFEE SHOP", (150, 200), 70)]).transpose(turn)), {})[0]
-    assert [result.words[i] for i in sorted(result.words)] == ["coffee", "shop"]
+    assert [result.table[i] for i in sorted(result.table)] == ["coffee", "shop"]
     (_, top, _, bottom, _), (_, other_top, _, other_bottom, _) = result.boxes[0], result.boxes[1]
     if turn == Image.Transpose.ROTATE_90:
         assert other_bottom <= top + 0.01
@@ -245,13 +240,13 @@ def test_turned_text(network, turn):
 
 
 @pytest.mark.parametrize("size", [(960, 1), (1, 960), (960, 12), (12, 960)])
-def test_thin(network, size):
+def test_a_thin_image_has_no_words(network, size):
     result = network.predict(batch(drawn(size, [])), {})[0]
-    assert not result.words and (result.plane == 255).all()
+    assert not result.table and (result.plane == 255).all()
 
 
-def test_colours_are_bgr(network, monkeypatch):
-    """The networks were trained on OpenCV's order of channels."""
+def test_the_detector_reads_bgr(network, monkeypatch):
+    """rapidocr expects OpenCV's order of channels."""
     asked = []
     detector = network._detector
     monkeypatch.setattr(network, "_detector", lambda image, **flags: asked.append(image) or detector(image, **flags))
@@ -260,8 +255,7 @@ def test_colours_are_bgr(network, monkeypatch):
     assert (asked[0] == [50, 100, 200]).all()
 
 
-def test_load_folder(network, tmp_path):
-    """Networks and a lexicon of one's own, from a folder; the version tells them apart."""
+def test_networks_and_a_lexicon_from_a_folder_change_the_version(network, tmp_path):
     import rapidocr
 
     models = Path(rapidocr.__file__).parent / "models"
@@ -271,7 +265,7 @@ def test_load_folder(network, tmp_path):
     assert same.version == network.version and len(same.version) == 12
     (tmp_path / "lexicon.txt").write_text("cofee\nshop\n")
     other = RapidOcr.load(tmp_path)
-    assert other.version != network.version and len(other._lexicon) == 2
+    assert other.version != network.version and len(other._lexicon._entries) == 2
     (tmp_path / "PP-OCRv6_det_small.onnx").unlink()
     with pytest.raises(ValueError, match=r"holds 0 \*det\*.onnx, 1 \*rec\*.onnx and a lexicon.txt; put one network"):
         RapidOcr.load(tmp_path)
@@ -279,12 +273,12 @@ def test_load_folder(network, tmp_path):
     assert RapidOcr.load(tmp_path).version == other.version
 
 
-def test_load_wrong_folders(network, tmp_path):
+def test_incomplete_and_foreign_networks_are_refused(network, tmp_path):
     import rapidocr
 
     with pytest.raises(ValueError, match="put one network of each kind there"):
         RapidOcr.load(tmp_path)
-    # a detector is no recogniser
+    # a detector in the place of the recogniser
     detector = Path(rapidocr.__file__).parent / "models" / "PP-OCRv6_det_small.onnx"
     shutil.copy(detector, tmp_path / "det.onnx")
     shutil.copy(detector, tmp_path / "rec.onnx")
@@ -295,14 +289,13 @@ def test_load_wrong_folders(network, tmp_path):
         RapidOcr.load(tmp_path)
 
 
-def test_load_without_package(monkeypatch):
+def test_a_missing_package_is_named_with_its_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     with pytest.raises(MissingWeights, match=r"pip install 'prismer-vlm\[experts\]'"):
         RapidOcr.load()
 
 
-def test_quiet_and_offline():
-    """Loading and reading, in a fresh process, print nothing and open no connection."""
+def test_loading_and_reading_print_nothing_and_open_no_connection():
     pytest.importorskip("rapidocr")
     code = """
 import socket
@@ -312,14 +305,14 @@ from prismer.dataloading.experts.network import Images
 from prismer.dataloading.experts.words import RapidOcr
 pixels = torch.full((1, 3, 96, 96), 114, dtype=torch.uint8)
 found = RapidOcr.load().predict(Images(pixels, [(96, 96)], 24), {})
-assert not found[0].words
+assert not found[0].table
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 class Recogniser:
-    """Keeps what it is asked to read, and reads nothing."""
+    """Keeps the line image that it receives, and reads nothing in it."""
 
     name = "x"
 
@@ -327,14 +320,13 @@ class Recogniser:
         return [self]
 
     def run(self, outputs, inputs):
-        self.asked = inputs["x"]
-        return [np.tile(np.float32([1, 0, 0]), (1, self.asked.shape[-1] // 8, 1))]
+        self.line = inputs["x"]
+        return [np.tile(np.float32([1, 0, 0]), (1, self.line.shape[-1] // 8, 1))]
 
 
-def test_line_pixels():
-    """A line comes upright and 48 high, its values in [-1, 1], zeros behind it, to a multiple of 32 columns."""
+def test_a_line_is_upright_48_high_and_padded_with_zeros_to_a_multiple_of_32_columns():
     pytest.importorskip("cv2")
-    # BGR: the line's left half blue, its right half red, white underneath
+    # BGR: the left half of the line is blue, the right half red, the lower half white
     image = np.zeros((200, 300, 3), np.uint8)
     image[50:65, 20:65] = [255, 0, 0]
     image[50:65, 65:110] = [0, 0, 255]
@@ -344,7 +336,7 @@ def test_line_pixels():
         recogniser, lines = Recogniser(), SimpleNamespace(boxes=quad[None])
         network = RapidOcr(lambda *_, lines=lines, **__: lines, recogniser, ["a", " "], LEXICON, "v")
         assert network.read(np.ascontiguousarray(image)) == []
-        line = recogniser.asked
+        line = recogniser.line
         assert line.shape == (1, 3, 48, 160) and line.dtype == np.float32
         for rows, columns, colour in (
             (slice(2, 21), slice(3, 69), [1, -1, -1]),
@@ -353,6 +345,6 @@ def test_line_pixels():
             (slice(0, 48), slice(144, 160), [0, 0, 0]),
         ):
             assert np.allclose(line[0, :, rows, columns], np.float32(colour)[:, None, None], atol=0.02), turns
-        # the picture a quarter further, and the line's corners with it
+        # turns the image, and the corners of the line with it
         quad = np.stack([quad[:, 1], image.shape[1] - quad[:, 0]], axis=1)
         image = np.rot90(image)

@@ -1,9 +1,9 @@
-"""Values as broken files hold them: any JSON, texts that no tokenizer takes, and mutations of what was right.
+"""Values of broken files: any JSON, odd texts and numbers, and mutations of correct values.
 
-The tests of this folder draw about 2,000 of them in a fixed order, so that a red run is red again. More, in another
-order each time:
+The tests of this folder draw about 2,000 values in a fixed order, so that a failure repeats. To draw 20 times as many,
+in another order each time:
 
-    PRISMER_FAULTS=20 python -m pytest tests/faults     # 20 times as many
+    PRISMER_FAULTS=20 python -m pytest tests/faults
 """
 
 import copy
@@ -43,10 +43,10 @@ ODD_NUMBERS = (0, -1, 1, 255, 256, 2**31, 2**63, 10**300, -0.0, 0.5, 1e300, floa
 
 texts = st.sampled_from(ODD_TEXTS) | st.text(max_size=8)
 scalars = st.none() | st.booleans() | st.sampled_from(ODD_NUMBERS) | texts
+# any JSON value, NaN and lone surrogates included
 anything = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=6
 )
-"""Any JSON value, NaN and lone surrogates included."""
 
 
 def cases(number: int):
@@ -61,7 +61,7 @@ def cases(number: int):
 
 
 def _places(value, path=()):
-    """The path of every value inside a JSON value, its own first."""
+    """The path of every value inside a JSON value, starting with the path () of the value itself."""
     yield path
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inner:
@@ -70,7 +70,7 @@ def _places(value, path=()):
 
 @st.composite
 def mutated(draw, value, most=3):
-    """`value` with one to `most` of its parts replaced, removed, doubled or joined by another."""
+    """`value` after one to `most` changes: a part is replaced, removed, doubled or added."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, most))):
         places = [path for path in _places(value) if path]
@@ -82,7 +82,7 @@ def mutated(draw, value, most=3):
             holder = holder[key]
         kind = draw(st.sampled_from(("replace", "replace", "replace", "remove", "add")))
         if kind == "replace":
-            # texts are what breaks readers most: half of them stay texts, odd ones
+            # odd texts break readers most often, so half of the texts become odd texts
             odd = isinstance(holder[last], str) and draw(st.booleans())
             holder[last] = draw(st.sampled_from(ODD_TEXTS) if odd else anything)
         elif kind == "remove":
@@ -96,7 +96,7 @@ def mutated(draw, value, most=3):
 
 @st.composite
 def damaged(draw, data: bytes):
-    """Bytes that were cut, flipped, doubled, emptied or overwritten somewhere."""
+    """`data` after damage: cut, one bit flipped, a part doubled, emptied or overwritten."""
     kind = draw(st.sampled_from(("cut", "flip", "flip", "double", "empty", "zeros", "text")))
     place = draw(st.integers(0, max(0, len(data) - 1)))
     if kind == "cut":
@@ -112,10 +112,10 @@ def damaged(draw, data: bytes):
 
 
 def is_sentence(text: str) -> bool:
-    """Whether a message is one line that any terminal takes, and not a page."""
+    """Whether a message is one printable line of at most 1,000 characters."""
     return text.isprintable() and 10 < len(text) < 1000
 
 
 def dump(value) -> bytes:
-    """JSON as other writers spell it: NaN and lone surrogates pass."""
+    """JSON as lenient writers write it, with NaN and lone surrogates."""
     return json.dumps(value).encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""A disk that is full: files of this process may not grow beyond a number of bytes."""
+"""Simulates a full disk: limits the size of the files that this process writes."""
 
 import resource
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def full_after(size: int) -> Iterator[None]:
-    """Inside, a write beyond `size` bytes of a file fails with EFBIG, as it would with ENOSPC."""
+    """Inside the block, a write beyond `size` bytes of a file fails with EFBIG, in place of ENOSPC."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

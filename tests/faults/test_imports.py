@@ -1,4 +1,4 @@
-"""Whatever lists, tars and folders hold, an import ends with every image in the dataset or named, or with one sentence.
+"""Proves that an import of any lists, tars and folders imports or names every image, or ends with one sentence.
 
 python -m pytest tests/faults/test_imports.py
 """
@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +18,12 @@ from PIL import Image
 
 from prismer.cli.main import main
 from prismer.dataloading.store.check import check_dataset
-from prismer.dataloading.store.shards import ShardDataset
+from prismer.dataloading.store.shards import Sample, ShardDataset
 from tests.faults.anything import anything, cases, damaged, dump, mutated, texts
 
 
 def jpeg(i: int) -> bytes:
-    """An RGB JPEG that no other number gives; importers keep its bytes."""
+    """A different RGB JPEG for each number; imports keep its bytes."""
     file = io.BytesIO()
     pixels = np.full((4, 4, 3), (i % 251, i // 251, 90), np.uint8)
     Image.fromarray(pixels).save(file, "JPEG", comment=str(i).encode())
@@ -44,20 +45,24 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("imports")
 
 
-def empty(place):
+def empty(place: Path) -> Path:
     shutil.rmtree(place)
     place.mkdir()
     return place
 
 
-def run(arguments, out, capsys):
-    """Import; the samples of the dataset, the report, and all that was printed. Holds what holds for every import."""
+def run(arguments: list, out: Path, capsys: pytest.CaptureFixture) -> tuple[list[Sample], list[dict], str]:
+    """Import, and check what is true of every import.
+
+    Returns:
+        The samples of the dataset, the entries of the report, and everything printed.
+    """
     options = ["--out", str(out), "--label-size", "8", "--workers", "1"]
     code = main(["data", "import", *map(os.fspath, arguments), *options])
     captured = capsys.readouterr()
     printed = captured.out + captured.err
     assert "Traceback" not in printed
-    # a surrogate from a name must not reach a terminal
+    # fails on a lone surrogate, which no terminal takes
     printed.encode()
     assert not [path for path in out.rglob("*") if path.name.endswith(".partial")] if out.exists() else True
     if not (out / "import-report.json").exists():
@@ -74,8 +79,8 @@ def run(arguments, out, capsys):
     return samples, report["skipped"] + report["others"], printed
 
 
-def is_named(name: str, skipped, printed) -> bool:
-    """Whether what was left out is named, however odd characters are spelt."""
+def is_named(name: str, skipped: list[dict], printed: str) -> bool:
+    """Whether a report or message holds the name, with odd characters escaped in any way."""
     spelt = {name, name.encode("utf-8", "backslashreplace").decode(), repr(name)[1:-1], ascii(name)[1:-1]}
     listed = "\n".join([printed, *(str(value) for entry in skipped for value in entry.values())])
     return any(form in listed for form in spelt)
@@ -97,7 +102,7 @@ QUESTIONS = [
 
 @cases(150)
 @given(entries=mutated(CAPTIONS), tail=st.sampled_from([b"", b"\n", b"]", b"\xff"]), mark=st.booleans())
-def test_caption_lists(place, capsys, entries, tail, mark):
+def test_every_image_of_a_caption_list_is_imported_or_named(place, capsys, entries, tail, mark):
     images = empty(place) / "images"
     images.mkdir()
     for i in range(6):
@@ -111,7 +116,7 @@ def test_caption_lists(place, capsys, entries, tail, mark):
         if entry in CAPTIONS:
             assert entry["caption"] in found or is_named(entry["image"], skipped, printed), entry
         else:
-            # a mutant is used for an image, or it is named: by its image, or by its place in the list
+            # a mutated entry is used for an image, or is named by its image or its place in the list
             image = str(entry.get("image") if isinstance(entry, dict) else None)
             used = any(JPEGS[i] == s.jpeg for s in samples for i in range(6) if image in f"./{i}.jpg")
             names = f"entry {number}", image
@@ -120,7 +125,7 @@ def test_caption_lists(place, capsys, entries, tail, mark):
 
 @cases(150)
 @given(entries=mutated(QUESTIONS))
-def test_question_lists(place, capsys, entries):
+def test_every_image_of_a_question_list_is_imported_or_named(place, capsys, entries):
     images = empty(place) / "images"
     images.mkdir()
     for i in range(3):
@@ -142,8 +147,8 @@ members = st.tuples(
 )
 
 
-def pack(path, entries, form) -> dict[str, bytes]:
-    """A tar of `entries`; the images in it by member name."""
+def pack(path: Path, entries: list[tuple[str, str, str]], form: int) -> dict[str, bytes]:
+    """Write a tar of `entries`; returns its images by member name."""
     images = {}
     with tarfile.open(path, "w", format=form) as tar:
         for number, (stem, suffix, kind) in enumerate(entries):
@@ -167,18 +172,18 @@ def pack(path, entries, form) -> dict[str, bytes]:
     entries=st.lists(members, min_size=1, max_size=9),
     form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
 )
-def test_tars(place, capsys, entries, form):
+def test_every_image_of_a_tar_is_imported_or_named(place, capsys, entries, form):
     folder = empty(place) / "tars"
     folder.mkdir()
     try:
         images = pack(folder / "00.tar", entries, form)
     except ValueError:
-        return  # a name that this format of tar cannot hold
+        return  # this format of tar cannot hold one of the names
     samples, skipped, printed = run(["tars", folder], place / "out", capsys)
     if not samples and not skipped:
         return
     kept = {sample.jpeg for sample in samples}
-    # members of kinds that nobody reads are counted, not listed
+    # members that are not read are counted, not listed
     counted = sum(int(e["reason"].split()[0]) for e in skipped if e["reason"].split()[0].isdecimal())
     lost = [
         name
@@ -193,7 +198,7 @@ def test_tars(place, capsys, entries, form):
 
 @cases(100)
 @given(data=st.data())
-def test_damaged_tars(place, capsys, data):
+def test_every_sample_of_a_damaged_tar_is_imported_or_named(place, capsys, data):
     folder = empty(place) / "tars"
     folder.mkdir()
     whole = [(f"k{i // 2}", "jpg" if i % 2 else "txt", "file") for i in range(8)]
@@ -201,7 +206,7 @@ def test_damaged_tars(place, capsys, data):
     broken = data.draw(damaged((folder / "00.tar").read_bytes()))
     (folder / "00.tar").write_bytes(broken)
     samples, skipped, printed = run(["tars", folder], place / "out", capsys)
-    # a tar has checksums of its headers alone: pixels that changed and still decode are nobody's to notice
+    # a tar has checksums of its headers alone: changed pixels that still decode go unnoticed
     assert len(samples) + len(skipped) >= len(images) or "00.tar" in printed
 
 
@@ -217,8 +222,8 @@ files = st.tuples(
 )
 
 
-def lay_out(folder, entries) -> dict[str, bytes]:
-    """Files and worse; the readable images by path."""
+def lay_out(folder: Path, entries: list[tuple]) -> dict[str, bytes]:
+    """Make the files, folders, links and pipes; returns the readable images by path."""
     images = {}
     for number, (inside, name, suffix, kind, content) in enumerate(entries):
         path = os.path.join(folder, inside, name + suffix)
@@ -244,13 +249,13 @@ def lay_out(folder, entries) -> dict[str, bytes]:
                 if is_image and kind != "cut":
                     images[path] = data
         except UnicodeEncodeError:
-            continue  # no file system holds a surrogate outside the range of undecodable bytes
+            continue  # no file name can hold this surrogate
     return images
 
 
 @cases(150)
 @given(entries=st.lists(files, min_size=1, max_size=9))
-def test_folders(place, capsys, entries):
+def test_every_image_of_a_folder_is_imported_or_named(place, capsys, entries):
     folder = empty(place) / "photos"
     folder.mkdir()
     images = lay_out(folder, entries)
@@ -263,7 +268,7 @@ def test_folders(place, capsys, entries):
 
 @cases(80)
 @given(entries=st.lists(files, min_size=1, max_size=9), table=st.none() | anything)
-def test_class_folders(place, capsys, entries, table):
+def test_every_image_of_class_folders_is_imported_or_named(place, capsys, entries, table):
     folder = empty(place) / "classes"
     folder.mkdir()
     images = lay_out(folder, entries)

@@ -1,4 +1,4 @@
-"""Whatever became of a model folder, it loads as it was saved or is refused in one sentence, before it costs memory.
+"""Proves that a damaged model folder loads as it was saved, or is refused in one sentence before it takes memory.
 
 python -m pytest tests/faults/test_model_files.py
 """
@@ -35,13 +35,13 @@ SMALL = dict(
 
 
 class Saved:
-    """A model folder and its tensors; a short repr, since hypothesis prints what a failing test was given."""
+    """A model folder and its tensors; not a dataclass, because hypothesis would print every tensor of a failure."""
 
     def __init__(self, folder, tensors):
         self.folder, self.tensors = folder, tensors
 
     def is_in(self, model):
-        """Whether a loaded model is the saved one, but for positions that it was asked to resize."""
+        """Whether a loaded model equals the saved one, except for resized positional embeddings."""
         found = model.state_dict()
         resized = {"encoder.positional_embedding"} if model.config.image_size != 32 else set()
         return all(torch.equal(found[name], self.tensors[name]) for name in self.tensors.keys() - resized)
@@ -58,7 +58,7 @@ def saved(tmp_path_factory):
 
 
 def load(folder):
-    """The model, or the sentence that refuses it; both within half a gigabyte more than there was."""
+    """Load the model, or return the sentence that refuses it; either may take half a gigabyte."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         with warnings.catch_warnings():
@@ -83,7 +83,7 @@ def place(tmp_path_factory):
 
 @cases(200)
 @given(data=st.data())
-def test_configs(saved, place, data):
+def test_a_mutated_config_loads_or_is_refused(saved, place, data):
     folder = altered(saved, place)
     config = json.loads((folder / "config.json").read_bytes())
     (folder / "config.json").write_bytes(dump(data.draw(mutated(config))))
@@ -96,7 +96,7 @@ def test_configs(saved, place, data):
 
 @cases(100)
 @given(data=st.data())
-def test_damaged_files(saved, place, data):
+def test_a_damaged_file_is_refused_or_harmless(saved, place, data):
     folder = altered(saved, place)
     name = data.draw(st.sampled_from(sorted(path.name for path in folder.iterdir())))
     whole = (folder / name).read_bytes()
@@ -106,7 +106,7 @@ def test_damaged_files(saved, place, data):
     if isinstance(found, str):
         assert name in found or folder.name in found, (name, found)
     elif broken != whole:
-        # people may edit these two; what they change must not change a weight
+        # users may edit these files, which must not change a weight
         assert name in ("config.json", "checksums.json", "tokenizer.json"), name
     if not isinstance(found, str):
         assert saved.is_in(found)

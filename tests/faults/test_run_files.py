@@ -1,4 +1,4 @@
-"""Whatever settings a run is given and whatever became of its files, it starts as told or says one sentence.
+"""Proves that a run with odd settings or damaged files starts as configured, or refuses in one sentence.
 
 python -m pytest tests/faults/test_run_files.py
 """
@@ -18,10 +18,12 @@ from prismer.config import prismer_tiny
 from prismer.files import write_checksums, write_json
 from prismer.model import Prismer
 from prismer.tokenizer import Tokenizer
-from prismer.training.config import TrainConfig, merge, read_config
-from prismer.training.evaluation import Knowledge
+from prismer.training.checkpoint import STATE
+from prismer.training.config import TrainConfig
+from prismer.training.engine_settings import complete_settings, read_config
 from prismer.training.progress import Progress, read_metrics
-from prismer.training.run_folder import INDEX, SETTINGS, STATE, RunFolder
+from prismer.training.run_folder import INDEX, SETTINGS, RunFolder
+from prismer.training.text_statistics import TextStatistics
 from prismer.training.zero import check_settings
 from tests.faults.anything import ODD_NUMBERS, anything, cases, damaged, dump, is_sentence, mutated
 
@@ -45,7 +47,7 @@ ENGINE = {
 
 
 def refused(action) -> bool:
-    """Whether `action` refuses, which it may in one sentence only."""
+    """Whether `action` refuses; it has to do so in one sentence."""
     try:
         action()
     except ValueError as error:
@@ -56,13 +58,13 @@ def refused(action) -> bool:
 
 @cases(250)
 @given(engine=mutated(ENGINE), tail=st.sampled_from([b"", b"", b"", b"}", b"\xff"]))
-def test_settings(tmp_path_factory, engine, tail):
+def test_mutated_settings_are_used_or_refused(tmp_path_factory, engine, tail):
     file = tmp_path_factory.getbasetemp() / "zero3.json"
     file.write_bytes(dump(engine) + tail)
 
     def start():
         config, settings = read_config(file)
-        merged = merge(config, settings, world_size=1, precision="fp32")
+        merged = complete_settings(config, settings, world_size=1, precision="fp32")
         check_settings(config, settings)
         assert merged["zero_optimization"]["stage"] == 3 and merged["bf16"]["enabled"] is False
 
@@ -73,8 +75,8 @@ def test_settings(tmp_path_factory, engine, tail):
 
 @cases(250)
 @given(name=st.sampled_from(sorted(FIELDS)), value=st.sampled_from(ODD_NUMBERS) | anything)
-def test_fields(name, value):
-    """What is taken is of the field's kind, finite, and no larger than anybody has."""
+def test_odd_values_of_a_field_are_used_or_refused(name, value):
+    """An accepted value has the field's type, is finite, and is not absurdly large."""
     if refused(lambda: TrainConfig(**{name: value})):
         return
     taken = getattr(TrainConfig(**{name: value}), name)
@@ -90,7 +92,7 @@ def test_fields(name, value):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of three checkpoints with a small model, as training leaves it, without training."""
+    """A run folder with three checkpoints of a small model, as training would leave it."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     tokenizer = Tokenizer.train(["a cube"], 280)
     sizes = dict(
@@ -111,8 +113,8 @@ def whole(tmp_path_factory):
     )
     torch.manual_seed(0)
     model = Prismer(prismer_tiny(**sizes), tokenizer)
-    RunFolder(folder).settle(TrainConfig(), lambda: "fp32")
-    Knowledge(answers=["yes", "no"], guesses={"x": "yes"}, caption="a cube").save(folder)
+    RunFolder(folder).reconcile_settings(TrainConfig(), lambda: "fp32")
+    TextStatistics(answers=["yes", "no"], guesses={"x": "yes"}, caption="a cube").save(folder)
     rows = [dict(step=i, kind="train", loss=1.0, learning_rate=0.1) for i in range(1, 4)]
     rows.append(dict(step=3, kind="skipped", split="train", shard="s", key="k", reason="r"))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -138,13 +140,13 @@ def whole(tmp_path_factory):
 
 
 def resume(folder):
-    """What a start does with the files of a run before it trains."""
+    """Do what a new start does with the files of a run before it trains."""
     run = RunFolder(folder)
     try:
         run.claim()
-        run.check()
-        run.settle(TrainConfig(), lambda: pytest.fail("an earlier run was taken for none"))
-        Knowledge.load(folder)
+        run.check_files()
+        run.reconcile_settings(TrainConfig(), lambda: pytest.fail("an earlier run was taken for none"))
+        TextStatistics.load(folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = Prismer.from_pretrained(run.last())
@@ -161,8 +163,8 @@ def tensors_of(folder):
 
 @cases(150)
 @given(data=st.data())
-def test_damaged_runs(tmp_path_factory, whole, data):
-    """A file of a run is damaged or gone: it resumes where it was, from the same weights, or it says what to do."""
+def test_a_run_with_a_damaged_file_resumes_or_is_refused(tmp_path_factory, whole, data):
+    """It resumes at the same step from the same weights, or says what to do."""
     folder = tmp_path_factory.getbasetemp() / "damaged"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
@@ -178,7 +180,7 @@ def test_damaged_runs(tmp_path_factory, whole, data):
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     found = []
     if refused(lambda: found.extend(resume(folder))):
-        # nothing was touched, so that what is whole can still be had
+        # nothing was changed, so that the whole files can still be used
         assert all(p.read_bytes() == text for p, text in before.items())
         return
     name, model = found
@@ -188,9 +190,17 @@ def test_damaged_runs(tmp_path_factory, whole, data):
     assert all(torch.equal(model.state_dict()[key], expected[key]) for key in expected)
 
 
+def test_a_long_stored_setting_is_shortened_in_the_refusal(tmp_path, whole):
+    run = shutil.copytree(whole, tmp_path / "run")
+    stored = json.loads((run / SETTINGS).read_bytes())
+    stored["settings"]["task"] = "a" * 3000
+    (run / SETTINGS).write_bytes(dump(stored))
+    assert refused(lambda: resume(run))
+
+
 @cases(50)
 @given(data=st.data())
-def test_damaged_metrics(tmp_path_factory, data):
+def test_damaged_metrics_are_cut_or_refused(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "metrics"
     folder.mkdir(exist_ok=True)
     rows = [dict(step=i, kind="train", loss=1.0, learning_rate=0.1) for i in range(1, 4)]

@@ -1,4 +1,4 @@
-"""Whatever the JSON of a sample holds, it is used whole or skipped and named; nothing raises anything else.
+"""Proves that a sample with any JSON is used whole, or skipped and named.
 
 python -m pytest tests/faults/test_sample_json.py
 """
@@ -6,6 +6,7 @@ python -m pytest tests/faults/test_sample_json.py
 import io
 import json
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,16 +14,16 @@ from hypothesis import given
 from PIL import Image
 
 from prismer.config import prismer_tiny
-from prismer.dataloading.feed.features import Semantics
 from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store import writer as shard_writer
 from prismer.dataloading.store.check import check_dataset
-from prismer.dataloading.store.schema import meta_problems
+from prismer.dataloading.store.sample_json import meta_problems
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 from prismer.dataloading.views.contact_sheet import contact_sheet
-from prismer.texts import caption_texts, classification_texts, collate, joint_texts, vqa_texts
+from prismer.texts import ChooseTexts, choose_captions, choose_class, choose_joint, choose_questions, collate
 from prismer.tokenizer import Tokenizer
-from prismer.training.evaluation import survey
+from prismer.training.text_statistics import count_texts
 from tests.faults.anything import cases, dump, mutated
 
 CONFIG = prismer_tiny(image_size=32, label_size=16)
@@ -52,7 +53,7 @@ def tokenizer():
     return Tokenizer.train(["a cube", "two cones", "what?", "how many?"], 300)
 
 
-def make_sample(key, meta):
+def make_sample(key: str, meta: dict) -> Sample:
     file = io.BytesIO()
     Image.fromarray(np.arange(1800, dtype=np.uint8).reshape(20, 30, 3)).save(file, "JPEG")
     ids = np.full((16, 16), 255, np.uint8)
@@ -62,20 +63,22 @@ def make_sample(key, meta):
     return Sample(key, file.getvalue(), labels, meta)
 
 
-def choosers(tokenizer):
+def choosers(tokenizer: Tokenizer) -> tuple[ChooseTexts, ...]:
     room = CONFIG.max_positions
+    captions = partial(choose_captions, tokenizer, "a picture of", 2, room)
+    questions = partial(choose_questions, tokenizer, 3, room)
     return (
-        caption_texts(tokenizer, "a picture of", 2, room),
-        vqa_texts(tokenizer, 3, room),
-        joint_texts(tokenizer, "", 1, 2, room),
-        classification_texts(tokenizer, class_names=CLASSES["class"], max_positions=room),
+        captions,
+        questions,
+        partial(choose_joint, {"captions": captions, "questions": questions}),
+        partial(choose_class, tokenizer, CLASSES["class"], room),
     )
 
 
 @cases(500)
 @given(meta=mutated(WHOLE))
 def test_what_fits_the_schema_can_be_used(tokenizer, meta):
-    """All that reads a sample's JSON agrees with the schema; tasks may still say that a field is missing."""
+    """Every reader of a sample's JSON accepts what fits the schema; a task may still miss a field."""
     meta = json.loads(dump(meta))
     problems = meta_problems(meta, CLASSES)
     assert all(text.isprintable() and len(text) < 200 for text in problems)
@@ -95,11 +98,11 @@ def test_what_fits_the_schema_can_be_used(tokenizer, meta):
 
 @cases(12)
 @given(metas=mutated([WHOLE] * 25, most=30))
-def test_in_is_out_and_named(tmp_path_factory, tokenizer, metas):
-    """25 samples of other people's writers: the loader, the check and the survey name the same ones."""
+def test_every_sample_is_used_or_named(tmp_path_factory, tokenizer, metas):
+    """Of 25 samples from other writers, the loader, the check and the survey name the same ones."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        # what is in the envelope need not be an object
+        # the writer takes only a dict, which here wraps any JSON value
         patch.setattr(shard_writer, "to_json", lambda value: dump(value["envelope"] if "envelope" in value else value))
         patch.setattr("os.fsync", lambda handle: None)
         with ShardWriter(folder, classes=CLASSES, source="x", samples_per_shard=10) as writer:
@@ -118,11 +121,11 @@ def test_in_is_out_and_named(tmp_path_factory, tokenizer, metas):
     )
     assert {skipped.key for skipped in loader.skipped} == bad
     assert all(skipped.reason.isprintable() for skipped in loader.skipped)
-    assert len(survey(dataset).skipped) <= len(bad)
+    assert len(count_texts(dataset).skipped) <= len(bad)
 
 
-def faulty(meta) -> bool:
-    """Whether a sample of `make_sample` with this JSON cannot be used: its maps need entries for ids 0 and 1."""
+def faulty(meta: object) -> bool:
+    """Whether a sample of `make_sample` with this JSON cannot be used; its maps need entries for ids 0 and 1."""
     if meta_problems(meta, CLASSES):
         return True
     wrong_size = meta.get("size", [20, 30]) != [20, 30]

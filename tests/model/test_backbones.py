@@ -17,7 +17,7 @@ from prismer.config import ALL_EXPERTS, prismer_base, prismer_huge, prismer_larg
 from prismer.freezing import freeze
 from prismer.model import Prismer
 from prismer.tokenizer import Tokenizer
-from prismer.training.initial_model import start_model
+from prismer.training.initial_model import build_initial_model
 from tests.model.plain_published import bicubic, randomise
 from tests.model.teacher_forcing import logits_of
 from tests.model.test_model import make_images
@@ -203,7 +203,7 @@ def test_a_model_with_all_experts_trains(parts, tmp_path):
     model = build(parts, experts=ALL_EXPERTS)
     assert list(model.encoder.stems) == ["rgb", *ALL_EXPERTS]
     model.save_pretrained(tmp_path / "start")
-    started = start_model(str(tmp_path / "start"))
+    started = build_initial_model(str(tmp_path / "start"))
     assert started.tokenizer is not None and started.config == model.config
     before = model.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in started.state_dict().items())

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import save_file
 
 from prismer.config import PrismerConfig, prismer_tiny
-from prismer.costs.info import report
+from prismer.costs.info import info_text
 from prismer.errors import is_a_sentence
 from prismer.files import find_damage
 from prismer.model import Prismer
 from prismer.shipped import shipped_folder
 from prismer.tokenizer import Tokenizer
-from prismer.training.initial_model import start_config, start_model
+from prismer.training.initial_model import build_initial_model, initial_config
 from prismer.weights.published import save_published
 from tests.faults.disk import full_after
 
@@ -120,7 +120,7 @@ def test_the_shipped_folders_are_whole(monkeypatch, tmp_path):
     shutil.copytree(shipped_folder("tiny-towers"), tmp_path / "t")
     flip(tmp_path / "t" / "towers.safetensors", 8 * 1_000_000)
     monkeypatch.setattr("prismer.training.initial_model.shipped_folder", lambda name: tmp_path / "t")
-    assert "towers.safetensors is damaged" in refusal(lambda: start_model("tiny"))
+    assert "towers.safetensors is damaged" in refusal(lambda: build_initial_model("tiny"))
 
 
 ABSURD = {
@@ -169,7 +169,7 @@ def test_an_absurd_config_builds_nothing(folder, field, value):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, field: value}))
     begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for load in (Prismer.from_pretrained, start_config, report):
+    for load in (Prismer.from_pretrained, initial_config, info_text):
         assert field in refusal(lambda load=load: load(str(folder)))
     assert time.monotonic() - begun < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000

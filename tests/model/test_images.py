@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from prismer.config import prismer_base, prismer_tiny
-from prismer.dataloading.feed.features import Semantics
-from prismer.dataloading.feed.images import ExpertLabels, image_batch, load_image, load_images
+from prismer.dataloading.feed.image_batch import ExpertLabels, image_batch
+from prismer.dataloading.feed.load_image import load_image, load_images
 from prismer.dataloading.feed.loader import Loader
 from prismer.dataloading.scenes.dataset import OBJECT_CLASSES, SEG_CLASSES, render_scene
-from prismer.dataloading.store.labels import pack_labels
+from prismer.dataloading.semantics.features import Semantics
+from prismer.dataloading.store.label_maps import pack_labels
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 from prismer.experts import EXPERTS
 

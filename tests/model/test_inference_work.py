@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prismer.batch import Batch, ImageBatch, TextBatch
 from prismer.config import preset, prismer_tiny
-from prismer.costs.counting import Counter
+from prismer.costs.counting import CostCounter
 from prismer.freezing import freeze
 from prismer.generation import BeamSearch, beam_search, read_prompts
 from prismer.model import Prismer
@@ -59,7 +59,7 @@ def base():
 def test_flops_of_a_caption(base):
     """Three beams, 4 -> 20 tokens, none recomputed; every step costs the same."""
     decoder, context = base
-    with torch.inference_mode(), Counter() as counter:
+    with torch.inference_mode(), CostCounter() as counter:
         search = begin(decoder, context, [[[0, 5, 6, 7]]], max_new_tokens=16)
         state = search.start()
         once = counter.flops
@@ -78,7 +78,7 @@ def test_flops_of_ranking(base, answers, most):
     """A question of 14 tokens, and answers of 3 tokens that share no prefix."""
     decoder, context = base
     trie = AnswerTrie([[10 + 2 * i, 11 + 2 * i, 2] for i in range(answers)], 2)
-    with Counter() as counter:
+    with CostCounter() as counter:
         rank_answers(decoder, context, [[list(range(100, 114))]], trie)
     # 27.3 GF project the image's keys and values; with far less for the rest, answers would be left out
     assert 27.3e9 + (most - 27.3e9) * 0.6 < counter.flops < most
@@ -92,7 +92,7 @@ def test_every_step_issues_the_same_number_of_operators():
         search = begin(decoder, torch.randn(1, 5, 24), [[[0, 5]]])
         state = search.start()
         for _ in range(6):
-            with Counter() as counter:
+            with CostCounter() as counter:
                 state = search.step(state)
             counts.append(counter.calls)
     print(counts, counter.issued)

@@ -13,7 +13,7 @@ import torch
 
 from prismer.batch import Batch, ImageBatch, TextBatch
 from prismer.config import preset
-from prismer.costs.counting import Counter
+from prismer.costs.counting import CostCounter
 from prismer.freezing import freeze
 from prismer.kernels.dispatch import use_backend
 from prismer.model import Prismer
@@ -33,7 +33,7 @@ def count_step(mode: str, side: int) -> collections.Counter[str]:
         batch = Batch(
             images=ImageBatch.without_labels(rgb, config.experts, config.label_size), texts=texts, keys=[], meta=[]
         )
-        with Counter() as counter:
+        with CostCounter() as counter:
             model(batch).backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing, f"no gradient reached {missing[:3]}: the count is of half a step"

@@ -1,11 +1,11 @@
-"""Fixtures of the tests of ops."""
+"""Fixtures for the tests of ops."""
 
 import pytest
 
 
 @pytest.fixture(params=("baseline", "avx2", "avx512"))
 def isa(request, monkeypatch):
-    """Native ops on one instruction set."""
+    """Run native ops on one instruction set, whose name the fixture returns."""
     from tests.ops.native_sets import HERE
 
     if request.param not in HERE:

@@ -1,10 +1,10 @@
-"""How much memory something takes at its worst moment, on the CPU: what we allocate, and not what a library needs.
+"""Measures the peak memory of a call on the CPU, without the scratch memory of libraries.
 
-Every allocation of torch's allocator is seen, also those of our C++, inside our operators and in compiled code. What
-one operator of torch (`aten::`) allocates and frees before it returns is its library's scratch, such as a copy of a
-matrix in another order or in fp32. It depends on the processor, nobody here can change it, and it does not count.
-Operators that torch composes of others (`aten::cross_entropy_loss`) are looked through: what passes between their
-parts counts. What libraries allocate by themselves is not seen at all.
+Every allocation of torch's allocator counts, also in our C++, inside our operators and in compiled code. One exception:
+memory that one torch operator (`aten::`) allocates and frees before it returns is scratch of its library, such as a
+copy of a matrix in another order or in fp32. It depends on the processor and not on our code, so it does not count.
+Operators that torch composes of others (`aten::cross_entropy_loss`) are no exception: tensors that pass between their
+parts count. Allocations that do not use torch's allocator are not seen.
 """
 
 import functools
@@ -16,20 +16,20 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(fn: Callable[[], object]) -> int:
-    """The most bytes alive at one time among those that `fn` allocates; what was there before does not count.
+    """Peak of the bytes that `fn` allocates; memory from before the call does not count.
 
-    What `fn` returns, or leaves in `.grad`, counts while it lives.
+    Tensors that `fn` returns, or leaves in `.grad`, count while they live.
     """
     return max(_course(fn))
 
 
 def kept_bytes(fn: Callable[[], object]) -> int:
-    """Bytes that `fn` allocated and that live on in what it returned, such as an output's graph."""
+    """Bytes that `fn` allocated and that its result keeps alive, for example through the graph of an output."""
     return _course(fn)[-1]
 
 
 def _course(fn: Callable[[], object]) -> list[int]:
-    """Bytes alive after each allocation and release, from 0 to when `fn` has returned."""
+    """Bytes alive after each allocation and release, beginning with 0 and ending when `fn` has returned."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = fn()
     del result
@@ -52,7 +52,7 @@ def _course(fn: Callable[[], object]) -> list[int]:
 
 
 def _allocations(events: list[_ProfilerEvent], operator: int | None) -> Iterator[tuple[_ProfilerEvent, int | None]]:
-    """Each allocation and release, with the outermost operator of torch that it happened in."""
+    """Each allocation and release, with the outermost torch operator around it, or None."""
     for event in events:
         kind, fields = event.typed
         if kind == _EventType.Allocation:
@@ -67,8 +67,9 @@ def _allocations(events: list[_ProfilerEvent], operator: int | None) -> Iterator
 
 @functools.cache
 def _composed(name: str) -> bool:
+    """Whether torch composes this operator of others."""
     packet = getattr(torch.ops.aten, name.removeprefix("aten::"))
     names = [name if overload == "default" else f"{name}.{overload}" for overload in packet.overloads()]
-    # some overloads are of TorchScript alone
+    # some overloads exist in TorchScript only
     names = [n for n in names if torch._C._dispatch_has_kernel(n)]
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(n, "CompositeImplicitAutograd") for n in names)

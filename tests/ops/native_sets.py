@@ -1,4 +1,4 @@
-"""The instruction sets that native ops are compiled for, and those of this machine."""
+"""The instruction sets of native ops: all that they are compiled for, and those that this machine has."""
 
 import pytest
 import torch

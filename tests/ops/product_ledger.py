@@ -1,4 +1,4 @@
-"""What kernels/gemm.py says that one product costs, for the ledger tests of the rooms that are built of products."""
+"""What kernels/gemm.py says that one product costs, for the ledger tests of ops that consist of products."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,13 @@ from prismer.kernels.gemm import _tiles
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
+    """Traffic and work of kernels.
+
+    Attributes:
+        read, written: in bytes.
+        dot: FLOPs of dot products.
+    """
+
     read: int = 0
     written: int = 0
     dot: int = 0
@@ -16,9 +23,12 @@ class Cost:
 
 
 def product(M, N, K, dtype, *, bias=0, read=0, written=0, sums=0) -> Cost:
-    """The issued cost of (M, K) times (K, N), with `read` and `written` more (M, N) tensors.
+    """The issued cost of (M, K) times (K, N).
 
-    `bias` and `sums` are the bytes of one of their numbers, 0 without.
+    Args:
+        bias: bytes of a number of the bias, 0 without a bias.
+        read, written: numbers of further (M, N) tensors that the product reads and writes.
+        sums: bytes of a number of the column sums, 0 without sums.
     """
     tiles, s = _tiles(M, N, dtype), dtype.itemsize
     num_m, num_n, num_k = (-(-size // tiles[block]) for size, block in ((M, "BM"), (N, "BN"), (K, "BK")))
@@ -31,7 +41,7 @@ def product(M, N, K, dtype, *, bias=0, read=0, written=0, sums=0) -> Cost:
 
 
 def column_sums(R, D, dtype) -> Cost:
-    """The issued cost of kernels/activation.py's column sums, for a bias of the dtype of what is summed."""
+    """The issued cost of kernels/activation.py's column sums, for a bias of the dtype of its rows."""
     from prismer.kernels.activation import _tiles
     from prismer.kernels.layer_norm import _groups
 
@@ -40,6 +50,6 @@ def column_sums(R, D, dtype) -> Cost:
 
 
 def check(ledger, *costs: Cost) -> None:
-    """The kernels moved and multiplied exactly that."""
+    """Assert that the ledger holds exactly the sum of these costs."""
     total = sum(costs, Cost())
     assert (ledger.bytes_read, ledger.bytes_written, ledger.dot_flops) == (total.read, total.written, total.dot)

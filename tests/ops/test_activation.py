@@ -39,7 +39,7 @@ def on_backend(request, running):
 
 
 def draw(R, D, dtype):
-    """Both sides of zero, a bias that matters."""
+    """Numbers on both sides of zero, and a bias large enough to matter."""
     return (2 * torch.randn(R, D)).to(dtype), (2 * torch.randn(D)).to(dtype)
 
 
@@ -77,8 +77,8 @@ def test_bias_activation(shape, activation, dtype, assert_no_worse):
     compare(h, bias, activation, assert_no_worse)
 
 
-def test_many_groups(assert_no_worse):
-    """More blocks of rows than partial sums: a program adds up several."""
+def test_more_blocks_of_rows_than_groups(assert_no_worse):
+    """Then a program sums several blocks."""
     compare(*draw(2100, 256, torch.bfloat16), "squared_relu", assert_no_worse)
 
 
@@ -91,7 +91,7 @@ def test_without_bias(activation, dtype, assert_no_worse):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("case", ("massive", "tiny", "zero", "tails"))
-def test_adversarial(case, activation, dtype, assert_no_worse):
+def test_hard_inputs(case, activation, dtype, assert_no_worse):
     h, bias = draw(9, 192, torch.float32)
     if case == "massive":
         h[:, 7], h[:, 8], bias[9] = 200, -200, 100
@@ -105,14 +105,14 @@ def test_adversarial(case, activation, dtype, assert_no_worse):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_not_finite(activation):
-    """NaN and infinity do not become numbers, so that a lost run shows."""
+def test_nan_and_infinity_stay_visible(activation):
+    """They do not become finite numbers, so that a failed run is noticed."""
     h = torch.tensor([[float("nan"), float("inf"), 1.0]])
     y = bias_activation(h, None, activation)
     assert y[0, 0].isnan() and not y[0, 1].isfinite() and y[0, 2].isfinite()
 
 
-def test_reference_is_that_of_torch():
+def test_the_reference_agrees_with_torch():
     h, bias = draw(7, 60, torch.float64)
     for activation in ACTIVATIONS:
         with use_backend("reference"):
@@ -120,8 +120,8 @@ def test_reference_is_that_of_torch():
         assert bias_activation_reference(h.bfloat16(), None, activation).dtype == torch.bfloat16
 
 
-def test_mixed_dtypes(assert_no_worse):
-    """An fp32 bias over bf16, as a master-weight policy leaves it; its gradient comes in its own dtype."""
+def test_parameters_in_fp32_beside_bf16(assert_no_worse):
+    """A bias in fp32 over a bf16 stream, as with master weights; its gradient has its dtype."""
     h, bias = draw(11, 96, torch.float32)
     h, bias = h.bfloat16(), bias.requires_grad_()
     y = bias_activation(h, bias, "gelu")
@@ -132,7 +132,7 @@ def test_mixed_dtypes(assert_no_worse):
     assert y.dtype == torch.bfloat16 and grad.dtype == torch.float32
 
 
-def test_layouts():
+def test_tensors_may_have_any_strides():
     """Transposed inputs, more dimensions, an expanded gradient."""
     h, bias = draw(12, 60, torch.float32)
     h3 = h.view(3, 4, 60).transpose(0, 1)
@@ -144,8 +144,8 @@ def test_layouts():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_row_alone_and_repeats(activation):
-    """Bit for bit: a row alone, in a batch, and again; the bias's gradient again."""
+def test_a_row_alone_equals_its_row_in_a_batch_and_repeats(activation):
+    """Bit for bit, and so do repeats of the gradient of the bias."""
     h, bias = draw(300, 60, torch.bfloat16)
     dy = torch.randn(300, 60).bfloat16()
     first = results(bias_activation, h, bias, activation, torch.bfloat16, dy)
@@ -157,8 +157,8 @@ def test_row_alone_and_repeats(activation):
         assert torch.equal(alone["y"], first["y"][one]) and torch.equal(alone["dh"], first["dh"][one])
 
 
-def test_saved_bytes():
-    """h, and the bias itself; nothing at all if nothing trains."""
+def test_only_the_documented_tensors_are_saved():
+    """They are h and the bias itself; nothing if nothing trains."""
     h, bias = draw(6, 32, torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -169,7 +169,7 @@ def test_saved_bytes():
     assert any(t is bias for t in saved)
 
 
-def test_frozen_bias_is_not_summed(count_calls):
+def test_a_frozen_bias_is_not_summed(count_calls):
     h, bias = draw(6, 32, torch.float32)
     with count_calls() as calls:
         bias_activation(h.requires_grad_(), bias, "gelu").sum().backward()
@@ -244,7 +244,7 @@ def test_ledger(bias):
         (dict(activation="relu"), "choose quick_gelu, gelu, squared_relu"),
     ),
 )
-def test_errors(change, message):
+def test_bad_arguments_are_refused(change, message):
     good = dict(h=torch.zeros(3, 4), bias=torch.zeros(4), activation="gelu")
     with pytest.raises(ValueError, match=message):
         bias_activation(**{**good, **change})

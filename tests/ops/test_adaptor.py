@@ -1,5 +1,5 @@
-"""Proves that adaptor is Prismer's, in both norm orders, forward and every gradient, on every backend; that it saves
-what its docstring says, to the byte; and that what is frozen saves nothing and computes nothing.
+"""Proves that adaptor is the one of Prismer, in both orders of the norm, forward and in every gradient, on every
+backend; that it saves the bytes of its docstring; and that frozen parameters save and compute nothing.
 
 Run: pytest tests/ops/test_adaptor.py
 """
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prismer.kernels import adaptor as room
+from prismer.kernels import adaptor as module
 from prismer.kernels.adaptor import adaptor, adaptor_reference
 from prismer.kernels.dispatch import use_backend
 from tests.ops.product_ledger import Cost, check, column_sums, product
@@ -47,7 +47,7 @@ def on_backend(request, running):
 
 
 def draw(R, D, E, dtype):
-    """Rows away from zero, an affine and biases that matter."""
+    """Rows far from zero, and a norm and biases large enough to matter."""
     tensors = [2 * torch.randn(R, D) + 1, 1 + torch.randn(D), torch.randn(D)]
     tensors += [torch.randn(E, D) / D**0.5, torch.randn(E), torch.randn(D, E) / E**0.5, 2 * torch.randn(D)]
     return [t.to(dtype) for t in tensors]
@@ -92,8 +92,8 @@ def test_adaptor(shape, dtype, late, assert_no_worse):
 @ORDERS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ("massive", "large-bias", "dead"))
-def test_adversarial(case, dtype, late, assert_no_worse):
-    """A massive activation, large biases, and a hidden layer that is off."""
+def test_hard_inputs(case, dtype, late, assert_no_worse):
+    """A massive activation, large biases, and a hidden layer of zeros."""
     tensors = draw(9, 60, 60, torch.float32)
     if case == "massive":
         tensors[0][:, 7] = 30
@@ -105,14 +105,14 @@ def test_adversarial(case, dtype, late, assert_no_worse):
 
 
 @ORDERS
-def test_optional_parameters(late, assert_no_worse):
+def test_norm_and_biases_are_optional(late, assert_no_worse):
     tensors = draw(9, 60, 31, torch.bfloat16)
     for missing in ((1, 2), (4,), (6,)):
         compare([None if i in missing else t for i, t in enumerate(tensors)], late, assert_no_worse)
 
 
 @ORDERS
-def test_reference_is_that_of_torch(late):
+def test_the_reference_agrees_with_torch(late):
     tensors = draw(7, 60, 31, torch.float64)
     with use_backend("reference"):
         torch.testing.assert_close(adaptor(*tensors, late=late, eps=0.5), plain(*tensors, late=late, eps=0.5))
@@ -121,8 +121,8 @@ def test_reference_is_that_of_torch(late):
 
 
 @ORDERS
-def test_eps(late, assert_no_worse):
-    """One that matters, forward and where the norm is formed again."""
+def test_eps_is_used_forward_and_backward(late, assert_no_worse):
+    """It is large enough to matter, also where the norm is computed again."""
     tensors = draw(7, 60, 31, torch.float32)
     dy = torch.randn(7, 60)
 
@@ -135,8 +135,8 @@ def test_eps(late, assert_no_worse):
 
 
 @ORDERS
-def test_mixed_dtypes(late, assert_no_worse):
-    """fp32 norm and biases over bf16, as a master-weight policy leaves them; gradients come in each one's dtype."""
+def test_parameters_in_fp32_beside_bf16(late, assert_no_worse):
+    """Norm and biases in fp32 over a bf16 stream, as with master weights; each gradient has the parameter's dtype."""
     tensors = draw(9, 60, 31, torch.bfloat16)
     low = {name: t for name, t in zip(NAMES, tensors, strict=True)}
     small = [name for name in NAMES if "bias" in name or "norm" in name]
@@ -151,7 +151,7 @@ def test_mixed_dtypes(late, assert_no_worse):
 
 
 @ORDERS
-def test_layouts(late):
+def test_tensors_may_have_any_strides(late):
     """Transposed inputs and weights, more dimensions, an expanded gradient."""
     x, gamma, beta, down, down_bias, up, up_bias = draw(12, 60, 31, torch.float32)
     x, down, up = x.view(3, 4, 60).transpose(0, 1), down.T.contiguous().T, up.T.contiguous().T
@@ -167,8 +167,8 @@ def test_layouts(late):
 
 @ORDERS
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
-def test_row_alone_and_repeats(late):
-    """Bit for bit: a row alone, in a batch, and again; every weight's gradient again."""
+def test_a_row_alone_equals_its_row_in_a_batch_and_repeats(late):
+    """Bit for bit, and so do repeats of the gradient of every parameter."""
     tensors = draw(130, 60, 61, torch.bfloat16)
     dy = torch.randn(130, 60).bfloat16()
     first = results(adaptor, tensors, late, torch.bfloat16, dy)
@@ -182,8 +182,8 @@ def test_row_alone_and_repeats(late):
 
 @ORDERS
 @pytest.mark.parametrize("trains", FROZEN.values(), ids=FROZEN)
-def test_frozen(trains, late, on_backend, count_calls):
-    """Saved bytes are those of the docstring, and no product is made for what is frozen."""
+def test_frozen_parameters_save_and_compute_nothing(trains, late, on_backend, count_calls):
+    """The saved bytes are those of the docstring, and frozen parameters cost no product."""
     from tests.ops.interpreter import interpreted
 
     R, D, E = 6, 20, 24
@@ -221,21 +221,21 @@ def test_frozen(trains, late, on_backend, count_calls):
     names = [argument.name for argument in torch.ops.prismer.adaptor_backward.default._schema.arguments]
     arguments = [backward[name] for name in names]
     with torch.no_grad(), count_calls() as calls:
-        room._backward(*arguments)
+        module._backward(*arguments)
     reduced = [call["affine"] for call in calls["prismer::layer_norm_backward"]]
     assert reduced == ([affine] if late or need_u else [])
-    # the early order's norm is formed again only for the gradient of down_weight
+    # the early order computes the norm again for the gradient of down_weight alone
     assert len(calls["prismer::layer_norm"]) == (need_down and not late)
     if on_backend == "torch":
         assert len(calls["aten::mm"]) == products and not calls["aten::addmm"]
         return
     with torch.no_grad(), interpreted() as ledger:
-        room._backward(*arguments)
+        module._backward(*arguments)
     assert ledger.kernels.count("_gemm_kernel") == products
 
 
 @ORDERS
-def test_nothing_trains(late):
+def test_nothing_is_saved_if_nothing_trains(late):
     saved = []
     tensors = draw(6, 20, 24, torch.bfloat16)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -246,7 +246,7 @@ def test_nothing_trains(late):
 
 
 @ORDERS
-def test_flipping(late):
+def test_what_trains_may_change_between_steps(late):
     """What trains may change between steps."""
     x, *parameters = draw(6, 20, 24, torch.float32)
     for trains in (False, True, False):
@@ -293,7 +293,7 @@ def test_opcheck(requires_grad, late):
 
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
 def test_opcheck_on_triton():
-    """Outputs that kernels fill are as fresh, and as the fake implementation says."""
+    """Outputs that kernels fill are new tensors too, of the shapes of the fake implementation."""
     tensors = draw(3, 8, 8, torch.float32)
     some = dict(test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(torch.ops.prismer.adaptor, (*tensors, True, 1e-5), **some)
@@ -330,7 +330,7 @@ def test_ledger(late):
 
     R, D, E, dtype = 67, 60, 70, torch.bfloat16
     tensors = draw(R, D, E, dtype)
-    # the norm's own bytes are proven with it: one block is 16 rows
+    # test_layer_norm.py proves the bytes of the norm; one block is 16 rows
     blocks = -(-R // 16)
     norm = Cost(read=R * D * 2 + blocks * 2 * D * 2, written=R * D * 2 + 8 * R)
     with interpreted() as ledger:
@@ -348,7 +348,7 @@ def test_ledger(late):
     check(
         ledger,
         norm_backward,
-        Cost() if late else norm,  # the norm formed again for ddown
+        Cost() if late else norm,  # the norm again, for ddown
         product(R, E, D, dtype, read=1, sums=2),  # dh
         product(R, D, E, dtype, read=int(late)),  # du, and dx of the late order
         product(E, D, R, dtype),  # ddown
@@ -371,7 +371,7 @@ def test_ledger(late):
         (dict(up_bias=torch.zeros(8)), r"up_bias is .* pass floats of shape \(4,\)"),
     ),
 )
-def test_errors(change, message):
+def test_bad_arguments_are_refused(change, message):
     good = dict(x=torch.zeros(3, 4), norm_weight=torch.zeros(4), norm_bias=torch.zeros(4))
     good |= dict(down_weight=torch.zeros(8, 4), down_bias=torch.zeros(8))
     good |= dict(up_weight=torch.zeros(4, 8), up_bias=torch.zeros(4))

@@ -1,5 +1,5 @@
 """Proves that attention is its definition, forward and every gradient, on every backend: self, causal, padded, cross,
-over two segments of keys, with dropout that depends on seed and place alone; and that frozen parts cost nothing.
+with dropout that depends on seed and place alone; and that frozen parts cost nothing.
 
 Run: pytest tests/ops/test_attention.py
 """
@@ -13,29 +13,27 @@ import torch
 import torch.nn.functional as F
 
 from prismer.kernels import dispatch
-from prismer.kernels.attention import attention, attention_reference
-from prismer.kernels.attention import torch_backend as attention_torch
-from prismer.kernels.attention import triton_backend as attention_triton
+from prismer.kernels.attention import attention, attention_reference, torch_backend, triton_backend
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.philox import philox, survivors
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CASES = {  # B, H, N, L, L2, K, what else
-    "one": (1, 1, 1, 1, 0, 32, ""),
-    "self": (1, 2, 37, 37, 0, 64, ""),
-    "causal": (1, 1, 65, 65, 0, 32, "causal"),
-    "padded": (3, 1, 17, 45, 0, 64, "mask"),
-    "text": (2, 1, 40, 40, 0, 64, "causal mask dropout"),
-    "text-to-image": (1, 2, 7, 70, 0, 128, "dropout"),
-    "resampler": (1, 2, 20, 61, 20, 96, ""),
-    "wide-resampler": (1, 1, 33, 5, 35, 160, ""),
-    "all": (2, 1, 35, 35, 17, 32, "causal mask dropout"),
+CASES = {  # B, H, N, L, K, what else
+    "one": (1, 1, 1, 1, 32, ""),
+    "self": (1, 2, 37, 37, 64, ""),
+    "causal": (1, 1, 65, 65, 32, "causal"),
+    "padded": (3, 1, 17, 45, 64, "mask"),
+    "causal-padded": (2, 1, 33, 33, 32, "causal mask"),
+    "text": (2, 1, 40, 40, 64, "causal mask dropout"),
+    "text-to-image": (1, 2, 7, 70, 128, "dropout"),
+    "resampler": (1, 2, 20, 81, 96, ""),
+    "wide-resampler": (1, 1, 33, 40, 160, ""),
+    "narrow": (2, 1, 35, 35, 32, "causal mask dropout"),
 }
-SDPA_CASES = ("one", "self", "causal", "padded")
+SDPA_CASES = ("one", "self", "causal", "padded", "causal-padded")
 RUNS = [(backend, case) for backend in ("triton", "torch") for case in CASES] + [("sdpa", c) for c in SDPA_CASES]
-NAMES = ("q", "k", "v", "extra_k", "extra_v")
 SEED = torch.tensor([-0x123456789ABCDEF])
 P = 0.3
 
@@ -46,10 +44,10 @@ def small_blocks(BM=32, BN=32):
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Small blocks, so that small tensors have several; call it again for others."""
+    """Small Triton blocks, so that small tensors have several; call it again for other sizes."""
 
     def use(BM=32, BN=32):
-        monkeypatch.setattr(attention_triton, "tiles", small_blocks(BM, BN))
+        monkeypatch.setattr(triton_backend, "tiles", small_blocks(BM, BN))
 
     use()
     return use
@@ -57,12 +55,12 @@ def blocks(monkeypatch):
 
 @pytest.fixture
 def on(running):
-    """Switches the backend inside a test."""
+    """Call it with a name to run the rest of the test on that backend."""
     with ExitStack() as stack:
         yield lambda backend: stack.enter_context(running(backend))
 
 
-def draw(B, H, N, L, L2, K, what, dtype=torch.float64):
+def draw(B, H, N, L, K, what, dtype=torch.float64):
     """Tensors by name, views of a packed projection (in cross-attention v is apart), and the options of the call."""
     packed = torch.randn(B, max(N, L), 3, H, K, dtype=torch.float64)
     packed *= torch.tensor([2.0, 1.0, 1.0]).view(3, 1, 1)
@@ -71,9 +69,6 @@ def draw(B, H, N, L, L2, K, what, dtype=torch.float64):
     tensors = dict(q=q[:, :, :N], k=k[:, :, :L], v=v[:, :, :L])
     if N != L:
         tensors["v"] = tensors["v"].contiguous()
-    if L2:
-        extra = torch.randn(B, L2, 2, H, K, dtype=torch.float64).to(dtype).permute(2, 0, 3, 1, 4)
-        tensors |= dict(extra_k=extra[0], extra_v=extra[1])
     options = dict(causal="causal" in what)
     if "mask" in what:
         # one sample sees nothing, one everything; causal queries may see nothing at first
@@ -86,36 +81,29 @@ def draw(B, H, N, L, L2, K, what, dtype=torch.float64):
     return tensors, options
 
 
-def visible(q, k, extra_k, causal, key_mask):
-    """(B, 1, N, L + L2)"""
+def visible(q, k, causal, key_mask):
+    """(B, 1, N, L)"""
     B, N, L = q.shape[0], q.shape[2], k.shape[2]
     seen = torch.ones(B, N, L, dtype=torch.bool)
     if causal:
         seen &= torch.arange(L) <= torch.arange(N)[:, None]
     if key_mask is not None:
         seen &= key_mask[:, None]
-    return F.pad(seen, (0, 0 if extra_k is None else extra_k.shape[2]), value=True)[:, None]
+    return seen[:, None]
 
 
-def factors(q, k, extra_k, dropout, seed):
-    """(B, H, N, L + L2): what dropout multiplies weights by."""
-    B, H, N, _ = q.shape
-    kept = [survivors(seed, B, H, 0, N, k.shape[2], 0, dropout)]
-    if extra_k is not None:
-        kept.append(survivors(seed, B, H, 0, N, extra_k.shape[2], 1, dropout))
-    return torch.cat(kept, 3) / (1 - dropout)
-
-
-def plain(q, k, v, extra_k=None, extra_v=None, causal=False, key_mask=None, dropout=0.0, seed=None):
+def plain(q, k, v, causal=False, key_mask=None, dropout=0.0, seed=None):
     """What a user would write, in the dtype of the tensors."""
-    seen = visible(q, k, extra_k, causal, key_mask)
-    kept = factors(q, k, extra_k, dropout, seed).to(q.dtype) if dropout else None
-    if extra_k is not None:
-        k, v = torch.cat([k, extra_k], 2), torch.cat([v, extra_v], 2)
+    seen = visible(q, k, causal, key_mask)
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
     some = seen.any(3, keepdim=True)
     weights = scores.masked_fill(~seen & some, float("-inf")).softmax(3) * some
-    return (weights if kept is None else weights * kept) @ v
+    if dropout:
+        # (B, H, N, L): what dropout multiplies weights by
+        weights = weights * (survivors(seed, *weights.shape[:2], 0, *weights.shape[2:], dropout) / (1 - dropout)).to(
+            weights.dtype
+        )
+    return weights @ v
 
 
 def results(op, tensors, dout, dtype, frozen=(), **options):
@@ -136,8 +124,8 @@ def compare(tensors, options, dtype, assert_no_worse, saturated=False):
     for name, value in got.items():
         assert value.dtype == dtype, name
         if saturated and name in ("dq", "dk"):
-            # dout . v and dout . out cancel where one key has all the weight: to a rounding, in every flash attention;
-            # but large scores are rounded too, in every order otherwise, and what this makes is left to the rule
+            # where one key has all the weight, dout . v and dout . out cancel up to one rounding, in every flash
+            # attention; the rule judges larger errors, since large scores are rounded too, in every order otherwise
             terms = (dout.double().abs() @ low["v"].double().abs().mT).amax()
             cancelled = terms * low["q" if name == "dk" else "k"].abs().amax()
             if (value.double() - exact[name]).abs().amax() <= 2 * torch.finfo(dtype).eps * cancelled:
@@ -156,17 +144,17 @@ def test_attention(backend, case, dtype, blocks, on, assert_no_worse):
     # heads merge by a view
     B, H, N, K = got["out"].shape
     got["out"].transpose(1, 2).view(B, N, H * K)
-    if "key_mask" in options and len(tensors) == 3:
+    if "key_mask" in options:
         assert (got["out"][0] == 0).all() and (got["dq"][0] == 0).all() and (got["dk"][0] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("case", ("massive", "same", "tiny", "hot-key"))
 @pytest.mark.parametrize("backend", ("triton", "torch"))
-def test_adversarial(backend, case, dtype, blocks, on, assert_no_worse):
-    """Saturated and uniform softmax, vanishing numbers, one key that outweighs all and comes last."""
+def test_extreme_inputs(backend, case, dtype, blocks, on, assert_no_worse):
+    """A saturated and a uniform softmax, tiny numbers, and a last key that outweighs all others."""
     on(backend)
-    tensors, options = draw(1, 1, 18, 40, 0, 32, "")
+    tensors, options = draw(1, 1, 18, 40, 32, "")
     if case == "massive":
         tensors["q"], tensors["k"] = 30 * tensors["q"], 30 * tensors["k"]
     elif case == "same":
@@ -179,16 +167,16 @@ def test_adversarial(backend, case, dtype, blocks, on, assert_no_worse):
 
 
 @pytest.mark.parametrize("backend", ("triton", "torch"))
-def test_real_blocks(backend, on, assert_no_worse):
-    """The blocks that a launch would take, on the decoder's shape: all of it in one program."""
+def test_the_blocks_of_a_real_launch(backend, on, assert_no_worse):
+    """The decoder's shape with the blocks of a launch: one program computes all of it."""
     on(backend)
-    assert attention_triton.tiles("forward", 64, 2, 40, 40, True)["BN"] == 64
-    tensors, options = draw(1, 1, 40, 40, 0, 64, "causal dropout", torch.bfloat16)
+    assert triton_backend.tiles("forward", 64, 2, 40, 40, True)["BN"] == 64
+    tensors, options = draw(1, 1, 40, 40, 64, "causal dropout", torch.bfloat16)
     compare(tensors, options, torch.bfloat16, assert_no_worse)
 
 
-def test_reference():
-    """The definition agrees with torch's attention and with `plain`, written apart."""
+def test_the_reference_is_torchs_attention():
+    """The definition agrees with torch's attention, and with `plain`, which is written independently."""
     for case in CASES.values():
         tensors, options = draw(*case)
         out = attention_reference(**tensors, **options)
@@ -201,13 +189,13 @@ def test_reference():
     assert attention_reference(*(t.bfloat16() for t in tensors.values())).dtype == torch.bfloat16
 
 
-def test_chunks_of_queries(monkeypatch):
-    """The torch backend gives the same whatever it holds at once."""
-    tensors, options = draw(2, 2, 37, 37, 11, 32, "causal mask dropout")
+def test_blocks_of_queries_give_the_same(monkeypatch):
+    """The torch backend gives the same, whether all scores fit a block or those of five queries do."""
+    tensors, options = draw(2, 2, 37, 37, 32, "causal mask dropout")
     dout = torch.randn(2, 2, 37, 32)
     with use_backend("torch"):
         whole = results(attention, tensors, dout, torch.float64, **options)
-        monkeypatch.setattr(attention_torch, "_CHUNK_BYTES", 8 * 4 * 48 * 5)
+        monkeypatch.setattr(torch_backend, "_BLOCK_BYTES", 8 * 4 * 37 * 5)
         for name, value in results(attention, tensors, dout, torch.float64, **options).items():
             torch.testing.assert_close(value, whole[name])
 
@@ -227,19 +215,18 @@ def test_chunks_of_queries(monkeypatch):
         ),
     ),
 )
-def test_philox(counter, seed, words):
-    """The known answers of Philox 4x32-10."""
+def test_philox_gives_the_known_answers(counter, seed, words):
+    """The published test vectors of Philox 4x32-10."""
     got = philox(torch.tensor(seed), *(torch.tensor(c) for c in counter))
     assert tuple(int(word) for word in got) == words
 
 
-def test_dropout_depends_on_place_alone(blocks, on):
-    """With the unit matrix for values the output is the dropped weights: the same zeros in every backend and block."""
-    tensors, _ = draw(2, 2, 32, 32, 32, 32, "")
-    tensors["v"][:] = torch.eye(32)
-    tensors["extra_v"][:] = 0
+def test_dropout_depends_on_the_place_alone(blocks, on):
+    """With a unit matrix as values the output is the dropped weights: the zeros agree in all backends and blocks."""
+    tensors, _ = draw(2, 2, 64, 64, 64, "")
+    tensors["v"][:] = torch.eye(64)
     tensors = {name: t.float() for name, t in tensors.items()}
-    wanted = survivors(SEED, 2, 2, 0, 32, 32, 0, P)
+    wanted = survivors(SEED, 2, 2, 0, 64, 64, P)
     on("triton")
     for backend, shape in (("torch", None), ("triton", (16, 32)), ("triton", (32, 16))):
         if shape:
@@ -249,22 +236,21 @@ def test_dropout_depends_on_place_alone(blocks, on):
 
 
 def test_dropout_is_fair():
-    """A share of 1 - p survives, for every head, query and segment its own; another seed keeps others."""
-    kept = survivors(SEED, 2, 3, 0, 101, 203, 0, P).double()
+    """A share of 1 - p survives; other heads, queries, keys and seeds keep others."""
+    kept = survivors(SEED, 2, 3, 0, 101, 203, P).double()
     assert abs(kept.mean().item() - (1 - P)) < 4 * math.sqrt(P * (1 - P) / kept.numel())
     flat = kept.flatten(0, 1)
-    others = [survivors(SEED, 2, 3, 0, 101, 203, 1, P), survivors(SEED + 1, 2, 3, 0, 101, 203, 0, P)]
+    others = [survivors(SEED + 1, 2, 3, 0, 101, 203, P)]
     others += [kept.roll(shift, dim) for dim, shift in ((0, 1), (1, 1), (2, 1), (3, 1), (3, 4))]
     for other in others:
         # independent: the covariance is that of chance
         covariance = ((flat - 1 + P) * (other.double().flatten(0, 1) - 1 + P)).mean()
         assert abs(covariance.item()) < 4 * P * (1 - P) / math.sqrt(kept.numel())
-    assert torch.equal(survivors(SEED, 2, 3, 50, 51, 203, 0, P), kept[:, :, 50:].bool())
+    assert torch.equal(survivors(SEED, 2, 3, 50, 51, 203, P), kept[:, :, 50:].bool())
 
 
 @pytest.mark.parametrize("backend", ("torch", "sdpa", "reference"))
-def test_drawn_dropout(backend):
-    """Without a seed torch's generator decides."""
+def test_without_a_seed_torchs_generator_decides(backend):
     tensors, _ = draw(*CASES["self"], torch.float32)
     drawn = []
     for seed in (1, 1, 2):
@@ -277,24 +263,22 @@ def test_drawn_dropout(backend):
 
 
 @pytest.mark.parametrize("backend", ("triton", "torch"))
-@pytest.mark.parametrize(("N", "L", "L2"), ((0, 5, 0), (3, 0, 0), (3, 0, 4), (3, 5, 0), (0, 0, 0)))
-def test_nothing_to_see(backend, N, L, L2, blocks, on):
-    """No queries, no keys, no extra keys, but the segment is there."""
+@pytest.mark.parametrize(("N", "L"), ((0, 5), (3, 0), (0, 0)))
+def test_no_queries_or_no_keys(backend, N, L, blocks, on):
     on(backend)
     q, k, v = (torch.randn(2, 1, n, 32, requires_grad=True) for n in (N, L, L))
-    extra = [torch.randn(2, 1, L2, 32, requires_grad=True) for _ in range(2)]
-    out = attention(q, k, v, extra_k=extra[0], extra_v=extra[1])
-    grads = torch.autograd.grad(out.sum(), (q, k, v, *extra))
-    expected = attention_reference(q, k, v, extra_k=extra[0], extra_v=extra[1])
-    wanted = torch.autograd.grad(expected.sum(), (q, k, v, *extra))
+    out = attention(q, k, v)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    expected = attention_reference(q, k, v)
+    wanted = torch.autograd.grad(expected.sum(), (q, k, v))
     torch.testing.assert_close(out, expected)
     for got, want in zip(grads, wanted, strict=True):
         torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("backend", ("triton", "torch"))
-def test_layouts(backend, blocks, on, assert_no_worse):
-    """A transposed last dimension, keys shared by all samples, an expanded gradient; gradients in (B, N, H, K)."""
+def test_layouts_of_inputs_and_gradients(backend, blocks, on, assert_no_worse):
+    """A transposed last dimension, keys that all samples share, an expanded gradient; gradients lie (B, N, H, K)."""
     on(backend)
     q = torch.randn(2, 2, 32, 9).mT.requires_grad_()
     k, v = (torch.randn(1, 2, 11, 32).expand(2, -1, -1, -1).requires_grad_() for _ in range(2))
@@ -308,10 +292,9 @@ def test_layouts(backend, blocks, on, assert_no_worse):
     assert all(t.transpose(1, 2).is_contiguous() for t in got.values())
 
 
-def test_sample_alone_and_repeats(blocks, on):
-    """Bit for bit: again, and each sample alone."""
+def test_repeats_and_a_sample_alone_give_the_same_bits(blocks, on):
     on("triton")
-    tensors, options = draw(2, 2, 20, 35, 18, 32, "mask", torch.bfloat16)
+    tensors, options = draw(2, 2, 20, 53, 32, "mask", torch.bfloat16)
     dout = torch.randn(2, 2, 20, 32).bfloat16()
     first = results(attention, tensors, dout, torch.bfloat16, **options)
     again = results(attention, tensors, dout, torch.bfloat16, **options)
@@ -328,9 +311,9 @@ def test_sample_alone_and_repeats(blocks, on):
 
 @pytest.mark.parametrize("backend", ("triton", "torch"))
 def test_saved_bytes(backend, blocks, on):
-    """q, k, v, the output and one number a row, all views of what is there anyway; nothing if nothing trains."""
+    """Saved are q, k, v, the output and one number a row, without a copy; nothing if nothing trains."""
     on(backend)
-    tensors, _ = draw(1, 2, 9, 17, 0, 32, "", torch.bfloat16)
+    tensors, _ = draw(1, 2, 9, 17, 32, "", torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         attention(**tensors)
@@ -341,49 +324,46 @@ def test_saved_bytes(backend, blocks, on):
     assert all(t.untyped_storage().data_ptr() in storages for t in tensors.values())
 
 
-@pytest.mark.parametrize("frozen", (("q",), ("k", "v"), ("extra_k", "extra_v"), ("q", "k", "v")), ids="-".join)
+@pytest.mark.parametrize("frozen", (("q",), ("k",), ("v",), ("k", "v")), ids="-".join)
 def test_frozen_parts_are_not_computed(frozen, blocks, on, count_calls):
     from tests.ops.interpreter import interpreted
 
-    tensors, _ = draw(1, 1, 9, 17, 5, 32, "", torch.float32)
+    tensors, _ = draw(1, 1, 9, 17, 32, "", torch.float32)
     dout = torch.randn(1, 1, 9, 32)
     with use_backend("torch"), count_calls() as calls:
         expected = results(attention, tensors, dout, torch.float32, frozen)
     call = calls["prismer::attention_backward"][0]
-    assert [call[name] for name in ("need_q", "need_keys", "need_extra")] == [
-        name not in frozen for name in ("q", "k", "extra_k")
-    ]
+    need_keys = frozen != ("k", "v")
+    assert (call["need_q"], call["need_keys"]) == ("q" not in frozen, need_keys)
     on("triton")
     with interpreted() as ledger:
         got = results(attention, tensors, dout, torch.float32, frozen)
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-5)
-    assert ledger.kernels.count("_keys_kernel") == ("k" not in frozen) + ("extra_k" not in frozen)
+    assert ledger.kernels.count("_keys_kernel") == need_keys
     assert ("_queries_kernel", "p_k") in ledger.traffic or "q" in frozen
 
 
-def formula(B, H, N, L, L2, K, what, BM, BN, s):
-    """Bytes read, bytes written and dot FLOPs of the three kernels, from the docstring of `attention_triton.py`."""
+def formula(B, H, N, L, K, what, BM, BN, s):
+    """Bytes read, bytes written and dot FLOPs of the three kernels, from the docstring of `triton_backend.py`."""
     causal, masked, dropout = ("causal" in what), ("mask" in what), ("dropout" in what)
     query_blocks, key_blocks = range(0, N, BM), range(0, L, BN)
     seen = [min(L, i + BM) if causal else L for i in query_blocks]  # keys that a block of queries reads
-    pairs = sum(-(-n // BN) + -(-L2 // BN) for n in seen)
-    keys = sum(n * (2 * K * s + masked) + L2 * 2 * K * s for n in seen)
+    pairs = sum(-(-n // BN) for n in seen)
+    keys = sum(n * (2 * K * s + masked) for n in seen)
     seeds = 8 * dropout * len(query_blocks)
     forward = (N * K * s + keys + seeds, N * K * s + 4 * N, pairs * 4 * BM * BN * K)
     queries = (3 * N * K * s + 4 * N + keys + seeds, N * K * s + 4 * N, pairs * 6 * BM * BN * K)
-    firsts = [j // BM * BM if causal else 0 for j in key_blocks]
-    later = [(N - first, -(-(N - first) // BM)) for first in firsts]
-    later += [(N, -(-N // BM))] * -(-L2 // BN)
-    rows = sum(n for n, _ in later)
-    own = (2 * (L + L2) * K * s, L * masked, 8 * dropout * len(later))
-    keys_kernel = (sum(own) + rows * (2 * K * s + 8), own[0], sum(blocks for _, blocks in later) * 8 * BM * BN * K)
+    later = [N - (j // BM * BM if causal else 0) for j in key_blocks]  # queries that a block of keys reads
+    own = 2 * L * K * s
+    read = own + L * masked + 8 * dropout * len(key_blocks) + sum(later) * (2 * K * s + 8)
+    keys_kernel = (read, own, sum(-(-n // BM) for n in later) * 8 * BM * BN * K)
     return [tuple(B * H * x for x in kernel) for kernel in (forward, queries, keys_kernel)]
 
 
-@pytest.mark.parametrize("case", ("causal", "resampler", "all"))
-def test_ledger(case, blocks, on):
-    """The bytes and FLOPs are those of the docstring; every address and every write is checked."""
+@pytest.mark.parametrize("case", ("causal", "resampler", "narrow"))
+def test_traffic_is_the_published_formula(case, blocks, on):
+    """Bytes and FLOPs are those of the docstring; the interpreter checks every address and every write."""
     from tests.ops.interpreter import interpreted
 
     BM, BN = 16, 32
@@ -397,7 +377,7 @@ def test_ledger(case, blocks, on):
     assert ledger.dot_flops == flops
     assert ledger.bytes_read == read
     assert ledger.bytes_written == written
-    assert ledger.launches == 3 + ("extra_k" in tensors)
+    assert ledger.launches == 3
 
 
 # torch's own machinery
@@ -407,29 +387,26 @@ def test_ledger(case, blocks, on):
 @pytest.mark.parametrize("requires_grad", (False, True))
 def test_opcheck(backend, requires_grad, blocks, on):
     on(backend)
-    tensors, _ = draw(1, 1, 9, 9, 5, 32, "", torch.float32)
-    q, k, v, extra_k, extra_v = (t.detach().requires_grad_(requires_grad) for t in tensors.values())
+    tensors, _ = draw(1, 1, 9, 9, 32, "", torch.float32)
+    q, k, v = (t.detach().requires_grad_(requires_grad) for t in tensors.values())
     mask = torch.arange(9)[None] > 1
     options = (True, P, 0.2, backend)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     if backend == "torch":
         utils += ("test_aot_dispatch_dynamic",)
-    for arguments in (
-        (q, k, v, extra_k, extra_v, mask, SEED, *options),
-        (q, k, v, None, None, None, None, False, 0.0, 0.2, backend),
-    ):
+    for arguments in ((q, k, v, mask, SEED, *options), (q, k, v, None, None, False, 0.0, 0.2, backend)):
         torch.library.opcheck(torch.ops.prismer.attention, arguments, test_utils=utils)
         with torch.no_grad():
             out, lse = torch.ops.prismer.attention(*arguments)
-            needs = (True, True, False) if requires_grad else (False, False, arguments[3] is not None)
-            back = (torch.randn_like(out), *arguments[:7], out, lse, *arguments[7:], *needs)
+            needs = (True, True) if requires_grad else (False, arguments[3] is not None)
+            back = (torch.randn_like(out), *arguments[:5], out, lse, *arguments[5:], *needs)
             torch.library.opcheck(torch.ops.prismer.attention_backward, back, test_utils=utils)
 
 
 @pytest.mark.parametrize("backend", ("triton", "torch", "sdpa"))
 def test_compile(backend, blocks, on):
     on(backend)
-    case = "padded" if backend == "sdpa" else "all"
+    case = "padded" if backend == "sdpa" else "text"
     tensors, options = draw(*CASES[case], torch.float32)
     leaves = [t.detach().requires_grad_() for t in tensors.values()]
 
@@ -444,7 +421,7 @@ def test_compile(backend, blocks, on):
 
 def test_gradcheck():
     with use_backend("torch"):
-        for case in ((2, 1, 3, 4, 2, 5, "mask dropout"), (1, 2, 4, 4, 0, 3, "causal")):
+        for case in ((2, 1, 3, 6, 5, "mask dropout"), (1, 2, 4, 4, 3, "causal")):
             tensors, options = draw(*case)
             leaves = [t.detach().requires_grad_() for t in tensors.values()]
             names = list(tensors)
@@ -457,27 +434,25 @@ def test_gradcheck():
 # which backend
 
 
-def test_choice(count_calls):
-    """On a CPU ours where it is faster, with a seed and with two segments, torch's own with dropout; the argument beats
-    the context."""
-    tensors, _ = draw(1, 1, 5, 5, 3, 32, "", torch.float32)
-    one = {name: tensors[name] for name in "qkv"}
+def test_which_backend_is_chosen(count_calls):
+    """On a CPU ours where it is faster or a seed is given, torch's own with dropout; the argument beats the context."""
+    tensors, _ = draw(1, 1, 5, 5, 32, "", torch.float32)
 
     def ours(**options):
         with count_calls() as calls:
-            attention(**options)
+            attention(**tensors, **options)
         return [call["backend"] for call in calls["prismer::attention"]]
 
     wide = dispatch.native_missing() is None and torch.ops.prismer_native.cpu_capability() == "avx512"
-    assert ours(**one) == ours(**one, causal=True) == ["native"] * wide
-    assert ours(**one, dropout=0.1) == []
-    assert ours(**tensors) == ours(**one, dropout=0.1, seed=SEED) == ["torch"]
+    assert ours() == ours(causal=True) == ["native"] * wide
+    assert ours(dropout=0.1) == []
+    assert ours(dropout=0.1, seed=SEED) == ["torch"]
     with use_backend("sdpa"):
-        assert ours(**one, backend="torch") == ["torch"]
-        with pytest.raises(RuntimeError, match="sdpa takes one segment of keys"):
-            attention(**tensors)
+        assert ours(backend="torch") == ["torch"]
+        with pytest.raises(RuntimeError, match="sdpa draws dropout from torch's generator"):
+            attention(**tensors, dropout=0.1, seed=SEED)
     with use_backend("torch"):
-        assert ours(**one, backend="sdpa") == []
+        assert ours(backend="sdpa") == []
 
 
 @pytest.mark.parametrize(
@@ -488,7 +463,7 @@ def test_choice(count_calls):
         (dict(dropout=0.1, seed=SEED), "sdpa", "a seed was given"),
     ),
 )
-def test_refusals(change, backend, message):
+def test_a_backend_that_cannot_run_the_call_says_why(change, backend, message):
     good = dict.fromkeys("qkv", torch.zeros(1, 1, 4, 32))
     with pytest.raises(RuntimeError, match=message):
         attention(**good | change, backend=backend)
@@ -504,8 +479,6 @@ def test_refusals(change, backend, message):
         (dict(k=torch.zeros(1, 2, 4, 32)), r"k is .* \(1, 1, keys, 32\)"),
         (dict(v=torch.zeros(1, 1, 5, 32)), "as many values as keys"),
         (dict(v=torch.zeros(1, 1, 4, 32).half()), "v is torch.float16"),
-        (dict(extra_k=torch.zeros(1, 1, 4, 32)), "pass both or neither"),
-        (dict(extra_k=torch.zeros(1, 1, 4, 16), extra_v=torch.zeros(1, 1, 4, 16)), "extra_k is"),
         (dict(q=torch.zeros(1, 1, 3, 32), causal=True), "as many keys as queries"),
         (dict(key_mask=torch.ones(1, 3, dtype=torch.bool)), "True where seen"),
         (dict(key_mask=torch.ones(1, 4)), "key_mask is torch.float32"),
@@ -514,7 +487,7 @@ def test_refusals(change, backend, message):
         (dict(backend="cuda"), "choose flash-attn, native, sdpa, triton"),
     ),
 )
-def test_errors(change, message):
+def test_bad_arguments(change, message):
     good = dict.fromkeys("qkv", torch.zeros(1, 1, 4, 32))
     with pytest.raises(ValueError, match=message):
         attention(**good | change)

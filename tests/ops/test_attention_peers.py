@@ -1,8 +1,8 @@
-"""Proves that attention lent by other libraries is called as they publish it, and only for what they serve.
+"""Proves that the attention of other libraries is called as they publish it, and only for what they serve.
 
-Their GPU code does not run here. What is kept is the signature of each, read from the published package; a stand-in
-with that very signature, which computes by torch's attention, must give the right result through our adapter; and
-where a package is installed, its signature must still be the one kept.
+Their GPU code does not run here. This file keeps the signature of each, read from the published package. A stand-in
+with that signature computes by torch's attention, and must give the right result through our adapter. Where a package
+is installed, its signature must still be the one kept here.
 
 Run: pytest tests/ops/test_attention_peers.py
 """
@@ -18,14 +18,15 @@ import torch
 import torch.nn.functional as F
 
 from prismer.kernels import dispatch
-from prismer.kernels.attention import attention_reference, peers, supports
+from prismer.kernels.attention import OP, attention_reference, peers
+from prismer.kernels.attention.call import Call, Facts
 
 BF16 = torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Published:
-    """A function as its package declares it: (name, default) of every parameter, "-" where there is none."""
+    """A function as its package declares it: (name, default) of every parameter, with "-" where there is no default."""
 
     package: str
     source: str
@@ -104,12 +105,12 @@ RECORDS = {"flash-attn 2": FLASH2, "flash-attn 3": FLASH3, "flash-attn 4": FLASH
 
 
 class LowerTriangularMask:
-    """Stands for the class of that name in xformers.ops."""
+    """A stand-in for the class of that name in xformers.ops."""
 
 
 @pytest.fixture
 def install(monkeypatch):
-    """Puts stand-ins for packages where imports find them; returns the arguments of every call by parameter name."""
+    """Puts stand-ins for packages where imports find them; returns the arguments of every call, by parameter name."""
     names = ("flash_attn", "flash_attn.cute", "flash_attn_interface", "xformers", "xformers.ops")
     for name in names:
         monkeypatch.setitem(sys.modules, name, None)
@@ -145,25 +146,27 @@ def install(monkeypatch):
     dispatch.module_missing.cache_clear()
 
 
-def a_call(capability=(9, 0), **changes):
+def facts_of(capability=(9, 0), **changes):
     given = dict(device=torch.device("cuda"), dtype=BF16, head_dim=64, capability=capability)
-    return peers.Call(**given | changes)
+    return Facts(**given | changes)
 
 
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("name", RECORDS)
-def test_adapter(name, causal, install):
-    """Arguments bind to the published signature, and layout, causality and scale arrive as they are meant."""
+def test_calls_bind_to_the_published_signature(name, causal, install, monkeypatch):
+    """Layout, causality, dropout and scale arrive as they are meant, and the output is right."""
     calls = install(RECORDS[name])
     q, k, v = torch.randn(2, 9, 3, 4, 64).permute(2, 0, 3, 1, 4)
+    dropout = 0.1 if name in ("flash-attn 2", "xformers") else 0.0
+    call = Call(q, k, v, None, None, causal, dropout, 0.3)
     if name == "xformers":
-        out = peers.xformers(q, k, v, causal, 0.1, 0.3)
-        assert calls[0]["p"] == 0.1
+        out = peers.xformers(call)
+        assert calls[0]["p"] == dropout
     else:
-        dropout = 0.1 if name == "flash-attn 2" else 0.0
-        call = a_call((10, 0) if name == "flash-attn 4" else (9, 0), deterministic=True, dropout=dropout > 0)
-        assert peers.supports("flash-attn", call) is None
-        out = peers.flash_attn(q, k, v, causal, dropout, 0.3, call)
+        facts = facts_of((10, 0) if name == "flash-attn 4" else (9, 0), deterministic=True, dropout=dropout > 0)
+        assert peers.flash_attn_refuses(facts) is None
+        monkeypatch.setattr(Facts, "on_this_machine", lambda **_: facts)
+        out = peers.flash_attn(call)
         assert calls[0]["deterministic"] is True and calls[0].get("dropout_p", dropout) == dropout
     torch.testing.assert_close(out, attention_reference(q, k, v, causal=causal, scale=0.3))
     assert out.transpose(1, 2).is_contiguous()
@@ -172,8 +175,7 @@ def test_adapter(name, causal, install):
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_published_signature(name):
-    """An installed package still declares what is kept here."""
+def test_an_installed_package_still_has_the_signature(name):
     record = RECORDS[name]
     module = pytest.importorskip(record.module, exc_type=Exception)
     if not hasattr(module, record.function):
@@ -183,75 +185,72 @@ def test_published_signature(name):
     assert got == record.parameters, f"{record.function} of {record.module} is no longer that of {record.package}"
 
 
-def test_xformers_names():
-    """The other names that the adapter takes from xFormers."""
+def test_an_installed_xformers_has_the_causal_mask():
     ops = pytest.importorskip("xformers.ops", exc_type=Exception)
     assert ops.LowerTriangularMask() is not None
 
 
 @pytest.mark.parametrize(
-    ("installed", "call", "generation"),
+    ("installed", "facts", "generation"),
     (
-        ((2, 3, 4), a_call((9, 0)), 3),
-        ((2, 4), a_call((9, 0)), 4),
-        ((2, 3, 4), a_call((10, 0)), 4),
-        ((2, 3, 4), a_call((10, 0), head_dim=160), 2),
-        ((4,), a_call((9, 0), head_dim=160), 4),
-        ((2, 3, 4), a_call((8, 0)), 2),
-        ((2, 3, 4), a_call((12, 0)), 2),
-        ((2, 3, 4), a_call((9, 0), dropout=True), 2),
-        ((3, 4), a_call((9, 0), dropout=True), None),
-        ((4,), a_call((10, 0), head_dim=160), None),
-        ((3,), a_call((8, 0)), None),
-        ((2, 3, 4), a_call((7, 5)), None),
-        ((2, 3, 4), a_call((9, 0), head_dim=36), None),
-        ((2, 3, 4), a_call((9, 0), head_dim=264), None),
-        ((), a_call((9, 0)), None),
+        ((2, 3, 4), facts_of((9, 0)), 3),
+        ((2, 4), facts_of((9, 0)), 4),
+        ((2, 3, 4), facts_of((10, 0)), 4),
+        ((2, 3, 4), facts_of((10, 0), head_dim=160), 2),
+        ((4,), facts_of((9, 0), head_dim=160), 4),
+        ((2, 3, 4), facts_of((8, 0)), 2),
+        ((2, 3, 4), facts_of((12, 0)), 2),
+        ((2, 3, 4), facts_of((9, 0), dropout=True), 2),
+        ((3, 4), facts_of((9, 0), dropout=True), None),
+        ((4,), facts_of((10, 0), head_dim=160), None),
+        ((3,), facts_of((8, 0)), None),
+        ((2, 3, 4), facts_of((7, 5)), None),
+        ((2, 3, 4), facts_of((9, 0), head_dim=36), None),
+        ((2, 3, 4), facts_of((9, 0), head_dim=264), None),
+        ((), facts_of((9, 0)), None),
     ),
 )
-def test_generation(installed, call, generation, install):
-    """The best generation that is installed and serves the call, or none, with reasons."""
+def test_the_best_generation_of_flash_attn_is_taken(installed, facts, generation, install):
+    """It is the best that is installed and serves the call; if there is none, there are reasons."""
     for number in installed:
         install(FLASH[number])
-    found = peers._generation(call)
+    found = peers._generation(facts)
     assert (found and found.number) == generation
-    assert (peers.supports("flash-attn", call) is None) == (generation is not None)
+    assert (peers.flash_attn_refuses(facts) is None) == (generation is not None)
 
 
 @pytest.mark.parametrize(
-    ("backend", "call", "reason"),
+    ("backend", "facts", "reason"),
     (
-        ("flash-attn", a_call(extra=True), "one segment"),
-        ("flash-attn", a_call(masked=True), "no key mask"),
-        ("flash-attn", a_call(dtype=torch.float32), "not torch.float32"),
-        ("flash-attn", a_call(dropout=True, seeded=True), "a seed was given"),
-        ("flash-attn", a_call(empty=True), "without elements"),
-        ("flash-attn", a_call(compiling=True), "torch.compile does not see"),
-        ("flash-attn", a_call((10, 0), head_dim=160), "flash-attn 4 serves head dims up to 128"),
-        ("flash-attn", a_call(dropout=True), "flash-attn 3 has no dropout"),
-        ("flash-attn", a_call((8, 0)), "flash_attn is not installed"),
-        ("xformers", a_call(), None),
-        ("xformers", a_call(dtype=torch.float32, dropout=True, causal=True), None),
-        ("xformers", a_call(dtype=torch.float64), "not torch.float64"),
-        ("xformers", a_call(masked=True), "no key mask"),
-        ("xformers", a_call(head_dim=36), "multiples of 8"),
-        ("xformers", a_call(deterministic=True), "no deterministic backward"),
-        ("sdpa", a_call(dropout=True, causal=True, head_dim=36, dtype=torch.float64), None),
-        ("sdpa", a_call(masked=True), "does not promise zeros on cuda"),
-        ("sdpa", a_call(masked=True, device=torch.device("cpu"), capability=None), None),
-        ("sdpa", a_call(extra=True), "one segment"),
-        ("triton", a_call(head_dim=48), "32, 64, 96, 128, 160, not 48"),
-        ("triton", a_call(head_dim=160, masked=True, extra=True, dropout=True, seeded=True), None),
-        ("torch", a_call(head_dim=48, dtype=torch.float64, extra=True), None),
+        ("flash-attn", facts_of(masked=True), "no key mask"),
+        ("flash-attn", facts_of(dtype=torch.float32), "not torch.float32"),
+        ("flash-attn", facts_of(dropout=True, seeded=True), "a seed was given"),
+        ("flash-attn", facts_of(empty=True), "without elements"),
+        ("flash-attn", facts_of(compiling=True), "torch.compile does not see"),
+        ("flash-attn", facts_of((10, 0), head_dim=160), "flash-attn 4 serves head dims up to 128"),
+        ("flash-attn", facts_of(dropout=True), "flash-attn 3 has no dropout"),
+        ("flash-attn", facts_of((8, 0)), "flash_attn is not installed"),
+        ("xformers", facts_of(), None),
+        ("xformers", facts_of(dtype=torch.float32, dropout=True), None),
+        ("xformers", facts_of(dtype=torch.float64), "not torch.float64"),
+        ("xformers", facts_of(masked=True), "no key mask"),
+        ("xformers", facts_of(head_dim=36), "multiples of 8"),
+        ("xformers", facts_of(deterministic=True), "no deterministic backward"),
+        ("sdpa", facts_of(dropout=True, head_dim=36, dtype=torch.float64), None),
+        ("sdpa", facts_of(masked=True), "does not promise zeros on cuda"),
+        ("sdpa", facts_of(masked=True, device=torch.device("cpu"), capability=None), None),
+        ("triton", facts_of(head_dim=48), "32, 64, 96, 128, 160, not 48"),
+        ("triton", facts_of(head_dim=160, masked=True, dropout=True, seeded=True), None),
+        ("torch", facts_of(head_dim=48, dtype=torch.float64), None),
     ),
 )
-def test_supports(backend, call, reason, install):
-    found = supports(backend, call)
+def test_a_backend_serves_a_call_or_says_why_not(backend, facts, reason, install):
+    (declared,) = (b for b in OP.backends if b.name == backend)
+    found = OP._refusal(declared, facts, ())
     assert found is None if reason is None else reason in found
 
 
-def test_packages(install, monkeypatch):
-    """Absent, there, and broken in its own way."""
+def test_packages_may_be_absent_or_broken(install, monkeypatch):
     assert "flash_attn.cute is not installed" in dispatch.package_missing("flash-attn")
     assert "xformers.ops is not installed" in dispatch.package_missing("xformers")
     install(FLASH4)

@@ -1,24 +1,29 @@
-"""Proves that every Triton and CUDA kernel compiles, without a GPU, to code within its budget: no spills, shared memory
-that fits, tensor-core instructions where there is a dot, 128-bit loads; and that a kernel that breaks it is named.
+"""Proves, without a GPU, that every Triton and CUDA kernel compiles to code within its budget, and that a kernel that
+exceeds it is reported. The budget: no spills, shared memory that fits, 128-bit loads, and tensor-core instructions for
+a dot.
 
 Run: pytest tests/ops/test_compiled.py                         one case of every kernel, for sm_90
      PRISMER_COMPILE_ALL=1 pytest tests/ops/test_compiled.py   every case, for sm_80, sm_90, sm_100 and sm_120
 
-Kernels that are decorated under TRITON_INTERPRET cannot be compiled, so this happens in a process of its own.
+Kernels that are decorated under TRITON_INTERPRET cannot be compiled, so the tests compile in a separate process.
 """
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import triton
 import triton.language as tl
 
-from prismer.kernels.aot.cases import KernelCase
-from prismer.kernels.inspect import ARCHS, Budget, Row, bound, check, compile_case, cost_table
+from prismer.kernels import dispatch
+from prismer.kernels.aot.cases import KernelCase, all_cases
+from prismer.kernels.aot.compile import ARCHS, CompiledKernel, compile_case
+from prismer.kernels.aot.tables import Budget, bound, check, cost_table
 
 
 @triton.jit
@@ -71,6 +76,8 @@ def copy_case(name, stride, **options):
     )
 
 
+CASES = all_cases()
+
 PLANTED = {
     "dot": (dot_case, None),
     "copy": (lambda name: copy_case(name, 1), None),
@@ -87,14 +94,14 @@ PLANTED = {
 }
 
 
-def compiled(*command):
+def without_interpreter(*command):
     """Run Python without the interpreter of Triton."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
 def inspect(*options):
-    done = compiled("-m", "prismer.kernels.inspect", *options)
+    done = without_interpreter("-m", "prismer.kernels.inspect", *options)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -106,6 +113,39 @@ def test_representatives_keep_the_budget(tmp_path):
     assert any(row["source"] == "cuda" for row in rows) or not shutil.which("nvcc")
 
 
+def jit_functions(module):
+    """The functions under @triton.jit of a module, as syntax."""
+    functions = (
+        node for node in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(node, ast.FunctionDef)
+    )
+    return [function for function in functions if any("triton.jit" in ast.unparse(d) for d in function.decorator_list)]
+
+
+MODULES = dispatch.op_modules()
+# a function that another one calls is no kernel
+CALLED = {
+    node.func.id
+    for module in MODULES
+    for function in jit_functions(module)
+    for node in ast.walk(function)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_every_triton_kernel_has_a_case(module):
+    """Nobody without a GPU would compile a kernel without a case."""
+    name = module.__name__.removeprefix("prismer.kernels.").removesuffix(".triton_backend")
+    kernels = {function.name for function in jit_functions(module)} - CALLED
+    with_case = {case.kernel.__name__ for op, case in CASES if op == name}
+    assert kernels <= with_case, f"{module.__file__} has no kernel_cases for {sorted(kernels - with_case)}"
+
+
+def test_names_of_cases_are_unique_within_an_op():
+    names = [(op, case.name) for op, case in CASES]
+    assert len(set(names)) == len(names)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("PRISMER_COMPILE_ALL" not in os.environ, reason="takes minutes: set PRISMER_COMPILE_ALL=1")
 @pytest.mark.parametrize("arch", ARCHS)
@@ -115,21 +155,21 @@ def test_every_case_keeps_the_budget(arch):
 
 @pytest.fixture(scope="module")
 def violations():
-    done = compiled(__file__)
+    done = without_interpreter(__file__)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_planted_problem_is_reported(violations, name):
+def test_a_planted_problem_is_reported(violations, name):
     says = PLANTED[name][1]
     found = violations[name]
     assert (found == []) if says is None else any(says in sentence for sentence in found), found
 
 
 def test_check_names_kernel_and_limits():
-    row = Row(
-        room="attention", name="forward", arch=120, registers=255, stack=8, shared=100 << 10, warps=4, needs_dot=True
+    row = CompiledKernel(
+        op="attention", name="forward", arch=120, registers=255, stack=8, shared=100 << 10, warps=4, needs_dot=True
     )
     assert check([row]) == [
         "attention: forward on sm_120 uses 8 bytes of stack; 0 are allowed",
@@ -139,18 +179,22 @@ def test_check_names_kernel_and_limits():
     ]
 
 
-def test_exceptions_come_first(monkeypatch):
-    row = Row(room="attention", name="forward", arch=120, registers=255, stack=8, needs_dot=True, tensor_core="HMMA")
+def test_an_exception_precedes_the_usual_budget(monkeypatch):
+    row = CompiledKernel(
+        op="attention", name="forward", arch=120, registers=255, stack=8, needs_dot=True, tensor_core="HMMA"
+    )
     exception = ("attention forward sm_120", Budget(registers=255, stack=8, reason="one spilled address"))
-    monkeypatch.setattr("prismer.kernels.inspect.EXCEPTIONS", (exception,))
+    monkeypatch.setattr("prismer.kernels.aot.tables.EXCEPTIONS", (exception,))
     assert check([row]) == []
 
 
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "resident"), [(32, 0, 4, 1), (255, 0, 4, 1 / 8), (64, 113 << 10, 4, 1 / 8)]
 )
-def test_occupancy(registers, shared, warps, resident):
-    assert Row(room="", name="", arch=90, registers=registers, shared=shared, warps=warps).occupancy == resident
+def test_occupancy_follows_from_registers_and_shared_memory(registers, shared, warps, resident):
+    assert (
+        CompiledKernel(op="", name="", arch=90, registers=registers, shared=shared, warps=warps).occupancy == resident
+    )
 
 
 def test_bound_is_the_larger_of_memory_and_compute():
@@ -173,17 +217,17 @@ def test_case_refuses_what_does_not_fit_the_kernel():
         )
 
 
-def test_refuses_interpreted_kernels_and_unknown_rooms():
+def test_interpreted_kernels_and_unknown_ops_are_refused():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "prismer.kernels.inspect"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "TRITON_INTERPRET is set" in done.stderr
-    done = compiled("-m", "prismer.kernels.inspect", "--op", "kitchen")
-    assert done.returncode == 2 and "no room is called kitchen" in done.stderr
+    done = without_interpreter("-m", "prismer.kernels.inspect", "--op", "kitchen")
+    assert done.returncode == 2 and "no op with Triton kernels is called kitchen" in done.stderr
 
 
 if __name__ == "__main__":
-    # in the process that `violations` starts: compile what is planted, print what is reported
+    # the process that `violations` starts: compile the planted kernels and print what is reported
     reports = {}
     for name, (make, _) in PLANTED.items():
         reports[name] = check([compile_case("planted", make(name), 90)])

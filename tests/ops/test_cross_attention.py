@@ -1,5 +1,5 @@
 """Proves that attention over a context is its definition, forward and every gradient, in both orders: with dropout, in
-several dtypes and layouts; that its FLOPs are those of the formula, and what it keeps.
+several dtypes and layouts; that its FLOPs are those of the formula; and how many bytes it saves.
 
 Run: pytest tests/ops/test_cross_attention.py
 """
@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from prismer.costs.counting import Counter
-from prismer.kernels import cross_attention as room
-from prismer.kernels.cross_attention import cross_attention, cross_attention_reference
+from prismer.costs.counting import CostCounter
+from prismer.kernels.cross_attention import cheaper_order, cross_attention, cross_attention_reference, flops
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.philox import survivors
 from tests.ops.live_bytes import kept_bytes
@@ -54,7 +53,7 @@ def plain(q, context, k_weight, k_bias, v_weight, v_bias, num_heads, dropout, se
     weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
     if dropout:
         B, H, N, L = weights.shape
-        weights = weights * survivors(seed, B, H, 0, N, L, 0, dropout) / (1 - dropout)
+        weights = weights * survivors(seed, B, H, 0, N, L, dropout) / (1 - dropout)
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
@@ -71,8 +70,8 @@ def results(op, tensors, dout, dtype, frozen=(), **options):
 
 @pytest.mark.parametrize("order", ("absorbed", "ordinary"))
 @pytest.mark.parametrize("case", CASES)
-def test_definition(case, order):
-    """In float64; the gradient of the keys' bias is zero but for rounding."""
+def test_both_orders_are_the_definition(case, order):
+    """In float64; the gradient of the keys' bias is zero up to rounding."""
     tensors, options = draw(*CASES[case])
     dout = torch.randn_like(tensors["q"])
     wanted = results(plain, tensors, dout, torch.float64, **options)
@@ -85,7 +84,7 @@ def test_definition(case, order):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_rounding(case, dtype, assert_no_worse):
+def test_low_precision(case, dtype, assert_no_worse):
     tensors, options = draw(*CASES[case])
     low = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
     dout = torch.randn(low["q"].shape).to(dtype)
@@ -98,55 +97,54 @@ def test_rounding(case, dtype, assert_no_worse):
 
 
 @pytest.mark.parametrize("dropout", (0.0, 0.25))
-def test_what_trains(dropout):
-    """Every set of frozen arguments: gradients of the others are those of all, and FLOPs are the formula's."""
+def test_frozen_arguments(dropout):
+    """For every set of frozen arguments the other gradients do not change, and FLOPs are those of the formula."""
     B, N, L, D, E, H = 2, 3, 7, 8, 12, 2
     tensors, options = draw(B, N, L, D, E, H, dropout, True)
     dout = torch.randn_like(tensors["q"])
     everything = results(cross_attention, tensors, dout, torch.float64, **options, order="absorbed")
     for n in range(len(NAMES)):
         for frozen in itertools.combinations(NAMES, n):
-            with Counter() as counter:
+            with CostCounter() as counter:
                 got = results(cross_attention, tensors, dout, torch.float64, frozen, **options, order="absorbed")
             for name, value in got.items():
                 torch.testing.assert_close(value, everything[name])
             grads = set(NAMES) - set(frozen)
-            assert counter.flops == room.flops("absorbed", B, N, L, D, E, H, grads), frozen
+            assert counter.flops == flops("absorbed", B, N, L, D, E, H, grads), frozen
 
 
 @pytest.mark.parametrize("frozen", ((), ("q",), ("context",), ("k_weight", "v_weight"), NAMES[:5]), ids=str)
 def test_flops_of_the_ordinary_order(frozen):
-    """With attention on torch's operators, whose backward pass forms the scores again."""
+    """Attention runs on torch's operators; its backward pass forms the scores again."""
     B, N, L, D, E, H = 2, 3, 7, 8, 12, 2
     tensors, options = draw(B, N, L, D, E, H, 0.0, True)
-    with use_backend("torch"), Counter() as counter:
+    with use_backend("torch"), CostCounter() as counter:
         results(cross_attention, tensors, torch.ones(B, N, D), torch.float64, frozen, **options, order="ordinary")
-    assert counter.flops == room.flops("ordinary", B, N, L, D, E, H, set(NAMES) - set(frozen))
+    assert counter.flops == flops("ordinary", B, N, L, D, E, H, set(NAMES) - set(frozen))
 
 
-def test_choice():
-    """Few queries are absorbed, many are not; nor is anything on another device or for another backend."""
+def test_which_order_is_chosen():
+    """Absorbed for few queries on a CPU; ordinary for many queries, on other devices and for other backends."""
     B, L, D, H = 2, 40, 64, 4
     for N, order in ((2, "absorbed"), (40, "ordinary")):
-        assert room.cheaper_order(B, N, L, D, D, H, NAMES) == order
+        assert cheaper_order(B, N, L, D, D, H, NAMES) == order
         tensors, options = draw(B, N, L, D, D, H, 0.0, True)
         tensors = {name: t.float().requires_grad_() for name, t in tensors.items()}
         for backend, absorbed in ((None, order == "absorbed"), ("torch", order == "absorbed"), ("sdpa", False)):
-            with use_backend(backend), Counter() as counter:
+            with use_backend(backend), CostCounter() as counter:
                 cross_attention(**tensors, **options)
             assert ("prismer::cross_attention" in counter.issued) == absorbed, (N, backend)
     meta = {name: t.to("meta") for name, t in tensors.items()}
-    with Counter() as counter:
+    with CostCounter() as counter:
         cross_attention(**(meta | dict(q=meta["q"][:, :2])), **options)
     assert "prismer::cross_attention" not in counter.issued
-    # caption of 20 tokens, BASE: the figures of the docstring
+    # a caption of 20 tokens at BASE, as in the docstring
     for L, ratio in ((964, 0.38), (260, 0.43)):
-        flops = [room.flops(order, 1, 20, L, 768, 768, 12, NAMES) for order in ("absorbed", "ordinary")]
-        assert abs(flops[0] / flops[1] - ratio) < 0.02
+        absorbed, ordinary = (flops(order, 1, 20, L, 768, 768, 12, NAMES) for order in ("absorbed", "ordinary"))
+        assert abs(absorbed / ordinary - ratio) < 0.02
 
 
-def test_drawn_dropout():
-    """Without a seed torch's generator decides."""
+def test_without_a_seed_torchs_generator_decides():
     tensors, options = draw(*CASES["wide-context"])
     drawn = []
     for seed in (1, 1, 2):
@@ -155,8 +153,8 @@ def test_drawn_dropout():
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
-def test_kept_bytes():
-    """Queries and probabilities: no keys, no values, no mask; nothing without gradients."""
+def test_saved_bytes():
+    """Queries and probabilities are saved, but no keys, values or mask; nothing without gradients."""
     B, N, L, D, H = 2, 4, 50, 32, 4
     tensors, options = draw(B, N, L, D, D, H, 0.25, True)
     tensors = {name: t.float().requires_grad_() for name, t in tensors.items()}
@@ -188,7 +186,7 @@ def test_layouts():
 
 @pytest.mark.parametrize(("B", "N", "L"), ((0, 2, 3), (2, 0, 3), (2, 2, 0)))
 @pytest.mark.parametrize("order", (None, "absorbed"))
-def test_nothing_to_see(B, N, L, order):
+def test_no_images_queries_or_tokens(B, N, L, order):
     tensors, options = draw(B, N, L, 8, 8, 2, 0.0, True)
     for name, value in results(cross_attention, tensors, tensors["q"], torch.float64, **options, order=order).items():
         assert not value.isnan().any() and not value[..., :0].any(), name
@@ -196,7 +194,7 @@ def test_nothing_to_see(B, N, L, order):
 
 
 def test_compiled():
-    """One graph, whose sizes may vary, and the same gradients."""
+    """One graph serves several sizes and gives the same gradients."""
     compiled = torch.compile(cross_attention, backend="aot_eager", fullgraph=True, dynamic=True)
     for N in (2, 4, 5):
         tensors, options = draw(6, N, 40, 24, 24, 3, 0.25, True)

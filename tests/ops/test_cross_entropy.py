@@ -1,6 +1,6 @@
 """Proves that linear_cross_entropy is the smoothed loss of F.cross_entropy, in value and every gradient, on every
-backend and for every reduction, and that it keeps its promises about memory and work: no logits beyond a chunk, formed
-once where they can be, and nothing at all for frozen weights.
+backend and for every reduction, and that memory and work are as documented: no logits beyond a chunk, computed once
+where possible, and nothing for frozen weights.
 
 Run: pytest tests/ops/test_cross_entropy.py
 """
@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import prismer.kernels.cross_entropy as room
-import prismer.kernels.cross_entropy.triton_backend as room_triton
-from prismer.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+import prismer.kernels.cross_entropy as module
+from prismer.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, triton_backend
 from prismer.kernels.cross_entropy import torch_backend as cross_entropy_torch
 from prismer.kernels.dispatch import use_backend
 from tests.ops.live_bytes import peak_bytes
@@ -41,27 +40,27 @@ def on_backend(request, running):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Several chunks of rows and of vocabulary on every backend, and gradients that are not formed in one of them."""
+    """Several chunks of rows and of vocabulary on every backend, so that no gradient comes from one chunk alone."""
     monkeypatch.setattr(cross_entropy_torch, "_CHUNK_ELEMENTS", 7 * 11)
     monkeypatch.setattr(cross_entropy_torch, "ROW_CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(cross_entropy_torch, "_BLOCK_ROWS", 7)
-    monkeypatch.setattr(room_triton, "_BUFFER_BYTES", 1)
+    monkeypatch.setattr(triton_backend, "_BUFFER_BYTES", 1)
 
 
 @pytest.fixture
 def formed_again(monkeypatch):
-    """Gradients of a sum are left to the backward pass, whatever the dtype."""
-    monkeypatch.setattr(room, "_formed_in_forward", lambda x, V, reduce, needs: needs == (True, False, False))
+    """The backward pass computes the gradients of a sum, whatever the dtype."""
+    monkeypatch.setattr(module, "_formed_in_forward", lambda x, V, reduce, needs: needs == (True, False, False))
 
 
 @pytest.fixture
 def formed(monkeypatch):
-    """Gradients of a sum are formed in the forward pass, however many chunks that takes: as on a GPU."""
-    monkeypatch.setattr(room, "_formed_in_forward", lambda x, V, reduce, needs: any(needs) and reduce)
+    """The forward pass computes the gradients of a sum, as on a GPU, in any number of chunks."""
+    monkeypatch.setattr(module, "_formed_in_forward", lambda x, V, reduce, needs: any(needs) and reduce)
 
 
 def draw(R, D, V, dtype=torch.float64, scale=1.0, bias_scale=3.0):
-    """Logits of a few units, a bias that matters, every third row ignored."""
+    """Logits of a few units, a bias large enough to matter, and every third row ignored."""
     x = torch.randn(R, D, dtype=torch.float64)
     weight = scale * torch.randn(V, D, dtype=torch.float64) / D**0.5 * 2
     bias = bias_scale * torch.randn(V, dtype=torch.float64)
@@ -83,7 +82,7 @@ def plain_torch(x, weight, bias, labels, label_smoothing=0.1, reduction="none", 
 
 
 def gradients(op, tensors, labels, dy, trainable=ALL, **settings):
-    """Losses, and the gradients of what is trainable, by name."""
+    """Losses, and the gradients of trainable tensors, by name."""
     tensors = [t.detach().requires_grad_(flag) for t, flag in zip(tensors, trainable, strict=True)]
     losses = op(*tensors, labels, **settings)
     wanted = [t for t, flag in zip(tensors, trainable, strict=True) if flag]
@@ -108,7 +107,7 @@ def compare(tensors, labels, dtype, assert_no_worse, trainable=ALL, **settings):
             expected = {"losses": exact, **exact_grads}[name]
             torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-12, msg=lambda m: f"{name}: {m}")  # noqa: B023
         return
-    # losses are in fp32, of logits in the dtype of the product
+    # losses are in fp32, from logits in the dtype of the product
     assert_no_worse("losses", ours, plain, lambda: truth()[0], inner=dtype)
     assert all(value.dtype == dtype for value in ours_grads.values())
     assert_no_worse("", ours_grads, plain_grads, lambda: truth()[1])
@@ -154,14 +153,14 @@ def test_chunks(reduction, dtype, assert_no_worse):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.usefixtures("small_chunks", "formed")
-def test_chunks_formed_in_forward(dtype, assert_no_worse):
+def test_chunks_with_gradients_in_the_forward_pass(dtype, assert_no_worse):
     *tensors, labels = draw(150, 17, 101)
     compare(tensors, labels, dtype, assert_no_worse, reduction="sum", row_weights=weights_of(150))
 
 
 @pytest.mark.parametrize("reduction", ("sum", "mean"))
 @pytest.mark.usefixtures("small_chunks", "formed_again")
-def test_chunks_formed_again(reduction, assert_no_worse):
+def test_chunks_with_logits_computed_again(reduction, assert_no_worse):
     *tensors, labels = draw(70, 17, 101)
     compare(tensors, labels, torch.float32, assert_no_worse, reduction=reduction, row_weights=weights_of(70))
 
@@ -173,7 +172,7 @@ def test_chunks_formed_again(reduction, assert_no_worse):
     ((True, False, False), (True, False, True), (False, True, False), (False, False, True)),
     ids=("x", "x-bias", "weight", "bias"),
 )
-def test_frozen_parts(trainable, reduction, dtype, assert_no_worse):
+def test_any_part_may_be_frozen(trainable, reduction, dtype, assert_no_worse):
     *tensors, labels = draw(23, 17, 101)
     compare(tensors, labels, dtype, assert_no_worse, trainable=trainable, reduction=reduction)
 
@@ -182,7 +181,7 @@ def test_frozen_parts(trainable, reduction, dtype, assert_no_worse):
 @pytest.mark.parametrize("reduction", ("none", "sum"))
 @pytest.mark.parametrize("frozen", (True, False))
 def test_confident_targets(frozen, reduction, dtype, assert_no_worse):
-    """p_y is almost 1, so p_y - 1 must not be formed from rounded numbers, nor from two roundings of one logit."""
+    """p_y is almost 1, so p_y - 1 must not come from rounded numbers, nor from two roundings of one logit."""
     x, weight, bias, labels = draw(12, 16, 40)
     labels = labels.clamp(min=0)
     x = 10 * F.normalize(weight[labels])
@@ -194,8 +193,8 @@ def test_confident_targets(frozen, reduction, dtype, assert_no_worse):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("reduction", ("none", "sum"))
-def test_big_values(reduction, dtype, assert_no_worse):
-    """Logits of thousands neither overflow nor lose the row's differences."""
+def test_large_logits_keep_their_differences(reduction, dtype, assert_no_worse):
+    """Logits of thousands do not overflow."""
     *tensors, labels = draw(11, 8, 50, scale=50.0, bias_scale=1000.0)
     compare(tensors, labels, dtype, assert_no_worse, reduction=reduction)
 
@@ -213,7 +212,7 @@ def test_all_rows_ignored(trainable, reduction):
 @pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
 @pytest.mark.parametrize("trainable", (ALL, (True, False, False)), ids=("all", "x"))
 def test_ignored_rows_are_not_read(trainable, reduction):
-    """Whatever stands in an ignored row, its weight and its gradient included, changes nothing."""
+    """Its contents, its weight and its gradient change nothing."""
     x, weight, bias, labels = draw(9, 4, 11, torch.float32)
     dy, row_weights = torch.randn(9), weights_of(9)
     settings = dict(trainable=trainable, reduction=reduction)
@@ -247,13 +246,13 @@ def test_reference_is_the_loss_of_torch():
 
 
 @pytest.mark.parametrize("smoothing", (0.0, 0.7))
-def test_smoothing(smoothing, assert_no_worse):
+def test_any_smoothing(smoothing, assert_no_worse):
     *tensors, labels = draw(9, 17, 101)
     for reduction in ("none", "sum"):
         compare(tensors, labels, torch.float32, assert_no_worse, label_smoothing=smoothing, reduction=reduction)
 
 
-def test_layouts_and_dtypes():
+def test_tensors_may_have_any_strides_and_dtypes():
     """Transposed inputs, an expanded gradient, an fp32 bias and fp64 row weights over a bf16 model."""
     x, weight, bias, labels = draw(12, 16, 40, torch.float32)
     expected = linear_cross_entropy(x, weight, bias, labels)
@@ -269,8 +268,8 @@ def test_layouts_and_dtypes():
     torch.testing.assert_close(leaf.grad, torch.autograd.grad(sum_of_dz, leaf)[0], rtol=0.02, atol=0.02)
 
 
-def test_row_alone_equals_row_in_batch(on_backend):
-    """Triton's losses bit for bit; where a library multiplies, to rounding."""
+def test_a_row_alone_equals_its_row_in_a_batch(on_backend):
+    """On Triton bit for bit; where a library multiplies, but for rounding."""
     *tensors, labels = draw(70, 17, 1100, torch.float32)
     x, weight, bias = tensors
     losses, grads = gradients(linear_cross_entropy, tensors, labels, torch.ones(70))
@@ -297,9 +296,9 @@ def test_repeats_are_bit_equal(reduction):
 @pytest.mark.parametrize("reduction", ("none", "sum"))
 @pytest.mark.usefixtures("small_chunks", "formed")
 def test_many_chunks_do_not_drift(reduction, monkeypatch):
-    """Equal contributions, many chunks: a bf16 sum would stop growing after a quarter of them."""
+    """A bf16 sum of equal contributions would stop growing after a quarter of the chunks."""
     monkeypatch.setattr(cross_entropy_torch, "_BLOCK_ROWS", 1)
-    monkeypatch.setattr(room_triton, "_tiles", lambda *_, **__: dict(BR=16, BV=16, BD=16, num_warps=4, num_stages=1))
+    monkeypatch.setattr(triton_backend, "_tiles", lambda *_, **__: dict(BR=16, BV=16, BD=16, num_warps=4, num_stages=1))
     tensors = [t.bfloat16() for t in (torch.ones(600, 2), torch.zeros(4, 2), torch.zeros(4))]
     labels = torch.zeros(600, dtype=torch.int64)
     _, grads = gradients(linear_cross_entropy, tensors, labels, 1.7 * torch.ones(600), reduction=reduction)
@@ -318,7 +317,7 @@ def test_gradcheck(chunks, request):
     for trainable in (ALL, (True, False, False)):
         tensors = [t.detach().requires_grad_(flag) for t, flag in zip((x, weight, bias), trainable, strict=True)]
         assert torch.autograd.gradcheck(lambda *t: linear_cross_entropy(*t, labels), tensors)
-        # sum() hands back one number expanded to all rows
+        # sum() passes one number, expanded to all rows, as the gradient
         assert torch.autograd.gradcheck(lambda *t: linear_cross_entropy(*t, labels).sum(), tensors)
         for reduction in ("sum", "mean"):
             settings = dict(reduction=reduction, row_weights=row_weights)
@@ -328,7 +327,7 @@ def test_gradcheck(chunks, request):
 @pytest.mark.parametrize("on_backend", ("torch",), indirect=True)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("trainable", (ALL, (True, False, False)), ids=("all", "x"))
-def test_memory(trainable, dtype, monkeypatch):
+def test_memory_is_bounded_by_a_chunk(trainable, dtype, monkeypatch):
     """Beyond inputs and gradients: a chunk of logits, in fp32 and in the dtype of the product, and some rows."""
     R, D, V = 256, 16, 5003
     monkeypatch.setattr(cross_entropy_torch, "_CHUNK_ELEMENTS", 2**16)
@@ -343,15 +342,15 @@ def test_memory(trainable, dtype, monkeypatch):
 
     grads = sum(t.nbytes for t in tensors if t.requires_grad)
     chunk = 2**16 * (4 + (dtype != torch.float32) * dtype.itemsize)
-    # the product of torch may pack its operands: W in bf16
+    # the product of torch may pack its operands, such as W in bf16
     rows = 2 * R * D * (4 + dtype.itemsize) + 32 * 4 * R + tensors[1].nbytes
     assert peak_bytes(lambda: step(linear_cross_entropy)) - grads < chunk + rows + 8 * V
     assert peak_bytes(lambda: step(plain_torch)) > 2 * R * V * 4, "the measurement does not see plain torch's logits"
 
 
 @pytest.mark.parametrize("reduction", ("none", "sum"))
-def test_frozen_weight_costs_nothing(reduction, count_calls):
-    """dx alone is saved, and nothing formed again or for the weight; thawing the weight brings its gradient back."""
+def test_a_frozen_weight_costs_nothing(reduction, count_calls):
+    """dx alone is saved, and nothing is computed again or for the weight. A thawed weight has its gradient."""
     x, weight, bias, labels = draw(12, 8, 50, torch.float32)
     x.requires_grad_()
 
@@ -370,11 +369,11 @@ def test_frozen_weight_costs_nothing(reduction, count_calls):
     saved, calls = run()
     assert weight.grad is not None
     if reduction == "sum":
-        # the logits exist once: the gradients are there when the forward pass ends
+        # the logits are computed once: the gradients exist when the forward pass ends
         assert sum(t.nbytes for t in saved) == x.nbytes + weight.nbytes
         assert not calls["prismer::linear_cross_entropy_backward"]
     else:
-        # ZeRO-3 partitions the parameter again after forward: what is saved must be it, and not a view or copy
+        # ZeRO-3 partitions the parameter again after the forward pass, so no view or copy of it may be saved
         assert any(t is weight for t in saved)
         (call,) = calls["prismer::linear_cross_entropy_backward"]
         assert (call["need_x"], call["need_weight"], call["need_bias"]) == (True, True, False)
@@ -383,7 +382,7 @@ def test_frozen_weight_costs_nothing(reduction, count_calls):
     assert sum(t.nbytes for t in saved) == x.nbytes and not calls["prismer::linear_cross_entropy_backward"]
 
 
-def test_no_grad_forms_nothing(count_calls):
+def test_no_grad_computes_no_gradient(count_calls):
     x, weight, bias, labels = draw(12, 8, 50, torch.float32)
     x.requires_grad_(), weight.requires_grad_()
     for reduction in ("none", "sum"):
@@ -396,8 +395,8 @@ def test_no_grad_forms_nothing(count_calls):
         torch.testing.assert_close(losses, expected)
 
 
-def test_formed_gradients_are_handed_over(monkeypatch):
-    """The backward pass makes no second dweight: it scales the first in place, unless the graph is kept for more."""
+def test_the_backward_pass_scales_gradients_in_place(monkeypatch):
+    """It makes no second dweight, unless the graph is kept for another backward pass."""
     x, weight, bias, labels = draw(12, 8, 50, torch.float32)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     saved = []
@@ -410,7 +409,7 @@ def test_formed_gradients_are_handed_over(monkeypatch):
         assert torch.equal(a, b)
         torch.testing.assert_close(leaf.grad * 1.5, a)
         assert leaf.grad.data_ptr() == own.data_ptr() and a.data_ptr() != own.data_ptr()
-    # a torch that cannot tell whether the graph is kept gets copies
+    # without torch's answer whether the graph is kept, gradients are copied
     monkeypatch.setattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     value = linear_cross_entropy(*leaves, labels, reduction="sum")
     for a, b in zip(torch.autograd.grad(value, leaves, torch.tensor(3.0)), first, strict=True):
@@ -452,7 +451,7 @@ def test_opcheck(requires_grad):
 @pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
 @pytest.mark.parametrize("trainable", (ALL, (True, False, False)), ids=("all", "x"))
 def test_compile(trainable, reduction):
-    """Rows that are ignored included: compiled code must not read what nobody wrote."""
+    """Compiled code must not read memory that nothing wrote, also where rows are ignored."""
     *tensors, labels = draw(13, 8, 50, torch.float32)
     row_weights = weights_of(13)
     tensors = [t.requires_grad_(flag) for t, flag in zip(tensors, trainable, strict=True)]
@@ -475,14 +474,14 @@ def test_compile(trainable, reduction):
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_ledger(dtype):
-    """What the kernels move and multiply is the docstring's; every address and every write is checked."""
+    """Bytes and FLOPs are those of the docstring; every address and every write is checked."""
     from tests.ops.interpreter import interpreted
 
     R, D, V = 70 if dtype == torch.float32 else 130, 40, 1100
     x, weight, bias, labels = draw(R, D, V, dtype)
     labels = labels.clamp(min=0)
     s = dtype.itemsize
-    tiles = room_triton._tiles(dtype)
+    tiles = triton_backend._tiles(dtype)
     Rb, Vb, Db = -(-R // tiles["BR"]), -(-V // tiles["BV"]), -(-D // tiles["BD"])
     S = -(-V // 1024)
     dot = 2 * Rb * tiles["BR"] * Vb * tiles["BV"] * Db * tiles["BD"]
@@ -505,7 +504,7 @@ def test_ledger(dtype):
     assert ledger.bytes_read == products + 20 * R * Vb
     assert ledger.bytes_written == logits + 4 * Rb * V
 
-    Rb = -(-R // room_triton._tiles(dtype, dot=False)["BR"])
+    Rb = -(-R // triton_backend._tiles(dtype, dot=False)["BR"])
     with interpreted() as ledger:
         op(x, weight, bias, labels, torch.ones(R), 0.1, -100, True, True, True, True)
     assert ledger.dot_flops == dot, "logits are formed once"
@@ -515,7 +514,7 @@ def test_ledger(dtype):
 
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
 def test_ledger_of_scaling():
-    """By 1, the usual gradient of a loss, nothing is moved but the factor itself."""
+    """Scaling by 1, the usual gradient of a loss, reads the factor alone."""
     from tests.ops.interpreter import interpreted
 
     for factor in (1.0, 0.5):
@@ -542,7 +541,7 @@ def test_blocks_of_ignored_rows_are_skipped():
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
 def test_triton_refuses_float64():
     x, weight, bias, labels = draw(3, 4, 7)
-    with pytest.raises(RuntimeError, match="x is float64"):
+    with pytest.raises(RuntimeError, match="computes in fp32, and the call is in float64"):
         linear_cross_entropy(x, weight, bias, labels)
 
 
@@ -565,7 +564,7 @@ def test_triton_refuses_float64():
         (dict(row_weights=torch.zeros(3, requires_grad=True)), r"pass row_weights.detach\(\)"),
     ),
 )
-def test_errors(change, message):
+def test_bad_arguments_are_refused(change, message):
     good = dict(x=torch.zeros(3, 4), weight=torch.zeros(7, 4), bias=torch.zeros(7), labels=torch.zeros(3).long())
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**{**good, **change})

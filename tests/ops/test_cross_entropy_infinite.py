@@ -1,6 +1,6 @@
 """Proves that linear_cross_entropy takes logits that are not finite as F.cross_entropy does, loss and gradients, on
-every backend: forbidden entries and padded vocabularies, targets that are forbidden, overflow, NaN; and that rows which
-are ignored may hold anything.
+every backend: forbidden entries and padded vocabularies, forbidden targets, overflow, NaN; and that ignored rows may
+hold anything.
 
 Run: pytest tests/ops/test_cross_entropy_infinite.py
 """
@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import prismer.kernels.cross_entropy as room
-import prismer.kernels.cross_entropy.triton_backend as room_triton
-from prismer.kernels.cross_entropy import linear_cross_entropy
+import prismer.kernels.cross_entropy as module
+from prismer.kernels.cross_entropy import linear_cross_entropy, triton_backend
 from prismer.kernels.cross_entropy import torch_backend as cross_entropy_torch
 from prismer.kernels.dispatch import use_backend
 
@@ -33,15 +32,15 @@ WAYS += [("torch", FORMED), ("torch", AGAIN), ("triton", AGAIN)]
 
 @pytest.fixture(params=WAYS, ids=lambda way: " ".join(way))
 def on_backend(request, running, monkeypatch):
-    """A backend, with everything at once, or by chunks of rows and of vocabulary: some hold forbidden entries alone."""
+    """A backend, with one chunk or with chunks of rows and vocabulary, some of which hold forbidden entries alone."""
     backend, chunks = request.param
     if chunks != WHOLE:
         monkeypatch.setattr(cross_entropy_torch, "_CHUNK_ELEMENTS", 7 * 11)
         monkeypatch.setattr(cross_entropy_torch, "ROW_CHUNK_ELEMENTS", 1)
         monkeypatch.setattr(cross_entropy_torch, "_BLOCK_ROWS", 7)
-        monkeypatch.setattr(room_triton, "_BUFFER_BYTES", 1)
+        monkeypatch.setattr(triton_backend, "_BUFFER_BYTES", 1)
         monkeypatch.setattr(
-            room, "_formed_in_forward", lambda x, V, reduce, needs: chunks == FORMED and any(needs) and reduce
+            module, "_formed_in_forward", lambda x, V, reduce, needs: chunks == FORMED and any(needs) and reduce
         )
     if backend in ("fastest", "reference"):
         with use_backend(None if backend == "fastest" else "reference"):
@@ -84,7 +83,7 @@ def nan_row(x, weight, bias, labels):
 
 
 def nan_entry(x, weight, bias, labels):
-    """Beside entries that are forbidden, in a chunk of the vocabulary of its own."""
+    """Beside forbidden entries, in its own chunk of the vocabulary."""
     bias[:60] = -INF
     bias[4] = math.nan
 
@@ -110,7 +109,7 @@ def results(op, tensors, labels, trainable=(True, True, True), **settings):
 
 
 def yardstick(x, weight, bias, labels, reduction, **settings):
-    """torch's loss of the rows that count: of one that is ignored its gradient would be NaN where a logit is."""
+    """torch's loss of the rows that count; an ignored row with a NaN logit would have a gradient of NaN."""
     kept = labels != -100
     losses = F.cross_entropy(F.linear(x[kept], weight, bias), labels[kept], reduction=reduction, **settings)
     return torch.zeros(R).index_put((kept.nonzero()[:, 0],), losses) if reduction == "none" else losses
@@ -125,7 +124,7 @@ def check(got, expected):
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))
 @pytest.mark.parametrize("reduction", ("none", "mean"))
 @pytest.mark.parametrize("case", CASES)
-def test_equals_torch(case, reduction, smoothing):
+def test_infinite_logits_are_treated_as_in_torch(case, reduction, smoothing):
     *tensors, labels = draw()
     case(*tensors, labels)
     settings = dict(label_smoothing=smoothing, reduction=reduction)
@@ -138,8 +137,8 @@ def test_equals_torch(case, reduction, smoothing):
     torch.testing.assert_close(losses, expected[0], equal_nan=True, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_defined():
-    """The numbers of the docstring, once more by hand."""
+def test_the_documented_values_by_hand():
+    """Losses and gradients are those of the docstring."""
     x, weight, bias, labels = draw()
     labels[:] = 70
     allowed = torch.arange(V) % 3 == 70 % 3
@@ -156,7 +155,7 @@ def test_what_is_defined():
 @pytest.mark.parametrize("reduction", ("none", "mean"))
 @pytest.mark.parametrize("weighted", (False, True))
 @pytest.mark.parametrize("what", (math.nan, INF))
-def test_ignored_rows_hold_anything(what, weighted, reduction, smoothing=0.1):
+def test_an_ignored_row_may_hold_anything(what, weighted, reduction, smoothing=0.1):
     x, weight, bias, labels = draw()
     ignored = labels == -100
     row_weights = torch.rand(R) + 0.5 if weighted else None
@@ -171,8 +170,8 @@ def test_ignored_rows_hold_anything(what, weighted, reduction, smoothing=0.1):
 
 @pytest.mark.parametrize("reduction", ("none", "mean"))
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))
-def test_fp16_overflow(on_backend, reduction, smoothing):
-    """A logit beyond 65504 is infinite where it is rounded to fp16; where it is not, the loss is that of its size."""
+def test_logits_that_overflow_fp16(on_backend, reduction, smoothing):
+    """A logit beyond 65504 is infinite where it is rounded to fp16, and finite where it is not."""
     x, weight, bias, labels = draw()
     x[3] = 200.0 * weight[5].sign()
     weight[5] *= 100

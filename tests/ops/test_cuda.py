@@ -1,9 +1,9 @@
 """Proves the CUDA kernels of csrc/cuda without a GPU.
 
-nvcc compiles each source for the GPUs it is meant for: nothing spilled, no stack, 128-bit loads. A plain compiler
-builds the same source on tests/ops/simt.h, which plays the GPU, under the address and undefined-behaviour sanitisers;
-that is executed and compared with float64, with threads taking turns in several orders. The bugs planted at the end
-show that these proofs can fail.
+nvcc compiles each source for its GPUs, without spills or stack and with 128-bit loads. A plain compiler also builds the
+same source on tests/ops/simt.h, which simulates the GPU, with the address and undefined-behaviour sanitisers. The tests
+run this build, with threads taking turns in several orders, and compare it with float64. The bugs planted at the end
+show that these tests can fail.
 
 Run: pytest tests/ops/test_cuda.py
      PRISMER_COMPILE_ALL=1 pytest tests/ops/test_cuda.py   all three GPUs, and the extension itself
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 NAMES = ("layer_norm", "label_map", "decode_attention")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# what each source needs at most, over its kernels and the three GPUs
+# the most registers that a kernel of each source may use, on any of the three GPUs
 REGISTERS = {"layer_norm": 80, "label_map": 128, "decode_attention": 144}
 FORWARD, REVERSE, RANDOM = range(3)
 everything = pytest.mark.skipif(
@@ -88,7 +88,7 @@ for op in ("layer_norm", "layer_norm_backward", "label_map", "label_map_backward
 
 @everything
 def test_extension(tmp_path):
-    """PRISMER_CUDA=1 builds prismer._C_cuda without a GPU, and it loads and registers its ops there."""
+    """PRISMER_CUDA=1 builds prismer._C_cuda without a GPU; it loads and registers its ops."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
     if torch.version.cuda is None or importlib.util.find_spec("prismer._C") is None:
@@ -96,7 +96,7 @@ def test_extension(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "prismer"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    # the extension for the CPU is no affair of this test
+    # this test does not build the CPU extension
     shutil.rmtree(tmp_path / "csrc" / "cpu")
     for built in (tmp_path / "prismer").glob("*.so"):
         built.unlink()
@@ -116,10 +116,10 @@ def test_extension(tmp_path):
 @pytest.mark.parametrize(
     "asked, reason", [("0", "PRISMER_CUDA=0"), ("", "nvcc is not installed"), ("yes", "set it to 0 or 1")]
 )
-def test_extension_not_built(tmp_path, asked, reason):
-    """One line says why there are no CUDA kernels, and the rest is built."""
+def test_one_line_says_why_the_extension_is_not_built(tmp_path, asked, reason):
+    """The rest is built without it."""
     shutil.copy(ROOT / "setup.py", tmp_path)
-    # a torch to be found, of which only the version is read; nothing to compile
+    # a stub of torch, because setup.py reads only its version; there is nothing to compile
     torch_folder = tmp_path / "torch"
     torch_folder.mkdir()
     (torch_folder / "__init__.py").touch()
@@ -146,13 +146,13 @@ def test_extension_not_built(tmp_path, asked, reason):
 
 
 class Host:
-    """One source, built for the host: calls its launchers, each call in a process of its own."""
+    """One source, built for the host; each call of a launcher runs in its own process."""
 
     def __init__(self, program):
         self.program = program
 
     def run(self, op, integers, buffers, *, number=0.0, order=FORWARD, skipped_barrier=0):
-        """The finished process; its stdout holds the launches and the buffers."""
+        """Run the op and return the finished process; its stdout holds the number of launches and the buffers."""
         words = [op, order, skipped_barrier, len(integers), *integers]
         request = [struct.pack(f"<{len(words)}q", *words), struct.pack("<dq", number, len(buffers))]
         for buffer in buffers:
@@ -161,12 +161,12 @@ class Host:
                 continue
             data = buffer.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             request += [struct.pack("<q", len(data)), data, bytes(-len(data) % 8)]
-        # leaks are the process's affair, it is about to end
+        # leaks do not matter: the process ends after the call
         environment = {"ASAN_OPTIONS": "detect_leaks=0"}
         return subprocess.run([self.program], input=b"".join(request), capture_output=True, env=environment)
 
     def __call__(self, op, integers, buffers, **settings):
-        """Overwrites the buffers with what the launcher left in them; the number of launches."""
+        """Run the op, copy its results into the buffers, and return the number of launches."""
         result = self.run(op, integers, buffers, **settings)
         assert result.returncode == 0, result.stderr.decode()
         (launches,) = struct.unpack_from("<q", result.stdout)
@@ -181,7 +181,7 @@ class Host:
         return launches
 
     def count(self, *integers):
-        """What the source's own function says of scratch sizes: the op numbered 2."""
+        """The size of scratch memory, from the source's own function: op number 2."""
         answer = torch.zeros(1, dtype=torch.int64)
         self(2, integers, [answer])
         return answer.item()
@@ -206,7 +206,7 @@ def compile_for_host(name, folder, source=None):
 
 @pytest.fixture(scope="session")
 def hosts(tmp_path_factory):
-    """Each source built when first asked for."""
+    """A function that returns the host build of a source, and builds it at the first call."""
     folder = tmp_path_factory.mktemp("cuda_host")
     built = {}
 
@@ -247,7 +247,7 @@ def layer_norm_backward(host, dy, dtotal, x, weight, mean, rstd, affine, **setti
     return dx, dweight, dbias
 
 
-# a width below a vector, a prime, 128-bit rows of one and several chunks, a row longer than what registers keep
+# a width below a vector, a prime, rows of one and of several 128-bit loads per thread, a row longer than the registers
 LAYER_NORM_SHAPES = ((1, 1), (3, 60), (37, 127), (3, 1023), (2, 768), (1, 4104), (2, 4133), (0, 8))
 
 
@@ -267,7 +267,7 @@ def test_layer_norm(hosts, assert_no_worse, shape, dtype):
         # a residual too, and parameters in a dtype of their own
         y, total, mean, rstd = layer_norm(hosts("layer_norm"), x, residual, weight, bias)
         assert torch.equal(total, x + residual)
-        # what is normalised is the sum as it is stored
+        # the op normalises the sum as it is stored
         again = layer_norm(hosts("layer_norm"), total, None, weight, bias)
         assert torch.equal(y, again[0]) and torch.equal(mean, again[2])
     elif D == 768:
@@ -297,8 +297,8 @@ def test_layer_norm(hosts, assert_no_worse, shape, dtype):
     assert_no_worse("", ours, results(*plain), lambda: results(*exact))
 
 
-def test_layer_norm_large_mean(hosts, assert_no_worse):
-    """Massive activations: E[x^2] - mean^2 would lose all digits here."""
+def test_layer_norm_with_a_large_mean(hosts, assert_no_worse):
+    """With such activations, E[x^2] - mean^2 would lose all digits."""
     x = torch.randn(2, 96) + 3e3
     x[0, 5] = 1e4
     y, *_ = layer_norm(hosts("layer_norm"), x, None, None, None)
@@ -324,7 +324,7 @@ def label_map_backward(host, dy, ids, rows, num_rows, **settings):
 
 
 def draw_label_map(B, h, w, size, C, num_rows, dtype):
-    # regions of a few pixels, so that taps agree and differ
+    # regions of a few pixels, so that some taps agree and others differ
     ids = torch.randint(0, 256, (B, -(-h // 3), -(-w // 3)), dtype=torch.uint8)
     ids = ids.repeat_interleave(3, 1).repeat_interleave(3, 2)[:, :h, :w].contiguous()
     rows = torch.randint(0, num_rows, (B, 256))
@@ -364,8 +364,8 @@ def test_label_map(hosts, assert_no_worse, shape, dtype):
 
 
 @parametrize("dtype", DTYPES)
-def test_label_map_rows_outside(hosts, dtype):
-    """A row that does not exist shows as NaN where it was used, and nowhere else; nothing outside is read."""
+def test_label_map_rows_outside_the_features_become_nan(hosts, dtype):
+    """Only the pixels that use such a row become NaN, and nothing outside is read."""
     ids, rows, features, dy = draw_label_map(1, 12, 12, 12, 16, 6, dtype)
     for bad in (-1, 6, 2**40, -(2**63)):
         rows[0, 7] = bad
@@ -425,8 +425,8 @@ def test_decode_attention(hosts, assert_no_worse, shape, dtype):
     assert_no_worse("out", out, plain, lambda: decode_attention_reference(*exact))
 
 
-def test_decode_attention_hard(hosts, assert_no_worse):
-    """Queries that see nothing, only the suffix or only late keys; scores of hundreds; numbers that are no slots."""
+def test_decode_attention_of_difficult_queries(hosts, assert_no_worse):
+    """Queries that see nothing, only the suffix or only late keys; scores of hundreds; ancestors that are not slots."""
     inputs = draw_decode_attention(1, 1, 5, 16, 300, 4, 3, torch.float32)
     q, _, _, mask, _, _, ancestors = inputs
     q *= 100
@@ -443,11 +443,11 @@ def test_decode_attention_hard(hosts, assert_no_worse):
     assert torch.equal(out, decode_attention(hosts("decode_attention"), *inputs))
 
 
-# ---- the same bits, whatever the order of turns and whoever else is in the batch
+# ---- the same bits for any order of the threads and in any batch
 
 
 def calls(dtype=torch.float32):
-    """For each source, calls with several warps and blocks: (name, function of the host and settings)."""
+    """Name of the source -> calls that use several warps and blocks; each is a function of the host and settings."""
     x, residual, weight, bias, dy, dtotal = draw_layer_norm(34, 300, dtype)
     mean, rstd = x.float().mean(1), 1 / x.float().std(1)
     maps = draw_label_map(2, 23, 31, 9, 40, 12, dtype)
@@ -477,7 +477,7 @@ def same(first, second):
 
 
 @parametrize("name", NAMES)
-def test_any_order_of_threads(hosts, name):
+def test_the_order_of_threads_does_not_matter(hosts, name):
     for call in calls()[name]:
         expected = call(hosts(name), order=FORWARD)
         assert not any(t.isnan().any() for t in expected if t is not None)
@@ -485,7 +485,7 @@ def test_any_order_of_threads(hosts, name):
             assert same(expected, call(hosts(name), order=order))
 
 
-def test_row_alone(hosts):
+def test_a_row_does_not_depend_on_the_batch(hosts):
     x, residual, weight, bias, dy, dtotal = draw_layer_norm(5, 304, torch.bfloat16)
     batch = layer_norm(hosts("layer_norm"), x, residual, weight, bias)
     alone = layer_norm(hosts("layer_norm"), x[3:4], residual[3:4], weight, bias)
@@ -506,7 +506,7 @@ def test_row_alone(hosts):
 
 
 def barriers(name):
-    """Lines of the source with a __syncthreads."""
+    """Numbers of the lines of the source that have a __syncthreads."""
     lines = (SOURCES / f"{name}.cu").read_text().splitlines()
     return [number for number, line in enumerate(lines, 1) if "__syncthreads()" in line]
 
@@ -514,8 +514,8 @@ def barriers(name):
 @pytest.mark.parametrize(
     "name, line", [(name, line) for name in ("layer_norm", "decode_attention") for line in barriers(name)]
 )
-def test_missing_barrier_shows(hosts, name, line):
-    """Each barrier is needed: without it, some order of turns changes the result."""
+def test_a_missing_barrier_changes_the_result(hosts, name, line):
+    """Every barrier is needed: without it, some order of the threads changes the result."""
     for call in calls()[name]:
         expected = call(hosts(name))
         for order in (FORWARD, REVERSE, RANDOM):
@@ -524,8 +524,8 @@ def test_missing_barrier_shows(hosts, name, line):
     pytest.fail(f"{name}.cu: nothing changes without the barrier in line {line}")
 
 
-def test_read_outside_shows(tmp_path):
-    """The rule that keeps reads inside is taken out of a copy of the source."""
+def test_a_read_outside_a_buffer_is_found(tmp_path):
+    """A copy of the source lacks the check that keeps reads inside."""
     source = (SOURCES / "label_map.cu").read_text()
     check = "row >= 0 && row < num_rows ? static_cast<int>(row) : -1"
     assert check in source
@@ -540,8 +540,8 @@ def test_read_outside_shows(tmp_path):
     assert result.returncode != 0 and b"heap-buffer-overflow" in result.stderr
 
 
-def test_short_buffer_shows(hosts):
-    """Every buffer is checked to the byte: one element less than the launcher is told of ends the program."""
+def test_a_short_buffer_is_found(hosts):
+    """Buffers are checked to the byte: one that lacks its last element ends the program."""
     x = torch.randn(2, 37)
     buffers = [x, None, x[0].clone(), x[1].clone(), torch.empty(2, 37), None, nan(2), nan(2)]
     assert hosts("layer_norm").run(0, [0, 0, 0, 2, 37], buffers, number=1e-5).returncode == 0
@@ -578,8 +578,8 @@ int label_map_cuda(const LabelMap& args, void* stream) {
 """
 
 
-def test_threads_that_do_not_meet(tmp_path):
-    """What hangs a GPU or is undefined there ends the program with a sentence."""
+def test_threads_that_do_not_meet_are_reported(tmp_path):
+    """Code that hangs a GPU, or is undefined there, ends the program with a message."""
     copy = tmp_path / "planted.cu"
     copy.write_text(PLANTED)
     host = compile_for_host("label_map", tmp_path, copy)

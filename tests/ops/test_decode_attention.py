@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import prismer.kernels.decode_attention as room
+import prismer.kernels.decode_attention as module
 from prismer.kernels.decode_attention import decode_attention, decode_attention_reference
 from prismer.kernels.dispatch import use_backend
 
@@ -41,10 +41,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @pytest.fixture(params=("native", "triton", "listed", "all-slots"), autouse=True)
 def on_backend(request, running, monkeypatch):
-    """Every backend, and of torch both ways of reading the suffix, whatever the shapes would choose."""
+    """Every backend; torch with both ways of reading the suffix, whatever the shapes would choose."""
     backend = request.param if request.param in BACKENDS else "torch"
     if backend == "torch":
-        monkeypatch.setattr(room, "_DENSE", dict(listed=0).get(request.param, 10**6))
+        monkeypatch.setattr(module, "_DENSE", dict(listed=0).get(request.param, 10**6))
     with running(backend):
         yield backend
 
@@ -57,7 +57,7 @@ def dtype(request, on_backend):
 
 
 def draw(shape, dtype=torch.float64, per_query=False):
-    """Inputs in which every query sees a key if there is one, and every -1 and every mask entry matters."""
+    """Inputs in which every query sees a key if there is one, and in which every -1 and mask entry matters."""
     R, H, Q, K, S, M, A = shape
 
     def normal(*size, scale=1.0):
@@ -84,7 +84,7 @@ def draw(shape, dtype=torch.float64, per_query=False):
 
 
 def plain(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors):
-    """One query at a time, with a list of the keys it sees and no mask at all."""
+    """One query at a time, with a list of the keys that it sees and no mask."""
     out = torch.zeros_like(q)
     for r in range(q.shape[0]):
         for i in range(q.shape[2]):
@@ -118,7 +118,7 @@ def compare(arguments, assert_no_worse):
     if out.dtype == torch.float64:
         torch.testing.assert_close(out, exact(), rtol=1e-12, atol=1e-12)
     else:
-        # fp32 against the same matrix products, halves against the fused op,
+        # fp32 is compared with the same matrix products, 16 bits with the fused op,
         # since torch would round scores
         judge = with_mask if out.dtype == torch.float32 and exact().any() else plain
         assert_no_worse("out", out, judge(*arguments), exact, inner=torch.float32)
@@ -136,15 +136,15 @@ def test_decode_attention(shape, per_query, dtype, assert_no_worse):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str, indirect=True)
 @pytest.mark.parametrize("case", ("confident", "large-scores", "offset", "late-maximum"))
-def test_adversarial(case, dtype, assert_no_worse):
-    """One key takes all, scores that overflow exp without a maximum, a common offset, a maximum that comes last."""
+def test_hard_inputs(case, dtype, assert_no_worse):
+    """One dominant key, scores whose exp overflows without the maximum, a common offset, a maximum that comes last."""
     arguments = draw((1, 2, 5, 32, 300, 12, 3), dtype)
     q, shared_k = arguments[0], arguments[1]
     arguments[3][:] = True
     if case == "confident":
         shared_k[:, :, 7] = 20 * q[:, :, 0]
     elif case == "large-scores":
-        # some hundreds, all of one sign: exp2 of them without the shift is inf, or 0 everywhere
+        # some hundreds of one sign: without the shift, exp2 of them is inf or 0 everywhere
         arguments[0], arguments[1] = q.abs() * 8, -shared_k.abs() * 8
     elif case == "offset":
         arguments[1] = shared_k + 5
@@ -157,8 +157,8 @@ def test_adversarial(case, dtype, assert_no_worse):
 
 @pytest.mark.parametrize("on_backend", ("listed", "all-slots"), indirect=True)
 @pytest.mark.parametrize("per_query", (False, True), ids=("mask-per-row", "mask-per-query"))
-def test_chunks(monkeypatch, per_query):
-    """Queries taken one or a few at a time give what they give together, and are taken so where memory is short."""
+def test_chunks_of_queries_give_the_same(monkeypatch, per_query):
+    """Queries are taken a few at a time if memory is short."""
     arguments = draw((2, 4, 41, 16, 14, 41, 5), per_query=per_query)
     whole = decode_attention(*arguments)
     sizes = []
@@ -166,24 +166,24 @@ def test_chunks(monkeypatch, per_query):
     def recording(attend):
         return lambda q, *rest: sizes.append(q.shape[2]) or attend(q, *rest)
 
-    monkeypatch.setattr(room, "_attend_all_slots", recording(room._attend_all_slots))
-    monkeypatch.setattr(room, "_attend_listed_slots", recording(room._attend_listed_slots))
+    monkeypatch.setattr(module, "_attend_all_slots", recording(module._attend_all_slots))
+    monkeypatch.setattr(module, "_attend_listed_slots", recording(module._attend_listed_slots))
     for floats, most in ((1, 1), (5_000, 11), (20_000, 45)):
         sizes.clear()
-        monkeypatch.setattr(room, "_MAX_FLOATS", floats)
+        monkeypatch.setattr(module, "_MAX_FLOATS", floats)
         torch.testing.assert_close(decode_attention(*arguments), whole, rtol=1e-12, atol=1e-12)
         assert sum(sizes) == 41 and max(sizes) <= most
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str, indirect=True)
-def test_strides(dtype, on_backend):
-    """Layouts as the decoder makes them, (R, Q, H, K) in memory; a cache read up to a step; one table for all rows."""
+def test_keys_and_values_may_have_any_strides(dtype, on_backend):
+    """As in the decoder: (R, Q, H, K) in memory, a cache that is read up to a step, one table for all rows."""
     arguments = draw(SHAPES["beams"], dtype)
     arguments[6] = arguments[6][:1].expand(2, -1, -1).contiguous()
     expected = decode_attention(*arguments)
     for i in (0, 1, 2, 4, 5):
         arguments[i] = arguments[i].transpose(1, 2).contiguous().transpose(1, 2)
-    arguments[2] = arguments[2].contiguous()  # values of another layout than keys
+    arguments[2] = arguments[2].contiguous()  # values with other strides than the keys
     for i in (4, 5):
         arguments[i] = torch.cat((arguments[i], torch.full_like(arguments[i], torch.nan)), 2)[:, :, :18]
     arguments[0] = arguments[0].mT.contiguous().mT
@@ -195,8 +195,8 @@ def test_strides(dtype, on_backend):
         assert torch.equal(decode_attention(*arguments), expected)
 
 
-def test_unseen_values_do_not_leak():
-    """What no query lists or what the mask hides may hold anything finite; a query that sees nothing gives zeros."""
+def test_keys_that_are_not_seen_do_not_matter():
+    """They may hold anything finite; a query that sees nothing gives zeros."""
     arguments = draw(SHAPES["primes"], torch.float32)
     mask, ancestors = arguments[3], arguments[6]
     expected = decode_attention(*arguments)
@@ -211,15 +211,15 @@ def test_unseen_values_do_not_leak():
     arguments[6] = torch.full_like(ancestors, -1)
     for function in (decode_attention, decode_attention_reference):
         assert function(*arguments).eq(0).all()
-    # one query sees nothing, beside others that do
+    # one query sees nothing, and others do
     arguments[6][1, 2, 0] = 4
     out = decode_attention(*arguments)
     torch.testing.assert_close(out[1, :, 2], arguments[5][1, :, 4])
     assert out[0].eq(0).all() and out[1, :, [0, 1, 3]].eq(0).all()
 
 
-def test_reordered_beams():
-    """Moving the index table and the queries moves the output, and nothing else."""
+def test_reordering_beams_reorders_the_output():
+    """Only the index table and the queries move."""
     arguments = draw(SHAPES["beams"], torch.float32)
     order = torch.tensor([2, 0, 1])
     expected = decode_attention(*arguments)[:, :, order]
@@ -229,8 +229,8 @@ def test_reordered_beams():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str, indirect=True)
 @pytest.mark.parametrize("name", ("trie", "head-160"))
-def test_row_alone_and_repeats(name, dtype, on_backend):
-    """Row i alone equals row i in a batch, and everything equals itself again; bit for bit, but for torch's matmul."""
+def test_a_row_alone_equals_its_row_in_a_batch_and_repeats(name, dtype, on_backend):
+    """Bit for bit, but for the matrix products of torch."""
     arguments = draw(SHAPES[name], dtype)
     together = decode_attention(*arguments)
     alone = torch.cat([decode_attention(*(a[r : r + 1] for a in arguments)) for r in range(2)])
@@ -241,8 +241,8 @@ def test_row_alone_and_repeats(name, dtype, on_backend):
         assert torch.equal(alone, together)
 
 
-def test_inference_only():
-    """A recorded gradient is refused before anything is saved; where none is recorded the op runs."""
+def test_a_recorded_gradient_is_refused():
+    """It is refused before anything is saved; without one the op runs."""
     arguments = draw(SHAPES["primes"], torch.float32)
     expected = decode_attention(*arguments)
     for i in (0, 1, 2, 4, 5):
@@ -285,7 +285,7 @@ def test_ledger(shape, per_query):
 
     R, H, Q, K, S, M, A = shape
     arguments = draw(shape, torch.bfloat16, per_query)
-    # a cache of which a part is read, so that strides are not those of the view
+    # a part of a cache, so that the strides are not those of a contiguous tensor
     for i in (1, 2, 4, 5):
         arguments[i] = torch.cat((arguments[i], arguments[i]), 2)[:, :, : arguments[i].shape[2]]
     with interpreted() as ledger:
@@ -304,7 +304,7 @@ def test_ledger(shape, per_query):
 
 
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
-def test_slot_outside_the_cache_is_not_read():
+def test_a_slot_outside_the_cache_is_not_read():
     from tests.ops.interpreter import interpreted
 
     arguments = draw(SHAPES["primes"], torch.float32)
@@ -330,7 +330,7 @@ def test_slot_outside_the_cache_is_not_read():
         (4, lambda t: t.to("meta"), "one device"),
     ],
 )
-def test_refuses(position, wrong, message):
+def test_bad_arguments_are_refused(position, wrong, message):
     arguments = draw(SHAPES["primes"])
     arguments[position] = wrong(arguments[position])
     with pytest.raises(ValueError, match=message):
@@ -338,7 +338,7 @@ def test_refuses(position, wrong, message):
 
 
 @pytest.mark.parametrize("on_backend", ("native", "triton"), indirect=True)
-def test_float64_is_left_to_torch(on_backend):
+def test_float64_runs_on_torch(on_backend):
     arguments = draw(SHAPES["primes"])
     with pytest.raises(RuntimeError, match=f"{on_backend} decode_attention computes in fp32"):
         decode_attention(*arguments)

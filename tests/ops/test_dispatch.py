@@ -6,97 +6,158 @@ Run: pytest tests/ops/test_dispatch.py
 import importlib
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 
 import prismer.kernels.dispatch as dispatch
-from prismer.kernels.dispatch import asked, backends, choose, native_missing, use_backend
+from prismer.kernels.dispatch import (
+    NATIVE,
+    TORCH,
+    TRITON,
+    Backend,
+    Op,
+    all_ops,
+    asked,
+    backends,
+    native_missing,
+    use_backend,
+)
 from prismer.kernels.layer_norm import layer_norm
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+OPS = {op.name: op for op in all_ops()}
+# parts of the loss and of attention, which have the definitions
+PARTS = ("logit_statistics", "philox_kept")
+TOY = Op(name="toy", reference=abs, backends=(NATIVE, TRITON, TORCH))
+
+
+def call(device="cpu", dtype=torch.float32):
+    """What a choice looks at."""
+    return types.SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+
+CPU, CUDA = call("cpu"), call("cuda")
 
 
 @pytest.fixture
 def machine(request, monkeypatch):
-    """Pretend that each of these is there (None) or missing for a reason; the rest is."""
+    """Pretend that everything is installed but what a parameter maps to a reason; natively built is `toy` alone."""
     missing = getattr(request, "param", {})
     monkeypatch.setattr(dispatch, "native_missing", lambda device="cpu": missing.get(f"native {device}"))
     monkeypatch.setattr(dispatch, "triton_missing", lambda: missing.get("triton"))
     monkeypatch.setattr(dispatch, "package_missing", lambda name: missing.get(name, f"{name} is not installed"))
-    built = ("label_map", "bias_activation")
-    monkeypatch.setattr(dispatch, "_has_native", lambda op, device: op in built)
+    monkeypatch.setattr(dispatch, "_has_native", lambda op, device: op == "toy")
     dispatch._log_once.cache_clear()
+    dispatch._usable.cache_clear()
+    yield
+    dispatch._usable.cache_clear()
 
 
-def test_older_build(machine):
-    """A pulled repository with yesterday's extension says so, instead of failing inside an op."""
-    assert choose("layer_norm", CPU) == "torch"
+def test_an_older_build_of_the_extension_says_so(machine):
+    """A pulled repository with yesterday's extension does not fail inside an op."""
+    assert OPS["layer_norm"].choose(CPU) == "torch"
     with use_backend("native"), pytest.raises(RuntimeError, match="built from older sources, without layer_norm"):
-        choose("layer_norm", CPU)
+        OPS["layer_norm"].choose(CPU)
 
 
-def test_choice(machine):
-    assert choose("label_map", CPU) == choose("label_map", CUDA) == "native"
-    assert choose("mlp", CUDA) == "triton" and choose("mlp", CPU) == "torch"
+def test_the_first_usable_backend_runs_unless_another_is_asked_for(machine):
+    assert TOY.choose(CPU) == TOY.choose(CUDA) == "native"
+    assert OPS["mlp"].choose(CUDA) == "triton" and OPS["mlp"].choose(CPU) == "torch"
     with use_backend("torch"):
-        assert choose("label_map", CPU) == "torch"
+        assert TOY.choose(CPU) == "torch" and TOY.choose(CPU, asked_for="native") == "native"
         with use_backend(None):
-            assert asked() is None and choose("label_map", CPU) == "native"
+            assert asked() is None and TOY.choose(CPU) == "native"
     assert asked() is None
+
+
+def test_a_backend_that_an_op_does_not_have_is_ignored_and_one_that_cannot_run_is_refused(machine):
     with use_backend("native"):
         # there is no native loss, so the request cannot mean it
-        assert choose("cross_entropy", CPU) == "torch"
+        assert OPS["linear_cross_entropy"].choose(CPU) == "torch"
         with pytest.raises(RuntimeError, match="native bias_activation serves cpu tensors, not cuda"):
-            choose("bias_activation", CUDA)
+            OPS["bias_activation"].choose(CUDA)
 
 
 def test_the_interpreter_is_only_taken_when_asked_for(machine):
-    assert choose("cross_entropy", CPU) == "torch"
+    assert OPS["mlp"].choose(CPU) == "torch"
     with use_backend("triton"):
         if dispatch.interpreting():
-            assert choose("cross_entropy", CPU) == "triton"
+            assert OPS["mlp"].choose(CPU) == "triton"
         else:
             with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-                choose("cross_entropy", CPU)
+                OPS["mlp"].choose(CPU)
 
 
 MISSING = {"native cpu": "it was not built", "native cuda": "it was not built", "triton": "no triton"}
 
 
 @pytest.mark.parametrize("machine", (MISSING,), indirect=True)
-def test_without_compilers(machine):
-    assert choose("label_map", CPU) == choose("label_map", CUDA) == "torch"
+def test_without_compilers_torch_runs(machine):
+    assert TOY.choose(CPU) == TOY.choose(CUDA) == "torch"
     for backend, reason in (("native", "it was not built"), ("triton", "no triton")):
         with use_backend(backend), pytest.raises(RuntimeError, match=f"{backend} was asked for, but {reason}"):
-            choose("label_map", CPU)
+            TOY.choose(CPU)
     rows = {(row.op, row.backend): row for row in backends()}
     assert not rows["label_map", "native"].usable and rows["label_map", "native"].reason == "it was not built"
-    assert rows["label_map", "torch"].usable and rows["cross_entropy", "reference"].usable
+    assert rows["label_map", "torch"].usable and rows["linear_cross_entropy", "reference"].usable
 
 
-def test_supports(machine, caplog):
-    """What a call cannot use is passed over and logged once; what was asked for is refused with the reason."""
+def test_what_does_not_serve_a_call_is_passed_over_and_logged_once(machine, caplog):
+    def refuses(x, head_dim):
+        return f"head dim {head_dim} is odd" if head_dim % 2 else None
 
-    def supports(backend):
-        return "head dim 7 is odd" if backend in ("triton", "sdpa") else None
-
+    odd = [Backend(name=name, refuses=refuses) for name in ("triton", "sdpa")]
+    op = Op(name="toy", reference=abs, backends=(*odd, TORCH))
     caplog.set_level(logging.INFO, "prismer.kernels")
-    assert choose("attention", CUDA, supports) == "torch"
-    assert choose("attention", CUDA, supports) == "torch"
+    assert op.choose(CUDA, 7) == op.choose(CUDA, 7) == "torch" and op.choose(CUDA, 8) == "triton"
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"attention does not run on {name} here: head dim 7 is odd" for name in ("sdpa", "triton")]
+    assert said == [f"toy does not run on {name} here: head dim 7 is odd" for name in ("triton", "sdpa")]
     with use_backend("sdpa"), pytest.raises(RuntimeError, match="sdpa was asked for, but head dim 7 is odd"):
-        choose("attention", CUDA, supports)
+        op.choose(CUDA, 7)
 
 
-def test_choice_holds_in_every_thread(machine):
+def test_a_slower_backend_runs_only_if_it_is_asked_for(machine):
+    slow = Backend(name="native", slower=lambda x: "torch is as fast here")
+    op = Op(name="toy", reference=abs, backends=(slow, TORCH))
+    assert op.choose(CPU) == "torch"
+    with use_backend("native"):
+        assert op.choose(CPU) == "native"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_native_and_triton_refuse_float64(machine, monkeypatch, name):
+    """They compute in fp32, so an op that takes float64 must not reach them."""
+    monkeypatch.setattr(dispatch, "_has_native", lambda op, device: True)
+    op = OPS[name]
+    # random numbers have no dtype to lose
+    computing = [b for b in op.backends if b.name in ("native", "triton") and name != "philox_kept"]
+    for backend in computing:
+        fp32 = f"{backend.name} {name} computes in fp32, and the call is in float64"
+        with use_backend(backend.name), pytest.raises(RuntimeError, match=fp32):
+            op.choose(call((backend.devices or ("cpu",))[-1], torch.float64))
+
+
+def test_a_definition_that_is_asked_for_runs_before_any_choice():
+    """In a backward pass, whose op ran before the request, torch's operators take its place."""
+    x = torch.randn(3, 8)
+    with use_backend("reference"):
+        assert OPS["layer_norm"].route(x, None, None) == "reference" and OPS["layer_norm"].choose(x) == "torch"
+    x.requires_grad_()
+    y = layer_norm(x.double(), None, None).sum() + layer_norm(x.bfloat16(), None, None).float().square().sum()
+    with use_backend("reference"):
+        y.backward()
+    assert x.grad.isfinite().all()
+
+
+def test_a_request_holds_in_every_thread(machine):
     """On a GPU the backward pass runs in threads of its own."""
     seen = []
     with use_backend("reference"):
@@ -106,13 +167,13 @@ def test_choice_holds_in_every_thread(machine):
     assert seen == ["reference"]
 
 
-def test_unknown_backend():
+def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="'cuda'; choose native, triton, torch"), use_backend("cuda"):
         pass
 
 
 @pytest.mark.parametrize(("value", "printed"), (("reference", "reference"), ("", "None"), ("fast", "ValueError")))
-def test_environment(value, printed):
+def test_the_environment_asks_for_a_backend(value, printed):
     program = "from prismer.kernels import dispatch; print(dispatch.asked())"
     environment = {**os.environ, "PRISMER_BACKEND": value}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
@@ -122,7 +183,7 @@ def test_environment(value, printed):
 
 
 @pytest.mark.parametrize("device", ("cpu", "cuda"))
-def test_extension_not_built(device, monkeypatch):
+def test_an_extension_that_was_not_built_says_so(device, monkeypatch):
     native_missing.cache_clear()
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     assert "was not built" in native_missing(device)
@@ -130,7 +191,7 @@ def test_extension_not_built(device, monkeypatch):
 
 
 def test_threads_load_the_extension_once(monkeypatch):
-    """While one imports it, the others wait: an extension is in sys.modules before it has a spec."""
+    """The other threads wait while one imports it: an extension is in sys.modules before it has a spec."""
     native_missing.cache_clear()
     name, whole = "prismer._C", threading.Event()
     # set first, so that what stands there now, or nothing, stands there again after the test
@@ -156,8 +217,8 @@ def test_threads_load_the_extension_once(monkeypatch):
     native_missing.cache_clear()
 
 
-def test_broken_extension_warns(monkeypatch, tmp_path):
-    """A file that does not load is not the same as none: it says so once."""
+def test_an_extension_that_does_not_load_warns_once(monkeypatch, tmp_path):
+    """A missing extension does not warn."""
     package = tmp_path / "prismer"
     package.mkdir()
     (package / "_C.py").write_text("raise ImportError('undefined symbol: torch_x')")
@@ -176,18 +237,44 @@ def test_native_kernels_are_looked_up():
     assert dispatch._has_native("layer_norm", "cpu") and not dispatch._has_native("mlp", "cpu")
 
 
-def test_every_op_has_torch_and_a_definition():
-    for op, served_by in dispatch._OPS.items():
-        if op in ("logit_statistics", "philox_kept"):
-            # parts of cross_entropy and of attention, which have their definitions
-            assert list(served_by) == ["native", "torch"]
-            continue
-        assert list(served_by)[-2:] == ["torch", "reference"], op
-        assert served_by["torch"] is None and set(served_by) <= set(dispatch.BACKENDS), op
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_has_a_definition_and_ends_with_torch_for_any_device(name):
+    op = OPS[name]
+    assert (op.reference is None) == (name in PARTS)
+    last = op.backends[-1]
+    assert last.name == "torch" and last.devices is None and last.refuses is None and last.float64
 
 
-def test_forward_mode_refuses():
-    """A registered op has no tangent to give: it says so, where torch would hand out zeros."""
+@pytest.mark.parametrize("name", [name for name in OPS if name != "attention"])
+def test_native_comes_before_triton_and_triton_before_torch(name):
+    names = [backend.name for backend in OPS[name].backends]
+    assert names == [name for name in ("native", "triton", "torch") if name in names]
+
+
+def test_the_order_of_attention_puts_other_libraries_first_on_a_gpu():
+    names = [backend.name for backend in OPS["attention"].backends]
+    assert names == ["flash-attn", "native", "sdpa", "triton", "xformers", "torch"]
+
+
+def test_every_op_of_the_folder_is_found():
+    found = set()
+    for path in Path(dispatch.__file__).parent.rglob("*.py"):
+        found |= set(re.findall(r"= Op\(\s*name=\"(\w+)\"", path.read_text()))
+    assert found == set(OPS) and len(found) > 10
+
+
+def test_a_fake_gets_the_arguments_that_it_names():
+    def implementation(x, weight, eps):
+        return x
+
+    taking_all = dispatch._taking_all(lambda eps, x: (eps, x), implementation)
+    assert taking_all("x", "weight", "eps") == ("eps", "x")
+    with pytest.raises(ValueError, match="bias"):
+        dispatch._taking_all(lambda bias: bias, implementation)
+
+
+def test_forward_mode_is_refused():
+    """A registered op has no forward-mode derivative; without the refusal jvp would silently return zeros."""
     x = torch.randn(3, 8)
 
     def norm(x):

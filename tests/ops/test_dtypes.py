@@ -1,5 +1,5 @@
-"""Proves what the public ops do with floats that they have no kernels for: float64 is computed exactly, and float8 is
-refused with one sentence that names the dtype and what to do.
+"""Proves what public ops do with dtypes for which they have no kernels: they compute float64 exactly, and refuse float8
+with one sentence that names the dtype and what to do.
 
 Run: pytest tests/ops/test_dtypes.py
 """
@@ -34,7 +34,7 @@ def square():
     return draw(D, D), draw(D)
 
 
-# op -> a call of it with tensors of one dtype; float64 goes in, `to` casts
+# op -> a call of it; `to` casts each float64 tensor to the tested dtype
 CALLS = {
     "layer_norm": lambda to: layer_norm(to(draw(M, D)), to(draw(D)), to(draw(D))),
     "add_layer_norm": lambda to: add_layer_norm(to(draw(M, D)), to(draw(M, D)), to(draw(D)), to(draw(D)))[0],
@@ -84,8 +84,8 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_float64_is_exact(name):
-    """As exact as the definition in float64, and of its dtype."""
+def test_float64_is_computed_exactly(name):
+    """The result is as exact as the definition, and in float64."""
     torch.manual_seed(0)
     got = CALLS[name](lambda t: t)
     torch.manual_seed(0)
@@ -103,8 +103,8 @@ def test_float8_is_refused(name, dtype):
 
 
 @pytest.mark.parametrize("name", ("mlp", "linears", "layer_norm", "linear_cross_entropy", "adaptor"))
-def test_float8_weights_alone(name):
-    """The input is fp32, matrices and norms are not."""
+def test_float8_weights_beside_an_fp32_input_are_refused(name):
+    """Matrices and norms are in float8."""
     count = iter(range(99))
     with pytest.raises(ValueError, match="float8_e4m3fn"):
         CALLS[name](lambda t: t.float() if next(count) == 0 else t.to(torch.float8_e4m3fn))

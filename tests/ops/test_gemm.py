@@ -6,7 +6,7 @@ Run: pytest tests/ops/test_gemm.py
 import pytest
 import torch
 
-from prismer.kernels import gemm as room
+from prismer.kernels import gemm as module
 from prismer.kernels.activation import bias_activation_reference
 from prismer.kernels.gemm import gemm, gemm_derivative, gemm_gradient
 from tests.ops.product_ledger import check, product
@@ -21,7 +21,7 @@ SHAPES = {  # R, N, K
     "a-tile": (64, 64, 64),
     "above-a-tile": (65, 65, 65),
     "D60": (33, 60, 130),
-    # ten rows of tiles: the last group of the program order is not full
+    # ten rows of tiles, so that the last group of programs is not full
     "groups": (577, 65, 9),
     "no-rows": (0, 8, 8),
 }
@@ -64,8 +64,8 @@ def test_gemm(shape, dtype, on_backend, assert_no_worse):
 
 
 @pytest.mark.parametrize("activation", ("quick_gelu", "gelu", "squared_relu"))
-def test_keep(activation, on_backend, assert_no_worse):
-    """What is kept is the product, without its bias."""
+def test_the_kept_product_has_no_bias(activation, on_backend, assert_no_worse):
+    """The backward pass adds the bias again."""
     a, weight, bias = (draw(*s, dtype=torch.bfloat16) for s in ((33, 70), (65, 70), (65,)))
     c, h = gemm(a, weight, bias, backend=on_backend, activation=activation, keep=True)
 
@@ -113,7 +113,7 @@ def test_gemm_gradient(square, dtype, on_backend, assert_no_worse):
 
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_fp32_stays_fp32(dtype, on_backend):
+def test_fp32_is_not_multiplied_in_tf32(dtype, on_backend):
     """Products of small integers are exact in fp32, and would not be in tf32 beyond 2048."""
     a = torch.randint(-3000, 3000, (17, 40)).to(dtype)
     identity = torch.eye(40).to(dtype)
@@ -121,13 +121,13 @@ def test_fp32_stays_fp32(dtype, on_backend):
 
 
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
-def test_large_tiles(monkeypatch, assert_no_worse):
-    """The tiles of large products, which no product that the interpreter can finish would choose."""
-    large = room._tiles(128 * 96, 128, torch.bfloat16)
-    assert large != room._tiles(64, 64, torch.bfloat16)
+def test_tiles_of_large_products(monkeypatch, assert_no_worse):
+    """The interpreter could not finish a product that is large enough to choose them."""
+    large = module._tiles(128 * 96, 128, torch.bfloat16)
+    assert large != module._tiles(64, 64, torch.bfloat16)
     a, weight, bias, residual = (draw(*s, dtype=torch.bfloat16) for s in ((260, 70), (130, 70), (130,), (260, 130)))
     small = gemm(a, weight, bias, backend="triton", activation="relu", residual=residual)[0]
-    monkeypatch.setattr(room, "_tiles", lambda *_: large)
+    monkeypatch.setattr(module, "_tiles", lambda *_: large)
     c = gemm(a, weight, bias, backend="triton", activation="relu", residual=residual)[0]
 
     def plain(*tensors):
@@ -136,18 +136,18 @@ def test_large_tiles(monkeypatch, assert_no_worse):
 
     tensors = a, weight, bias, residual
     assert_no_worse("c", c, plain(*tensors), lambda: plain(*(t.double() for t in tensors)))
-    # a row is summed in the same order whatever the number of rows chose
+    # a row is summed in the same order, whatever tiles the number of rows chooses
     assert torch.equal(c, small)
 
 
-def test_order_of_summation_is_that_of_no_batch():
+def test_the_order_of_summation_does_not_depend_on_the_batch():
     for dtype in DTYPES:
-        orders = {room._tiles(M, N, dtype)["BK"] for M in (1, 300, 10000) for N in (1, 768, 4096)}
+        orders = {module._tiles(M, N, dtype)["BK"] for M in (1, 300, 10000) for N in (1, 768, 4096)}
         assert len(orders) == 1
 
 
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
-def test_row_alone_and_repeats():
+def test_a_row_alone_equals_its_row_in_a_batch_and_repeats():
     a, weight, bias = (draw(*s, dtype=torch.bfloat16) for s in ((130, 70), (61, 70), (61,)))
     first = gemm(a, weight, bias, backend="triton", activation="gelu")[0]
     assert torch.equal(first, gemm(a, weight, bias, backend="triton", activation="gelu")[0])
@@ -175,7 +175,7 @@ def test_ledger(dtype):
         gemm_derivative(
             a, weight.T.contiguous(), c, bias, backend="triton", activation="gelu", activated=True, sums=dtype
         )
-    # h is read once more to activate it
+    # the activation reads h once more
     check(ledger, product(R, N, K, dtype, bias=s, read=2, written=1, sums=s))
     with interpreted() as ledger:
         gemm_gradient(c, a, backend="triton", square=True)

@@ -41,7 +41,7 @@ def dtype(request, on_backend):
 
 
 def draw(shape, dtype=torch.float64, with_rows=True):
-    """Every term matters; ids of objects in regions, 255 among them."""
+    """Terms of equal size, and ids in regions, 255 among them."""
     B, s, grid, num_rows, D = shape
     ids = torch.randint(0, 12, (B, s, s), dtype=torch.uint8)
     ids[:, : s // 2, s // 3 :] = 255
@@ -77,7 +77,7 @@ def compare(arguments, assert_no_worse):
     dtype = arguments[0].dtype
     dy = torch.randn(arguments[0].shape, dtype=torch.float64).to(dtype)
     got = results(add_instance_rows, arguments, dtype, dy)
-    # plain bf16 adds gradients of a row in bf16, one after another: torch's own judgement is that of fp32, rounded
+    # plain torch would add the gradients of a row in bf16, one after another, so compare with fp32, rounded
     expected = results(plain, arguments, torch.promote_types(dtype, torch.float32), dy)
     assert all(value.dtype == dtype for value in got.values())
     expected = {name: t.to(dtype) for name, t in expected.items()}
@@ -92,14 +92,14 @@ def test_add_instance_rows(shape, with_rows, dtype, assert_no_worse):
     arguments = list(draw(shape, dtype, with_rows))
     compare(arguments, assert_no_worse)
     if dtype in (torch.float32, torch.float64):
-        # the order of the sum is that of the definition
+        # the sum has the order of the definition
         assert torch.equal(add_instance_rows(*arguments), plain(*arguments))
     arguments[5] = None
     compare(arguments, assert_no_worse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_reference_is_plain(dtype):
+def test_the_reference_is_plain_torch(dtype):
     arguments = draw(SHAPES["primes"], dtype)
     with use_backend("reference"):
         out = add_instance_rows(*arguments)
@@ -122,8 +122,8 @@ def test_background_and_default_row():
     assert add_instance_rows(x[:, :1], ids, table, rows, 1)[0, :, 3].tolist() == [1]
 
 
-def test_long_sums(assert_no_worse):
-    """Hundreds of gradients of one sign and one row, in bf16: the sum is in fp32."""
+def test_long_sums_are_in_fp32(assert_no_worse):
+    """Hundreds of bf16 gradients of one sign and one row lose nothing."""
     x, ids, table, rows, grid, positions = draw((6, 16, 16, 5, 16), torch.bfloat16)
     rows.fill_(3)
     dy = torch.rand(x.shape).bfloat16()
@@ -133,8 +133,8 @@ def test_long_sums(assert_no_worse):
     assert not got["dtable"][[0, 1, 2, 4]].any()
 
 
-def test_mixed_dtypes():
-    """Tables of fp32 beside tokens of bf16: each gradient in the dtype of what it belongs to."""
+def test_parameters_in_fp32_beside_bf16():
+    """Tables in fp32 beside bf16 tokens; each gradient has the dtype of its tensor."""
     x, ids, table, rows, grid, positions = draw(SHAPES["primes"], torch.float32)
     table.requires_grad_(), positions.requires_grad_()
     out = add_instance_rows(x.bfloat16(), ids, table, rows, grid, positions)
@@ -145,8 +145,8 @@ def test_mixed_dtypes():
     assert positions.grad.eq(3).all()
 
 
-def test_layouts():
-    """Tokens as a convolution leaves them, an expanded gradient, a plane cut from several."""
+def test_tensors_may_have_any_strides():
+    """Tokens of a convolution, an expanded gradient, a plane cut from several."""
     x, ids, table, rows, grid, positions = draw(SHAPES["primes"], torch.float32)
     expected = plain(x, ids, table, rows, grid, positions)
     tokens_last = x.mT.contiguous().mT
@@ -160,8 +160,8 @@ def test_layouts():
     torch.testing.assert_close(table_t.grad, plain_table.grad)
 
 
-def test_image_alone_and_repeats():
-    """Bit for bit: an image alone equals it in a batch, and everything equals itself again."""
+def test_an_image_alone_equals_its_part_of_a_batch_and_repeats():
+    """Bit for bit."""
     arguments = draw(SHAPES["primes"], torch.bfloat16)
     dy = torch.randn(arguments[0].shape)
     first, again = (results(add_instance_rows, arguments, torch.bfloat16, dy) for _ in range(2))
@@ -171,8 +171,8 @@ def test_image_alone_and_repeats():
 
 
 @pytest.mark.parametrize("trained", ((), ("x",), ("positions",), ("table",), NAMES), ids="-".join)
-def test_saved_bytes(trained, count_calls):
-    """ids and rows if a table trains, and never x; the gradient of x is that of the output, not a copy."""
+def test_only_the_documented_tensors_are_saved(trained, count_calls):
+    """They are ids and rows if a table trains, never x. The gradient of x is that of the output, not a copy."""
     x, ids, table, rows, grid, positions = draw(SHAPES["primes"], torch.bfloat16)
     leaves = dict(x=x, table=table, positions=positions)
     for name in trained:
@@ -231,8 +231,8 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(op, [t.requires_grad_() for t in (x, table, positions)])
 
 
-def test_row_outside_the_table(on_backend):
-    """An error, or where one cannot wait for the device NaN in the cells that name it; never a read outside."""
+def test_a_row_outside_the_table_is_never_read(on_backend):
+    """It raises, or gives NaN in the cells that name it where raising would wait for the device."""
     x, ids, table, rows, grid, _ = draw(SHAPES["primes"], torch.float32)
     for bad in (-1, len(table), 2**40):
         rows[255] = bad
@@ -270,14 +270,14 @@ def test_ledger(with_rows, with_positions):
 
     with interpreted() as ledger:
         torch.ops.prismer.instance_rows_backward(x, ids, rows, num_rows, grid, True, with_positions)
-    # the row of each cell, from a table that says it: x = 0, column 0 of the table its own index
+    # the row of each cell, read from a table whose column 0 is its own index, with x = 0
     index = torch.arange(num_rows, dtype=torch.float64)[:, None]
     row = plain(torch.zeros(B, grid**2, 1).double(), ids, index, rows, grid).flatten().long()
     tiles = [row[start : start + 32] for start in range(0, N, 32)]
     met = sum(len((tile // 32).unique()) for tile in tiles)
     cells = sum(len((tile // 32).unique()) * len(tile) for tile in tiles)
     blocks, columns = -(-num_rows // 32), -(-D // 64)
-    # a tile leaves out the blocks that none of its cells names; a rare draw names all
+    # a tile skips the blocks that none of its cells names; a rare draw names all
     assert 0 < met <= blocks * len(tiles)
     assert ledger.dot_flops == 2 * 32 * 32 * 64 * met * columns
     assert ledger.bytes_read == D * 2 * cells + blocks * columns * lookup * N
@@ -303,7 +303,7 @@ def test_ledger(with_rows, with_positions):
         (dict(table=torch.zeros(4, 6, device="meta")), "one device"),
     ),
 )
-def test_errors(change, message):
+def test_bad_arguments_are_refused(change, message):
     good = dict(
         x=torch.zeros(2, 9, 6),
         ids=torch.zeros(2, 5, 5, dtype=torch.uint8),

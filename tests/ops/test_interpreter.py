@@ -1,5 +1,5 @@
-"""Proves that the harness of the interpreter tier can be trusted: bf16 is exact, counts are exact, and a planted bug of
-each kind is caught.
+"""Proves that the tests on Triton's interpreter can be trusted: bf16 rounds as on a GPU, counts are exact, and planted
+bugs of each kind are caught.
 
 Run: pytest tests/ops/test_interpreter.py
 """
@@ -39,7 +39,7 @@ def double(b_x):
 
 @triton.jit
 def many_kernel(p_x, p_y, p_out, B: tl.constexpr):
-    """One operation a row, all in bf16 unless Triton promotes."""
+    """Write one operation to each row, in bf16 unless Triton promotes."""
     o = tl.arange(0, B)
     b_x, b_y = tl.load(p_x + o), tl.load(p_y + o)
     tl.store(p_out + 0 * B + o, b_x + b_y)
@@ -62,7 +62,7 @@ def many_kernel(p_x, p_y, p_out, B: tl.constexpr):
 
 @triton.jit
 def scale_kernel(p_x, p_y, R, D, stride, FAULT: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
-    """y = 2 x by rows; FAULT plants a bug."""
+    """Compute y = 2 x, row by row; FAULT plants a bug."""
     o_row = tl.program_id(0) * BR + tl.arange(0, BR)
     o_col = tl.arange(0, BD)
     m = (o_row < R)[:, None] & (o_col < D)[None, :]
@@ -90,7 +90,7 @@ def scale_kernel(p_x, p_y, R, D, stride, FAULT: tl.constexpr, BR: tl.constexpr, 
 
 @triton.jit
 def neighbour_kernel(p_x):
-    """Each program overwrites its element and reads that of the program before it."""
+    """Each program overwrites its element after it has read that of the program before it."""
     i = tl.program_id(0)
     tl.store(p_x + i, tl.load(p_x + tl.maximum(i - 1, 0)))
 
@@ -126,17 +126,17 @@ def sum_kernel(p_x, p_y, AXIS: tl.constexpr, KEEP: tl.constexpr, R: tl.constexpr
 
 @triton.jit
 def chosen_kernel(p_a, p_b, p_y, B: tl.constexpr, SHIFT: tl.constexpr):
-    """Through a pointer whose origin cannot be followed."""
+    """Load through a pointer whose origin the harness cannot follow."""
     o = tl.arange(0, B)
     p = tl.where(o < B, p_a + o, p_b + o) + SHIFT
     tl.store(p_y + o, tl.load(p))
 
 
 def every_float(step: int = 997) -> torch.Tensor:
-    """fp32 numbers across the whole range of bit patterns: both signs, subnormals, ties, infinities, NaN."""
+    """fp32 numbers from the whole range of bit patterns: both signs, subnormals, ties, infinities and NaN."""
     bits = torch.arange(-(2**31), 2**31, step * 4096, dtype=torch.int64)
     ties = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F7FFFFF, 1]
-    # the payloads of NaN that rounding would carry into infinity or into the sign
+    # infinity, and NaN whose bits rounding would carry to infinity or into the sign
     specials = [0x7F800000, 0x7FC00001, 0x7F800001, 0x7FFFFFFF]
     odd = torch.tensor(ties + specials)
     return torch.cat([bits, odd, odd - 2**31]).to(torch.int32).view(torch.float32)
@@ -173,14 +173,14 @@ def dot(a, b, precision="ieee"):
 
 
 def test_dot_of_bf16_is_exact():
-    # small integers: every product and sum is exact in fp32
+    # with small integers, every product and sum is exact in fp32
     a, b = (torch.randint(-8, 9, (32, 32)).to(BF16) for _ in range(2))
     with bf16_interpreter():
         assert torch.equal(dot(a, b), a.float() @ b.float())
 
 
 def test_the_shim_is_needed():
-    """Without it a dot multiplies bit patterns and a cast truncates; if Triton repairs this, the shim may go."""
+    """Without it a dot multiplies bit patterns and a cast truncates. If Triton fixes both, remove the shim."""
     a, b = (torch.randint(1, 9, (16, 16)).to(BF16) for _ in range(2))
     assert (dot(a, b) - a.float() @ b.float()).abs().max() > 1e6
     x = torch.tensor([1 + 2**-8 + 2**-9])
@@ -198,7 +198,7 @@ def test_dot_in_tf32_loses_what_a_gpu_loses():
 
 
 def halves(x):
-    """The sum as compiled code forms it: halves onto halves, rounded every time."""
+    """The sum in the order of compiled code: it adds halves, and rounds each time."""
     while len(x) > 1:
         x = x[: len(x) // 2] + x[len(x) // 2 :]
     return x
@@ -207,7 +207,7 @@ def halves(x):
 @pytest.mark.parametrize("dtype", (BF16, torch.float16), ids=str)
 @pytest.mark.parametrize("axis", (0, 1, None))
 @pytest.mark.parametrize("keep", (False, True))
-def test_sum_rounds_every_time(dtype, axis, keep):
+def test_a_sum_rounds_after_every_addition(dtype, axis, keep):
     x = torch.randn(8, 16).to(dtype)
     exact = halves(x.flatten()) if axis is None else halves(x if axis == 0 else x.T)
     y = torch.empty(1 if axis is None else x.shape[1 - axis], dtype=dtype)
@@ -243,7 +243,7 @@ def test_every_operation_in_bf16():
         torch.testing.assert_close(out[row], exact, rtol=2**-8, atol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_lanes_masked_off_without_other_are_undefined():
+def test_masked_lanes_load_nan_unless_other_is_given():
     x, y = torch.ones(5), torch.zeros(1)
     with bf16_interpreter():
         masked_sum_kernel[(1,)](x, y, 5, B=8)
@@ -258,7 +258,7 @@ def scale(x, fault="", BR=2):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, BF16, torch.float16), ids=str)
-def test_ledger_counts_exactly(dtype):
+def test_ledger_counts_bytes_exactly(dtype):
     x = torch.randn(5, 7).to(dtype)
     with interpreted(x) as ledger:
         assert torch.equal(scale(x), 2 * x)
@@ -277,8 +277,8 @@ def test_ledger_counts_dots():
     assert (ledger.bytes_read, ledger.bytes_written, ledger.launches) == (2 * 2 * 2 * 32**2, 2 * 4 * 32**2, 2)
 
 
-def test_ledger_shows_traffic_that_should_not_be():
-    """A bug that leaves the result right, such as rows computed twice, shows in the counts."""
+def test_ledger_shows_wasted_traffic():
+    """The counts reveal a bug that does not change the result, such as rows that are computed twice."""
     x = torch.randn(4, 8)
     with interpreted() as ledger:
         scale(x)
@@ -302,8 +302,8 @@ def test_planted_bug_is_caught(fault, says):
         scale(torch.randn(5, 7), fault)
 
 
-def test_neighbours_in_the_storage_are_out_of_bounds():
-    """Within a packed projection, one column too many is the next tensor's memory and not an error of any allocator."""
+def test_a_view_ends_before_its_neighbour_in_the_storage():
+    """One column too many of a packed projection reads the next tensor, which no allocator would notice."""
     packed = torch.randn(6, 14)
     left = packed[:, :7]
     with interpreted():
@@ -312,13 +312,13 @@ def test_neighbours_in_the_storage_are_out_of_bounds():
         scale(left, "load past the row")
 
 
-def test_memory_of_another_argument_is_named():
+def test_a_load_from_another_argument_names_it():
     both = torch.randn(64)
     with pytest.raises(KernelFault, match="which belongs to p_y"), interpreted():
         cast_kernel[(1,)](both[:32], both[32:], 33, B=64)
 
 
-def test_races_between_reads_and_writes():
+def test_races_between_loads_and_stores_are_caught():
     for kernel, says in ((neighbour_kernel, "loads from p_x what another"), (overtaken_kernel, "stores to p_x where")):
         with pytest.raises(KernelFault, match=says), interpreted():
             kernel[(4,)](torch.zeros(4))
@@ -326,7 +326,7 @@ def test_races_between_reads_and_writes():
             kernel[(1,)](torch.zeros(4))
 
 
-def test_atomics():
+def test_integer_atomics_are_counted_and_float_atomics_refused():
     count = torch.zeros(1, dtype=torch.int32)
     with interpreted() as ledger:
         atomic_kernel[(3,)](count, VALUE=2)
@@ -335,7 +335,7 @@ def test_atomics():
         atomic_kernel[(3,)](torch.zeros(1), VALUE=2.0)
 
 
-def test_pointers_of_unknown_origin():
+def test_pointers_of_unknown_origin_are_checked():
     a, b, y = torch.randn(16), torch.randn(16), torch.zeros(16)
     with interpreted():
         chosen_kernel[(1,)](a, b, y, B=16, SHIFT=0)
@@ -346,7 +346,7 @@ def test_pointers_of_unknown_origin():
         chosen_kernel[(1,)](a[:8], b[:8], y, B=16, SHIFT=0)
 
 
-def test_everything_is_put_back():
+def test_triton_is_restored_after_a_fault():
     def state():
         owners = (triton_interpreter.InterpreterBuilder, triton_interpreter.GridExecutor, triton_interpreter)
         return [dict(vars(owner)) for owner in owners]
@@ -357,7 +357,7 @@ def test_everything_is_put_back():
     assert state() == before
 
 
-def test_a_renamed_private_name_is_refused(monkeypatch):
+def test_a_missing_private_name_of_triton_is_reported(monkeypatch):
     monkeypatch.delattr(triton_interpreter.InterpreterBuilder, "create_dot")
     before = dict(vars(triton_interpreter.InterpreterBuilder))
     with pytest.raises(AssertionError, match="has no InterpreterBuilder.create_dot any more"), bf16_interpreter():

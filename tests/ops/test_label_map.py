@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import prismer.kernels.label_map as room
+import prismer.kernels.label_map as module
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.label_map import label_map, label_map_reference
 
@@ -76,7 +76,7 @@ def compare(ids, rows, features, size, assert_no_worse):
     exact = functools.partial(results, label_map_reference, ids, rows, features.double(), size, dy)
     assert all(value.dtype == dtype for value in got.values())
     if dtype == torch.float64:
-        # interpolate's own positions are off by some 1e-14 of a pixel
+        # the positions of interpolate are off by some 1e-14 of a pixel
         torch.testing.assert_close(got, exact(), rtol=0, atol=1e-10)
     else:
         assert_no_worse("", got, plain, exact)
@@ -91,7 +91,7 @@ def test_label_map(shape, dtype, assert_no_worse):
 
 
 @pytest.mark.parametrize("kind", ("segmentation", "objects", "words"))
-def test_kinds_of_ids(kind, assert_no_worse):
+def test_every_kind_of_label(kind, assert_no_worse):
     """The table of a batch of 3: background, 133 classes of segmentation, 80 of objects, 21 words of this batch."""
     B, side, size = 3, 96, 14
     features = torch.randn(1 + 133 + 80 + 21, 64)
@@ -108,7 +108,7 @@ def test_kinds_of_ids(kind, assert_no_worse):
                 row = 1 + name
                 rows[:, name] = row
             elif kind == "objects":
-                # the ninth thing in this image, of a class that other things here have too
+                # the ninth object in this image, of a class that other objects have too
                 name, row = i, 1 + 133 + int(torch.randint(4, ()))
                 rows[b, name] = row
             else:
@@ -122,13 +122,13 @@ def test_kinds_of_ids(kind, assert_no_worse):
     corner = got["out"][:, :, whole][..., whole]
     expected = features[meaning[:, [0, -1]][..., [0, -1]]].permute(0, 3, 1, 2)
     torch.testing.assert_close(corner, expected)
-    # rows that no pixel names have no gradient, those that many name have one
+    # rows that no pixel names have a gradient of 0
     used = torch.zeros(len(features), dtype=torch.bool)
     used[meaning.unique()] = True
     assert got["dfeatures"][0].any() and not got["dfeatures"][~used].any()
 
 
-def test_known_values():
+def test_values_computed_by_hand():
     """By hand: a 2 x 2 map at size 3 has the corners at its corners and their mean in the middle."""
     features = torch.eye(4, 5)
     out = label_map(torch.tensor([[[0, 1], [2, 255]]], dtype=torch.uint8), _rows(0, 1, 2, 3), features, 3)[0]
@@ -151,8 +151,8 @@ def _rows(*first_and_background):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str, indirect=True)
 @pytest.mark.parametrize("case", ("one-row", "massive", "long-sum"))
-def test_adversarial(case, dtype, assert_no_worse):
-    """One row for every pixel, a row a thousand times the others, and gradients that all have one sign."""
+def test_hard_inputs(case, dtype, assert_no_worse):
+    """One row for every pixel, a row a thousand times larger than the others, and gradients of one sign."""
     ids, rows, features = draw((2, 40, 40, 19, 37, 64))
     if case == "massive":
         features[5] *= 1000
@@ -174,7 +174,7 @@ def test_gradient_of_one_tap(tap):
     ids = torch.zeros(1, 4, 4, dtype=torch.uint8)
     ids[0][tap] = 9
     rows = torch.zeros(1, 256, dtype=torch.int64)
-    # in a block of the table of its own, which nothing else names
+    # in a block of the table that nothing else names
     rows[0, 9] = 69
     dy = torch.randn(1, 8, 3, 3)
     grad = results(label_map, ids, rows, torch.randn(70, 8), 3, dy)["dfeatures"]
@@ -185,24 +185,24 @@ def test_gradient_of_one_tap(tap):
 
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
 @pytest.mark.parametrize("most", (1, 2, 9))
-def test_parts(most, monkeypatch, assert_no_worse):
-    """However many parts the pixels are summed in: one, several tiles each, one more than are added at a time."""
-    monkeypatch.setattr(room, "_MAX_PARTS", most)
+def test_any_number_of_parts(most, monkeypatch, assert_no_worse):
+    """One part, parts of several tiles, and one part more than are added at a time."""
+    monkeypatch.setattr(module, "_MAX_PARTS", most)
     shape = (2, 23, 17, 12, 70, 20)
-    assert room._parts(2 * 12 * 12, 70, 20) == (most, -(-9 // most))
+    assert module._parts(2 * 12 * 12, 70, 20) == (most, -(-9 // most))
     compare(*draw(shape, torch.float32), 12, assert_no_worse)
 
 
 @pytest.mark.parametrize("on_backend", ("torch",), indirect=True)
 def test_gradcheck():
     ids, rows, features = draw((2, 5, 4, 3, 4, 3))
-    # an expanded gradient, as sum() gives, comes with it
+    # sum() passes an expanded gradient
     assert torch.autograd.gradcheck(lambda f: label_map(ids, rows, f, 3).sum((2, 3)), features.requires_grad_())
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str, indirect=True)
-def test_region_is_exact(dtype, on_backend):
-    """Inside one region nothing is rounded: the output is the feature, bit for bit."""
+def test_a_region_of_one_id_is_exact(dtype, on_backend):
+    """Nothing is rounded inside it: the output is the feature, bit for bit."""
     ids, rows, features = draw((1, 32, 32, 10, 37, 64), dtype)
     ids.fill_(7)
     out = label_map(ids, rows, features, 10)
@@ -213,8 +213,8 @@ def test_region_is_exact(dtype, on_backend):
         assert torch.equal(out, expected)
 
 
-def test_image_alone_and_repeats():
-    """Bit for bit: an image alone equals it in a batch, and everything equals itself again."""
+def test_an_image_alone_equals_its_part_of_a_batch_and_repeats():
+    """Bit for bit."""
     ids, rows, features = draw((3, 40, 40, 11, 37, 64), torch.float32)
     dy = torch.randn(3, 64, 11, 11)
     first, again = (results(label_map, ids, rows, features, 11, dy) for _ in range(2))
@@ -222,7 +222,7 @@ def test_image_alone_and_repeats():
     assert torch.equal(first["out"][1:2], label_map(ids[1:2], rows[1:2], features, 11))
 
 
-def test_layouts():
+def test_tensors_may_have_any_strides():
     """Planes cut from (B, planes, h, w), permuted rows and features, any layout of the gradient."""
     ids, rows, features = draw((2, 12, 10, 5, 37, 64), torch.float32)
     dy = torch.randn(2, 64, 5, 5)
@@ -238,7 +238,7 @@ def test_layouts():
     )
 
 
-def test_big_map_never_exists():
+def test_the_map_at_full_resolution_never_exists():
     """No intermediate of forward or backward comes near the 64-channel map at full resolution."""
     largest = 0
 
@@ -262,8 +262,8 @@ def test_big_map_never_exists():
 
 
 @pytest.mark.parametrize("trained", (False, True), ids=("frozen", "trained"))
-def test_saved_bytes(trained, count_calls):
-    """ids and rows, themselves; nothing, and no gradient, for a table that does not train."""
+def test_only_the_documented_tensors_are_saved(trained, count_calls):
+    """They are ids and rows; a frozen table saves nothing and gets no gradient."""
     ids, rows, features = draw((2, 12, 10, 5, 37, 64), torch.bfloat16)
     other = torch.ones((), requires_grad=True)
     saved = []
@@ -300,14 +300,14 @@ def test_compile():
     torch.testing.assert_close(got, expected)
 
 
-def test_row_outside_the_table(on_backend):
-    """A row that features do not have: an error, or where one cannot wait for the device NaN; never a read outside."""
+def test_a_row_outside_the_table_is_never_read(on_backend):
+    """It raises, or gives NaN where raising would wait for the device."""
     ids, rows, features = draw((1, 8, 8, 4, 37, 64), torch.float32)
     dy = torch.ones(1, 64, 4, 4)
     for bad in (-1, len(features), 2**40):
         wrong = torch.full_like(rows, bad)
         if on_backend != "triton":
-            # what torch's own look-up says differs by the number of its threads
+            # the message of torch's look-up depends on the number of threads
             with pytest.raises(RuntimeError, match=f"{bad}" if on_backend == "native" else "index|range"):
                 label_map(ids, wrong, features, 4)
             continue
@@ -315,7 +315,7 @@ def test_row_outside_the_table(on_backend):
 
         with interpreted():
             got = results(label_map, ids, wrong, features, 4, dy)
-            # one bad row spoils the pixels that name it, and no others
+            # one bad row makes NaN of the pixels that name it, and of no others
             some = rows.clone()
             some[0, 255] = bad
             part = results(label_map, ids, some, features, 4, dy)
@@ -384,14 +384,14 @@ def tap_rows(ids, rows, size):
         (dict(features=torch.zeros(4, 64, device="meta")), "one device"),
     ),
 )
-def test_errors(change, message):
+def test_bad_arguments_are_refused(change, message):
     ids, rows, features = draw((1, 8, 8, 4, 37, 64), torch.float32)
     with pytest.raises(ValueError, match=message):
         label_map(**{**dict(ids=ids, rows=rows, features=features, size=4), **change})
 
 
 @pytest.mark.parametrize("on_backend", ("native", "triton"), indirect=True)
-def test_float64_is_left_to_torch(on_backend):
+def test_float64_runs_on_torch(on_backend):
     ids, rows, features = draw((1, 8, 8, 4, 37, 64))
     with pytest.raises(RuntimeError, match=f"{on_backend} label_map computes in fp32"):
         label_map(ids, rows, features, 4)

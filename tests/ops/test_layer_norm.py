@@ -1,5 +1,5 @@
-"""Proves that layer_norm and add_layer_norm are the textbook's, forward and every gradient, on every backend, and that
-a frozen affine costs nothing.
+"""Proves that layer_norm and add_layer_norm follow the textbook, forward and in every gradient, on every backend, and
+that a frozen affine costs nothing.
 
 Run: pytest tests/ops/test_layer_norm.py
 """
@@ -35,7 +35,7 @@ def on_backend(request, running):
 
 
 def draw(R, D, dtype, scale=2.0, offset=1.0):
-    """Rows away from zero, an affine that matters."""
+    """Rows far from zero, and weight and bias large enough to matter."""
     x = scale * torch.randn(R, D, dtype=torch.float64) + offset
     residual = torch.randn(R, D, dtype=torch.float64) - 0.5
     weight = 1 + torch.randn(D, dtype=torch.float64)
@@ -56,7 +56,7 @@ def ours(x, residual, weight, bias, eps=1e-5):
 
 
 def results(op, tensors, dtype, dy, dtotal, trainable=(True,) * 4):
-    """Outputs and gradients by name; a total that is not the op's own has no gradient of its own."""
+    """Outputs and gradients by name; the total has a gradient of its own only if the op returns it."""
     leaves = [None if t is None else t.to(dtype).requires_grad_(f) for t, f in zip(tensors, trainable, strict=True)]
     y, total = op(*leaves)
     loss = (y * dy.to(dtype)).sum()
@@ -72,7 +72,7 @@ def results(op, tensors, dtype, dy, dtotal, trainable=(True,) * 4):
 def compare(tensors, dtype, assert_no_worse, trainable=(True,) * 4):
     low = [None if t is None else t.to(dtype) for t in tensors]
     dy, dtotal = (torch.randn(low[0].shape).to(dtype) for _ in range(2))
-    # the sum is rounded before it is normalised: the exact result is that of the rounded sum
+    # the sum is rounded before it is normalised, so the exact result is that of the rounded sum
     exact_inputs = list(low)
     got = results(ours, low, dtype, dy, dtotal, trainable)
     expected = results(plain, low, dtype, dy, dtotal, trainable)
@@ -95,11 +95,11 @@ def test_layer_norm(shape, residual, dtype, assert_no_worse):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ("offset", "massive", "tiny", "constant"))
-def test_adversarial(case, dtype, assert_no_worse):
-    """A large common offset, a massive activation, tiny and constant rows: where a one-pass variance fails."""
+def test_hard_inputs(case, dtype, assert_no_worse):
+    """A large common offset, a massive activation, tiny and constant rows, for which a one-pass variance fails."""
     x, residual, weight, bias = draw(9, 192, torch.float64)
     if case == "offset":
-        # on a grid, so that fp32 sums are exact in any order and only the variance can go wrong
+        # on a grid, fp32 sums are exact in any order, and only the variance can be wrong
         x = (64 * x).round() / 64 + 100
         residual = (64 * residual).round() / 64
     elif case == "massive":
@@ -112,7 +112,7 @@ def test_adversarial(case, dtype, assert_no_worse):
         compare([None if t is None else t.to(dtype) for t in tensors], dtype, assert_no_worse)
 
 
-def test_reference_is_that_of_torch():
+def test_the_reference_agrees_with_torch():
     tensors = draw(7, 60, torch.float64)
     for op, expected in ((add_layer_norm_reference, plain), (ours, plain)):
         with use_backend("reference"):
@@ -122,7 +122,7 @@ def test_reference_is_that_of_torch():
     assert layer_norm_reference(x, None, None).dtype == torch.bfloat16
 
 
-def test_optional_affine_and_eps(assert_no_worse):
+def test_weight_bias_and_eps_are_optional(assert_no_worse):
     x, residual, weight, bias = draw(5, 60, torch.float32)
     for w, b in ((None, None), (weight, None), (None, bias)):
         high = x.double(), None, *(None if t is None else t.double() for t in (w, b))
@@ -133,12 +133,12 @@ def test_optional_affine_and_eps(assert_no_worse):
     plain_leaf = x.clone().requires_grad_()
     layer_norm(leaf, None, None).square().sum().backward()
     (plain(leaf64, None, None, None)[0] * plain(x.double(), None, None, None)[0] * 2).sum().backward()
-    # y^2 summed is constant but for eps: the gradient is nearly nothing, and must be that
+    # the sum of y^2 is constant but for eps, so the gradient is nearly 0
     assert leaf.grad.abs().max() < 1e-4 and plain_leaf.grad is None
 
 
-def test_mixed_dtypes(assert_no_worse):
-    """fp32 affine over a bf16 stream, as a master-weight policy leaves it; gradients come in the weight's dtype."""
+def test_parameters_in_fp32_beside_bf16(assert_no_worse):
+    """Weight and bias in fp32 over a bf16 stream, as with master weights; their gradients have their dtype."""
     x, residual, weight, bias = draw(11, 96, torch.float32)
     x, residual = x.bfloat16(), residual.bfloat16()
     leaves = [t.clone().requires_grad_() for t in (weight, bias)]
@@ -152,7 +152,7 @@ def test_mixed_dtypes(assert_no_worse):
     assert torch.equal(leaves[1].grad, torch.full_like(bias, 11.0))
 
 
-def test_layouts(assert_no_worse):
+def test_tensors_may_have_any_strides(assert_no_worse):
     """Transposed and expanded inputs, more dimensions, an expanded gradient."""
     x, residual, weight, bias = draw(12, 60, torch.float32)
     x3 = x.view(3, 4, 60).transpose(0, 1)
@@ -167,8 +167,8 @@ def test_layouts(assert_no_worse):
     torch.testing.assert_close(leaf.grad, plain_leaf.grad)
 
 
-def test_only_the_sum_goes_on():
-    """If y is dropped, gradients of both summands are that of the sum."""
+def test_gradients_if_only_the_sum_is_used():
+    """If y is dropped, the gradient of either summand is that of the sum."""
     x, residual, weight, bias = (t.requires_grad_() for t in draw(4, 16, torch.float32))
     _, total = add_layer_norm(x, residual, weight, bias)
     dtotal = torch.randn_like(total)
@@ -176,8 +176,8 @@ def test_only_the_sum_goes_on():
     assert torch.equal(x.grad, dtotal) and torch.equal(residual.grad, dtotal)
 
 
-def test_row_alone_and_repeats(on_backend):
-    """Bit for bit: a row alone, in a batch, and again; the affine's gradient again."""
+def test_a_row_alone_equals_its_row_in_a_batch_and_repeats(on_backend):
+    """Bit for bit, and so do repeats of the gradients of weight and bias."""
     tensors = draw(700, 60, torch.bfloat16)
     dy, dtotal = torch.randn(2, 700, 60).bfloat16()
     first = results(ours, tensors, torch.bfloat16, dy, dtotal)
@@ -191,8 +191,8 @@ def test_row_alone_and_repeats(on_backend):
 
 
 @pytest.mark.parametrize("affine", (False, True), ids=("frozen", "trained"))
-def test_saved_bytes(affine):
-    """x (or the sum), the weight, and two numbers a row; nothing at all if nothing trains."""
+def test_only_the_documented_tensors_are_saved(affine):
+    """They are x (or the sum), the weight, and two numbers a row; nothing if nothing trains."""
     x, residual, weight, bias = draw(6, 32, torch.bfloat16)
     for t in (weight, bias):
         t.requires_grad_(affine)
@@ -206,7 +206,7 @@ def test_saved_bytes(affine):
     assert any(t is weight for t in saved[before:]) or not affine
 
 
-def test_frozen_affine_is_not_reduced(count_calls):
+def test_a_frozen_affine_is_not_reduced(count_calls):
     x, _, weight, bias = draw(6, 32, torch.float32)
     with count_calls() as calls:
         layer_norm(x.requires_grad_(), weight, bias).sum().backward()
@@ -288,7 +288,7 @@ def test_ledger(residual):
         (dict(residual=torch.zeros(3, 4).double()), "like x"),
     ),
 )
-def test_errors(change, message):
+def test_bad_arguments_are_refused(change, message):
     good = dict(x=torch.zeros(3, 4), residual=torch.zeros(3, 4), weight=torch.zeros(4), bias=torch.zeros(4))
     with pytest.raises(ValueError, match=message):
         add_layer_norm(**{**good, **change})

@@ -1,4 +1,5 @@
-"""Proves that linears is one to three linear layers, forward and every gradient, and that frozen ones cost nothing.
+"""Proves that `linears` equals one to three linear layers, forward and every gradient, and that frozen weights cost
+nothing.
 
 Run: pytest tests/ops/test_linear.py
 """
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 @pytest.fixture(autouse=True)
 def as_one_op():
-    """An eager call on a CPU would be torch's own layers (test_on_host.py)."""
+    """Run the op: an eager call on a CPU would be torch's own layers (test_on_host.py)."""
     with use_backend("torch"):
         yield
 
@@ -33,7 +34,7 @@ def separate(x, layers):
 
 
 def step(op, x, layers, trained, dys):
-    """Outputs, then the gradients of x and of what trains."""
+    """Outputs, then the gradients of x and of the trained parameters."""
     x = x.detach().requires_grad_("x" in trained)
     layers = [
         (w.detach().requires_grad_(f"w{i}" in trained), b.detach().requires_grad_(f"b{i}" in trained))
@@ -63,7 +64,10 @@ def test_linears(count, trained, dtype, assert_no_worse):
     high = [(w.double(), b.double()) for w, b in layers]
     exact = functools.partial(step, separate, x.double(), high, trained, [dy.double() for dy in dys])
     for part, kind in enumerate(("y", "d")):
-        named = lambda results, part=part, kind=kind: {f"{kind}{i}": t for i, t in enumerate(results[part])}  # noqa: E731
+
+        def named(results, part=part, kind=kind):
+            return {f"{kind}{i}": t for i, t in enumerate(results[part])}
+
         assert all(t.dtype == dtype for t in ours[part])
         if dtype == torch.float64:
             torch.testing.assert_close(named(ours), named(exact()), rtol=1e-13, atol=1e-13)
@@ -71,8 +75,8 @@ def test_linears(count, trained, dtype, assert_no_worse):
             assert_no_worse("", named(ours), named(plain), lambda named=named: named(exact()))
 
 
-def test_unused_output():
-    """A dropped output has no gradient: its weight gets none, the input's is that of the others."""
+def test_a_dropped_output_has_no_gradient():
+    """Its weight gets none either, and the gradient of the input comes from the other outputs."""
     x, layers = draw(3)
     dys = [torch.randn(3, 5, 8, dtype=torch.float64), None, torch.randn(3, 5, 12, dtype=torch.float64)]
     trained = TRAINED[1].split()
@@ -83,8 +87,8 @@ def test_unused_output():
             torch.testing.assert_close(a, b)
 
 
-def test_saved_bytes():
-    """Frozen weights: only they are kept. Trained ones behind a frozen input: only the input. Nobody: nothing."""
+def test_only_the_documented_tensors_are_saved():
+    """Frozen weights save themselves alone, trained ones behind a frozen input save the input alone."""
     x, layers = draw(3, torch.float32)
     saved = []
 
@@ -137,6 +141,6 @@ def test_opcheck_and_compile():
         ([(torch.zeros(3, 4).double(), None)], "do not fit"),
     ),
 )
-def test_errors(layers, message):
+def test_bad_arguments_are_refused(layers, message):
     with pytest.raises(ValueError, match=message):
         linears(torch.zeros(2, 4), layers)

@@ -1,13 +1,13 @@
-"""Proves that products are the same on oneDNN and on torch's own library, and that the processor alone decides.
+"""Proves that products are the same on oneDNN and on torch's own library, and that the processor decides between them.
 
-Run: pytest tests/ops/test_products.py
+Run: pytest tests/ops/test_matmul.py
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from prismer.costs.counting import Counter
+from prismer.costs.counting import CostCounter
 from prismer.kernels import matmul
 from prismer.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from prismer.kernels.dispatch import use_backend
@@ -20,7 +20,7 @@ AMD = "vendor_id : AuthenticAMD\nflags : avx2 avx512f\n"
 
 @pytest.fixture(params=(True, False), ids=("onednn", "torch"))
 def library(request, monkeypatch):
-    """Either library, whatever the processor."""
+    """Use this library, regardless of the processor."""
     if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this torch gives no access to oneDNN's product")
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: request.param)
@@ -36,7 +36,7 @@ def test_linear(library, shape, bias, assert_no_worse):
     assert_no_worse("y", matmul.linear(x, weight, offset), F.linear(x, weight, offset), lambda: F.linear(*high))
 
 
-def test_strides(library):
+def test_operands_may_have_any_strides(library):
     """Transposed, sliced and expanded operands, and more than two dimensions."""
     a, b, wide = torch.randn(6, 5), torch.randn(6, 9), torch.randn(4, 30)[:, 3:9]
     exact = {"dtype": torch.float64}
@@ -51,8 +51,8 @@ def test_strides(library):
         torch.testing.assert_close(ours, theirs.float())
 
 
-def test_rooms(library):
-    """The ops that are built of products, with every gradient."""
+def test_ops_that_consist_of_products(library):
+    """Every gradient of them too."""
     x = torch.randn(7, 12, dtype=torch.float64)
     shapes = ((20, 12), (20,), (12, 20), (12,), (50, 12), (50,))
     weights = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
@@ -79,9 +79,9 @@ def test_loss_without_gradients(library):
     torch.testing.assert_close(ours, linear_cross_entropy_reference(x, weight, bias, labels))
 
 
-def test_counted(library):
+def test_the_counter_counts_both_libraries_alike(library):
     x, weight = torch.randn(3, 8), torch.randn(5, 8)
-    with Counter() as counter:
+    with CostCounter() as counter:
         linears(x, [(weight, None)])
     assert counter.flops == 2 * 3 * 5 * 8
 
@@ -104,7 +104,7 @@ def test_the_processor_decides(monkeypatch, tmp_path, cpuinfo, asked, expected):
         matmul.onednn_is_faster.cache_clear()
 
 
-def test_only_fp32_with_data(monkeypatch):
+def test_onednn_multiplies_fp32_with_data_alone(monkeypatch):
     monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
     assert matmul.on_onednn(torch.randn(2, 2))
     assert not matmul.on_onednn(torch.randn(2, 2, dtype=torch.float64))

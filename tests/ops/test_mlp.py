@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prismer.kernels import mlp as room
+from prismer.kernels import mlp as module
 from prismer.kernels.activation import ACTIVATIONS
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.mlp import mlp, mlp_reference
@@ -45,7 +45,7 @@ def on_backend(request, running):
 
 
 def draw(R, D, E, outputs, dtype):
-    """Biases as large as what they are added to."""
+    """Biases as large as the products that they are added to."""
     x, w1, b1 = torch.randn(R, D), torch.randn(E, D) / D**0.5, torch.randn(E)
     w2, b2 = torch.randn(outputs, E) / E**0.5, torch.randn(outputs)
     return [t.to(dtype) for t in (x, w1, b1, w2, b2)]
@@ -91,13 +91,13 @@ def test_mlp(shape, dtype, assert_no_worse):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation, dtype, assert_no_worse):
+def test_every_activation(activation, dtype, assert_no_worse):
     compare(draw(9, 61, 60, 31, dtype), activation, assert_no_worse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ("massive", "large-bias", "tiny"))
-def test_adversarial(case, dtype, assert_no_worse):
+def test_hard_inputs(case, dtype, assert_no_worse):
     x, w1, b1, w2, b2 = draw(9, 60, 64, 60, torch.float32)
     if case == "massive":
         x[:, 7] = 100
@@ -105,18 +105,18 @@ def test_adversarial(case, dtype, assert_no_worse):
         b1, b2 = 8 * b1, 30 * b2
     else:
         x, b1 = x * 1e-3, b1 * 1e-3
-    # of the three, what loses most to a rounded product: squaring, and the tail of an exponential
+    # the two of three that lose most to a rounded product: squaring, and the tail of an exponential
     for activation in ("quick_gelu", "squared_relu"):
         compare([t.to(dtype) for t in (x, w1, b1, w2, b2)], activation, assert_no_worse)
 
 
 @pytest.mark.parametrize("biases", ((False, False), (True, False), (False, True)), ids=("none", "fc", "proj"))
-def test_optional_biases(biases, assert_no_worse):
+def test_biases_are_optional(biases, assert_no_worse):
     x, w1, b1, w2, b2 = draw(9, 60, 96, 31, torch.bfloat16)
     compare([x, w1, b1 if biases[0] else None, w2, b2 if biases[1] else None], "gelu", assert_no_worse)
 
 
-def test_reference_is_that_of_torch():
+def test_the_reference_agrees_with_torch():
     tensors = draw(7, 60, 96, 31, torch.float64)
     for activation in ACTIVATIONS:
         with use_backend("reference"):
@@ -124,8 +124,8 @@ def test_reference_is_that_of_torch():
     assert mlp_reference(*draw(7, 60, 96, 31, torch.bfloat16), activation="gelu").dtype == torch.bfloat16
 
 
-def test_mixed_dtypes():
-    """fp32 biases over bf16, as a master-weight policy leaves them; their gradients come in their own dtype."""
+def test_parameters_in_fp32_beside_bf16():
+    """Biases in fp32 over a bf16 stream, as with master weights; their gradients have their dtype."""
     tensors = draw(9, 60, 96, 31, torch.bfloat16)
     tensors[2], tensors[4] = (t.float().requires_grad_() for t in tensors[2::2])
     y = mlp(*tensors, activation="gelu")
@@ -135,7 +135,7 @@ def test_mixed_dtypes():
     assert torch.equal(tensors[4].grad, torch.full((31,), 9.0))
 
 
-def test_layouts():
+def test_tensors_may_have_any_strides():
     """Transposed inputs and weights, more dimensions, an expanded gradient."""
     x, w1, b1, w2, b2 = draw(12, 60, 96, 31, torch.float32)
     x = x.view(3, 4, 60).transpose(0, 1)
@@ -151,8 +151,8 @@ def test_layouts():
 
 
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
-def test_row_alone_and_repeats():
-    """Bit for bit: a row alone, in a batch, and again; every weight's gradient again."""
+def test_a_row_alone_equals_its_row_in_a_batch_and_repeats():
+    """Bit for bit, and so do repeats of the gradient of every parameter."""
     tensors = draw(130, 60, 64, 61, torch.bfloat16)
     dy = torch.randn(130, 61).bfloat16()
     first = results(mlp, tensors, "quick_gelu", torch.bfloat16, dy)
@@ -165,8 +165,8 @@ def test_row_alone_and_repeats():
 
 
 @pytest.mark.parametrize("trains", FROZEN.values(), ids=FROZEN)
-def test_frozen(trains, on_backend, count_calls):
-    """Saved are h, x only if fc_weight trains, and parameters themselves; no product is made for what is frozen."""
+def test_frozen_parameters_save_and_compute_nothing(trains, on_backend, count_calls):
+    """h is saved, x only if fc_weight trains, and the parameters themselves; frozen ones cost no product."""
     from tests.ops.interpreter import interpreted
 
     R, D, E, outputs = 6, 20, 40, 24
@@ -189,7 +189,7 @@ def test_frozen(trains, on_backend, count_calls):
     assert forward["keep"] is needs_h and backward["needs"] == [bool(f) for f in trains]
     for name, t in zip(NAMES, tensors, strict=True):
         if t.requires_grad:
-            # the activation alone, or beside dh, is the same to a rounding
+            # the activation is the same alone or with dh, but for rounding
             torch.testing.assert_close(t.grad, everything["d" + name], rtol=0.02, atol=0.02)
         else:
             assert t.grad is None
@@ -208,21 +208,21 @@ def test_frozen(trains, on_backend, count_calls):
         [bool(f) for f in trains],
     ]
     with torch.no_grad(), count_calls() as calls:
-        room._backward(*arguments)
+        module._backward(*arguments)
     if on_backend == "torch":
         assert len(calls["aten::mm"]) == products and not calls["aten::addmm"]
         assert len(calls["prismer::bias_activation"]) == trains[3]
         return
     with torch.no_grad(), interpreted() as ledger:
-        room._backward(*arguments)
+        module._backward(*arguments)
     assert ledger.kernels.count("_gemm_kernel") == products
-    # the sums of each bias take a kernel for the last stage, and that of proj one for the first
+    # the sums of either bias end with one kernel, and those of proj_bias begin with another
     recomputed = trains[3] and not need_dh
     assert (("_gemm_kernel", "p_activated") in ledger.traffic) == (trains[3] and need_dh)
     assert ledger.launches == products + trains[2] + 2 * trains[4] + recomputed
 
 
-def test_nothing_trains(count_calls):
+def test_nothing_is_saved_if_nothing_trains(count_calls):
     saved = []
     tensors = draw(6, 20, 40, 24, torch.bfloat16)
     with count_calls() as calls, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -232,7 +232,7 @@ def test_nothing_trains(count_calls):
     assert not saved and [call["keep"] for call in calls["prismer::mlp"]] == [False, False]
 
 
-def test_flipping(assert_no_worse):
+def test_what_trains_may_change_between_steps(assert_no_worse):
     """What trains may change between steps."""
     x, *parameters = draw(6, 20, 40, 24, torch.float32)
     for trains in (False, True, False):
@@ -316,7 +316,7 @@ def test_ledger(dtype):
         (dict(activation="relu"), "choose quick_gelu, gelu, squared_relu"),
     ),
 )
-def test_errors(change, message):
+def test_bad_arguments_are_refused(change, message):
     good = dict(x=torch.zeros(3, 4), fc_weight=torch.zeros(8, 4), fc_bias=torch.zeros(8))
     good |= dict(proj_weight=torch.zeros(4, 8), proj_bias=torch.zeros(4), activation="gelu")
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,5 @@
-"""Proves that the modules compute what they replace, forward and every gradient, under the same state-dict keys; that
-frozen ones keep nothing they do not need; and that they compile, copy and thaw.
+"""Proves that the modules compute what the modules that they replace do, forward and every gradient, with the same
+state-dict keys; that frozen ones save little for the backward pass; and that they compile, copy and thaw.
 
 Run: pytest tests/ops/test_modules.py
 """
@@ -13,6 +13,7 @@ from torch import nn
 
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.modules import MLP, Adaptor, LayerNorm, LinearCrossEntropy, MultiheadAttention, PerceiverResampler
+from tests.ops.patching import saved_bytes
 
 B, N, L, D, HEADS, V = 2, 7, 11, 32, 4, 51
 NAMES = ("query", "key", "value", "output")
@@ -96,7 +97,7 @@ class PlainHead(nn.Linear):
         return F.cross_entropy(super().forward(x).flatten(0, -2), labels.flatten(), label_smoothing=0.1)
 
 
-def inputs(name):
+def draw_inputs(name):
     x = torch.randn(B, N, D, dtype=torch.float64) + 0.3
     if name.startswith("head"):
         labels = torch.randint(0, V, (B, N))
@@ -128,7 +129,7 @@ PAIRS = {
 }
 
 
-def pair(name):
+def build_pair(name):
     """Ours and the plain module with the same large weights, in float64."""
     ours, plain = (make().double() for make in PAIRS[name])
     # biases and norms so large that forgetting one shows
@@ -151,9 +152,9 @@ def step(module, arguments, options, dy=None):
 
 @pytest.mark.parametrize("backend", (None, "reference"))
 @pytest.mark.parametrize("name", PAIRS)
-def test_equals_what_it_replaces(name, backend):
-    ours, plain = pair(name)
-    arguments, options = inputs(name)
+def test_a_module_equals_what_it_replaces(name, backend):
+    ours, plain = build_pair(name)
+    arguments, options = draw_inputs(name)
     with use_backend(backend):
         got = step(ours, arguments, options)
     expected = step(plain, arguments, options)
@@ -163,10 +164,10 @@ def test_equals_what_it_replaces(name, backend):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_frozen_and_thawed(name):
-    """Frozen parameters get no gradient and leave the input's as it is; thawed between two steps they train again."""
-    ours, _ = pair(name)
-    arguments, options = inputs(name)
+def test_frozen_weights_get_no_gradient_until_they_thaw(name):
+    """The gradient of the input stays as it is."""
+    ours, _ = build_pair(name)
+    arguments, options = draw_inputs(name)
     all_trained = step(ours, arguments, options)
     ours.requires_grad_(False)
     frozen = step(ours, arguments, options)
@@ -179,10 +180,10 @@ def test_frozen_and_thawed(name):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_nothing_is_saved_for_nobody(name):
-    """With frozen parameters and inputs that need no gradient, and under no_grad, autograd keeps nothing."""
-    ours, _ = pair(name)
-    arguments, options = inputs(name)
+def test_nothing_is_saved_if_nothing_trains(name):
+    """With frozen parameters and inputs that need no gradient, and under no_grad."""
+    ours, _ = build_pair(name)
+    arguments, options = draw_inputs(name)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         with torch.no_grad():
@@ -193,9 +194,9 @@ def test_nothing_is_saved_for_nobody(name):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_compile_copy_and_cast(name):
-    ours, _ = pair(name)
-    arguments, options = inputs(name)
+def test_a_module_can_be_compiled_copied_and_cast(name):
+    ours, _ = build_pair(name)
+    arguments, options = draw_inputs(name)
     expected = step(ours, arguments, options)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     leaves = [a.clone().requires_grad_() if a.is_floating_point() else a for a in arguments]
@@ -213,49 +214,37 @@ def test_compile_copy_and_cast(name):
     torch.testing.assert_close(y.double(), expected["y"], rtol=0.2, atol=0.2 * expected["y"].abs().max().item())
 
 
-def frozen_bytes(name, module, arguments, options):
-    """Bytes that a frozen module keeps for the gradient of its input, parameters not counted: they exist anyway."""
-    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    seen, total = set(), 0
-
-    def keep(t):
-        nonlocal total
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters | seen:
-            seen.add(storage.data_ptr())
-            total += storage.nbytes()
-        return t
-
+def frozen_bytes(module, arguments, options):
+    """Bytes that a frozen module saves for the gradient of its input."""
     module.requires_grad_(False)
     leaves = [a.requires_grad_() if a.is_floating_point() else a for a in arguments]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        module(*leaves, **options)
-    return total
+    return saved_bytes(module, lambda: module(*leaves, **options))
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     {
-        # bytes per (row, number) of the stream, in bf16, beside a few numbers a row: see each room's docstring
-        "layer_norm": 2,  # x
-        "quick_gelu": 8,  # the pre-activation, four times as wide
+        # bytes for each number of the input in bf16, beside a few numbers a row: see the docstring of each op
+        # the input
+        "layer_norm": 2,
+        # the pre-activation, four times as wide
+        "quick_gelu": 8,
         "gelu": 8,
         "squared_relu": 8,
     }.items(),
 )
-def test_frozen_modules_save_little(name, expected):
+def test_frozen_modules_save_few_bytes(name, expected):
     module = PAIRS[name][0]().bfloat16()
-    arguments, options = inputs(name)
+    arguments, options = draw_inputs(name)
     arguments = [a.bfloat16() if a.is_floating_point() else a for a in arguments]
-    per_number = frozen_bytes(name, module, arguments, options) / (B * N * D)
+    per_number = frozen_bytes(module, arguments, options) / (B * N * D)
     assert per_number <= expected + 8 / D, f"{per_number} bytes"
 
 
-def test_head_rows_and_logits():
-    """Losses of single positions keep their shape, weights reach their rows, and generation sees the same head."""
+def test_a_head_gives_losses_of_rows_and_logits():
     head = LinearCrossEntropy(D, V, label_smoothing=0.1, reduction="none").double()
     torch.nn.init.normal_(head.bias)
-    (x, labels), _ = inputs("head")
+    (x, labels), _ = draw_inputs("head")
     losses = head(x, labels)
     logits = F.linear(x, head.weight, head.bias)
     expected = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=0.1, reduction="none")
@@ -266,10 +255,10 @@ def test_head_rows_and_logits():
     torch.testing.assert_close(head(x, labels, weights), (weights * losses).sum())
 
 
-def test_errors():
+def test_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match="width 30 does not divide into 4 heads"):
         MultiheadAttention(30, 4)
-    with pytest.raises(ValueError, match="cannot take a context of width 24 beside 32; give names"):
+    with pytest.raises(ValueError, match="cannot take a context of width 24 beside 32; pass names"):
         MultiheadAttention(32, 4, context_width=24)
-    with pytest.raises(ValueError, match="takes the last dimension alone"):
+    with pytest.raises(ValueError, match="takes only one dimension, the last"):
         LayerNorm((3, 4))

@@ -1,5 +1,5 @@
-"""Proves that the drop-in modules call a layer which is no longer the plain one that was built, and compute what a
-composition of called layers does: adapted, quantised, pruned, normalised, parametrised, hooked, wrapped, offloaded.
+"""Proves that the drop-in modules call a layer that is no longer plain (adapted, quantised, pruned, parametrised,
+hooked, wrapped, offloaded), and compute what a composition of called layers does.
 
 Run: pytest tests/ops/test_modules_changed.py
 """
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from prismer.kernels.modules import LayerNorm
-from tests.ops.test_modules import PAIRS, PlainPacked, inputs, pair, step
-from tests.ops.test_patch_changes import CHANGES
+from tests.ops.layer_changes import change_layer
+from tests.ops.test_modules import PAIRS, PlainPacked, build_pair, draw_inputs, step
 
 LAYERS = {
     "quick_gelu": ("c_fc", "c_proj"),
@@ -21,7 +21,7 @@ LAYERS = {
     "separate": ("query", "key", "output"),
     "resampler": ("blocks.0.ln_1", "blocks.1.ln_2", "blocks.0.ln_ff", "blocks.1.mlp.c_fc"),
 }
-HOWS = (
+CHANGES_OF_LINEARS = (
     "adapted",
     "wrapped",
     "quantised",
@@ -35,36 +35,27 @@ HOWS = (
     "pre-hook",
     "backward hook",
 )
-OF_NORMS = ("wrapped", "parametrised", "overridden", "hook", "backward hook", "rms norm")
-ROWS = [
+CHANGES_OF_NORMS = ("wrapped", "parametrised", "overridden", "hook", "backward hook", "rms norm")
+CASES = [
     (name, layer, how)
     for name, layers in LAYERS.items()
     for layer in layers
     for how in (
-        OF_NORMS
+        CHANGES_OF_NORMS
         if "norm" in layer or "ln_" in layer
-        else HOWS
+        else CHANGES_OF_LINEARS
         if name in ("quick_gelu", "separate")
         else ("adapted", "hook")
     )
 ]
 
 
-def change(module, name, how):
-    torch.manual_seed(3)
-    parent, _, child = name.rpartition(".")
-    parent = module.get_submodule(parent)
-    new = CHANGES[how](getattr(parent, child))
-    if new is not None:
-        setattr(parent, child, new.double())
-
-
-@pytest.mark.parametrize(("name", "layer", "how"), ROWS)
-def test_equals_what_calls_its_layers(name, layer, how):
-    ours, plain = pair(name)
-    arguments, options = inputs(name)
+@pytest.mark.parametrize(("name", "layer", "how"), CASES)
+def test_a_changed_layer_is_called(name, layer, how):
+    ours, plain = build_pair(name)
+    arguments, options = draw_inputs(name)
     for module in (ours, plain):
-        change(module, layer, how)
+        change_layer(module, layer, how)
     got, expected = step(ours, arguments, options), step(plain, arguments, options)
     assert got.keys() == expected.keys()
     for key, value in got.items():
@@ -73,22 +64,22 @@ def test_equals_what_calls_its_layers(name, layer, how):
 
 @pytest.mark.parametrize("name", ("self", "cross"))
 @pytest.mark.parametrize("how", ("adapted", "hook"))
-def test_output_projection(name, how):
-    """`nn.MultiheadAttention` itself reads this one: held against the projection applied by hand."""
-    ours, plain = pair(name)
-    arguments, options = inputs(name)
+def test_a_changed_output_projection_is_called(name, how):
+    """Compared with the projection applied by hand, since `nn.MultiheadAttention` itself reads its weights."""
+    ours, plain = build_pair(name)
+    arguments, options = draw_inputs(name)
     with torch.no_grad():
         plain.out_proj.weight.copy_(torch.eye(32))
         plain.out_proj.bias.zero_()
         attended = plain(*arguments, **options)
-        change(ours, "out_proj", how)
+        change_layer(ours, "out_proj", how)
         torch.testing.assert_close(ours(*arguments, **options), ours.out_proj(attended))
 
 
-def test_hooked_attention_of_a_resampler():
-    """The block reads the attention's own parameters in place of calling it."""
-    ours, plain = pair("resampler")
-    arguments, options = inputs("resampler")
+def test_a_hooked_attention_of_a_resampler_is_called():
+    """Without hooks, the block reads the attention's weights in place of calling it."""
+    ours, plain = build_pair("resampler")
+    arguments, options = draw_inputs("resampler")
     for module in (ours, plain):
         module.blocks[0].attn.register_forward_hook(lambda m, a, y: 2 * y)
     got, expected = step(ours, arguments, options), step(plain, arguments, options)
@@ -96,15 +87,15 @@ def test_hooked_attention_of_a_resampler():
         torch.testing.assert_close(value, expected[key], rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
 
 
-def test_another_attention_in_a_resampler():
-    ours, plain = pair("resampler")
-    arguments, options = inputs("resampler")
+def test_an_attention_of_another_class_in_a_resampler_is_called():
+    ours, plain = build_pair("resampler")
+    arguments, options = draw_inputs("resampler")
     ours.blocks[1].attn = PlainPacked().double()
     ours.blocks[1].attn.load_state_dict(plain.blocks[1].attn.state_dict())
     torch.testing.assert_close(ours(*arguments, **options), plain(*arguments, **options), rtol=1e-9, atol=1e-9)
 
 
-def test_the_sum_of_a_hooked_norm():
+def test_a_hooked_norm_that_adds_is_called():
     norm, seen = LayerNorm(32), []
     norm.register_forward_hook(lambda m, a, y: seen.append(y))
     x, residual = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
@@ -115,9 +106,9 @@ def test_the_sum_of_a_hooked_norm():
 
 
 @pytest.mark.parametrize("name", ("gelu", "adaptor", "separate", "resampler"))
-def test_unchanged_modules_stay_fused(name, count_calls):
+def test_unchanged_modules_are_fused(name, count_calls):
     ours = PAIRS[name][0]().double()
-    arguments, options = inputs(name)
+    arguments, options = draw_inputs(name)
     with count_calls() as calls:
         ours(*arguments, **options)
     fused = {"gelu": "mlp", "adaptor": "adaptor", "separate": "linears", "resampler": "resampler_attention"}[name]

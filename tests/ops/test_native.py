@@ -1,6 +1,6 @@
-"""Proves the C++ ops on CPU tensors as they are called, on every instruction set that this machine has.
+"""Proves the native CPU ops by direct calls, on every instruction set that this machine has.
 
-Against float64, and no worse than plain PyTorch in the same dtype; independent of threads and of the other rows.
+Results obey the rule of numerics against float64, and depend neither on the number of threads nor on other rows.
 
 Run: pytest tests/ops/test_native.py
 """
@@ -27,7 +27,7 @@ ACTIVATIONS = {
 
 @pytest.fixture
 def on_each_set(monkeypatch):
-    """Results of a call, one per instruction set of this machine."""
+    """A function that returns the results of a call, one for each instruction set of this machine."""
 
     def results(call):
         found = []
@@ -68,7 +68,7 @@ def assert_same(ours, theirs):
 
 
 def draw_rows(R, D, dtype, offset=3.0):
-    """x, residual, weight, bias, dy, dtotal; the affine is large enough that ignoring it shows."""
+    """x, residual, weight, bias, dy, dtotal; weight and bias are so large that ignoring them shows."""
     x, residual, dy, dtotal = (torch.randn(R, D) for _ in range(4))
     return [t.to(dtype) for t in (2 * x + offset, residual, torch.randn(D) + 2, torch.randn(D), dy, dtotal)]
 
@@ -90,7 +90,7 @@ def check_layer_norm(assert_no_worse, x, residual, weight, bias, dy, dtotal):
     else:
         assert torch.equal(total, plain_total), "total is not x + residual, rounded once"
         seen = total
-        # what is normalised is the rounded total, which is what comes back
+        # the op normalises the rounded total, which it also returns
         exact[:2] = plain_total.detach().double(), None
     assert_no_worse("y", y, plain_y.detach(), lambda: plain_layer_norm(*exact)[0].detach())
     if x.numel():
@@ -130,8 +130,8 @@ def test_layer_norm(isa, R, D, dtype, assert_no_worse):
 
 @pytest.mark.parametrize("stored", DTYPES, ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_layer_norm_affine_of_another_dtype(isa, dtype, stored):
-    """Weight and bias count as they are stored: the same as in fp32 of the same value, bit for bit."""
+def test_layer_norm_takes_parameters_of_another_dtype(isa, dtype, stored):
+    """The result has the same bits as with the same parameters in fp32."""
     x, _, weight, bias, dy, _ = draw_rows(5, 83, dtype)
     weight, bias = weight.to(stored), bias.to(torch.bfloat16)
     ours = ops.layer_norm(x, None, weight, bias, 1e-5)
@@ -144,8 +144,8 @@ def test_layer_norm_affine_of_another_dtype(isa, dtype, stored):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_layer_norm_adversarial(isa, dtype, assert_no_worse):
-    """Large means, huge and tiny rows, constant rows: where E[x^2] - mean^2 or a sum in 16 bits fails."""
+def test_layer_norm_of_difficult_rows(isa, dtype, assert_no_worse):
+    """Large means, huge, tiny and constant rows, for which E[x^2] - mean^2 or a sum in 16 bits fails."""
     D, draws = 768, 9
     _, _, weight, bias, dy, _ = draw_rows(6 * draws, D, dtype)
     x = torch.randn(6, draws, D)
@@ -166,8 +166,8 @@ def test_layer_norm_adversarial(isa, dtype, assert_no_worse):
     assert torch.isfinite(dx).all()
 
 
-def test_layer_norm_not_finite(isa):
-    """A row with a NaN or an infinity is NaN, and no other row is."""
+def test_layer_norm_confines_nan_and_infinity_to_their_row(isa):
+    """A row with a NaN or an infinity becomes NaN, and no other row does."""
     x = torch.randn(3, 40)
     x[0, 3], x[2, 39] = float("nan"), float("inf")
     for dtype in DTYPES:
@@ -196,26 +196,27 @@ def test_bias_activation(isa, R, D, dtype, activation, assert_no_worse):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_bias_activation_ulps(isa, activation):
-    """fp32 over the whole range: two ulps, more in tails where the exponent of a power has been rounded."""
+def test_bias_activation_is_within_two_ulps(isa, activation):
+    """fp32 over the whole range; the tails may be further off, because the exponent of a power is rounded there."""
     x = torch.cat((torch.linspace(-13, 13, 60001), torch.randn(99) * 1e-20, torch.zeros(1)))[:, None]
     ulp = 2**-23
     leaf = x.double().requires_grad_()
     exact = ACTIVATIONS[activation](leaf)
     slope = torch.autograd.grad(exact.sum(), leaf)[0]
     exact, size = exact.detach().abs(), leaf.detach().abs()
-    tail = 5e-8 if activation == "gelu" else 0.0  # of the polynomial, absolute
+    # the absolute error of the polynomial
+    tail = 5e-8 if activation == "gelu" else 0.0
     error = (ops.bias_activation(x, None, activation).double() - ACTIVATIONS[activation](x.double())).abs()
     assert (error <= 2 * ulp * exact * (1 + size) + tail * size + 1e-45).all()
     if activation == "gelu":
-        # the tail is followed, where torch's 1 + erf has cancelled: F.gelu is 4e-5 off at -3, all at -6
+        # accurate also in the tail, where torch's 1 + erf cancels: F.gelu is off by 4e-5 at -3, and completely at -6
         down = (x < 0) & (x > -5)
         assert (error[down] <= 2e-5 * exact[down]).all()
     dx = ops.bias_activation_backward(torch.ones_like(x), x, None, activation)
     assert ((dx.double() - slope).abs() <= 2 * ulp * slope.abs().clamp(min=1)).all()
 
 
-def test_bias_activation_limits(isa):
+def test_bias_activation_of_extreme_numbers(isa):
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([[-1e30, -200.0, -0.0, 0.0, 1e-42, 200.0, 1e18, inf, nan]])
     for activation in ACTIVATIONS:
@@ -230,12 +231,12 @@ def test_bias_activation_limits(isa):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=name_of)
-def test_rounding_of_stores(isa, dtype):
-    """All 16-bit numbers come back as they went in; what lies between goes to the nearest, ties to even."""
+def test_stores_round_to_nearest_even(isa, dtype):
+    """All 16-bit numbers come back unchanged; numbers between two of them go to the nearest, ties to even."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     zeros = torch.zeros(len(every), dtype=torch.float32)
     features = every[:, None].expand(-1, 17).contiguous()
-    # x * 1 + 0 through layer_norm_backward's dtotal: dy is zero, so dx is dtotal
+    # pass the numbers through layer_norm_backward: dy is zero, so dx is dtotal
     dx = ops.layer_norm_backward(
         torch.zeros_like(features), features, torch.zeros_like(features), None, zeros, zeros + 1, False
     )[0]
@@ -243,7 +244,7 @@ def test_rounding_of_stores(isa, dtype):
     assert torch.equal(dx[finite], features[finite])
     assert dx[every.isnan()].isnan().all()
     assert torch.equal(dx[every.isinf()], features[every.isinf()])
-    # a bias in fp32 makes sums that lie anywhere between two numbers
+    # an fp32 bias gives sums anywhere between two 16-bit numbers
     x = torch.randn(64, 1000).to(dtype)
     bias = torch.cat((torch.randn(500) * 1e-2, torch.tensor([2.0**-9, 2.0**-12, 1.5 * 2.0**-8] * 166 + [0, 0])))
     positive = x.abs()
@@ -252,7 +253,7 @@ def test_rounding_of_stores(isa, dtype):
 
 
 def test_rounding_keeps_nan(isa):
-    """A NaN whose payload rounding would carry into infinity."""
+    """NaN whose bits a plain rounding would carry to infinity."""
     bits = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
     bias = bits.repeat(5)
     out = ops.bias_activation(torch.ones(2, 20, dtype=torch.bfloat16), bias, "squared_relu")
@@ -260,7 +261,7 @@ def test_rounding_keeps_nan(isa):
 
 
 def test_denormals_are_kept(isa):
-    """bf16 has the range of fp32: its denormals round as other numbers do, on every instruction set."""
+    """bf16 has the range of fp32: its denormals round like other numbers, on every instruction set."""
     h = torch.tensor([[1e-38, 3e-39, 9.2e-41, 1e-40, -1e-39] * 9], dtype=torch.bfloat16)
     dh = ops.bias_activation_backward(torch.ones_like(h) / 2, h, None, "squared_relu")
     assert torch.equal(dh, h.relu()) and (dh != 0).any()
@@ -270,7 +271,7 @@ def test_denormals_are_kept(isa):
 
 
 def draw_map(B, h, w, F_, C, dtype):
-    """Regions of 4 x 4 pixels, and single pixels in them, so that any of the four taps may be the odd one out."""
+    """Regions of 4 x 4 pixels with single pixels in them, so that any one of the four taps can differ from the rest."""
     ids = torch.randint(0, 255, (B, h // 4 + 1, w // 4 + 1), dtype=torch.uint8)
     ids = ids.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, :h, :w].contiguous()
     ids = torch.where(torch.rand(ids.shape) < 0.1, 255, ids)
@@ -296,8 +297,8 @@ def test_label_map(isa, B, h, w, size, rows, C, dtype, assert_no_worse):
     assert_no_worse("", ours, plain(dtype), lambda: plain(torch.float64))
 
 
-def test_label_map_regions_are_exact(isa):
-    """Nothing is blended inside a region, nor anything lost: one id, and its gradient is the plain sum."""
+def test_label_map_copies_the_inside_of_a_region(isa):
+    """With a single id the output equals its row bit for bit, and the gradient is the plain sum."""
     for dtype in DTYPES:
         ids, rows, features = draw_map(2, 20, 20, 9, 64, dtype)
         ids.fill_(7)
@@ -344,14 +345,17 @@ def test_decode_attention(isa, shape, dtype, by_query, assert_no_worse):
     inputs = draw_attention(*SHAPES[shape], dtype, by_query)
     plain = decode_attention_reference(*inputs)
     high = [t.double() if t.is_floating_point() else t for t in inputs]
-    exact = lambda: decode_attention_reference(*high)  # noqa: E731
+
+    def exact():
+        return decode_attention_reference(*high)
+
     assert_no_worse("out", ops.decode_attention(*inputs), plain, exact)
 
 
-def test_decode_attention_sees_nothing(isa):
-    """Zeros for a query with neither keys nor slots; its neighbours in the tile are untouched by it."""
+def test_decode_attention_of_a_query_without_keys_is_zero(isa):
+    """It has neither keys nor slots; the other queries of its tile do not change."""
     q, k, v, mask, sk, sv, ancestors = draw_attention(1, 2, 4, 16, 70, 3, 2, torch.float32, True)
-    # a key that nobody sees is not read at all, which moves the blocks of the others: every key stays seen by one
+    # keys that no query sees are skipped, which would shift the blocks of the others: query 0 sees all keys of query 2
     mask[:, 0] |= mask[:, 2]
     before = ops.decode_attention(q, k, v, mask, sk, sv, ancestors)
     mask[:, 2], ancestors[:, 2] = False, -1
@@ -360,8 +364,8 @@ def test_decode_attention_sees_nothing(isa):
     assert torch.equal(out[:, :, [0, 1, 3]], before[:, :, [0, 1, 3]])
 
 
-def test_decode_attention_masked_keys_are_not_met(isa):
-    """Infinities and NaN behind the mask, and in slots that are not listed, leave no trace."""
+def test_decode_attention_ignores_masked_keys(isa):
+    """Infinities and NaN in masked keys, and in slots that are not listed, do not change the result."""
     q, k, v, mask, sk, sv, ancestors = draw_attention(1, 2, 5, 48, 80, 6, 3, torch.float32, False)
     before = ops.decode_attention(q, k, v, mask, sk, sv, ancestors)
     k[:, :, ~mask[0, 0]], v[:, :, ~mask[0, 0]] = float("nan"), float("inf")
@@ -370,15 +374,18 @@ def test_decode_attention_masked_keys_are_not_met(isa):
     assert torch.equal(ops.decode_attention(q, k, v, mask, sk, sv, ancestors), before)
 
 
-def test_decode_attention_peaked(isa, assert_no_worse):
-    """Scores of hundreds, a maximum that rises from block to block, and one that lies in the suffix."""
+def test_decode_attention_with_large_scores(isa, assert_no_worse):
+    """Scores of hundreds, with a maximum that rises from block to block and once more in the suffix."""
     inputs = draw_attention(1, 1, 5, 64, 600, 4, 3, torch.float32, False)
     q, k = inputs[:2]
     k *= torch.linspace(0.1, 30, 600)[:, None]
     inputs[4] *= 50
     plain = decode_attention_reference(*inputs)
     high = [t.double() if t.is_floating_point() else t for t in inputs]
-    exact = lambda: decode_attention_reference(*high)  # noqa: E731
+
+    def exact():
+        return decode_attention_reference(*high)
+
     assert_no_worse("out", ops.decode_attention(*inputs), plain, exact, factor=3.0)
 
 
@@ -386,7 +393,7 @@ def test_decode_attention_peaked(isa, assert_no_worse):
 
 
 def calls(dtype):
-    """name -> call; shapes large enough that two threads share the work, with ends of rows."""
+    """name -> call, with shapes so large that two threads share the work, and rows that are no multiple of a vector."""
     x, residual, weight, bias, dy, dtotal = draw_rows(300, 515, dtype)
     _, total, mean, rstd = ops.layer_norm(x, residual, weight, bias, 1e-5)
     ids, rows, features = draw_map(3, 96, 96, 70, 64, dtype)
@@ -404,8 +411,8 @@ def calls(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_threads_and_repeats(isa, dtype, with_threads):
-    """Bit for bit the same on one thread, on two and on three, and every time."""
+def test_results_do_not_depend_on_threads(isa, dtype, with_threads):
+    """Bit for bit the same on one, two and three threads, and in every run."""
     for name, call in calls(dtype).items():
         one = with_threads(1, call)
         for threads in (2, 2, 3):
@@ -417,7 +424,7 @@ def test_threads_and_repeats(isa, dtype, with_threads):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_instruction_sets_agree(dtype, on_each_set):
-    """They differ by fused multiply-adds alone: by a few roundings of fp32, then one of the dtype."""
+    """They differ only in fused multiply-adds: by a few roundings of fp32, then one of the dtype."""
     tolerance = 2 * torch.finfo(dtype).eps + 2e-5
     for name, call in calls(dtype).items():
         first, *others = on_each_set(call)
@@ -429,8 +436,8 @@ def test_instruction_sets_agree(dtype, on_each_set):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_row_alone(isa, dtype):
-    """A row, an image, a row of queries alone is the same as among others, bit for bit."""
+def test_a_row_does_not_depend_on_the_batch(isa, dtype):
+    """A single row, image or batch item gives the same bits as among others."""
     x, residual, weight, bias, dy, dtotal = draw_rows(7, 83, dtype)
     y, total, mean, rstd = ops.layer_norm(x, residual, weight, bias, 1e-5)
     dx = ops.layer_norm_backward(dy, dtotal, total, weight, mean, rstd, True)[0]
@@ -450,7 +457,7 @@ def test_row_alone(isa, dtype):
     assert torch.equal(ops.decode_attention(*(t[1:2] for t in inputs)), out[1:2])
 
 
-def test_capability(isa, monkeypatch):
+def test_the_instruction_set_can_be_chosen(isa, monkeypatch):
     assert ops.cpu_capability() == isa
     monkeypatch.setenv("PRISMER_CPU_ISA", "sse9")
     with pytest.raises(RuntimeError, match="'sse9'; choose baseline, avx2 or avx512"):

@@ -1,5 +1,5 @@
-"""Proves that the C++ of attention is its definition on every instruction set, and independent of threads and of what
-else is in the batch.
+"""Proves that the C++ of attention is its definition on every instruction set, whatever the threads and the rest of the
+batch.
 
 Run: pytest tests/ops/test_native_attention.py
 """
@@ -9,16 +9,15 @@ import functools
 import pytest
 import torch
 
-from prismer.kernels.attention import attention, attention_reference
-from prismer.kernels.attention import native_backend as attention_native
+from prismer.kernels.attention import attention, attention_reference, native_backend
 from prismer.kernels.dispatch import use_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-pytest.importorskip("native_sets")  # skips where the extension was not built
+pytest.importorskip("tests.ops.native_sets")  # skips where the extension was not built
 
 ops = torch.ops.prismer_native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# B, H, N, L, K, what else: about blocks of 96 by 96, tiles of 6, 4 and 2 rows, 4 to 1 vectors
+# B, H, N, L, K, what else: around blocks of 96 by 96, with tiles of 6, 4 and 2 rows and of 4 to 1 vectors
 CASES = (
     (1, 1, 1, 1, 16, ""),
     (2, 3, 5, 7, 64, ""),
@@ -39,7 +38,7 @@ def draw(B, H, N, L, K, what, dtype=torch.float32):
     q, k, v = packed.to(dtype).permute(2, 0, 3, 1, 4)
     options = dict(causal="causal" in what)
     if "mask" in what:
-        # the first sample sees nothing at first, one sees nothing at all, of three
+        # the first causal queries of the first sample see nothing; of three samples, the second sees nothing at all
         options["key_mask"] = torch.rand(B, L) > 0.5
         options["key_mask"][0, :3] = False
         options["key_mask"][1:2] = B != 3
@@ -76,11 +75,11 @@ def check(tensors, dout, options, assert_no_worse):
     assert all(t.dtype == tensors[0].dtype for t in got)
     named = [dict(zip(("out", "dq", "dk", "dv"), values, strict=True)) for values in (got, expected, exact())]
     if k.shape[2] < 8:
-        # few keys share all weight: dout . v and dout . out cancel, to a rounding, as in every flash attention
+        # where few keys share all weight, dout . v and dout . out cancel up to a rounding, in every flash attention
         for name, of in (("dq", k), ("dk", q)):
             terms = (dout.double().abs() @ v.mT).amax() * of.amax()
             error = (named[0].pop(name).double() - named[2][name]).abs().amax()
-            # both are sums of K terms in fp32, and are stored
+            # both are sums of K terms in fp32, and are rounded when stored
             summed = 1.5 * torch.finfo(torch.float32).eps * q.shape[-1] ** 0.5
             assert error <= (2 * torch.finfo(dout.dtype).eps + summed) * terms, name
     assert_no_worse("", *named[:2], lambda: dict(zip(named[1], exact(), strict=True)))
@@ -105,8 +104,8 @@ def test_scale(isa, scale, assert_no_worse):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_a_maximum_that_rises(isa, dtype, assert_no_worse):
-    """Every block of keys has a larger score than the ones before it, and later ones do not."""
+def test_the_running_maximum_rises(isa, dtype, assert_no_worse):
+    """Every block of keys has a larger score than the blocks before it; then, in reverse, a smaller one."""
     (q, k, v), dout, _ = draw(1, 1, 40, 400, 32, "", dtype)
     k = k * torch.linspace(0.1, 1.0, 400)[:, None].to(dtype)
     check((q, k, v), dout, {}, assert_no_worse)
@@ -114,8 +113,8 @@ def test_a_maximum_that_rises(isa, dtype, assert_no_worse):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_one_key_has_it_all(isa, dtype):
-    """Scores beyond the range of exp: the heaviest key's value, and no gradient of scores."""
+def test_one_key_has_all_the_weight(isa, dtype):
+    """Scores beyond the range of exp give the value of the heaviest key, and no gradient of scores."""
     q, k, v = (torch.randn(1, 1, n, 64).to(dtype) for n in (100, 200, 200))
     k[..., 0], q[..., 0] = 0.0, 1000.0
     k[:, :, 150, 0] = 1000.0
@@ -126,9 +125,9 @@ def test_one_key_has_it_all(isa, dtype):
     assert not dv.any() and dq.abs().max() < 1.0 and dk.isfinite().all()
 
 
-def test_not_a_number(isa):
-    """A NaN or an infinity spoils its own query and the keys that this sees, its own key for those that see it, and, in
-    products with nothing, its own column; nothing else."""
+def test_a_nan_reaches_only_what_it_must(isa):
+    """A NaN or an infinity in a query reaches that query, the keys that it sees, and its own column; in a key, the
+    queries that see the key."""
     (q, k, v), dout, _ = draw(2, 1, 100, 100, 32, "")
     clean = results(native, (q, k, v), dout, causal=True)
     for value in (float("nan"), float("inf")):
@@ -148,8 +147,8 @@ def test_not_a_number(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_to_the_bit(isa, dtype):
-    """Again, with other threads, a sample, a head or a query alone, and with all strides other: the same bits."""
+def test_the_bits_never_change(isa, dtype):
+    """Repeated, with other threads, other strides, or one sample, head or query alone: always the same bits."""
     (q, k, v), dout, options = draw(2, 3, 130, 210, 48, "mask", dtype)
     mask = options["key_mask"]
     whole = results(native, (q, k, v), dout, key_mask=mask)
@@ -171,10 +170,10 @@ def test_to_the_bit(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_logarithms_of_sums(isa, dtype):
-    """What is kept beside the output is what torch's operators keep: in base 2, infinity for who sees nothing."""
+def test_the_log_sum_exp_is_that_of_the_torch_backend(isa, dtype):
+    """It is in base 2, and infinite for a query that sees no key."""
     (q, k, v), _, options = draw(2, 2, 110, 110, 32, "causal mask", dtype)
-    call = q, k, v, None, None, options["key_mask"], None, True, 0.0, 0.3
+    call = q, k, v, options["key_mask"], None, True, 0.0, 0.3
     got, wanted = (torch.ops.prismer.attention(*call, backend)[1] for backend in ("native", "torch"))
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     assert got[0, :, :3].isposinf().all() and got[1, :, -1].isfinite().all()
@@ -182,8 +181,7 @@ def test_logarithms_of_sums(isa, dtype):
 
 @pytest.mark.parametrize("frozen", ("q", "kv", "v", "k"))
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_frozen_parts(isa, frozen, dtype):
-    """The gradients of the rest are what they are with all."""
+def test_frozen_parts_do_not_change_the_other_gradients(isa, frozen, dtype):
     tensors, dout, _ = draw(1, 2, 50, 110, 64, "", dtype)
     whole = dict(zip("qkv", results(native, tensors, dout)[1:], strict=True))
     some = results(native, tensors, dout, frozen=frozen)[1:]
@@ -191,7 +189,7 @@ def test_frozen_parts(isa, frozen, dtype):
 
 
 def test_expanded_keys(assert_no_worse):
-    """Keys of stride 0, and the gradient of a sum, which is one number at every place."""
+    """Keys of stride 0, and the gradient of a sum, which is one expanded number."""
     q, k = torch.randn(2, 2, 9, 32).requires_grad_(), torch.randn(1, 2, 11, 32).expand(2, -1, -1, -1).requires_grad_()
 
     def gradients(op, *leaves):
@@ -204,19 +202,19 @@ def test_expanded_keys(assert_no_worse):
     assert all(t.transpose(1, 2).is_contiguous() or t.shape[0] == 2 for t in got.values())
 
 
-def test_what_is_chosen(monkeypatch, count_calls):
+def test_which_backend_is_chosen(monkeypatch, count_calls):
     """Ours on AVX-512, and for 16 bits on AVX2, where torch multiplies those slowly; torch's own elsewhere."""
     from tests.ops.native_sets import HERE
 
-    ran, forward = [], attention_native.forward
-    monkeypatch.setattr(attention_native, "forward", lambda *args: ran.append("native") or forward(*args))
+    ran, forward = [], native_backend.forward
+    monkeypatch.setattr(native_backend, "forward", lambda *args: ran.append("native") or forward(*args))
 
     def backend(dtype, **options):
         call = functools.partial(attention, *(torch.randn(1, 1, 4, options.pop("K", 32)).to(dtype),) * 3, **options)
         with count_calls() as calls:
             call()
         seen = [call["backend"] for call in calls["prismer::attention"]]
-        # and where nothing watches
+        # the choice is the same where no mode watches
         ran.clear()
         call()
         assert ran == seen
@@ -237,18 +235,20 @@ def test_what_is_chosen(monkeypatch, count_calls):
         (40, {}, "multiples of 16, not 40"),
         (272, {}, "up to 256"),
         (32, dict(dropout=0.1), "no dropout"),
-        (32, dict(extra_k=torch.zeros(1, 1, 2, 32), extra_v=torch.zeros(1, 1, 2, 32)), "one segment"),
     ),
 )
-def test_refusals(K, change, message):
+def test_a_refusal_says_why(K, change, message):
     with pytest.raises(RuntimeError, match=f"native was asked for, but native attention .*{message}"):
         native(*(torch.zeros(1, 1, 4, K),) * 3, **change)
 
 
 def test_torch_func():
-    """Function transforms see torch's own attention; asked for, ours refuses where it would lose their derivatives."""
+    """Function transforms see torch's own attention; ours, if asked for, refuses, since it would lose derivatives."""
     q = torch.randn(3, 1, 2, 5, 32)
-    square = lambda op: torch.func.grad(lambda t: op(t, t, t).square().sum())  # noqa: E731
+
+    def square(op):
+        return torch.func.grad(lambda t: op(t, t, t).square().sum())
+
     for one, x in ((square, q[0]), (lambda op: torch.func.vmap(square(op)), q)):
         torch.testing.assert_close(one(attention)(x), one(attention_reference)(x), atol=1e-5, rtol=1e-5)
     for transform in (square(native), lambda t: torch.func.jvp(lambda t: native(t, t, t), (t,), (t,))):
@@ -260,12 +260,12 @@ def test_torch_func():
 def test_opcheck(requires_grad):
     q, k, v = (torch.randn(2, 2, 9, 32, requires_grad=requires_grad) for _ in range(3))
     mask = torch.arange(9).expand(2, -1) > 1
-    arguments = (q, k, v, None, None, mask, None, True, 0.0, 0.2, "native")
+    arguments = (q, k, v, mask, None, True, 0.0, 0.2, "native")
     utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.prismer.attention, arguments, test_utils=utils)
     with torch.no_grad():
         out, lse = torch.ops.prismer.attention(*arguments)
-        back = (torch.randn_like(out), *arguments[:7], out, lse, *arguments[7:], requires_grad, True, False)
+        back = (torch.randn_like(out), *arguments[:5], out, lse, *arguments[5:], requires_grad, True)
         torch.library.opcheck(torch.ops.prismer.attention_backward, back, test_utils=utils)
     with torch.no_grad():
         out, lse = torch.empty(2, 9, 2, 32), torch.empty(2, 2, 9)
@@ -300,7 +300,7 @@ def test_bad_arguments(change, message):
         ops.attention_backward(out, q, k, v, mask, out, lse, causal, scale, None, None, None)
 
 
-def test_gradients_need_room():
+def test_gradients_of_a_wrong_shape_are_refused():
     q, out, lse = torch.zeros(1, 2, 4, 32), torch.zeros(1, 4, 2, 32), torch.zeros(1, 2, 4)
     call = (out, q, q, q, None, out, lse, False, 1.0)
     with pytest.raises(RuntimeError, match="one of dk and dv"):

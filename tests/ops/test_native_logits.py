@@ -1,4 +1,4 @@
-"""Proves the C++ statistics of logits chunk by chunk, on every instruction set that this machine has.
+"""Proves that the C++ statistics of logits, taken chunk by chunk, are exact on every instruction set of this machine.
 
 Run: pytest tests/ops/test_native_logits.py
 """
@@ -12,7 +12,7 @@ from prismer.kernels.cross_entropy import linear_cross_entropy, linear_cross_ent
 from prismer.kernels.dispatch import use_backend
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-pytest.importorskip("native_sets")  # skips where the extension was not built
+pytest.importorskip("tests.ops.native_sets")  # skips where the extension was not built
 
 ops = torch.ops.prismer_native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,30 +62,30 @@ def test_statistics(isa, R, widths, dtype):
     check(run(logits, bias, targets, widths), logits, bias, targets)
 
 
-def test_target_of_another_chunk(isa):
-    """Columns 7 to 11 hold no target: what was picked before stays."""
+def test_a_chunk_without_targets_changes_no_picked_logit(isa):
+    """Columns 7 to 11 hold no target, and the logit that was picked before stays."""
     state = fresh(3)
     state[:, 2] = 42
     ops.logit_statistics(torch.randn(3, 5), torch.randn(5), torch.tensor([6, 12, 0]), 7, state)
     assert state[:, 2].tolist() == [42, 42, 42]
 
 
-def test_largest_comes_late(isa):
-    """What was summed before is scaled down, across blocks and across chunks."""
+def test_the_largest_logit_may_come_last(isa):
+    """The earlier sum is scaled down, across blocks and across chunks."""
     logits = torch.linspace(-300, 300, 3 * 4096).expand(2, -1).contiguous()
     bias, targets = torch.zeros(3 * 4096), torch.tensor([5, 9000])
     check(run(logits, bias, targets, (2 * 4096, 4096)), logits, bias, targets)
 
 
-def test_many_small_terms(isa):
-    """A sum of 2^20 equal terms keeps its digits."""
+def test_many_equal_terms_keep_their_digits(isa):
+    """2^20 terms are summed."""
     logits, bias = torch.full((1, 2**20), 0.1), torch.zeros(2**20)
     state = run(logits, bias, torch.tensor([0]), (2**20,))
     assert state[0, 1] == 2**20 and abs(state[0, 3] / (2**20 * torch.tensor(0.1)) - 1) < 1e-5
 
 
-def test_masked_and_infinite(isa):
-    """A vocabulary masked by -inf counts nothing, even a whole block of it; +inf and NaN stay visible."""
+def test_masked_logits_count_nothing_and_infinite_ones_stay_visible(isa):
+    """Even a whole block may be -inf; +inf and NaN stay visible."""
     logits, bias = torch.zeros(1, 3 * 4096), torch.zeros(3 * 4096)
     bias[:8000] = -math.inf
     state = run(logits, bias, torch.tensor([9000]), (3 * 4096,))
@@ -101,7 +101,7 @@ def test_masked_and_infinite(isa):
 @pytest.mark.parametrize("bad", (math.nan, math.inf))
 @pytest.mark.parametrize("at", (0, 5, 4095, 4096, 4100, 8999))
 def test_one_infinite_entry_among_forbidden_ones(isa, at, bad):
-    """In whichever lane, in a block whose other entries are all -inf, or in the tail."""
+    """In any lane, in a block whose other entries are all -inf, or in the tail."""
     logits, bias = torch.zeros(1, 9000), torch.full((9000,), -math.inf)
     bias[4200:8200] = 0
     logits[0, at], bias[at] = bad, 0
@@ -110,7 +110,7 @@ def test_one_infinite_entry_among_forbidden_ones(isa, at, bad):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_row_alone_and_threads(isa, dtype):
+def test_a_row_alone_and_any_number_of_threads_give_the_same(isa, dtype):
     logits, bias, targets = torch.randn(9, 9000).to(dtype), torch.randn(9000), torch.randint(9000, (9,))
     before, results = torch.get_num_threads(), []
     try:
@@ -126,8 +126,8 @@ def test_row_alone_and_threads(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_the_loss_uses_them(dtype, assert_no_worse):
-    """Without gradients the loss takes this path on a CPU, and is no worse than eager."""
+def test_the_loss_uses_the_statistics(dtype, assert_no_worse):
+    """On a CPU without gradients; the loss is no worse than eager."""
     x, weight, bias = torch.randn(6, 16).to(dtype), torch.randn(5000, 16).to(dtype), 3 * torch.randn(5000)
     labels = torch.randint(5000, (6,))
     labels[2] = -100
@@ -152,7 +152,7 @@ def test_the_loss_uses_them(dtype, assert_no_worse):
         (dict(bias=torch.zeros(2)), "bias"),
     ],
 )
-def test_errors(change, message):
+def test_bad_arguments_are_refused(change, message):
     targets = torch.zeros(2, dtype=torch.int64)
     given = dict(logits=torch.zeros(2, 3), bias=torch.zeros(3), targets=targets, first=0, state=fresh(2))
     with pytest.raises(RuntimeError, match=message):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prismer.kernels import dispatch
+from prismer.kernels import dispatch, linear, matmul
+from prismer.kernels import mlp as mlp_op
 from prismer.kernels.attention import attention
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 from prismer.kernels.linear import linears
@@ -62,7 +63,7 @@ OPS = (op_layer_norm, op_add_layer_norm, op_linears, op_mlp, op_attention)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda f: f.__name__)
-def test_same_numbers(op):
+def test_torchs_operators_give_the_numbers_of_the_definition(op):
     call, leaves = op()
     ours = call()
     dy = torch.randn_like(ours)
@@ -75,8 +76,8 @@ def test_same_numbers(op):
 
 
 @pytest.mark.parametrize("op", OPS[:4], ids=lambda f: f.__name__)
-def test_seen_as_one_op(op):
-    """Whoever watches, such as a compiler or a counter, sees the registered op."""
+def test_a_watcher_sees_the_registered_op(op):
+    """Compilers and counters watch."""
     call, _ = op()
     with Names() as mode:
         call()
@@ -84,7 +85,7 @@ def test_seen_as_one_op(op):
     assert f"prismer::{name}" in mode.names
 
 
-def test_on_host():
+def test_on_host_is_an_eager_call_that_nothing_watches():
     x = torch.randn(3)
     assert dispatch.on_host(x) and dispatch.on_host(torch.nn.Parameter(x))
     assert not dispatch.on_host(x.to("meta"))
@@ -95,13 +96,28 @@ def test_on_host():
     seen = []
     torch.func.grad(lambda t: seen.append(dispatch.on_host(t)) or t.sum())(x)
     assert seen == [False]
+
+
+@pytest.mark.parametrize("op", (op_linears, op_mlp), ids=lambda f: f.__name__)
+def test_a_weight_that_zero_partitions_is_left_to_the_op(op, monkeypatch):
+    """torch's own layers would save a view of it, which keeps it gathered."""
+    call, (x, *_) = op()
+    monkeypatch.setattr(matmul, "on_onednn", lambda x: False)
+    routes = []
+    route = dispatch.Op.route
+    monkeypatch.setattr(dispatch.Op, "route", lambda *args: routes.append(route(*args)) or routes[-1])
+    call()
+    monkeypatch.setattr(linear, "is_partitioned", lambda weight: True)
+    monkeypatch.setattr(mlp_op, "is_partitioned", lambda weight: True)
+    call()
+    assert routes == ["host", "op"]
     weight = torch.randn(3)
-    assert dispatch.on_host(x, weight)
+    assert not dispatch.is_partitioned(weight)
     weight.ds_id = 1  # DeepSpeed's mark
-    assert not dispatch.on_host(x, weight)
+    assert dispatch.is_partitioned(weight)
 
 
-def test_compiled_calls_are_the_op():
+def test_a_compiled_call_is_the_registered_op():
     call, leaves = op_linears()
     graphs = []
 
@@ -113,8 +129,8 @@ def test_compiled_calls_are_the_op():
     assert any("prismer.linears" in str(node.target) for node in graphs[0].graph.nodes)
 
 
-def test_direct_op_without_gradient_says_so():
-    """Outside the dispatcher too, an op that has no gradient does not pretend to have one."""
+def test_an_op_without_a_gradient_raises_in_a_direct_call():
+    """A direct call does not pass the dispatcher, which would raise too."""
     x = torch.randn(4, 6, requires_grad=True)
     y = layer_norm(x.to(torch.bfloat16), None, None)
     (gradient,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)

@@ -1,5 +1,5 @@
-"""Proves the engine of `apply_to`: what is chosen, reported, kept and refused; that a refusal leaves the model as it
-was; that patched models are undone, copied, pickled, cast, compiled and trained on.
+"""Proves what `apply_to` chooses, reports, keeps and refuses; that a refusal leaves the model as it was; and that
+patched models can be undone, copied, pickled, cast, compiled and trained.
 
 Run: pytest tests/ops/test_patch.py
 """
@@ -12,20 +12,19 @@ import pytest
 import torch
 from torch import nn
 
-from prismer.kernels import patch
-from prismer.kernels.patch import Rule, apply_to, is_patched, restore
-from tests.ops.patched import assert_same, enlarge, step
+from prismer.kernels.patch import Rule, apply_to, core, is_patched, restore
+from tests.ops.patching import assert_same, randomise, step
 
 B, T, D = 2, 7, 32
 open_clip = pytest.importorskip("open_clip")
 
 
-def make_block(act=nn.GELU, **options):
-    return open_clip.transformer.ResidualAttentionBlock(D, 4, act_layer=act, **options)
+def make_block(act=nn.GELU):
+    return open_clip.transformer.ResidualAttentionBlock(D, 4, act_layer=act)
 
 
 class Tower(nn.Module):
-    """Two blocks, a norm, and things that nobody knows."""
+    """Two blocks and a norm, which are supported, and a linear and containers, which are not."""
 
     def __init__(self):
         super().__init__()
@@ -37,16 +36,16 @@ class Tower(nn.Module):
         return self.norm(self.blocks(self.stem(x)))
 
 
-def tower():
-    return enlarge(Tower())
+def build_tower():
+    return randomise(Tower())
 
 
 def kinds(model):
     return [type(module) for module in model.modules()]
 
 
-def test_report_and_undo():
-    model = tower()
+def test_a_report_lists_what_was_replaced_and_undoes_it():
+    model = build_tower()
     before, keys = kinds(model), list(model.state_dict())
     x = torch.randn(B, T, D)
     expected = step(model, dict(x=x))
@@ -83,48 +82,48 @@ def test_report_and_undo():
         (("mlp", "attention"), ["blocks.0", "blocks.0.attn", "blocks.1", "blocks.1.attn"]),
     ),
 )
-def test_which(which, names):
-    model, x = tower(), torch.randn(B, T, D)
+def test_only_the_parts_asked_for_are_replaced(which, names):
+    model, x = build_tower(), torch.randn(B, T, D)
     expected = step(model, dict(x=x))
     assert apply_to(model, which).replaced == names
     assert_same(step(model, dict(x=x)), expected)
 
 
-def test_one_layer_is_a_model_too():
-    norm = enlarge(nn.LayerNorm(D))
+def test_a_single_layer_can_be_patched():
+    norm = randomise(nn.LayerNorm(D))
     report = apply_to(norm)
     assert report.replaced == [""] and "1 of 1" in str(report)
 
 
-# what is refused, or kept
+# what is refused, and what is kept
 
 
-def refused(model, match, error=ValueError, **options):
+def assert_refused(model, match, error=ValueError, **options):
     before = kinds(model)
     with pytest.raises(error, match=match):
         apply_to(model, **options)
     assert kinds(model) == before
 
 
-def test_refusals():
-    refused(tower(), "unknown part 'norms'; choose from layer_norm, mlp", which="norms")
-    refused(nn.Sequential(nn.Linear(D, D)), "Sequential holds no module that is known here .* call the ops directly")
-    refused(tower(), "holds no module that is known here for resampler", which="resampler")
+def test_unknown_parts_and_models_without_supported_modules_are_refused():
+    assert_refused(build_tower(), "unknown part 'norms'; choose from layer_norm, mlp", which="norms")
+    assert_refused(nn.Sequential(nn.Linear(D, D)), "Sequential holds no supported module .* call the ops directly")
+    assert_refused(build_tower(), "holds no supported module for resampler", which="resampler")
     with pytest.raises(TypeError, match="model is a dict; pass the nn.Module itself"):
         apply_to({})
 
 
-def test_patched_already():
-    model = tower()
+def test_a_patched_model_is_refused():
+    model = build_tower()
     report = apply_to(model, "mlp")
-    refused(model, r"blocks.0 runs on fused ops already; call undo\(\) of its report first, or restore\(model\)")
-    refused(nn.ModuleList([nn.LayerNorm(D), model]), "1.blocks.0 runs on fused ops already")
+    assert_refused(model, r"blocks.0 is patched already; call undo\(\) of its report first, or restore\(model\)")
+    assert_refused(nn.ModuleList([nn.LayerNorm(D), model]), "1.blocks.0 is patched already")
     report.undo()
     assert len(apply_to(model).replaced) == 7
 
 
 class Quantised(nn.Linear):
-    """As bitsandbytes', adapters' and wrappers': a linear that computes otherwise."""
+    """Stands for the linears of quantisers, adapters and wrappers, which compute otherwise."""
 
 
 def swap(name, new):
@@ -167,27 +166,29 @@ KEPT = {
     "no norm": (swap("blocks.0.ln_2", nn.Identity()), "its ln_2 is a Identity"),
     "tanh": (swap("blocks.0.mlp.gelu", nn.GELU("tanh")), r"its activation GELU\(approximate='tanh'\) has no fused op"),
     "relu": (swap("blocks.0.mlp.gelu", nn.ReLU()), r"its activation ReLU\(\) has no fused op"),
-    "wide norm": (swap("norm", nn.LayerNorm((T, D))), "it normalises 2 dimensions, the fused one the last alone"),
-    "long norm": (swap("norm", nn.LayerNorm(65537)), "it normalises 65537 numbers, the fused one 65536 at most"),
+    "wide norm": (swap("norm", nn.LayerNorm((T, D))), "it normalises 2 dimensions, and the fused norm only the last"),
+    "long norm": (swap("norm", nn.LayerNorm(65537)), "it normalises 65537 numbers, and the fused norm at most 65536"),
     "bias_k": (swap("blocks.0.attn", nn.MultiheadAttention(D, 4, batch_first=True, add_bias_kv=True)), "it has bias_k"),
     "longer mlp": (lambda m: m.blocks[0].mlp.add_module("drop", nn.Dropout()), "its mlp is not c_fc, gelu, c_proj"),
 }
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_kept(name):
-    """A module that cannot be replaced is kept and named, the others are replaced; strict refuses instead."""
-    model = tower()
+def test_a_module_that_does_not_fit_is_kept_with_a_reason(name):
+    """The others are replaced; `strict` refuses instead."""
+    model = build_tower()
     change, reason = KEPT[name]
     change(model)
     # a module of another dtype keeps all that contain it
     count = "2" if name == "float8" else "1"
-    refused(model, f"has to be kept: {reason}.*; {count} modules in all; leave strict out", strict=True)
+    match = f"cannot be replaced: {reason}.*; {count} of .* modules have to be kept; leave strict out"
+    assert_refused(model, match, strict=True)
     report = apply_to(model)
     (kept, *_) = [row for row in report.rows if row.reason]
     assert not is_patched(model.get_submodule(kept.name)) and "kept: " in str(report)
     assert len(report.replaced) >= 5
-    if name not in ("quantised", "float8", "adapted", "long norm"):  # these do not run unpatched either
+    # these do not run unpatched either
+    if name not in ("quantised", "float8", "adapted", "long norm"):
         plain = copy.deepcopy(model)
         restore(plain)
         x = torch.randn(B, T, D)
@@ -195,8 +196,8 @@ def test_kept(name):
         torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
-def test_hooks_on_what_is_called_keep_working():
-    model, seen = tower(), []
+def test_hooks_on_modules_that_are_called_keep_working():
+    model, seen = build_tower(), []
     for name in ("blocks.0", "blocks.0.attn", "blocks.0.ln_1", "blocks.0.ls_1", "norm"):
         model.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: seen.append(name))
     apply_to(model, strict=True)
@@ -211,10 +212,10 @@ class Guarded(nn.LayerNorm):
         super().__setattr__(name, value)
 
 
-def test_a_failure_halfway_changes_nothing(monkeypatch):
-    rules = (*patch.all_rules(), Rule("layer_norm", f"{__name__}.Guarded", {"forward": lambda self, x: x}))
-    monkeypatch.setattr(patch, "all_rules", lambda: rules)
-    refused(nn.Sequential(tower(), Guarded(D), nn.LayerNorm(D)), "no", error=TypeError)
+def test_a_failure_halfway_leaves_the_model_as_it_was(monkeypatch):
+    rules = (*core.RULES, Rule("layer_norm", f"{__name__}.Guarded", {"forward": lambda self, x: x}))
+    monkeypatch.setattr(core, "RULES", rules)
+    assert_refused(nn.Sequential(build_tower(), Guarded(D), nn.LayerNorm(D)), "no", error=TypeError)
 
 
 class Scaled(nn.LayerNorm):
@@ -222,17 +223,17 @@ class Scaled(nn.LayerNorm):
         return 2 * super().forward(x)
 
 
-def test_a_subclass_with_another_forward_is_not_touched():
+def test_a_subclass_is_not_replaced():
     model = nn.Sequential(Scaled(D), nn.LayerNorm(D))
     assert apply_to(model).replaced == ["1"] and type(model[0]) is Scaled
 
 
-# shared, copied, cast, compiled
+# what may happen to a patched model
 
 
-def test_shared_modules():
+def test_shared_modules_and_weights_stay_shared():
     block, norm = make_block(), nn.LayerNorm(D)
-    model = enlarge(nn.Sequential(block, norm, block, norm, nn.LayerNorm(D)))
+    model = randomise(nn.Sequential(block, norm, block, norm, nn.LayerNorm(D)))
     model[4].weight = norm.weight
     plain, x = copy.deepcopy(model), torch.randn(B, T, D)
     report = apply_to(model)
@@ -243,9 +244,8 @@ def test_shared_modules():
     assert_same(step(model, dict(input=x), run[0]), step(plain, dict(input=x), run[1]))
 
 
-def test_a_norm_shared_with_a_fused_block():
-    """Part of one block's fused forward, and called by itself elsewhere."""
-    model = tower()
+def test_a_norm_shared_with_a_fused_block_can_be_called_elsewhere():
+    model = build_tower()
     model.norm = model.blocks[0].ln_2
     plain, x = copy.deepcopy(model), torch.randn(B, T, D)
     apply_to(model)
@@ -253,8 +253,8 @@ def test_a_norm_shared_with_a_fused_block():
 
 
 @pytest.mark.parametrize("how", ("deepcopy", "pickle", "save"))
-def test_copies(how):
-    model, x = tower(), torch.randn(B, T, D)
+def test_copies_and_pickles_are_patched_and_independent(how):
+    model, x = build_tower(), torch.randn(B, T, D)
     expected = step(model, dict(x=x))
     apply_to(model)
     if how == "deepcopy":
@@ -276,9 +276,9 @@ def test_copies(how):
     assert is_patched(model.norm)
 
 
-def test_training_goes_on_through_patching_and_undoing():
-    """Optimizer, parameters and their identities survive; so do the weights on disk."""
-    model, plain = tower(), tower()
+def test_training_continues_through_patching_and_undoing():
+    """The optimizer keeps its parameters, and the state dict its keys."""
+    model, plain = build_tower(), build_tower()
     x = torch.randn(B, T, D)
     losses = []
     for m in (model, plain):
@@ -299,8 +299,8 @@ def test_training_goes_on_through_patching_and_undoing():
     plain.load_state_dict(model.state_dict(), strict=True)
 
 
-def test_cast_after_patching():
-    model = tower()
+def test_a_patched_model_can_be_cast_and_moved():
+    model = build_tower()
     apply_to(model)
     model.bfloat16()
     assert model(torch.randn(B, T, D).bfloat16()).dtype == torch.bfloat16
@@ -309,9 +309,9 @@ def test_cast_after_patching():
 
 
 @pytest.mark.parametrize("order", ("before", "after"))
-def test_compiled_before_or_after(order):
-    """A graph that was compiled before is compiled again, and so it is after undo."""
-    model, x = tower().eval(), torch.randn(B, T, D)
+def test_a_model_may_be_compiled_before_or_after_patching(order):
+    """Patching and undoing compile it again."""
+    model, x = build_tower().eval(), torch.randn(B, T, D)
     ops = []
 
     def record(graph, inputs):
@@ -336,8 +336,8 @@ def test_compiled_before_or_after(order):
         assert not any("prismer" in name for name in ops[-1])
 
 
-def test_frozen_and_thawed_between_steps():
-    model, plain = tower(), tower()
+def test_weights_may_be_frozen_and_thawed_between_steps():
+    model, plain = build_tower(), build_tower()
     apply_to(model)
     x = torch.randn(B, T, D)
     for trains in (False, True, False):
@@ -347,8 +347,8 @@ def test_frozen_and_thawed_between_steps():
         assert_same(step(model, dict(x=x)), step(plain, dict(x=x)))
 
 
-def test_functional_call_reads_the_given_parameters():
-    model, plain = tower(), tower()
+def test_functional_call_uses_the_given_parameters():
+    model, plain = build_tower(), build_tower()
     apply_to(model)
     other = {name: torch.randn_like(p) * 0.2 for name, p in plain.named_parameters()}
     x = torch.randn(B, T, D)
@@ -356,24 +356,24 @@ def test_functional_call_reads_the_given_parameters():
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_zero_gathers_what_reads_its_children():
-    """DeepSpeed's mark, on the classes whose forward does not call the layers that it reads; the others need none."""
-    model = tower()
+def test_zero_gathers_modules_that_read_their_children():
+    """DeepSpeed's mark, on the classes whose forward does not call the layers that it reads; others need none."""
+    model = build_tower()
     apply_to(model)
     marked = [name for name, module in model.named_modules() if getattr(module, "_z3_leaf", False)]
     assert marked == ["blocks.0", "blocks.0.attn", "blocks.1", "blocks.1.attn"]
 
 
-def test_every_rule_names_a_class_that_exists():
-    """With the methods that it replaces: a package that moves one of them is noticed here."""
+def test_every_rule_names_a_class_and_methods_that_exist():
     missing = []
-    for rule in patch.all_rules():
+    for rule in core.RULES:
         package, _, kind = rule.target.rpartition(".")
         if "*" in rule.target:
             continue
         try:
             module = __import__(package, fromlist=[kind])
-        except ModuleNotFoundError:  # a package that is not installed
+        # a package that is not installed
+        except ModuleNotFoundError:
             continue
         missing += [f"{rule.target}.{name}" for name in rule.methods if not hasattr(getattr(module, kind, None), name)]
     assert not missing

@@ -1,5 +1,5 @@
 """Proves that both orders of resampler_attention are multi-head attention over [query ; norm(x)], forward and every
-gradient, on every backend; that they cost what they say; and that frozen parameters cost nothing.
+gradient, on every backend; that they cost the documented FLOPs and bytes; and that frozen parameters cost nothing.
 
 Run: pytest tests/ops/test_resampler_attention.py
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from prismer.kernels import resampler_attention as room
+from prismer.kernels import resampler_attention as module
 from prismer.kernels.dispatch import asked, use_backend
 from prismer.kernels.resampler_attention import flops, resampler_attention, resampler_attention_reference, standardise
 from prismer.kernels.resampler_attention import triton_backend as resampler_triton
@@ -52,7 +52,7 @@ def on_triton(running):
 
 
 def draw(B, M, L, D, dtype=torch.float64):
-    """An affine with zeros and negative weights, biases that matter, scores of a spread that picks some keys."""
+    """A norm with zeros and negative weights, biases large enough to matter, scores that favour some keys."""
     query, x, in_proj_weight = torch.randn(B, M, D), torch.randn(B, L, D) * 2 + 1, torch.randn(3 * D, D) * D**-0.5 * 0.8
     norm_weight, norm_bias = torch.randn(D) + 0.3, 2 * torch.randn(D)
     norm_weight[:: max(D // 4, 2)] = 0
@@ -82,7 +82,7 @@ def results(op, tensors, dtype, dy, trainable=NAMES):
 
 
 def compare(problems, H, order, assert_no_worse):
-    """Errors are pooled over several draws: of one draw, a few probabilities decide, and chance."""
+    """Errors are pooled over several draws, since those of one draw depend on a few probabilities."""
     dtype, D = problems[0][0].dtype, problems[0][0].shape[2]
     dys = [torch.randn(tensors[0].shape).to(dtype) for tensors in problems]
 
@@ -110,7 +110,7 @@ def test_resampler_attention(shape, dtype, order, draws, assert_no_worse):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ("large-beta", "no-gamma", "confident", "massive", "key-bias", "value-bias"))
-def test_adversarial(case, dtype, order, draws, assert_no_worse):
+def test_hard_inputs(case, dtype, order, draws, assert_no_worse):
     problems = []
     for _ in range(draws):
         tensors = draw(3, 5, 66, 48)
@@ -133,8 +133,8 @@ def test_adversarial(case, dtype, order, draws, assert_no_worse):
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (1, 1, 1, 1, 1), (2, 64, 205, 96, 8)], ids=str)
-def test_exact(shape):
-    """In float64 both orders, the reference and torch's own attention are the same numbers, and so are gradients."""
+def test_both_orders_are_exact_in_float64(shape):
+    """They, the reference and torch's own attention give the same numbers and gradients."""
     *sizes, H = shape
     tensors, D = draw(*sizes), shape[3]
     dy = torch.randn(tensors[0].shape, dtype=torch.float64)
@@ -170,7 +170,7 @@ def test_reference_and_standardise():
     assert resampler_attention_reference(*(t.bfloat16() for t in tensors), 3).dtype == standardise(x).dtype == x.dtype
 
 
-def test_layouts_and_mixed_dtypes(order):
+def test_tensors_may_have_any_strides_and_a_norm_in_fp32(order):
     """Transposed and expanded inputs, an expanded gradient, a norm in fp32 beside a stream in bf16."""
     tensors = draw(3, 4, 6, 24, torch.float32)
     moved = [tensors[0][:1].expand(3, 4, 24), tensors[1].transpose(0, 1).contiguous().transpose(0, 1), *tensors[2:4]]
@@ -189,8 +189,8 @@ def test_layouts_and_mixed_dtypes(order):
     assert y.dtype == torch.bfloat16 and low[2].grad.dtype == low[3].grad.dtype == torch.float32
 
 
-def test_repeats(order):
-    """Bit for bit again; an image alone gives what it gives in a batch."""
+def test_repeats_are_bit_equal(order):
+    """An image alone also gives the same as in a batch."""
     tensors = draw(3, 9, 70, 48, torch.bfloat16)
     dy = torch.randn(3, 9, 48)
     ours = lambda *t: resampler_attention(*t, 3, order=order)  # noqa: E731
@@ -200,20 +200,20 @@ def test_repeats(order):
         one = slice(i, i + 1)
         alone = results(ours, [t[one] for t in tensors[:2]] + tensors[2:], torch.bfloat16, dy[one])
         for name in ("y", "dquery", "dx_hat"):
-            # the products with weights are torch's: their rows may round otherwise in another batch
+            # torch multiplies by the weights, and may round a row otherwise in another batch
             torch.testing.assert_close(alone[name], first[name][one], rtol=2e-2, atol=2e-2, msg=name)
 
 
-def test_one_key(order):
-    """A probability of one has no gradient, exactly: it is subtracted from what it is made of."""
+def test_a_single_key_has_no_gradient_of_scores(order):
+    """Its probability is one, and the gradient cancels exactly."""
     tensors = draw(3, 1, 0, 32, torch.bfloat16)
     got = results(lambda *t: resampler_attention(*t, 2, order=order), tensors, torch.bfloat16, torch.randn(3, 1, 32))
     assert not got["din_proj_weight"][:64].any() and not got["din_proj_bias"][:64].any()
     assert not got["dnorm_weight"].any() and not got["dnorm_bias"].any()
 
 
-def test_kernels_do_not_see_the_batch(on_triton):
-    """Between the products with weights an image is bit for bit what it is alone."""
+def test_kernels_do_not_depend_on_the_batch(on_triton):
+    """Between the products with weights, an image of a batch gives the bits that it gives alone."""
     query, x_hat, gamma, beta, _, _ = draw(3, 9, 70, 48, torch.bfloat16)
     a = torch.randn(3, 3, 9, 48).bfloat16()
     t, *state = resampler_triton.attend(a.view(3, 27, 48), query, x_hat, gamma, beta, True)
@@ -226,8 +226,8 @@ def test_kernels_do_not_see_the_batch(on_triton):
 
 
 @pytest.mark.parametrize("trains", ((), ("query",), ("x_hat",), ("norm_bias",), ("in_proj_weight",), NAMES), ids=str)
-def test_saved_bytes(trains, order):
-    """What the module's docstring says, and the parameters themselves; nothing at all if nothing trains."""
+def test_only_the_documented_tensors_are_saved(trains, order):
+    """Beside the parameters themselves; nothing if nothing trains."""
     B, M, L, D, H, s = 2, 5, 70, 48, 3, 2
     N, Q = M + L, H * M
     leaves = [t.requires_grad_(name in trains) for name, t in zip(NAMES, draw(B, M, L, D, torch.bfloat16), strict=True)]
@@ -254,7 +254,7 @@ GRADS = [c for n in range(7) for c in itertools.combinations(NAMES, n)]
 
 @pytest.mark.parametrize("order", ("absorbed", "ordinary"))
 def test_flops(order):
-    """The rule's numbers are the multiplications that are done, for every choice of gradients: none for frozen ones."""
+    """`flops` counts the multiplications that run, for every choice of gradients."""
     B, M, L, D, H = 2, 3, 10, 12, 2
     tensors = draw(B, M, L, D)
     absorbed, dy = order == "absorbed", torch.randn(B, M, D, dtype=torch.float64)
@@ -263,9 +263,9 @@ def test_flops(order):
         needs = ["query" in grads, "x_hat" in grads, "norm_weight" in grads or "norm_bias" in grads]
         needs += ["in_proj_weight" in grads, "in_proj_bias" in grads]
         with use_backend("torch"), FlopCounterMode(display=False) as counter:
-            _, *state = room._forward(*tensors, H, absorbed, bool(grads), mixed)
+            _, *state = module._forward(*tensors, H, absorbed, bool(grads), mixed)
             if grads:
-                room._backward(dy, *tensors[:5], *state, H, *needs)
+                module._backward(dy, *tensors[:5], *state, H, *needs)
         assert counter.get_total_flops() == flops(order, B, M, L, D, H, grads), grads
 
 
@@ -288,11 +288,11 @@ def test_frozen_parameters_are_left_out(count_calls, order):
         assert [bool(grad.numel()) for grad in grads] == list(wanted)
 
 
-def test_which_order(count_calls):
-    """The published ratios, and that the cheaper order of the call at hand is the one that runs."""
+def test_the_cheaper_order_runs(count_calls):
+    """The ratios are those of the docstring."""
 
     def ratio(L, D, grads=(), without_q=True):
-        # the projection of the queries is common to both
+        # both orders project the queries
         common = 2 * 64 * D * D * (without_q and not grads)
         return (flops("absorbed", 1, 64, L, D, 8, grads) - common) / (flops("ordinary", 1, 64, L, D, 8, grads) - common)
 
@@ -301,20 +301,20 @@ def test_which_order(count_calls):
     assert [round(ratio(L, D, NAMES), 2) for L, D in ((1176, 768), (1536, 1024))] == [0.68, 0.53]
     assert ratio(1176, 768, ("query", "x_hat")) < 1
     assert ratio(196, 256, ()) > 1
-    # one expert of BASE: what the absorbed order saves, its many small products lose
-    assert room.cheaper_order(1, 64, 196, 768, 8) == "ordinary"
-    assert room.cheaper_order(1, 64, 1176, 768, 8) == "absorbed"
+    # with one expert of BASE, many small products lose what the absorbed order saves
+    assert module.cheaper_order(1, 64, 196, 768, 8) == "ordinary"
+    assert module.cheaper_order(1, 64, 1176, 768, 8) == "absorbed"
     for trains, (M, L, D) in itertools.product(((), ("x_hat",), NAMES), ((1, 64, 64), (16, 8, 8), (1, 3, 64))):
         leaves = [t.requires_grad_(name in trains) for name, t in zip(NAMES, draw(1, M, L, D), strict=True)]
         with use_backend("torch"), count_calls() as calls:
             resampler_attention(*leaves, 8)
         (call,) = calls["prismer::resampler_attention"]
-        assert call["absorbed"] == (room.cheaper_order(1, M, L, D, 8, trains) == "absorbed")
+        assert call["absorbed"] == (module.cheaper_order(1, M, L, D, 8, trains) == "absorbed")
         assert call["keep"] == bool(trains)
 
 
-def test_backward_takes_what_its_forward_left(on_triton, assert_no_worse):
-    """A forward pass on Triton and a backward pass outside the block that asked for it."""
+def test_the_backward_pass_takes_the_backend_of_its_forward_pass(on_triton, assert_no_worse):
+    """The forward pass runs on Triton, and the backward pass runs outside the block that asked for Triton."""
     tensors = [t.requires_grad_() for t in draw(2, 5, 13, 24, torch.float32)]
     y = resampler_attention(*tensors, 3, order="absorbed")
     dy = torch.randn_like(y)
@@ -363,12 +363,12 @@ def test_gradcheck(order):
 
 
 def test_ledger(on_triton):
-    """Bytes and products of every kernel are those of the docstring, times the tiles that read the same again."""
+    """Bytes and products of every kernel are those of the docstring, times the tiles that read the same."""
     from tests.ops.interpreter import interpreted
 
     B, M, L, D, H, s = 2, 5, 70, 72, 3, 2
     Q, NZ, NB = H * M, 1, 3
-    BQ, columns, W = 16, 2, 64 * NB  # column blocks of 64: as many programs read the same tiles
+    BQ, columns, W = 16, 2, 64 * NB  # as many programs as blocks of 64 columns read the same tiles
     query, x_hat, gamma, beta, _, _ = draw(B, M, L, D, torch.bfloat16)
     a, dt = torch.randn(2, H, B * M, D).bfloat16()
     with interpreted() as ledger:
@@ -436,7 +436,7 @@ def test_ledger(on_triton):
         (dict(order="fast"), "order is 'fast'; pass 'absorbed'"),
     ),
 )
-def test_errors(change, message):
+def test_bad_arguments_are_refused(change, message):
     good = dict(
         query=torch.zeros(2, 3, 8),
         x_hat=torch.zeros(2, 5, 8),
@@ -451,11 +451,11 @@ def test_errors(change, message):
 
 
 def test_float64_is_refused_by_triton(on_triton):
-    with pytest.raises(RuntimeError, match="computes in fp32, and query is float64"):
+    with pytest.raises(RuntimeError, match="computes in fp32, and the call is in float64"):
         resampler_attention(*draw(1, 2, 3, 8), 2, order="absorbed")
 
 
-def test_kernel_cases():
-    cases = room.kernel_cases()
+def test_cases_cover_every_kernel_and_model():
+    cases = resampler_triton.kernel_cases()
     assert len({case.name for case in cases}) == len(cases) >= 15
     assert all(case.bytes > 0 and case.flops > 0 for case in cases)

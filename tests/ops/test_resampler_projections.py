@@ -1,5 +1,5 @@
-"""Proves that resampler_projections is a norm's affine, a concatenation and three products, forward and every gradient,
-and that what is frozen is neither computed nor kept.
+"""Proves that resampler_projections equals its definition (weight and bias of a norm, concatenation, three products),
+forward and every gradient, and that frozen tensors cost nothing.
 
 Run: pytest tests/ops/test_resampler_projections.py
 """
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 NAMES = ("z", "x_hat", "gamma", "beta", "w_q", "w_k", "w_v")
 
 
-def draw(dtype=torch.float64, B=3, M=4, L=7, D=12, I=6, J=5, packed=False, affine="both"):  # noqa: E741
+def draw_tensors(dtype=torch.float64, B=3, M=4, L=7, D=12, I=6, J=5, packed=False, affine="both"):  # noqa: E741
     shapes = (B, M, D), (B, L, D), (D,), (D,), (I, D), (2 * J if packed else J, D), (J, D)
     tensors = {name: torch.randn(shape).to(dtype) for name, shape in zip(NAMES, shapes, strict=True)}
     if packed:
@@ -32,7 +32,7 @@ def step(op, tensors, trained, dys):
     leaves = {n: None if t is None else t.detach().requires_grad_(n in trained) for n, t in tensors.items()}
     outputs = op(*leaves.values())
     wanted = [n for n in trained if leaves[n] is not None]
-    # with only some of the inputs trained, some of the outputs hang on nothing
+    # if only some inputs train, some outputs have no gradient
     used = [(y, dy) for y, dy in zip(outputs, dys, strict=True) if y.requires_grad]
     grads = torch.autograd.grad([y for y, _ in used], [leaves[n] for n in wanted], [dy for _, dy in used])
     return dict(zip("qkv", (y.detach() for y in outputs), strict=True)) | dict(zip(wanted, grads, strict=True))
@@ -45,10 +45,10 @@ SUBSETS = (NAMES, ("z",), ("x_hat",), ("gamma",), ("beta",), ("w_q",), ("w_k",),
 @pytest.mark.parametrize("affine", ("both", "gamma", "none"))
 @pytest.mark.parametrize("packed", (False, True), ids=("separate", "packed"))
 @pytest.mark.parametrize("J", (5, 13), ids=("many-inputs", "many-keys"))
-def test_resampler_projections(J, packed, affine, trained):
-    tensors = draw(packed=packed, affine=affine, J=J)
+def test_resampler_projections_equal_their_definition(J, packed, affine, trained):
+    tensors = draw_tensors(packed=packed, affine=affine, J=J)
     if all(tensors[n] is None for n in trained):
-        pytest.skip("nothing of it is there")
+        pytest.skip("none of the trained tensors is given")
     dys = [torch.randn_like(y) for y in resampler_projections_reference(*tensors.values())]
     plain = step(resampler_projections_reference, tensors, trained, dys)
     ours = step(resampler_projections, tensors, trained, dys)
@@ -59,11 +59,11 @@ def test_resampler_projections(J, packed, affine, trained):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("packed", (False, True), ids=("separate", "packed"))
 @pytest.mark.parametrize("J", (24, 80), ids=("many-inputs", "many-keys"))
-def test_resampler_projections_rounding(J, packed, dtype, assert_no_worse):
-    tensors = draw(dtype, B=2, M=16, L=65, D=96, I=32, J=J, packed=packed)
+def test_resampler_projections_round_no_worse_than_torch(J, packed, dtype, assert_no_worse):
+    tensors = draw_tensors(dtype, B=2, M=16, L=65, D=96, I=32, J=J, packed=packed)
 
     def plain(z, x_hat, gamma, beta, w_q, w_k, w_v):
-        # as the original does it, rounded after every operator
+        # like the original, rounded after every operator
         keys = torch.cat([x_hat * gamma + beta, z], 1)
         w_k, w_v = w_k.chunk(2) if w_v is None else (w_k, w_v)
         return [torch.nn.functional.linear(t, w) for t, w in ((z, w_q), (keys, w_k), (keys, w_v))]
@@ -81,24 +81,24 @@ def test_resampler_projections_rounding(J, packed, dtype, assert_no_worse):
     assert_no_worse("", *named, exact)
 
 
-def test_frozen_tensors_are_not_kept():
-    tensors = draw()
-    kept = []
+def test_frozen_tensors_are_not_saved():
+    tensors = draw_tensors()
+    saved = []
 
     def pack(t):
-        kept.append(t.data_ptr())
+        saved.append(t.data_ptr())
         return t
 
     for trained, absent in ((("x_hat",), ("z", "x_hat")), (("gamma",), ("z",)), (("w_q",), ("x_hat",))):
-        kept.clear()
+        saved.clear()
         leaves = {n: t.detach().requires_grad_(n in trained) for n, t in tensors.items()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             resampler_projections(*leaves.values())
-        assert not {leaves[n].data_ptr() for n in absent} & set(kept), trained
+        assert not {leaves[n].data_ptr() for n in absent} & set(saved), trained
 
 
-def test_layouts_and_compile():
-    tensors = draw(torch.float32)
+def test_strided_inputs_are_taken_and_opcheck_passes():
+    tensors = draw_tensors(torch.float32)
     tensors["x_hat"] = torch.randn(3, 12, 7).mT
     tensors["z"] = torch.randn(1, 4, 12).expand(3, -1, -1)
     ours, plain = (op(*tensors.values()) for op in (resampler_projections, resampler_projections_reference))
@@ -106,7 +106,7 @@ def test_layouts_and_compile():
         torch.testing.assert_close(a, b)
     with use_backend("reference"):
         assert torch.equal(resampler_projections(*tensors.values())[1], plain[1])
-    trained = [t.detach().requires_grad_() for t in draw(torch.float32).values()]
+    trained = [t.detach().requires_grad_() for t in draw_tensors(torch.float32).values()]
     opcheck(torch.ops.prismer.resampler_projections.default, tuple(trained))
 
 
@@ -122,6 +122,6 @@ def test_layouts_and_compile():
     ),
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
 )
-def test_wrong_arguments(change, message):
+def test_wrong_arguments_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        resampler_projections(*(draw(torch.float32) | change).values())
+        resampler_projections(*(draw_tensors(torch.float32) | change).values())

@@ -1,4 +1,4 @@
-"""Proves that rms_norm and add_rms_norm are their definitions, forward and every gradient, and keep one number a row.
+"""Proves that rms_norm and add_rms_norm equal their definitions, forward and every gradient, and save one number a row.
 
 Run: pytest tests/ops/test_rms_norm.py
 """
@@ -26,7 +26,7 @@ def step(op, tensors, dys):
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("residual", (False, True), ids=("alone", "residual"))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rms_norm(shape, residual, dtype, assert_no_worse):
+def test_rms_norm_equals_its_definition(shape, residual, dtype, assert_no_worse):
     x, more = (torch.randn(shape).to(dtype) * 3 for _ in range(2))
     weight = torch.randn(shape[-1]).to(dtype)
     dys = [torch.randn(shape).to(dtype) for _ in range(2)]
@@ -49,24 +49,38 @@ def test_rms_norm(shape, residual, dtype, assert_no_worse):
         assert_no_worse("", ours, theirs, exact)
 
 
-def test_parts():
-    x, residual = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8, requires_grad=True)
+def draw_inputs():
+    return torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8, requires_grad=True)
+
+
+def test_the_weight_is_optional():
+    x, residual = draw_inputs()
     with use_backend("reference"):
         expected = rms_norm(x, None), add_rms_norm(x, residual, None)[0]
     torch.testing.assert_close((rms_norm(x, None), add_rms_norm(x, residual, None)[0]), expected)
-    # only the sum goes on
+
+
+def test_the_gradient_of_the_sum_alone_passes_through():
+    x, residual = draw_inputs()
     dx, dresidual = torch.autograd.grad(add_rms_norm(x, residual, None)[1].sum(), (x, residual))
     assert (dx == 1).all() and (dresidual == 1).all()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+
+def test_the_input_and_a_number_a_row_are_saved():
+    x, _ = draw_inputs()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         rms_norm(x, None)
-    assert sorted(t.numel() for t in kept) == [6, 48]
+    assert sorted(t.numel() for t in saved) == [6, 48]
+
+
+def test_the_registered_op_passes_opcheck():
     rows = torch.randn(4, 8, requires_grad=True)
     opcheck(torch.ops.prismer.rms_norm.default, (rows, None, torch.randn(8, requires_grad=True), 1e-6))
     opcheck(torch.ops.prismer.rms_norm.default, (rows, rows.detach(), None, 1e-6))
 
 
-def test_wrong_arguments():
+def test_wrong_arguments_are_refused():
     x = torch.zeros(2, 8)
     with pytest.raises(ValueError, match="x is torch.int64"):
         rms_norm(x.long(), None)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def small_config(**changes) -> PrismerConfig:
 
 @dataclass
 class Run:
-    """One run of train.py that is under way."""
+    """One launch of train.py."""
 
     process: subprocess.Popen
     folder: Path
@@ -60,7 +61,7 @@ class Run:
         return {row["step"]: row["loss"] for row in read_metrics(self.folder) if row["kind"] == "train"}
 
     def wait_for_step(self, step: int, timeout: float = 240) -> None:
-        """Return once `step` was logged."""
+        """Wait until `step` is logged."""
         end = time.monotonic() + timeout
         while self.steps() < step:
             assert self.process.poll() is None, f"ended before step {step}:\n{self.text()}"
@@ -72,19 +73,19 @@ class Run:
         return self.process.wait(timeout)
 
     def text(self) -> str:
-        """What it printed."""
+        """Everything that the processes printed."""
         return self.log.read_text()
 
     def ranks_alive(self) -> int:
-        """Processes of the launch that still live, zombies aside."""
+        """Number of processes of the launch that are alive; zombies do not count."""
         states = subprocess.run(["ps", "-o", "stat=", "-g", str(self.process.pid)], capture_output=True, text=True)
         return sum(not line.startswith("Z") for line in states.stdout.split())
 
 
 class Workshop:
-    """The dataset, the model, and launches; every launch gets a port of its own."""
+    """A dataset, a model, and launches of train.py on them; every launch gets a port of its own."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, 29600 + os.getpid() % 300
         self.processes: list[subprocess.Popen] = []
         render_dataset(folder / "data", train=64, val=8, test=0, size=SIDE, label_size=SIDE, workers=1, progress=False)
@@ -106,9 +107,14 @@ class Workshop:
         largest_file: int = resource.RLIM_INFINITY,
         **settings,
     ) -> Run:
-        """Start train.py with `settings` as the prismer section; launcher: python, deepspeed N or torchrun N.
+        """Start train.py.
 
-        Files beyond `largest_file` bytes fail, as on a full disk.
+        Args:
+            run: name of the run.
+            launcher: "python", "deepspeed N" or "torchrun N".
+            flags: further flags of train.py.
+            largest_file: a write beyond so many bytes of a file fails, as on a full disk.
+            settings: the prismer section of the config.
         """
         section = dict(
             data=str(self.folder / "data"),
@@ -122,7 +128,7 @@ class Workshop:
             captions_per_image=1,
             questions_per_image=2,
         )
-        # small parameters are sharded too, as large models' are
+        # shard small parameters too, as those of large models are
         zero = dict.fromkeys(
             (
                 "stage3_param_persistence_threshold",
@@ -147,7 +153,7 @@ class Workshop:
             ROOT / "train.py",
             "--config",
             self.folder / f"{run}.json",
-            # torchrun takes --run for its own --run-path
+            # torchrun reads --run as its own --run-path
             "--name" if name == "torchrun" else "--run",
             folder,
             *flags,
@@ -158,7 +164,7 @@ class Workshop:
 
         def prepare() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
-            # tests that run under nohup would hand it on as ignored
+            # under nohup the tests would inherit an ignored signal and pass it on
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
         with open(log, "a") as file:
@@ -175,7 +181,7 @@ class Workshop:
         return Run(process, folder, log)
 
     def clean_up(self) -> None:
-        """End what a failed test left running."""
+        """End the processes that a failed test left running."""
         for process in self.processes:
             try:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -184,8 +190,8 @@ class Workshop:
 
 
 @pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    """Where the training tests work."""
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    """The dataset, the model and the launches of all training tests."""
     shop = Workshop(tmp_path_factory.mktemp("train"))
     yield shop
     shop.clean_up()

@@ -1,5 +1,5 @@
-"""The fused modules in a model that is not Prismer, and patched modules of open_clip and transformers, under ZeRO-3
-with every parameter sharded, against plain training without patches; test_modules_zero.py launches this.
+"""Train a model of fused or of patched modules under ZeRO-3 with every parameter sharded, and an unpatched copy without
+ZeRO-3, and report both; launched by test_modules_zero.py.
 
     torchrun --nproc_per_node N modules_under_zero.py OUT.json modules|patched
 """
@@ -33,10 +33,10 @@ EVERYTHING = dict.fromkeys(
 )
 
 
-class Other(nn.Module):
-    """Somebody else's model: every module of ours once, some frozen, first behind an embedding."""
+class FusedModel(nn.Module):
+    """Every module of prismer.kernels.modules once, some frozen, behind an embedding."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(V, D)
         self.norm = LayerNorm(D)
@@ -57,10 +57,10 @@ class Other(nn.Module):
         return self.head(x + self.mlp(x), labels)
 
 
-class Patched(nn.Module):
-    """Layers of open_clip and transformers, and a causal LM with tied weights, whose loss they share."""
+class PatchedModel(nn.Module):
+    """Layers of open_clip and transformers before a causal LM with tied weights, which computes the loss."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         config = transformers.RobertaConfig(
             vocab_size=V,
@@ -99,7 +99,7 @@ class Patched(nn.Module):
         return self.gpt2(inputs_embeds=x, labels=labels).loss
 
 
-def make_batch(step: int, rows: slice):
+def make_batch(step: int, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(step)
     ids, labels = torch.randint(0, V, (2, ROWS, 7), generator=draw)
     return ids[rows], labels[rows]
@@ -110,7 +110,7 @@ def main() -> None:
     engines.start_distributed()
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
-    plain = dict(modules=Other, patched=Patched)[sys.argv[2]]()
+    plain = dict(modules=FusedModel, patched=PatchedModel)[sys.argv[2]]()
     for parameter in plain.parameters():
         nn.init.normal_(parameter, std=0.3)
     start, sharded = copy.deepcopy(plain), copy.deepcopy(plain)

@@ -1,16 +1,15 @@
-"""Broken samples of every kind never end a run: they are skipped, counted and named; a split of nothing else ends it.
+"""Proves that broken samples are skipped, counted and named, and that a run without any other sample is refused.
 
 python -m pytest tests/train/test_broken_data.py
 """
 
 import json
 
-import numpy as np
 import pytest
 
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
-from prismer.training.evaluation import Survey, collect_knowledge, describe, scores, survey
 from prismer.training.progress import read_metrics
+from prismer.training.text_statistics import TextStatistics, count_texts
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -21,7 +20,7 @@ def question(text="What is it?", answer="a cube", weight=1.0):
     return [{"question": text, "answers": [{"answer": answer, "weight": weight}], "kind": "x"}]
 
 
-# what the JSON of a sample says instead of what it should; each must cost this sample alone
+# faults in the JSON of a sample; each must cost this sample alone
 BROKEN_META = {
     "captions-number": {"captions": 5},
     "captions-of-numbers": {"captions": [5]},
@@ -52,7 +51,7 @@ BROKEN_META = {
 
 
 def copy_with_faults(source, folder, count):
-    """`count` samples of a dataset and, between them, each of the faults above once; the keys of the broken ones."""
+    """Write `count` samples of a dataset and, between them, each of the faults above once; returns the broken keys."""
     dataset, broken = ShardDataset(source), []
     with ShardWriter(folder, classes=dataset.classes, source="test", samples_per_shard=20) as writer:
 
@@ -69,8 +68,8 @@ def copy_with_faults(source, folder, count):
 
 
 @pytest.fixture(autouse=True)
-def json_of_anything(monkeypatch):
-    """The writer refuses NaN and surrogates; other people's writers do not."""
+def writer_that_refuses_nothing(monkeypatch):
+    """Our writer refuses NaN and surrogates, but other people's writers may not."""
     from prismer.dataloading.store import writer as shard_writer
 
     monkeypatch.setattr(shard_writer, "to_json", lambda value: json.dumps(value).encode("utf-8", "surrogatepass"))
@@ -85,14 +84,14 @@ def faulty(tmp_path, workshop):
     return tmp_path, broken
 
 
-def test_a_run_over_broken_samples(workshop, faulty):
+def test_a_run_skips_and_names_broken_samples(workshop, faulty):
     folder, broken = faulty
     run = workshop.launch("broken", data=str(folder), steps=8, eval_every=4, save_every=4, precision="fp32")
     assert run.end() == 0, run.text()
     assert "Traceback" not in run.text()
     rows = [row for row in read_metrics(run.folder) if row["kind"] == "skipped"]
     named = {split: {row["key"] for row in rows if row["split"] == split} for split in broken}
-    # an answer of 300 tokens can be read, but neither trained on nor ranked
+    # an answer of 300 tokens can be evaluated, but neither trained on nor ranked
     assert named["val"] == set(broken["val"]) - {"answer-long"}
     assert named["train"] == set(broken["train"])
     total = len(named["train"]) + len(named["val"])
@@ -112,12 +111,12 @@ CASES = {
     "no-texts": (dict(captions=[], questions=[]), {}, "joint", "no sample of .*train has captions or questions"),
     "no-classes": ({}, {}, "classify", "no sample of .*train has a class"),
     "val-texts": ({"captions": ["a cube"]}, {"captions": 5}, "caption", "no sample of .*val has captions, .*cannot be"),
-    "val-pictures": ({"captions": ["a cube"]}, b"\xff\xd8broken", "caption", "none of the 8 samples of .*val can be"),
+    "val-images": ({"captions": ["a cube"]}, b"\xff\xd8broken", "caption", "none of the 8 samples of .*val can be"),
 }
 
 
-def test_nothing_to_learn_is_said_at_once(workshop, tmp_path):
-    """One sentence and exit code 2, before any step; the runs go side by side."""
+def test_a_split_without_usable_samples_is_refused_at_once(workshop, tmp_path):
+    """One sentence and exit code 2, before any step; the runs are parallel."""
     runs = {}
     for name, (train, val, task, _) in CASES.items():
         for split, change in (("train", train), ("val", val)):
@@ -136,83 +135,11 @@ def test_nothing_to_learn_is_said_at_once(workshop, tmp_path):
             raise AssertionError(run.text())
 
 
-def test_survey_counts_what_training_uses(faulty):
-    folder, broken = faulty
-    found = survey(ShardDataset(folder / "train"))
-    assert len(found.skipped) == len(BROKEN_META) - 1
-    assert all(any(name in text for text in found.skipped) for name in set(BROKEN_META) - {"answer-long"})
-    assert WORD * 60 in found.answers and "abc" not in found.captions
-    knowledge = collect_knowledge(
-        ShardDataset(folder / "train"), 3000, found=found, fits=lambda answer: len(answer) < 300
-    )
-    assert WORD * 60 not in knowledge.answers and knowledge.answers
-
-
-@pytest.mark.parametrize(
-    ("task", "found", "fits"),
-    [
-        ("joint", dict(captions={"a": 1}), True),
-        ("joint", dict(answers={"a": 1}), True),
-        ("joint", dict(classes={"a": 1}), False),
-        ("vqa", dict(captions={"a": 1}), False),
-        ("caption", dict(answers={"a": 1}), False),
-        ("classify", dict(class_indices=1), True),
-        ("classify", dict(captions={"a": 1}), False),
-    ],
-)
-def test_survey_fits_the_task(tmp_path, task, found, fits):
-    if fits:
-        return Survey(**found).check(task, tmp_path)
-    with pytest.raises(ValueError, match=f"which task {task} needs; choose another"):
-        Survey(**found).check(task, tmp_path)
-
-
-def test_answers_keep_their_weights():
-    """Ten people, six of whom say red: the majority is right, and one of two agreeing is worth what VQA gives it."""
-    record = {"question": "?", "kind": "x", "answers": {"red": 0.6, "blue": 0.2, "a": 0.1, "b": 0.1}}
-    found = {
-        said: scores([{"key": "0", "questions": [dict(record, prediction=said)]}])["accuracy"]
-        for said in ("red", "blue", "b", "green")
-    }
-    assert found == pytest.approx({"red": 1.0, "blue": 0.6, "b": 0.3, "green": 0.0})
-    assert scores([{"key": "0", "questions": [dict(record, answers={}, prediction="red")]}]) == {}
-
-
-class Answering:
-    """A model that always says red, and a loader of one image."""
-
-    class model:
-        tokenizer = None
-
-        @staticmethod
-        def answer(images, questions, candidates):
-            from prismer.inference import Answer
-
-            return [[Answer("red", 0.0) for _ in group] for group in questions]
-
-    def __init__(self, questions):
-        self.batch_size = self.world = self.steps_per_epoch = 1
-        self.rank, self.meta = 0, {"questions": questions}
-
-    def epoch(self, epoch):
-        from types import SimpleNamespace
-
-        yield SimpleNamespace(images=None, keys=["key"], meta=[self.meta])
-
-
-def test_raw_answers_win_over_weights(monkeypatch):
-    from prismer.training import evaluation
-
-    monkeypatch.setattr(evaluation.Candidates, "answers", lambda tokenizer, texts: texts)
-    people = ["red"] * 2 + ["blue"] * 8
-    weighted = [{"answer": "red", "weight": 0.9}, {"answer": "blue", "weight": 0.1}]
-    questions = [
-        {"question": "a?", "answers": weighted, "raw_answers": people},
-        {"question": "b?", "answers": weighted},
-        {"question": "c?"},
-    ]
-    (record,) = describe(
-        Answering.model, Answering(questions), task="vqa", knowledge=evaluation.Knowledge(answers=["red"])
-    )
-    assert [q["answers"] for q in record["questions"]] == [people, {"red": 0.9, "blue": 0.1}, {}]
-    assert scores([record])["accuracy"] == pytest.approx(np.mean([0.6, 1.0]))
+def test_broken_samples_are_not_counted(faulty):
+    folder, _ = faulty
+    counts = count_texts(ShardDataset(folder / "train"))
+    assert len(counts.skipped) == len(BROKEN_META) - 1
+    assert all(any(name in text for text in counts.skipped) for name in set(BROKEN_META) - {"answer-long"})
+    assert WORD * 60 in counts.answers and "abc" not in counts.captions
+    statistics = TextStatistics.from_counts(counts, None, 3000, fits=lambda answer: len(answer) < 300)
+    assert WORD * 60 not in statistics.answers and statistics.answers

@@ -1,5 +1,5 @@
-"""Proves that every fused module survives ZeRO-3 in a model that is not Prismer, and that patched modules of open_clip
-and transformers do: losses and weights of plain training, unpatched.
+"""Proves that a model of fused modules, and patched modules of open_clip and transformers, train under ZeRO-3 to the
+losses and weights of plain training.
 
 Run: pytest tests/train/test_modules_zero.py
 """
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.mark.parametrize("processes", (1, 2))
 @pytest.mark.parametrize("model", ("modules", "patched"))
-def test_modules_under_zero(workshop, tmp_path, model, processes):
+def test_modules_train_under_zero_as_without(workshop, tmp_path, model, processes):
     for package in ("open_clip", "transformers"):
         pytest.importorskip(package)
     workshop.port += 1
@@ -44,6 +44,6 @@ def test_modules_under_zero(workshop, tmp_path, model, processes):
     for name, difference in report["difference"].items():
         frozen = name.startswith("frozen")
         assert (report["step"][name] == 0) == frozen, name
-        # keys' biases have no gradient but rounding; Adam makes steps of it
+        # the gradient of a key's bias is rounding, of which Adam makes steps
         if not name.endswith(("in_proj_bias", "k_proj.bias", "key.bias", "c_attn.bias")):
             assert difference <= 0.05 * report["step"][name] + 1e-6, name

@@ -1,4 +1,5 @@
-"""A run's folder loses nothing: damaged or lost files are named with the way on, and only its own checkpoints go.
+"""Proves that a run folder loses nothing: damaged files are named with a way to go on, and only checkpoints that the
+run wrote are deleted.
 
 python -m pytest tests/train/test_run_folder.py
 """
@@ -8,22 +9,25 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from prismer.files import write_checksums, write_json
-from prismer.tensor_files import save_tensors
+from prismer.tensor_files import save_tensors, write_safetensors
+from prismer.training.checkpoint import OPTIMIZER
 from prismer.training.config import TrainConfig
-from prismer.training.progress import Progress, read_metrics, tell
-from prismer.training.run_folder import OPTIMIZER, RunFolder, export_checkpoint, read_answers
+from prismer.training.run_folder import RunFolder, export_checkpoint
+from prismer.training.text_statistics import read_answers
 from tests.faults.disk import full_after
 
-CONFIG = TrainConfig(batch_size=32)
+CONFIG = TrainConfig(batch_size=32, learning_rate=1e-2)
 
 
 def put(run: RunFolder, step: int, score: float | None = None) -> None:
-    """What `RunFolder.save` does on rank 0, with small tensors."""
+    """Save a checkpoint as `RunFolder.save` does on rank 0, with small tensors."""
     target = run.checkpoints / f"step-{step:08d}"
     aside = target.with_name(target.name + ".partial")
     aside.mkdir(parents=True)
@@ -31,7 +35,7 @@ def put(run: RunFolder, step: int, score: float | None = None) -> None:
     write_json(aside / "config.json", {})
     write_json(aside / "trainer.json", dict(step=step, loss_sum=0.5, loss_count=1, score=score))
     write_checksums(aside, sums)
-    run._enter(aside, target, score)
+    run._commit(aside, target, score)
 
 
 def steps(run: RunFolder) -> list[str]:
@@ -43,22 +47,22 @@ def run(tmp_path):
     """A run with the checkpoints 1 (the best), 3 and 4."""
     run = RunFolder(tmp_path / "run")
     run.claim()
-    run.settle(CONFIG, lambda: "fp32")
+    run.reconcile_settings(CONFIG, lambda: "fp32")
     for step, score in ((1, 0.5), (2, None), (3, 0.25), (4, None)):
         put(run, step, score)
     return run
 
 
-def test_the_last_two_and_the_best_stay(run):
+def test_the_last_two_checkpoints_and_the_best_are_kept(run):
     assert steps(run) == ["1", "3", "4"]
     assert run.last().name == "step-00000004" and run.best().name == "step-00000001"
     put(run, 5, 0.75)
     assert steps(run) == ["4", "5"] and run.best() == run.last()
-    run.check()
+    run.check_files()
 
 
-def test_nothing_else_is_deleted(run):
-    """Neither what an index does not know, nor a checkpoint of the same step, nor later ones after going back."""
+def test_checkpoints_of_others_are_not_deleted(run):
+    """An unlisted checkpoint is kept, also one of the same step, and so are later ones when the run goes back."""
     foreign = run.checkpoints / "step-00000007"
     shutil.copytree(run.checkpoints / "step-00000004", foreign)
     for step in (5, 6, 7, 8):
@@ -71,12 +75,12 @@ def test_nothing_else_is_deleted(run):
     assert steps(run) == ["1", "2", "7", "7.1", "8"]
 
 
-def test_an_index_of_an_earlier_version(run):
+def test_an_index_without_a_list_of_written_checkpoints_deletes_only_what_it_names(run):
     index = run.index()
     del index["written"]
     write_json(run.checkpoints / "index.json", index)
     put(run, 5)
-    # 3 may be another's; what the index named is known to be this run's
+    # step 3 may be another run's; only the checkpoints that the index named are known to be this run's
     assert steps(run) == ["1", "3", "4", "5"]
 
 
@@ -100,14 +104,20 @@ INDEX_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", INDEX_FAULTS)
-def test_an_index_that_is_lost_or_damaged(run, fault):
-    """The run is refused, and what the sentence says to write makes it go on from the last checkpoint."""
+def test_a_damaged_index_can_be_restored_from_the_message(run, fault):
+    """The run is refused, and the text that the message says to write makes it resume from the last checkpoint."""
     file = run.checkpoints / "index.json"
     if INDEX_FAULTS[fault] is None:
         file.unlink()
     else:
         file.write_text(INDEX_FAULTS[fault])
-    for ask in (run.last, run.best, run.check, lambda: run.settle(CONFIG, lambda: "fp32"), lambda: put(run, 5)):
+    for ask in (
+        run.last,
+        run.best,
+        run.check_files,
+        lambda: run.reconcile_settings(CONFIG, lambda: "fp32"),
+        lambda: put(run, 5),
+    ):
         with pytest.raises(ValueError, match="index.json|is missing") as caught:
             ask()
         shutil.rmtree(run.checkpoints / "step-00000005.partial", ignore_errors=True)
@@ -122,7 +132,7 @@ def test_an_index_that_is_lost_or_damaged(run, fault):
 @pytest.mark.parametrize("name", ["model.safetensors", OPTIMIZER, "trainer.json", "config.json", "checksums.json"])
 @pytest.mark.parametrize("fault", ["flipped", "empty", "gone"])
 def test_a_damaged_checkpoint_is_named(run, name, fault):
-    """So is the last that is whole; no bit flips unseen."""
+    """Every flipped bit is found; the message also names the last checkpoint that is whole."""
     file = run.last() / name
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -131,36 +141,36 @@ def test_a_damaged_checkpoint_is_named(run, name, fault):
     else:
         file.write_bytes(data if fault == "flipped" else b"")
     if (name, fault) == ("checksums.json", "gone"):
-        # a checkpoint of an earlier version
-        run.check()
+        # a checkpoint without checksums counts as whole
+        run.check_files()
         return
     with pytest.raises(ValueError) as caught:
-        run.check()
+        run.check_files()
     text = str(caught.value)
     assert name in text and "step-00000003 is whole" in text and "\n" not in text and "--fresh" in text
     assert steps(run) == ["1", "3", "4"]
 
 
-def test_a_damaged_best_checkpoint(run):
+def test_a_damaged_best_checkpoint_is_named(run):
     (run.best() / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match='step-00000001/model.* is damaged.*"best": "step-00000003"'):
-        run.check()
+        run.check_files()
 
 
 @pytest.mark.parametrize(
     "text", [None, "", "[]", "{}", '{"settings": 5, "precision": "fp32"}', '{"settings": {}}', "{"]
 )
-def test_damaged_settings(run, text):
+def test_damaged_settings_are_refused(run, text):
     file = run.path / "train_config.json"
     file.unlink()
     if text is not None:
         file.write_text(text)
     with pytest.raises(ValueError, match="train_config.json .*--fresh"):
-        run.settle(CONFIG, lambda: pytest.fail("a resumed run keeps its precision"))
+        run.reconcile_settings(CONFIG, lambda: pytest.fail("a resumed run keeps its precision"))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[5]", '["a", null]', "[", "5"])
-def test_damaged_answers(run, text):
+def test_damaged_answers_are_refused(run, text):
     (run.path / "answers.json").write_text(text)
     with pytest.raises(ValueError, match="answers.json"):
         read_answers(run.path / "answers.json")
@@ -169,41 +179,7 @@ def test_damaged_answers(run, text):
     assert not (run.path / "out").exists()
 
 
-GOOD = dict(step=1, kind="train", loss=0.5, learning_rate=0.1)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"5",
-        b"[]",
-        b"{}",
-        b"\xff",
-        b'{"step": "1", "kind": "train"}',
-        b'{"step": 1}',
-        b'{"step": 1, "kind": 5}',
-        b'{"step": 1, "kind": "train", "loss": "x"}',
-        b'{"step": 1, "kind": "skipped", "key": "a"}',
-        b'{"step": 1, "kind": "validation", "score": []}',
-        b'{"step": 1, "ki',
-        b"[" * 100_000,
-    ],
-)
-def test_damaged_metrics(run, line):
-    """A line in the middle is named, and none after it is lost; a last line that was cut short is left out."""
-    good = json.dumps(GOOD).encode() + b"\n"
-    file = run.path / "metrics.jsonl"
-    file.write_bytes(good + line + b"\n" + good)
-    with pytest.raises(ValueError, match="line 2 of .*metrics.jsonl is damaged"):
-        run.check()
-    with pytest.raises(ValueError, match="line 2"):
-        Progress(run.path, 5, 9)
-    assert file.read_bytes() == good + line + b"\n" + good
-    file.write_bytes(good + line)
-    assert read_metrics(run.path) == [GOOD]
-
-
-HOLD = """
+HOLD_LOCK = """
 import sys
 from prismer.files import take_lock
 lock = take_lock(sys.argv[1])
@@ -212,11 +188,11 @@ input()
 """
 
 
-def test_a_run_is_trained_by_one(run, tmp_path):
-    """Not even --fresh moves one that is in use away."""
+def test_only_one_process_trains_a_run(run, tmp_path):
+    """Not even --fresh moves a run that another process trains."""
     run._lock.close()
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, run.path / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD_LOCK, run.path / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
     for fresh in (False, True):
@@ -228,22 +204,22 @@ def test_a_run_is_trained_by_one(run, tmp_path):
     assert again.claim() is None and again.last() is not None
     again = RunFolder(run.path)
     assert again.claim(fresh=True) == tmp_path / "run.1" and again.last() is None
-    assert RunFolder(run.path).claim(fresh=True) is None, "there is nothing to set aside"
+    assert RunFolder(run.path).claim(fresh=True) is None, "there is no earlier run to set aside"
     assert sorted(os.listdir(tmp_path)) == ["run", "run.1"]
 
 
-def test_a_folder_that_is_no_run(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("")
     (tmp_path / "file").write_text("")
-    for name, words in (("photos", "is no run, and holds a.jpg"), ("file", "is a file")):
+    for name, words in (("photos", "holds a.jpg and is not a run folder"), ("file", "is a file")):
         for fresh in (False, True):
             with pytest.raises(ValueError, match=words):
                 RunFolder(tmp_path / name).claim(fresh)
     assert sorted(os.listdir(tmp_path)) == ["file", "photos"]
 
 
-def test_what_a_killed_save_left_goes(run):
+def test_leftovers_of_a_killed_save_are_removed(run):
     (run.checkpoints / "step-00000005.partial").mkdir()
     run._lock.close()
     RunFolder(run.path).claim()
@@ -251,7 +227,7 @@ def test_what_a_killed_save_left_goes(run):
 
 
 def test_a_full_disk_loses_no_checkpoint(run, monkeypatch):
-    """Wherever it fails, the index and the checkpoints are as they were, and the next save goes through."""
+    """Wherever a save fails, the index and the checkpoints stay as they were, and the next save succeeds."""
     before = run.index()
     with pytest.raises(OSError), full_after(100):
         put(run, 5)
@@ -260,30 +236,58 @@ def test_a_full_disk_loses_no_checkpoint(run, monkeypatch):
     aside = target.with_name("step-00000005.partial")
     shutil.copytree(run.last(), aside)
     with pytest.raises(OSError, match="index.json"), full_after(20):
-        run._enter(aside, target, None)
+        run._commit(aside, target, None)
     assert run.index() == before and steps(run) == ["1", "3", "4"]
     assert sorted(os.listdir(run.checkpoints))[0] == "index.json" and len(os.listdir(run.checkpoints)) == 4
     put(run, 5)
     assert steps(run) == ["1", "4", "5"]
 
 
-def test_a_full_disk_names_the_record(run):
-    progress = Progress(run.path, 0, 9)
-    # TensorBoard writes the head of its file in a thread, which must not meet the limit that is meant for the record
-    progress._board.flush()
-    with pytest.raises(OSError) as caught, full_after(3):
-        progress.record(GOOD | {"samples_per_s": 1.0})
-    assert caught.value.filename == str(run.path / "metrics.jsonl")
-    progress.close()
+def test_a_resumed_run_keeps_its_precision_and_fixed_settings(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    assert run.last() is None and run.best() is None
+    assert run.reconcile_settings(CONFIG, lambda: "fp32") == ("fp32", [])
+    # before the first checkpoint every setting may change
+    assert run.reconcile_settings(replace(CONFIG, seed=1), lambda: "fp32") == ("fp32", [])
+    put_index(run, 5)
+    assert run.best() == run.last() == run.checkpoints / "step-00000005"
+    again = replace(CONFIG, seed=1, learning_rate=0.5)
+    precision, changes = run.reconcile_settings(again, lambda: pytest.fail("the precision was chosen again"))
+    assert precision == "fp32" and changes == ["learning_rate: 0.01 -> 0.5"]
+    with pytest.raises(ValueError, match="was trained with batch_size 32, not 64; .* --fresh"):
+        run.reconcile_settings(replace(again, batch_size=64), lambda: "fp32")
+    with pytest.raises(ValueError, match="trains in fp32, not bf16"):
+        run.reconcile_settings(replace(again, precision="bf16"), lambda: "fp32")
 
 
-def test_output_that_nobody_reads(tmp_path, capfd):
-    """A closed pipe and a full disk end the printing, not the run."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w") as file:
-        tell("a", file)
-        tell("b", file)
-    with open("/dev/full", "w") as file:
-        tell("a", file)
-    assert "standard output cannot be written (No space left on device)" in capfd.readouterr().err
+def put_index(run: RunFolder, step: int) -> None:
+    """An empty checkpoint and its index."""
+    (run.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    write_json(run.checkpoints / "index.json", dict(last=f"step-{step:08d}"))
+
+
+def test_setting_a_run_aside_deletes_nothing(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    assert run.set_aside() is None
+    for number in (1, 2):
+        put_index(run, number)
+        assert run.set_aside() == tmp_path / f"run.{number}"
+    assert not run.path.exists()
+    assert (tmp_path / "run.1/checkpoints/step-00000001").is_dir()
+    assert (tmp_path / "run.2/checkpoints/step-00000002").is_dir()
+
+
+def test_tensors_are_written_as_safetensors(tmp_path):
+    tensors = {
+        "steps": torch.tensor(7),
+        "weight": torch.randn(3, 5),
+        "transposed": torch.randn(4, 2).t(),
+        "empty": torch.zeros(0, 3),
+        "half": torch.randn(3).bfloat16(),
+    }
+    header = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    write_safetensors(tmp_path / "x.safetensors", header, iter(tensors.values()))
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name

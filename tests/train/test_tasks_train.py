@@ -1,12 +1,13 @@
-"""Proves that every task trains from start to end and is scored by its own measure.
+"""Proves that every task trains from start to end and is scored by its own metrics.
 
-Run: pytest tests/train/test_tasks_train.py"""
+python -m pytest tests/train/test_tasks_train.py
+"""
 
 import json
 
 import pytest
 
-from prismer.dataloading.scenes.text import ATTRIBUTES
+from prismer.dataloading.scenes.captions_and_questions import ATTRIBUTES
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 
 pytestmark = pytest.mark.timeout(900)
@@ -43,7 +44,7 @@ def classes_data(workshop):
 
 
 def test_every_task_trains(workshop, classes_data):
-    """The four runs go side by side, each on one thread."""
+    """The four runs are parallel, each on one thread."""
     runs = {}
     for task in SCORES:
         data = classes_data if task == "classify" else workshop.folder / "data"

@@ -1,8 +1,8 @@
-"""Real launches of train.py on a rendered dataset: the run is whole, repeatable, resumable and stoppable.
+"""Proves with real launches of train.py that a run is complete, repeatable, resumable and stoppable.
 
-Proves: every output of a finished run is there and the frozen towers did not move; a run that was killed and resumed
-has the losses of the unbroken one, bit for bit; two processes train as one does; a checkpoint resumes at another
-number of processes; SIGTERM, also to the launcher alone, ends in a checkpoint; a non-finite loss stops the run.
+A finished run has all its outputs, and its frozen towers did not change. A run that was killed and resumed has the
+losses of an uninterrupted one, bit for bit. Two processes train as one does, and a checkpoint resumes at another number
+of processes. SIGTERM, also to the launcher alone, ends in a checkpoint. A non-finite loss stops the run.
 
     python -m pytest tests/train/test_training.py
 """
@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from prismer.batch import ImageBatch
 from prismer.freezing import freeze
 from prismer.model import Prismer
-from prismer.training.run_folder import OPTIMIZER, RunFolder, export_checkpoint
+from prismer.training.checkpoint import OPTIMIZER
+from prismer.training.run_folder import RunFolder, export_checkpoint
 
 STEPS = 12
 
-# on an idle machine a launch takes ten seconds, on a busy one minutes
+# a launch takes ten seconds on an idle machine, and minutes on a busy one
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -34,7 +35,7 @@ def whole_run(workshop):
     return run
 
 
-def test_outputs(whole_run):
+def test_a_finished_run_has_all_its_outputs(whole_run):
     folder = whole_run.folder
     for name in (
         "finished.json",
@@ -57,7 +58,7 @@ def test_outputs(whole_run):
     results = json.loads((folder / "results.json").read_text())
     for column in ("trained model", "most frequent", "blank images"):
         assert {"CIDEr-D", "BLEU-4", "accuracy", "accuracy/count"} <= set(results[column])
-    # the blind guess sees nothing and still is right at times: the columns are of the same questions
+    # the baseline sees no image and is still right at times: all columns score the same questions
     assert results["most frequent"]["accuracy"] > 0.1
     assert "trainable: " in whole_run.text() and "as asked" in whole_run.text()
 
@@ -67,7 +68,7 @@ def test_nothing_is_pickled(whole_run):
     assert not suffixes & {".pt", ".bin", ".pkl", ".pth"}
 
 
-def test_frozen_towers(workshop, whole_run):
+def test_only_trainable_parameters_change(workshop, whole_run):
     start = Prismer.from_pretrained(workshop.folder / "model")
     freeze(start, "freeze_lang_vision")
     last = RunFolder(whole_run.folder).last()
@@ -80,7 +81,7 @@ def test_frozen_towers(workshop, whole_run):
     assert all(moment.any() for name, moment in moments.items() if "position" not in name), "a moment is all zero"
 
 
-def test_export(workshop, whole_run, tmp_path):
+def test_a_run_exports_its_best_checkpoint(workshop, whole_run, tmp_path):
     checkpoint = export_checkpoint(whole_run.folder, tmp_path / "model")
     assert checkpoint == RunFolder(whole_run.folder).best()
     exported, stored = (load_file(tmp_path / "model/model.safetensors"), load_file(checkpoint / "model.safetensors"))
@@ -94,8 +95,8 @@ def test_export(workshop, whole_run, tmp_path):
     assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".safetensors", ".json", ".txt"}
 
 
-def test_killed_run_resumes_exactly(workshop):
-    """In bf16, where the fp32 masters matter; the steps after the last checkpoint are run twice and must agree."""
+def test_a_killed_run_resumes_exactly(workshop):
+    """Runs in bf16, where the fp32 masters matter; steps after the last checkpoint run twice and must agree."""
     settings = dict(steps=500, precision="bf16", save_every=4, accumulation=2, decay_norms=False)
     run = workshop.launch("killed", **settings)
     run.wait_for_step(7)
@@ -107,26 +108,26 @@ def test_killed_run_resumes_exactly(workshop):
 
     run = workshop.launch("killed", **settings)
     run.wait_for_step(max(before) + 1)
-    # the folder is taken, also for a run that would begin afresh
+    # the folder is locked, also for a run with --fresh
     second = workshop.launch("killed", flags=("--fresh",), **settings)
     assert second.end() == 2, second.text()
     assert f"is in use by process {run.process.pid}" in second.text()
-    # what a terminal that closes sends
+    # a terminal sends SIGHUP when it closes
     run.process.send_signal(signal.SIGHUP)
     assert run.end() == 128 + signal.SIGHUP, run.text()
     assert "Traceback" not in run.text()
     after = run.losses()
     assert f"at step {resumed_at} of 500" in run.text()
     assert {step: after[step] for step in before} == before
-    # stopped with a checkpoint of the very step
+    # the last checkpoint is of the step at which the run stopped
     assert RunFolder(run.folder).last().name == f"step-{max(after):08d}"
     assert not (run.folder / "finished.json").exists()
 
 
 def test_two_processes_stop_and_resume_as_one(workshop, whole_run):
-    """Two processes have the losses of one, recomputed activations or not; SIGTERM to the launcher alone stops them.
+    """Two processes have the losses of one, also with recomputed activations; SIGTERM to the launcher stops them.
 
-    One process takes over and ends where the unbroken run did.
+    Then one process resumes the run and ends with the losses of the uninterrupted run.
     """
     settings = dict(steps=STEPS, precision="fp32", gradient_checkpointing=True)
     run = workshop.launch("pair", "deepspeed 2", **settings)
@@ -151,8 +152,8 @@ def test_two_processes_stop_and_resume_as_one(workshop, whole_run):
     assert (run.folder / "finished.json").is_file()
 
 
-def test_non_finite_loss_stops(workshop):
-    """Both processes end, and one of them says why."""
+def test_a_non_finite_loss_stops_the_run(workshop):
+    """Both processes end, and one of them prints the reason."""
     run = workshop.launch(
         "diverged", "deepspeed 2", steps=20, precision="fp32", learning_rate=1e30, warmup_steps=0, gradient_clipping=0.0
     )
@@ -162,8 +163,8 @@ def test_non_finite_loss_stops(workshop):
     assert RunFolder(run.folder).last() is None
 
 
-def test_full_disk_stops(workshop):
-    """At the first checkpoint: one sentence of the process that writes, no leftovers, and the others do not hang."""
+def test_a_full_disk_stops_the_run(workshop):
+    """The process that writes prints one sentence, nothing is left of the checkpoint, and the others do not hang."""
     run = workshop.launch("full", "deepspeed 2", largest_file=200_000, steps=20, precision="fp32")
     assert run.end() == 1, run.text()
     assert "model.safetensors cannot be written: File too large; free some space" in run.text()
@@ -171,7 +172,7 @@ def test_full_disk_stops(workshop):
     assert not list((run.folder / "checkpoints").iterdir())
 
 
-def test_user_error(workshop):
+def test_a_missing_dataset_ends_the_run_in_one_sentence(workshop):
     run = workshop.launch("refused", flags=("--data", "nowhere"), precision="fp32")
     assert run.end() == 2
     assert "no dataset at nowhere/train" in run.text() and "Traceback" not in run.text()

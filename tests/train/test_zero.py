@@ -1,7 +1,8 @@
-"""Proves that training under ZeRO-3 is training: the same losses and weights as plain PyTorch, with every parameter
-sharded, one process and two, with the decoder gathered at once (small models) and block by block (large ones).
+"""Proves that ZeRO-3 training has the losses and weights of plain PyTorch, with every parameter sharded, on one process
+and on two, with the decoder gathered at once (small models) and block by block (large ones).
 
-Run: pytest tests/train/test_zero.py"""
+python -m pytest tests/train/test_zero.py
+"""
 
 import json
 import os
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("small", [0, 20_000_000], ids=["by-block", "whole-decoder"])
-def test_zero_is_plain_training(workshop, tmp_path, small, processes):
+def test_zero_trains_as_plain_pytorch_does(workshop, tmp_path, small, processes):
     workshop.port += 1
     out = tmp_path / "report.json"
     done = subprocess.run(
@@ -44,7 +45,7 @@ def test_zero_is_plain_training(workshop, tmp_path, small, processes):
     assert out.is_file(), done.stderr[-3000:]
     report = json.loads(out.read_text())
     assert report["losses"] == pytest.approx(report["expected"], rel=2e-5)
-    # Adam's first steps are of the learning rate whatever the gradient: a lost gradient leaves its weight where it was
+    # Adam's first steps have the size of the learning rate, so that a lost gradient shows as an unchanged weight
     lost = {
         name: (difference, report["step"][name])
         for name, difference in report["difference"].items()
@@ -55,7 +56,7 @@ def test_zero_is_plain_training(workshop, tmp_path, small, processes):
 
 
 def test_a_dead_rank_ends_the_run(workshop):
-    """One of two ranks is killed: the launch ends with an error, nothing lives on, the last checkpoint loads."""
+    """One of two ranks is killed: the launch ends with an error, no process survives, and the last checkpoint loads."""
     run = workshop.launch("dead", "deepspeed 2", steps=2000, save_every=2, precision="fp32")
     run.wait_for_step(4)
     ranks = subprocess.run(["pgrep", "-f", f"train.py.*{run.folder}"], capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""A few steps of the same batches under ZeRO-3 and in plain PyTorch, on every rank; test_zero.py launches this.
+"""Some steps on the same batches under ZeRO-3 and in plain PyTorch, on every rank; test_zero.py launches this script.
 
 torchrun --nproc_per_node 2 zero_against_plain.py MODEL_FOLDER SMALL_MODEL OUT.json
 """
@@ -11,15 +11,16 @@ import torch
 import torch.distributed as dist
 
 from prismer.batch import Batch, ImageBatch
+from prismer.config import PrismerConfig
 from prismer.freezing import freeze
 from prismer.model import Prismer
 from prismer.texts import collate
-from prismer.training import zero as engines
+from prismer.training import zero
 from prismer.training.config import TrainConfig
 
 STEPS, IMAGES = 5, 8
-# every parameter is sharded, gathered and released, however small: what a large model's are
-EVERYTHING = dict.fromkeys(
+# shard, gather and release every parameter, however small, as those of large models are
+SHARD_EVERYTHING = dict.fromkeys(
     (
         "stage3_param_persistence_threshold",
         "stage3_max_reuse_distance",
@@ -30,7 +31,7 @@ EVERYTHING = dict.fromkeys(
 )
 
 
-def make_batch(config, step: int, images: slice) -> Batch:
+def make_batch(config: PrismerConfig, step: int, images: slice) -> Batch:
     """Part of a global batch of captions and shorter questions."""
     draw = torch.Generator().manual_seed(step)
     side = config.image_size
@@ -52,18 +53,19 @@ def make_batch(config, step: int, images: slice) -> Batch:
 
 
 def main() -> None:
+    """Write losses, and for each weight its difference and its change, to OUT.json."""
     folder, small, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
-    engines.start_distributed()
-    engines.SMALL_MODEL = small
+    zero.start_distributed()
+    zero.SMALL_MODEL = small
     rank, world = dist.get_rank(), dist.get_world_size()
     settings = TrainConfig(batch_size=IMAGES, learning_rate=3e-3, gradient_clipping=1.0)
     part = IMAGES // world
 
     sharded = Prismer.from_pretrained(folder).train()
     freeze(sharded, settings.freeze)
-    zero = dict(stage=3, memory_efficient_linear=False, **EVERYTHING)
-    engine = engines.build_engine(sharded, settings, dict(zero_optimization=zero), "fp32")
+    section = dict(stage=3, memory_efficient_linear=False, **SHARD_EVERYTHING)
+    engine = zero.build_engine(sharded, settings, dict(zero_optimization=section), "fp32")
     own = slice(rank * part, (rank + 1) * part)
     losses = []
     for step in range(STEPS):
@@ -74,7 +76,7 @@ def main() -> None:
         dist.all_reduce(total)
         losses.append(float(total) / world)
     weights = Prismer.from_pretrained(folder)
-    engines.copy_weights(engine, weights)
+    zero.copy_weights(engine, weights)
     dist.barrier()
     dist.destroy_process_group()
     if rank:
@@ -82,7 +84,7 @@ def main() -> None:
 
     plain = Prismer.from_pretrained(folder).train()
     freeze(plain, settings.freeze)
-    optimizer = engines.build_optimizer(plain, settings)
+    optimizer = zero.build_optimizer(plain, settings)
     expected = []
     for step in range(STEPS):
         loss = plain(make_batch(plain.config, step, slice(None)))

@@ -1,0 +1,100 @@
+"""Options of several commands, each declared once, and what their values open: a device, a model, expert networks."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from prismer.errors import InputError
+from prismer.shipped import model_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from prismer.dataloading.experts.labeller import Labeller
+    from prismer.dataloading.semantics.features import Semantics
+    from prismer.model import Prismer
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as the `type` of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def add_device_option(command: argparse.ArgumentParser) -> None:
+    """Add --device, which `pick_device` reads."""
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def pick_device(name: str) -> "torch.device":
+    """The torch device called `name`; "auto" is the GPU if there is one.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (kind == "cpu" and index) or not (index or "0").isdecimal():
+        raise InputError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise InputError(f"no device {name}: torch sees {torch.cuda.device_count()} GPUs; choose auto or cpu")
+    return torch.device(name)
+
+
+def load_model(
+    source: str, device_name: str, *, precision: str = "auto", int8: bool = False
+) -> "tuple[Prismer, Semantics | None]":
+    """Load a model for inference, and the features of the names in label maps.
+
+    Args:
+        source: what `Prismer.from_pretrained` takes.
+        device_name: see `pick_device`.
+        precision: "bf16", "fp32" or "auto", the faster of the two.
+        int8: whether the frozen towers multiply in int8 (`prismer.quantise`).
+
+    Returns:
+        Prismer in evaluation mode; and its Semantics, or None if the model folder lacks the table that the config
+        names.
+
+    Raises:
+        ValueError: if there is no such device, the model cannot be loaded, or a GPU is asked for int8.
+    """
+    import torch
+
+    from prismer.dataloading.semantics.features import TABLE_FILES, Semantics
+    from prismer.model import Prismer
+    from prismer.quantise import check_device, quantise
+
+    device = pick_device(device_name)
+    if int8:
+        check_device(device)
+    dtype = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    model = Prismer.from_pretrained(source, device=device, dtype=dtype)
+    if int8:
+        quantise(model)
+    folder = model_folder(source)
+    if model.config.semantics != "spelling" and not (folder / TABLE_FILES[0]).is_file():
+        return model, None
+    return model, Semantics.for_config(model.config, folder)
+
+
+def add_experts_option(command: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add --experts, which `load_labeller` reads."""
+    command.add_argument(
+        "--experts",
+        default=default,
+        metavar="all|EXPERT[=NETWORK[@SOURCE]],...",
+        help="expert networks that label the images, e.g. all, depth,seg or depth=dpt-hybrid@FOLDER; "
+        "see `prismer experts list`",
+    )
+
+
+def load_labeller(asked: str, device_name: str, **options) -> "Labeller":
+    """Load the expert networks that the value of --experts names; `options` are those of `Labeller.load`."""
+    from prismer.dataloading.experts.labeller import Labeller
+
+    names = [item.strip() for item in asked.split(",") if item.strip()]
+    return Labeller.load(names, pick_device(device_name), **options)

@@ -1,0 +1,136 @@
+"""Set-up: everything that training needs, built from the config, the dataset and the run folder."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.scenes.dataset import render_dataset
+from prismer.freezing import freeze
+from prismer.model import Prismer
+from prismer.precision import NAMES, choose_precision, slow_resumption
+from prismer.training import zero
+from prismer.training.checkpoint import restore_optimizer
+from prismer.training.config import MAX_STEPS, TrainConfig
+from prismer.training.data import check_dataset, check_readable, check_texts, open_loaders
+from prismer.training.evaluation import predict
+from prismer.training.initial_model import build_initial_model, initial_config
+from prismer.training.run_folder import RunFolder
+from prismer.training.streams import print_on_rank_zero
+from prismer.training.text_statistics import TextStatistics
+
+# the dataset that is rendered where it does not exist
+EMBEDDED_DATA = TrainConfig.data
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+class Run:
+    """One training run on one rank; to create it is to set it up, up to the state that it resumes from.
+
+    Args:
+        config: the settings of the run.
+        settings: engine settings, as `engine_settings.read_config` returned them.
+        local_rank: the launcher's --local_rank, if it gave one.
+        fresh: set an earlier run of this name aside (renamed, not deleted) instead of resuming it.
+
+    Attributes:
+        device: where this rank computes.
+        group: process group for tensors on the host.
+        is_rank_zero: whether this process prints and writes for all.
+        folder: the run folder.
+        precision: "bf16" or "fp32".
+        model, engine: the sharded model, and DeepSpeed's engine around it.
+        loader, val_loader: of the training split, and of the validation split if there is one.
+        statistics: of the training split's texts.
+        steps_per_epoch, total_steps: optimizer steps of an epoch and of the run.
+        resumed: trainer.json of the checkpoint that the run resumes from; None at the first start.
+
+    Raises:
+        ValueError: if config, settings, data, model and an earlier run of this name do not fit together.
+    """
+
+    def __init__(
+        self, config: TrainConfig, settings: dict, *, local_rank: int | None = None, fresh: bool = False
+    ) -> None:
+        self.config = config
+        self.device, self.group = zero.start_distributed(local_rank)
+        self.is_rank_zero = dist.get_rank() == 0
+        self.folder = RunFolder(config.folder)
+        micro_batch = config.micro_batch(dist.get_world_size())
+        zero.check_settings(config, settings)
+        self.precision = zero.run_on_rank_zero(lambda: _prepare(config, self.folder, self.device, fresh), self.group)
+
+        checkpoint = self.folder.last()
+        if checkpoint:
+            model = Prismer.from_pretrained(checkpoint)
+        else:
+            # every rank builds the same weights, of which DeepSpeed keeps a shard on each
+            model = build_initial_model(config.model, config.image_size, config.seed)
+        model.set_gradient_checkpointing(config.gradient_checkpointing)
+        trainable, parameters = freeze(model, config.freeze)
+        print_on_rank_zero(f"trainable: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.0%})")
+
+        zero.run_on_rank_zero(lambda: check_texts(config, model, self.folder.path, checkpoint is None), self.group)
+        self.statistics = TextStatistics.load(self.folder.path)
+        classes = self.statistics.classes
+        self.loader, self.val_loader = open_loaders(config, model, classes, micro_batch, self.device)
+        if self.val_loader:
+            check_readable(self.val_loader, self.group)
+        self.steps_per_epoch, self.total_steps = _count_steps(config, self.loader)
+
+        self.model = model.train()
+        self.engine = zero.build_engine(model, config, settings, self.precision)
+        self.resumed = restore_optimizer(self.engine, checkpoint) if checkpoint else None
+        if self.resumed:
+            print_on_rank_zero(f"resuming {self.folder.path} at step {self.resumed['step']} of {self.total_steps}")
+
+    def new_replica(self) -> Prismer:
+        """An unsharded model without trained weights, in the precision of the run."""
+        model = Prismer(self.model.config, self.model.tokenizer)
+        return model.to(device=self.device, dtype=DTYPES[self.precision]).eval()
+
+    def predict(self, model: Prismer, **options) -> list[dict]:
+        """Records of the validation split (collective), with options of `evaluation.predict`."""
+        return predict(model, self.val_loader, self.config.task, self.statistics, group=self.group, **options)
+
+
+def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh: bool) -> str:
+    """On rank 0, before anything is built: lock and check the run folder, render the data, choose the precision."""
+    data = Path(config.data)
+    width = initial_config(config.model).vision_width
+    if config.data != EMBEDDED_DATA:
+        check_dataset(data)
+    # the earlier run is moved only after model and data were checked
+    if moved := folder.claim(fresh):
+        print_on_rank_zero(f"the earlier run was moved to {moved}")
+    folder.check_files()
+    if config.data == EMBEDDED_DATA and not ((data / "train").is_dir() and (data / "val").is_dir()):
+        print_on_rank_zero(f"rendering the embedded dataset into {data}")
+        render_dataset(data)
+        check_dataset(data)
+
+    def choose() -> str:
+        chosen, why = choose_precision(config.precision, width, device)
+        print_on_rank_zero(why)
+        return chosen
+
+    precision, changes = folder.reconcile_settings(config, choose)
+    if folder.last() and (slow := slow_resumption(precision, width, device)):
+        print_on_rank_zero(slow)
+    for change in changes:
+        print_on_rank_zero(f"changed since the run was started: {change}")
+    return precision
+
+
+def _count_steps(config: TrainConfig, loader: Loader) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of the run."""
+    steps_per_epoch = loader.steps_per_epoch // config.accumulation
+    if not steps_per_epoch:
+        raise ValueError(f"{loader.dataset.folder} has fewer images than batch_size {config.batch_size}; lower it")
+    total_steps = config.steps or config.epochs * steps_per_epoch
+    if total_steps > MAX_STEPS:
+        raise ValueError(
+            f"epochs {config.epochs} of {steps_per_epoch} steps are {total_steps} steps; at most {MAX_STEPS} can be run"
+        )
+    return steps_per_epoch, total_steps
