@@ -328,51 +328,38 @@ def kernel_cases() -> list[KernelCase]:
         ("BASE decoder", 8 * 40, 3072, "gelu"),
         ("BASE resampler", 8 * 64, 3072, "squared_relu"),
     ):
-        tiles = _tiles(D)
-        warps = tiles.pop("num_warps")
-        P, _ = _groups(R, tiles["BR"])
+        flags = dict(HAS_BIAS=True, ACTIVATION=name, **_tiles(D))
+        P, blocks = _groups(R, flags["BR"])
         shape = f"{model}, 8 images, {R} x {D}"
         cases += [
-            KernelCase(
-                name=f"{model} {name} forward",
-                kernel=_forward_kernel,
+            KernelCase.of_launch(
+                f"{model} {name} forward",
+                _forward_kernel,
+                (bf16, bf16, bf16, R, D),
+                flags,
                 shape=shape,
-                signature=dict(p_h=bf16, p_bias=bf16, p_y=bf16, R="i32", D="i32"),
-                constants=dict(HAS_BIAS=True, ACTIVATION=name, **tiles),
-                num_warps=warps,
                 bytes=2 * R * D * 2 + 2 * D,
                 flops=8 * R * D,
-                divisible=("D",),
             ),
-            KernelCase(
-                name=f"{model} {name} backward",
-                kernel=_backward_kernel,
+            KernelCase.of_launch(
+                f"{model} {name} backward",
+                _backward_kernel,
+                (bf16, bf16, bf16, bf16, fp32, R, D, blocks),
+                dict(SUMS=True, **flags),
                 shape=shape,
-                signature=dict(
-                    p_dy=bf16, p_h=bf16, p_bias=bf16, p_dh=bf16, p_dbias=fp32, R="i32", D="i32", blocks="i32"
-                ),
-                constants=dict(HAS_BIAS=True, ACTIVATION=name, SUMS=True, **tiles),
-                num_warps=warps,
                 bytes=3 * R * D * 2 + 2 * D + 4 * P * D,
                 flops=12 * R * D,
-                divisible=("D",),
             ),
         ]
     R, D = 8 * 964, 768
-    tiles = _tiles(D)
-    warps = tiles.pop("num_warps")
-    P, _ = _groups(R, tiles["BR"])
-    cases.append(
-        KernelCase(
-            name="BASE column sums",
-            kernel=_backward_kernel,
-            shape=f"BASE 480 px, 8 images, {R} x {D}",
-            signature=dict(p_dy=bf16, p_dbias=fp32, R="i32", D="i32", blocks="i32"),
-            constants=dict(p_h=None, p_bias=None, p_dh=None, HAS_BIAS=False, ACTIVATION="none", SUMS=True, **tiles),
-            num_warps=warps,
-            bytes=R * D * 2 + 4 * P * D,
-            flops=R * D,
-            divisible=("D",),
-        )
+    P, blocks = _groups(R, _tiles(D)["BR"])
+    sums = KernelCase.of_launch(
+        "BASE column sums",
+        _backward_kernel,
+        (bf16, None, None, None, fp32, R, D, blocks),
+        dict(HAS_BIAS=False, ACTIVATION="none", SUMS=True, **_tiles(D)),
+        shape=f"BASE 480 px, 8 images, {R} x {D}",
+        bytes=R * D * 2 + 4 * P * D,
+        flops=R * D,
     )
-    return cases
+    return [*cases, sums]

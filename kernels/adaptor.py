@@ -22,6 +22,7 @@ Bytes of the forward products, compulsory: (3 R D + 2 R E + 2 D E) s, and those 
 Source: Prismer, arXiv:2303.02506, section 3.2.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -278,17 +279,13 @@ def kernel_cases() -> list[KernelCase]:
     """What is compiled ahead of time: every product of BASE and LARGE at 480 px, 8 images; the norm is layer_norm's."""
     cases = []
     for model, R, D in (("BASE", 8 * 964, 768), ("LARGE", 8 * 1220, 1024)):
-        shape = f"{model} 480 px, 8 images, {R} x {D} x {D}"
+        case = functools.partial(gemm_case, shape=f"{model} 480 px, 8 images, {R} x {D} x {D}")
         cases += [
-            gemm_case(f"{model} adaptor down", R, D, D, shape=shape, b_transposed=True, bias=True, activation="relu"),
-            gemm_case(
-                f"{model} adaptor up", R, D, D, shape=shape, b_transposed=True, bias=True, residual=True, square_a=True
-            ),
-            gemm_case(
-                f"{model} adaptor dh", R, D, D, shape=shape, activation="squared_relu", differentiate=True, sums=True
-            ),
-            gemm_case(f"{model} adaptor dx, late", R, D, D, shape=shape, residual=True),
-            gemm_case(f"{model} adaptor ddown_weight", D, D, R, shape=shape, a_transposed=True),
-            gemm_case(f"{model} adaptor dup_weight", D, D, R, shape=shape, a_transposed=True, square_b=True),
+            case(f"{model} adaptor down", R, D, D, b_transposed=True, bias=True, activation="relu"),
+            case(f"{model} adaptor up", R, D, D, b_transposed=True, bias=True, residual=True, square_a=True),
+            case(f"{model} adaptor dh", R, D, D, activation="squared_relu", differentiate=True, sums=True),
+            case(f"{model} adaptor dx, late", R, D, D, residual=True),
+            case(f"{model} adaptor ddown_weight", D, D, R, a_transposed=True),
+            case(f"{model} adaptor dup_weight", D, D, R, a_transposed=True, square_b=True),
         ]
     return cases

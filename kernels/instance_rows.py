@@ -326,35 +326,31 @@ def _check(x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, grid: int
 def kernel_cases() -> list[KernelCase]:
     """What is compiled ahead of time: BASE and LARGE, 8 images at 224 px, 128 instances."""
     cases = []
+    bf16, fp32, u8, i64 = "*bf16", "*fp32", "*u8", "*i64"
     B, side, num_rows = 8, 224, 128
     for model, grid, D in (("BASE", 14, 768), ("LARGE", 16, 1024)):
         N = B * grid * grid
-        integers = dict(N="i32", s="i32", F="i32", D="i32", grid="i32")
-        inputs = dict(p_ids="*u8", p_rows="*i64")
+        sizes = N, side, num_rows, D, grid
         shape = f"{model}, {B} maps of {side} px, {grid} x {grid} x {D} each, {num_rows} rows"
         cases += [
-            KernelCase(
-                name=f"{model} instance_rows forward",
-                kernel=_forward_kernel,
+            KernelCase.of_launch(
+                f"{model} instance_rows forward",
+                _forward_kernel,
+                (bf16, u8, bf16, i64, bf16, bf16, *sizes),
+                dict(HAS_ROWS=True, HAS_POSITIONS=True, **_FORWARD_TILES),
                 shape=shape,
-                signature=inputs | dict(p_x="*bf16", p_table="*bf16", p_positions="*bf16", p_out="*bf16") | integers,
-                constants=dict(HAS_ROWS=True, HAS_POSITIONS=True, **_FORWARD_TILES),
-                num_warps=4,
                 bytes=N + 2048 + 2 * D * (2 * N + num_rows + grid * grid),
                 flops=2 * N * D,
-                divisible=("N", "s", "F", "D"),
             ),
-            KernelCase(
-                name=f"{model} instance_rows table",
-                kernel=_table_kernel,
+            KernelCase.of_launch(
+                f"{model} instance_rows table",
+                _table_kernel,
+                (bf16, u8, i64, fp32, *sizes),
+                dict(HAS_ROWS=True, **_TABLE_TILES),
                 shape=shape,
-                signature=inputs | dict(p_dy="*bf16", p_dtable="*fp32") | integers,
-                constants=dict(HAS_ROWS=True, **_TABLE_TILES),
-                num_warps=4,
                 bytes=N + 2048 + 2 * N * D + 4 * num_rows * D,
                 flops=N * D,
                 dot=True,
-                divisible=("N", "s", "F", "D"),
             ),
         ]
     return cases

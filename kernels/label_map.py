@@ -378,49 +378,41 @@ def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
 def kernel_cases() -> list[KernelCase]:
     """What is compiled ahead of time: BASE and LARGE, 8 images, a table of 320 rows."""
     cases = []
+    bf16, fp32, u8, i64 = "*bf16", "*fp32", "*u8", "*i64"
     B, side, C, F = 8, 224, 64, 320
     for model, size in (("BASE", 56), ("LARGE", 64)):
         P, BC = B * size * size, _columns(C)
-        G, _ = _parts(P, F, C)
-        backward = dict(_BACKWARD_TILES)
-        warps = backward.pop("num_warps")
-        integers = dict(P="i32", h="i32", w="i32", F="i32", C="i32", size="i32", steps="i32")
-        inputs = dict(p_ids="*u8", p_rows="*i64")
+        G, tiles = _parts(P, F, C)
+        sizes = P, side, side, F, C, size, size - 1
         shape = f"{model}, {B} maps of {side} px, {size} x {size} x {C} each, {F} rows"
         read = 4 * P + B * 256 * 8
         cases += [
-            KernelCase(
-                name=f"{model} label_map forward",
-                kernel=_forward_kernel,
+            KernelCase.of_launch(
+                f"{model} label_map forward",
+                _forward_kernel,
+                (u8, i64, bf16, bf16, *sizes),
+                dict(BP=32, BC=BC),
                 shape=shape,
-                signature=inputs | dict(p_features="*bf16", p_out="*bf16") | integers,
-                constants=dict(BP=32, BC=BC),
-                num_warps=4,
                 bytes=read + F * C * 2 + P * C * 2,
                 flops=P * C * 7,
-                divisible=("P", "h", "w", "F", "C"),
             ),
-            KernelCase(
-                name=f"{model} label_map backward",
-                kernel=_backward_kernel,
+            KernelCase.of_launch(
+                f"{model} label_map backward",
+                _backward_kernel,
+                (bf16, u8, i64, fp32, *sizes, tiles),
+                dict(BC=BC, **_BACKWARD_TILES),
                 shape=shape,
-                signature=inputs | dict(p_dy="*bf16", p_partial="*fp32") | integers | dict(tiles="i32"),
-                constants=dict(BC=BC, **backward),
-                num_warps=warps,
                 bytes=read + P * C * 2 + G * F * C * 4,
                 flops=P * C * 8,
-                divisible=("P", "h", "w", "F", "C"),
             ),
-            KernelCase(
-                name=f"{model} label_map sum of parts",
-                kernel=_sum_parts_kernel,
+            KernelCase.of_launch(
+                f"{model} label_map sum of parts",
+                _sum_parts_kernel,
+                (fp32, fp32, G, F * C),
+                _SUM_TILES,
                 shape=f"{G} x {F * C}",
-                signature=dict(p_partial="*fp32", p_sum="*fp32", G="i32", N="i32"),
-                constants=_SUM_TILES,
-                num_warps=4,
                 bytes=4 * (G + 1) * F * C,
                 flops=G * F * C,
-                divisible=("N",),
                 vector_loads=False,
             ),
         ]

@@ -14,6 +14,7 @@ Compulsory traffic, for R rows of D numbers of s bytes (weights 2 D w bytes, sta
 A trained affine adds 8 D bytes of partial sums, written and read, for each of P groups of rows, and 8 D bytes written.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -412,59 +413,35 @@ def add_layer_norm(
 def kernel_cases() -> list[KernelCase]:
     """What is compiled ahead of time: BASE and LARGE at 480 px, 8 images."""
     cases = []
+    bf16, fp32 = "*bf16", "*fp32"
     for model, R, D in (("BASE", 8 * 964, 768), ("LARGE", 8 * 1220, 1024)):
         tiles = _tiles(D)
-        warps = tiles.pop("num_warps")
         P, blocks = _groups(R, tiles["BR"])
-        bf16, fp32 = "*bf16", "*fp32"
-        plain = dict(p_x=bf16, p_residual=bf16, p_weight=bf16, p_bias=bf16, p_y=bf16, p_total=bf16)
-        shape = f"{model} 480 px, 8 images, {R} x {D}"
+        case = functools.partial(KernelCase.of_launch, shape=f"{model} 480 px, 8 images, {R} x {D}")
         cases += [
-            KernelCase(
-                name=f"{model} layer_norm add forward",
-                kernel=_forward_kernel,
-                shape=shape,
-                signature=plain | dict(p_mean=fp32, p_rstd=fp32, R="i32", D="i32", eps="fp32"),
-                constants=dict(HAS_RESIDUAL=True, HAS_WEIGHT=True, HAS_BIAS=True, **tiles),
-                num_warps=warps,
+            case(
+                f"{model} layer_norm add forward",
+                _forward_kernel,
+                (bf16, bf16, bf16, bf16, bf16, bf16, fp32, fp32, R, D, 1e-5),
+                dict(HAS_RESIDUAL=True, HAS_WEIGHT=True, HAS_BIAS=True, **tiles),
                 bytes=4 * R * D * 2 + 2 * D * 2 + 8 * R,
                 flops=9 * R * D,
-                divisible=("D",),
             ),
-            KernelCase(
-                name=f"{model} layer_norm backward",
-                kernel=_backward_kernel,
-                shape=shape,
-                signature=dict(
-                    p_dy=bf16,
-                    p_dtotal=bf16,
-                    p_x=bf16,
-                    p_weight=bf16,
-                    p_mean=fp32,
-                    p_rstd=fp32,
-                    p_dx=bf16,
-                    p_dweight=fp32,
-                    p_dbias=fp32,
-                    R="i32",
-                    D="i32",
-                    blocks="i32",
-                ),
-                constants=dict(HAS_TOTAL=True, HAS_WEIGHT=True, AFFINE=True, **tiles),
-                num_warps=warps,
+            case(
+                f"{model} layer_norm backward",
+                _backward_kernel,
+                (bf16, bf16, bf16, bf16, fp32, fp32, bf16, fp32, fp32, R, D, blocks),
+                dict(HAS_TOTAL=True, HAS_WEIGHT=True, AFFINE=True, **tiles),
                 bytes=4 * R * D * 2 + D * 2 + 8 * R + 8 * P * D,
                 flops=18 * R * D,
-                divisible=("D",),
             ),
-            KernelCase(
-                name=f"{model} layer_norm affine sums",
-                kernel=_sum_groups_kernel,
-                shape=shape,
-                signature=dict(p_partial=fp32, p_sum=fp32, P="i32", D="i32"),
-                constants=dict(BP=16, BD=64),
-                num_warps=4,
+            case(
+                f"{model} layer_norm affine sums",
+                _sum_groups_kernel,
+                (fp32, fp32, P, D),
+                dict(BP=16, BD=64, num_warps=4),
                 bytes=8 * P * D + 8 * D,
                 flops=2 * P * D,
-                divisible=("D",),
                 vector_loads=False,
             ),
         ]

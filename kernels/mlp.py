@@ -13,6 +13,7 @@ Source: the MLP of CLIP, arXiv:2103.00020 (quick_gelu), of RoBERTa, arXiv:1907.1
 Prismer, arXiv:2303.02506 (squared_relu).
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -248,26 +249,14 @@ def kernel_cases() -> list[KernelCase]:
         ("BASE decoder", 8 * 40, 768, "gelu"),
     ):
         E = 4 * D
-        shape = f"{model}, 8 images, {R} x {D} x {E}"
+        case = functools.partial(gemm_case, shape=f"{model}, 8 images, {R} x {D} x {E}")
+        hidden = dict(bias=True, activation=name)
         cases += [
-            gemm_case(
-                f"{model} mlp fc {name}", R, E, D, shape=shape, b_transposed=True, bias=True, activation=name, keep=True
-            ),
-            gemm_case(f"{model} mlp proj", R, D, E, shape=shape, b_transposed=True, bias=True),
-            gemm_case(
-                f"{model} mlp dh",
-                R,
-                E,
-                D,
-                shape=shape,
-                bias=True,
-                activation=name,
-                differentiate=True,
-                activated=True,
-                sums=True,
-            ),
-            gemm_case(f"{model} mlp dx", R, D, E, shape=shape),
-            gemm_case(f"{model} mlp dfc_weight", E, D, R, shape=shape, a_transposed=True),
-            gemm_case(f"{model} mlp dproj_weight", D, E, R, shape=shape, a_transposed=True),
+            case(f"{model} mlp fc {name}", R, E, D, b_transposed=True, keep=True, **hidden),
+            case(f"{model} mlp proj", R, D, E, b_transposed=True, bias=True),
+            case(f"{model} mlp dh", R, E, D, differentiate=True, activated=True, sums=True, **hidden),
+            case(f"{model} mlp dx", R, D, E),
+            case(f"{model} mlp dfc_weight", E, D, R, a_transposed=True),
+            case(f"{model} mlp dproj_weight", D, E, R, a_transposed=True),
         ]
     return cases
