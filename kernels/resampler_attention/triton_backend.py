@@ -536,146 +536,58 @@ def attend_backward(
 
 def _cases(model: str, L: int, D: int) -> list[KernelCase]:
     """The cases of one model, with L inputs of width D."""
-    cases = []
     B, M, H = 8, 64, 8
     Q, (NZ, NX) = H * M, blocks_of(M, L)
     NB, bf16, fp32 = NZ + NX, "*bf16", "*fp32"
+    sizes = B, M, L, D, Q, NZ, NB
     rows, keys, number = B * Q * D * 2, B * (M + L) * D * 2, 4 * B * Q
     tiles, product = B * Q * NB * BLOCK * 2, 2 * B * Q * (M + L) * D
-    groups, _ = _groups(B * Q)
-    integers = {name: "i32" for name in ("B", "M", "L", "D", "Q", "NZ", "NB")}
-
-    shape = f"{model}, 8 images, 512 absorbed queries x {M + L} keys x {D}, bf16"
+    groups, each = _groups(B * Q)
+    scores_bytes = 2 * rows + keys + tiles + (1 + 2 * NB) * number
+    mix_bytes = tiles + keys + 4 * D + (NB + 1) * number + 2 * rows
+    again_bytes = tiles * NZ // NB + B * M * D * 2 + 4 * D + (NZ + 1) * number + 2 * rows
 
     def case(
-        name: str,
-        kernel: Any,
-        kind: str,
-        kinds: dict,
-        constants: dict,
-        flops: int,
-        bytes: int,
-        integers: dict = integers,
-        **options: Any,
-    ) -> None:
-        """Add a case; pointers that are not in `kinds` are None, as this launch leaves them."""
-        tiles = _tiles(kind, Q, D, 2)
-        warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-        left_out = {n: None for n in kernel.arg_names if n.startswith("p_") and n not in kinds}
-        cases.append(
-            KernelCase(
-                name=f"{model} {name}",
-                kernel=kernel,
-                signature=kinds | integers,
-                flops=flops,
-                bytes=bytes,
-                shape=shape,
-                constants=left_out | constants | tiles,
-                num_warps=warps,
-                num_stages=stages,
-                divisible=tuple(n for n in integers if n in ("D", "M", "Q")),
-                **options,
-            )
+        name: str, kernel: Any, kind: str, arguments: tuple, flags: dict, flops: int, nbytes: int, **options: bool
+    ) -> KernelCase:
+        return KernelCase.of_launch(
+            f"{model} {name}",
+            kernel,
+            arguments,
+            flags | _tiles(kind, Q, D, 2),
+            shape=f"{model}, 8 images, 512 absorbed queries x {M + L} keys x {D}, bf16",
+            flops=flops,
+            bytes=nbytes,
+            **options,
         )
 
-    inputs = dict(p_query=bf16, p_x=bf16)
-    affine = dict(p_gamma=bf16, p_beta=bf16)
-    case(
-        "scale",
-        _scale_kernel,
-        "rows",
-        dict(p_a=bf16, **affine, p_scaled=bf16, p_offset=fp32),
-        {},
-        2 * rows,
-        2 * rows + 4 * D + number,
-        integers=dict(R="i32", D="i32"),
-    )
-    forward = dict(p_a=bf16, p_scaled=bf16, p_offset=fp32, **inputs, p_probs=bf16, p_sum=fp32)
-    case(
-        "scores",
-        _scores_kernel,
-        "scores",
-        forward | dict(p_max=fp32),
-        dict(BACKWARD=False),
-        product,
-        2 * rows + keys + tiles + (1 + 2 * NB) * number,
-        dot=True,
-    )
-    case(
-        "scores backward",
-        _scores_kernel,
-        "scores",
-        forward | dict(p_factor=fp32, p_dprobs=bf16),
-        dict(BACKWARD=True),
-        product,
-        2 * rows + keys + 2 * tiles + (1 + 2 * NB) * number,
-        dot=True,
-    )
-    case(
-        "factor",
-        _factor_kernel,
-        "factor",
-        dict(p_max=fp32, p_sum=fp32, p_factor=fp32, p_share=fp32),
-        dict(BB=triton.next_power_of_2(NB)),
-        6 * B * Q * NB,
-        (3 * NB + 1) * number,
-        integers=dict(R="i32", NZ="i32", NB="i32"),
-        vector_loads=False,
-    )
-    mix = dict(p_probs=bf16, **inputs, **affine, p_share=fp32, p_mixed=bf16, p_t=bf16)
-    case(
-        "mix",
-        _mix_kernel,
-        "mix",
-        mix | dict(p_factor=fp32),
-        dict(MODE=0, STORE_MIXED=True),
-        product,
-        tiles + keys + 4 * D + (NB + 1) * number + 2 * rows,
-        dot=True,
-    )
-    case(
-        "mix backward",
-        _mix_kernel,
-        "mix",
-        mix | dict(p_factor=fp32, p_dprobs=bf16, p_delta=fp32),
-        dict(MODE=1, STORE_MIXED=True),
-        product,
-        2 * tiles + keys + 4 * D + (NB + 2) * number + 2 * rows,
-        dot=True,
-    )
-    case(
-        "mix again",
-        _mix_kernel,
-        "mix",
-        mix | dict(p_factor=fp32),
-        dict(MODE=2, STORE_MIXED=False),
-        2 * B * Q * M * D,
-        tiles * NZ // NB + B * M * D * 2 + 4 * D + (NZ + 1) * number + 2 * rows,
-        dot=True,
-    )
-    gradient = dict(p_a=bf16, p_dt=bf16, p_probs=bf16, p_factor=fp32, p_dprobs=bf16, p_delta=fp32)
-    case(
-        "keys",
-        _keys_kernel,
-        "keys",
-        gradient | dict(p_scaled_a=bf16, p_scaled_dt=bf16, p_dquery=bf16, p_dx=bf16),
-        {},
-        2 * product,
-        4 * rows + 2 * tiles + (NB + 1) * number + keys,
-        integers=integers | dict(first="i32"),
-        dot=True,
-    )
-    case(
-        "norm",
-        _norm_kernel,
-        "rows",
-        dict(p_a=bf16, p_dt=bf16, p_mixed_da=bf16, p_mixed=bf16, p_share_da=fp32, p_share=fp32, p_partial=fp32),
-        {},
-        4 * rows,
-        4 * rows + 2 * number + 8 * groups * D,
-        integers={name: "i32" for name in ("B", "M", "D", "Q", "each")},
-    )
-    return cases
+    def scores(name: str, pointers: tuple, nbytes: int, backward: bool) -> KernelCase:
+        arguments = bf16, bf16, fp32, bf16, bf16, bf16, *pointers, *sizes
+        return case(name, _scores_kernel, "scores", arguments, dict(BACKWARD=backward), product, nbytes, dot=True)
+
+    def mix(name: str, mode: int, flops: int, nbytes: int) -> KernelCase:
+        gradients = (bf16, fp32) if mode == 1 else (None, None)
+        arguments = bf16, fp32, *gradients, bf16, bf16, bf16, bf16, fp32, bf16, bf16, *sizes
+        flags = dict(MODE=mode, STORE_MIXED=mode < 2)
+        return case(name, _mix_kernel, "mix", arguments, flags, flops, nbytes, dot=True)
+
+    scale_arguments = bf16, bf16, bf16, bf16, fp32, B * Q, D
+    factor_arguments = fp32, fp32, fp32, fp32, B * Q, NZ, NB
+    keys_arguments = bf16, bf16, bf16, bf16, bf16, fp32, bf16, fp32, bf16, bf16, *sizes, 0
+    norm_arguments = bf16, bf16, bf16, bf16, fp32, fp32, fp32, B, M, D, Q, each
+    blocks, keys_bytes = dict(BB=triton.next_power_of_2(NB)), 4 * rows + 2 * tiles + (NB + 1) * number + keys
+    factor = 6 * B * Q * NB, (3 * NB + 1) * number
+    return [
+        case("scale", _scale_kernel, "rows", scale_arguments, {}, 2 * rows, 2 * rows + 4 * D + number),
+        scores("scores", (None, fp32, fp32, None), scores_bytes, False),
+        scores("scores backward", (fp32, None, fp32, bf16), scores_bytes + tiles, True),
+        case("factor", _factor_kernel, "factor", factor_arguments, blocks, *factor, vector_loads=False),
+        mix("mix", 0, product, mix_bytes),
+        mix("mix backward", 1, product, mix_bytes + tiles + number),
+        mix("mix again", 2, 2 * B * Q * M * D, again_bytes),
+        case("keys", _keys_kernel, "keys", keys_arguments, {}, 2 * product, keys_bytes, dot=True),
+        case("norm", _norm_kernel, "rows", norm_arguments, {}, 4 * rows, 4 * rows + 2 * number + 8 * groups * D),
+    ]
 
 
 def kernel_cases() -> list[KernelCase]:
