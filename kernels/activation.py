@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.checks import check_floats, described
 from prismer.kernels.dispatch import TORCH, TRITON, Backend, Op
 from prismer.kernels.layer_norm import _groups, _sum_groups_kernel
 
@@ -264,19 +265,15 @@ def _backward_fake(h: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     h, bias, activation = inputs
-    ctx.set_materialize_grads(False)
-    if any(ctx.needs_input_grad):
-        ctx.activation = activation
-        ctx.dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(h, bias)
+    ctx.activation = activation
+    ctx.dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(h, bias)
 
 
-def _autograd(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return None, None, None
-    needs = ctx.needs_input_grad
-    dh, dbias = bias_activation_backward_op(dy, *ctx.saved_tensors, ctx.activation, needs[1])
-    return dh if needs[0] else None, dbias.to(ctx.dtype) if needs[1] else None, None
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    needs_bias = ctx.needs_input_grad[1]
+    dh, dbias = bias_activation_backward_op(dy, *ctx.saved_tensors, ctx.activation, needs_bias)
+    return dh, dbias.to(ctx.dtype) if needs_bias else None
 
 
 bias_activation_op = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -308,11 +305,8 @@ def bias_activation(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """
     check_activation(activation)
     if not h.is_floating_point() or h.dim() < 1 or h.shape[-1] < 1:
-        raise ValueError(f"h is {h.dtype} of shape {tuple(h.shape)}; pass floats of shape (..., D)")
-    if bias is not None and (bias.shape != h.shape[-1:] or not bias.is_floating_point()):
-        raise ValueError(
-            f"bias is {bias.dtype} of shape {tuple(bias.shape)}; pass floats of shape {tuple(h.shape[-1:])}"
-        )
+        raise ValueError(f"h is {described(h)}; pass floats of shape (..., D)")
+    check_floats("bias", bias, h.shape[-1:])
     if OP.route(h) == "reference":
         return bias_activation_reference(h, bias, activation)
     return bias_activation_op(h.reshape(-1, h.shape[-1]), bias, activation).view(h.shape)

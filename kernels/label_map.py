@@ -38,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.checks import described
 from prismer.kernels.dispatch import NATIVE, TORCH, Backend, Op
 
 
@@ -316,17 +317,13 @@ def _backward_fake(dy: Tensor, num_rows: int) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ids, rows, features, _ = inputs
-    ctx.set_materialize_grads(False)
-    if ctx.needs_input_grad[2]:
-        ctx.num_rows, ctx.dtype = features.shape[0], features.dtype
-        ctx.save_for_backward(ids, rows)
+    ctx.num_rows, ctx.dtype = features.shape[0], features.dtype
+    ctx.save_for_backward(ids, rows)
 
 
-def _autograd(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None or not ctx.needs_input_grad[2]:
-        return None, None, None, None
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dfeatures = _label_map_backward(dy, *ctx.saved_tensors, ctx.num_rows)
-    return None, None, dfeatures.to(ctx.dtype), None
+    return None, None, dfeatures.to(ctx.dtype)
 
 
 _label_map = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -356,13 +353,11 @@ def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
         RuntimeError: on the CPU, if `rows` name a row that `features` do not have (on a GPU: NaN).
     """
     if ids.dtype != torch.uint8 or ids.dim() != 3:
-        raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; pass uint8 of shape (B, h, w)")
+        raise ValueError(f"ids are {described(ids)}; pass uint8 of shape (B, h, w)")
     if rows.dtype != torch.int64 or rows.shape != (ids.shape[0], 256):
-        raise ValueError(
-            f"rows are {rows.dtype} of shape {tuple(rows.shape)}; pass int64 of shape ({ids.shape[0]}, 256)"
-        )
+        raise ValueError(f"rows are {described(rows)}; pass int64 of shape ({ids.shape[0]}, 256)")
     if not features.is_floating_point() or features.dim() != 2:
-        raise ValueError(f"features are {features.dtype} of shape {tuple(features.shape)}; pass floats of shape (F, C)")
+        raise ValueError(f"features are {described(features)}; pass floats of shape (F, C)")
     if size < 1 or ids.shape[1] < 1 or ids.shape[2] < 1:
         raise ValueError(f"cannot resize a map of {tuple(ids.shape[1:])} to side {size}; both need at least one pixel")
     if not ids.device == rows.device == features.device:

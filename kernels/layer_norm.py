@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.checks import check_floats, check_like, described
 from prismer.kernels.dispatch import NATIVE, TORCH, TRITON, Op
 
 _MAX_WIDTH = 65536
@@ -310,30 +311,18 @@ def _backward_fake(x: Tensor, weight: Tensor | None, mean: Tensor, affine: bool)
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias, _ = inputs
     _, total, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    if residual is None:
-        ctx.mark_non_differentiable(total)
-    ctx.set_materialize_grads(False)
-    if any(ctx.needs_input_grad):
-        ctx.has_residual = residual is not None
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
+    ctx.mark_non_differentiable(*((total, mean, rstd) if residual is None else (mean, rstd)))
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
 
 
-def _autograd(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         # only the sum was used: its gradient passes through
-        return dtotal, dtotal if ctx.has_residual else None, None, None, None
-    x, weight, mean, rstd = ctx.saved_tensors
+        return dtotal, dtotal
     needs = ctx.needs_input_grad
-    dx, dweight, dbias = layer_norm_backward_op(dy, dtotal, x, weight, mean, rstd, needs[2] or needs[3])
-    return (
-        dx if needs[0] else None,
-        dx if needs[1] else None,
-        dweight if needs[2] else None,
-        dbias.to(ctx.bias_dtype) if needs[3] else None,
-        None,
-    )
+    dx, dweight, dbias = layer_norm_backward_op(dy, dtotal, *ctx.saved_tensors, needs[2] or needs[3])
+    return dx, dx, dweight, dbias.to(ctx.bias_dtype) if needs[3] else None
 
 
 layer_norm_op = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -345,19 +334,10 @@ layer_norm_backward_op = OP.register(_backward, fake=_backward_fake, suffix="_ba
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
     if not x.is_floating_point() or x.dim() < 1 or not 1 <= x.shape[-1] <= _MAX_WIDTH:
-        raise ValueError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (..., D), D from 1 to {_MAX_WIDTH}"
-        )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.shape != x.shape[-1:] or not tensor.is_floating_point()):
-            raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass floats of shape {tuple(x.shape[-1:])}"
-            )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual is {residual.dtype} of shape {tuple(residual.shape)}; "
-            f"pass {x.dtype} of shape {tuple(x.shape)}, like x"
-        )
+        raise ValueError(f"x is {described(x)}; pass floats of shape (..., D), D from 1 to {_MAX_WIDTH}")
+    check_floats("weight", weight, x.shape[-1:])
+    check_floats("bias", bias, x.shape[-1:])
+    check_like("residual", residual, x.shape, "x", x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
