@@ -419,65 +419,39 @@ def _scale(a: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     return scaled, offset
 
 
-def _scores(
-    a: Tensor,
-    scaled: Tensor,
-    offset: Tensor,
-    query: Tensor,
-    x_hat: Tensor,
-    probs: Tensor,
-    factor: Tensor | None,
-    largest: Tensor | None,
-    sums: Tensor,
-    dprobs: Tensor | None,
-) -> None:
-    sizes = _sizes(query, x_hat, a.shape[0])
-    tiles = _tiles("scores", sizes[4], sizes[3], a.element_size())
-    pointers = a, scaled, offset, query, x_hat, probs, factor, largest, sums, dprobs
-    _scores_kernel[(sizes[-1], triton.cdiv(sizes[4], tiles["BQ"]), sizes[0])](
-        *pointers, *sizes, BACKWARD=dprobs is not None, **tiles
-    )
+def _scores(sizes: tuple[int, ...], *pointers: Tensor | None) -> None:
+    """Launch `_scores_kernel` with its pointers in order; with `dprobs`, the last one, it is the backward pass."""
+    B, _, _, D, Q, _, NB = sizes
+    tiles = _tiles("scores", Q, D, pointers[0].element_size())
+    grid = NB, triton.cdiv(Q, tiles["BQ"]), B
+    _scores_kernel[grid](*pointers, *sizes, BACKWARD=pointers[-1] is not None, **tiles)
 
 
-def _mix(
-    mode: int,
-    probs: Tensor,
-    factor: Tensor,
-    dprobs: Tensor | None,
-    delta: Tensor | None,
-    query: Tensor,
-    x_hat: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    share: Tensor,
-    mixed: Tensor,
-    t: Tensor,
-) -> None:
-    sizes = _sizes(query, x_hat, t.shape[0])
-    tiles = _tiles("mix", sizes[4], sizes[3], t.element_size())
+def _mix(mode: int, sizes: tuple[int, ...], *pointers: Tensor | None) -> None:
+    """Launch `_mix_kernel` with its pointers in order; `mixed`, the last but one, is empty where it is not kept."""
+    B, _, _, D, Q, _, _ = sizes
+    *_, mixed, t = pointers
+    tiles = _tiles("mix", Q, D, t.element_size())
     flags = dict(MODE=mode, STORE_MIXED=mode < 2 and mixed.numel() > 0)
-    pointers = probs, factor, dprobs, delta, query, x_hat, gamma, beta, share, mixed, t
-    _mix_kernel[(triton.cdiv(sizes[3], tiles["BD"]), triton.cdiv(sizes[4], tiles["BQ"]), sizes[0])](
-        *pointers, *sizes, **flags, **tiles
-    )
+    _mix_kernel[(triton.cdiv(D, tiles["BD"]), triton.cdiv(Q, tiles["BQ"]), B)](*pointers, *sizes, **flags, **tiles)
 
 
 def attend(
     a: Tensor, query: Tensor, x_hat: Tensor, gamma: Tensor, beta: Tensor, keep_mixed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Absorbed queries a (H, B * M, D) -> t of the same shape, probs, factor, share, mixed (empty if not kept)."""
-    B, M, L, D, Q, NZ, NB = _sizes(query, x_hat, a.shape[0])
+    B, _, _, D, Q, NZ, NB = sizes = _sizes(query, x_hat, a.shape[0])
     scaled, offset = _scale(a, gamma, beta)
     probs = a.new_empty(B, Q, NB * BLOCK)
     largest, sums, factor = (a.new_empty(B, Q, NB, dtype=torch.float32) for _ in range(3))
-    _scores(a, scaled, offset, query, x_hat, probs, None, largest, sums, None)
+    _scores(sizes, a, scaled, offset, query, x_hat, probs, None, largest, sums, None)
     t, mixed = torch.empty_like(a), a.new_empty(B if keep_mixed else 0, Q, D)
     share = sums.new_empty(B, Q)
     tiles = _tiles("factor", Q, D, a.element_size())
     _factor_kernel[(triton.cdiv(B * Q, tiles["BR"]),)](
         largest, sums, factor, share, B * Q, NZ, NB, BB=triton.next_power_of_2(NB), **tiles
     )
-    _mix(0, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
+    _mix(0, sizes, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
     return t, probs, factor, share, mixed
 
 
@@ -505,14 +479,14 @@ def attend_backward(
     dquery, dx_hat, dgamma, dbeta, _, _ = results
     scaled_dt, offset = _scale(dt, gamma, beta)
     dprobs, sums = torch.empty_like(probs), torch.empty_like(factor)
-    _scores(dt, scaled_dt, offset, query, x_hat, probs, factor, None, sums, dprobs)
+    _scores(sizes, dt, scaled_dt, offset, query, x_hat, probs, factor, None, sums, dprobs)
     delta = sums.sum(2)
     da, t = torch.empty_like(a), torch.empty_like(a if needs["in_proj_weight"] else a[:0])
     if any(needs[name] for name in needs if name != "x_hat"):
         share_da, mixed_da = torch.empty_like(delta), a.new_empty(B if needs["norm"] else 0, Q, D)
-        _mix(1, probs, factor, dprobs, delta, query, x_hat, gamma, beta, share_da, mixed_da, da)
+        _mix(1, sizes, probs, factor, dprobs, delta, query, x_hat, gamma, beta, share_da, mixed_da, da)
     if needs["in_proj_weight"]:
-        _mix(2, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
+        _mix(2, sizes, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
     if needs["x_hat"] or needs["query"]:
         # without dx_hat the kernel does not read it
         scaled_a = _scale(a, gamma, beta)[0] if needs["x_hat"] else a
