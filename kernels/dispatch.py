@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import logging
 import os
 import pkgutil
@@ -371,7 +372,10 @@ class Op:
                 needs, by name.
             suffix: of the name, such as "_backward".
             mutates: names of the arguments that the implementation changes in place.
-            setup_context, backward: the gradient, as `torch.library.register_autograd` takes it.
+            setup_context, backward: the gradient, as `torch.library.register_autograd` takes it. `setup_context` is
+                called only if an input needs a gradient. The gradient of an output that nothing used is None.
+                `backward` is called only if some output has one. It may return gradients of the first inputs alone,
+                and of inputs that need none: those are dropped.
 
         Returns:
             The op, to be called as a function with all arguments in order.
@@ -385,6 +389,7 @@ class Op:
         _implementations[name] = implementation
         differentiable = None
         if backward is not None:
+            setup_context, backward = _where_needed(setup_context, backward)
             torch.library.register_autograd(f"prismer::{name}", backward, setup_context=setup_context, lib=_library)
             differentiable = _autograd_function(name, implementation, setup_context, backward)
         op = getattr(torch.ops.prismer, name)
@@ -444,6 +449,22 @@ def _taking_all(fake: Callable, implementation: Callable) -> Callable:
     names = list(inspect.signature(implementation).parameters)
     wanted = [names.index(name) for name in inspect.signature(fake).parameters]
     return lambda *args: fake(*(args[i] for i in wanted))
+
+
+def _where_needed(setup_context: Callable, backward: Callable) -> tuple[Callable, Callable]:
+    """Both functions of a gradient, with what `Op.register` promises them."""
+
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        if any(ctx.needs_input_grad):
+            setup_context(ctx, inputs, output)
+
+    def gradient(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        grads = () if all(dout is None for dout in douts) else backward(ctx, *douts)
+        return tuple(grad if need else None for grad, need in itertools.zip_longest(grads, needs))
+
+    return setup, gradient
 
 
 def _autograd_function(

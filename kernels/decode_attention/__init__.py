@@ -15,6 +15,7 @@ slots, A ancestors.
 import torch
 from torch import Tensor
 
+from prismer.kernels.checks import check_like
 from prismer.kernels.decode_attention import triton_backend
 from prismer.kernels.decode_attention.triton_backend import Pair
 from prismer.kernels.dispatch import TORCH, Backend, Op
@@ -233,14 +234,10 @@ def _check(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors
     R, H, Q, K = q.shape
     (shared_k, shared_v), (suffix_k, suffix_v) = shared, suffix
     S, M = shared_k.shape[-2], suffix_k.shape[-2]
-    for name, tensor, shape in (
-        ("shared_k", shared_k, (R, H, S, K)),
-        ("shared_v", shared_v, (R, H, S, K)),
-        ("suffix_k", suffix_k, (R, H, M, K)),
-        ("suffix_v", suffix_v, (R, H, M, K)),
-    ):
-        if tensor.shape != shape or tensor.dtype != q.dtype:
-            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected {shape} {q.dtype} to go with q")
+    check_like("shared_k", shared_k, (R, H, S, K), "q", q.dtype)
+    check_like("shared_v", shared_v, (R, H, S, K), "q", q.dtype)
+    check_like("suffix_k", suffix_k, (R, H, M, K), "q", q.dtype)
+    check_like("suffix_v", suffix_v, (R, H, M, K), "q", q.dtype)
     if shared_mask.shape not in ((R, S), (R, Q, S)) or shared_mask.dtype != torch.bool:
         raise ValueError(
             f"shared_mask is {tuple(shared_mask.shape)} {shared_mask.dtype}; "
