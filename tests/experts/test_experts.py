@@ -1,4 +1,4 @@
-"""Proves that the table of experts describes the paper's six, and that it is all that a new expert needs beside a network.
+"""Proves that the table of experts describes the paper's six, and that a new expert needs only the table and a network.
 
 python -m pytest tests/experts/test_experts.py
 """
