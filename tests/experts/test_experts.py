@@ -9,31 +9,34 @@ import sys
 import pytest
 
 from prismer.dataloading.experts.catalogue import networks_of
+from prismer.dataloading.sources.record import Place
 from prismer.experts import EXPERTS, PAPER_EXPERTS
 from tests.experts.jobs import write_photos
 
 
 @pytest.mark.parametrize(
-    "name, kind, planes, channels, fill, table",
+    "name, kind, planes, channels, fill, table, is_smooth",
     [
-        ("depth", "intensity", 1, 1, 0, None),
-        ("normal", "intensity", 3, 3, 0, None),
-        ("seg", "class", 1, 64, 255, None),
-        ("edge", "intensity", 1, 1, 0, None),
-        ("obj_detection", "object", 1, 64, 255, "instances"),
-        ("ocr_detection", "word", 1, 64, 255, "words"),
+        ("depth", "intensity", 1, 1, 0, None, True),
+        ("normal", "intensity", 3, 3, 0, None, True),
+        ("seg", "class", 1, 64, 255, None, False),
+        ("edge", "intensity", 1, 1, 0, None, False),
+        ("obj_detection", "object", 1, 64, 255, "instances", False),
+        ("ocr_detection", "word", 1, 64, 255, "words", False),
     ],
 )
-def test_the_maps_of_the_papers_experts(name, kind, planes, channels, fill, table):
+def test_the_label_format_of_the_papers_experts(name, kind, planes, channels, fill, table, is_smooth):
     expert = EXPERTS[name]
-    assert (expert.kind, expert.planes, expert.channels, expert.fill, expert.table) == (
-        kind,
-        planes,
-        channels,
-        fill,
-        table,
-    )
+    assert (expert.kind, expert.planes, expert.channels, expert.fill) == (kind, planes, channels, fill)
+    assert (expert.table, expert.is_smooth) == (table, is_smooth)
     assert expert.is_ids == (kind != "intensity") and expert.has_classes == (kind in ("class", "object"))
+
+
+def test_coco_segmentations_are_preferred_in_the_published_layout(tmp_path):
+    for folder in ("seg_ade", "seg_coco", "depth"):
+        (tmp_path / folder).mkdir()
+    place = Place(tmp_path, tmp_path, "photos")
+    assert place.labels == {"depth": tmp_path / "depth/photos", "seg": tmp_path / "seg_coco/photos"}
 
 
 def test_the_table_has_no_ambiguous_entry():
