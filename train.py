@@ -76,7 +76,7 @@ def _fail(error: Exception, training: bool) -> None:
 
     Other processes may be waiting for this one in a collective; only its end shows them, and the launcher, the failure.
     """
-    from prismer.errors import is_a_sentence
+    from prismer.errors import InputError, MachineError
     from prismer.files import is_disk_failure, sentence
     from prismer.training.zero import SharedError, is_peer_failure
 
@@ -84,7 +84,7 @@ def _fail(error: Exception, training: bool) -> None:
         text, code = sentence(error), 1 if training or is_disk_failure(error) else 2
     elif is_peer_failure(error):
         text, code = "another process of this run ended, and its message says why", 1
-    elif is_a_sentence(error):
+    elif isinstance(error, InputError | MachineError):
         text, code = str(error), 2
     else:
         return

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.checks import check_floats, described
 from prismer.kernels.dispatch import TORCH, TRITON, Backend, Op
 from prismer.kernels.layer_norm import _groups, _sum_groups_kernel
 
@@ -264,19 +265,15 @@ def _backward_fake(h: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     h, bias, activation = inputs
-    ctx.set_materialize_grads(False)
-    if any(ctx.needs_input_grad):
-        ctx.activation = activation
-        ctx.dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(h, bias)
+    ctx.activation = activation
+    ctx.dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(h, bias)
 
 
-def _autograd(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return None, None, None
-    needs = ctx.needs_input_grad
-    dh, dbias = bias_activation_backward_op(dy, *ctx.saved_tensors, ctx.activation, needs[1])
-    return dh if needs[0] else None, dbias.to(ctx.dtype) if needs[1] else None, None
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    needs_bias = ctx.needs_input_grad[1]
+    dh, dbias = bias_activation_backward_op(dy, *ctx.saved_tensors, ctx.activation, needs_bias)
+    return dh, dbias.to(ctx.dtype) if needs_bias else None
 
 
 bias_activation_op = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -308,11 +305,8 @@ def bias_activation(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """
     check_activation(activation)
     if not h.is_floating_point() or h.dim() < 1 or h.shape[-1] < 1:
-        raise ValueError(f"h is {h.dtype} of shape {tuple(h.shape)}; pass floats of shape (..., D)")
-    if bias is not None and (bias.shape != h.shape[-1:] or not bias.is_floating_point()):
-        raise ValueError(
-            f"bias is {bias.dtype} of shape {tuple(bias.shape)}; pass floats of shape {tuple(h.shape[-1:])}"
-        )
+        raise ValueError(f"h is {described(h)}; pass floats of shape (..., D)")
+    check_floats("bias", bias, h.shape[-1:])
     if OP.route(h) == "reference":
         return bias_activation_reference(h, bias, activation)
     return bias_activation_op(h.reshape(-1, h.shape[-1]), bias, activation).view(h.shape)
@@ -328,51 +322,38 @@ def kernel_cases() -> list[KernelCase]:
         ("BASE decoder", 8 * 40, 3072, "gelu"),
         ("BASE resampler", 8 * 64, 3072, "squared_relu"),
     ):
-        tiles = _tiles(D)
-        warps = tiles.pop("num_warps")
-        P, _ = _groups(R, tiles["BR"])
+        flags = dict(HAS_BIAS=True, ACTIVATION=name, **_tiles(D))
+        P, blocks = _groups(R, flags["BR"])
         shape = f"{model}, 8 images, {R} x {D}"
         cases += [
-            KernelCase(
-                name=f"{model} {name} forward",
-                kernel=_forward_kernel,
+            KernelCase.of_launch(
+                f"{model} {name} forward",
+                _forward_kernel,
+                (bf16, bf16, bf16, R, D),
+                flags,
                 shape=shape,
-                signature=dict(p_h=bf16, p_bias=bf16, p_y=bf16, R="i32", D="i32"),
-                constants=dict(HAS_BIAS=True, ACTIVATION=name, **tiles),
-                num_warps=warps,
                 bytes=2 * R * D * 2 + 2 * D,
                 flops=8 * R * D,
-                divisible=("D",),
             ),
-            KernelCase(
-                name=f"{model} {name} backward",
-                kernel=_backward_kernel,
+            KernelCase.of_launch(
+                f"{model} {name} backward",
+                _backward_kernel,
+                (bf16, bf16, bf16, bf16, fp32, R, D, blocks),
+                dict(SUMS=True, **flags),
                 shape=shape,
-                signature=dict(
-                    p_dy=bf16, p_h=bf16, p_bias=bf16, p_dh=bf16, p_dbias=fp32, R="i32", D="i32", blocks="i32"
-                ),
-                constants=dict(HAS_BIAS=True, ACTIVATION=name, SUMS=True, **tiles),
-                num_warps=warps,
                 bytes=3 * R * D * 2 + 2 * D + 4 * P * D,
                 flops=12 * R * D,
-                divisible=("D",),
             ),
         ]
     R, D = 8 * 964, 768
-    tiles = _tiles(D)
-    warps = tiles.pop("num_warps")
-    P, _ = _groups(R, tiles["BR"])
-    cases.append(
-        KernelCase(
-            name="BASE column sums",
-            kernel=_backward_kernel,
-            shape=f"BASE 480 px, 8 images, {R} x {D}",
-            signature=dict(p_dy=bf16, p_dbias=fp32, R="i32", D="i32", blocks="i32"),
-            constants=dict(p_h=None, p_bias=None, p_dh=None, HAS_BIAS=False, ACTIVATION="none", SUMS=True, **tiles),
-            num_warps=warps,
-            bytes=R * D * 2 + 4 * P * D,
-            flops=R * D,
-            divisible=("D",),
-        )
+    P, blocks = _groups(R, _tiles(D)["BR"])
+    sums = KernelCase.of_launch(
+        "BASE column sums",
+        _backward_kernel,
+        (bf16, None, None, None, fp32, R, D, blocks),
+        dict(HAS_BIAS=False, ACTIVATION="none", SUMS=True, **_tiles(D)),
+        shape=f"BASE 480 px, 8 images, {R} x {D}",
+        bytes=R * D * 2 + 4 * P * D,
+        flops=R * D,
     )
-    return cases
+    return [*cases, sums]

@@ -22,6 +22,7 @@ Bytes of the forward products, compulsory: (3 R D + 2 R E + 2 D E) s, and those 
 Source: Prismer, arXiv:2303.02506, section 3.2.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -30,10 +31,10 @@ from torch import Tensor
 
 from prismer.kernels.activation import column_sums
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.checks import check_floats, check_linear, described
 from prismer.kernels.dispatch import TORCH, TRITON, Op
 from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient
 from prismer.kernels.layer_norm import layer_norm_backward_op, layer_norm_op, layer_norm_reference
-from prismer.kernels.mlp import check_linear
 
 
 def adaptor_reference(
@@ -191,11 +192,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps = inputs
     _, r, total, mean, rstd = output
     ctx.mark_non_differentiable(r, total, mean, rstd)
-    ctx.set_materialize_grads(False)
-    needs = ctx.needs_input_grad[:7]
-    if not any(needs):
-        return
-    need_x, need_gamma, need_beta, need_down, need_down_bias, need_up, need_up_bias = needs
+    need_x, need_gamma, need_beta, need_down, need_down_bias, need_up, need_up_bias = ctx.needs_input_grad[:7]
     affine = need_gamma or need_beta
     need_u = need_x or (affine and not late)
     need_dh = need_u or need_down or need_down_bias
@@ -217,12 +214,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     )
 
 
-def _autograd(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 9
-    needs = list(ctx.needs_input_grad[:7])
-    grads = _adaptor_backward(dy, *ctx.saved_tensors, ctx.late, ctx.eps, needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+def _autograd(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor, ...]:
+    return _adaptor_backward(dy, *ctx.saved_tensors, ctx.late, ctx.eps, list(ctx.needs_input_grad[:7]))
 
 
 _adaptor = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -261,11 +254,10 @@ def adaptor(
         ValueError: if a shape or dtype does not fit.
     """
     if not x.is_floating_point() or x.dim() < 1 or not 1 <= x.shape[-1] <= 65536:
-        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (..., D), D from 1 to 65536")
+        raise ValueError(f"x is {described(x)}; pass floats of shape (..., D), D from 1 to 65536")
     D = x.shape[-1]
-    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if tensor is not None and (tensor.shape != (D,) or not tensor.is_floating_point()):
-            raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass floats of shape ({D},)")
+    check_floats("norm_weight", norm_weight, (D,))
+    check_floats("norm_bias", norm_bias, (D,))
     check_linear("down", down_weight, down_bias, D, x)
     check_linear("up", up_weight, up_bias, down_weight.shape[0], x, D)
     parameters = (norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
@@ -278,17 +270,13 @@ def kernel_cases() -> list[KernelCase]:
     """What is compiled ahead of time: every product of BASE and LARGE at 480 px, 8 images; the norm is layer_norm's."""
     cases = []
     for model, R, D in (("BASE", 8 * 964, 768), ("LARGE", 8 * 1220, 1024)):
-        shape = f"{model} 480 px, 8 images, {R} x {D} x {D}"
+        case = functools.partial(gemm_case, shape=f"{model} 480 px, 8 images, {R} x {D} x {D}")
         cases += [
-            gemm_case(f"{model} adaptor down", R, D, D, shape=shape, b_transposed=True, bias=True, activation="relu"),
-            gemm_case(
-                f"{model} adaptor up", R, D, D, shape=shape, b_transposed=True, bias=True, residual=True, square_a=True
-            ),
-            gemm_case(
-                f"{model} adaptor dh", R, D, D, shape=shape, activation="squared_relu", differentiate=True, sums=True
-            ),
-            gemm_case(f"{model} adaptor dx, late", R, D, D, shape=shape, residual=True),
-            gemm_case(f"{model} adaptor ddown_weight", D, D, R, shape=shape, a_transposed=True),
-            gemm_case(f"{model} adaptor dup_weight", D, D, R, shape=shape, a_transposed=True, square_b=True),
+            case(f"{model} adaptor down", R, D, D, b_transposed=True, bias=True, activation="relu"),
+            case(f"{model} adaptor up", R, D, D, b_transposed=True, bias=True, residual=True, square_a=True),
+            case(f"{model} adaptor dh", R, D, D, activation="squared_relu", differentiate=True, sums=True),
+            case(f"{model} adaptor dx, late", R, D, D, residual=True),
+            case(f"{model} adaptor ddown_weight", D, D, R, a_transposed=True),
+            case(f"{model} adaptor dup_weight", D, D, R, a_transposed=True, square_b=True),
         ]
     return cases

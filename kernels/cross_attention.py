@@ -40,9 +40,9 @@ from prismer.kernels.absorbed_projection import (
     weight_gradient,
 )
 from prismer.kernels.attention import attention, attention_reference
+from prismer.kernels.checks import check_linear, described
 from prismer.kernels.dispatch import TORCH, Op
 from prismer.kernels.linear import linears
-from prismer.kernels.mlp import check_linear
 from prismer.kernels.philox import draw_seed, survivors
 
 _ARGUMENTS = ("q", "context", "k_weight", "k_bias", "v_weight", "v_bias")
@@ -258,17 +258,12 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
     q, context, k_weight, _, v_weight, v_bias, seed, ctx.num_heads, ctx.dropout, _ = inputs
     probs = output[1]
     ctx.mark_non_differentiable(probs)
-    ctx.set_materialize_grads(False)
-    if any(ctx.needs_input_grad):
-        ctx.save_for_backward(q, context, k_weight, v_weight, v_bias, seed, probs)
+    ctx.save_for_backward(q, context, k_weight, v_weight, v_bias, seed, probs)
 
 
-def _autograd(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 10
+def _autograd(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, _: None) -> tuple[Tensor, ...]:
     needs = list(ctx.needs_input_grad[:6])
-    grads = _cross_attention_backward(dout, *ctx.saved_tensors, ctx.num_heads, ctx.dropout, needs)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4
+    return _cross_attention_backward(dout, *ctx.saved_tensors, ctx.num_heads, ctx.dropout, needs)
 
 
 _cross_attention = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -306,12 +301,10 @@ def _check(
     order: str | None,
 ) -> None:
     if q.dim() != 3 or not q.is_floating_point():
-        raise ValueError(f"q is {q.dtype} of shape {tuple(q.shape)}; pass floats of shape (B, N, D)")
+        raise ValueError(f"q is {described(q)}; pass floats of shape (B, N, D)")
     B, _, D = q.shape
     if context.dim() != 3 or context.shape[0] != B or context.dtype != q.dtype:
-        raise ValueError(
-            f"context is {context.dtype} of shape {tuple(context.shape)}; pass {q.dtype} of shape ({B}, L, E), like q"
-        )
+        raise ValueError(f"context is {described(context)}; pass {q.dtype} of shape ({B}, L, E), like q")
     for name, weight, bias in (("key", k_weight, k_bias), ("value", v_weight, v_bias)):
         check_linear(name, weight, bias, context.shape[2], q, outputs=D)
     if num_heads < 1 or D % num_heads:

@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import logging
 import os
 import pkgutil
@@ -30,6 +31,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from prismer.kernels.errors import InputError, MachineError
+
 BACKENDS = ("native", "triton", "torch", "flash-attn", "xformers", "sdpa", "reference")
 
 _BUILD = "run pip install --no-build-isolation --no-deps -e ."
@@ -41,7 +44,7 @@ _log = logging.getLogger("prismer.kernels")
 
 def _checked(backend: str, source: str) -> str:
     if backend not in BACKENDS:
-        raise ValueError(f"{source} is {backend!r}; choose {', '.join(BACKENDS)}, or leave it unset")
+        raise InputError(f"{source} is {backend!r}; choose {', '.join(BACKENDS)}, or leave it unset")
     return backend
 
 
@@ -309,7 +312,7 @@ class Op:
                 if backend.name == asked_for:
                     reason = self._unusable(backend, x.device.type) or self._refusal(backend, x, facts)
                     if reason is not None:
-                        raise RuntimeError(f"backend {asked_for} was asked for, but {reason}")
+                        raise MachineError(f"backend {asked_for} was asked for, but {reason}")
                     return asked_for
         for backend in _ranked(self, x, facts):
             reason = self._refusal(backend, x, facts)
@@ -369,7 +372,10 @@ class Op:
                 needs, by name.
             suffix: of the name, such as "_backward".
             mutates: names of the arguments that the implementation changes in place.
-            setup_context, backward: the gradient, as `torch.library.register_autograd` takes it.
+            setup_context, backward: the gradient, as `torch.library.register_autograd` takes it. `setup_context` is
+                called only if an input needs a gradient. The gradient of an output that nothing used is None.
+                `backward` is called only if some output has one. It may return gradients of the first inputs alone,
+                and of inputs that need none: those are dropped.
 
         Returns:
             The op, to be called as a function with all arguments in order.
@@ -383,6 +389,7 @@ class Op:
         _implementations[name] = implementation
         differentiable = None
         if backward is not None:
+            setup_context, backward = _where_needed(setup_context, backward)
             torch.library.register_autograd(f"prismer::{name}", backward, setup_context=setup_context, lib=_library)
             differentiable = _autograd_function(name, implementation, setup_context, backward)
         op = getattr(torch.ops.prismer, name)
@@ -442,6 +449,22 @@ def _taking_all(fake: Callable, implementation: Callable) -> Callable:
     names = list(inspect.signature(implementation).parameters)
     wanted = [names.index(name) for name in inspect.signature(fake).parameters]
     return lambda *args: fake(*(args[i] for i in wanted))
+
+
+def _where_needed(setup_context: Callable, backward: Callable) -> tuple[Callable, Callable]:
+    """Both functions of a gradient, with what `Op.register` promises them."""
+
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        if any(ctx.needs_input_grad):
+            setup_context(ctx, inputs, output)
+
+    def gradient(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        grads = () if all(dout is None for dout in douts) else backward(ctx, *douts)
+        return tuple(grad if need else None for grad, need in itertools.zip_longest(grads, needs))
+
+    return setup, gradient
 
 
 def _autograd_function(

@@ -16,6 +16,8 @@ Add M N s for h read or written and for the residual read, and 2 M N s for act(u
 tiles, add N w for a bias of w bytes each, and 4 N for partial column sums, which are then read once, with 4 N written.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -136,6 +138,25 @@ def _tiles(M: int, N: int, dtype: torch.dtype, activated: bool = False) -> dict[
     return dict(BM=128, BN=64 if activated else 128, BK=64, num_warps=8, num_stages=3)
 
 
+def _flags(
+    pointers: tuple[Any, ...], activation: str, differentiate: bool, square_a: bool, square_b: bool
+) -> dict[str, Any]:
+    """The constants of a launch beside its tiles; of the pointers of the kernel only those that are None matter."""
+    _, _, bias, h, residual, _, activated, sums = (pointer is not None for pointer in pointers)
+    return dict(
+        HAS_BIAS=bias,
+        ACTIVATION=activation,
+        KEEP=h and not differentiate,
+        HAS_RESIDUAL=residual,
+        DERIVATIVE=differentiate,
+        STORE_ACTIVATED=activated,
+        SUMS=sums,
+        SQUARE_A=square_a,
+        SQUARE_B=square_b,
+        GROUP=_GROUP,
+    )
+
+
 def _launch(
     a: Tensor,
     b: Tensor,
@@ -158,19 +179,8 @@ def _launch(
     tiles = _tiles(M, N, a.dtype, activated is not None)
     num_m = triton.cdiv(M, tiles["BM"])
     partial = torch.empty(num_m, N, dtype=torch.float32, device=a.device) if sums else None
-    flags = dict(
-        HAS_BIAS=bias is not None,
-        ACTIVATION=activation,
-        KEEP=h is not None and not differentiate,
-        HAS_RESIDUAL=residual is not None,
-        DERIVATIVE=differentiate,
-        STORE_ACTIVATED=activated is not None,
-        SUMS=sums is not None,
-        SQUARE_A=square_a,
-        SQUARE_B=square_b,
-        GROUP=_GROUP,
-    )
     pointers, strides = (a, b, bias, h, residual, c, activated, partial), (*a.stride(), *b.stride())
+    flags = _flags(pointers, activation, differentiate, square_a, square_b)
     _gemm_kernel[(num_m * triton.cdiv(N, tiles["BN"]),)](*pointers, M, N, K, *strides, **flags, **tiles)
     return sum_groups(partial, sums) if sums else None
 
@@ -292,45 +302,17 @@ def gemm_case(
 ) -> KernelCase:
     """The case that `_launch` would run; a transposed operand has its columns contiguous."""
     tiles, s = _tiles(M, N, dtype, activated), dtype.itemsize
-    warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-    pointers = dict(
-        p_a=True,
-        p_b=True,
-        p_bias=bias,
-        p_h=keep or differentiate,
-        p_residual=residual,
-        p_c=True,
-        p_activated=activated,
-        p_sums=sums,
-    )
-    unit = ("stride_am" if a_transposed else "stride_ak", "stride_bk" if b_transposed else "stride_bn")
-    strides = ("stride_am", "stride_ak", "stride_bk", "stride_bn")
-    integers = ("M", "N", "K", *(s for s in strides if s not in unit))
+    given = True, True, bias, keep or differentiate, residual, True, activated, sums
+    kinds = *["*bf16" if s == 2 else "*fp32"] * 7, "*fp32"
+    pointers = tuple(kind if is_given else None for kind, is_given in zip(kinds, given, strict=True))
+    strides = *((1, M) if a_transposed else (K, 1)), *((1, K) if b_transposed else (N, 1))
     extra = sum((keep or differentiate, residual, activated))
-    return KernelCase(
-        name=name,
-        kernel=_gemm_kernel,
+    return KernelCase.of_launch(
+        name,
+        _gemm_kernel,
+        (*pointers, M, N, K, *strides),
+        _flags(pointers, activation, differentiate, square_a, square_b) | tiles,
         shape=shape,
-        signature={p: "*bf16" if s == 2 and p != "p_sums" else "*fp32" for p, given in pointers.items() if given}
-        | dict.fromkeys(integers, "i32"),
-        constants={p: None for p, given in pointers.items() if not given}
-        | dict.fromkeys(unit, 1)
-        | dict(
-            HAS_BIAS=bias,
-            ACTIVATION=activation,
-            KEEP=keep,
-            HAS_RESIDUAL=residual,
-            DERIVATIVE=differentiate,
-            STORE_ACTIVATED=activated,
-            SUMS=sums,
-            SQUARE_A=square_a,
-            SQUARE_B=square_b,
-            GROUP=_GROUP,
-            **tiles,
-        ),
-        divisible=tuple(i for i in integers if i not in "MNK" or dict(M=M, N=N, K=K)[i] % 16 == 0),
-        num_warps=warps,
-        num_stages=stages,
         dot=s == 2,
         flops=2 * M * N * K,
         bytes=s * (M * K + K * N + (1 + extra) * M * N + N * bias) + 4 * N * triton.cdiv(M, tiles["BM"]) * sums,

@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.checks import described
 from prismer.kernels.dispatch import TORCH, Backend, Op
 
 
@@ -241,7 +242,6 @@ def _backward_fake(dy: Tensor, num_rows: int, table: bool, positions: bool) -> t
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, ids, table, rows, positions, grid = inputs
-    ctx.set_materialize_grads(False)
     if ctx.needs_input_grad[2] or ctx.needs_input_grad[4]:
         ctx.num_rows, ctx.grid = table.shape[0], grid
         ctx.dtypes = table.dtype, None if positions is None else positions.dtype
@@ -249,19 +249,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.save_for_backward(ids, rows)
 
 
-def _autograd(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
-    if dy is None or not (needs[2] or needs[4]):
-        return dy, None, None, None, None, None
+    if not (needs[2] or needs[4]):
+        return (dy,)
     dtable, dpositions = _instance_rows_backward(dy, *ctx.saved_tensors, ctx.num_rows, ctx.grid, needs[2], needs[4])
-    return (
-        dy if needs[0] else None,
-        None,
-        dtable.to(ctx.dtypes[0]) if needs[2] else None,
-        None,
-        dpositions.to(ctx.dtypes[1]) if needs[4] else None,
-        None,
-    )
+    return dy, None, dtable.to(ctx.dtypes[0]), None, dpositions.to(ctx.dtypes[1]) if needs[4] else None
 
 
 _instance_rows = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -299,23 +292,17 @@ def add_instance_rows(
 def _check(x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, grid: int, positions: Tensor | None) -> None:
     cells = grid * grid
     if not x.is_floating_point() or x.dim() != 3 or grid < 1 or x.shape[1] != cells:
-        raise ValueError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (B, {cells}, D) for a grid of {grid}"
-        )
+        raise ValueError(f"x is {described(x)}; pass floats of shape (B, {cells}, D) for a grid of {grid}")
     B, _, D = x.shape
     square = ids.dim() == 3 and len(ids) == B and ids.shape[1] == ids.shape[2] >= 1
     if ids.dtype != torch.uint8 or not square:
-        raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; pass uint8 of shape ({B}, s, s)")
+        raise ValueError(f"ids are {described(ids)}; pass uint8 of shape ({B}, s, s)")
     if not table.is_floating_point() or table.dim() != 2 or table.shape[1] != D or not table.shape[0]:
-        raise ValueError(
-            f"table is {table.dtype} of shape {tuple(table.shape)}; pass floats of shape (F, {D}), F at least 1"
-        )
+        raise ValueError(f"table is {described(table)}; pass floats of shape (F, {D}), F at least 1")
     if rows is not None and (rows.shape != (256,) or rows.dtype != torch.int64):
-        raise ValueError(f"rows are {rows.dtype} of shape {tuple(rows.shape)}; pass int64 of shape (256,)")
+        raise ValueError(f"rows are {described(rows)}; pass int64 of shape (256,)")
     if positions is not None and (positions.shape != (cells, D) or not positions.is_floating_point()):
-        raise ValueError(
-            f"positions are {positions.dtype} of shape {tuple(positions.shape)}; pass floats of shape ({cells}, {D})"
-        )
+        raise ValueError(f"positions are {described(positions)}; pass floats of shape ({cells}, {D})")
     others = [tensor for tensor in (ids, table, rows, positions) if tensor is not None]
     if any(tensor.device != x.device for tensor in others):
         raise ValueError(
@@ -326,35 +313,31 @@ def _check(x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, grid: int
 def kernel_cases() -> list[KernelCase]:
     """What is compiled ahead of time: BASE and LARGE, 8 images at 224 px, 128 instances."""
     cases = []
+    bf16, fp32, u8, i64 = "*bf16", "*fp32", "*u8", "*i64"
     B, side, num_rows = 8, 224, 128
     for model, grid, D in (("BASE", 14, 768), ("LARGE", 16, 1024)):
         N = B * grid * grid
-        integers = dict(N="i32", s="i32", F="i32", D="i32", grid="i32")
-        inputs = dict(p_ids="*u8", p_rows="*i64")
+        sizes = N, side, num_rows, D, grid
         shape = f"{model}, {B} maps of {side} px, {grid} x {grid} x {D} each, {num_rows} rows"
         cases += [
-            KernelCase(
-                name=f"{model} instance_rows forward",
-                kernel=_forward_kernel,
+            KernelCase.of_launch(
+                f"{model} instance_rows forward",
+                _forward_kernel,
+                (bf16, u8, bf16, i64, bf16, bf16, *sizes),
+                dict(HAS_ROWS=True, HAS_POSITIONS=True, **_FORWARD_TILES),
                 shape=shape,
-                signature=inputs | dict(p_x="*bf16", p_table="*bf16", p_positions="*bf16", p_out="*bf16") | integers,
-                constants=dict(HAS_ROWS=True, HAS_POSITIONS=True, **_FORWARD_TILES),
-                num_warps=4,
                 bytes=N + 2048 + 2 * D * (2 * N + num_rows + grid * grid),
                 flops=2 * N * D,
-                divisible=("N", "s", "F", "D"),
             ),
-            KernelCase(
-                name=f"{model} instance_rows table",
-                kernel=_table_kernel,
+            KernelCase.of_launch(
+                f"{model} instance_rows table",
+                _table_kernel,
+                (bf16, u8, i64, fp32, *sizes),
+                dict(HAS_ROWS=True, **_TABLE_TILES),
                 shape=shape,
-                signature=inputs | dict(p_dy="*bf16", p_dtable="*fp32") | integers,
-                constants=dict(HAS_ROWS=True, **_TABLE_TILES),
-                num_warps=4,
                 bytes=N + 2048 + 2 * N * D + 4 * num_rows * D,
                 flops=N * D,
                 dot=True,
-                divisible=("N", "s", "F", "D"),
             ),
         ]
     return cases

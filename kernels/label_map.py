@@ -38,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.checks import described
 from prismer.kernels.dispatch import NATIVE, TORCH, Backend, Op
 
 
@@ -316,17 +317,13 @@ def _backward_fake(dy: Tensor, num_rows: int) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ids, rows, features, _ = inputs
-    ctx.set_materialize_grads(False)
-    if ctx.needs_input_grad[2]:
-        ctx.num_rows, ctx.dtype = features.shape[0], features.dtype
-        ctx.save_for_backward(ids, rows)
+    ctx.num_rows, ctx.dtype = features.shape[0], features.dtype
+    ctx.save_for_backward(ids, rows)
 
 
-def _autograd(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None or not ctx.needs_input_grad[2]:
-        return None, None, None, None
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dfeatures = _label_map_backward(dy, *ctx.saved_tensors, ctx.num_rows)
-    return None, None, dfeatures.to(ctx.dtype), None
+    return None, None, dfeatures.to(ctx.dtype)
 
 
 _label_map = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -356,13 +353,11 @@ def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
         RuntimeError: on the CPU, if `rows` name a row that `features` do not have (on a GPU: NaN).
     """
     if ids.dtype != torch.uint8 or ids.dim() != 3:
-        raise ValueError(f"ids are {ids.dtype} of shape {tuple(ids.shape)}; pass uint8 of shape (B, h, w)")
+        raise ValueError(f"ids are {described(ids)}; pass uint8 of shape (B, h, w)")
     if rows.dtype != torch.int64 or rows.shape != (ids.shape[0], 256):
-        raise ValueError(
-            f"rows are {rows.dtype} of shape {tuple(rows.shape)}; pass int64 of shape ({ids.shape[0]}, 256)"
-        )
+        raise ValueError(f"rows are {described(rows)}; pass int64 of shape ({ids.shape[0]}, 256)")
     if not features.is_floating_point() or features.dim() != 2:
-        raise ValueError(f"features are {features.dtype} of shape {tuple(features.shape)}; pass floats of shape (F, C)")
+        raise ValueError(f"features are {described(features)}; pass floats of shape (F, C)")
     if size < 1 or ids.shape[1] < 1 or ids.shape[2] < 1:
         raise ValueError(f"cannot resize a map of {tuple(ids.shape[1:])} to side {size}; both need at least one pixel")
     if not ids.device == rows.device == features.device:
@@ -378,49 +373,41 @@ def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
 def kernel_cases() -> list[KernelCase]:
     """What is compiled ahead of time: BASE and LARGE, 8 images, a table of 320 rows."""
     cases = []
+    bf16, fp32, u8, i64 = "*bf16", "*fp32", "*u8", "*i64"
     B, side, C, F = 8, 224, 64, 320
     for model, size in (("BASE", 56), ("LARGE", 64)):
         P, BC = B * size * size, _columns(C)
-        G, _ = _parts(P, F, C)
-        backward = dict(_BACKWARD_TILES)
-        warps = backward.pop("num_warps")
-        integers = dict(P="i32", h="i32", w="i32", F="i32", C="i32", size="i32", steps="i32")
-        inputs = dict(p_ids="*u8", p_rows="*i64")
+        G, tiles = _parts(P, F, C)
+        sizes = P, side, side, F, C, size, size - 1
         shape = f"{model}, {B} maps of {side} px, {size} x {size} x {C} each, {F} rows"
         read = 4 * P + B * 256 * 8
         cases += [
-            KernelCase(
-                name=f"{model} label_map forward",
-                kernel=_forward_kernel,
+            KernelCase.of_launch(
+                f"{model} label_map forward",
+                _forward_kernel,
+                (u8, i64, bf16, bf16, *sizes),
+                dict(BP=32, BC=BC),
                 shape=shape,
-                signature=inputs | dict(p_features="*bf16", p_out="*bf16") | integers,
-                constants=dict(BP=32, BC=BC),
-                num_warps=4,
                 bytes=read + F * C * 2 + P * C * 2,
                 flops=P * C * 7,
-                divisible=("P", "h", "w", "F", "C"),
             ),
-            KernelCase(
-                name=f"{model} label_map backward",
-                kernel=_backward_kernel,
+            KernelCase.of_launch(
+                f"{model} label_map backward",
+                _backward_kernel,
+                (bf16, u8, i64, fp32, *sizes, tiles),
+                dict(BC=BC, **_BACKWARD_TILES),
                 shape=shape,
-                signature=inputs | dict(p_dy="*bf16", p_partial="*fp32") | integers | dict(tiles="i32"),
-                constants=dict(BC=BC, **backward),
-                num_warps=warps,
                 bytes=read + P * C * 2 + G * F * C * 4,
                 flops=P * C * 8,
-                divisible=("P", "h", "w", "F", "C"),
             ),
-            KernelCase(
-                name=f"{model} label_map sum of parts",
-                kernel=_sum_parts_kernel,
+            KernelCase.of_launch(
+                f"{model} label_map sum of parts",
+                _sum_parts_kernel,
+                (fp32, fp32, G, F * C),
+                _SUM_TILES,
                 shape=f"{G} x {F * C}",
-                signature=dict(p_partial="*fp32", p_sum="*fp32", G="i32", N="i32"),
-                constants=_SUM_TILES,
-                num_warps=4,
                 bytes=4 * (G + 1) * F * C,
                 flops=G * F * C,
-                divisible=("N",),
                 vector_loads=False,
             ),
         ]

@@ -14,6 +14,7 @@ Compulsory traffic, for R rows of D numbers of s bytes (weights 2 D w bytes, sta
 A trained affine adds 8 D bytes of partial sums, written and read, for each of P groups of rows, and 8 D bytes written.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.checks import check_floats, check_like, described
 from prismer.kernels.dispatch import NATIVE, TORCH, TRITON, Op
 
 _MAX_WIDTH = 65536
@@ -309,30 +311,18 @@ def _backward_fake(x: Tensor, weight: Tensor | None, mean: Tensor, affine: bool)
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias, _ = inputs
     _, total, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    if residual is None:
-        ctx.mark_non_differentiable(total)
-    ctx.set_materialize_grads(False)
-    if any(ctx.needs_input_grad):
-        ctx.has_residual = residual is not None
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
+    ctx.mark_non_differentiable(*((total, mean, rstd) if residual is None else (mean, rstd)))
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
 
 
-def _autograd(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         # only the sum was used: its gradient passes through
-        return dtotal, dtotal if ctx.has_residual else None, None, None, None
-    x, weight, mean, rstd = ctx.saved_tensors
+        return dtotal, dtotal
     needs = ctx.needs_input_grad
-    dx, dweight, dbias = layer_norm_backward_op(dy, dtotal, x, weight, mean, rstd, needs[2] or needs[3])
-    return (
-        dx if needs[0] else None,
-        dx if needs[1] else None,
-        dweight if needs[2] else None,
-        dbias.to(ctx.bias_dtype) if needs[3] else None,
-        None,
-    )
+    dx, dweight, dbias = layer_norm_backward_op(dy, dtotal, *ctx.saved_tensors, needs[2] or needs[3])
+    return dx, dx, dweight, dbias.to(ctx.bias_dtype) if needs[3] else None
 
 
 layer_norm_op = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -344,19 +334,10 @@ layer_norm_backward_op = OP.register(_backward, fake=_backward_fake, suffix="_ba
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
     if not x.is_floating_point() or x.dim() < 1 or not 1 <= x.shape[-1] <= _MAX_WIDTH:
-        raise ValueError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (..., D), D from 1 to {_MAX_WIDTH}"
-        )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.shape != x.shape[-1:] or not tensor.is_floating_point()):
-            raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass floats of shape {tuple(x.shape[-1:])}"
-            )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual is {residual.dtype} of shape {tuple(residual.shape)}; "
-            f"pass {x.dtype} of shape {tuple(x.shape)}, like x"
-        )
+        raise ValueError(f"x is {described(x)}; pass floats of shape (..., D), D from 1 to {_MAX_WIDTH}")
+    check_floats("weight", weight, x.shape[-1:])
+    check_floats("bias", bias, x.shape[-1:])
+    check_like("residual", residual, x.shape, "x", x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
@@ -412,59 +393,35 @@ def add_layer_norm(
 def kernel_cases() -> list[KernelCase]:
     """What is compiled ahead of time: BASE and LARGE at 480 px, 8 images."""
     cases = []
+    bf16, fp32 = "*bf16", "*fp32"
     for model, R, D in (("BASE", 8 * 964, 768), ("LARGE", 8 * 1220, 1024)):
         tiles = _tiles(D)
-        warps = tiles.pop("num_warps")
         P, blocks = _groups(R, tiles["BR"])
-        bf16, fp32 = "*bf16", "*fp32"
-        plain = dict(p_x=bf16, p_residual=bf16, p_weight=bf16, p_bias=bf16, p_y=bf16, p_total=bf16)
-        shape = f"{model} 480 px, 8 images, {R} x {D}"
+        case = functools.partial(KernelCase.of_launch, shape=f"{model} 480 px, 8 images, {R} x {D}")
         cases += [
-            KernelCase(
-                name=f"{model} layer_norm add forward",
-                kernel=_forward_kernel,
-                shape=shape,
-                signature=plain | dict(p_mean=fp32, p_rstd=fp32, R="i32", D="i32", eps="fp32"),
-                constants=dict(HAS_RESIDUAL=True, HAS_WEIGHT=True, HAS_BIAS=True, **tiles),
-                num_warps=warps,
+            case(
+                f"{model} layer_norm add forward",
+                _forward_kernel,
+                (bf16, bf16, bf16, bf16, bf16, bf16, fp32, fp32, R, D, 1e-5),
+                dict(HAS_RESIDUAL=True, HAS_WEIGHT=True, HAS_BIAS=True, **tiles),
                 bytes=4 * R * D * 2 + 2 * D * 2 + 8 * R,
                 flops=9 * R * D,
-                divisible=("D",),
             ),
-            KernelCase(
-                name=f"{model} layer_norm backward",
-                kernel=_backward_kernel,
-                shape=shape,
-                signature=dict(
-                    p_dy=bf16,
-                    p_dtotal=bf16,
-                    p_x=bf16,
-                    p_weight=bf16,
-                    p_mean=fp32,
-                    p_rstd=fp32,
-                    p_dx=bf16,
-                    p_dweight=fp32,
-                    p_dbias=fp32,
-                    R="i32",
-                    D="i32",
-                    blocks="i32",
-                ),
-                constants=dict(HAS_TOTAL=True, HAS_WEIGHT=True, AFFINE=True, **tiles),
-                num_warps=warps,
+            case(
+                f"{model} layer_norm backward",
+                _backward_kernel,
+                (bf16, bf16, bf16, bf16, fp32, fp32, bf16, fp32, fp32, R, D, blocks),
+                dict(HAS_TOTAL=True, HAS_WEIGHT=True, AFFINE=True, **tiles),
                 bytes=4 * R * D * 2 + D * 2 + 8 * R + 8 * P * D,
                 flops=18 * R * D,
-                divisible=("D",),
             ),
-            KernelCase(
-                name=f"{model} layer_norm affine sums",
-                kernel=_sum_groups_kernel,
-                shape=shape,
-                signature=dict(p_partial=fp32, p_sum=fp32, P="i32", D="i32"),
-                constants=dict(BP=16, BD=64),
-                num_warps=4,
+            case(
+                f"{model} layer_norm affine sums",
+                _sum_groups_kernel,
+                (fp32, fp32, P, D),
+                dict(BP=16, BD=64, num_warps=4),
                 bytes=8 * P * D + 8 * D,
                 flops=2 * P * D,
-                divisible=("D",),
                 vector_loads=False,
             ),
         ]

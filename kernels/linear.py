@@ -83,18 +83,13 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, *tensors = inputs
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(y for y, w in zip(output, tensors[::2], strict=True) if w is None))
     needs = ctx.needs_input_grad
-    if any(needs):
-        weights_train = any(needs[1::2])
-        weights = [w if needs[0] else None for w in tensors[::2]]
-        ctx.save_for_backward(x if weights_train else None, *weights)
+    weights = [w if needs[0] else None for w in tensors[::2]]
+    ctx.save_for_backward(x if any(needs[1::2]) else None, *weights)
 
 
 def _autograd(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-    if all(dy is None for dy in dys):
-        return (None,) * (1 + 2 * _MOST)
     x, *weights = ctx.saved_tensors
     needs = [bool(need) and (i == 0 or dys[(i - 1) // 2] is not None) for i, need in enumerate(ctx.needs_input_grad)]
     grads = _linears_backward(x, *dys, *weights, needs)

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prismer.kernels.dispatch import PLAIN
+from prismer.kernels.errors import InputError
 
 _asked = os.environ.get("PRISMER_MATMUL", "auto")
 if _asked not in ("auto", "torch"):
-    raise ValueError(f"PRISMER_MATMUL is {_asked!r}; set it to torch, or leave it unset")
+    raise InputError(f"PRISMER_MATMUL is {_asked!r}; set it to torch, or leave it unset")
 
 
 @functools.cache

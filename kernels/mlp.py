@@ -13,6 +13,7 @@ Source: the MLP of CLIP, arXiv:2103.00020 (quick_gelu), of RoBERTa, arXiv:1907.1
 Prismer, arXiv:2303.02506 (squared_relu).
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from prismer.kernels import matmul
 from prismer.kernels.activation import bias_activation_op, bias_activation_reference, check_activation, column_sums
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.checks import check_linear, described
 from prismer.kernels.dispatch import TORCH, TRITON, Op, is_partitioned
 from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient
 
@@ -148,27 +150,21 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, fc_weight, fc_bias, proj_weight, proj_bias, activation, _ = inputs
     _, h = output
     ctx.mark_non_differentiable(h)
-    ctx.set_materialize_grads(False)
     needs = ctx.needs_input_grad[:5]
-    if any(needs):
-        need_dh, need_h = any(needs[:3]), any(needs[:4])
-        ctx.activation = activation
-        ctx.save_for_backward(
-            x if needs[1] else None,
-            h if need_h else None,
-            fc_weight if needs[0] else None,
-            fc_bias if need_h else None,
-            proj_weight if need_dh else None,
-            proj_bias if needs[4] else None,
-        )
+    need_dh, need_h = any(needs[:3]), any(needs[:4])
+    ctx.activation = activation
+    ctx.save_for_backward(
+        x if needs[1] else None,
+        h if need_h else None,
+        fc_weight if needs[0] else None,
+        fc_bias if need_h else None,
+        proj_weight if need_dh else None,
+        proj_bias if needs[4] else None,
+    )
 
 
-def _autograd(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 7
-    needs = list(ctx.needs_input_grad[:5])
-    grads = _mlp_backward(dy, *ctx.saved_tensors, ctx.activation, needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+def _autograd(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor, ...]:
+    return _mlp_backward(dy, *ctx.saved_tensors, ctx.activation, list(ctx.needs_input_grad[:5]))
 
 
 _mlp = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -176,27 +172,6 @@ _mlp_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 
 
 # the public function
-
-
-def check_linear(
-    name: str, weight: Tensor, bias: Tensor | None, inputs: int, like: Tensor, outputs: int | None = None
-) -> None:
-    """Raise ValueError unless `weight` (outputs, inputs) and `bias` (outputs,) make a layer for x, which is `like`."""
-    if (
-        weight.dtype != like.dtype
-        or weight.dim() != 2
-        or not weight.numel()
-        or weight.shape[1] != inputs
-        or weight.shape[0] != (outputs or weight.shape[0])
-    ):
-        raise ValueError(
-            f"{name}_weight is {weight.dtype} of shape {tuple(weight.shape)}; "
-            f"pass {like.dtype}, like x, of shape ({outputs or 'outputs'}, {inputs})"
-        )
-    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
-        raise ValueError(
-            f"{name}_bias is {bias.dtype} of shape {tuple(bias.shape)}; pass floats of shape {tuple(weight.shape[:1])}"
-        )
 
 
 def mlp(
@@ -224,7 +199,7 @@ def mlp(
     """
     check_activation(activation)
     if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] < 1:
-        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (..., D)")
+        raise ValueError(f"x is {described(x)}; pass floats of shape (..., D)")
     check_linear("fc", fc_weight, fc_bias, x.shape[-1], x)
     check_linear("proj", proj_weight, proj_bias, fc_weight.shape[0], x)
     route = OP.route(x, fc_bias, proj_weight, proj_bias, activation)
@@ -248,26 +223,14 @@ def kernel_cases() -> list[KernelCase]:
         ("BASE decoder", 8 * 40, 768, "gelu"),
     ):
         E = 4 * D
-        shape = f"{model}, 8 images, {R} x {D} x {E}"
+        case = functools.partial(gemm_case, shape=f"{model}, 8 images, {R} x {D} x {E}")
+        hidden = dict(bias=True, activation=name)
         cases += [
-            gemm_case(
-                f"{model} mlp fc {name}", R, E, D, shape=shape, b_transposed=True, bias=True, activation=name, keep=True
-            ),
-            gemm_case(f"{model} mlp proj", R, D, E, shape=shape, b_transposed=True, bias=True),
-            gemm_case(
-                f"{model} mlp dh",
-                R,
-                E,
-                D,
-                shape=shape,
-                bias=True,
-                activation=name,
-                differentiate=True,
-                activated=True,
-                sums=True,
-            ),
-            gemm_case(f"{model} mlp dx", R, D, E, shape=shape),
-            gemm_case(f"{model} mlp dfc_weight", E, D, R, shape=shape, a_transposed=True),
-            gemm_case(f"{model} mlp dproj_weight", D, E, R, shape=shape, a_transposed=True),
+            case(f"{model} mlp fc {name}", R, E, D, b_transposed=True, keep=True, **hidden),
+            case(f"{model} mlp proj", R, D, E, b_transposed=True, bias=True),
+            case(f"{model} mlp dh", R, E, D, differentiate=True, activated=True, sums=True, **hidden),
+            case(f"{model} mlp dx", R, D, E),
+            case(f"{model} mlp dfc_weight", E, D, R, a_transposed=True),
+            case(f"{model} mlp dproj_weight", D, E, R, a_transposed=True),
         ]
     return cases

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prismer.errors import listed, shown
+from prismer.errors import InputError, listed, shown
 from prismer.experts import EXPERTS, PAPER_EXPERTS
 from prismer.reading import is_text, parse_json
 
@@ -102,61 +102,61 @@ class PrismerConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.experts, (list, tuple)):
-            raise ValueError(f"experts is {shown(self.experts)}; give a list of names, [] for none")
+            raise InputError(f"experts is {shown(self.experts)}; give a list of names, [] for none")
         object.__setattr__(self, "experts", tuple(self.experts))
         for expert in self.experts:
             if not isinstance(expert, str) or expert not in EXPERTS:
-                raise ValueError(f"unknown expert {shown(expert)} in experts; choose from {', '.join(EXPERTS)}")
+                raise InputError(f"unknown expert {shown(expert)} in experts; choose from {', '.join(EXPERTS)}")
         if len(set(self.experts)) != len(self.experts):
-            raise ValueError(f"experts lists one twice: {', '.join(self.experts)}; name each once")
+            raise InputError(f"experts lists one twice: {', '.join(self.experts)}; name each once")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is float and type(value) is int and abs(value) < 2**63:
                 object.__setattr__(self, field.name, float(value))
             elif field.type in (int, float, str) and type(value) is not field.type:
-                raise ValueError(f"{field.name} is {shown(value)}; it must be {field.type.__name__}")
+                raise InputError(f"{field.name} is {shown(value)}; it must be {field.type.__name__}")
             elif field.type is int and value < (least := 0 if field.name.endswith("_id") else 1):
-                raise ValueError(f"{field.name} is {shown(value)}; it must be at least {least}")
+                raise InputError(f"{field.name} is {shown(value)}; it must be at least {least}")
             elif field.type is float and not math.isfinite(value):
-                raise ValueError(f"{field.name} is {value}; give a finite number")
+                raise InputError(f"{field.name} is {value}; give a finite number")
             elif field.type is str and not is_text(value):
-                raise ValueError(f"{field.name} is {shown(value)}, which cannot be written as UTF-8; correct it")
+                raise InputError(f"{field.name} is {shown(value)}, which cannot be written as UTF-8; correct it")
         for name, (most, why) in _MOST.items():
             if getattr(self, name) > most:
-                raise ValueError(f"{name} is {shown(getattr(self, name))}; at most {most} ({why})")
+                raise InputError(f"{name} is {shown(getattr(self, name))}; at most {most} ({why})")
         for width, heads in (
             ("vision_width", "vision_heads"),
             ("vision_width", "resampler_heads"),
             ("text_width", "text_heads"),
         ):
             if getattr(self, width) % getattr(self, heads):
-                raise ValueError(
+                raise InputError(
                     f"{width} {getattr(self, width)} is not a multiple of {heads} {getattr(self, heads)}; "
                     f"change one so that each head has a whole width"
                 )
         if self.vision_width % 8:
-            raise ValueError(
+            raise InputError(
                 f"vision_width {self.vision_width} is not divisible by 8, as the stems need; give a multiple"
             )
         if self.vision_activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f"vision_activation is {shown(self.vision_activation)}; choose quick_gelu or gelu")
+            raise InputError(f"vision_activation is {shown(self.vision_activation)}; choose quick_gelu or gelu")
         if self.semantics not in ("clip", "spelling"):
-            raise ValueError(f"semantics is {shown(self.semantics)}; choose clip or spelling")
+            raise InputError(f"semantics is {shown(self.semantics)}; choose clip or spelling")
         if self.image_size < self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
+            raise InputError(f"image_size {self.image_size} is smaller than patch_size {self.patch_size}")
         if self.grid > MAX_GRID:
-            raise ValueError(
+            raise InputError(
                 f"image_size {self.image_size} makes {self.grid} x {self.grid} patches of {self.patch_size} px; "
                 f"give at most {MAX_GRID * self.patch_size}"
             )
         if not 0 <= self.dropout < 1 or not 0 <= self.label_smoothing < 1:
-            raise ValueError("dropout and label_smoothing must lie in [0, 1)")
+            raise InputError("dropout and label_smoothing must lie in [0, 1)")
         if self.init_std <= 0:
-            raise ValueError(f"init_std is {self.init_std}; it must be above 0")
+            raise InputError(f"init_std is {self.init_std}; it must be above 0")
         if max(self.bos_id, self.pad_id, self.eos_id) >= self.vocab_size:
-            raise ValueError(f"bos_id, pad_id and eos_id must be below vocab_size {self.vocab_size}")
+            raise InputError(f"bos_id, pad_id and eos_id must be below vocab_size {self.vocab_size}")
         if self.experts and self.label_grid < 1:
-            raise ValueError(f"label_size {self.label_size} is too small for patch_size {self.patch_size}")
+            raise InputError(f"label_size {self.label_size} is too small for patch_size {self.patch_size}")
 
     @property
     def grid(self) -> int:
@@ -193,11 +193,11 @@ class PrismerConfig:
             extra = type(values).__name__
             if isinstance(values, dict):
                 extra = listed(set(values) - known)
-            raise ValueError(f"{source} holds unknown settings ({extra}); known are {', '.join(sorted(known))}")
+            raise InputError(f"{source} holds unknown settings ({extra}); known are {', '.join(sorted(known))}")
         try:
             return cls(**values)
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
+            raise InputError(f"{source}: {error}") from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> "PrismerConfig":
@@ -206,7 +206,7 @@ class PrismerConfig:
         try:
             text = path.read_bytes().decode()
         except UnicodeDecodeError:
-            raise ValueError(f"{path} is not text; {_RESTORE}") from None
+            raise InputError(f"{path} is not text; {_RESTORE}") from None
         return cls.from_json(text, source=str(path))
 
 
@@ -272,7 +272,7 @@ def preset(name: str, **changes: Any) -> PrismerConfig:
     """The preset `name`; a "-z" at its end leaves the experts out, as in "base-z"."""
     size, _, suffix = name.partition("-")
     if size not in PRESETS or suffix not in ("", "z"):
-        raise ValueError(
+        raise InputError(
             f"unknown preset {shown(name)}; choose from {', '.join(PRESETS)}, each also with -z (no experts)"
         )
     without_experts = dict(name=name, experts=()) if suffix else {}

@@ -4,7 +4,6 @@ An InputError or a MachineError ends a command with its sentence; any other erro
 traceback is shown. Both classes are defined with the kernels, which import nothing from here.
 """
 
-import dis
 import numbers
 from collections.abc import Iterable
 
@@ -12,21 +11,6 @@ from prismer.kernels.errors import InputError, MachineError
 
 __all__ = ["InputError", "MachineError", "check_count", "check_integer", "listed", "shown"]
 _MAX_LENGTH = 60
-
-
-def is_a_sentence(error: BaseException) -> bool:
-    """Whether this library raised `error` on purpose: a `raise` in its code, or an exception of its own kind.
-
-    The same classes come out of torch, numpy and the interpreter for mistakes of ours, whose traceback is needed.
-    """
-    if type(error).__module__.startswith("prismer."):
-        return True
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    frame = trace.tb_frame
-    raised = dis.opname[frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
-    return raised and frame.f_globals.get("__name__", "").startswith("prismer.")
 
 
 def check_integer(name: str, value: object) -> None:

@@ -87,7 +87,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
-def write_json(path: str | Path, value) -> None:
+def write_json(path: str | Path, value: object) -> None:
     """Write `value` to `path` as indented JSON, as `write_atomically` does.
 
     Raises:

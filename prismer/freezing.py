@@ -7,6 +7,8 @@ resampler and instance table train in every mode.
 
 from typing import TYPE_CHECKING
 
+from prismer.errors import InputError
+
 if TYPE_CHECKING:
     # training configs need the names of the modes alone, and are read before the model's code is imported
     from prismer.network import PrismerNetwork
@@ -24,7 +26,7 @@ def freeze(model: "PrismerNetwork", mode: str) -> tuple[int, int]:
         ValueError: if there is no such mode.
     """
     if mode not in FREEZE_MODES:
-        raise ValueError(f"unknown freeze mode {mode!r}; choose from {', '.join(FREEZE_MODES)}")
+        raise InputError(f"unknown freeze mode {mode!r}; choose from {', '.join(FREEZE_MODES)}")
     model.requires_grad_(True)
     vision = model.encoder.blocks if mode in ("freeze_vision", "freeze_lang_vision") else ()
     text = model.decoder.layers if mode in ("freeze_lang", "freeze_lang_vision") else ()

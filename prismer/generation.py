@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prismer.errors import check_integer
+from prismer.errors import InputError, check_integer
 from prismer.kernels.decode_attention import decode_attention
 from prismer.text import KeysValues, TextDecoder, causal_attend, position_ids
 
@@ -143,7 +143,7 @@ def beam_search(
         ValueError: if an option is out of range, or for the reasons of `read_prompts`.
     """
     if scoring not in SCORINGS:
-        raise ValueError(f"scoring is {scoring!r}; choose {' or '.join(SCORINGS)}")
+        raise InputError(f"scoring is {scoring!r}; choose {' or '.join(SCORINGS)}")
     V = decoder.config.vocab_size
     counts = dict(beams=beams, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
     for name, value in counts.items():
@@ -151,11 +151,11 @@ def beam_search(
     number = isinstance(length_penalty, numbers.Real) and not isinstance(length_penalty, bool)
     # written so that NaN is refused, too
     if not (number and -_MAX_PENALTY <= length_penalty <= _MAX_PENALTY):
-        raise ValueError(f"length_penalty is {length_penalty!r}; give a number of at most {_MAX_PENALTY}, e.g. 1.0")
+        raise InputError(f"length_penalty is {length_penalty!r}; give a number of at most {_MAX_PENALTY}, e.g. 1.0")
     if not 1 <= beams < V / 2:
-        raise ValueError(f"beams is {beams}; expected 1 to {(V - 1) // 2}, under half of the {V} tokens")
+        raise InputError(f"beams is {beams}; expected 1 to {(V - 1) // 2}, under half of the {V} tokens")
     if not 0 <= min_new_tokens <= max_new_tokens or max_new_tokens < 1:
-        raise ValueError(
+        raise InputError(
             f"min_new_tokens {min_new_tokens} and max_new_tokens {max_new_tokens} leave nothing to generate; "
             f"expected 0 <= min <= max and max >= 1"
         )
@@ -341,18 +341,18 @@ def _pick(table: Tensor, beams: Tensor) -> Tensor:
 def _check_prompts(decoder: TextDecoder, cross: list[KeysValues], groups: Groups, read_out: str, room: int) -> None:
     config, B = decoder.config, cross[0][0].shape[0]
     if decoder.training:
-        raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
+        raise InputError("the model is in training mode, where dropout is random; call model.eval() first")
     if read_out not in READ_OUTS:
-        raise ValueError(f"read_out is {read_out!r}; choose {', '.join(READ_OUTS)}")
+        raise InputError(f"read_out is {read_out!r}; choose {', '.join(READ_OUTS)}")
     if len(groups) != B:
-        raise ValueError(f"prompts are given for {len(groups)} images, but there are {B}; give one list for each")
+        raise InputError(f"prompts are given for {len(groups)} images, but there are {B}; give one list for each")
     lengths = [len(prompt) for group in groups for prompt in group]
     if not lengths or not all(lengths):
-        raise ValueError("a prompt is empty or there is none at all; each needs at least its <s>")
+        raise InputError("a prompt is empty or there is none at all; each needs at least its <s>")
     # the last token that follows is predicted but never read
     limit = config.max_positions - config.pad_id - max(lengths)
     if room > limit:
-        raise ValueError(
+        raise InputError(
             f"a prompt of {max(lengths)} tokens can be followed by {limit} tokens, not {room}; "
             f"shorten the prompt or ask for fewer"
         )

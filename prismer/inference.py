@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from prismer.batch import ImageBatch
-from prismer.errors import check_integer, shown
+from prismer.errors import InputError, MachineError, check_integer, shown
 from prismer.generation import beam_search
 from prismer.network import PrismerNetwork
 from prismer.ranking import AnswerTrie, Ranking, rank_answers
@@ -72,7 +72,7 @@ class Candidates:
         encoded = [encode(tokenizer, text) for text in texts]
         longest = max(range(len(texts)), key=lambda i: len(encoded[i]))
         if len(encoded[longest]) > _MAX_TOKENS:
-            raise ValueError(
+            raise InputError(
                 f"entry {longest} of {name} has {len(encoded[longest])} tokens, at most {_MAX_TOKENS} can be ranked; "
                 f"shorten it"
             )
@@ -112,7 +112,7 @@ def caption(
     for name, value in (("max_length", max_length), ("min_length", min_length)):
         check_integer(name, value)
     if max_length <= len(prompt):
-        raise ValueError(f"max_length is {max_length}, but the prefix alone has {len(prompt)} tokens; raise max_length")
+        raise InputError(f"max_length is {max_length}, but the prefix alone has {len(prompt)} tokens; raise max_length")
     generated = beam_search(
         model.decoder,
         _encode(model, images),
@@ -223,35 +223,35 @@ def classify(
 def _tokenizer(model: PrismerNetwork) -> Tokenizer:
     """The tokenizer of a model that can be asked; a ValueError for any other model."""
     if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer; build it with one or load a folder that holds one")
+        raise InputError("the model has no tokenizer; build it with one or load a folder that holds one")
     if model.training:
-        raise ValueError("the model is in training mode, where dropout is random; call model.eval() first")
+        raise InputError("the model is in training mode, where dropout is random; call model.eval() first")
     for name, weight in model.named_parameters():
         if weight.is_meta:
-            raise ValueError(
+            raise InputError(
                 f"the model's weights ({name}) are on the meta device, which holds no numbers; load them first"
             )
         if weight.is_floating_point() and weight.dtype not in _DTYPES:
-            raise ValueError(
+            raise InputError(
                 f"the model's weights ({name}) are {weight.dtype}, which no op here computes in; "
                 f"call model.to(torch.bfloat16) first"
             )
     encoder, decoder = model.encoder.positional_embedding.dtype, model.decoder.head_weight.dtype
     if encoder != decoder:
-        raise ValueError(f"the encoder is {encoder} and the decoder {decoder}; give both one dtype, e.g. model.float()")
+        raise InputError(f"the encoder is {encoder} and the decoder {decoder}; give both one dtype, e.g. model.float()")
     return model.tokenizer
 
 
 def _encode(model: PrismerNetwork, images: ImageBatch) -> torch.Tensor:
     if not len(images):
-        raise ValueError("the batch holds no images; give at least one")
+        raise InputError("the batch holds no images; give at least one")
     return model.encode(images.to(model.device))
 
 
 def _check_finite(scores: torch.Tensor) -> None:
     # otherwise weights of another architecture or of a diverged run give texts that look like any others
     if not bool(scores.isfinite().all()):
-        raise RuntimeError("the model's scores are not finite; check its weights and its inputs")
+        raise MachineError("the model's scores are not finite; check its weights and its inputs")
 
 
 def _group(questions: Any, num_images: int) -> tuple[list[list[str]], bool]:
@@ -259,7 +259,7 @@ def _group(questions: Any, num_images: int) -> tuple[list[list[str]], bool]:
     entries = _as_list(questions)
     if entries is None or len(entries) != num_images:
         given = shown(questions) if entries is None else f"a list of {len(entries)}"
-        raise ValueError(
+        raise InputError(
             f"questions is {'one string' if isinstance(questions, str) else given} for {num_images} images; give a "
             f"list with one question, or one list of questions, for each image"
         )
@@ -267,10 +267,10 @@ def _group(questions: Any, num_images: int) -> tuple[list[list[str]], bool]:
     if not any(group is not None for group in groups):
         return [[_text(entry, "a question")] for entry in entries], False
     if any(isinstance(entry, str) for entry in entries):
-        raise ValueError("questions mixes strings and lists; give either for all images")
+        raise InputError("questions mixes strings and lists; give either for all images")
     for entry, group in zip(entries, groups, strict=True):
         if group is None:
-            raise ValueError(f"the questions of an image are {shown(entry)}; give a list of strings")
+            raise InputError(f"the questions of an image are {shown(entry)}; give a list of strings")
     return [[_text(question, "a question") for question in group] for group in groups], True
 
 
@@ -285,7 +285,7 @@ def _texts(given: Any, name: str) -> list[str]:
     """A list of at least one text, as it stands; a ValueError for anything else."""
     entries = _as_list(given)
     if not entries:
-        raise ValueError(f"{name} is {shown(given)}; give a list of at least one text")
+        raise InputError(f"{name} is {shown(given)}; give a list of at least one text")
     return [_text(entry, f"entry {i} of {name}") for i, entry in enumerate(entries)]
 
 
@@ -294,9 +294,9 @@ def _text(given: Any, name: str) -> str:
     if not isinstance(given, str):
         kind = type(given).__name__
         article = "an" if kind[0].lower() in "aeiou" else "a"
-        raise ValueError(f"{name} is {shown(given)}, {article} {kind}; give a string")
+        raise InputError(f"{name} is {shown(given)}, {article} {kind}; give a string")
     if not is_text(given):
-        raise ValueError(f"{name} is {given[:60]!a}, which is not UTF-8; write it in UTF-8")
+        raise InputError(f"{name} is {given[:60]!a}, which is not UTF-8; write it in UTF-8")
     return str(given)
 
 

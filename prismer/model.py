@@ -9,6 +9,7 @@ from prismer.batch import ImageBatch
 from prismer.dataloading.feed.image_batch import ExpertLabels, image_batch
 from prismer.dataloading.feed.load_image import ImageSource
 from prismer.dataloading.semantics.features import Semantics
+from prismer.errors import InputError
 from prismer.inference import Answer, Candidates, answer, caption, classify
 from prismer.network import PrismerNetwork
 from prismer.weights.backbones import from_backbones
@@ -80,7 +81,7 @@ class Prismer(PrismerNetwork):
     def _as_batch(self, images: Images, labels: Labels | None, semantics: Semantics | None) -> ImageBatch:
         if isinstance(images, ImageBatch):
             if labels is not None:
-                raise ValueError("an ImageBatch holds its labels already; leave labels out")
+                raise InputError("an ImageBatch holds its labels already; leave labels out")
             return images
         images = images if isinstance(images, list | tuple) else [images]
         return image_batch(images, self.config, labels, semantics)

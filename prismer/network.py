@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from prismer.batch import Batch, ImageBatch
 from prismer.config import PrismerConfig
+from prismer.errors import InputError
 from prismer.text import TextDecoder
 from prismer.tokenizer import Tokenizer
 from prismer.vision import VisionEncoder
@@ -28,7 +29,7 @@ class PrismerNetwork(nn.Module):
     def __init__(self, config: PrismerConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
-            raise ValueError(
+            raise InputError(
                 f"tokenizer has {tokenizer.vocab_size} tokens, config.vocab_size is {config.vocab_size}; "
                 "give the tokenizer that the model was trained with"
             )

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from prismer.config import PrismerConfig
+from prismer.errors import InputError
 from prismer.kernels import matmul
 from prismer.kernels.linear import linears
 
@@ -131,7 +132,7 @@ def choose_precision(wanted: str, width: int, device: torch.device) -> tuple[str
         name = torch.cuda.get_device_name(device)
         native = _gpu_multiplies_bf16()
         if wanted == "bf16" and not native:
-            raise ValueError(f"{name} has no bf16 arithmetic; set precision to auto or fp32")
+            raise InputError(f"{name} has no bf16 arithmetic; set precision to auto or fp32")
         if wanted != "auto":
             return wanted, f"precision: {wanted}, as asked, on {name}"
         if native:
@@ -186,7 +187,7 @@ def inference_dtype(
         ValueError: if `wanted` is another string.
     """
     if isinstance(wanted, str) and wanted != "auto":
-        raise ValueError(f'unknown dtype {wanted!r}; give "auto" or a torch.dtype')
+        raise InputError(f'unknown dtype {wanted!r}; give "auto" or a torch.dtype')
     if isinstance(wanted, torch.dtype):
         return wanted, None
     if wanted is None and stored != torch.bfloat16:

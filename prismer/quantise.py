@@ -21,6 +21,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from prismer.errors import InputError
 from prismer.kernels.activation import bias_activation
 from prismer.kernels.attention import attention
 from prismer.kernels.modules import MLP, MultiheadAttention
@@ -59,12 +60,12 @@ class Int8Linear(nn.Module):
     def train(self, mode: bool = True) -> "Int8Linear":
         """Raise a ValueError if `mode` is True."""
         if mode:
-            raise ValueError("an int8 model cannot train; train the original and quantise it afterwards")
+            raise InputError("an int8 model cannot train; train the original and quantise it afterwards")
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError("int8 products have no gradient; call the model under torch.no_grad()")
+            raise InputError("int8 products have no gradient; call the model under torch.no_grad()")
         rows = x.reshape(-1, x.shape[-1])
         steps = rows.abs().amax(1, keepdim=True).float().div_(_STEPS).clamp_(min=_TINY)
         product = torch._int_mm((rows / steps).round_().to(torch.int8), self.weight.T)
@@ -143,7 +144,7 @@ class Int8PostNormMLP(Int8MLP):
 def check_device(device: torch.device) -> None:
     """Raise a ValueError unless `device` is a CPU."""
     if device.type != "cpu":
-        raise ValueError(f"int8 towers are for a CPU and the device is {device}; a GPU computes in bf16")
+        raise InputError(f"int8 towers are for a CPU and the device is {device}; a GPU computes in bf16")
 
 
 def quantise(model: Model) -> Model:
@@ -160,7 +161,7 @@ def quantise(model: Model) -> Model:
     """
     check_device(model.device)
     if any(isinstance(module, Int8Linear) for module in model.modules()):
-        raise ValueError("the model's towers are int8 already; quantise a model once")
+        raise InputError("the model's towers are int8 already; quantise a model once")
     model.requires_grad_(False)
     for block in model.encoder.blocks:
         block.attn, block.mlp = Int8Attention(block.attn), Int8MLP(block.mlp)

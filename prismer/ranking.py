@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prismer.errors import check_integer
+from prismer.errors import InputError, check_integer
 from prismer.generation import Groups, Prompts, read_prompts
 from prismer.kernels.decode_attention import decode_attention
 from prismer.kernels.linear import linears
@@ -50,10 +50,10 @@ class AnswerTrie:
             ValueError: if there is no answer, or one does not end with its only end token.
         """
         if not answers:
-            raise ValueError("the list of answers is empty; give at least one answer")
+            raise InputError("the list of answers is empty; give at least one answer")
         for i, tokens in enumerate(answers):
             if not tokens or tokens[-1] != eos_id or eos_id in tokens[:-1]:
-                raise ValueError(f"answer {i} has tokens {tokens}; expected the end token {eos_id} once, as the last")
+                raise InputError(f"answer {i} has tokens {tokens}; expected the end token {eos_id} once, as the last")
         A, L = len(answers), max(map(len, answers))
         self.order = np.array(sorted(range(A), key=lambda i: answers[i]))
         self.lengths = np.array([len(tokens) for tokens in answers])
@@ -121,7 +121,7 @@ def rank_answers(
     if top_k is not None:
         check_integer("top_k", top_k)
         if top_k < 1:
-            raise ValueError(f"top_k is {top_k}; expected at least 1, or None to score every answer")
+            raise InputError(f"top_k is {top_k}; expected at least 1, or None to score every answer")
     cross = decoder.project_context(context)
     prompts = read_prompts(decoder, cross, groups, read_out, trie.paths.shape[1])
     scorer = _Scorer(decoder, cross, prompts, trie)

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from prismer.errors import InputError
 
@@ -100,7 +100,7 @@ def lines_of(text: str) -> list[str]:
     return lines if lines[-1] else lines[:-1]
 
 
-def parse_json(data: bytes | str, name: object, remedy: str = _REMEDY, *, lenient: bool = False):
+def parse_json(data: bytes | str, name: object, remedy: str = _REMEDY, *, lenient: bool = False) -> Any:
     """The JSON value of a text, or of its UTF-8 bytes with or without a byte-order mark.
 
     Args:
@@ -124,7 +124,7 @@ def parse_json(data: bytes | str, name: object, remedy: str = _REMEDY, *, lenien
         raise InputError(f"{name} is not JSON ({error}); {remedy}") from None
 
 
-def read_json(path: str | Path, kind: type | None = None, remedy: str = _REMEDY, *, lenient: bool = False):
+def read_json(path: str | Path, kind: type | None = None, remedy: str = _REMEDY, *, lenient: bool = False) -> Any:
     """The JSON value of a UTF-8 file.
 
     Args:

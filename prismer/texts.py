@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from prismer.batch import IGNORE_INDEX, TextBatch
+from prismer.errors import InputError
 from prismer.tokenizer import Tokenizer
 
 MAX_WORDS = 30
@@ -51,7 +52,7 @@ def clean_question(question: str) -> str:
     """
     text = _PUNCTUATION.sub(" ", question).capitalize().strip()
     if not text.strip("? "):
-        raise ValueError(f"the question {question!r} is empty; ask it in words")
+        raise InputError(f"the question {question!r} is empty; ask it in words")
     text = " ".join(text.split(" ")[:MAX_WORDS])
     return text if text.endswith("?") else text + "?"
 
@@ -164,7 +165,7 @@ def encode_qa(
     target = encode_answer(tokenizer, answer)
     room = _max_tokens(tokenizer, max_positions) - len(target)
     if room < 2:
-        raise ValueError(
+        raise InputError(
             f"the answer {answer!r} has {len(target)} tokens, which leaves no question within "
             f"{max_positions} positions; shorten it"
         )
@@ -189,10 +190,10 @@ def collate(groups: list[list[Text]], *, pad_id: int = 1, bos_id: int = 0, split
         ValueError: if there is no image, or a text's ids and labels differ in length or are empty.
     """
     if not groups:
-        raise ValueError("there are no texts to collate; give one list of texts for each image")
+        raise InputError("there are no texts to collate; give one list of texts for each image")
     for ids, labels, _ in (text for group in groups for text in group):
         if len(ids) != len(labels) or not ids:
-            raise ValueError(f"a text has {len(ids)} ids and {len(labels)} labels; give as many of each, at least one")
+            raise InputError(f"a text has {len(ids)} ids and {len(labels)} labels; give as many of each, at least one")
     num_images, num_texts = len(groups), max(1, *map(len, groups))
     length = max((len(ids) for group in groups for ids, _, _ in group), default=1)
     ids = np.full((num_images, num_texts, length), pad_id, dtype=np.int64)
@@ -238,7 +239,7 @@ def choose_questions(
     # check answers that are not drawn too: the draw must not decide whether a sample is used
     for _, answer, _ in pairs:
         if not answer_fits(tokenizer, answer, max_positions):
-            raise ValueError(f"the answer {answer[:40]!r}... is too long for {max_positions} positions; shorten it")
+            raise InputError(f"the answer {answer[:40]!r}... is too long for {max_positions} positions; shorten it")
     return [
         (*encode_qa(tokenizer, question, answer, max_positions), weight)
         for question, answer, weight in _draw(pairs, num_texts, rng)
@@ -252,7 +253,7 @@ def choose_class(
     name = _field(meta, "class")
     if not isinstance(name, str):
         if not 0 <= name < len(class_names):
-            raise ValueError(
+            raise InputError(
                 f"a sample is of class {name} but {len(class_names)} names were given; give the name of every class"
             )
         name = class_names[name]
@@ -276,7 +277,7 @@ def choose_joint(choosers: dict[str, ChooseTexts], meta: dict, rng: np.random.Ge
 def _field(meta: dict, name: str) -> Any:
     # an empty list is an image without texts; a missing field is a dataset for another task
     if meta.get(name) is None:
-        raise ValueError(
+        raise InputError(
             f"a sample has no {name!r}, only {', '.join(sorted(meta)) or 'nothing'}; "
             f"choose a task that fits the dataset"
         )
@@ -293,7 +294,7 @@ def _sentence(tokenizer: Tokenizer, prefix: str, body: str, max_positions: int |
     limit = min(MAX_CAPTION_TOKENS, _max_tokens(tokenizer, max_positions))
     prompt = encode_prompt(tokenizer, prefix)
     if len(prompt) >= limit:
-        raise ValueError(f"the prefix {prefix!r} has {len(prompt)} tokens of the {limit} of a caption; shorten it")
+        raise InputError(f"the prefix {prefix!r} has {len(prompt)} tokens of the {limit} of a caption; shorten it")
     if not prefix.strip():
         body = body.lstrip()
     ids = prompt + tokenizer.encode(body)
@@ -308,5 +309,5 @@ def _max_tokens(tokenizer: Tokenizer, max_positions: int | None) -> int:
 
 def _not_empty(text: str, what: str) -> str:
     if not text.strip():
-        raise ValueError(f"the {what} {text!r} is empty; leave it out of the list")
+        raise InputError(f"the {what} {text!r} is empty; leave it out of the list")
     return text.strip()

@@ -11,6 +11,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from prismer.errors import InputError
 from prismer.files import CHECKSUMS, find_damage, write_atomically
 from prismer.reading import is_text, read_json
 from prismer.shipped import shipped_folder
@@ -42,15 +43,15 @@ class Tokenizer:
             ValueError: if ids are not consecutive, or a special token is missing.
         """
         if sorted(vocab.values()) != list(range(len(vocab))):
-            raise ValueError(f"the ids of {source} are not 0 to {len(vocab) - 1}; restore the file")
+            raise InputError(f"the ids of {source} are not 0 to {len(vocab) - 1}; restore the file")
         missing = [token for token in (*FIRST_SPECIALS, MASK) if token not in vocab]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"{source} lacks {', '.join(missing)}; use a vocabulary of the RoBERTa family, which has them"
             )
         unknown = next(((a, b) for a, b in merges if not (a in vocab and b in vocab and a + b in vocab)), None)
         if unknown is not None:
-            raise ValueError(
+            raise InputError(
                 f"the merge {' '.join(unknown)!r} is not of tokens of {source}; use merges that belong to it"
             )
         self.bos_id, self.pad_id, self.eos_id, self.unk_id = (vocab[s] for s in FIRST_SPECIALS)
@@ -73,7 +74,7 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
-            raise ValueError(
+            raise InputError(
                 f"token id {wrong} is not of this vocabulary of {self.vocab_size}; "
                 f"decode with the tokenizer that the model was trained with"
             )
@@ -99,18 +100,18 @@ class Tokenizer:
             try:
                 lines = merges_path.read_text(encoding="utf-8-sig").split("\n")
             except UnicodeDecodeError:
-                raise ValueError(f"{merges_path} is not text; restore the file") from None
+                raise InputError(f"{merges_path} is not text; restore the file") from None
             pairs = [line for line in lines if line and not line.startswith("#version")]
             found = cls(_checked_vocab(vocab, vocab_path), _pairs(pairs, merges_path), str(vocab_path))
             if damaged := find_damage(folder, ("vocab.json", "merges.txt")):
-                raise ValueError(
+                raise InputError(
                     f"{folder / damaged} is damaged: its checksum is not the one in {CHECKSUMS}; copy it again, "
                     f"or delete {CHECKSUMS} if you changed it yourself"
                 )
             return found
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(
+            raise InputError(
                 f"{folder} holds neither vocab.json with merges.txt nor tokenizer.json; copy the tokenizer files there"
             )
         return cls._from_tokenizer_json(path)
@@ -121,9 +122,9 @@ class Tokenizer:
         model, pre = (data.get(key) if isinstance(data, dict) else None for key in ("model", "pre_tokenizer"))
         kinds = [part.get("type") if isinstance(part, dict) else None for part in (model, pre)]
         if kinds != ["BPE", "ByteLevel"]:
-            raise ValueError(f"{path} is not a byte-level BPE; use a tokenizer of the RoBERTa family")
+            raise InputError(f"{path} is not a byte-level BPE; use a tokenizer of the RoBERTa family")
         if pre.get("add_prefix_space") or not pre.get("use_regex", True) or data.get("normalizer"):
-            raise ValueError(
+            raise InputError(
                 f"{path} changes texts before its BPE (prefix space, normalizer or no word split); "
                 f"RoBERTa's does not, use that"
             )
@@ -133,7 +134,7 @@ class Tokenizer:
         try:
             vocab |= _checked_vocab({entry["content"]: entry["id"] for entry in added}, path)
         except (TypeError, KeyError):
-            raise ValueError(f"the added_tokens of {path} are damaged; restore the file") from None
+            raise InputError(f"the added_tokens of {path} are damaged; restore the file") from None
         return cls(vocab, _pairs(model.get("merges", []), path), str(path))
 
     def save(self, folder: str | Path) -> None:
@@ -159,7 +160,7 @@ class Tokenizer:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         smallest = len(FIRST_SPECIALS) + 1 + len(alphabet)
         if vocab_size < smallest:
-            raise ValueError(f"vocab_size {vocab_size} does not hold every byte; ask for {smallest} or more")
+            raise InputError(f"vocab_size {vocab_size} does not hold every byte; ask for {smallest} or more")
         bpe = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
@@ -186,16 +187,16 @@ def _checked_vocab(vocab: object, path: Path) -> dict[str, int]:
     if not isinstance(vocab, dict) or not all(
         isinstance(token, str) and is_text(token) and type(i) is int for token, i in vocab.items()
     ):
-        raise ValueError(f"{path} does not map tokens to ids; restore the file")
+        raise InputError(f"{path} does not map tokens to ids; restore the file")
     return vocab
 
 
 def _pairs(merges: list, source: Path | str) -> list[tuple[str, str]]:
     if not isinstance(merges, list):
-        raise ValueError(f"the merges of {source} are no list; restore the file")
+        raise InputError(f"the merges of {source} are no list; restore the file")
     # tokenizer.json holds "a b" or, since tokenizers 0.20, ["a", "b"]
     pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
     for i, pair in enumerate(pairs):
         if not isinstance(pair, list | tuple) or [type(token) for token in pair] != [str, str]:
-            raise ValueError(f"merge {i + 1} of {source} is {merges[i]!r}, not two tokens; restore the file")
+            raise InputError(f"merge {i + 1} of {source} is {merges[i]!r}, not two tokens; restore the file")
     return [tuple(pair) for pair in pairs]

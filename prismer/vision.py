@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prismer.batch import ImageBatch
 from prismer.config import PrismerConfig
+from prismer.errors import InputError
 from prismer.kernels.instance_rows import add_instance_rows
 from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention, PerceiverResampler
 from prismer.stems import ExpertStem, normalise_rgb, resize_positions
@@ -90,13 +91,13 @@ class VisionEncoder(nn.Module):
         """
         side = self.config.image_size
         if tuple(images.rgb.shape[1:]) != (3, side, side):
-            raise ValueError(
+            raise InputError(
                 f"images are {tuple(images.rgb.shape)}, this model reads (B, 3, {side}, {side}); "
                 "resize them or load the model at their size"
             )
         missing = [expert for expert in self.config.experts if expert not in images.labels]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"labels of {', '.join(missing)} are missing; give them, or fill them as ImageBatch.without_labels does"
             )
         x = self.stems["rgb"](normalise_rgb(images.rgb, self.positional_embedding.dtype))

@@ -146,6 +146,42 @@ def test_every_file_opens_with_its_purpose():
     assert silent == []
 
 
+def bare_signatures(text: str) -> list[str]:
+    """Public functions and methods with an argument or a result that has no annotation; Triton kernels have none."""
+    found: list[str] = []
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                visit(node.body, f"{node.name}.")
+            if not isinstance(node, ast.FunctionDef) or (node.name.startswith("_") and node.name != "__init__"):
+                continue
+            if any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+                continue
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            bare = [a.arg for a in given if a.annotation is None and a.arg not in ("self", "cls", "ctx")]
+            if bare or (node.returns is None and node.name != "__init__"):
+                found.append(f"{prefix}{node.name}")
+
+    visit(ast.parse(text).body, "")
+    return found
+
+
+def test_public_signatures_are_annotated():
+    bare = {str(path): names for path in MODULES.values() if (names := bare_signatures((ROOT / path).read_text()))}
+    assert bare == {}
+
+
+def test_a_bare_signature_is_found():
+    assert bare_signatures(
+        "def f(x) -> int: ...\ndef g(x: int): ...\ndef _h(x): ...\nclass A:\n    def m(self, y): ..."
+    ) == [
+        "f",
+        "g",
+        "A.m",
+    ]
+
+
 def test_a_planted_cycle_and_a_lazy_import_are_found():
     modules = {"a", "b", "c"}
     sources = {"a": "import b", "b": "def f():\n    from c import x", "c": "if TYPE_CHECKING:\n    import a"}

@@ -117,7 +117,7 @@ def test_planned_bytes_match_a_real_step(monkeypatch, mode, batch, texts, checkp
     monkeypatch.setattr(tied, "on_host", lambda *_: False)
     step()
     measured = peak_bytes(step)
-    monkeypatch.setattr(resampler_torch, "steps", one_by_one)
+    monkeypatch.setattr(resampler_torch, "image_slices", one_by_one)
     planned = FakeTrainer(config, mode, "fp32").step(batch, texts, checkpointing)
     # on a CPU with dropout, torch's attention keeps its probabilities; GPU kernels do not
     assert planned.peak.total == pytest.approx(measured, rel=0.05)
@@ -190,7 +190,7 @@ def job(world: int, precision: str, **changes) -> Job:
 def test_planned_bytes_match_what_deepspeed_holds(monkeypatch, zero_runs, world):
     from tests.plan_under_zero import BATCH, RUNS
 
-    monkeypatch.setattr(resampler_torch, "steps", one_by_one)
+    monkeypatch.setattr(resampler_torch, "image_slices", one_by_one)
 
     process, out = zero_runs[world]
     process.wait(300)

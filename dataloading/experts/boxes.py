@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prismer.dataloading.experts.network import ExpertOutput, Images
+from prismer.errors import InputError
 from prismer.experts import BACKGROUND
 
 # a map has the ids 0..253 for boxes
@@ -94,7 +95,7 @@ def paint(boxes: np.ndarray, size: int, depth: np.ndarray | None = None) -> tupl
         ValueError: if `depth` has another shape or dtype.
     """
     if depth is not None and (depth.shape != (size, size) or depth.dtype != np.uint8):
-        raise ValueError(f"the depth map is {depth.dtype} {depth.shape}; boxes are painted on uint8 {(size, size)}")
+        raise InputError(f"the depth map is {depth.dtype} {depth.shape}; boxes are painted on uint8 {(size, size)}")
     pixels = to_pixels(boxes, size)
     kept = drop_duplicates(pixels)
     pixels = pixels[kept]

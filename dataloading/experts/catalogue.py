@@ -12,6 +12,7 @@ import torch
 
 from prismer.dataloading.experts.network import Network
 from prismer.dataloading.experts.weights import MissingWeights
+from prismer.errors import InputError
 from prismer.experts import EXPERTS
 
 
@@ -37,7 +38,7 @@ def networks_of(expert: str) -> tuple[type[Network], ...]:
         ValueError: if the expert is unknown.
     """
     if expert not in EXPERTS:
-        raise ValueError(f"unknown expert {expert!r}; choose from all, {', '.join(EXPERTS)}")
+        raise InputError(f"unknown expert {expert!r}; choose from all, {', '.join(EXPERTS)}")
     return import_module(f"prismer.dataloading.experts.{EXPERTS[expert].module}").NETWORKS
 
 
@@ -49,7 +50,7 @@ def find_network(name: str) -> type[Network]:
     """
     known = {network.info.name: network for expert in EXPERTS for network in networks_of(expert)}
     if name not in known:
-        raise ValueError(f"unknown network {name!r}; choose from {', '.join(known)}")
+        raise InputError(f"unknown network {name!r}; choose from {', '.join(known)}")
     return known[name]
 
 
@@ -65,12 +66,12 @@ def parse_requests(asked: str | Sequence[str]) -> list[ExpertRequest]:
     """
     items = [asked] if isinstance(asked, str) else list(asked)
     if not items:
-        raise ValueError(f"no expert was asked for; choose from all, {', '.join(EXPERTS)}")
+        raise InputError(f"no expert was asked for; choose from all, {', '.join(EXPERTS)}")
     requests: dict[str, ExpertRequest] = {}
     for item in items:
         for request in _parse(item):
             if request.expert in requests and item != "all":
-                raise ValueError(f"{request.expert} is asked for twice; name one network for it")
+                raise InputError(f"{request.expert} is asked for twice; name one network for it")
             requests.setdefault(request.expert, request)
     return _in_order(list(requests.values()))
 
@@ -119,7 +120,7 @@ def _parse(item: str) -> list[ExpertRequest]:
         if network.info.name == name:
             return [ExpertRequest(expert, network, source or None)]
     names = ", ".join(network.info.name for network in networks)
-    raise ValueError(f"unknown network {name!r} for {expert}; choose from {names}")
+    raise InputError(f"unknown network {name!r} for {expert}; choose from {names}")
 
 
 def _in_order(requests: list[ExpertRequest]) -> list[ExpertRequest]:

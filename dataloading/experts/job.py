@@ -31,6 +31,7 @@ from prismer.dataloading.store.index import Sample, check_classes, to_json
 from prismer.dataloading.store.label_maps import pack_labels, resize_nearest, unpack_labels
 from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.writer import OpenShard, finished_shard, write_index, write_together
+from prismer.errors import InputError, MachineError
 from prismer.experts import EXPERTS
 from prismer.files import write_atomically
 from prismer.reading import read_json
@@ -115,9 +116,9 @@ def label_records(
         ValueError: if `out` holds the dataset of another job, or another process writes the same shards.
     """
     if not 0 <= rank < world:
-        raise ValueError(f"rank is {rank} of {world}; ranks count from 0")
+        raise InputError(f"rank is {rank} of {world}; ranks count from 0")
     if samples_per_shard < 1 or workers < 1:
-        raise ValueError(f"samples_per_shard is {samples_per_shard}, workers {workers}; both must be at least 1")
+        raise InputError(f"samples_per_shard is {samples_per_shard}, workers {workers}; both must be at least 1")
     job = _Job(records, Path(out), labeller, source, licence, classes or {}, samples_per_shard)
     shards = range(rank, job.num_shards, world)
     missing = [k for k in shards if finished_shard(job.folder, k, job.fingerprint) is None]
@@ -216,7 +217,7 @@ class _Job:
         if report.shards_missing:
             return report
         if report.labelled + len(report.skipped) != report.records:
-            raise RuntimeError(
+            raise MachineError(
                 f"{report.records} records became {report.labelled} samples and {len(report.skipped)} skipped; "
                 f"this is a bug of the labelling job, keep {self.folder} and report it"
             )
@@ -247,18 +248,18 @@ class _Job:
         path = self.folder / JOB_FILE
         if not path.exists():
             if any(self.folder.glob("shard-*")) or (self.folder / "index.json").exists():
-                raise ValueError(f"{self.folder} holds a dataset that no labelling job began; choose another folder")
+                raise InputError(f"{self.folder} holds a dataset that no labelling job began; choose another folder")
             write_together(path, json.dumps(notes, indent=1, ensure_ascii=False).encode())
         before = read_json(path, dict, "choose another folder")
         if before == notes:
             return
         changed = [name for name in notes if before.get(name) != notes[name]]
         if "listing" in changed:
-            raise ValueError(
+            raise InputError(
                 f"{self.folder} was begun with {before.get('records')} records, the source now lists {self.count} "
                 f"(or others); label the new ones into another folder"
             )
-        raise ValueError(
+        raise InputError(
             f"{self.folder} was begun with other {', '.join(changed)}; give the same options or choose another folder"
         )
 
@@ -314,21 +315,21 @@ class _Job:
             ValueError: with the reason, if the record cannot be labelled.
         """
         if record.fault:
-            raise ValueError(record.fault)
+            raise InputError(record.fault)
         if self.repeated.get(record.key, record.image) != record.image:
-            raise ValueError(f"another image has the key {record.key} too; rename one")
+            raise InputError(f"another image has the key {record.key} too; rename one")
         try:
             jpeg, size, _ = to_jpeg(record.image.read(), whole=False)
             planes = unpack_labels(record.packed.read()) if record.packed else {}
         except (OSError, EOFError, MemoryError) as error:
             reason = error or "it does not fit into memory"
-            raise ValueError(f"it cannot be read ({reason})") from None
+            raise InputError(f"it cannot be read ({reason})") from None
         # the tables of the maps that the job replaces are not used
         kept = {name: value for name, value in record.meta.items() if _EXPERT_OF_TABLE.get(name) not in self.experts}
         check_meta(kept, self.classes)
         boxes = record.meta.get("boxes", {})
         if not isinstance(boxes, dict) or not all(isinstance(x, dict) for x in boxes.values()):
-            raise ValueError("its 'boxes' are not an object of expert: {id: box}")
+            raise InputError("its 'boxes' are not an object of expert: {id: box}")
         to_json(record.meta)
         side = self.labeller.label_size
         planes = {name: resize_nearest(plane, side, side) for name, plane in planes.items() if name not in self.experts}
@@ -367,10 +368,10 @@ def source_records(source: str | Path, images: str | Path | None = None) -> tupl
     path = Path(source)
     if path.is_file():
         if images is None:
-            raise ValueError(f"{path} is a list; name the folder of its images with --images")
+            raise InputError(f"{path} is a list; name the folder of its images with --images")
         return caption_records(path, images), {}
     if not path.is_dir():
-        raise ValueError(f"there is no {path}, or it is no file; give a folder of images or shards, or a JSON list")
+        raise InputError(f"there is no {path}, or it is no file; give a folder of images or shards, or a JSON list")
     if (path / "index.json").is_file():
         return tar_records(path), ShardDataset(path).classes
     if any(name.lower().endswith(".tar") for name in os.listdir(path)):

@@ -22,6 +22,7 @@ from prismer.dataloading.experts.network import ExpertOutput, Images, Network
 from prismer.dataloading.feed.image_batch import ExpertLabels
 from prismer.dataloading.feed.load_image import ImageSource, from_array
 from prismer.dataloading.feed.rgb import to_jpeg, to_rgb
+from prismer.errors import InputError, MachineError
 from prismer.experts import EXPERTS
 from prismer.reading import read_bytes
 
@@ -62,9 +63,9 @@ class Labeller:
         infos = [network.info for network in networks]
         experts = [info.expert for info in infos]
         if not networks or len(set(experts)) < len(experts):
-            raise ValueError(f"the networks make {experts or 'nothing'}; give one for each expert")
+            raise InputError(f"the networks make {experts or 'nothing'}; give one for each expert")
         if label_size < 1 or (batch_size is not None and batch_size < 1):
-            raise ValueError(f"label_size is {label_size}, batch_size {batch_size}; both must be at least 1")
+            raise InputError(f"label_size is {label_size}, batch_size {batch_size}; both must be at least 1")
         self.networks, self.label_size = list(networks), label_size
         self.device = torch.device(device)
         self.batch_size = batch_size or _BATCH_SIZES[self.device.type]
@@ -186,7 +187,7 @@ class Labeller:
                     outputs += network.predict(images, {name: batch[part] for name, batch in earlier.items()})
             except torch.OutOfMemoryError:
                 if limit == 1:
-                    raise RuntimeError(
+                    raise MachineError(
                         f"{network.info.name} does not fit into the memory of {self.device} with a single image; "
                         f"leave {network.info.expert} out or use a larger device"
                     ) from None
@@ -207,7 +208,7 @@ def _jpeg(image: ImageSource) -> bytes:
     try:
         return to_jpeg(image if isinstance(image, bytes) else read_bytes(image))[0]
     except ValueError as error:
-        raise ValueError(f"{name} cannot be labelled: {error}") from None
+        raise InputError(f"{name} cannot be labelled: {error}") from None
 
 
 def _planes_and_meta(outputs: dict[str, ExpertOutput]) -> tuple[dict[str, np.ndarray], dict[str, dict]]:

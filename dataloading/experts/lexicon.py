@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prismer.errors import InputError
 from prismer.reading import read_lines
 
 # letters of the longest word that a look-up can measure: one bit for each
@@ -38,10 +39,10 @@ class Lexicon:
     def __init__(self, words: Iterable[str]):
         entries = list(dict.fromkeys(word.lower() for word in words))
         if not entries:
-            raise ValueError("the lexicon holds no word; write one per line")
+            raise InputError("the lexicon holds no word; write one per line")
         for entry in entries:
             if not 0 < len(entry) <= MAX_LENGTH:
-                raise ValueError(
+                raise InputError(
                     f"the lexicon's entry {entry[:80]!r} has {len(entry)} letters, expected 1 to {MAX_LENGTH}; "
                     f"write one word per line"
                 )

@@ -23,6 +23,7 @@ from prismer.dataloading.experts.network import (
 )
 from prismer.dataloading.experts.pretrained import load_pretrained
 from prismer.dataloading.experts.vit_trunk import HEAD_LICENCE, HEAD_SIDE, HEAD_TRAINED_ON, GeometryExpert
+from prismer.errors import InputError
 
 
 def normal_outputs(normals: Tensor, images: Images) -> list[ExpertOutput]:
@@ -79,12 +80,12 @@ class DepthNormals(Network):
     @classmethod
     def load(cls, source: str | Path | None = None, device: str | torch.device = "cpu") -> "DepthNormals":
         if source is not None:
-            raise ValueError(f"depth-normals has no weights, got {source}; leave the source out")
+            raise InputError(f"depth-normals has no weights, got {source}; leave the source out")
         return cls()
 
     def predict(self, images: Images, earlier: dict[str, list[ExpertOutput]]) -> list[ExpertOutput]:
         if "depth" not in earlier:
-            raise ValueError("depth-normals reads depth maps and there are none; ask for depth too")
+            raise InputError("depth-normals reads depth maps and there are none; ask for depth too")
         planes = torch.stack([torch.from_numpy(output.plane) for output in earlier["depth"]])
         return normal_outputs(self.slopes(planes.to(images.pixels.device)), images)
 

@@ -21,6 +21,7 @@ from prismer.dataloading.experts.nanodet import COCO, NanoDet
 from prismer.dataloading.experts.network import ExpertOutput, Images, Network, NetworkInfo, normalise_pixels
 from prismer.dataloading.experts.pretrained import from_hub, load_pretrained
 from prismer.dataloading.experts.weights import file_version
+from prismer.errors import InputError
 from prismer.reading import read_lines
 
 
@@ -128,7 +129,7 @@ class Owlv2(Network):
         model, version = load_pretrained("AutoModelForZeroShotObjectDetection", cls.info, source, ("owlv2",))
         side = model.config.vision_config.image_size
         if side != cls.info.side:
-            raise ValueError(
+            raise InputError(
                 f"{source} reads images of {side} px, owlv2 gets {cls.info.side} px; choose another checkpoint"
             )
         classes = list(COCO)
@@ -184,7 +185,7 @@ class Owlv2(Network):
 def _read_classes(path: Path) -> list[str]:
     names = [name for line in read_lines(path) if (name := line.strip())]
     if not names or len(set(names)) < len(names):
-        raise ValueError(
+        raise InputError(
             f"{path} has {len(names)} names, {len(set(names))} of them different; write each name once, one a line"
         )
     return names

@@ -9,6 +9,7 @@ import torch
 
 from prismer.dataloading.experts.network import NetworkInfo
 from prismer.dataloading.experts.weights import MissingWeights, file_version
+from prismer.errors import InputError
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ def load_pretrained(
     where = str(source or info.weights)
     model_type = from_hub(_model_type, info, source)
     if model_type not in model_types:
-        raise ValueError(
+        raise InputError(
             f"{where} holds a model of type {model_type}, {info.name} is {' or '.join(model_types)}; "
             f"name its folder or hub id"
         )
@@ -45,7 +46,7 @@ def load_pretrained(
     model, loading = from_hub(load, info, source)
     missing = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{where} lacks {len(missing)} weights of {info.name}, the first is {missing[0]}; get the folder again"
         )
     return model.eval().requires_grad_(False), from_hub(_version, info, source)
@@ -94,4 +95,4 @@ def _version(where: str, local_files_only: bool) -> str:
         path = cached_file(where, name, local_files_only=local_files_only, _raise_exceptions_for_missing_entries=False)
         if path:
             return file_version(Path(path))
-    raise ValueError(f"{where} has its weights in several files; save it with a max_shard_size that keeps them in one")
+    raise InputError(f"{where} has its weights in several files; save it with a max_shard_size that keeps them in one")

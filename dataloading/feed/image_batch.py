@@ -14,6 +14,7 @@ from prismer.dataloading.feed.load_image import ImageSource, load_images
 from prismer.dataloading.semantics.features import FeatureTables, Semantics
 from prismer.dataloading.store.index import check_classes
 from prismer.dataloading.store.label_maps import check_plane, resize_nearest, unpack_labels
+from prismer.errors import InputError
 from prismer.experts import EXPERTS, FEATURE_WIDTH
 from prismer.reading import parse_json
 
@@ -40,7 +41,7 @@ class ExpertLabels:
     def __post_init__(self):
         for name, table in (("planes", self.planes), ("meta", self.meta), ("classes", self.classes)):
             if not isinstance(table, dict):
-                raise ValueError(f"the {name} of {self.name} are {type(table).__name__}; give a dictionary")
+                raise InputError(f"the {name} of {self.name} are {type(table).__name__}; give a dictionary")
         check_classes(self.classes)
         for expert, plane in self.planes.items():
             check_plane(expert, plane, self.name)
@@ -54,24 +55,24 @@ class ExpertLabels:
         """
         path = Path(path)
         if not path.is_file():
-            raise ValueError(f"no labels file {path}; `prismer data extract` writes one for a sample of a dataset")
+            raise InputError(f"no labels file {path}; `prismer data extract` writes one for a sample of a dataset")
         try:
             planes = unpack_labels(path.read_bytes())
         except ValueError as error:
-            raise ValueError(f"{path} cannot be used: {error}") from None
+            raise InputError(f"{path} cannot be used: {error}") from None
         tables = path.with_suffix(".json")
         meta = {}
         if tables.is_file():
             meta = parse_json(tables.read_bytes(), tables, "write it again")
         elif any(EXPERTS[expert].is_ids for expert in planes):
-            raise ValueError(f"{path} holds maps of ids, but {tables.name} with their tables is missing; put it there")
+            raise InputError(f"{path} holds maps of ids, but {tables.name} with their tables is missing; put it there")
         classes = meta.get("classes", {}) if isinstance(meta, dict) else None
         if not isinstance(classes, dict):
-            raise ValueError(f"{tables} does not hold tables; expected an object with instances, words and classes")
+            raise InputError(f"{tables} does not hold tables; expected an object with instances, words and classes")
         try:
             check_classes(classes)
         except ValueError as error:
-            raise ValueError(f"{tables} cannot be used: {error}") from None
+            raise InputError(f"{tables} cannot be used: {error}") from None
         return cls(planes, meta, classes, str(path))
 
 
@@ -101,12 +102,12 @@ def image_batch(
         ValueError: if an image or labels cannot be read, their numbers differ, or a table is needed and not given.
     """
     if labels is not None and not isinstance(labels, list | tuple):
-        raise ValueError(f"labels are {type(labels).__name__}; give a list with labels, a file or None for each image")
+        raise InputError(f"labels are {type(labels).__name__}; give a list with labels, a file or None for each image")
     wrong = next((x for x in labels or () if not isinstance(x, _LABELS)), None)
     if wrong is not None:
-        raise ValueError(f"labels of an image are {type(wrong).__name__}; give ExpertLabels, a file or None")
+        raise InputError(f"labels of an image are {type(wrong).__name__}; give ExpertLabels, a file or None")
     if labels is not None and len(labels) != len(images):
-        raise ValueError(f"there are {len(images)} images and {len(labels)} labels; give one for each, or None")
+        raise InputError(f"there are {len(images)} images and {len(labels)} labels; give one for each, or None")
     rgb, L = load_images(images, config.image_size), config.label_size
     batch = ImageBatch.without_labels(rgb, config.experts, L)
     found = [ExpertLabels.from_file(x) if isinstance(x, str | os.PathLike) else x for x in labels or ()]
@@ -141,5 +142,5 @@ def _look_up(
         tables = FeatureTables(config, experts.classes, semantics)
         rows, features = tables.collate([tables.look_up(experts.planes, experts.meta)])
     except ValueError as error:
-        raise ValueError(f"{experts.name} cannot be used: {error}") from None
+        raise InputError(f"{experts.name} cannot be used: {error}") from None
     return {name: table[0] for name, table in rows.items()}, features[1:]

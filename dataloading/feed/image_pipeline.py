@@ -22,6 +22,7 @@ from prismer.dataloading.feed import dali, native_pixels
 from prismer.dataloading.feed.augment import AugmentParams
 from prismer.dataloading.store import native_ops
 from prismer.dataloading.store.label_maps import resize_nearest
+from prismer.errors import InputError
 from prismer.experts import EXPERTS
 
 
@@ -82,7 +83,7 @@ class ImagePipeline:
             UndecodableImages: if DALI fails on some images; the pipeline stays usable.
         """
         if self.augmented != (params is not None):
-            raise ValueError("give augmentation parameters if the pipeline was made with augmented=True, else none")
+            raise InputError("give augmentation parameters if the pipeline was made with augmented=True, else none")
         feeds = {"image": dali.image_feed(images)}
         if self.native:
             return self._run_native(self._graph.run_views(feeds), labels, params)

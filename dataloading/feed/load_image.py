@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from prismer.dataloading.feed.rgb import to_8_bits, to_rgb
+from prismer.errors import InputError
 
 # a file, its bytes, a PIL image, a uint8 or uint16 array (h, w) or (h, w, 1 | 3 | 4), or a uint8 tensor (3, h, w)
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor
@@ -42,7 +43,7 @@ def load_image(source: ImageSource, size: int) -> Tensor:
         ValueError: if the file is absent, or is not an image that can be read whole.
     """
     if size < 1:
-        raise ValueError(f"image size {size} is not positive; give the side in pixels")
+        raise InputError(f"image size {size} is not positive; give the side in pixels")
     if isinstance(source, Tensor | np.ndarray):
         return _to_square(from_array(source), size, "the array")
     if isinstance(source, Image.Image):
@@ -51,19 +52,19 @@ def load_image(source: ImageSource, size: int) -> Tensor:
         name = f"the image of {len(source)} bytes"
         return _to_square(_decode(io.BytesIO(source), name, size), size, name)
     if not isinstance(source, str | os.PathLike):
-        raise ValueError(f"an image is a {type(source).__name__}; give a path, bytes, a PIL image or an array")
+        raise InputError(f"an image is a {type(source).__name__}; give a path, bytes, a PIL image or an array")
     path = Path(source)
     if len(os.fsencode(path.name)) > 255:
-        raise ValueError(f"an image is named {str(path)[:60]!r}..., longer than a name can be; give a path")
+        raise InputError(f"an image is named {str(path)[:60]!r}..., longer than a name can be; give a path")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name the image files in it, e.g. {path}/*.jpg")
+        raise InputError(f"{path} is a folder; name the image files in it, e.g. {path}/*.jpg")
     if not path.is_file():
-        raise ValueError(f"no image file {path}; check the path")
+        raise InputError(f"no image file {path}; check the path")
     try:
         with open(path, "rb") as file:
             return _to_square(_decode(file, str(path), size), size, str(path))
     except PermissionError:
-        raise ValueError(f"this user may not read {path}; change its permissions") from None
+        raise InputError(f"this user may not read {path}; change its permissions") from None
 
 
 def load_images(sources: Sequence[ImageSource], size: int) -> Tensor:
@@ -76,7 +77,7 @@ def load_images(sources: Sequence[ImageSource], size: int) -> Tensor:
         ValueError: if there are none, or for the first that cannot be read.
     """
     if isinstance(sources, str | bytes | os.PathLike | Image.Image) or not len(sources):
-        raise ValueError(f"images are {str(sources)[:60]!r}; give a list of at least one")
+        raise InputError(f"images are {str(sources)[:60]!r}; give a list of at least one")
     # Pillow decodes and resizes without the interpreter lock
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1, len(sources))) as pool:
         return torch.stack(list(pool.map(lambda source: load_image(source, size), sources)))
@@ -90,21 +91,21 @@ def from_array(array: np.ndarray | Tensor) -> Image.Image:
     """
     if isinstance(array, Tensor):
         if array.dtype != torch.uint8 or array.ndim != 3 or array.shape[0] != 3:
-            raise ValueError(
+            raise InputError(
                 f"an image tensor is {array.dtype} {tuple(array.shape)}; expected uint8 (3, h, w) with values 0..255"
             )
         if array.is_meta or array.layout != torch.strided:
             kind = "on the meta device" if array.is_meta else "sparse"
-            raise ValueError(f"an image tensor is {kind}; give a dense one that holds pixels")
+            raise InputError(f"an image tensor is {kind}; give a dense one that holds pixels")
         array = array.permute(1, 2, 0).cpu().numpy()
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or channels not in (1, 3, 4):
-        raise ValueError(
+        raise InputError(
             f"an image array is {array.dtype} {array.shape}; expected uint8 0..255 or uint16 0..65535 "
             f"of shape (h, w), (h, w, 3) or (h, w, 4)"
         )
     if not array.size:
-        raise ValueError(f"an image array has no pixels, shape {array.shape}; give another")
+        raise InputError(f"an image array has no pixels, shape {array.shape}; give another")
     if array.dtype == np.uint16:
         array = to_8_bits(array, "the array")
     return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.ndim == 3 and channels == 1 else array))
@@ -113,7 +114,7 @@ def from_array(array: np.ndarray | Tensor) -> Image.Image:
 def _decode(file: BinaryIO, name: str, size: int) -> Image.Image:
     """The first frame, upright, in the mode it is stored in."""
     if not file.read(1):
-        raise ValueError(f"{name} is empty (0 bytes); copy or download the image again")
+        raise InputError(f"{name} is empty (0 bytes); copy or download the image again")
     file.seek(0)
     try:
         with Image.open(file) as image:
@@ -125,21 +126,21 @@ def _decode(file: BinaryIO, name: str, size: int) -> Image.Image:
                 warnings.warn("an image has several frames or pages; only the first is used", stacklevel=4)
             return ImageOps.exif_transpose(image)
     except Image.DecompressionBombError:
-        raise ValueError(
+        raise InputError(
             f"{name} has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels; "
             f"shrink it first, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from None
     except UnidentifiedImageError:
-        raise ValueError(
+        raise InputError(
             f"{name} is not an image that can be read here; give a JPEG, PNG, WebP or another format of Pillow"
         ) from None
     except _DAMAGED as error:
-        raise ValueError(f"{name} is damaged ({error}); copy or download the image again") from None
+        raise InputError(f"{name} is damaged ({error}); copy or download the image again") from None
 
 
 def _to_square(image: Image.Image, size: int, name: str) -> Tensor:
     if not all(image.size):
-        raise ValueError(f"{name} has no pixels ({image.width} x {image.height}); give another")
+        raise InputError(f"{name} has no pixels ({image.width} x {image.height}); give another")
     rgb = to_rgb(image, name)
     if rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)

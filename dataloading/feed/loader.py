@@ -25,6 +25,7 @@ from prismer.dataloading.feed.image_pipeline import ImagePipeline
 from prismer.dataloading.semantics.features import FeatureTables, Meanings, Semantics
 from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.shards import CorruptSample, Sample, ShardDataset
+from prismer.errors import InputError, MachineError
 from prismer.texts import ChooseTexts, Text, collate
 
 # in a shuffled order, this many bad samples in a row are a mistake in the set-up
@@ -121,15 +122,15 @@ class Loader:
             batch_size=batch_size, group_size=group_size, threads=threads, prefetch=prefetch
         ).items():
             if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise InputError(f"{name} is {value}; it must be at least 1")
         if not 0 <= rank < world:
-            raise ValueError(f"rank is {rank} of {world}; ranks count from 0")
+            raise InputError(f"rank is {rank} of {world}; ranks count from 0")
         if not 0 <= drop_labels <= 1:
-            raise ValueError(f"drop_labels is {drop_labels}; it is a probability, give 0 to 1")
+            raise InputError(f"drop_labels is {drop_labels}; it is a probability, give 0 to 1")
         if not training and (augment is not None or drop_labels):
-            raise ValueError("evaluation neither augments nor drops labels; leave augment and drop_labels out")
+            raise InputError("evaluation neither augments nor drops labels; leave augment and drop_labels out")
         if training and len(dataset) < batch_size * world:
-            raise ValueError(
+            raise InputError(
                 f"the dataset has {len(dataset)} samples, one global batch {batch_size * world}; "
                 f"lower the batch size or give more samples"
             )
@@ -160,7 +161,7 @@ class Loader:
             RuntimeError: from the iterator, if 1000 samples in a row are unreadable.
         """
         if not 0 <= start_step <= self.steps_per_epoch:
-            raise ValueError(f"start_step is {start_step}; the epoch has steps 0 to {self.steps_per_epoch}")
+            raise InputError(f"start_step is {start_step}; the epoch has steps 0 to {self.steps_per_epoch}")
         return self._work_ahead(partial(self._batches, epoch, start_step))
 
     def _count_steps(self) -> int:
@@ -231,7 +232,7 @@ class Loader:
                 self._skip(index, error)
         if not self.training:
             return None
-        raise RuntimeError(f"no readable sample among {offset + 1} in a row; the last: {reason}")
+        raise MachineError(f"no readable sample among {offset + 1} in a row; the last: {reason}")
 
     def _item(self, epoch: int, index: int) -> _Item:
         sample = self.dataset[index]
@@ -257,7 +258,7 @@ class Loader:
         if self.texts is not None:
             largest = max(len(item.texts) for item in items)
             if largest > self.group_size:
-                raise ValueError(
+                raise InputError(
                     f"{largest} texts were chosen for an image, group_size is {self.group_size}; enlarge it"
                 )
             # every group has the same size: the loss is a mean over B x G on every rank

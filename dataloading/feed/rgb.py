@@ -5,6 +5,8 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from prismer.errors import InputError
+
 _QUALITY = 95
 _ORIENTATION = 0x0112
 # EXIF orientation -> what turns the image upright
@@ -30,7 +32,7 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         ValueError: if the pixels are floating-point numbers or have more than 16 bits.
     """
     if image.mode == "F":
-        raise ValueError(f"{name} has floating-point pixels; save it with 8 or 16 bits per channel")
+        raise InputError(f"{name} has floating-point pixels; save it with 8 or 16 bits per channel")
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255 instead of scaling
         return Image.fromarray(to_8_bits(np.asarray(image), name)).convert("RGB")
@@ -48,7 +50,7 @@ def to_8_bits(pixels: np.ndarray, name: str) -> np.ndarray:
         ValueError: if a value is outside that range.
     """
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"{name} has pixels of more than 16 bits; save it with 8 or 16 bits per channel")
+        raise InputError(f"{name} has pixels of more than 16 bits; save it with 8 or 16 bits per channel")
     return (pixels.astype(np.uint32) // 257).astype(np.uint8)
 
 
@@ -70,7 +72,7 @@ def to_jpeg(data: bytes, whole: bool = True) -> tuple[bytes, tuple[int, int], in
             8-bit form.
     """
     if not data:
-        raise ValueError("the image is empty (0 bytes)")
+        raise InputError("the image is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data))
         # before the EXIF: reading it first swallows the error of a damaged PNG, whose last rows then come out black
@@ -81,9 +83,9 @@ def to_jpeg(data: bytes, whole: bool = True) -> tuple[bytes, tuple[int, int], in
             return data, (image.height, image.width), 1
         image = to_rgb(image, "it")
     except UnidentifiedImageError:
-        raise ValueError("the image is in no known format or damaged at its start") from None
+        raise InputError("the image is in no known format or damaged at its start") from None
     except Exception as error:  # decoders raise nearly anything on damaged bytes
-        raise ValueError(f"the image cannot be decoded ({error or type(error).__name__})") from None
+        raise InputError(f"the image cannot be decoded ({error or type(error).__name__})") from None
     if turn != 1:
         image = image.transpose(TURNS[turn])
     file = io.BytesIO()

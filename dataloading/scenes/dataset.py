@@ -20,6 +20,7 @@ from prismer.dataloading.scenes.exact_labels import OBJECT_CLASSES, SEG_CLASSES,
 from prismer.dataloading.scenes.layout import sample_layout
 from prismer.dataloading.scenes.raycast import cast, paint_image
 from prismer.dataloading.store.shards import Sample, ShardWriter, read_index
+from prismer.errors import InputError
 
 _SOURCE = "rendered scenes"
 # to be raised with any change of what a seed looks like, so that no old dataset passes for a new one
@@ -50,7 +51,7 @@ def scene_seed(seed: int, split: str, index: int) -> int:
 
 def _check_sizes(size: int, label_size: int) -> None:
     if min(size, label_size) < 32:
-        raise ValueError(f"image size {size} and label size {label_size} must be at least 32; use 64 or more")
+        raise InputError(f"image size {size} and label size {label_size} must be at least 32; use 64 or more")
 
 
 def render_scene(seed: int, size: int = 128, label_size: int = 128) -> RenderedScene:
@@ -113,7 +114,7 @@ def render_dataset(
     """
     _check_sizes(size, label_size)
     if min(train, val, test, seed) < 0 or (workers is not None and workers < 1):
-        raise ValueError(
+        raise InputError(
             f"train {train}, val {val}, test {test}, seed {seed}, workers {workers}: "
             "numbers of scenes and the seed must be at least 0, workers at least 1"
         )
@@ -137,10 +138,10 @@ def _is_complete(folder: Path, about: dict) -> bool:
     if not folder.exists():
         return False
     if not (folder / "index.json").exists():
-        raise ValueError(f"{folder} exists but holds no dataset; delete it or choose another folder")
+        raise InputError(f"{folder} exists but holds no dataset; delete it or choose another folder")
     found = read_index(folder)["about"]
     if found != about:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds scenes rendered with {found}, expected {about}; delete it or choose another folder"
         )
     return True

@@ -40,7 +40,7 @@ def _edge_map(owner: np.ndarray, t: np.ndarray, normal: np.ndarray) -> np.ndarra
         (np.s_[1:, :-1], np.s_[:-1, 1:]),
     ):
         jump = (owner[ahead] != owner[behind]).astype(np.float32)
-        fold = 1 - (normal[(slice(None), *ahead)] * normal[(slice(None), *behind)]).sum(0)
+        fold = 1 - (normal[:, ahead[0], ahead[1]] * normal[:, behind[0], behind[1]]).sum(0)
         jump = np.maximum(jump, fold > 0.3)
         step = np.abs(inverse[ahead] / inverse[behind] - 1)
         jump = np.maximum(jump, step > 0.15)

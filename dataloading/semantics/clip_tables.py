@@ -23,6 +23,7 @@ from torch import Tensor
 from prismer.dataloading.semantics.clip_tower import TextTower
 from prismer.dataloading.semantics.features import normalise, read_table, write_table
 from prismer.dataloading.semantics.table_texts import vocabulary_words
+from prismer.errors import InputError
 from prismer.experts import FEATURE_WIDTH
 from prismer.files import new_folder, write_atomically
 from prismer.reading import is_text, printable, read_json
@@ -64,7 +65,7 @@ def fit_pca(embeddings: Tensor) -> tuple[PcaProjection, float]:
     """
     n, width = embeddings.shape
     if n <= FEATURE_WIDTH or width < FEATURE_WIDTH:
-        raise ValueError(
+        raise InputError(
             f"{n} texts of width {width} do not have {FEATURE_WIDTH} principal components; fit on more than "
             f"{FEATURE_WIDTH} texts (the vocabulary is enough), with a tower at least that wide"
         )
@@ -122,12 +123,12 @@ def build(
     background = earlier.get("background", "background") if background is None else background
     for what, text in (("prompt", prompt), ("background", background)):
         if not is_text(text):
-            raise ValueError(f"the {what} {ascii(text)} is not Unicode; give it in UTF-8")
+            raise InputError(f"the {what} {ascii(text)} is not Unicode; give it in UTF-8")
     if prompt.count("{}") != 1:
-        raise ValueError(f"the prompt {prompt!r} must hold {{}} once, where the text goes")
+        raise InputError(f"the prompt {prompt!r} must hold {{}} once, where the text goes")
     tower = TextTower(clip, device)
     if given and given.mean.numel() != tower.width:
-        raise ValueError(
+        raise InputError(
             f"the PCA in {pca} is of width {given.mean.numel()}, the tower {clip} of {tower.width}; "
             f"use the tower that it was fitted with"
         )
@@ -139,7 +140,7 @@ def build(
     # only now: this may read millions of samples
     texts = sorted(set(texts))
     if not texts:
-        raise ValueError("there are no texts to embed; name datasets or files that hold some")
+        raise InputError("there are no texts to embed; name datasets or files that hold some")
     corpus = vocabulary_words() if vocabulary and given is None else []
     more = sorted(set(corpus) - set(texts))
     wordings = [prompt.replace("{}", text) for text in [background, *texts, *more]]
@@ -199,7 +200,7 @@ def add(
     names, features, background = read_table(folder)
     pca, recipe = _read_projection(folder)
     if not recipe:
-        raise ValueError(
+        raise InputError(
             f"{folder} has no {RECIPE_FILE}, which names the tower; make a table with `prismer semantics build`"
         )
     new = sorted(set(texts) - set(map(normalise, names)))
@@ -225,7 +226,7 @@ def check_absent(out: Path) -> None:
         ValueError: if `out` exists and is not an empty folder.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists; choose another folder, or extend a table with `prismer semantics add {out}`")
+        raise InputError(f"{out} exists; choose another folder, or extend a table with `prismer semantics add {out}`")
 
 
 def write_folder(
@@ -250,7 +251,7 @@ def refuse_pickle(path: str | Path) -> NoReturn:
     Raises:
         ValueError: always.
     """
-    raise ValueError(
+    raise InputError(
         f"{path} is a pickle, which can run any code when it is opened, and is never read; leave it out: imported "
         f"tables work without it, and `prismer semantics build` makes features of other words"
     )
@@ -268,29 +269,29 @@ def _read_projection(folder: Path) -> tuple[PcaProjection, dict]:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         width = shapes.get("mean", (0,))[0]
         if shapes != {"mean": (width,), "components": (FEATURE_WIDTH, width)}:
-            raise ValueError(f"{PCA_FILE} has {shapes}, expected mean (W,), components (64, W)")
+            raise InputError(f"{PCA_FILE} has {shapes}, expected mean (W,), components (64, W)")
         missing = {"tower", "weights_sha256", "prompt", "background", "sources"} - recipe.keys()
         if recipe and missing:
-            raise ValueError(f"{RECIPE_FILE} lacks {', '.join(sorted(missing))}")
+            raise InputError(f"{RECIPE_FILE} lacks {', '.join(sorted(missing))}")
         texts = ("tower", "weights_sha256", "prompt", "background") if recipe else ()
         if not all(isinstance(recipe[name], str) and is_text(recipe[name]) for name in texts):
-            raise ValueError(f"{RECIPE_FILE} has values that are not texts")
+            raise InputError(f"{RECIPE_FILE} has values that are not texts")
         if recipe and not isinstance(recipe["sources"], list):
-            raise ValueError(f"{RECIPE_FILE} has 'sources' that are not a list")
+            raise InputError(f"{RECIPE_FILE} has 'sources' that are not a list")
     except FileNotFoundError:
-        raise ValueError(
+        raise InputError(
             f"no PCA is known for {folder} (it has no {PCA_FILE}), so no text can be projected; "
             f"make a table with `prismer semantics build`"
         ) from None
     except (SafetensorError, ValueError, AttributeError) as error:
-        raise ValueError(f"the semantics folder {folder} is damaged: {error}") from None
+        raise InputError(f"the semantics folder {folder} is damaged: {error}") from None
     return PcaProjection(tensors["mean"].float(), tensors["components"].float()), recipe
 
 
 def _check_tower(tower: TextTower, folder: Path, pca: PcaProjection, recipe: dict) -> None:
     """Refuse a tower other than the one that the table in `folder` was made with."""
     if tower.sha256 != recipe["weights_sha256"]:
-        raise ValueError(
+        raise InputError(
             f"the tower {tower.name} has weights {tower.sha256[:12]}..., the table in {folder} was made with "
             f"{recipe['weights_sha256'][:12]}... ({recipe['tower']}); use that tower, or build a new table"
         )
@@ -298,7 +299,7 @@ def _check_tower(tower: TextTower, folder: Path, pca: PcaProjection, recipe: dic
     embedding = tower.embed([recipe["prompt"].replace("{}", recipe["background"])])
     error = float(np.linalg.norm(pca(embedding)[0] - read_table(folder)[2]))
     if error > 1e-3 * embedding.norm():
-        raise ValueError(
+        raise InputError(
             f"{tower.name} does not reproduce the background features of {folder} (distance {error:.3g}); "
             f"use the architecture that the table was made with, such as one with -quickgelu"
         )

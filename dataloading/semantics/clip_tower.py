@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from prismer.errors import InputError
+
 _BATCH = 256
 _CONFIG = "open_clip_config.json"
 # what open_clip and torch raise on weights that are damaged or do not fit
@@ -54,7 +56,7 @@ class TextTower:
             self._tokenize = open_clip.get_tokenizer(architecture)
         except _LOAD_ERRORS as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            raise ValueError(
+            raise InputError(
                 f"the CLIP model {source} cannot be loaded ({reason}); "
                 f"give weights of its architecture, as safetensors or a state dict"
             ) from None
@@ -96,7 +98,7 @@ class TextTower:
                 embeddings[rows] = self._run(tokens[rows]).cpu()
                 bar.update(len(rows))
         if not embeddings.isfinite().all():
-            raise ValueError(f"the tower {self.name} gives numbers that are not finite; get it again")
+            raise InputError(f"the tower {self.name} gives numbers that are not finite; get it again")
         return embeddings
 
     @torch.inference_mode()
@@ -132,7 +134,7 @@ def _locate(source: str) -> tuple[str, str, str | None]:
         found = [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
         if not (folder / _CONFIG).is_file() or not found:
             lacking = "weights" if (folder / _CONFIG).is_file() else _CONFIG
-            raise ValueError(
+            raise InputError(
                 f"{folder} has no {lacking}; give a folder with both, or an architecture of open_clip and a file of "
                 f"weights, as in ViT-L-14-quickgelu@FILE"
             )
@@ -140,14 +142,14 @@ def _locate(source: str) -> tuple[str, str, str | None]:
         return folder, f"local-dir:{folder}", None
     name, _, weights = source.partition("@")
     if name.replace("/", "-") not in open_clip.list_models():
-        raise ValueError(
+        raise InputError(
             f"{name} is neither a folder nor an architecture of open_clip; give a folder with {_CONFIG} and weights, "
             f"or e.g. ViT-L-14-quickgelu@FILE"
         )
     if Path(weights).is_file():
         weights = str(Path(weights).resolve())
     elif weights not in open_clip.list_pretrained_tags_by_model(name):
-        raise ValueError(
+        raise InputError(
             f"no CLIP weights are at {weights or 'hand'} for {name}; name their file as {name}@FILE, or load them from "
             f"the hub by a tag of open_clip, as in ViT-L-14-quickgelu@openai"
         )

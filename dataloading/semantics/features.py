@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save
 
 from prismer.config import PrismerConfig
 from prismer.dataloading.store.native_ops import values_in_use
+from prismer.errors import InputError
 from prismer.experts import BACKGROUND, EXPERTS, FEATURE_WIDTH
 from prismer.files import write_atomically
 
@@ -66,7 +67,7 @@ class Semantics:
         for row, text in zip(rows, texts, strict=True):
             found = self._lookup(normalise(text))
             if found is None:
-                raise ValueError(
+                raise InputError(
                     f"{text!r} is not in the semantics table in {self._folder}; "
                     f"add it with `prismer semantics add {self._folder} --texts FILE`"
                 )
@@ -127,7 +128,7 @@ class Semantics:
         if config.semantics == "spelling":
             return cls.spelling()
         if folder is None:
-            raise ValueError(f"semantics is {config.semantics!r}, which reads a table; name the folder that holds it")
+            raise InputError(f"semantics is {config.semantics!r}, which reads a table; name the folder that holds it")
         return cls.from_table(folder)
 
 
@@ -190,7 +191,7 @@ class FeatureTables:
             for i in used:
                 class_id = i if field is None else _entry(meta, field, i, int)
                 if not 0 <= class_id < self._num_classes[expert]:
-                    raise ValueError(
+                    raise InputError(
                         f"its {expert} map has class {class_id}, the class table has "
                         f"{self._num_classes[expert]}; label the sample again"
                     )
@@ -227,18 +228,18 @@ def read_table(folder: str | Path) -> tuple[list[str], np.ndarray, np.ndarray]:
         tensors = load_file(tensors_path)
         names = json.loads(names_path.read_text(encoding="utf-8"))
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{names_path.name} is not a list of texts")
+            raise InputError(f"{names_path.name} is not a list of texts")
     except FileNotFoundError as error:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds no semantics table ({error.filename or tensors_path} is missing); "
             f'name the folder of one, or choose semantics="spelling"'
         ) from None
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"the semantics table in {folder} is damaged: {error}") from None
+        raise InputError(f"the semantics table in {folder} is damaged: {error}") from None
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     expected = {"features": (len(names), FEATURE_WIDTH), "background": (FEATURE_WIDTH,)}
     if shapes != expected:
-        raise ValueError(f"the semantics table in {folder} has {shapes} for {len(names)} names; expected {expected}")
+        raise InputError(f"the semantics table in {folder} has {shapes} for {len(names)} names; expected {expected}")
     return names, *(tensors[name].astype(np.float32) for name in ("features", "background"))
 
 
@@ -255,12 +256,12 @@ def write_table(folder: str | Path, names: list[str], features: np.ndarray, back
         ValueError: if the sizes disagree or two names are equal.
     """
     if features.shape != (len(names), FEATURE_WIDTH) or background.shape != (FEATURE_WIDTH,):
-        raise ValueError(
+        raise InputError(
             f"features {features.shape} and background {background.shape} do not fit {len(names)} names; "
             f"expected ({len(names)}, {FEATURE_WIDTH}) and ({FEATURE_WIDTH},)"
         )
     if len(set(map(normalise, names))) < len(names):
-        raise ValueError("two names differ in case or blanks alone; give each text once")
+        raise InputError("two names differ in case or blanks alone; give each text once")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors_path, names_path = (folder / name for name in TABLE_FILES)
@@ -282,7 +283,7 @@ def _entry(meta: dict, table: str, i: int, kind: type) -> Any:
     entries = meta.get(table, {})
     entry = entries.get(str(i)) if isinstance(entries, dict) else None
     if not isinstance(entry, kind):
-        raise ValueError(f"id {i} of its map has no entry in {table!r}; label the sample again")
+        raise InputError(f"id {i} of its map has no entry in {table!r}; label the sample again")
     return entry
 
 

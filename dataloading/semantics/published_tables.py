@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prismer.dataloading.semantics.clip_tables import check_absent, refuse_pickle, write_folder
 from prismer.dataloading.semantics.features import normalise
+from prismer.errors import InputError
 from prismer.experts import FEATURE_WIDTH
 from prismer.reading import is_text, read_bytes
 
@@ -41,17 +42,17 @@ def import_published(out: str | Path, tables: Iterable[str | Path], background: 
         labels, features = (table.get("labels"), table.get("features")) if isinstance(table, dict) else (None, 0)
         is_names = isinstance(labels, list) and all(isinstance(x, str) and is_text(x) for x in labels)
         if not is_names:
-            raise ValueError(f"{path} holds no list 'labels'; expected a feature file of names")
+            raise InputError(f"{path} holds no list 'labels'; expected a feature file of names")
         for name, row in zip(labels, _rows(features, (len(labels), FEATURE_WIDTH), path), strict=True):
             name = normalise(name)
             if not name:
-                raise ValueError(f"{path} gives features to an empty name; use a published file")
+                raise InputError(f"{path} gives features to an empty name; use a published file")
             if not np.allclose(rows.setdefault(name, row), row, rtol=0, atol=1e-4):
-                raise ValueError(f"{path} gives {name!r} other features than {origin[name]}; use files of one release")
+                raise InputError(f"{path} gives {name!r} other features than {origin[name]}; use files of one release")
             origin.setdefault(name, path)
         read += len(labels)
     if not rows:
-        raise ValueError("no names are imported; name a feature file of classes")
+        raise InputError("no names are imported; name a feature file of classes")
     nothing = _rows(_load_tensors(Path(background)), (FEATURE_WIDTH,), background)
     files = [*tables, Path(background)]
     recipe = {
@@ -72,11 +73,11 @@ def _load_tensors(path: Path) -> Any:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly anything on damaged files
         reason = (str(error).strip().splitlines() or ["cut short"])[0][:120]
-        raise ValueError(f"{path} is not a file of plain tensors ({reason}); use a published feature file") from None
+        raise InputError(f"{path} is not a file of plain tensors ({reason}); use a published feature file") from None
 
 
 def _rows(value: object, shape: tuple[int, ...], path: str | Path) -> np.ndarray:
     got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if got != shape or not value.is_floating_point() or not value.isfinite().all():
-        raise ValueError(f"the features in {path} are {got}; expected {shape} finite numbers")
+        raise InputError(f"the features in {path} are {got}; expected {shape} finite numbers")
     return value.float().numpy()

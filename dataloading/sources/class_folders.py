@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prismer.dataloading.sources.image_folders import subfolders, walk_image_folders
 from prismer.dataloading.sources.records import DatasetPaths, IgnoredFile, ImageRecord, ImageRecords
+from prismer.errors import InputError
 from prismer.reading import printable, read_json
 
 
@@ -35,7 +36,7 @@ def class_records(
     """
     root = Path(folder).absolute()
     if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; name the one that holds one folder per class")
+        raise InputError(f"{root} is not a folder; name the one that holds one folder per class")
     others: list[IgnoredFile] = []
     count, folders = 0, subfolders(root)
     for found in walk_image_folders(root, others):
@@ -84,17 +85,17 @@ def _class_names(folders: list[str], classes: str | Path | None, names: str | Pa
         table = read_json(classes)
     if isinstance(table, list):
         if len(table) != len(folders):
-            raise ValueError(f"{classes} has {len(table)} names for {len(folders)} folders; name each")
+            raise InputError(f"{classes} has {len(table)} names for {len(folders)} folders; name each")
         table = dict(zip(folders, table, strict=True))
     if not isinstance(table, dict):
-        raise ValueError(
+        raise InputError(
             f"{classes} holds one {type(table).__name__}; expected "
             f"{{folder: name or index}} or a list of names in the order of the folders"
         )
     if names:
         by_index = read_json(names)
         if not isinstance(by_index, list) or not all(map(_is_name, by_index)):
-            raise ValueError(f'{names} is not a list of class names; expected ["tench", "goldfish", ...]')
+            raise InputError(f'{names} is not a list of class names; expected ["tench", "goldfish", ...]')
         table = {
             name: by_index[index]
             if isinstance(index, int) and not isinstance(index, bool) and 0 <= index < len(by_index)
@@ -105,10 +106,10 @@ def _class_names(folders: list[str], classes: str | Path | None, names: str | Pa
     if missing:
         some = printable(", ".join(missing[:3]))
         if not classes:
-            raise ValueError(f"the folder {some} gives no class name; rename it")
+            raise InputError(f"the folder {some} gives no class name; rename it")
         number = isinstance(table.get(missing[0]), int) and not names
         need = "give their names with --names" if number else "name each folder"
-        raise ValueError(f"{classes} gives no name for {some}; {need}")
+        raise InputError(f"{classes} gives no name for {some}; {need}")
     return {name: table[name] for name in folders}
 
 

@@ -7,6 +7,7 @@ from prismer.dataloading.sources.image_folders import count_unnamed
 from prismer.dataloading.sources.json_lists import BadEntry, entry_id, fault_record, read_entries
 from prismer.dataloading.sources.records import DatasetPaths, IgnoredFile, ImageRecord, ImageRecords
 from prismer.dataloading.store.sample_json import meta_problems, show_json
+from prismer.errors import InputError
 from prismer.reading import RepeatedKeys, printable, read_json
 
 # COCO ids are the digits at the end of a name; more than 18 digits are no id
@@ -91,7 +92,7 @@ def _read_annotations(path: str | Path) -> tuple[dict[int | str, list[str]], lis
             faults.append(fault_record(f"{path} annotation {number}", f"annotation {number} of {path} {error}"))
     if not captions:
         first = f"; {faults[0].fault}" if faults else ""
-        raise ValueError(f"{path} is not in the COCO caption format (annotations with image_id, caption){first}")
+        raise InputError(f"{path} is not in the COCO caption format (annotations with image_id, caption){first}")
     return captions, faults
 
 
@@ -114,7 +115,7 @@ def _add_reference(
         else:
             without.append(image)
     if len(without) == len(metas):
-        raise ValueError(
+        raise InputError(
             f"no image of the list has an id of {path}: it has {next(iter(reference))!r}, the list "
             f"{next(iter(metas.values())).get('image_id')!r}; name the captions of this list"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from prismer.dataloading.sources.records import DatasetPaths, FilePart, IgnoredFile, ImageRecord, ImageRecords
 from prismer.dataloading.store.index import SHARD_FILE
+from prismer.errors import InputError
 from prismer.reading import RepeatedKeys, decode_text, lines_of, parse_json, printable
 
 # names of images; whether one decodes shows when it is opened
@@ -81,7 +82,7 @@ def walk_image_folders(root: Path, others: list[IgnoredFile]) -> Iterator[ImageF
         OSError: if it may not be read.
     """
     if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; name the one that holds the images")
+        raise InputError(f"{root} is not a folder; name the one that holds the images")
 
     def ignore(path: Path, reason: str) -> None:
         others.append(IgnoredFile(printable(str(path)), reason))
@@ -172,7 +173,7 @@ def read_meta(text: bytes | None, notes: bytes | None) -> dict:
     """
     fields = {} if notes is None else parse_json(notes, "its json", lenient=True)
     if not isinstance(fields, dict) or isinstance(fields, RepeatedKeys):
-        raise ValueError("its json is not an object, or gives a key twice")
+        raise InputError("its json is not an object, or gives a key twice")
     if text is not None:
         captions = lines_of(decode_text(text, "its caption").strip())[:1]
     else:
@@ -181,12 +182,12 @@ def read_meta(text: bytes | None, notes: bytes | None) -> dict:
         # downloaders write null or "" where a page had no text
         captions = [caption for caption in captions if caption not in (None, "")]
         if not all(isinstance(caption, str) for caption in captions):
-            raise ValueError("the caption in its json is not a text")
+            raise InputError("the caption in its json is not a text")
     captions = [caption.strip() for caption in captions if caption.strip()]
     kept = {name: fields[name] for name in _KEPT if fields.get(name) not in (None, "")}
     for name, value in kept.items():
         if not isinstance(value, str | int):
-            raise ValueError(f"{name!r} in its json is a {type(value).__name__}, not a text")
+            raise InputError(f"{name!r} in its json is a {type(value).__name__}, not a text")
     return {"captions": captions, **kept}
 
 

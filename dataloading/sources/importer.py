@@ -23,6 +23,7 @@ from prismer.dataloading.store.index import to_json
 from prismer.dataloading.store.label_maps import unpack_labels
 from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.shards import Sample, ShardWriter
+from prismer.errors import InputError
 from prismer.experts import BACKGROUND
 from prismer.files import write_atomically
 from prismer.reading import printable, read_json
@@ -129,7 +130,7 @@ def skipped_entry(record: ImageRecord, reason: str) -> dict[str, str]:
     return {"key": record.key, "image": printable(image), "reason": printable(reason)}
 
 
-class _BadRecord(ValueError):
+class _BadRecord(InputError):
     """A record that is skipped."""
 
 
@@ -201,9 +202,9 @@ def _class_tables(given: dict[str, list[str]] | str | Path | None) -> dict[str, 
         try:
             given = read_json(given)
         except ValueError as error:
-            raise ValueError(f"the class tables {error}") from None
+            raise InputError(f"the class tables {error}") from None
         if not isinstance(given, dict):
-            raise ValueError('class tables are {"seg": [names], "obj_detection": [names]}; got another JSON value')
+            raise InputError('class tables are {"seg": [names], "obj_detection": [names]}; got another JSON value')
     counts = {"seg": BACKGROUND, "obj_detection": _NUM_PUBLISHED_OBJECTS}
     numbered = {name: [f"class {i}" for i in range(count)] for name, count in counts.items()}
     return {**numbered, **(given or {})}

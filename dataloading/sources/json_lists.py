@@ -5,10 +5,11 @@ from pathlib import Path
 
 from prismer.dataloading.sources.records import ImageRecord, safe_key
 from prismer.dataloading.store.sample_json import show_json
+from prismer.errors import InputError
 from prismer.reading import RepeatedKeys, printable, read_json
 
 
-class BadEntry(ValueError):
+class BadEntry(InputError):
     """An entry of a list that cannot be used."""
 
 
@@ -32,9 +33,9 @@ def read_entries(list_files: list[str | Path], add_entry: Callable[[str, dict], 
         except ValueError as error:
             if "Extra data" not in str(error):
                 raise
-            raise ValueError(f"{error}; if it is JSON lines, put the entries into one array") from None
+            raise InputError(f"{error}; if it is JSON lines, put the entries into one array") from None
         if not isinstance(entries, list):
-            raise ValueError(f"{list_file} is not a JSON array of entries; {_recognise(entries)}")
+            raise InputError(f"{list_file} is not a JSON array of entries; {_recognise(entries)}")
         for number, entry in enumerate(entries):
             try:
                 add_entry(_image_of(entry), entry)
@@ -43,7 +44,7 @@ def read_entries(list_files: list[str | Path], add_entry: Callable[[str, dict], 
                 faults.append(fault_record(f"{list_file} entry {number}", f"entry {number} of {list_file} {error}"))
     if faults and not used:
         more = f"; the {len(faults) - 1} others cannot be used either" if len(faults) > 1 else ""
-        raise ValueError(f"{faults[0].fault}{more}")
+        raise InputError(f"{faults[0].fault}{more}")
     return faults
 
 

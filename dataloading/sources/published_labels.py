@@ -12,6 +12,7 @@ from prismer.dataloading.feed.rgb import TURNS
 from prismer.dataloading.sources.records import FilePart
 from prismer.dataloading.store.label_maps import blank_planes
 from prismer.dataloading.store.native_ops import values_in_use
+from prismer.errors import InputError
 from prismer.experts import BACKGROUND, EXPERTS
 from prismer.reading import parse_json
 
@@ -59,7 +60,7 @@ def read_published_labels(
             known = set(range(len(classes[expert]))) if kind == "class" else {int(i) for i in table}
             unknown = set(values_in_use(plane)) - known - {BACKGROUND}
             if unknown:
-                raise ValueError(f"{path} holds id {min(unknown)}, which is not in its table of {len(known)}")
+                raise InputError(f"{path} holds id {min(unknown)}, which is not in its table of {len(known)}")
         planes[expert] = plane
         if EXPERTS[expert].table:
             tables[EXPERTS[expert].table] = table
@@ -76,30 +77,30 @@ def _read_plane(expert: str, path: Path, size: int, orientation: int) -> np.ndar
         with Image.open(io.BytesIO(data)) as image:
             # converting an id map from another mode would change its ids
             if image.mode != mode and not (image.mode == "P" and EXPERTS[expert].is_ids):
-                raise ValueError(f"it is {image.mode}, expected {mode}")
+                raise InputError(f"it is {image.mode}, expected {mode}")
             image.load()
             if orientation != 1:
                 image = image.transpose(TURNS[orientation])
             return np.asarray(image.resize((size, size), Image.Resampling.NEAREST)).copy()
     except Exception as error:  # decoders raise nearly anything on damaged bytes
-        raise ValueError(f"the label {path} cannot be read ({error})") from None
+        raise InputError(f"the label {path} cannot be read ({error})") from None
 
 
 def _read_instances(path: Path, num_classes: int) -> dict[str, int]:
     try:
         table = parse_json(FilePart(path).read(), "it")
         if not isinstance(table, dict):
-            raise ValueError(f"it is a {type(table).__name__}, not an object of id: class")
+            raise InputError(f"it is a {type(table).__name__}, not an object of id: class")
         for i, class_id in table.items():
             if not (i.isascii() and i.isdecimal()):
-                raise ValueError(f"it has the id {i!r}, expected a number")
+                raise InputError(f"it has the id {i!r}, expected a number")
             if not isinstance(class_id, int) or isinstance(class_id, bool):
-                raise ValueError(f"object {i} is of class {str(class_id)[:40]!r}, expected a number")
+                raise InputError(f"object {i} is of class {str(class_id)[:40]!r}, expected a number")
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"the object table {path} cannot be read ({error})") from None
+        raise InputError(f"the object table {path} cannot be read ({error})") from None
     for class_id in table.values():
         if not 0 <= class_id < num_classes:
-            raise ValueError(f"{path} names class {class_id}, the class table has {num_classes} names")
+            raise InputError(f"{path} names class {class_id}, the class table has {num_classes} names")
     return table
 
 
@@ -112,10 +113,10 @@ def _read_words(path: Path) -> dict[str, str]:
         table = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         for i, word in table.items():
             if isinstance(i, bool) or not isinstance(i, int) or not isinstance(word["text"], str):
-                raise ValueError(f"word {i!r} is not a text under a number")
+                raise InputError(f"word {i!r} is not a text under a number")
         return {str(i): word["text"].lower() for i, word in table.items()}
     except Exception as error:  # torch raises its own exceptions on damaged or unsafe files
-        raise ValueError(f"the word table {path} cannot be read ({error})") from None
+        raise InputError(f"the word table {path} cannot be read ({error})") from None
 
 
 def _read_if_any(path: Path) -> bytes:

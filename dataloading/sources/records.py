@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prismer.dataloading.store.index import MAX_KEY
+from prismer.errors import InputError
 from prismer.experts import EXPERTS
 from prismer.reading import read_bytes
 
@@ -130,7 +131,7 @@ class DatasetPaths:
         inside = Path(images) / dataset
         self.images = inside if inside.is_dir() else Path(images)
         if not self.images.is_dir():
-            raise ValueError(f"{images} is not a folder; name the one that holds the images")
+            raise InputError(f"{images} is not a folder; name the one that holds the images")
         self.labels: dict[str, Path] = {}
         if labels is not None:
             for name, expert in EXPERTS.items():
@@ -138,7 +139,7 @@ class DatasetPaths:
                     if (Path(labels) / folder).is_dir():
                         self.labels.setdefault(name, Path(labels) / folder / dataset)
             if not self.labels:
-                raise ValueError(f"{labels} has no folder of any expert; name the one that holds depth, normal, ...")
+                raise InputError(f"{labels} has no folder of any expert; name the one that holds depth, normal, ...")
 
     def record(self, image: str, meta: dict, fault: str = "") -> ImageRecord:
         """The record of one image, by its path inside the dataset folder."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from prismer.dataloading.sources.image_folders import IMAGE_SUFFIXES, MAX_TEXT, read_meta
 from prismer.dataloading.sources.records import FilePart, IgnoredFile, ImageRecord, ImageRecords, safe_key
 from prismer.dataloading.store.index import SHARD_FILE, is_key
+from prismer.errors import InputError
 from prismer.reading import open_regular, parse_json, printable
 
 _ENDINGS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
@@ -61,7 +62,7 @@ def tar_records(folder: str | Path) -> ImageRecords:
     if not tars:
         packed = [other.file for other in others if other.reason.startswith("compressed")]
         hint = f"; {packed[0]} is compressed, unpack it to a .tar" if packed else ""
-        raise ValueError(f"{folder} holds no .tar files; name the folder of the shards{hint}")
+        raise InputError(f"{folder} holds no .tar files; name the folder of the shards{hint}")
     count = 0
     for path in tars:
         tar = _read_tar(path)
@@ -167,5 +168,5 @@ def _records_of(path: Path) -> Iterator[ImageRecord]:
 def _sample_json(notes: bytes) -> dict:
     meta = parse_json(notes, "its json")
     if not isinstance(meta, dict):
-        raise ValueError("its json is not an object")
+        raise InputError("its json is not an object")
     return meta

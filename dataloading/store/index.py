@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from prismer.errors import InputError
 from prismer.experts import BACKGROUND, EXPERTS
 from prismer.reading import parse_json, read_bytes
 
@@ -46,7 +47,7 @@ class Sample:
     meta: dict
 
 
-class CorruptSample(ValueError):
+class CorruptSample(InputError):
     """A sample that cannot be read.
 
     Attributes:
@@ -88,14 +89,14 @@ class Sidecar:
         try:
             fields = parse_json(data, "it", "copy it again")
             if fields["format"] != FORMAT or fields["version"] != VERSION or fields["shard"] != shard:
-                raise ValueError("another format, version or shard")
+                raise InputError("another format, version or shard")
             self.shard, self.size, self.fingerprint = shard, int(fields["size"]), fields["fingerprint"]
             self.skipped: list[dict[str, str]] = fields.get("skipped", [])
             self.keys: list[str] = fields["keys"]
             self.members = np.array(fields["members"], dtype=np.int64).reshape(len(self.keys), len(MEMBERS), 3)
             ends = self.members[..., 0] + self.members[..., 1]
             if self.members.min(initial=0) < 0 or ends.max(initial=0) > self.size:
-                raise ValueError("a member lies outside the shard")
+                raise InputError("a member lies outside the shard")
             self.entry = {
                 "name": shard,
                 "count": len(self.keys),
@@ -118,27 +119,27 @@ def read_index(folder: str | Path) -> dict:
     try:
         data = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
+        raise InputError(
             f"{folder} is not a finished dataset (no index.json); run the job that writes it again, which resumes it"
         ) from None
     index = parse_json(data, path, "copy it again or resume the job that writes it")
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ValueError(f"{path} is not the index of a {FORMAT} dataset; import the data first")
+        raise InputError(f"{path} is not the index of a {FORMAT} dataset; import the data first")
     if index.get("version") != VERSION:
-        raise ValueError(f"{path} has version {index.get('version')}, this library reads {VERSION}; update the library")
+        raise InputError(f"{path} has version {index.get('version')}, this library reads {VERSION}; update the library")
     try:
         check_classes(index["classes"])
         if not all(SHARD_FILE.fullmatch(entry["name"]) for entry in index["shards"]):
-            raise ValueError("a shard has a name that this library does not give")
+            raise InputError("a shard has a name that this library does not give")
         if sum(entry["count"] for entry in index["shards"]) != index["count"]:
-            raise ValueError(f"the counts of the shards do not add up to {index['count']}")
+            raise InputError(f"the counts of the shards do not add up to {index['count']}")
         missing = {"source", "experts", "about"} - set(index)
         for entry in index["shards"]:
             missing |= {"size", "sha256", "index_sha256"} - set(entry)
         if missing:
-            raise ValueError(f"{', '.join(sorted(missing))} is missing")
+            raise InputError(f"{', '.join(sorted(missing))} is missing")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); copy it again") from None
+        raise InputError(f"{path} is damaged ({error}); copy it again") from None
     return index
 
 
@@ -155,12 +156,12 @@ def check_classes(classes: dict[str, list[str]]) -> None:
     """
     for expert, names in classes.items():
         if expert not in CLASS_TABLES:
-            raise ValueError(f"there is a class table for {expert!r}; choose from {', '.join(CLASS_TABLES)}")
+            raise InputError(f"there is a class table for {expert!r}; choose from {', '.join(CLASS_TABLES)}")
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-            raise ValueError(f"the class table of {expert} must be a list of non-empty strings")
+            raise InputError(f"the class table of {expert} must be a list of non-empty strings")
         # the ids of such a map are class indices, and 255 is the background
         if expert in EXPERTS and EXPERTS[expert].kind == "class" and len(names) > BACKGROUND:
-            raise ValueError(f"the class table of {expert} has {len(names)} names; a uint8 map holds at most 255")
+            raise InputError(f"the class table of {expert} has {len(names)} names; a uint8 map holds at most 255")
 
 
 def to_json(value: object) -> bytes:
@@ -172,9 +173,9 @@ def to_json(value: object) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except TypeError as error:
-        raise ValueError(f"{error}; give numbers, strings, lists and dicts with string keys") from None
+        raise InputError(f"{error}; give numbers, strings, lists and dicts with string keys") from None
     except UnicodeEncodeError as error:
         part = ascii(error.object[error.start : error.end])
-        raise ValueError(f"a text holds {part}, which UTF-8 cannot hold; replace it") from None
+        raise InputError(f"a text holds {part}, which UTF-8 cannot hold; replace it") from None
     except RecursionError:
-        raise ValueError("a value is nested too deeply to be written as JSON") from None
+        raise InputError("a value is nested too deeply to be written as JSON") from None

@@ -30,6 +30,7 @@ import numpy as np
 import zstandard
 
 from prismer.dataloading.store.native_ops import undifference
+from prismer.errors import InputError
 from prismer.experts import EXPERTS
 
 MAGIC = b"PLBL"
@@ -85,19 +86,19 @@ def unpack_labels(data: bytes) -> dict[str, np.ndarray]:
         ValueError: if the bytes are not packed labels, or are of an unknown version, truncated or damaged.
     """
     if len(data) < _HEADER.size or bytes(data[:4]) != MAGIC:
-        raise ValueError(f"these {len(data)} bytes are not packed labels (no {MAGIC.decode()} header)")
+        raise InputError(f"these {len(data)} bytes are not packed labels (no {MAGIC.decode()} header)")
     _, version, count, checksum = _HEADER.unpack_from(data)
     if version != VERSION:
-        raise ValueError(f"packed labels have version {version}, this library reads {VERSION}; update it or pack again")
+        raise InputError(f"packed labels have version {version}, this library reads {VERSION}; update it or pack again")
     body = memoryview(data)[_HEADER.size :]
     if zlib.crc32(body) != checksum:
-        raise ValueError(f"packed labels of {len(data)} bytes fail their checksum; restore the file or label it again")
+        raise InputError(f"packed labels of {len(data)} bytes fail their checksum; restore the file or label it again")
     if len(body) < count * _ENTRY.size:
-        raise ValueError(f"packed labels promise {count} maps but their table is cut short; label the sample again")
+        raise InputError(f"packed labels promise {count} maps but their table is cut short; label the sample again")
     entries = [_ENTRY.unpack_from(body, i * _ENTRY.size) for i in range(count)]
     for code, channels, _, _ in entries:
         if code not in _NAMES or channels != EXPERTS[_NAMES[code]].planes:
-            raise ValueError(f"packed labels hold an unknown map (code {code}, {channels} planes); update the library")
+            raise InputError(f"packed labels hold an unknown map (code {code}, {channels} planes); update the library")
     sizes = [channels * height * width for _, channels, height, width in entries]
     raw = _decompress(body[count * _ENTRY.size :], sum(sizes))
     planes, start = {}, 0
@@ -122,23 +123,23 @@ def _decompress(frame: memoryview, size: int) -> np.ndarray:
         # the promised size is compared before memory is allocated for it
         promised = zstandard.frame_content_size(frame)
         if promised != size:
-            raise ValueError(f"packed labels hold {promised} bytes, their table says {size}; label the sample again")
+            raise InputError(f"packed labels hold {promised} bytes, their table says {size}; label the sample again")
         # decompressed in place, so that the maps stay writable; bytes after the frame are read too, to be refused
         raw = np.empty(size, np.uint8)
         reader = zstandard.ZstdDecompressor().stream_reader(frame, read_across_frames=True)
         if (held := reader.readinto(raw)) != size or reader.read(1):
-            raise ValueError(
+            raise InputError(
                 f"packed labels hold {'more' if held == size else held} bytes, their table says {size}; "
                 f"label the sample again"
             )
     except zstandard.ZstdError as error:
-        raise ValueError(f"packed labels do not decompress ({error}); label the sample again") from None
+        raise InputError(f"packed labels do not decompress ({error}); label the sample again") from None
     return raw
 
 
 def _shape(expert: str, height: int, width: int) -> tuple[int, ...]:
     if expert not in EXPERTS:
-        raise ValueError(f"unknown expert {expert!r}; choose from {', '.join(EXPERTS)}")
+        raise InputError(f"unknown expert {expert!r}; choose from {', '.join(EXPERTS)}")
     channels = EXPERTS[expert].planes
     return (height, width) if channels == 1 else (height, width, channels)
 
@@ -153,8 +154,8 @@ def check_plane(expert: str, plane: np.ndarray, owner: str = "") -> None:
     name = f"the {expert} map of {owner}" if owner else f"the {expert} map"
     if not isinstance(plane, np.ndarray) or not plane.size:
         got = "empty" if isinstance(plane, np.ndarray) else type(plane).__name__
-        raise ValueError(f"{name} is {got}; give a numpy array with pixels")
+        raise InputError(f"{name} is {got}; give a numpy array with pixels")
     if plane.dtype != np.uint8 or plane.ndim < 2 or plane.shape != _shape(expert, *plane.shape[:2]):
-        raise ValueError(f"{name} is {plane.dtype} {plane.shape}; expected uint8 {expected}")
+        raise InputError(f"{name} is {plane.dtype} {plane.shape}; expected uint8 {expected}")
     if max(plane.shape[:2]) > _MAX_SIDE:
-        raise ValueError(f"{name} has shape {plane.shape}; no side may exceed {_MAX_SIDE}")
+        raise InputError(f"{name} has shape {plane.shape}; no side may exceed {_MAX_SIDE}")

@@ -17,7 +17,7 @@ spell a lone surrogate, on which every tokenizer fails.
 import math
 from functools import partial
 
-from prismer.errors import shown
+from prismer.errors import InputError, shown
 from prismer.experts import BACKGROUND, EXPERTS
 from prismer.reading import is_text
 from prismer.texts import clean_caption, clean_question
@@ -63,7 +63,7 @@ def check_meta(meta: object, classes: dict[str, list[str]] | None = None) -> Non
     problems = meta_problems(meta, classes)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ValueError(problems[0] + more)
+        raise InputError(problems[0] + more)
 
 
 def _captions(captions: object) -> list[str]:

@@ -25,6 +25,7 @@ from prismer.dataloading.store.index import (
     to_json,
 )
 from prismer.dataloading.store.label_maps import pack_labels
+from prismer.errors import InputError
 from prismer.experts import EXPERTS
 from prismer.files import sync, write_atomically
 from prismer.reading import read_bytes
@@ -64,7 +65,7 @@ class ShardWriter:
         resume: bool = False,
     ):
         if samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
+            raise InputError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
         check_classes(classes)
         self.folder = Path(folder)
         self.classes, self.source, self.about = classes, source, dict(about or {})
@@ -82,7 +83,7 @@ class ShardWriter:
             if resume:
                 self._keep_finished_shards()
             elif self._shard_files() or (self.folder / "index.json").exists():
-                raise ValueError(f"{self.folder} already holds shards; resume the job or choose another folder")
+                raise InputError(f"{self.folder} already holds shards; resume the job or choose another folder")
         except BaseException:
             self._release()
             raise
@@ -95,17 +96,17 @@ class ShardWriter:
         """
         if not is_key(sample.key):
             allowed = f"1 to {MAX_KEY} of the characters A-Z a-z 0-9 _ -"
-            raise ValueError(f"key {sample.key!r} is malformed; rename the sample with {allowed}")
+            raise InputError(f"key {sample.key!r} is malformed; rename the sample with {allowed}")
         if sample.key in self.written_keys:
-            raise ValueError(f"key {sample.key} is written twice; give each sample its own key")
+            raise InputError(f"key {sample.key} is written twice; give each sample its own key")
         if not sample.jpeg.startswith(b"\xff\xd8"):
-            raise ValueError(f"the image of {sample.key} is not a JPEG; encode it first")
+            raise InputError(f"the image of {sample.key} is not a JPEG; encode it first")
         if not isinstance(sample.meta, dict):
-            raise ValueError(f"the meta of {sample.key} is a {type(sample.meta).__name__}; expected a dict")
+            raise InputError(f"the meta of {sample.key} is a {type(sample.meta).__name__}; expected a dict")
         try:
             members = sample.jpeg, to_json(sample.meta), pack_labels(sample.labels)
         except ValueError as error:
-            raise ValueError(f"sample {sample.key} cannot be written: {error}") from error
+            raise InputError(f"sample {sample.key} cannot be written: {error}") from error
         if self._open is None:
             number = next(n for n in range(len(self._shards) + 1) if n not in self._shards)
             self._open = OpenShard(self.folder, number)
@@ -152,7 +153,7 @@ class ShardWriter:
         lock = open(path, "wb", buffering=0)  # held until close
         if not _lock(lock, path):
             lock.close()
-            raise ValueError(f"another process is writing {self.folder}; wait for it or choose another folder")
+            raise InputError(f"another process is writing {self.folder}; wait for it or choose another folder")
         return lock
 
     def _release(self) -> None:
@@ -170,7 +171,7 @@ class ShardWriter:
                 continue
             sidecar, whole = found
             if sidecar.fingerprint != self._fingerprint:
-                raise ValueError(
+                raise InputError(
                     f"{self.folder} was begun with other class tables, source or notes; choose another folder"
                 )
             if whole and self.written_keys.isdisjoint(sidecar.keys):
@@ -278,7 +279,7 @@ class OpenShard:
         self.file = open(self.partial, "ab")
         if not _lock(self.file, self.partial):
             self.file.close()
-            raise ValueError(f"another process is writing {self.path}; wait for it or choose another folder")
+            raise InputError(f"another process is writing {self.path}; wait for it or choose another folder")
         self.file.truncate(0)
 
     def append(self, key: str, members: tuple[bytes, ...], labels: dict) -> None:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from prismer.dataloading.store.sample_json import meta_problems
 from prismer.dataloading.store.shards import Sample, ShardDataset
+from prismer.errors import InputError
 from prismer.experts import BACKGROUND, EXPERTS
 from prismer.files import write_atomically
 
@@ -31,7 +32,7 @@ def draw_sheet(dataset: ShardDataset, path: str | Path, *, count: int = 8, start
         ValueError: if there is no sample at `start`, or one cannot be read.
     """
     if count < 1 or not 0 <= start < len(dataset):
-        raise ValueError(
+        raise InputError(
             f"there are no samples {start} to {start + count - 1} in a dataset of {len(dataset)}; choose others"
         )
     samples = [dataset[i] for i in range(start, min(start + count, len(dataset)))]
@@ -55,10 +56,10 @@ def contact_sheet(samples: list[Sample], classes: dict[str, list[str]]) -> Image
         ValueError: if there is no sample, an image does not decode, or texts or tables do not fit the schema.
     """
     if not samples:
-        raise ValueError("there are no samples to show; give at least one")
+        raise InputError("there are no samples to show; give at least one")
     for sample in samples:
         if problems := meta_problems(sample.meta):
-            raise ValueError(f"the sample {sample.key} cannot be shown: {problems[0]}; show others")
+            raise InputError(f"the sample {sample.key} cannot be shown: {problems[0]}; show others")
     columns = [name for name in TITLES if name == "image" or any(name in sample.labels for sample in samples)]
     width = 2 * _MARGIN + len(columns) * (_TILE + _GAP) - _GAP
     texts = [_text_lines(sample, width - 2 * _MARGIN) for sample in samples]
@@ -124,7 +125,7 @@ def _decode(sample: Sample) -> Image.Image:
     try:
         return Image.open(io.BytesIO(sample.jpeg)).convert("RGB")
     except Exception as error:  # decoders raise nearly anything on damaged bytes
-        raise ValueError(f"the image of {sample.key} does not decode ({error})") from None
+        raise InputError(f"the image of {sample.key} does not decode ({error})") from None
 
 
 def draw_column(

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import triton.language as tl
+
 from prismer.kernels import dispatch
 
 
@@ -25,7 +27,6 @@ class KernelCase:
         constants: the tl.constexpr arguments, and any argument that is None or that Triton would specialise to 1.
         divisible: integer arguments that are multiples of 16, such as strides.
         num_warps, num_stages: as the launcher passes them.
-        archs: compute capabilities for which the launcher takes these tile shapes.
         shape: for people, such as "R 16384 x D 768, bf16".
         flops, bytes: the compulsory cost.
         dot: the compiled code must use tensor cores.
@@ -39,7 +40,6 @@ class KernelCase:
     divisible: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 3
-    archs: tuple[int, ...] = (80, 90, 100, 120)
     shape: str
     flops: int
     bytes: int
@@ -59,6 +59,31 @@ class KernelCase:
         unknown = [name for name in self.divisible if name not in self.signature]
         if unknown:
             raise ValueError(f"case {self.name}: divisible names {unknown}, not in its signature")
+
+    @classmethod
+    def of_launch(
+        cls, name: str, kernel: Any, arguments: Iterable[Any], keywords: Mapping[str, Any], **described: Any
+    ) -> "KernelCase":
+        """The case of `kernel[grid](*arguments, **keywords)`, specialised as Triton does when it launches a kernel.
+
+        Args:
+            name, kernel: as above.
+            arguments, keywords: as the launcher passes them, but the type of a pointer, such as "*bf16", for a tensor.
+            described: `shape`, `flops`, `bytes`, and any other field that does not follow from the arguments.
+        """
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
+        options = {option: given.pop(option) for option in ("num_warps", "num_stages") if option in given}
+        signature, constants, divisible = {}, {}, []
+        for argument, value in given.items():
+            is_integer = type(value) is int
+            if kernel.fn.__annotations__.get(argument) is tl.constexpr or value is None or is_integer and value == 1:
+                constants[argument] = value
+                continue
+            signature[argument] = value if isinstance(value, str) else "i32" if is_integer else "fp32"
+            if is_integer and value % 16 == 0:
+                divisible.append(argument)
+        fields = dict(signature=signature, constants=constants, divisible=tuple(divisible))
+        return cls(name=name, kernel=kernel, **fields, **options, **described)
 
 
 def all_cases(ops: Iterable[str] = ()) -> list[tuple[str, KernelCase]]:

@@ -174,8 +174,8 @@ def compile_case(op: str, case: KernelCase, arch: int) -> CompiledKernel:
 
 
 def compile_cases(found: list[tuple[str, KernelCase]], archs: Iterable[int], jobs: int) -> list[CompiledKernel]:
-    """`compile_case` of each pair in `found` on each architecture that its launcher serves, `jobs` at a time."""
-    work = [(op, case, arch) for op, case in found for arch in archs if arch in case.archs]
+    """`compile_case` of each pair in `found` on each architecture, `jobs` at a time."""
+    work = [(op, case, arch) for op, case in found for arch in archs]
     if jobs == 1:
         return [compile_case(*item) for item in work]
     # kernels cannot be pickled: a forked child already has them

@@ -23,6 +23,7 @@ from torch import Tensor
 from prismer.kernels import dispatch
 from prismer.kernels.attention import native_backend, peers, torch_backend, triton_backend
 from prismer.kernels.attention.call import Call, Facts
+from prismer.kernels.checks import described
 from prismer.kernels.dispatch import TORCH, Backend, Op
 from prismer.kernels.philox import draw_seed, survivors
 
@@ -206,19 +207,14 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
     *tensors, ctx.causal, ctx.dropout, ctx.scale, ctx.backend = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    if any(ctx.needs_input_grad):
-        ctx.save_for_backward(*tensors, out, lse)
+    ctx.save_for_backward(*tensors, out, lse)
 
 
-def _autograd(ctx: torch.autograd.function.FunctionCtx, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad
-    if dout is None:
-        return (None,) * len(needs)
+def _autograd(ctx: torch.autograd.function.FunctionCtx, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:3]
     options = ctx.causal, ctx.dropout, ctx.scale, ctx.backend
     grads = _attention_backward(dout, *ctx.saved_tensors, *options, needs[0], needs[1] or needs[2])
-    grads = [g.transpose(1, 2) if need else None for g, need in zip(grads, needs, strict=False)]
-    return *grads, *(None,) * (len(needs) - len(grads))
+    return tuple(g.transpose(1, 2) if need else None for g, need in zip(grads, needs, strict=True))
 
 
 _attention = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -239,31 +235,24 @@ def _check(
     backend: str | None,
 ) -> None:
     if q.dim() != 4 or not q.is_floating_point() or q.dtype in dispatch.NARROW:
-        raise ValueError(
-            f"q is {q.dtype} of shape {tuple(q.shape)}; pass floats of shape (B, H, N, K), of 16 bits or more"
-        )
+        raise ValueError(f"q is {described(q)}; pass floats of shape (B, H, N, K), of 16 bits or more")
     B, H, N, K = q.shape
     for name, x in (("k", k), ("v", v)):
         like = x.dim() == 4 and (*x.shape[:2], x.shape[3]) == (B, H, K) and x.shape == k.shape
         if not like or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
-                f"{name} is {x.dtype} of shape {tuple(x.shape)} on {x.device}; pass {q.dtype} of shape "
+                f"{name} is {described(x)} on {x.device}; pass {q.dtype} of shape "
                 f"({B}, {H}, keys, {K}) on {q.device}, with as many values as keys"
             )
     L = k.shape[2]
     if causal and N != L:
         raise ValueError(f"causal attention of {N} queries over {L} keys; pass as many keys as queries")
     if key_mask is not None and (key_mask.shape != (B, L) or key_mask.dtype != torch.bool):
-        raise ValueError(
-            f"key_mask is {key_mask.dtype} of shape {tuple(key_mask.shape)}; "
-            f"pass torch.bool of shape {(B, L)}, True where seen"
-        )
+        raise ValueError(f"key_mask is {described(key_mask)}; pass torch.bool of shape {(B, L)}, True where seen")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; pass a probability from 0 to below 1")
     if seed is not None and (seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != q.device):
-        raise ValueError(
-            f"seed is {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}; pass one torch.int64 on {q.device}"
-        )
+        raise ValueError(f"seed is {described(seed)} on {seed.device}; pass one torch.int64 on {q.device}")
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; choose {', '.join(BACKENDS)}, or leave it unset")
 

@@ -20,6 +20,8 @@ Causal: a query block reads the keys before its end, and a key block reads the q
 on; no others are read or multiplied.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -431,40 +433,63 @@ def _dropout(dropout: float) -> dict[str, int | float | bool]:
     return dict(threshold=round(dropout * 2**24), unkept=1 / (1 - dropout), DROPOUT=dropout > 0)
 
 
-def _layout(name: str, x: Tensor) -> dict[str, int]:
-    return {f"{name}_{axis}": stride for axis, stride in zip("bhn", x.stride(), strict=False)}
-
-
-def _launch(kernel: triton.JITFunction, name: str, call: Call, **arguments: Tensor | bool | None) -> None:
-    """Launch a kernel with the arguments that all three have, and its own."""
-    B, H, N, K = call.q.shape
-    L = call.k.shape[2]
-    shape = tiles(name, K, call.q.element_size(), N, L, call.dropout > 0)
-    blocks = triton.cdiv(L, shape["BN"]) if name == "keys" else triton.cdiv(N, shape["BM"])
-    kernel[(blocks * B * H,)](
-        p_q=call.q,
-        p_k=call.k,
-        p_v=call.v,
-        # Triton reads bytes
-        p_mask=None if call.key_mask is None else call.key_mask.view(torch.uint8),
-        p_seed=call.seed,
+def _arguments(
+    kernel: str,
+    sizes: tuple[int, int, int, int],
+    itemsize: int,
+    *,
+    scale: float,
+    dropout: float,
+    causal: bool,
+    masked: bool,
+    precision: str,
+) -> dict[str, Any]:
+    """What all three kernels are given beside pointers and strides; `sizes` are H, N, L and K."""
+    H, N, L, K = sizes
+    shape = tiles(kernel, K, itemsize, N, L, dropout > 0)
+    return dict(
         N=N,
         L=L,
         H=H,
-        blocks=blocks,
-        **_layout("q", call.q),
-        **_layout("k", call.k),
-        **_layout("v", call.v),
-        scale=call.scale,
-        **_dropout(call.dropout),
-        CAUSAL=call.causal,
-        MASKED=call.key_mask is not None,
-        PRECISION=_precision(call.q.dtype),
+        blocks=triton.cdiv(L, shape["BN"]) if kernel == "keys" else triton.cdiv(N, shape["BM"]),
+        scale=scale,
+        # a 24-bit draw below the threshold drops a weight; `unkept` scales the others
+        threshold=round(dropout * 2**24),
+        unkept=1 / (1 - dropout),
+        DROPOUT=dropout > 0,
+        CAUSAL=causal,
+        MASKED=masked,
+        PRECISION=precision,
         K1=HEAD_DIMS[K][0],
         K2=HEAD_DIMS[K][1],
-        **arguments,
         **shape,
     )
+
+
+def _launch(kernel: triton.JITFunction, name: str, call: Call, **own: Tensor | bool | None) -> None:
+    """Launch a kernel with the arguments that all three have, and its own."""
+    q, k, v, mask = call.q, call.k, call.v, call.key_mask
+    B, H, N, K = q.shape
+    # fp32 is multiplied as the user has set it for torch
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    arguments = _arguments(
+        name,
+        (H, N, k.shape[2], K),
+        q.element_size(),
+        scale=call.scale,
+        dropout=call.dropout,
+        causal=call.causal,
+        masked=mask is not None,
+        precision="tf32" if tf32 else "ieee",
+    )
+    # Triton reads bytes
+    pointers = dict(p_q=q, p_k=k, p_v=v, p_mask=None if mask is None else mask.view(torch.uint8), p_seed=call.seed)
+    strides = {
+        f"{x}_{axis}": s
+        for x, t in zip("qkv", (q, k, v), strict=True)
+        for axis, s in zip("bhn", t.stride(), strict=False)
+    }
+    kernel[(arguments["blocks"] * B * H,)](**pointers, **strides, **arguments, **own)
 
 
 def forward(call: Call, out: Tensor, lse: Tensor) -> None:
@@ -485,35 +510,6 @@ def backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor, grads: list[Ten
 # what is compiled ahead of time
 
 
-def _case(
-    kernel: triton.JITFunction, name: str, shape: str, given: dict, tile: dict[str, int], flops: int, nbytes: int
-) -> KernelCase:
-    """A case from arguments as a launch gets them, where the type of a tensor stands for it."""
-    arguments = given | {key: tile[key] for key in ("BM", "BN")}
-    arguments = {key: arguments[key] for key in kernel.arg_names}
-    signature, constants = {}, {}
-    for key, value in arguments.items():
-        if key.isupper() and key not in ("N", "L", "H") or value is None:
-            constants[key] = value
-        elif isinstance(value, str):
-            signature[key] = value
-        else:
-            signature[key] = "fp32" if isinstance(value, float) else "i32"
-    return KernelCase(
-        name=name,
-        kernel=kernel,
-        signature=signature,
-        constants=constants,
-        shape=shape,
-        dot=True,
-        divisible=tuple(key for key, kind in signature.items() if kind == "i32" and arguments[key] % 16 == 0),
-        num_warps=tile["num_warps"],
-        num_stages=tile["num_stages"],
-        flops=flops,
-        bytes=nbytes,
-    )
-
-
 def kernel_cases() -> list[KernelCase]:
     """What is compiled ahead of time: 8 images at 480 px, bf16, with views of packed projections."""
     cases = []
@@ -528,27 +524,11 @@ def kernel_cases() -> list[KernelCase]:
         ("tiny self", 4, 64, 64, 32, False, 0.0),
     ):
         B, D, s = 8, H * K, 2
-        shape = f"{B} x {H} heads, {N} queries, {L} keys, head dim {K}, bf16"
-        strides = dict(b=3 * D * N, h=K, n=3 * D)
-        given = dict(
-            N=N,
-            L=L,
-            H=H,
-            scale=K**-0.5,
-            PRECISION="ieee",
-            CAUSAL=causal,
-            MASKED=causal,
-            K1=HEAD_DIMS[K][0],
-            K2=HEAD_DIMS[K][1],
-            NEEDED=True,
-            **_dropout(dropout),
-            p_mask="*u8" if causal else None,
-            p_seed="*i64" if dropout else None,
-            p_lse="*fp32",
-            p_delta="*fp32",
-            **{f"{x}_{axis}": stride for x in "qkv" for axis, stride in strides.items()},
-            **{f"p_{x}": "*bf16" for x in "q k v out dout dq dk dv".split()},
-        )
+        options = dict(scale=K**-0.5, dropout=dropout, causal=causal, masked=causal, precision="ieee")
+        strides = {f"{x}_{axis}": n for x in "qkv" for axis, n in (("b", 3 * D * N), ("h", K), ("n", 3 * D))}
+        given = {f"p_{x}": "*bf16" for x in "q k v out dout dq dk dv".split()} | strides
+        given |= dict(p_mask="*u8" if causal else None, p_seed="*i64" if dropout else None)
+        given |= dict(p_lse="*fp32", p_delta="*fp32", NEEDED=True)
         pairs = B * H * (N * (N + 1) // 2 if causal else N * L)
         queries, keys, rows = B * N * D * s, B * L * D * s, B * H * N * 4
         small = B * L * causal + 8 * (dropout > 0)
@@ -557,7 +537,18 @@ def kernel_cases() -> list[KernelCase]:
             ("queries", _queries_kernel, 6 * pairs * K, 4 * queries + 2 * keys + 2 * rows + small),
             ("keys", _keys_kernel, 8 * pairs * K, 2 * queries + 4 * keys + 2 * rows + small),
         ):
-            tile = tiles(part, K, s, N, L, dropout > 0)
-            blocks = triton.cdiv(*((L, tile["BN"]) if part == "keys" else (N, tile["BM"])))
-            cases.append(_case(kernel, f"{name} {part}", shape, given | dict(blocks=blocks), tile, flops, nbytes))
+            arguments = _arguments(part, (H, N, L, K), s, **options)
+            arguments |= {argument: given[argument] for argument in kernel.arg_names if argument in given}
+            cases.append(
+                KernelCase.of_launch(
+                    f"{name} {part}",
+                    kernel,
+                    (),
+                    arguments,
+                    shape=f"{B} x {H} heads, {N} queries, {L} keys, head dim {K}, bf16",
+                    flops=flops,
+                    bytes=nbytes,
+                    dot=True,
+                )
+            )
     return cases

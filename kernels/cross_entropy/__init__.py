@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prismer.kernels.checks import described
 from prismer.kernels.cross_entropy import torch_backend, triton_backend
 from prismer.kernels.dispatch import TORCH, TRITON, Op
 
@@ -207,9 +208,6 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, weight, bias, labels, factor, smoothing, ignore_index, reduce, *form = inputs
     _, stats, *gradients = output
     ctx.mark_non_differentiable(stats, *gradients)
-    ctx.set_materialize_grads(False)
-    if not any(ctx.needs_input_grad):
-        return
     ctx.formed, ctx.reduce = any(form), reduce
     if ctx.formed:
         ctx.save_for_backward(*gradients)
@@ -236,9 +234,7 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient
 
 
-def _autograd(ctx: Any, dvalue: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if dvalue is None:
-        return (None,) * 11
+def _autograd(ctx: Any, dvalue: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("linear_cross_entropy has no second derivative; drop create_graph=True")
     needs = ctx.needs_input_grad[:3]
@@ -246,16 +242,14 @@ def _autograd(ctx: Any, dvalue: Tensor | None, *_: None) -> tuple[Tensor | None,
         x, weight, bias, labels, stats, factor = ctx.saved_tensors
         if ctx.reduce:
             dvalue = dvalue.expand(x.shape[0]) if factor is None else dvalue * factor
-        gradients = _linear_cross_entropy_backward(
+        return _linear_cross_entropy_backward(
             dvalue, stats, x, weight, bias, labels, ctx.smoothing, ctx.ignore_index, *needs
         )
-    elif ctx.reduce:
-        gradients = [_scaled(t, dvalue) if needed else None for t, needed in zip(ctx.saved_tensors, needs, strict=True)]
-    else:
-        dx = ctx.saved_tensors[0]
-        # dx of an ignored row is 0, whatever the gradient of its loss is
-        gradients = (dx * dvalue[:, None]).to(dx.dtype).masked_fill_(dx == 0, 0), None, None
-    return *(t if needed else None for t, needed in zip(gradients, needs, strict=True)), *(None,) * 8
+    if ctx.reduce:
+        return tuple(_scaled(t, dvalue) if needed else None for t, needed in zip(ctx.saved_tensors, needs, strict=True))
+    dx = ctx.saved_tensors[0]
+    # dx of an ignored row is 0, whatever the gradient of its loss is
+    return ((dx * dvalue[:, None]).to(dx.dtype).masked_fill_(dx == 0, 0),)
 
 
 _linear_cross_entropy = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -296,9 +290,7 @@ def _check(
             f"do not fit; pass (R, D), (V, D) and (V,), V at least 1"
         )
     if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
-        raise ValueError(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)}; pass int64 of shape ({x.shape[0]},)"
-        )
+        raise ValueError(f"labels are {described(labels)}; pass int64 of shape ({x.shape[0]},)")
     if not x.is_floating_point() or x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; cast one so that both are the same float")
     if not bias.is_floating_point():
@@ -309,10 +301,7 @@ def _check(
         raise ValueError(f"reduction is {reduction!r}; choose {', '.join(_REDUCTIONS)}")
     if row_weights is not None:
         if not row_weights.is_floating_point() or row_weights.shape != x.shape[:1]:
-            raise ValueError(
-                f"row_weights are {row_weights.dtype} of shape {tuple(row_weights.shape)}; "
-                f"pass floats of shape ({x.shape[0]},)"
-            )
+            raise ValueError(f"row_weights are {described(row_weights)}; pass floats of shape ({x.shape[0]},)")
         if row_weights.requires_grad:
             raise ValueError("row_weights require grad and get none; pass row_weights.detach()")
 

@@ -13,6 +13,8 @@ where every row counts, in numbers of s bytes and a bias of w bytes (labels of 8
                 4 Rb V for the bias
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -346,90 +348,57 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def kernel_cases() -> list[KernelCase]:
     """What is compiled ahead of time: BASE and LARGE, eight images with three texts of 40 tokens each."""
     cases = []
+    bf16, fp32, i64 = "*bf16", "*fp32", "*i64"
     for model, R, D, V in (("BASE", 960, 768, 50265), ("LARGE", 960, 1024, 50265)):
+        inputs, partial, settings = (bf16, bf16, bf16, i64), (fp32, fp32, fp32, fp32), (0.1, -100)
         tiles = _tiles(torch.bfloat16)
-        warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-        each = _split_tiles(tiles["BV"])
+        each, width = _split_tiles(tiles["BV"]), triton.cdiv(V, tiles["BV"]) * tiles["BV"]
         splits = triton.cdiv(V, each * tiles["BV"])
-        bf16, fp32, i32 = "*bf16", "*fp32", "i32"
-        inputs = dict(p_x=bf16, p_weight=bf16, p_bias=bf16, p_labels="*i64")
-        sizes = dict(R=i32, D=i32, V=i32, stride_z=i32)
         read = (R + V) * D * 2 + V * 2 + 8 * R
-        shape = f"{model}, {R} x {D} x {V}"
-        partial = dict(p_top=fp32, p_sum=fp32, p_target=fp32, p_total=fp32)
-        for store in (False, True):
-            cases.append(
-                KernelCase(
-                    name=f"{model} cross_entropy statistics" + " and logits" * store,
-                    kernel=_statistics_kernel,
-                    shape=shape,
-                    signature=inputs | partial | sizes | dict(ignore_index=i32) | (dict(p_z=bf16) if store else {}),
-                    constants=dict(STORE=store, TILES=each, **tiles) | ({} if store else dict(p_z=None)),
-                    divisible=("R", "D", "stride_z"),
-                    num_warps=warps,
-                    num_stages=stages,
-                    flops=2 * R * D * V,
-                    bytes=read + 16 * splits * R + store * 2 * R * V,
-                    dot=True,
-                )
+        case = functools.partial(KernelCase.of_launch, shape=f"{model}, {R} x {D} x {V}")
+        cases += [
+            case(
+                f"{model} cross_entropy statistics" + " and logits" * store,
+                _statistics_kernel,
+                (*inputs, *partial, bf16 if store else None, R, D, V, width * store, -100),
+                dict(STORE=store, TILES=each, **tiles),
+                flops=2 * R * D * V,
+                bytes=read + 16 * splits * R + store * 2 * R * V,
+                dot=True,
             )
+            for store in (False, True)
+        ]
         for again in (False, True):
             tiles = _tiles(torch.bfloat16, dot=again)
-            warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
             sums = 4 * triton.cdiv(R, tiles["BR"]) * V
             cases.append(
-                KernelCase(
-                    name=f"{model} cross_entropy dz" + " from x" * again,
-                    kernel=_dz_kernel,
-                    shape=shape,
-                    signature=inputs
-                    | dict(p_top=fp32, p_log_sum=fp32, p_factor=fp32, p_z=bf16, p_dbias=fp32)
-                    | sizes
-                    | dict(smoothing="fp32", ignore_index=i32),
-                    constants=dict(AGAIN=again, HAS_FACTOR=True, SUM_BIAS=True, **tiles),
-                    divisible=("R", "D", "stride_z"),
-                    num_warps=warps,
-                    num_stages=stages,
+                case(
+                    f"{model} cross_entropy dz" + " from x" * again,
+                    _dz_kernel,
+                    (*inputs, fp32, fp32, fp32, bf16, fp32, R, D, V, width, *settings),
+                    dict(AGAIN=again, HAS_FACTOR=True, SUM_BIAS=True, **tiles),
                     flops=2 * R * D * V if again else 7 * R * V,
                     bytes=(read if again else 2 * R * V + 8 * R) + 2 * R * V + 12 * R + sums,
                     dot=again,
                 )
             )
-        cases.append(
-            KernelCase(
-                name=f"{model} cross_entropy combine",
-                kernel=_combine_kernel,
-                shape=shape,
-                signature=partial
-                | dict(
-                    p_labels="*i64",
-                    p_losses=fp32,
-                    p_row_top=fp32,
-                    p_log_sum=fp32,
-                    R=i32,
-                    V=i32,
-                    splits=i32,
-                    smoothing="fp32",
-                    ignore_index=i32,
-                ),
-                constants=dict(BR=32, BS=triton.next_power_of_2(splits)),
-                divisible=("R",),
-                num_warps=4,
+        cases += [
+            case(
+                f"{model} cross_entropy combine",
+                _combine_kernel,
+                (*partial, i64, fp32, fp32, fp32, R, V, splits, *settings),
+                dict(BR=32, BS=triton.next_power_of_2(splits), num_warps=4),
                 flops=8 * splits * R,
                 bytes=16 * splits * R + 20 * R,
-            )
-        )
-        cases.append(
-            KernelCase(
-                name=f"{model} cross_entropy scale",
-                kernel=_scale_kernel,
+            ),
+            KernelCase.of_launch(
+                f"{model} cross_entropy scale",
+                _scale_kernel,
+                (bf16, fp32, V * D),
+                dict(BLOCK=4096, num_warps=8),
                 shape=f"{model}, {V} x {D}",
-                signature=dict(p_gradient=bf16, p_factor=fp32, N=i32),
-                constants=dict(BLOCK=4096),
-                divisible=("N",),
-                num_warps=8,
                 flops=V * D,
                 bytes=4 * V * D,
-            )
-        )
+            ),
+        ]
     return cases

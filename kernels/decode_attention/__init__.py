@@ -15,6 +15,7 @@ slots, A ancestors.
 import torch
 from torch import Tensor
 
+from prismer.kernels.checks import check_like, described
 from prismer.kernels.decode_attention import triton_backend
 from prismer.kernels.decode_attention.triton_backend import Pair
 from prismer.kernels.dispatch import TORCH, Backend, Op
@@ -233,23 +234,14 @@ def _check(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors
     R, H, Q, K = q.shape
     (shared_k, shared_v), (suffix_k, suffix_v) = shared, suffix
     S, M = shared_k.shape[-2], suffix_k.shape[-2]
-    for name, tensor, shape in (
-        ("shared_k", shared_k, (R, H, S, K)),
-        ("shared_v", shared_v, (R, H, S, K)),
-        ("suffix_k", suffix_k, (R, H, M, K)),
-        ("suffix_v", suffix_v, (R, H, M, K)),
-    ):
-        if tensor.shape != shape or tensor.dtype != q.dtype:
-            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}; expected {shape} {q.dtype} to go with q")
+    check_like("shared_k", shared_k, (R, H, S, K), "q", q.dtype)
+    check_like("shared_v", shared_v, (R, H, S, K), "q", q.dtype)
+    check_like("suffix_k", suffix_k, (R, H, M, K), "q", q.dtype)
+    check_like("suffix_v", suffix_v, (R, H, M, K), "q", q.dtype)
     if shared_mask.shape not in ((R, S), (R, Q, S)) or shared_mask.dtype != torch.bool:
-        raise ValueError(
-            f"shared_mask is {tuple(shared_mask.shape)} {shared_mask.dtype}; "
-            f"expected {(R, S)} or {(R, Q, S)} of torch.bool"
-        )
+        raise ValueError(f"shared_mask is {described(shared_mask)}; pass torch.bool of shape {(R, S)} or {(R, Q, S)}")
     if ancestors.dim() != 3 or ancestors.shape[:2] != (R, Q) or ancestors.dtype != torch.int64:
-        raise ValueError(
-            f"ancestors is {tuple(ancestors.shape)} {ancestors.dtype}; expected ({R}, {Q}, any) of torch.int64"
-        )
+        raise ValueError(f"ancestors is {described(ancestors)}; pass torch.int64 of shape ({R}, {Q}, any)")
     others = (shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors)
     if any(tensor.device != q.device for tensor in others):
         raise ValueError(

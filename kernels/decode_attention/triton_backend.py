@@ -226,8 +226,7 @@ def forward(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestor
 def kernel_cases() -> list[KernelCase]:
     """What is compiled ahead of time: 3 beams and 128 candidates at BASE and LARGE, and every head size."""
     cases = []
-    bf16, fp32 = "*bf16", "*fp32"
-    strides = ("row", "head")
+    fp32 = "*fp32"
     for model, R, H, K, Q, S, A, dtype in (
         ("BASE, 3 beams", 8, 12, 64, 3, 964, 20, torch.bfloat16),
         ("BASE, 128 candidates", 8, 12, 64, 128, 964, 6, torch.bfloat16),
@@ -239,54 +238,34 @@ def kernel_cases() -> list[KernelCase]:
         ("BASE in fp32, 128 candidates", 8, 12, 64, 128, 964, 6, torch.float32),
         ("head of 160 in fp32", 8, 12, 160, 128, 964, 6, torch.float32),
     ):
-        tiles = _tiles(Q, K, dtype)
-        warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-        pointer, size = (bf16, 2) if dtype == torch.bfloat16 else (fp32, 4)
-        parts, N, M = triton.cdiv(S, _KEYS) + 1, R * H * Q, Q * A
-        inputs = dict.fromkeys(("p_q", "p_shared_k", "p_shared_v", "p_suffix_k", "p_suffix_v"), pointer)
-        rest = dict(p_mask="*u8", p_ancestors="*i64", p_out=fp32, p_max=fp32, p_sum=fp32, scale="fp32")
-        integers = [
-            *(f"{name}_{axis}" for name in ("q", "shared", "suffix") for axis in strides),
-            "q_query",
-            "shared_key",
-            "suffix_slot",
-            "H",
-            "Q",
-            "S",
-            "M",
-            "A",
-            "splits",
-        ]
+        given, size = ("*bf16", 2) if dtype == torch.bfloat16 else (fp32, 4)
+        splits, N, M = triton.cdiv(S, _KEYS), R * H * Q, Q * A
+        strides = [stride for rows in (Q, S, M) for stride in (H * rows * K, rows * K, K)]
+        partial = N * (splits + 1) * (4 * K + 8)
         shape = f"{model}, 8 rows, {H} heads of {K}, {Q} queries, {S} shared keys, {A} ancestors"
-        partial = N * parts * (4 * K + 8)
-        cases += [
-            KernelCase(
-                name=f"{model} decode_attention split",
-                kernel=_split_kernel,
+        cases.append(
+            KernelCase.of_launch(
+                f"{model} decode_attention split",
+                _split_kernel,
+                (given, given, given, "*u8", given, given, "*i64", fp32, fp32, fp32)
+                + (*strides, H, Q, S, M, A, splits, K**-0.5 * _LOG2_E),
+                dict(PER_QUERY=False, K=K, KEYS=_KEYS, **_tiles(Q, K, dtype)),
                 shape=shape,
-                signature=inputs | rest | dict.fromkeys(integers, "i32"),
-                constants=dict(PER_QUERY=False, K=K, KEYS=_KEYS, **tiles),
-                num_warps=warps,
-                num_stages=stages,
                 bytes=size * K * (N + 2 * R * H * (S + M)) + R * S + 8 * R * Q * A + partial,
                 flops=4 * N * K * (S + A),
                 dot=dtype == torch.bfloat16,
-                divisible=tuple(integers[:9]),
             )
-        ]
+        )
         if "BASE" in model or K == 160:
-            tiles = _combine_tiles(K)
-            warps = tiles.pop("num_warps")
             cases.append(
-                KernelCase(
-                    name=f"{model} decode_attention combine",
-                    kernel=_combine_kernel,
+                KernelCase.of_launch(
+                    f"{model} decode_attention combine",
+                    _combine_kernel,
+                    (fp32, fp32, fp32, given, N, splits + 1),
+                    dict(K=K, **_combine_tiles(K)),
                     shape=shape,
-                    signature=dict(p_part=fp32, p_max=fp32, p_sum=fp32, p_out=pointer, N="i32", parts="i32"),
-                    constants=dict(K=K, **tiles),
-                    num_warps=warps,
                     bytes=partial + size * N * K,
-                    flops=4 * N * K * parts,
+                    flops=4 * N * K * (splits + 1),
                 )
             )
     return cases

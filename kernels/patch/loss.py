@@ -6,9 +6,8 @@
 Supported is every `...ForCausalLM` and `...LMHeadModel` of transformers whose forward passes the logits of a plain
 linear head, unchanged, to `self.loss_function`, if that function is transformers' `ForCausalLMLoss`: the labels are
 shifted by one (or given as `shift_labels`), `ignore_index` defaults to -100, and the loss is a mean, or the sum
-divided by
-`num_items_in_batch`. The head may be tied and may have a bias. Models that scale or cap their logits (Gemma 2, Cohere,
-Granite) or have a loss of their own (BLIP's text decoder) are kept.
+divided by `num_items_in_batch`. The head may be tied and may have a bias. Models that scale or cap their logits
+(Gemma 2, Cohere, Granite) or have a loss of their own (BLIP's text decoder) are kept.
 
 The fused loss runs in training with labels. A call without labels, a model after `model.eval()` and a call under
 `torch.no_grad()` run the original forward, so that generation and metrics have their logits. The head computes the loss

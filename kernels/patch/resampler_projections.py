@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prismer.kernels import matmul
+from prismer.kernels.checks import check_like, check_linear, described
 from prismer.kernels.dispatch import TORCH, Op
-from prismer.kernels.mlp import check_linear
 
 
 def resampler_projections_reference(
@@ -215,24 +215,16 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     z, x_hat, gamma, beta, w_q, w_k, w_v = inputs
     needs = ctx.needs_input_grad
-    if any(needs):
-        ctx.num_latents = z.shape[1]
-        weights_train = any(needs[4:])
-        ctx.save_for_backward(
-            z if weights_train else None,
-            x_hat if needs[2] or needs[5] or needs[6] else None,
-            gamma,
-            beta,
-            w_q,
-            w_k,
-            w_v,
-        )
+    # an output that nothing used has a gradient of zeros
+    ctx.set_materialize_grads(True)
+    ctx.num_latents = z.shape[1]
+    kept_z = z if any(needs[4:]) else None
+    kept_x = x_hat if needs[2] or needs[5] or needs[6] else None
+    ctx.save_for_backward(kept_z, kept_x, gamma, beta, w_q, w_k, w_v)
 
 
-def _autograd(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad)
-    grads = _projections_backward(dq, dk, dv, *ctx.saved_tensors, ctx.num_latents, needs)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+def _autograd(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, ...]:
+    return _projections_backward(dq, dk, dv, *ctx.saved_tensors, ctx.num_latents, list(ctx.needs_input_grad))
 
 
 _projections = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -261,15 +253,12 @@ def resampler_projections(
         ValueError: if a shape does not fit, or a dtype is not that of `z`.
     """
     if z.dim() != 3 or not z.is_floating_point():
-        raise ValueError(f"z is {z.dtype} of shape {tuple(z.shape)}; pass floats of shape (B, M, D)")
+        raise ValueError(f"z is {described(z)}; pass floats of shape (B, M, D)")
     B, _, D = z.shape
     if x_hat.dim() != 3 or x_hat.shape[::2] != (B, D) or x_hat.dtype != z.dtype:
-        raise ValueError(
-            f"x_hat is {x_hat.dtype} of shape {tuple(x_hat.shape)}; pass {z.dtype} of shape ({B}, L, {D}), like z"
-        )
-    for name, t in (("gamma", gamma), ("beta", beta)):
-        if t is not None and (t.shape != (D,) or t.dtype != z.dtype):
-            raise ValueError(f"{name} is {t.dtype} of shape {tuple(t.shape)}; pass {z.dtype} of shape ({D},), like z")
+        raise ValueError(f"x_hat is {described(x_hat)}; pass {z.dtype} of shape ({B}, L, {D}), like z")
+    check_like("gamma", gamma, (D,), "z", z.dtype)
+    check_like("beta", beta, (D,), "z", z.dtype)
     check_linear("q", w_q, None, D, z)
     check_linear("k", w_k, None, D, z)
     if w_v is not None:

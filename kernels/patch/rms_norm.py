@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prismer.kernels.checks import check_floats, check_like, described
 from prismer.kernels.dispatch import TORCH, Op
 
 
@@ -79,19 +80,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, residual, weight, _ = inputs
     _, total, rstd = output
     ctx.mark_non_differentiable(*((total, rstd) if residual is None else (rstd,)))
-    ctx.set_materialize_grads(False)
-    ctx.has_residual = residual is not None
-    if any(ctx.needs_input_grad):
-        ctx.save_for_backward(total if ctx.has_residual else x, weight, rstd)
+    ctx.save_for_backward(x if residual is None else total, weight, rstd)
 
 
 def _autograd(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     # only the sum was used, and its gradient passes through
     if dy is None:
-        return dtotal, dtotal if ctx.has_residual else None, None, None
-    needs = ctx.needs_input_grad
-    dx, dweight = _rms_norm_backward(dy, dtotal, *ctx.saved_tensors, needs[2])
-    return dx if needs[0] else None, dx if needs[1] else None, dweight if needs[2] else None, None
+        return dtotal, dtotal
+    dx, dweight = _rms_norm_backward(dy, dtotal, *ctx.saved_tensors, ctx.needs_input_grad[2])
+    return dx, dx, dweight
 
 
 _rms_norm = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -103,16 +100,9 @@ _rms_norm_backward = OP.register(_backward, fake=_backward_fake, suffix="_backwa
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> None:
     if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] < 1:
-        raise ValueError(f"x is {x.dtype} of shape {tuple(x.shape)}; pass floats of shape (..., D)")
-    if weight is not None and (weight.shape != x.shape[-1:] or not weight.is_floating_point()):
-        raise ValueError(
-            f"weight is {weight.dtype} of shape {tuple(weight.shape)}; pass floats of shape {tuple(x.shape[-1:])}"
-        )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual is {residual.dtype} of shape {tuple(residual.shape)}; "
-            f"pass {x.dtype} of shape {tuple(x.shape)}, like x"
-        )
+        raise ValueError(f"x is {described(x)}; pass floats of shape (..., D)")
+    check_floats("weight", weight, x.shape[-1:])
+    check_like("residual", residual, x.shape, "x", x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from prismer.kernels import matmul
 from prismer.kernels.absorbed_projection import context_to_heads, heads_to_context, weight_gradient
+from prismer.kernels.checks import check_floats, check_like, described
 from prismer.kernels.dispatch import TORCH, TRITON, Op
 from prismer.kernels.layer_norm import layer_norm
 from prismer.kernels.resampler_attention import torch_backend, triton_backend
@@ -304,23 +305,18 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     *tensors, _, num_heads, _, keep, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    if any(ctx.needs_input_grad):
-        if not keep:
-            raise ValueError("keep is False, and an input needs a gradient; pass keep=True")
-        ctx.num_heads, ctx.dtypes = num_heads, [t.dtype for t in tensors[2:4]]
-        ctx.save_for_backward(*tensors[:5], *output[1:])
+    if not keep:
+        raise ValueError("keep is False, and an input needs a gradient; pass keep=True")
+    ctx.num_heads, ctx.dtypes = num_heads, [t.dtype for t in tensors[2:4]]
+    ctx.save_for_backward(*tensors[:5], *output[1:])
 
 
-def _autograd(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor, ...]:
     needs = ctx.needs_input_grad[:6]
-    if dy is None:
-        return (None,) * 10
     dquery, dx_hat, dgamma, dbeta, dweight, dbias = _resampler_attention_backward(
         dy, *ctx.saved_tensors, ctx.num_heads, *needs[:2], needs[2] or needs[3], *needs[4:]
     )
-    grads = dquery, dx_hat, dgamma.to(ctx.dtypes[0]), dbeta.to(ctx.dtypes[1]), dweight, dbias
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 4
+    return dquery, dx_hat, dgamma.to(ctx.dtypes[0]), dbeta.to(ctx.dtypes[1]), dweight, dbias
 
 
 _resampler_attention = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -341,25 +337,14 @@ def _check(
     order: str | None,
 ) -> None:
     if query.dim() != 3 or not query.is_floating_point() or 0 in query.shape[1:]:
-        raise ValueError(f"query is {query.dtype} of shape {tuple(query.shape)}; pass floats of shape (B, M, D)")
+        raise ValueError(f"query is {described(query)}; pass floats of shape (B, M, D)")
     B, _, D = query.shape
     if x_hat.dim() != 3 or x_hat.shape[::2] != (B, D) or x_hat.dtype != query.dtype:
-        raise ValueError(
-            f"x_hat is {x_hat.dtype} of shape {tuple(x_hat.shape)}; "
-            f"pass {query.dtype} of shape ({B}, L, {D}), like query"
-        )
-    for name, tensor, shape in (
-        ("in_proj_weight", in_proj_weight, (3 * D, D)),
-        ("in_proj_bias", in_proj_bias, (3 * D,)),
-    ):
-        if tensor.shape != shape or tensor.dtype != query.dtype:
-            raise ValueError(
-                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
-                f"pass {query.dtype} of shape {shape}, like query"
-            )
-    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if tensor.shape != (D,) or not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; pass floats of shape ({D},)")
+        raise ValueError(f"x_hat is {described(x_hat)}; pass {query.dtype} of shape ({B}, L, {D}), like query")
+    check_like("in_proj_weight", in_proj_weight, (3 * D, D), "query", query.dtype)
+    check_like("in_proj_bias", in_proj_bias, (3 * D,), "query", query.dtype)
+    check_floats("norm_weight", norm_weight, (D,))
+    check_floats("norm_bias", norm_bias, (D,))
     if num_heads < 1 or D % num_heads:
         raise ValueError(f"num_heads is {num_heads}; pass a divisor of the width {D}")
     if order not in (None, "absorbed", "ordinary"):

@@ -419,65 +419,39 @@ def _scale(a: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     return scaled, offset
 
 
-def _scores(
-    a: Tensor,
-    scaled: Tensor,
-    offset: Tensor,
-    query: Tensor,
-    x_hat: Tensor,
-    probs: Tensor,
-    factor: Tensor | None,
-    largest: Tensor | None,
-    sums: Tensor,
-    dprobs: Tensor | None,
-) -> None:
-    sizes = _sizes(query, x_hat, a.shape[0])
-    tiles = _tiles("scores", sizes[4], sizes[3], a.element_size())
-    pointers = a, scaled, offset, query, x_hat, probs, factor, largest, sums, dprobs
-    _scores_kernel[(sizes[-1], triton.cdiv(sizes[4], tiles["BQ"]), sizes[0])](
-        *pointers, *sizes, BACKWARD=dprobs is not None, **tiles
-    )
+def _scores(sizes: tuple[int, ...], *pointers: Tensor | None) -> None:
+    """Launch `_scores_kernel` with its pointers in order; with `dprobs`, the last one, it is the backward pass."""
+    B, _, _, D, Q, _, NB = sizes
+    tiles = _tiles("scores", Q, D, pointers[0].element_size())
+    grid = NB, triton.cdiv(Q, tiles["BQ"]), B
+    _scores_kernel[grid](*pointers, *sizes, BACKWARD=pointers[-1] is not None, **tiles)
 
 
-def _mix(
-    mode: int,
-    probs: Tensor,
-    factor: Tensor,
-    dprobs: Tensor | None,
-    delta: Tensor | None,
-    query: Tensor,
-    x_hat: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    share: Tensor,
-    mixed: Tensor,
-    t: Tensor,
-) -> None:
-    sizes = _sizes(query, x_hat, t.shape[0])
-    tiles = _tiles("mix", sizes[4], sizes[3], t.element_size())
+def _mix(mode: int, sizes: tuple[int, ...], *pointers: Tensor | None) -> None:
+    """Launch `_mix_kernel` with its pointers in order; `mixed`, the last but one, is empty where it is not kept."""
+    B, _, _, D, Q, _, _ = sizes
+    *_, mixed, t = pointers
+    tiles = _tiles("mix", Q, D, t.element_size())
     flags = dict(MODE=mode, STORE_MIXED=mode < 2 and mixed.numel() > 0)
-    pointers = probs, factor, dprobs, delta, query, x_hat, gamma, beta, share, mixed, t
-    _mix_kernel[(triton.cdiv(sizes[3], tiles["BD"]), triton.cdiv(sizes[4], tiles["BQ"]), sizes[0])](
-        *pointers, *sizes, **flags, **tiles
-    )
+    _mix_kernel[(triton.cdiv(D, tiles["BD"]), triton.cdiv(Q, tiles["BQ"]), B)](*pointers, *sizes, **flags, **tiles)
 
 
 def attend(
     a: Tensor, query: Tensor, x_hat: Tensor, gamma: Tensor, beta: Tensor, keep_mixed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Absorbed queries a (H, B * M, D) -> t of the same shape, probs, factor, share, mixed (empty if not kept)."""
-    B, M, L, D, Q, NZ, NB = _sizes(query, x_hat, a.shape[0])
+    B, _, _, D, Q, NZ, NB = sizes = _sizes(query, x_hat, a.shape[0])
     scaled, offset = _scale(a, gamma, beta)
     probs = a.new_empty(B, Q, NB * BLOCK)
     largest, sums, factor = (a.new_empty(B, Q, NB, dtype=torch.float32) for _ in range(3))
-    _scores(a, scaled, offset, query, x_hat, probs, None, largest, sums, None)
+    _scores(sizes, a, scaled, offset, query, x_hat, probs, None, largest, sums, None)
     t, mixed = torch.empty_like(a), a.new_empty(B if keep_mixed else 0, Q, D)
     share = sums.new_empty(B, Q)
     tiles = _tiles("factor", Q, D, a.element_size())
     _factor_kernel[(triton.cdiv(B * Q, tiles["BR"]),)](
         largest, sums, factor, share, B * Q, NZ, NB, BB=triton.next_power_of_2(NB), **tiles
     )
-    _mix(0, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
+    _mix(0, sizes, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
     return t, probs, factor, share, mixed
 
 
@@ -505,14 +479,14 @@ def attend_backward(
     dquery, dx_hat, dgamma, dbeta, _, _ = results
     scaled_dt, offset = _scale(dt, gamma, beta)
     dprobs, sums = torch.empty_like(probs), torch.empty_like(factor)
-    _scores(dt, scaled_dt, offset, query, x_hat, probs, factor, None, sums, dprobs)
+    _scores(sizes, dt, scaled_dt, offset, query, x_hat, probs, factor, None, sums, dprobs)
     delta = sums.sum(2)
     da, t = torch.empty_like(a), torch.empty_like(a if needs["in_proj_weight"] else a[:0])
     if any(needs[name] for name in needs if name != "x_hat"):
         share_da, mixed_da = torch.empty_like(delta), a.new_empty(B if needs["norm"] else 0, Q, D)
-        _mix(1, probs, factor, dprobs, delta, query, x_hat, gamma, beta, share_da, mixed_da, da)
+        _mix(1, sizes, probs, factor, dprobs, delta, query, x_hat, gamma, beta, share_da, mixed_da, da)
     if needs["in_proj_weight"]:
-        _mix(2, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
+        _mix(2, sizes, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
     if needs["x_hat"] or needs["query"]:
         # without dx_hat the kernel does not read it
         scaled_a = _scale(a, gamma, beta)[0] if needs["x_hat"] else a
@@ -536,146 +510,58 @@ def attend_backward(
 
 def _cases(model: str, L: int, D: int) -> list[KernelCase]:
     """The cases of one model, with L inputs of width D."""
-    cases = []
     B, M, H = 8, 64, 8
     Q, (NZ, NX) = H * M, blocks_of(M, L)
     NB, bf16, fp32 = NZ + NX, "*bf16", "*fp32"
+    sizes = B, M, L, D, Q, NZ, NB
     rows, keys, number = B * Q * D * 2, B * (M + L) * D * 2, 4 * B * Q
     tiles, product = B * Q * NB * BLOCK * 2, 2 * B * Q * (M + L) * D
-    groups, _ = _groups(B * Q)
-    integers = {name: "i32" for name in ("B", "M", "L", "D", "Q", "NZ", "NB")}
-
-    shape = f"{model}, 8 images, 512 absorbed queries x {M + L} keys x {D}, bf16"
+    groups, each = _groups(B * Q)
+    scores_bytes = 2 * rows + keys + tiles + (1 + 2 * NB) * number
+    mix_bytes = tiles + keys + 4 * D + (NB + 1) * number + 2 * rows
+    again_bytes = tiles * NZ // NB + B * M * D * 2 + 4 * D + (NZ + 1) * number + 2 * rows
 
     def case(
-        name: str,
-        kernel: Any,
-        kind: str,
-        kinds: dict,
-        constants: dict,
-        flops: int,
-        bytes: int,
-        integers: dict = integers,
-        **options: Any,
-    ) -> None:
-        """Add a case; pointers that are not in `kinds` are None, as this launch leaves them."""
-        tiles = _tiles(kind, Q, D, 2)
-        warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-        left_out = {n: None for n in kernel.arg_names if n.startswith("p_") and n not in kinds}
-        cases.append(
-            KernelCase(
-                name=f"{model} {name}",
-                kernel=kernel,
-                signature=kinds | integers,
-                flops=flops,
-                bytes=bytes,
-                shape=shape,
-                constants=left_out | constants | tiles,
-                num_warps=warps,
-                num_stages=stages,
-                divisible=tuple(n for n in integers if n in ("D", "M", "Q")),
-                **options,
-            )
+        name: str, kernel: Any, kind: str, arguments: tuple, flags: dict, flops: int, nbytes: int, **options: bool
+    ) -> KernelCase:
+        return KernelCase.of_launch(
+            f"{model} {name}",
+            kernel,
+            arguments,
+            flags | _tiles(kind, Q, D, 2),
+            shape=f"{model}, 8 images, 512 absorbed queries x {M + L} keys x {D}, bf16",
+            flops=flops,
+            bytes=nbytes,
+            **options,
         )
 
-    inputs = dict(p_query=bf16, p_x=bf16)
-    affine = dict(p_gamma=bf16, p_beta=bf16)
-    case(
-        "scale",
-        _scale_kernel,
-        "rows",
-        dict(p_a=bf16, **affine, p_scaled=bf16, p_offset=fp32),
-        {},
-        2 * rows,
-        2 * rows + 4 * D + number,
-        integers=dict(R="i32", D="i32"),
-    )
-    forward = dict(p_a=bf16, p_scaled=bf16, p_offset=fp32, **inputs, p_probs=bf16, p_sum=fp32)
-    case(
-        "scores",
-        _scores_kernel,
-        "scores",
-        forward | dict(p_max=fp32),
-        dict(BACKWARD=False),
-        product,
-        2 * rows + keys + tiles + (1 + 2 * NB) * number,
-        dot=True,
-    )
-    case(
-        "scores backward",
-        _scores_kernel,
-        "scores",
-        forward | dict(p_factor=fp32, p_dprobs=bf16),
-        dict(BACKWARD=True),
-        product,
-        2 * rows + keys + 2 * tiles + (1 + 2 * NB) * number,
-        dot=True,
-    )
-    case(
-        "factor",
-        _factor_kernel,
-        "factor",
-        dict(p_max=fp32, p_sum=fp32, p_factor=fp32, p_share=fp32),
-        dict(BB=triton.next_power_of_2(NB)),
-        6 * B * Q * NB,
-        (3 * NB + 1) * number,
-        integers=dict(R="i32", NZ="i32", NB="i32"),
-        vector_loads=False,
-    )
-    mix = dict(p_probs=bf16, **inputs, **affine, p_share=fp32, p_mixed=bf16, p_t=bf16)
-    case(
-        "mix",
-        _mix_kernel,
-        "mix",
-        mix | dict(p_factor=fp32),
-        dict(MODE=0, STORE_MIXED=True),
-        product,
-        tiles + keys + 4 * D + (NB + 1) * number + 2 * rows,
-        dot=True,
-    )
-    case(
-        "mix backward",
-        _mix_kernel,
-        "mix",
-        mix | dict(p_factor=fp32, p_dprobs=bf16, p_delta=fp32),
-        dict(MODE=1, STORE_MIXED=True),
-        product,
-        2 * tiles + keys + 4 * D + (NB + 2) * number + 2 * rows,
-        dot=True,
-    )
-    case(
-        "mix again",
-        _mix_kernel,
-        "mix",
-        mix | dict(p_factor=fp32),
-        dict(MODE=2, STORE_MIXED=False),
-        2 * B * Q * M * D,
-        tiles * NZ // NB + B * M * D * 2 + 4 * D + (NZ + 1) * number + 2 * rows,
-        dot=True,
-    )
-    gradient = dict(p_a=bf16, p_dt=bf16, p_probs=bf16, p_factor=fp32, p_dprobs=bf16, p_delta=fp32)
-    case(
-        "keys",
-        _keys_kernel,
-        "keys",
-        gradient | dict(p_scaled_a=bf16, p_scaled_dt=bf16, p_dquery=bf16, p_dx=bf16),
-        {},
-        2 * product,
-        4 * rows + 2 * tiles + (NB + 1) * number + keys,
-        integers=integers | dict(first="i32"),
-        dot=True,
-    )
-    case(
-        "norm",
-        _norm_kernel,
-        "rows",
-        dict(p_a=bf16, p_dt=bf16, p_mixed_da=bf16, p_mixed=bf16, p_share_da=fp32, p_share=fp32, p_partial=fp32),
-        {},
-        4 * rows,
-        4 * rows + 2 * number + 8 * groups * D,
-        integers={name: "i32" for name in ("B", "M", "D", "Q", "each")},
-    )
-    return cases
+    def scores(name: str, pointers: tuple, nbytes: int, backward: bool) -> KernelCase:
+        arguments = bf16, bf16, fp32, bf16, bf16, bf16, *pointers, *sizes
+        return case(name, _scores_kernel, "scores", arguments, dict(BACKWARD=backward), product, nbytes, dot=True)
+
+    def mix(name: str, mode: int, flops: int, nbytes: int) -> KernelCase:
+        gradients = (bf16, fp32) if mode == 1 else (None, None)
+        arguments = bf16, fp32, *gradients, bf16, bf16, bf16, bf16, fp32, bf16, bf16, *sizes
+        flags = dict(MODE=mode, STORE_MIXED=mode < 2)
+        return case(name, _mix_kernel, "mix", arguments, flags, flops, nbytes, dot=True)
+
+    scale_arguments = bf16, bf16, bf16, bf16, fp32, B * Q, D
+    factor_arguments = fp32, fp32, fp32, fp32, B * Q, NZ, NB
+    keys_arguments = bf16, bf16, bf16, bf16, bf16, fp32, bf16, fp32, bf16, bf16, *sizes, 0
+    norm_arguments = bf16, bf16, bf16, bf16, fp32, fp32, fp32, B, M, D, Q, each
+    blocks, keys_bytes = dict(BB=triton.next_power_of_2(NB)), 4 * rows + 2 * tiles + (NB + 1) * number + keys
+    factor = 6 * B * Q * NB, (3 * NB + 1) * number
+    return [
+        case("scale", _scale_kernel, "rows", scale_arguments, {}, 2 * rows, 2 * rows + 4 * D + number),
+        scores("scores", (None, fp32, fp32, None), scores_bytes, False),
+        scores("scores backward", (fp32, None, fp32, bf16), scores_bytes + tiles, True),
+        case("factor", _factor_kernel, "factor", factor_arguments, blocks, *factor, vector_loads=False),
+        mix("mix", 0, product, mix_bytes),
+        mix("mix backward", 1, product, mix_bytes + tiles + number),
+        mix("mix again", 2, 2 * B * Q * M * D, again_bytes),
+        case("keys", _keys_kernel, "keys", keys_arguments, {}, 2 * product, keys_bytes, dot=True),
+        case("norm", _norm_kernel, "rows", norm_arguments, {}, 4 * rows, 4 * rows + 2 * number + 8 * groups * D),
+    ]
 
 
 def kernel_cases() -> list[KernelCase]:

@@ -18,7 +18,7 @@ from prismer.cli.models import add_model_commands
 from prismer.cli.plan import add_plan_command
 from prismer.cli.semantics import add_semantics_commands
 from prismer.cli.streams import LenientStream, discard, discard_if_full, open_closed_streams
-from prismer.errors import is_a_sentence
+from prismer.errors import InputError, MachineError
 from prismer.files import is_disk_failure, sentence
 
 
@@ -64,7 +64,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if isinstance(error, OSError) and error.filename is not None:
             _print_error(sentence(error))
             return 2
-        if not (isinstance(error, ValueError | RuntimeError) and is_a_sentence(error)):
+        if not isinstance(error, InputError | MachineError):
             raise
         # weights that do not fit the model come with a table above their sentence
         for line in str(error).splitlines():

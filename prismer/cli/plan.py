@@ -210,7 +210,7 @@ def _costs(args: argparse.Namespace, train: "TrainConfig", plan: "Plan", batch: 
     again = f" ({_tera(backward - plain)} of it recomputed)" if checkpointing else ""
     lines = [
         "",
-        f"TFLOP of a step on one GPU: forward {_tera(forward)}, backward {_tera(backward)}{again}, sum {_tera(total)}",
+        f"TFLOP per step of a GPU: forward {_tera(forward)}, backward {_tera(backward)}{again}, sum {_tera(total)}",
     ]
     seconds = total / (args.peak * 1e15 * args.efficiency)
     if world > 1:

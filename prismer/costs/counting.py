@@ -75,8 +75,10 @@ def _resampler_backward(_, query: Tensor, x_hat: Tensor, *rest) -> int:
     kv, num_heads, *needs = rest[-7:]
     names = ("query", "x_hat", "norm_weight", "in_proj_weight", "in_proj_bias")
     grads = [name for name, need in zip(names, needs, strict=True) if need]
-    call = ("ordinary" if kv.numel() else "absorbed", *query.shape[:2], x_hat.shape[1], query.shape[2], num_heads)
-    return resampler_attention.flops(*call, grads) - resampler_attention.flops(*call)
+    (B, M, D), L = query.shape, x_hat.shape[1]
+    order = "ordinary" if kv.numel() else "absorbed"
+    with_gradients = resampler_attention.flops(order, B, M, L, D, num_heads, grads)
+    return with_gradients - resampler_attention.flops(order, B, M, L, D, num_heads)
 
 
 # formulas that torch's registry lacks, or has wrong (the backward pass of grouped convolutions)

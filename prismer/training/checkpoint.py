@@ -21,6 +21,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from prismer.errors import InputError
 from prismer.files import write_checksums, write_json
 from prismer.reading import read_json
 from prismer.tensor_files import write_safetensors
@@ -59,7 +60,7 @@ def read_state(checkpoint: Path) -> dict:
     for name, kinds in (("step", (int,)), ("loss_count", (int,)), ("loss_sum", (int, float))):
         value = state.get(name)
         if type(value) not in kinds or (name != "loss_sum" and value < 0):
-            raise ValueError(f"{file} is damaged ({name} is {value!r})")
+            raise InputError(f"{file} is damaged ({name} is {value!r})")
     return state
 
 
@@ -76,7 +77,7 @@ def restore_optimizer(engine: nn.Module, checkpoint: Path) -> dict:
         with safe_open(checkpoint / OPTIMIZER, "pt") as moments, safe_open(checkpoint / WEIGHTS, "pt") as weights:
             differing = sorted(expected ^ set(moments.keys()))
             if differing:
-                raise ValueError(
+                raise InputError(
                     f"{checkpoint / OPTIMIZER} is for other trainable parameters (first: {differing[0]}); "
                     f"resume with the freeze mode of the run"
                 )
@@ -86,13 +87,13 @@ def restore_optimizer(engine: nn.Module, checkpoint: Path) -> dict:
                 for key in zero.MOMENTS:
                     moment = moments.get_tensor(f"{name}.{key}")
                     if moment.shape != parameter.ds_shape or moment.dtype != torch.float32:
-                        raise ValueError(
+                        raise InputError(
                             f"{checkpoint / OPTIMIZER} is damaged ({name}.{key} is {tuple(moment.shape)}, not "
                             f"{tuple(parameter.ds_shape)}); resume from another checkpoint"
                         )
                     zero.set_moment(parameter, key, moment)
     except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(
+        raise InputError(
             f"{checkpoint} holds a broken file, or lacks one ({error}); resume from another checkpoint"
         ) from None
     return state

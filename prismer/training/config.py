@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from prismer.errors import shown
+from prismer.errors import InputError, shown
 from prismer.freezing import FREEZE_MODES
 from prismer.reading import is_text
 from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TASKS, TextKind
@@ -129,36 +129,36 @@ class TrainConfig:
                 value = float(value)
                 object.__setattr__(self, field.name, value)
             if type(value) is not field.type:
-                raise ValueError(f"{field.name} is {shown(value)}; it must be {field.type.__name__}")
+                raise InputError(f"{field.name} is {shown(value)}; it must be {field.type.__name__}")
             if field.type is str:
                 _check_text(field.name, value)
             elif field.type in (int, float):
                 _check_number(field.name, value, _LARGEST_FLOAT if field.type is float else _LARGEST_INT)
         for name, choices in (("task", TASKS), ("freeze", FREEZE_MODES), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {shown(getattr(self, name))}; choose from {', '.join(choices)}")
+                raise InputError(f"{name} is {shown(getattr(self, name))}; choose from {', '.join(choices)}")
         for name in ("data", "model"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is empty; name a folder")
+                raise InputError(f"{name} is empty; name a folder")
         _check_run(self.run)
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be below 1")
+                raise InputError(f"{name} is {getattr(self, name)}; it must be below 1")
         if not self.crop_min_area:
-            raise ValueError("crop_min_area is 0; it must be above 0, and 1 crops nothing")
+            raise InputError("crop_min_area is 0; it must be above 0, and 1 crops nothing")
         if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
+            raise InputError(
                 f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}, "
                 f"which falls to it; lower it"
             )
         if not self.epochs and not self.steps:
-            raise ValueError("epochs and steps are both 0; give one of them")
+            raise InputError("epochs and steps are both 0; give one of them")
         if self.batch_size % self.accumulation:
-            raise ValueError(
+            raise InputError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}; change one"
             )
         if not any(self.texts_per_image.values()):
-            raise ValueError(f"questions_per_image is 0, but task {self.task} trains on questions; give at least 1")
+            raise InputError(f"questions_per_image is 0, but task {self.task} trains on questions; give at least 1")
 
     @classmethod
     def for_task(cls, **given) -> "TrainConfig":
@@ -182,7 +182,7 @@ class TrainConfig:
         """
         parts = world_size * self.accumulation
         if self.batch_size % parts:
-            raise ValueError(
+            raise InputError(
                 f"batch_size {self.batch_size} does not divide among {world_size} processes x "
                 f"{self.accumulation} accumulation steps; make it a multiple of {parts}"
             )
@@ -197,22 +197,22 @@ class TrainConfig:
 def _check_number(name: str, value: float, largest: float) -> None:
     least, most = _RANGES.get(name, (0, largest))
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; give a finite number")
+        raise InputError(f"{name} is {value}; give a finite number")
     if value < least:
-        raise ValueError(f"{name} is {shown(value)}; it must be at least {least}")
+        raise InputError(f"{name} is {shown(value)}; it must be at least {least}")
     if value > most:
-        raise ValueError(f"{name} is {shown(value)}; it must be at most {most}")
+        raise InputError(f"{name} is {shown(value)}; it must be at most {most}")
 
 
 def _check_text(name: str, value: str) -> None:
     if not is_text(value) or not value.isprintable():
-        raise ValueError(f"{name} is {shown(value)}, which holds unprintable characters; correct it")
+        raise InputError(f"{name} is {shown(value)}, which holds unprintable characters; correct it")
 
 
 def _check_run(run: str) -> None:
     """Refuse a run whose folder would be `runs` itself, the working directory or the root."""
     last = run.rstrip("/").rpartition("/")[2]
     if last.strip() in ("", ".", ".."):
-        raise ValueError(f"run is {shown(run)}, which names no folder of its own; give a name such as tiny")
+        raise InputError(f"run is {shown(run)}, which names no folder of its own; give a name such as tiny")
     if len(last.encode()) > 200:
-        raise ValueError(f"run is {shown(run)}; give a name of at most 200 bytes")
+        raise InputError(f"run is {shown(run)}; give a name of at most 200 bytes")

@@ -11,6 +11,7 @@ from prismer.dataloading.feed.augment import AugmentConfig
 from prismer.dataloading.feed.loader import Loader
 from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import ShardDataset
+from prismer.errors import InputError
 from prismer.model import Prismer
 from prismer.texts import ChooseTexts, answer_fits, choose_captions, choose_class, choose_joint, choose_questions
 from prismer.training.config import TrainConfig
@@ -29,7 +30,7 @@ def check_dataset(data: Path) -> None:
         ValueError: if there is no `data`/train.
     """
     if not (data / "train").is_dir():
-        raise ValueError(f"no dataset at {data / 'train'}; render or import one, or name another with --data")
+        raise InputError(f"no dataset at {data / 'train'}; render or import one, or name another with --data")
 
 
 def check_texts(config: TrainConfig, model: Prismer, run: Path, first_start: bool) -> None:
@@ -137,7 +138,7 @@ def check_readable(val: Loader, group: dist.ProcessGroup) -> None:
         readable = next(batches, None) is not None
     if not any(gather_json(readable, group)):
         why = val.skipped[0].reason if val.skipped else "it is empty"
-        raise ValueError(
+        raise InputError(
             f"none of the {len(val.dataset)} samples of {val.dataset.folder} can be read ({why}); write the split "
             f"again, or move it away to train without validation"
         )

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 from pathlib import Path
 
-from prismer.errors import listed, shown
+from prismer.errors import InputError, listed, shown
 from prismer.reading import read_json
 from prismer.training.config import TrainConfig
 
@@ -56,18 +56,18 @@ def read_config(path: str | Path, **overrides) -> tuple[TrainConfig, dict]:
     """
     settings = read_json(path, remedy="correct it, or name another with --config")
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds a {type(settings).__name__}; expected an object of engine settings")
+        raise InputError(f"{path} holds a {type(settings).__name__}; expected an object of engine settings")
     section = settings.pop("prismer", {})
     for key, value in settings.items():
         if key in _REFUSED:
-            raise ValueError(f"{shown(key)} in {path} is not used: {_REFUSED[key]}")
+            raise InputError(f"{shown(key)} in {path} is not used: {_REFUSED[key]}")
         if key not in _KNOWN:
-            raise ValueError(f"unknown engine setting {shown(key)} in {path}; known are {', '.join(sorted(_KNOWN))}")
+            raise InputError(f"unknown engine setting {shown(key)} in {path}; known are {', '.join(sorted(_KNOWN))}")
         _check(key, value)
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     if not isinstance(section, dict) or set(section) - known:
         extra = listed(set(section) - known) if isinstance(section, dict) else type(section).__name__
-        raise ValueError(f"the prismer section of {path} holds {extra}; known settings are {', '.join(sorted(known))}")
+        raise InputError(f"the prismer section of {path} holds {extra}; known settings are {', '.join(sorted(known))}")
     given = {name: value for name, value in overrides.items() if value is not None}
     return TrainConfig.for_task(**{**section, **given}), settings
 
@@ -98,24 +98,24 @@ def complete_settings(config: TrainConfig, settings: dict, *, world_size: int, p
     }
     for key, (field, value) in decided.items():
         if merged.get(key, "auto") not in ("auto", value):
-            raise ValueError(
+            raise InputError(
                 f"{key} is {shown(merged[key])} in the engine settings, but {field} of the run gives {value}; "
                 f'write "auto" there, or change {field}'
             )
         merged[key] = value
     bf16 = merged.setdefault("bf16", {})
     if bf16.get("enabled", "auto") not in ("auto", precision == "bf16"):
-        raise ValueError(
+        raise InputError(
             f"bf16.enabled is {shown(bf16['enabled'])} in the engine settings, but the run trains in {precision}; "
             f'write "auto" there, or set precision'
         )
     bf16["enabled"] = precision == "bf16"
     zero = merged.setdefault("zero_optimization", {})
     if zero.setdefault("stage", 3) != 3:
-        raise ValueError(f"zero_optimization.stage is {shown(zero['stage'])}; checkpoints here are for stage 3")
+        raise InputError(f"zero_optimization.stage is {shown(zero['stage'])}; checkpoints here are for stage 3")
     offload = zero.get("offload_optimizer") or {}
     if offload.get("device", "none") not in ("none", "cpu"):
-        raise ValueError(f"offload_optimizer.device is {shown(offload['device'])}; choose none or cpu")
+        raise InputError(f"offload_optimizer.device is {shown(offload['device'])}; choose none or cpu")
     # torch's AdamW also runs on the CPU; DeepSpeed would insist on its own, which compiles C++ at start
     merged.setdefault("zero_force_ds_cpu_optimizer", False)
     # DeepSpeed's own step report would repeat ours
@@ -131,18 +131,18 @@ def _check(key: str, value: object) -> None:
     if kind := _KNOWN.get(key):
         types, name = kind
         if type(value) not in types and not (value == "auto" and kind is not _OBJECT):
-            raise ValueError(f"{key} is {shown(value)} in the engine settings; it must be {name}")
+            raise InputError(f"{key} is {shown(value)} in the engine settings; it must be {name}")
         if type(value) in (int, float) and value < (key != "gradient_clipping"):
-            raise ValueError(f"{key} is {shown(value)} in the engine settings; it must be at least 1")
+            raise InputError(f"{key} is {shown(value)} in the engine settings; it must be at least 1")
     if key == "data_types":
         if set(value) - {"grad_accum_dtype"} or value.get("grad_accum_dtype") not in _ACCUMULATION_DTYPES:
-            raise ValueError(
+            raise InputError(
                 f"data_types is {shown(value)} in the engine settings; it may hold grad_accum_dtype: fp32, bf16 or fp16"
             )
     elif key == "flops_profiler":
         for inner, setting in value.items():
             if type(setting) not in _PROFILER.get(inner, ()):
-                raise ValueError(f"flops_profiler.{inner} is {shown(setting)}, which DeepSpeed refuses; correct it")
+                raise InputError(f"flops_profiler.{inner} is {shown(setting)}, which DeepSpeed refuses; correct it")
     elif key == "zero_optimization":
         _check_zero(value)
 
@@ -150,11 +150,11 @@ def _check(key: str, value: object) -> None:
 def _check_zero(section: dict) -> None:
     for name in ("reduce_bucket_size", "sub_group_size"):
         if section.get(name, 1) == 0:
-            raise ValueError(f"zero_optimization.{name} is 0; it must be at least 1")
+            raise InputError(f"zero_optimization.{name} is 0; it must be at least 1")
     for name in ("offload_optimizer", "offload_param"):
         if not isinstance(section.get(name), dict | None):
-            raise ValueError(
+            raise InputError(
                 f"zero_optimization.{name} is {shown(section[name])} in the engine settings; it must be an object"
             )
     if "stage" in section and type(section["stage"]) is not int:
-        raise ValueError(f"zero_optimization.stage is {shown(section['stage'])}; it must be 3")
+        raise InputError(f"zero_optimization.stage is {shown(section['stage'])}; it must be 3")

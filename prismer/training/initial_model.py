@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from prismer.config import PRESETS, PrismerConfig, preset
+from prismer.errors import InputError
 from prismer.model import Prismer
 from prismer.shipped import shipped_folder
 from prismer.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ def initial_config(source: str) -> PrismerConfig:
     if (Path(source) / CONFIG).is_file():
         return folder_config(source)
     if source.partition("-")[0] not in PRESETS:
-        raise ValueError(f"{source!r} is neither a model folder nor a preset; presets are {', '.join(PRESETS)}")
+        raise InputError(f"{source!r} is neither a model folder nor a preset; presets are {', '.join(PRESETS)}")
     return preset(source)
 
 
@@ -43,11 +44,11 @@ def build_initial_model(source: str, image_size: int = 0, seed: int = 0) -> Pris
     if Path(source).is_dir():
         model = Prismer.from_pretrained(source, image_size=image_size or None, dtype=torch.float32)
         if model.tokenizer is None:
-            raise ValueError(f"the model in {source} has no tokenizer; save it with one")
+            raise InputError(f"the model in {source} has no tokenizer; save it with one")
         return model
     towers = shipped_folder(TOWERS)
     if not source.startswith("tiny") or not towers.is_dir():
-        raise ValueError(
+        raise InputError(
             f"no pre-trained towers of preset {source!r} are at hand; give a model folder made from CLIP and RoBERTa"
         )
     if image_size:
@@ -59,6 +60,6 @@ def build_initial_model(source: str, image_size: int = 0, seed: int = 0) -> Pris
     tensors = read_tensors(towers / "towers.safetensors")
     misfit = sorted(key for key, tensor in tensors.items() if key not in own or own[key].shape != tensor.shape)
     if misfit:
-        raise ValueError(f"the shipped towers do not fit preset {source!r} (first: {misfit[0]}); pack them again")
+        raise InputError(f"the shipped towers do not fit preset {source!r} (first: {misfit[0]}); pack them again")
     model.load_state_dict(tensors, strict=False)
     return model

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from prismer.errors import InputError
+
 MAX_NGRAM = 4
 CIDER_SIGMA = 6.0
 
@@ -179,13 +181,13 @@ def _ngrams(tokens: Tokens) -> Counter:
 
 def _check(candidates: Sequence, references: Sequence[Sequence]) -> None:
     if len(candidates) != len(references) or not len(candidates):
-        raise ValueError(
+        raise InputError(
             f"got {len(candidates)} captions and references of {len(references)} images; "
             f"give one caption for each image, at least one"
         )
     empty = next((i for i, refs in enumerate(references) if not len(refs)), None)
     if empty is not None:
-        raise ValueError(f"image {empty} has no reference caption; leave the image out")
+        raise InputError(f"image {empty} has no reference caption; leave the image out")
 
 
 # the contractions that the VQA evaluation restores when an apostrophe is missing; "its", "hell", "were" and others that
@@ -253,7 +255,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str] | Mapping[str, float]) 
         ValueError: if there is no answer to compare with.
     """
     if not answers:
-        raise ValueError("a question has no true answer; leave it out of the evaluation")
+        raise InputError("a question has no true answer; leave it out of the evaluation")
     prediction = normalize_answer(prediction)
     if isinstance(answers, Mapping):
         people = PEOPLE
@@ -287,7 +289,7 @@ def answer_scores(
         ValueError: if the lengths differ or are 0, or a question has no true answer.
     """
     if not len(predictions) == len(answers) == len(kinds) != 0:
-        raise ValueError(
+        raise InputError(
             f"got {len(predictions)} predictions for {len(answers)} questions of {len(kinds)} kinds; "
             f"give one of each, at least one"
         )
@@ -306,7 +308,7 @@ def top1(predictions: Sequence, targets: Sequence) -> float:
         ValueError: if the lengths differ or are 0.
     """
     if len(predictions) != len(targets) or not len(targets):
-        raise ValueError(
+        raise InputError(
             f"got {len(predictions)} predictions for {len(targets)} targets; give one for each, at least one"
         )
     return sum(p == t for p, t in zip(predictions, targets, strict=True)) / len(targets)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from prismer.errors import InputError
 from prismer.files import add_name, replacing, write_atomically
 from prismer.training.streams import tolerant_of_closing
 
@@ -26,7 +27,7 @@ def read_metrics(folder: Path) -> list[dict]:
     if not file.exists():
         return []
     if not file.is_file():
-        raise ValueError(f"{file} is not a file; move it away to go on without the earlier records")
+        raise InputError(f"{file} is not a file; move it away to go on without the earlier records")
     lines, rows = file.read_bytes().split(b"\n"), []
     for number, line in enumerate(lines, 1):
         row = _read_row(line)
@@ -34,7 +35,7 @@ def read_metrics(folder: Path) -> list[dict]:
             rows.append(row)
         # a crash may cut short only what follows the last line break
         elif number < len(lines):
-            raise ValueError(
+            raise InputError(
                 f"line {number} of {file} is damaged; delete the line, or move the file away to go on without it"
             )
     return rows

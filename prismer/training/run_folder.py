@@ -26,7 +26,7 @@ from typing import IO
 import torch.distributed as dist
 from torch import nn
 
-from prismer.errors import shown
+from prismer.errors import InputError, shown
 from prismer.files import find_damage, take_lock, write_json
 from prismer.model import Prismer
 from prismer.reading import read_json
@@ -89,10 +89,10 @@ class RunFolder:
 
     def _check_kind(self) -> None:
         if not self.path.is_dir():
-            raise ValueError(f"{self.path} is a file; choose another --run")
+            raise InputError(f"{self.path} is a file; choose another --run")
         names = {path.name for path in self.path.iterdir()} - {LOCK}
         if names and not names & {SETTINGS, self.checkpoints.name}:
-            raise ValueError(f"{self.path} holds {min(names)} and is not a run folder; choose another --run")
+            raise InputError(f"{self.path} holds {min(names)} and is not a run folder; choose another --run")
 
     def index(self) -> dict:
         """The content of index.json; {} before the first checkpoint.
@@ -106,23 +106,23 @@ class RunFolder:
         file = self.checkpoints / INDEX
         if not file.exists():
             if self._steps():
-                raise ValueError(f"{file} is lost; {self._recovery()}")
+                raise InputError(f"{file} is lost; {self._recovery()}")
             return {}
         try:
             return self._check_index(read_json(file, dict, ""))
         except ValueError as error:
-            raise ValueError(f"{str(error).rstrip('; ')}; {self._recovery()}") from None
+            raise InputError(f"{str(error).rstrip('; ')}; {self._recovery()}") from None
 
     def _check_index(self, index: dict) -> dict:
         names, written = [index.get("last"), index.get("best", index.get("last"))], index.get("written", [])
         score = index.get("best_score", 0)
         if type(written) is not list or not all(type(n) is str and _STEP.fullmatch(n) for n in names + written):
-            raise ValueError(f"{self.checkpoints / INDEX} names no checkpoint as last or best")
+            raise InputError(f"{self.checkpoints / INDEX} names no checkpoint as last or best")
         if type(score) not in (int, float) or not math.isfinite(score):
-            raise ValueError(f"{self.checkpoints / INDEX} has the score {score!r}")
+            raise InputError(f"{self.checkpoints / INDEX} has the score {score!r}")
         missing = [name for name in names if not (self.checkpoints / name).is_dir()]
         if missing:
-            raise ValueError(f"{self.checkpoints / missing[0]} is missing")
+            raise InputError(f"{self.checkpoints / missing[0]} is missing")
         return index
 
     def _steps(self) -> list[str]:
@@ -177,9 +177,9 @@ class RunFolder:
                 read_state(checkpoint)
                 damaged = find_damage(checkpoint)
             except ValueError as error:
-                raise ValueError(f"{error}; {self._recovery()}") from None
+                raise InputError(f"{error}; {self._recovery()}") from None
             if damaged:
-                raise ValueError(f"{checkpoint / damaged} is damaged or gone; {self._recovery()}")
+                raise InputError(f"{checkpoint / damaged} is damaged or gone; {self._recovery()}")
 
     def set_aside(self) -> Path | None:
         """Rename the folder of an earlier run; returns its new path, or None if there is no earlier run."""
@@ -207,15 +207,15 @@ class RunFolder:
         stored = read_json(file, dict, _REMEDY)
         before, precision = stored.get("settings"), stored.get("precision")
         if not isinstance(before, dict) or precision not in ("bf16", "fp32") or not set(FIXED) <= set(before):
-            raise ValueError(f"{file} is damaged; {_REMEDY}")
+            raise InputError(f"{file} is damaged; {_REMEDY}")
         for name in FIXED:
             if before[name] != now[name]:
-                raise ValueError(
+                raise InputError(
                     f"{self.path} was trained with {name} {shown(before[name])}, not {now[name]!r}; "
                     f"restore it, choose another --run, or set this run aside with --fresh"
                 )
         if config.precision not in ("auto", precision):
-            raise ValueError(
+            raise InputError(
                 f"{self.path} trains in {precision}, not {config.precision}; set precision to auto or {precision}"
             )
         quiet = ("precision", "run")
@@ -310,7 +310,7 @@ def export_checkpoint(source: str | Path, out: str | Path) -> Path:
     source = Path(source)
     checkpoint = source if (source / STATE).is_file() else RunFolder(source).best()
     if checkpoint is None:
-        raise ValueError(f"{source} is neither a run with checkpoints nor a checkpoint; give runs/NAME")
+        raise InputError(f"{source} is neither a run with checkpoints nor a checkpoint; give runs/NAME")
     answers = checkpoint.parent.parent / ANSWERS
     # the exported model chooses from them when it is asked without a list
     listed = read_answers(answers) if answers.is_file() else None

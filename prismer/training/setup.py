@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from prismer.dataloading.feed.loader import Loader
 from prismer.dataloading.scenes.dataset import render_dataset
+from prismer.errors import InputError
 from prismer.freezing import freeze
 from prismer.model import Prismer
 from prismer.precision import NAMES, choose_precision, slow_resumption
@@ -127,10 +128,10 @@ def _count_steps(config: TrainConfig, loader: Loader) -> tuple[int, int]:
     """Optimizer steps of an epoch, and of the run."""
     steps_per_epoch = loader.steps_per_epoch // config.accumulation
     if not steps_per_epoch:
-        raise ValueError(f"{loader.dataset.folder} has fewer images than batch_size {config.batch_size}; lower it")
+        raise InputError(f"{loader.dataset.folder} has fewer images than batch_size {config.batch_size}; lower it")
     total_steps = config.steps or config.epochs * steps_per_epoch
     if total_steps > MAX_STEPS:
-        raise ValueError(
+        raise InputError(
             f"epochs {config.epochs} of {steps_per_epoch} steps are {total_steps} steps; at most {MAX_STEPS} can be run"
         )
     return steps_per_epoch, total_steps

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.shards import CorruptSample, ShardDataset
+from prismer.errors import InputError
 from prismer.files import write_json
 from prismer.reading import read_json
 from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TASKS
@@ -51,7 +52,7 @@ class TextCounts:
         why = ""
         if self.skipped:
             why = f" ({len(self.skipped)} samples cannot be used; the first: {self.skipped[0]})"
-        raise ValueError(
+        raise InputError(
             f"no sample of {folder} has {' or '.join(kind.label for kind in kinds)}, which task {task} needs{why}; "
             f"choose another task or dataset"
         )
@@ -137,7 +138,7 @@ class TextStatistics:
         rest = read_json(folder / GUESSES, dict, _REMEDY)
         fields = {"guesses": dict, "caption": str, "classes": list}
         if {name: type(value) for name, value in rest.items()} != fields:
-            raise ValueError(f"{folder / GUESSES} does not hold {', '.join(fields)}; {_REMEDY}")
+            raise InputError(f"{folder / GUESSES} does not hold {', '.join(fields)}; {_REMEDY}")
         _check_texts([*rest["guesses"].values(), *rest["classes"]], folder / GUESSES, _REMEDY)
         return cls(answers=answers, **rest)
 
@@ -163,4 +164,4 @@ def read_answers(file: Path, remedy: str = "restore it from a copy, or delete it
 
 def _check_texts(texts: list, file: Path, remedy: str) -> None:
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{file} holds entries that are not texts; {remedy}")
+        raise InputError(f"{file} holds entries that are not texts; {remedy}")

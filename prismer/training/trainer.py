@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from prismer.batch import Batch
 from prismer.costs.profiling import StepProfile
+from prismer.errors import InputError
 from prismer.files import write_atomically
 from prismer.training import zero
 from prismer.training.evaluation import scores
@@ -198,12 +199,12 @@ def open_profile(run: Run, steps: int, done: int) -> StepProfile | None:
         ValueError: if `steps` is negative, or fewer steps are left than profiling takes.
     """
     if steps < 0:
-        raise ValueError(f"--profile is {steps}; give the number of steps to profile")
+        raise InputError(f"--profile is {steps}; give the number of steps to profile")
     trace = run.folder.path / "trace.json.gz"
     profile = StepProfile(trace, device=run.device, dtype=DTYPES[run.precision], steps=steps)
     left = run.total_steps - done
     if left < profile.needed:
-        raise ValueError(
+        raise InputError(
             f"{left} steps are left, and profiling {steps} takes {profile.needed} with warm-up and counting; "
             f"raise --steps, or lower --profile"
         )

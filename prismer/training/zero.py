@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prismer.errors import InputError
 from prismer.training.config import TrainConfig
 from prismer.training.engine_settings import complete_settings
 
@@ -84,7 +85,7 @@ def gather_json(value: object, group: dist.ProcessGroup) -> list:
     return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(texts, lengths, strict=True)]
 
 
-class SharedError(ValueError):
+class SharedError(InputError):
     """An error that every rank raises with the same message, so that it is printed once."""
 
 
@@ -159,7 +160,7 @@ def check_settings(config: TrainConfig, settings: dict) -> None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # pydantic counts its errors in the first line and names the field in the second
         reason = ": ".join(lines[1:3] if len(lines) > 2 else lines[:1]) or type(error).__name__
-        raise ValueError(
+        raise InputError(
             f"DeepSpeed refuses the engine settings ({reason[:200]}); correct them in the config file"
         ) from None
 

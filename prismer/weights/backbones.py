@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prismer.config import ALL_EXPERTS, PRESETS, PrismerConfig
+from prismer.errors import InputError, MachineError
 from prismer.network import Model
 from prismer.stems import CLIP_MEAN, CLIP_STD, resize_positions
 from prismer.tokenizer import ROBERTA_VOCAB_SIZE, Tokenizer
@@ -105,13 +106,13 @@ def _fill(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> No
     wrong = sorted(set(own) ^ set(tensors))
     if wrong:
         verb = "has no" if wrong[0] in own else "has a"
-        raise ValueError(
+        raise InputError(
             f"{source} {verb} {wrong[0]} (and {len(wrong) - 1} more such); give a CLIP ViT and a RoBERTa masked-LM"
         )
     with torch.no_grad():
         for key, tensor in tensors.items():
             if tensor.shape != own[key].shape:
-                raise ValueError(
+                raise InputError(
                     f"{source} has {key} of shape {tuple(tensor.shape)}, a Prismer of its other sizes "
                     f"{tuple(own[key].shape)}; give a CLIP ViT and a RoBERTa masked-LM"
                 )
@@ -132,12 +133,12 @@ def _read_clip(name: str, weights: str | Path | None) -> tuple[dict[str, Any], d
     try:
         import open_clip
     except ImportError:
-        raise RuntimeError("open_clip reads CLIP and is not installed; run pip install open_clip_torch") from None
+        raise MachineError("open_clip reads CLIP and is not installed; run pip install open_clip_torch") from None
 
     known = open_clip.list_models()
     if name not in known:
         close = difflib.get_close_matches(name, known, 3) or ["ViT-B-16-quickgelu"]
-        raise ValueError(f"open_clip knows no model {name!r}; did you mean {' or '.join(close)}?")
+        raise InputError(f"open_clip knows no model {name!r}; did you mean {' or '.join(close)}?")
     if weights is None:
         warnings.warn(
             f"the vision tower {name} is random; for a trained one give vision_weights, a file or a tag like 'openai'",
@@ -147,14 +148,14 @@ def _read_clip(name: str, weights: str | Path | None) -> tuple[dict[str, Any], d
         tags = open_clip.list_pretrained_tags_by_model(name)
         if str(weights) not in tags:
             listed = ", ".join(tags) or "none"
-            raise ValueError(f"vision_weights {weights} is neither a file nor a tag of {name}; its tags are {listed}")
+            raise InputError(f"vision_weights {weights} is neither a file nor a tag of {name}; its tags are {listed}")
     try:
         pretrained = None if weights is None else str(weights)
         model = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
     except (RuntimeError, OSError, KeyError, AttributeError, pickle.UnpicklingError, SafetensorError) as error:
         # the second line of load_state_dict's message names the first fault
         lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-        raise ValueError(
+        raise InputError(
             f"{weights} does not load as open_clip's {name} ({lines[min(1, len(lines) - 1)][:160]}); "
             "name the model that it was trained as, and give a state dict of all of it"
         ) from None
@@ -172,7 +173,7 @@ def _clip_sizes(open_clip: ModuleType, name: str, visual: nn.Module) -> dict[str
     """Fields of PrismerConfig; a ValueError for a tower that is no plain CLIP ViT."""
 
     def refuse(why: str) -> ValueError:
-        return ValueError(f"{name} {why}; Prismer takes a plain CLIP ViT, such as ViT-B-16-quickgelu or ViT-H-14")
+        return InputError(f"{name} {why}; Prismer takes a plain CLIP ViT, such as ViT-B-16-quickgelu or ViT-H-14")
 
     if not isinstance(visual, open_clip.transformer.VisionTransformer):
         raise refuse(f"is a {type(visual).__name__}")
@@ -212,7 +213,7 @@ def _read_roberta(source: str, weights: str | Path | None) -> tuple[dict[str, An
 
     local = Path(source).is_dir()
     if weights is not None and not Path(weights).is_file():
-        raise ValueError(f"text_weights {weights} is no file; give one, or leave it out to read those of {source}")
+        raise InputError(f"text_weights {weights} is no file; give one, or leave it out to read those of {source}")
     known = _ROBERTA.get(source.split("/")[-1]) if weights is not None and not local else None
     if known is not None:
         config = transformers.RobertaConfig(**known, **_ROBERTA_COMMON)
@@ -231,7 +232,7 @@ def _read_roberta(source: str, weights: str | Path | None) -> tuple[dict[str, An
         )
         if loading["missing_keys"] or loading["mismatched_keys"]:
             first = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))[0]
-            raise ValueError(f"{source} lacks {first}; give a RoBERTa saved with its masked-LM head")
+            raise InputError(f"{source} lacks {first}; give a RoBERTa saved with its masked-LM head")
         stored = model.state_dict()
     # a tied tensor comes twice, under two names; the pooler and position_ids are not taken
     tensors = {ours: tensor for key, tensor in stored.items() if (ours := from_roberta(key)) is not None}
@@ -239,7 +240,7 @@ def _read_roberta(source: str, weights: str | Path | None) -> tuple[dict[str, An
         return sizes, tensors, Tokenizer.from_folder(source)
     if sizes["vocab_size"] == ROBERTA_VOCAB_SIZE:
         return sizes, tensors, Tokenizer.roberta()
-    raise ValueError(
+    raise InputError(
         f"{source} has a vocabulary of {sizes['vocab_size']}, not RoBERTa's, and no tokenizer files; put them there"
     )
 
@@ -250,7 +251,7 @@ def _of_transformers(load: Callable, source: str, local: bool, **options: Any) -
         return load(source, local_files_only=local, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ValueError(
+        raise InputError(
             f"transformers cannot load {source} ({reason}); give the folder of a RoBERTa masked-LM, or a hub id "
             "while there is a connection"
         ) from None
@@ -262,7 +263,7 @@ def _roberta_sizes(source: str, config: Any) -> dict[str, Any]:
     for field, value in required.items():
         found = getattr(config, field, None)
         if found != value:
-            raise ValueError(f"{source} has {field} {found!r}, Prismer's decoder has {value!r}; give a RoBERTa")
+            raise InputError(f"{source} has {field} {found!r}, Prismer's decoder has {value!r}; give a RoBERTa")
     return dict(
         text_width=config.hidden_size,
         text_depth=config.num_hidden_layers,

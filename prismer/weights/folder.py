@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from prismer.config import PrismerConfig
+from prismer.errors import InputError
 from prismer.files import CHECKSUMS, find_damage, new_folder, write_atomically, write_checksums, write_json
 from prismer.network import Model, PrismerNetwork
 from prismer.precision import inference_dtype
@@ -42,7 +43,7 @@ def save_pretrained(model: PrismerNetwork, folder: str | Path, answers: Sequence
     """
     state = model.state_dict()
     if any(tensor.dtype == torch.int8 for tensor in state.values()):
-        raise ValueError(
+        raise InputError(
             "the model's towers are int8, which no model folder holds; keep the folder that it was loaded from"
         )
     _refuse_other_folders(Path(folder))
@@ -58,7 +59,7 @@ def _refuse_other_folders(folder: Path) -> None:
     """Raise a ValueError for a folder that holds other things than a model: a save replaces all of its content."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if names and not names & {CONFIG, WEIGHTS}:
-        raise ValueError(
+        raise InputError(
             f"{folder} is no model folder, and holds {min(names)} and the like, which a save would delete; "
             f"give a new folder"
         )
@@ -123,9 +124,9 @@ def from_pretrained(
             # published checkpoints come without a tokenizer; theirs is RoBERTa's
             tokenizer = Tokenizer.roberta()
     elif config is None:
-        raise ValueError(f"{weights.parent} has no {CONFIG}; export the model again with `prismer export`")
+        raise InputError(f"{weights.parent} has no {CONFIG}; export the model again with `prismer export`")
     if experts is not None and set(experts) != set(config.experts):
-        raise ValueError(other_experts(str(weights), config.experts, experts))
+        raise InputError(other_experts(str(weights), config.experts, experts))
     if image_size is not None:
         config = config.replace(image_size=image_size)
 
@@ -173,7 +174,7 @@ def check_checksums(weights: Path) -> None:
     if not (folder / CHECKSUMS).is_file():
         _log.info("%s holds no checksums; a damaged file in it would not be noticed", folder)
     if find_damage(folder, (weights.name,)):
-        raise ValueError(
+        raise InputError(
             f"{weights} is damaged: its checksum is not the one in {CHECKSUMS}; copy or export it again, "
             f"or delete {CHECKSUMS} if you changed it yourself"
         )

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Size
 
+from prismer.errors import InputError
+
 _MOST_ROWS = 40
 
 
@@ -73,7 +75,7 @@ class LoadReport:
             yield "left out", name, "", ""
 
 
-class Misfit(ValueError):
+class Misfit(InputError):
     """Weights that do not fit; the message is the table, and in its last line one sentence with the remedy.
 
     Attributes:

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+from prismer.errors import InputError
 from prismer.files import CHECKSUMS, earlier_folder
 from prismer.shipped import SHIPPED_MODELS, shipped_folder
 
@@ -33,7 +34,7 @@ def locate(source: str | Path) -> tuple[Path | None, Path]:
         ValueError: if there is no such model.
     """
     if not isinstance(source, str | os.PathLike) or not str(source):
-        raise ValueError(
+        raise InputError(
             f"the model is {source!r:.60}; give a folder, a file, owner/name on the hub, or {SHIPPED_MODELS[0]}"
         )
     path = Path(source)
@@ -46,12 +47,12 @@ def locate(source: str | Path) -> tuple[Path | None, Path]:
     elif _HUB_ID.fullmatch(str(source)) and not path.parent.is_dir():
         folder = _download(str(source))
     elif earlier := earlier_folder(path):
-        raise ValueError(
+        raise InputError(
             f"the last save of {source} was interrupted, and the earlier model lies in {earlier}; "
             f"rename that to {path.name}"
         )
     else:
-        raise ValueError(
+        raise InputError(
             f"no model folder {source}; give a folder written by `prismer export`, a published checkpoint, "
             f"owner/name on the hub, or {' or '.join(SHIPPED_MODELS)}"
         )
@@ -64,7 +65,7 @@ def _weights_in(folder: Path) -> Path:
             # whether it is a published checkpoint or a model folder that lost its config is told by the tensors' names
             return folder / name
     name = WEIGHTS if (folder / CONFIG).is_file() else CONFIG
-    raise ValueError(f"{folder} has no {name}; export the model again with `prismer export`")
+    raise InputError(f"{folder} has no {name}; export the model again with `prismer export`")
 
 
 def _download(source: str) -> Path:
@@ -82,13 +83,13 @@ def _download(source: str) -> Path:
         root = snapshot_download(f"{owner}/{name}", allow_patterns=[prefix + file for file in files])
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0][:120]
-        raise ValueError(
+        raise InputError(
             f"there is no folder {source}, and {owner}/{name} cannot be had from the hub ({reason}); "
             "check the name and the connection, or give a folder"
         ) from None
     folder = Path(root, *inside)
     if not any((folder / file).is_file() for file in (WEIGHTS, PUBLISHED_WEIGHTS)):
-        raise ValueError(
+        raise InputError(
             f"{owner}/{name} on the hub holds no {prefix}{WEIGHTS}; name the folder in it, as owner/name/folder"
         )
     return folder

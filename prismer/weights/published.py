@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prismer.config import PRESETS, PrismerConfig
+from prismer.errors import InputError
 from prismer.experts import EXPERTS
 from prismer.files import replacing
 from prismer.network import PrismerNetwork
@@ -33,7 +34,7 @@ def published_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfi
     sizes, stems = stored_sizes(shapes), stored_stems(shapes)
     unknown = sorted(stems - set(EXPERTS))
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"{source} has experts this library does not know ({', '.join(unknown)}); known are {', '.join(EXPERTS)}"
         )
     # tables that belong to experts are absent without them
@@ -42,7 +43,7 @@ def published_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfi
     for key in (POSITIONS, *(key for field, (key, _) in SIZE_AXES.items() if field not in absent)):
         if key not in shapes:
             lacking = to_published(key)[0]
-            raise ValueError(f"{source} lacks {lacking}, so it is no whole Prismer checkpoint; get it again")
+            raise InputError(f"{source} lacks {lacking}, so it is no whole Prismer checkpoint; get it again")
     found = {field: size for field, size in sizes.items() if field not in absent}
     experts = tuple(name for name in EXPERTS if name in stems)
     grid = round(shapes[POSITIONS][0] ** 0.5)
@@ -59,7 +60,7 @@ def published_config(tensors: Mapping[str, Tensor], source: str) -> PrismerConfi
     nearest = min(differing, key=lambda name: len(differing[name]))
     config = PRESETS[nearest]()
     text = ", ".join(f"{f} {found[f]} (not {getattr(config, f)})" for f in differing[nearest])
-    raise ValueError(
+    raise InputError(
         f"{source} has the sizes of no preset; the nearest is {nearest}, but for {text}; "
         "get the file again if it was cut, or say what it is with config=PrismerConfig(...)"
     )
@@ -82,7 +83,7 @@ def to_ours(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tenso
         elif key not in ours:
             ours[key] = tensor
         elif not _same(ours[key], tensor):
-            raise ValueError(
+            raise InputError(
                 f"{source} holds two different {' and '.join(to_published(key))}, which are one tensor in Prismer; "
                 "delete the one that was not trained"
             )
@@ -106,7 +107,7 @@ def save_published(model: PrismerNetwork, path: str | Path) -> None:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file, such as {path / PUBLISHED_WEIGHTS}")
+        raise InputError(f"{path} is a folder; name a file, such as {path / PUBLISHED_WEIGHTS}")
     tensors = {}
     for key, value in model.state_dict().items():
         value = value.detach().cpu()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prismer.config import PrismerConfig
+from prismer.errors import InputError
 from prismer.network import PrismerNetwork
 from prismer.stems import resize_positions
 from prismer.weights.load_report import LoadReport, Misfit
@@ -54,7 +55,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}); export it again") from None
+            raise InputError(f"{path} is not a whole safetensors file ({error}); export it again") from None
     damaged = None
     try:
         zipped = zipfile.is_zipfile(path)
@@ -69,13 +70,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # bytes that are no pickle end torch's reader in whatever way they lead it
         reason = str(error).strip().splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a whole file of tensors ({reason}); get it again") from None
+        raise InputError(f"{path} is not a whole file of tensors ({reason}); get it again") from None
     if damaged:
-        raise ValueError(f"{path} is damaged (the checksum of {damaged}); get it again")
+        raise InputError(f"{path} is damaged (the checksum of {damaged}); get it again")
     if not isinstance(found, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
     ):
-        raise ValueError(f"{path} does not hold tensors by name; give a file that holds a state dict alone")
+        raise InputError(f"{path} does not hold tensors by name; give a file that holds a state dict alone")
     return found
 
 
@@ -103,7 +104,7 @@ def check_sizes(config: PrismerConfig, shapes: Mapping[str, torch.Size], source:
         asked = getattr(config, field)
         # smaller differences end in the table of a `Misfit`, tensor by tensor
         if asked > _MOST_TIMES * max(stored, _LITTLE):
-            raise ValueError(
+            raise InputError(
                 f"{source} does not fit the config: {field} is {asked}, and its tensors are for {stored}; "
                 f"use the {CONFIG} that was saved beside these weights"
             )
@@ -134,7 +135,7 @@ def check_dtypes(tensors: Mapping[str, Tensor], source: str) -> None:
     """
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() and not key.endswith(".num_batches_tracked"):
-            raise ValueError(
+            raise InputError(
                 f"{source} holds {key} as {tensor.dtype}, and weights are floating-point numbers; if they were "
                 f"quantised, apply their scales first"
             )

@@ -3,7 +3,9 @@
 Run: pytest tests/cli/test_refusals.py
 """
 
+import ast
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,9 +170,10 @@ def test_a_backend_that_cannot_run_here_is_refused(run, model, images):
         ("import json; json.loads('{')", ValueError),
         ("{}['x']", KeyError),
         ("raise TypeError('x')", TypeError),
+        ("raise ValueError('x')", ValueError),
         ("assert False", AssertionError),
     ],
-    ids=["builtin", "torch", "library", "key", "type", "assert"],
+    ids=["builtin", "torch", "library", "key", "type", "value", "assert"],
 )
 def test_a_mistake_in_this_library_keeps_its_traceback(run, monkeypatch, body, kind):
     monkeypatch.setattr("prismer.costs.info.info_text", raiser(body))
@@ -186,3 +189,24 @@ def test_an_error_that_this_library_raises_is_one_sentence(run, monkeypatch, kin
     )
     done = run("info")
     assert (done.code, done.err) == (2, "prismer: the moon is full; wait\n")
+
+
+def built_errors(path: Path) -> list[str]:
+    """The errors of Python's own classes that a file builds or inherits from."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = node.bases if isinstance(node, ast.ClassDef) else [getattr(node, "func", getattr(node, "exc", None))]
+        found += [
+            f"{path}:{node.lineno}"
+            for name in names
+            if isinstance(name, ast.Name) and name.id in ("ValueError", "RuntimeError")
+        ]
+    return found
+
+
+def test_deliberate_errors_have_a_class_of_this_library():
+    """So that a command can tell them from mistakes; the argument checks of kernels are for programmers."""
+    root = Path(prismer.__file__).resolve().parents[1]
+    files = [*(root / "prismer").rglob("*.py"), *(root / "dataloading").rglob("*.py")]
+    assert len(files) > 50
+    assert [line for path in files if "kernels" not in path.parts for line in built_errors(path)] == []

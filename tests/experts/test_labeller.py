@@ -16,6 +16,7 @@ from prismer.dataloading.experts import catalogue
 from prismer.dataloading.experts.decode import GREY, ExpertPipeline, Geometry
 from prismer.dataloading.experts.labeller import Labeller
 from prismer.dataloading.experts.network import Images, intensity_outputs, min_max
+from prismer.dataloading.experts.segmentation import BoxesGrabCut
 from prismer.dataloading.experts.weights import MissingWeights
 from prismer.dataloading.feed.dali import UndecodableImages
 from prismer.dataloading.feed.image_batch import image_batch
@@ -156,6 +157,10 @@ def test_speeds_count_the_images_of_each_network():
     labeller([jpeg(9, 9)] * 5)
     assert labeller.images == 5
     assert set(labeller.speeds()) == {"decoding", "brightness", "halves"}
+
+
+def test_segmentation_takes_over_the_class_names_of_the_detector():
+    assert Labeller([Halves(), BoxesGrabCut()]).classes == {"obj_detection": Halves.classes, "seg": Halves.classes}
 
 
 @pytest.mark.parametrize("networks", [[], [Brightness, Brightness]])

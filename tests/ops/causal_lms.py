@@ -61,7 +61,8 @@ CHANGE_LOGITS = {
 def build_causal_lm(name: str) -> nn.Module:
     kind, config, options = {**MODELS, **CHANGE_LOGITS}[name]
     torch.manual_seed(0)
-    return randomise(getattr(transformers, kind)(getattr(transformers, config)(**options)))
+    # the eps stay those of the config, with which a saved model is loaded
+    return randomise(getattr(transformers, kind)(getattr(transformers, config)(**options)), eps=None)
 
 
 def build_pair(name: str) -> tuple[nn.Module, nn.Module]:

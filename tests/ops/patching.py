@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter so large that a forgotten norm, scale or bias shows.
+def randomise(model: nn.Module, seed: int = 0, eps: float | None = 0.1) -> nn.Module:
+    """Draw every parameter, and set the eps of every norm, so large that a forgotten norm, scale, bias or eps shows.
 
-    Matrices have scale 0.2, and vectors 0.3 around 0.7 if they are weights; positions and latents count as inputs, of
+    Matrices have scale 0.2, and vectors 0.3, around 0.7 if they are weights; positions and latents count as inputs, of
     scale 1.
     """
+    for module in model.modules():
+        for name in ("eps", "variance_epsilon", "rms_norm_eps"):
+            if eps is not None and isinstance(getattr(module, name, None), float):
+                setattr(module, name, eps)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -217,6 +217,19 @@ def test_case_refuses_what_does_not_fit_the_kernel():
         )
 
 
+@pytest.mark.parametrize(
+    ("K", "constant", "divisible"), [(1, True, ()), (0, False, ("K",)), (24, False, ()), (48, False, ("K",))]
+)
+def test_a_case_is_specialised_as_a_launch_is(K, constant, divisible):
+    tiles = dict(BM=1, BN=16, BK=16, num_warps=8)
+    described = dict(shape="none", flops=0, bytes=0, dot=True)
+    case = KernelCase.of_launch("dot", dot_kernel, ("*bf16", "*fp32", None, K), tiles, **described)
+    assert case.signature == dict(p_a="*bf16", p_b="*fp32") | ({} if constant else dict(K="i32"))
+    assert case.constants == dict(p_c=None, BM=1, BN=16, BK=16) | (dict(K=1) if constant else {})
+    assert case.divisible == divisible
+    assert (case.num_warps, case.num_stages, case.dot) == (8, 3, True)
+
+
 def test_interpreted_kernels_and_unknown_ops_are_refused():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "prismer.kernels.inspect"]

@@ -32,7 +32,7 @@ class PlainMLP(nn.Module):
 class PlainAdaptor(nn.Module):
     def __init__(self, late):
         super().__init__()
-        self.norm, self.down, self.up = nn.LayerNorm(D), nn.Linear(D, D), nn.Linear(D, D)
+        self.norm, self.down, self.up = nn.LayerNorm(D, eps=0.3), nn.Linear(D, D), nn.Linear(D, D)
         self.late = late
 
     def forward(self, x):
@@ -114,11 +114,12 @@ def draw_inputs(name):
 
 PAIRS = {
     "layer_norm": (lambda: LayerNorm(D), lambda: nn.LayerNorm(D)),
+    "layer_norm_eps": (lambda: LayerNorm(D, eps=0.3), lambda: nn.LayerNorm(D, eps=0.3)),
     "quick_gelu": (lambda: MLP(D, 4 * D, "quick_gelu"), lambda: PlainMLP(lambda h: h * torch.sigmoid(1.702 * h))),
     "gelu": (lambda: MLP(D, 4 * D, "gelu"), lambda: PlainMLP(F.gelu)),
     "squared_relu": (lambda: MLP(D, 4 * D, "squared_relu"), lambda: PlainMLP(lambda h: h.relu().square())),
-    "adaptor": (lambda: Adaptor(D, late=False), lambda: PlainAdaptor(False)),
-    "late_adaptor": (lambda: Adaptor(D, late=True), lambda: PlainAdaptor(True)),
+    "adaptor": (lambda: Adaptor(D, late=False, eps=0.3), lambda: PlainAdaptor(False)),
+    "late_adaptor": (lambda: Adaptor(D, late=True, eps=0.3), lambda: PlainAdaptor(True)),
     "self": (lambda: MultiheadAttention(D, HEADS), PlainPacked),
     "cross": (lambda: MultiheadAttention(D, HEADS), PlainPacked),
     "causal": (lambda: MultiheadAttention(D, HEADS), PlainPacked),

@@ -95,13 +95,15 @@ def test_an_attention_of_another_class_in_a_resampler_is_called():
     torch.testing.assert_close(ours(*arguments, **options), plain(*arguments, **options), rtol=1e-9, atol=1e-9)
 
 
-def test_a_hooked_norm_that_adds_is_called():
-    norm, seen = LayerNorm(32), []
-    norm.register_forward_hook(lambda m, a, y: seen.append(y))
+@pytest.mark.parametrize("hooked", (False, True), ids=("plain", "hooked"))
+def test_a_norm_that_adds_is_called_if_it_has_hooks(hooked):
+    norm, seen = LayerNorm(32, eps=0.3), []
+    if hooked:
+        norm.register_forward_hook(lambda m, a, y: seen.append(y))
     x, residual = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
     y, total = norm.add(x, residual)
-    assert seen[0] is y
-    torch.testing.assert_close(y, nn.functional.layer_norm(total, (32,)))
+    assert len(seen) == hooked and all(t is y for t in seen)
+    torch.testing.assert_close(y, nn.functional.layer_norm(total, (32,), eps=0.3))
     torch.testing.assert_close(total, x + residual)
 
 

@@ -88,6 +88,18 @@ def test_a_change_that_is_undone_brings_the_fused_op_back(layer, count_calls):
     assert counts[0] == counts[1] < counts[2]
 
 
+def test_a_change_that_comes_and_goes_is_warned_about_once():
+    model, inputs, holder, name = build_with_layer("clip mlp")
+    apply_to(model)
+    messages = []
+    for _ in range(3):
+        hook = model.get_submodule(full_name(holder, name)).register_forward_hook(lambda *a: None)
+        messages += warned_step(model, inputs)[1]
+        hook.remove()
+        messages += warned_step(model, inputs)[1]
+    assert len(messages) == 1
+
+
 ACTIVATIONS = {"open_clip mlp": "mlp.gelu", "clip mlp": "activation_fn", "bert mlp": "intermediate.intermediate_act_fn"}
 
 

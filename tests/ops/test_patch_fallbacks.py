@@ -53,10 +53,13 @@ def test_dropout_drops_the_same_elements_for_the_same_seed(name):
         return forward
 
     patched.train(), plain.train()
-    expected = step(plain, inputs, run(plain))
-    assert_same(step(patched, inputs, run(patched)), expected)
-    name = next(iter(expected))
-    assert not torch.allclose(step(plain.eval(), inputs, run(plain))[name], expected[name])
+    trained = step(plain, inputs, run(plain))
+    assert_same(step(patched, inputs, run(patched)), trained)
+    patched.eval(), plain.eval()
+    evaluated = step(plain, inputs, run(plain))
+    assert_same(step(patched, inputs, run(patched)), evaluated)
+    name = next(iter(trained))
+    assert not torch.allclose(evaluated[name], trained[name])
 
 
 @pytest.mark.parametrize("name", ("clip", "vit", "roberta-decoder-padded", "blip", "qformer", "blip2-vision"))
