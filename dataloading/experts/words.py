@@ -178,7 +178,7 @@ class RapidOcr(Network):
                 another kind.
         """
         try:
-            import onnxruntime  # noqa: F401
+            import onnxruntime  # noqa: F401 - rapidocr needs it and imports it late
             import rapidocr
         except ImportError as error:
             raise MissingWeights(
