@@ -55,8 +55,8 @@ def _norm_relu(
     eps: float,
     running: tuple[Tensor | None, Tensor | None] = (None, None),
     momentum: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """relu of a batch norm by the batch's statistics; returns it with their mean and 1 / standard deviation.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """relu of a batch norm by the batch's statistics; returns it with the mean and 1 / standard deviation if torch's.
 
     Args:
         moments: the statistics if `_pairwise_moments` formed them; else torch forms them, alike at every call.
@@ -71,7 +71,7 @@ def _norm_relu(
         running[0].lerp_(mean, momentum)
         running[1].mul_(1 - momentum).add_(variance, alpha=momentum * count / max(1, count - 1))
     y, *_ = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)
-    return y.relu_(), mean, (variance + eps).rsqrt()
+    return y.relu_(), mean, None
 
 
 class _NormReLUConv(torch.autograd.Function):
@@ -95,6 +95,7 @@ class _NormReLUConv(torch.autograd.Function):
     ) -> Tensor:
         moments = _pairwise_moments(x)
         a, mean, rstd = _norm_relu(x, weight, bias, moments, eps, running, momentum)
+        rstd = (moments[1] + eps).rsqrt() if rstd is None else rstd
         ctx.save_for_backward(x, weight, bias, kernel, mean, rstd, None if moments is None else moments[1])
         ctx.eps, ctx.stride, ctx.padding = eps, stride, padding
         return F.conv2d(a, kernel, None, stride, padding)

@@ -149,12 +149,12 @@ def draw_column(
 
 
 def _names(column: str, sample: Sample, classes: dict[str, list[str]]) -> dict[int, str]:
-    expert, names = EXPERTS[column], dict(enumerate(classes.get(column, [])))
+    expert, names = EXPERTS[column], dict(enumerate(map(one_line, classes.get(column, []))))
     if expert.kind == "class":
         return names
     entries = sample.meta.get(expert.table, {})
     if expert.kind == "word":
-        return {int(i): word for i, word in entries.items()}
+        return {int(i): one_line(word) for i, word in entries.items()}
     return {int(i): names.get(class_id, str(class_id)) for i, class_id in entries.items()}
 
 
@@ -255,6 +255,11 @@ def _text_lines(sample: Sample, width: int) -> list[tuple[str, tuple[int, int, i
         texts.append((f"{question['question']}  \N{RIGHTWARDS ARROW}  {answers or 'no answer given'}", GREY))
     texts.append((sample.key, GREY))
     return [(line, colour) for text, colour in texts for line in wrap(text, width, font_of(15))]
+
+
+def one_line(text: str) -> str:
+    """A text without line ends: Pillow's layout fails on some of them, such as U+0085."""
+    return " ".join(text.split())
 
 
 def wrap(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:

@@ -17,6 +17,7 @@ from prismer.dataloading.views.contact_sheet import (
     fit_title,
     font_of,
     id_colours,
+    one_line,
     scale,
     wrap,
 )
@@ -81,10 +82,10 @@ def _mark(image: Image.Image, labels: ExpertLabels) -> Image.Image:
         entries, names = labels.meta.get(EXPERTS[expert].table, {}), labels.classes.get(expert, [])
         for i, box in boxes[expert].items():
             if EXPERTS[expert].kind == "word":
-                _outline(draw, resized.size, box, entries.get(i, i), INK)
+                _outline(draw, resized.size, box, one_line(entries.get(i, i)), INK)
             else:
                 colour = tuple((id_colours()[int(i)] * 0.75).astype(int).tolist())
-                name = names[entries[i]] if i in entries else i
+                name = one_line(names[entries[i]]) if i in entries else i
                 _outline(draw, resized.size, box, f"{name} {box[4]:.2f}", colour)
     return resized
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from prismer.dataloading.store.label_maps import blank_planes
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
-from prismer.dataloading.views.contact_sheet import colour_map, contact_sheet, draw_sheet
+from prismer.dataloading.views.contact_sheet import colour_map, contact_sheet, draw_sheet, one_line
 from prismer.experts import EXPERTS
 
 CLASSES = {"seg": ["ground", "sky"], "obj_detection": ["cube"]}
@@ -119,3 +119,11 @@ def test_a_sheet_is_written_as_png_or_jpeg(tmp_path, name, form):
 def test_texts_and_tables_of_wrong_types_are_refused_in_one_sentence(meta):
     with pytest.raises(ValueError, match="the sample key0 cannot be shown: "):
         contact_sheet([make_sample(**meta)], CLASSES)
+
+
+@pytest.mark.parametrize("end", ("\x85", "\u2028", "\u2029", "\n", "\x1c"))
+def test_a_name_with_a_line_end_is_drawn_on_one_line(end):
+    assert one_line(f"a{end}b") == "a b"
+    sample = make_sample(words={"0": f"a{end}b"})
+    sample.labels["ocr_detection"][:] = 0
+    contact_sheet([sample], CLASSES)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from prismer.dataloading.experts.catalogue import networks_of
-from prismer.dataloading.sources.record import Place
+from prismer.dataloading.sources.records import DatasetPaths
 from prismer.experts import EXPERTS, PAPER_EXPERTS
 from tests.experts.jobs import write_photos
 
@@ -35,7 +35,7 @@ def test_the_label_format_of_the_papers_experts(name, kind, planes, channels, fi
 def test_coco_segmentations_are_preferred_in_the_published_layout(tmp_path):
     for folder in ("seg_ade", "seg_coco", "depth"):
         (tmp_path / folder).mkdir()
-    place = Place(tmp_path, tmp_path, "photos")
+    place = DatasetPaths(tmp_path, tmp_path, "photos")
     assert place.labels == {"depth": tmp_path / "depth/photos", "seg": tmp_path / "seg_coco/photos"}
 
 
@@ -103,7 +103,7 @@ assert prismer_tiny().experts == PAPER_EXPERTS
 model = Prismer(prismer_tiny(experts=("depth", *names.split(",")))).eval()
 (labels,) = Labeller.load(names.split(","), label_size=64)([photo])
 assert labels.meta["parts"] == {"0": 0, "1": 1, "2": 0, "3": 1}
-from prismer.dataloading.feed.images import image_batch
+from prismer.dataloading.feed.image_batch import image_batch
 batch = image_batch([photo], model.config, [labels])
 assert batch.rows["material"][0, :3].tolist() == [1, 2, 0]
 assert batch.rows["part"][0, :5].tolist() == [3, 4, 3, 4, 0]
