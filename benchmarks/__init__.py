@@ -1,0 +1,1 @@
+"""Benchmarks: every op against its peers, the loader, and whole jobs."""

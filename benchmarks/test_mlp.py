@@ -25,13 +25,17 @@ def weights(D_in, D_out):
 
 
 def mlp_calls(R, D):
-    ours = lambda x, *w: mlp(x, *w, activation="quick_gelu")  # noqa: E731
+    def ours(x, *w):
+        return mlp(x, *w, activation="quick_gelu")
+
     draws = [torch.randn(R, D), *weights(D, 4 * D), *weights(4 * D, D)]
     return contenders_on(draws, dict(ours=ours, eager=eager_mlp), frozen=(1, 2, 3, 4))
 
 
 def adaptor_calls(R, D):
-    ours = lambda x, *w: adaptor(x, *w, late=False)  # noqa: E731
+    def ours(x, *w):
+        return adaptor(x, *w, late=False)
+
     draws = [torch.randn(R, D), 1 + torch.randn(D), torch.randn(D), *weights(D, D), *weights(D, D)]
     return contenders_on(draws, dict(ours=ours, eager=eager_adaptor))
 

@@ -17,7 +17,7 @@ from prismer.generation import beam_search
 from prismer.network import PrismerNetwork
 from prismer.ranking import AnswerTrie, Ranking, rank_answers
 from prismer.reading import is_text
-from prismer.texts import encode_answer, encode_class_name, encode_prompt, encode_question
+from prismer.texts import CLASS_PREFIX, encode_answer, encode_class_name, encode_prompt, encode_question
 from prismer.tokenizer import Tokenizer
 
 # of a text to choose from: far more than a text tower has positions, which is checked with the question; and few enough
@@ -196,7 +196,7 @@ def classify(
     images: ImageBatch,
     class_names: list[str] | Candidates,
     *,
-    prefix: str = "A photo of a",
+    prefix: str = CLASS_PREFIX,
     top_k: int | None = None,
 ) -> list[Answer]:
     """The class of each image, by ranking the names as continuations of `prefix`.

@@ -1,0 +1,1 @@
+"""Tests of stored samples, importers, the loader and the embedded dataset."""

@@ -1,0 +1,1 @@
+"""Tests with drawn faults: damaged files, odd texts, wrong settings."""
