@@ -59,7 +59,7 @@ def put_images(rows: Tensor, absorbed: Tensor, B: int, images: slice) -> None:
 
 def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`torch.bmm` of n images; a single image is multiplied by the fastest library."""
-    if len(a) == 1 and matmul.on_onednn(a):
+    if len(a) == 1 and not matmul.torch_multiplies(a, b.shape[2]):
         result = matmul.mm(a[0], b[0])[None]
         return result if out is None else out.copy_(result)
     return torch.bmm(a, b, out=out)

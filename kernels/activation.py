@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import check_floats, described
-from prismer.kernels.dispatch import TORCH, TRITON, Backend, Op
+from prismer.kernels.dispatch import TORCH, TRITON, Backend, Example, Op, rows_and_width
 from prismer.kernels.layer_norm import _groups, _sum_groups_kernel
 
 ACTIVATIONS = ("quick_gelu", "gelu", "squared_relu")
@@ -44,8 +44,25 @@ def bias_activation_reference(h: Tensor, bias: Tensor | None, activation: str) -
     return y.to(h.dtype)
 
 
+def _classify(h: Tensor, activation: str) -> tuple[int, ...]:
+    """Rows, width, and the number of the activation."""
+    return *rows_and_width(h), ACTIVATIONS.index(activation)
+
+
+def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
+    R, D, activation = shape
+    h, bias = torch.randn(R, D, device=device).to(dtype), torch.randn(D, device=device).to(dtype)
+    return bias_activation, [h.requires_grad_(), bias, ACTIVATIONS[activation]]
+
+
 NATIVE = Backend(name="native", devices=("cpu",), float64=False)
-OP = Op(name="bias_activation", reference=bias_activation_reference, backends=(NATIVE, TRITON, TORCH))
+OP = Op(
+    name="bias_activation",
+    reference=bias_activation_reference,
+    backends=(NATIVE, TRITON, TORCH),
+    classify=_classify,
+    example=_example,
+)
 
 
 # Triton
@@ -227,7 +244,7 @@ def column_sums(dy: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
 
 def _forward(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     h = h.contiguous()
-    backend = OP.choose(h)
+    backend = OP.choose(h, activation)
     if backend == "torch":
         return activate(_biased(h, bias), activation).to(h.dtype)
     if backend == "native":
@@ -244,7 +261,7 @@ def _forward_fake(h: Tensor) -> Tensor:
 
 def _backward(dy: Tensor, h: Tensor, bias: Tensor | None, activation: str, sums: bool) -> tuple[Tensor, Tensor]:
     dy, h = dy.contiguous(), h.contiguous()
-    backend = OP.choose(h)
+    backend = OP.choose(h, activation, gradient=True)
     if backend == "triton":
         dh, dbias = _backward_fake(h, sums)
         if h.shape[0]:
@@ -307,7 +324,7 @@ def bias_activation(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     if not h.is_floating_point() or h.dim() < 1 or h.shape[-1] < 1:
         raise ValueError(f"h is {described(h)}; pass floats of shape (..., D)")
     check_floats("bias", bias, h.shape[-1:])
-    if OP.route(h) == "reference":
+    if OP.route(h, activation) == "reference":
         return bias_activation_reference(h, bias, activation)
     return bias_activation_op(h.reshape(-1, h.shape[-1]), bias, activation).view(h.shape)
 

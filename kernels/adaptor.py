@@ -60,7 +60,7 @@ def adaptor_reference(
     return (layer_norm_reference(total, gamma, beta, eps) if late else total).to(x.dtype)
 
 
-OP = Op(name="adaptor", reference=adaptor_reference, backends=(TRITON, TORCH))
+OP = Op(name="adaptor", reference=adaptor_reference, backends=(TRITON, TORCH), vendor=True)
 
 
 # the registered ops
@@ -119,7 +119,7 @@ def _backward(
     """`needs`: of x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias."""
     need_x, need_gamma, need_beta, need_down, need_down_bias, need_up, need_up_bias = needs
     dy = dy.contiguous()
-    backend = OP.choose(dy)
+    backend = OP.choose(dy, gradient=True)
     dx, dgamma, dbeta, ddown, ddown_bias, dup, dup_bias = (dy.new_empty(0) for _ in range(7))
     affine = need_gamma or need_beta
     dt = dy

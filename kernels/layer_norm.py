@@ -25,7 +25,7 @@ from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import check_floats, check_like, described
-from prismer.kernels.dispatch import NATIVE, TORCH, TRITON, Op
+from prismer.kernels.dispatch import NATIVE, TORCH, TRITON, Example, Op, rows_and_width
 
 _MAX_WIDTH = 65536
 
@@ -51,16 +51,45 @@ def add_layer_norm_reference(
     return layer_norm_reference(total, weight, bias, eps), total
 
 
-def _host(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether torch's own operator serves the call as well: in fp32 it does the same at a lower cost of the call."""
+def _host(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None) -> bool:
+    """Whether torch's own operator serves the call as well: it keeps the same, and costs the host less."""
     return (
-        x.dtype == torch.float32
+        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and (weight is None) == (bias is None)
-        and (weight is None or (weight.dtype == bias.dtype == torch.float32))
+        and (weight is None or (weight.dtype == bias.dtype == x.dtype))
     )
 
 
-OP = Op(name="layer_norm", reference=layer_norm_reference, backends=(NATIVE, TRITON, TORCH), host=_host)
+def _host_first(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None) -> bool:
+    return x.dtype == torch.float32
+
+
+def _classify(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None
+) -> tuple[int, ...]:
+    """Rows, width, and 1 for a residual sum."""
+    return *rows_and_width(x), int(residual is not None)
+
+
+def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
+    R, D, has_residual = shape
+    x, residual = (torch.randn(R, D, device=device).to(dtype).requires_grad_() for _ in range(2))
+    weight, bias = (torch.randn(D, device=device).to(dtype) for _ in range(2))
+    if has_residual:
+        return add_layer_norm, [x, residual, weight, bias]
+    return layer_norm, [x, weight, bias]
+
+
+OP = Op(
+    name="layer_norm",
+    reference=layer_norm_reference,
+    backends=(NATIVE, TRITON, TORCH),
+    vendor=True,
+    host=_host,
+    host_first=_host_first,
+    classify=_classify,
+    example=_example,
+)
 
 
 # Triton
@@ -223,11 +252,20 @@ def _backward_triton(
 # torch
 
 
+def _aten_serves(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> bool:
+    """Whether torch's own operator gives fp32 statistics; it does not in 16 bits on a CPU, nor for mixed dtypes."""
+    wide = x.dtype in (torch.float32, torch.float64) or x.device.type == "cuda"
+    return wide and all(t is None or t.dtype == x.dtype for t in (weight, bias))
+
+
 def _forward_torch(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     total = x + residual if residual is not None else x.new_empty(0)
+    if _aten_serves(x, weight, bias):
+        y, mean, rstd = torch.native_layer_norm(x if residual is None else total, x.shape[1:], weight, bias, eps)
+        return y, total, mean.view(-1), rstd.view(-1)
     x32 = (x if residual is None else total).to(compute)
     mean = x32.mean(1)
     centred = x32 - mean[:, None]
@@ -244,6 +282,14 @@ def _backward_torch(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, affine: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = mean.dtype
+    if _aten_serves(x, weight):
+        mask = [True, affine, affine]
+        column = mean[:, None], rstd[:, None]
+        # the sums of a norm without a weight need one that changes nothing
+        gamma = x.new_ones(x.shape[1]) if affine and weight is None else weight
+        grads = torch.ops.aten.native_layer_norm_backward(dy, x, x.shape[1:], *column, gamma, gamma, mask)
+        dx, dweight, dbias = (mean.new_empty(0) if g is None else g for g in grads)
+        return dx if dtotal is None else dx.add_(dtotal), dweight, dbias
     xhat = (x.to(compute) - mean[:, None]) * rstd[:, None]
     dy32 = dy.to(compute)
     if affine:
@@ -265,7 +311,7 @@ def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    backend = OP.choose(x)
+    backend = OP.choose(x, None, None, residual)
     if backend == "torch":
         return _forward_torch(x, residual, weight, bias, eps)
     if backend == "native":
@@ -288,7 +334,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, x = dy.contiguous(), x.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
-    backend = OP.choose(x)
+    backend = OP.choose(x, None, None, dtotal, gradient=True)
     if backend == "torch":
         dx, *sums = _backward_torch(dy, dtotal, x, weight, mean, rstd, affine)
     elif backend == "native":
@@ -379,7 +425,7 @@ def add_layer_norm(
         ValueError: if a shape or dtype does not fit, or D exceeds 65536.
     """
     _check(x, residual, weight, bias)
-    route = OP.route(x, weight, bias)
+    route = OP.route(x, weight, bias, residual)
     if route == "host":
         total = x + residual
         return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total

@@ -12,11 +12,12 @@ FLOPs: 2 R D N forward for N outputs in all, as many again for dx, and as many a
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prismer.kernels import matmul
-from prismer.kernels.dispatch import TORCH, Op, is_partitioned
+from prismer.kernels.dispatch import TORCH, Example, Op, is_partitioned, rows_and_width
 
 _MOST = 3
 
@@ -28,10 +29,32 @@ def linears_reference(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> 
 
 def _host(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's own layers serve the call as well: the op saves no product. `weight` is the first one."""
-    return not matmul.on_onednn(x) and not is_partitioned(weight)
+    return not is_partitioned(weight)
 
 
-OP = Op(name="linears", reference=linears_reference, backends=(TORCH,), host=_host)
+def _host_first(x: Tensor, weight: Tensor) -> bool:
+    return matmul.torch_multiplies(x, weight.shape[0])
+
+
+def _classify(x: Tensor, weight: Tensor) -> tuple[int, ...]:
+    return *rows_and_width(x), weight.shape[0]
+
+
+def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
+    R, D, N = shape
+    x, weight = (torch.randn(*s, device=device) for s in ((R, D), (N, D)))
+    return _first_of_linears, [x.to(dtype).requires_grad_(), (weight * D**-0.5).to(dtype).requires_grad_()]
+
+
+OP = Op(
+    name="linears",
+    reference=linears_reference,
+    backends=(TORCH,),
+    host=_host,
+    host_first=_host_first,
+    classify=_classify,
+    example=_example,
+)
 
 
 # the registered ops
@@ -131,3 +154,7 @@ def linears(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> list[Tenso
     flat = [t for layer in layers for t in layer] + [None, None] * (_MOST - len(layers))
     outputs = _linears(x.reshape(-1, x.shape[-1]), *flat)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[: len(layers)]]
+
+
+def _first_of_linears(x: Tensor, weight: Tensor) -> Tensor:
+    return linears(x, [(weight, None)])[0]

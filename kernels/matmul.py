@@ -2,61 +2,110 @@
 
 On a CPU torch multiplies fp32 matrices with MKL. On AMD processors with AVX-512, MKL reaches less than half the speed
 of oneDNN, the other library that torch includes: 222 against 488 GFLOP/s for matrices of 2048 x 2048 on two cores of a
-Zen 5, and 31 against 5 ms for 3 rows times RoBERTa's vocabulary. There oneDNN multiplies; elsewhere torch decides.
-The choice depends on the processor, not on a measurement, so that a run gives the same bits each time.
-PRISMER_MATMUL=torch, read when this module is imported, leaves every product to torch.
+Zen 5, and 31 against 5 ms for 3 rows times RoBERTa's vocabulary. There oneDNN multiplies, unless a measurement on this
+machine says otherwise (`prismer tune`); elsewhere torch decides until it is measured.
+PRISMER_BACKEND=linear:torch leaves every product to torch.
 """
 
 import functools
-import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels.dispatch import PLAIN
-from prismer.kernels.errors import InputError
-
-_asked = os.environ.get("PRISMER_MATMUL", "auto")
-if _asked not in ("auto", "torch"):
-    raise InputError(f"PRISMER_MATMUL is {_asked!r}; set it to torch, or leave it unset")
+from prismer.kernels import dispatch, tuning
+from prismer.kernels.dispatch import PLAIN, TORCH, Backend, Example, Op, rows_and_width
 
 
 @functools.cache
-def onednn_is_faster() -> bool:
-    """Is this a processor on which oneDNN multiplies fp32 matrices, and does this torch give access to it?"""
+def _mkl_is_slow() -> bool:
+    """Is this a processor on which MKL multiplies at less than half of oneDNN's speed?"""
     cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if _asked == "auto" and cpuinfo.is_file() else ""
-    known = "AuthenticAMD" in text and "avx512f" in text
-    return known and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    return "AuthenticAMD" in text and "avx512f" in text
 
 
-def on_onednn(x: Tensor) -> bool:
-    """Does oneDNN multiply `x` by a matrix? It does if `x` is fp32 with data, on such a processor."""
-    return (
-        not torch.compiler.is_compiling()
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and type(x) in PLAIN
-        and onednn_is_faster()
-        and torch.backends.mkldnn.enabled
-    )
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """What decides which library multiplies (R, K) by (N, K)^T.
+
+    Attributes:
+        device, dtype: of the factors.
+        shape: R rounded up to a power of two, K and N.
+        enabled: torch.backends.mkldnn is enabled.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, int, int]
+    enabled: bool
+
+
+def _onednn_refuses(product: Product) -> str | None:
+    if product.dtype != torch.float32:
+        return "torch itself multiplies 16 bits with oneDNN"
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "this torch has no access to oneDNN"
+    return None if product.enabled else "torch.backends.mkldnn is disabled"
+
+
+def _onednn_slower(product: Product) -> str | None:
+    return None if _mkl_is_slow() else "torch multiplies as fast on this processor"
+
+
+def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
+    R, K, N = shape
+    x, weight = (torch.randn(*s, device=device).mul_(K**-0.25).to(dtype) for s in ((R, K), (N, K)))
+    return linear, [x, weight]
+
+
+OP = Op(
+    name="linear",
+    reference=None,
+    backends=(Backend(name="onednn", devices=("cpu",), refuses=_onednn_refuses, slower=_onednn_slower), TORCH),
+    classify=lambda product: product.shape,
+    example=_example,
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pick(dtype: torch.dtype, shape: tuple[int, int, int], asked: str | None, enabled: bool, tables: int) -> str:
+    """The library for plain tensors of a CPU, whose products are too short to choose anew each time.
+
+    `tables` is the generation of the tables, on which the choice depends too.
+    """
+    product = Product(device=torch.device("cpu"), dtype=dtype, shape=shape, enabled=enabled)
+    return OP.choose(product, asked_for=asked)
+
+
+def library_of(x: Tensor, outputs: int) -> str:
+    """What multiplies `x` (..., K) by a matrix with this number of outputs: "onednn" or "torch"."""
+    if x.device.type != "cpu" or type(x) not in PLAIN or torch.compiler.is_compiling():
+        return "torch"
+    state = dispatch.asked(OP.name), torch.backends.mkldnn.enabled, tuning.generation
+    return _pick(x.dtype, (*rows_and_width(x), outputs), *state)
+
+
+def torch_multiplies(x: Tensor, outputs: int) -> bool:
+    """Is torch's own operator as good as any for the product of `x` by a matrix with this number of outputs?"""
+    return library_of(x, outputs) == "torch"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., K) and (N, K), any strides -> (..., N), all of one dtype."""
-    if on_onednn(x) and x.numel() and weight.numel():
+    if library_of(x, weight.shape[0]) == "onednn" and x.numel() and weight.numel():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """a b: (M, K) and (K, N), any strides -> (M, N)."""
-    return linear(a, b.mT) if on_onednn(a) else a @ b
+    return linear(a, b.mT) if library_of(a, b.shape[1]) == "onednn" else a @ b
 
 
 def add_mm(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out + a b, in place of `out` (M, N)."""
     # oneDNN cannot write a product to given memory
-    return out.add_(mm(a, b)) if on_onednn(a) else out.addmm_(a, b)
+    return out.add_(mm(a, b)) if library_of(a, b.shape[1]) == "onednn" else out.addmm_(a, b)

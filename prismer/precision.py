@@ -16,10 +16,12 @@ import torch.nn.functional as F
 
 from prismer.config import PrismerConfig
 from prismer.errors import InputError
-from prismer.kernels import matmul
+from prismer.kernels import matmul, tuning
 from prismer.kernels.linear import linears
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+# what the precision of inference is called in a table of measured choices
+PRECISION = "inference"
 # Narrower models answer in fp32 everywhere. Matrix products are not what takes their time: bf16 captions of the shipped
 # tiny took 1.3 times as long on a CPU with AVX512-BF16. And so no measurement decides what they answer.
 _MIN_WIDTH = 256
@@ -217,8 +219,8 @@ def _faster_in(config: PrismerConfig, device: torch.device) -> tuple[torch.dtype
     cpu = f"this {platform.machine()} CPU"
     if not flags:
         return torch.float32, f"{cpu} has no bf16 instructions"
-    spent = caption_seconds(config)
-    bf16, fp32 = spent[torch.bfloat16], spent[torch.float32]
-    return torch.bfloat16 if bf16 <= fp32 else torch.float32, (
-        f"the layers of a caption take one core of {cpu} ({flags}) {bf16:.2g} s in bf16 and {fp32:.2g} s in fp32"
-    )
+    key = PRECISION, torch.bfloat16, False, (config.vision_width, config.text_width)
+    measured = tuning.choice("cpu", key)
+    if measured is None:
+        return torch.bfloat16, f"{cpu} has bf16 instructions ({flags}; prismer tune measures them)"
+    return {name: dtype for dtype, name in NAMES.items()}[measured], f"it was measured as faster on {cpu}"

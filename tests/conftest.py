@@ -23,6 +23,9 @@ import torch
 import torch.utils.deterministic
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prismer.kernels import tuning
+from prismer.kernels.tuning.tables import Table
+
 if not torch.cuda.is_available():
     # lets Triton kernels run on CPU tensors; set here because Triton reads it when a kernel is decorated
     os.environ["TRITON_INTERPRET"] = "1"
@@ -46,6 +49,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_measured_choices():
+    """The prior decides what runs, so that a table of this machine makes no test pass or fail."""
+    tuning.use_table("cpu", Table())
 
 
 @pytest.fixture(autouse=True)
