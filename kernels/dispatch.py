@@ -237,9 +237,9 @@ def on_host(x: Tensor, op: str | None = None) -> bool:
     adding two tensors.
     """
     return (
-        asked(op) is None
-        and x.device.type == "cpu"
-        and type(x) in PLAIN
+        type(x) in PLAIN
+        and x.is_cpu
+        and (not _asked or asked(op) is None)
         and x.dtype not in NARROW
         and not (torch.compiler.is_compiling() or _watched())
     )
@@ -345,20 +345,22 @@ class Op:
             x: the tensor that decides.
             facts: more arguments for the rules of this op. The call keeps a graph if one of them needs a gradient.
         """
-        backend = asked(self.name)
-        if backend is not None:
+        if _asked and (backend := asked(self.name)) is not None:
             return "reference" if backend == "reference" else "op"
-        if self.host is None or not self.host(x, *facts) or not on_host(x, self.name):
+        if self.host is None or not on_host(x, self.name) or not self.host(x, *facts):
             return "op"
-        gradient = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *facts))
-        shape = self.shape_class(x, *facts)
-        measured = self.measured(x, shape, gradient)
+        measured = None
+        if tuning.knows("cpu", self.name):
+            gradient = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *facts))
+            shape = self.shape_class(x, *facts)
+            measured = self.measured(x, shape, gradient)
         if measured is None:
             on_torch = self.host_first is None or self.host_first(x, *facts)
         else:
             on_torch = measured == HOST
-        # an op with several backends notes its choice later
-        tuning.record(x.device.type, (self.name, x.dtype, gradient, shape), HOST if on_torch else "torch")
+        if tuning.is_recording():
+            # an op with several backends notes its choice later
+            tuning.record("cpu", (self.name, x.dtype, gradient, shape), HOST if on_torch else "torch")
         return HOST if on_torch else "op"
 
     def choose(self, x: Any, *facts: Any, gradient: bool = False, asked_for: str | None = None) -> str:

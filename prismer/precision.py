@@ -9,7 +9,6 @@ import platform
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from prismer.config import PrismerConfig
 from prismer.errors import InputError
 from prismer.kernels import matmul, tuning
 from prismer.kernels.linear import linears
+from prismer.kernels.tuning.tables import bf16_instructions
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # what the precision of inference is called in a table of measured choices
@@ -31,15 +31,10 @@ _BEAMS, _STEPS = 3, 20
 # from so many rows on, the time of a product is proportional to them
 _ROWS = 128
 
-# processor flags, as Linux spells them on x86-64 and Arm
-_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "svebf16"}
-
 
 def native_bf16_flags() -> set[str]:
-    """The bf16 instructions of this processor, from /proc/cpuinfo; empty if that file is absent."""
-    cpuinfo = Path("/proc/cpuinfo")
-    words = cpuinfo.read_text().split() if cpuinfo.is_file() else []
-    return _BF16_FLAGS & set(words)
+    """The bf16 instructions that torch may use on this processor, as Linux names them; empty where it has none."""
+    return bf16_instructions()
 
 
 def block_rates(width: int, seconds: float = 0.2) -> dict[torch.dtype, float]:

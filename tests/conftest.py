@@ -54,7 +54,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="session")
 def no_measured_choices():
     """The prior decides what runs, so that a table of this machine makes no test pass or fail."""
-    tuning.use_table("cpu", Table())
+    for device_type in ("cpu", "cuda"):
+        tuning.use_table(device_type, Table())
 
 
 @pytest.fixture(autouse=True)

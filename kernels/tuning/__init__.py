@@ -25,6 +25,7 @@ _loading = threading.Lock()
 # by device type; a device type that is absent was not asked about yet
 _tables: dict[str, Table] = {}
 _choices: dict[str, dict[Key, str]] = {}
+_ops: dict[str, set[str]] = {}
 # what a measurement forces, in place of every table
 _forced: dict[Key, str] | None = None
 _recorded: dict[tuple[str, Key], str] | None = None
@@ -47,6 +48,15 @@ def choice(device_type: str, key: Key) -> str | None:
     return choices.get(key)
 
 
+def knows(device_type: str, op: str) -> bool:
+    """Is there anything to look up or to record for an op? Short calls ask this before they form a key."""
+    if _forced is not None or _recorded is not None:
+        return True
+    if device_type not in _choices:
+        _load(device_type)
+    return op in _ops[device_type]
+
+
 def table(device_type: str = "cpu") -> Table:
     """The table of a device type, which is empty where nothing was measured."""
     if device_type not in _tables:
@@ -67,6 +77,7 @@ def use_table(device_type: str, new: Table) -> None:
     global generation
     with _loading:
         _tables[device_type] = new
+        _ops[device_type] = {entry.op for entry in new.entries}
         _choices[device_type] = new.choices()
         generation += 1
 
@@ -99,6 +110,11 @@ def forcing(choices: Mapping[Key, str]) -> Iterator[None]:
     finally:
         _forced = before
         generation += 1
+
+
+def is_recording() -> bool:
+    """Does somebody record what is taken?"""
+    return _recorded is not None
 
 
 def record(device_type: str, key: Key, taken: str) -> None:

@@ -28,18 +28,8 @@ SHIPPED = PACKAGE / "tuned"
 # environment variables that limit the instruction sets of this package, of oneDNN and of torch
 LIMITS = ("PRISMER_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 # instruction sets that decide which implementation is the fastest, as Linux names them
-_FLAGS = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_bf16",
-    "amx_int8",
-    "asimd",
-    "bf16",
-    "sve",
-)
+_BF16 = {"avx_ne_convert", "avx512_bf16", "amx_bf16", "bf16", "svebf16"}
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_fp16", "amx_int8", "asimd", "sve", *sorted(_BF16))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +152,27 @@ def _cpu() -> dict[str, str]:
     )
 
 
-def has_amx() -> bool:
-    """May torch multiply bf16 in AMX tiles? ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY can forbid it."""
+def bf16_instructions() -> set[str]:
+    """The instructions with which torch multiplies bf16 here, as Linux names them.
+
+    ONEDNN_MAX_CPU_ISA can forbid those of x86.
+    """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    allowed = limit in ("", "ALL", "DEFAULT") or "AMX" in limit or limit.startswith("AVX10")
+    if limit in ("", "ALL", "DEFAULT") or "AMX" in limit or limit.startswith("AVX10_1_512"):
+        forbidden = set()
+    elif limit in ("AVX512_CORE_BF16", "AVX512_CORE_FP16"):
+        forbidden = {"amx_bf16"}
+    elif limit == "AVX2_VNNI_2":
+        forbidden = {"amx_bf16", "avx512_bf16"}
+    else:
+        forbidden = {"amx_bf16", "avx512_bf16", "avx_ne_convert"}
+    return (_BF16 & set(_cpu()["instructions"].split())) - forbidden
+
+
+def has_amx() -> bool:
+    """May torch's own attention multiply in AMX tiles? ATEN_CPU_CAPABILITY can forbid that too."""
     vectors = os.environ.get("ATEN_CPU_CAPABILITY", "avx512").lower()
-    return allowed and vectors in ("avx512", "amx") and "amx_bf16" in _cpu()["instructions"].split()
+    return vectors in ("avx512", "amx") and "amx_bf16" in bf16_instructions()
 
 
 @functools.cache
