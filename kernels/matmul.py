@@ -9,7 +9,6 @@ PRISMER_BACKEND=linear:torch leaves every product to torch.
 
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +16,7 @@ from torch import Tensor
 
 from prismer.kernels import dispatch, tuning
 from prismer.kernels.dispatch import PLAIN, TORCH, Backend, Example, Op, rows_and_width
-
-
-@functools.cache
-def _mkl_is_slow() -> bool:
-    """Is this a processor on which MKL multiplies at less than half of oneDNN's speed?"""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    return "AuthenticAMD" in text and "avx512f" in text
+from prismer.kernels.tuning.tables import mkl_is_slow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +44,7 @@ def _onednn_refuses(product: Product) -> str | None:
 
 
 def _onednn_slower(product: Product) -> str | None:
-    return None if _mkl_is_slow() else "torch multiplies as fast on this processor"
+    return None if mkl_is_slow() else "torch multiplies as fast on this processor"
 
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:

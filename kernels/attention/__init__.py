@@ -16,6 +16,7 @@ device: `torch_backend.py`; from other libraries: `peers.py`.
 import functools
 import operator
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,11 +110,11 @@ _REGISTERED = {"native": native_backend, "triton": triton_backend, "torch": torc
 
 
 @torch.compiler.assume_constant_result
-def _choose(asked: str | None, gradient: bool, **constants: object) -> str:
+def _choose(asked: str | None, **constants: Any) -> str:
     """The backend of a call with these `Call.constants`; torch.compile takes the result for a constant too."""
     if asked == "reference":
         return asked
-    return OP.choose(Facts.on_this_machine(**constants), gradient=gradient, asked_for=asked)
+    return OP.choose(Facts.on_this_machine(**constants), gradient=constants["gradient"], asked_for=asked)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -124,17 +125,16 @@ def _choose_on_host(
 
     `instruction_set` is PRISMER_CPU_ISA and `tables` the generation of the tables: the choice depends on both.
     """
-    facts = dict(device=torch.device("cpu"), dtype=dtype, head_dim=shape[3], dropout=dropout, shape=shape)
-    return _choose(None, gradient, **facts)
+    sizes = dict(head_dim=shape[3], shape=shape)
+    return _choose(None, device=torch.device("cpu"), dtype=dtype, dropout=dropout, gradient=gradient, **sizes)
 
 
 def _backend_of(call: Call, asked: str | None) -> str:
     asked = asked or dispatch.asked(OP.name)
-    gradient = call.keeps_graph()
     if asked is None and call.seed is None and dispatch.on_host(call.q, OP.name) and not call.empty:
         state = os.environ.get("PRISMER_CPU_ISA"), tuning.generation
-        return _choose_on_host(call.q.dtype, call.shape_class(), gradient, call.dropout > 0, *state)
-    return _choose(asked, gradient, **call.constants())
+        return _choose_on_host(call.q.dtype, call.shape_class(), call.keeps_graph(), call.dropout > 0, *state)
+    return _choose(asked, **call.constants())
 
 
 # the registered ops

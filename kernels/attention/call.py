@@ -51,6 +51,7 @@ class Call:
             compiling=torch.compiler.is_compiling(),
             # torch.compile leaves sizes open: the prior decides for a compiled call
             shape=() if torch.compiler.is_compiling() else self.shape_class(),
+            gradient=self.keeps_graph(),
         )
 
     def shape_class(self) -> tuple[int, ...]:
@@ -78,6 +79,7 @@ class Facts:
         deterministic: torch.use_deterministic_algorithms is on.
         compiling: torch.compile traces the call.
         shape: class of the shape, as `Call.shape_class` gives it; () if it is not known.
+        gradient: autograd records the call.
     """
 
     device: torch.device
@@ -91,6 +93,7 @@ class Facts:
     deterministic: bool = False
     compiling: bool = False
     shape: tuple[int, ...] = ()
+    gradient: bool = False
 
     @classmethod
     def on_this_machine(cls, *, device: torch.device, **constants: object) -> "Facts":
