@@ -11,7 +11,7 @@ Source: Ba et al., arXiv:1607.06450; pre-norm in the encoder and post-norm in th
 Compulsory traffic, for R rows of D numbers of s bytes (weights 2 D w bytes, statistics 8 R bytes):
     forward   2 R D s + 2 D w + 8 R;   with a residual 4 R D s + 2 D w + 8 R
     backward  3 R D s + D w + 8 R;     with dtotal 4 R D s + D w + 8 R
-A trained affine adds 8 D bytes of partial sums, written and read, for each of P groups of rows, and 8 D bytes written.
+A trained affine adds 8 D bytes of partial sums, written and read, for each of P groups of rows, and 2 D w written.
 """
 
 import functools
@@ -26,6 +26,7 @@ from torch import Tensor
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import check_floats, check_like, described
 from prismer.kernels.dispatch import NATIVE, TORCH, TRITON, Example, Op, rows_and_width
+from prismer.kernels.launch import cdiv, launch, next_power_of_2
 
 _MAX_WIDTH = 65536
 _FAST_ON_TORCH = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,7 +101,7 @@ OP = Op(
 # Triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _forward_kernel(
     p_x,
     p_residual,
@@ -143,7 +144,7 @@ def _forward_kernel(
     tl.store(p_rstd + o_row, b_rstd, mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "blocks"])
 def _backward_kernel(
     p_dy,
     p_dtotal,
@@ -152,8 +153,7 @@ def _backward_kernel(
     p_mean,
     p_rstd,
     p_dx,
-    p_dweight,
-    p_dbias,
+    p_partial,
     R,
     D,
     blocks,
@@ -193,13 +193,14 @@ def _backward_kernel(
             b_dweight += tl.sum(b_dy * b_xhat, 0)
             b_dbias += tl.sum(b_dy, 0)
     if AFFINE:
-        tl.store(p_dweight + i_group * D + o_col, b_dweight, mask=m_col)
-        tl.store(p_dbias + i_group * D + o_col, b_dbias, mask=m_col)
+        o = i_group * D + o_col
+        tl.store(p_partial + o, b_dweight, mask=m_col)
+        tl.store(p_partial + tl.num_programs(0).to(tl.int64) * D + o, b_dbias, mask=m_col)
 
 
-@triton.jit
-def _sum_groups_kernel(p_partial, p_sum, P, D, BP: tl.constexpr, BD: tl.constexpr):
-    """Column sums of the (P, D) partial sums, in a fixed order; program 1 of the second axis takes the second half."""
+@triton.jit(do_not_specialize=["P"])
+def _sum_groups_kernel(p_partial, p_sum, p_second, P, D, BP: tl.constexpr, BD: tl.constexpr):
+    """Column sums of (P, D) partial sums, in a fixed order; program 1 of the second axis sums the next (P, D)."""
     p_partial += tl.program_id(1).to(tl.int64) * P * D
     o_col = tl.program_id(0) * BD + tl.arange(0, BD)
     b_sum = tl.zeros((BP, BD), tl.float32)
@@ -207,20 +208,41 @@ def _sum_groups_kernel(p_partial, p_sum, P, D, BP: tl.constexpr, BD: tl.constexp
         o_group = i + tl.arange(0, BP)
         m = (o_group < P)[:, None] & (o_col < D)[None, :]
         b_sum += tl.load(p_partial + o_group[:, None] * D + o_col[None, :], mask=m, other=0.0)
-    tl.store(p_sum + tl.program_id(1) * D + o_col, tl.sum(b_sum, 0), mask=o_col < D)
+    b_total = tl.sum(b_sum, 0)
+    if tl.program_id(1) == 0:
+        tl.store(p_sum + o_col, b_total.to(p_sum.dtype.element_ty), mask=o_col < D)
+    else:
+        tl.store(p_second + o_col, b_total.to(p_second.dtype.element_ty), mask=o_col < D)
 
 
-def _tiles(D: int) -> dict[str, int]:
-    """Rows of a block, and warps: one for every 256 numbers, so that each lane holds two 128-bit vectors of bf16."""
-    BD = triton.next_power_of_2(max(D, 16))
-    return dict(BR=max(1, 1024 // BD), BD=BD, num_warps=min(max(BD // 256, 4), 16))
+@functools.cache
+def _tiles(D: int, backward: bool = False) -> dict[str, int]:
+    """Rows of a block, and warps: one for every 256 numbers, so that each lane holds two 128-bit vectors of bf16.
+
+    The backward pass takes twice as many rows: while a group sums one block, loads of the next ones are on their way.
+    """
+    BD = next_power_of_2(max(D, 16))
+    return dict(BR=max(1, (2048 if backward else 1024) // BD), BD=BD, num_warps=min(max(BD // 256, 4), 16))
 
 
-def _groups(R: int, BR: int) -> tuple[int, int]:
-    """Row groups P of the backward pass and row blocks of each: from R alone, so that sums are the same anywhere."""
-    blocks = triton.cdiv(R, BR)
-    each = triton.cdiv(blocks, 256)
-    return triton.cdiv(blocks, each), each
+# row groups of a trained norm: four programs for each multiprocessor of an H100, and partial sums that stay in its L2
+_MOST_GROUPS = 512
+# 64 groups at a time, so that the sum of 512 waits for memory 8 times
+_SUM_TILES = dict(BP=64, BD=32, num_warps=8)
+
+
+def _groups(R: int, BR: int, most: int = _MOST_GROUPS) -> tuple[int, int]:
+    """Row groups P, at most `most`, and row blocks of each: from R alone, so that sums are the same anywhere."""
+    blocks = cdiv(R, BR)
+    each = cdiv(blocks, most)
+    return cdiv(blocks, each), each
+
+
+def sum_groups(partial: Tensor, total: Tensor, second: Tensor | None = None) -> None:
+    """Column sums of (P, D) partial sums in fp32, in a fixed order, into `total`; of (2, P, D) into `second` too."""
+    P, D = partial.shape[-2:]
+    grid = cdiv(D, _SUM_TILES["BD"]), 1 if second is None else 2
+    launch(_sum_groups_kernel, grid, (partial, total, second), (P, D), _SUM_TILES)
 
 
 def _forward_triton(
@@ -234,24 +256,32 @@ def _forward_triton(
     R, D = x.shape
     tiles = _tiles(D)
     given = dict(HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None)
-    _forward_kernel[(triton.cdiv(R, tiles["BR"]),)](x, residual, weight, bias, *outputs, R, D, eps, **given, **tiles)
+    pointers = x, residual, weight, bias, *outputs
+    launch(_forward_kernel, (cdiv(R, tiles["BR"]),), pointers, (R, D, float(eps)), given | tiles)
 
 
 def _backward_triton(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, affine: bool
-) -> tuple[Tensor, Tensor]:
-    """dx, and the sums for the affine as one tensor (2, D)."""
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    outputs: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Fill `outputs`: dx, dweight and dbias; the last two are empty if the affine needs no gradient."""
     R, D = x.shape
-    tiles = _tiles(D)
-    P, blocks = _groups(R, tiles["BR"])
-    dx = torch.empty_like(x)
-    partial = torch.empty(2, P if affine else 0, D, dtype=torch.float32, device=x.device)
+    dx, dweight, dbias = outputs
+    affine = dweight.numel() > 0
+    tiles = _tiles(D, backward=True)
+    # without sums over rows every block is a program of its own
+    P, blocks = _groups(R, tiles["BR"]) if affine else (cdiv(R, tiles["BR"]), 1)
+    partial = torch.empty(2, P, D, dtype=torch.float32, device=x.device) if affine else None
     given = dict(HAS_TOTAL=dtotal is not None, HAS_WEIGHT=weight is not None, AFFINE=affine)
-    _backward_kernel[(P,)](dy, dtotal, x, weight, mean, rstd, dx, *partial, R, D, blocks, **given, **tiles)
-    sums = torch.empty(2, D if affine else 0, dtype=torch.float32, device=x.device)
+    pointers = dy, dtotal, x, weight, mean, rstd, dx, partial
+    launch(_backward_kernel, (P,), pointers, (R, D, blocks), given | tiles)
     if affine:
-        _sum_groups_kernel[(triton.cdiv(D, 64), 2)](partial, sums, P, D, BP=16, BD=64, num_warps=4)
-    return dx, sums
+        sum_groups(partial, dweight, dbias)
 
 
 # torch
@@ -340,17 +370,19 @@ def _backward(
     dy, x = dy.contiguous(), x.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
     backend = OP.choose(x, None, None, dtotal, gradient=True)
+    if backend == "triton":
+        outputs = _backward_fake(x, weight, mean, affine)
+        if x.shape[0]:
+            _backward_triton(dy, dtotal, x, weight, mean, rstd, outputs)
+            return outputs
+        return outputs[0], outputs[1].zero_(), outputs[2].zero_()
     if backend == "torch":
         dx, *sums = _backward_torch(dy, dtotal, x, weight, mean, rstd, affine)
-    elif backend == "native":
-        dx, *sums = torch.ops.prismer_native.layer_norm_backward(dy, dtotal, x, weight, mean, rstd, affine)
-    elif x.shape[0]:
-        dx, sums = _backward_triton(dy, dtotal, x, weight, mean, rstd, affine)
     else:
-        dx, sums = torch.empty_like(x), torch.zeros(2, x.shape[1] if affine else 0, device=x.device)
-    # rounded once, here. The outputs of an op may not share memory, so both halves of Triton's one tensor are copied
+        dx, *sums = torch.ops.prismer_native.layer_norm_backward(dy, dtotal, x, weight, mean, rstd, affine)
+    # rounded once, here
     dtype = x.dtype if weight is None else weight.dtype
-    return dx, *(part.to(dtype, copy=backend == "triton") for part in sums)
+    return dx, *(part.to(dtype) for part in sums)
 
 
 def _backward_fake(x: Tensor, weight: Tensor | None, mean: Tensor, affine: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -447,8 +479,9 @@ def kernel_cases() -> list[KernelCase]:
     cases = []
     bf16, fp32 = "*bf16", "*fp32"
     for model, R, D in (("BASE", 8 * 964, 768), ("LARGE", 8 * 1220, 1024)):
-        tiles = _tiles(D)
-        P, blocks = _groups(R, tiles["BR"])
+        tiles, backward = _tiles(D), _tiles(D, backward=True)
+        P, blocks = _groups(R, backward["BR"])
+        rows = bf16, bf16, bf16, bf16, fp32, fp32, bf16
         case = functools.partial(KernelCase.of_launch, shape=f"{model} 480 px, 8 images, {R} x {D}")
         cases += [
             case(
@@ -462,17 +495,25 @@ def kernel_cases() -> list[KernelCase]:
             case(
                 f"{model} layer_norm backward",
                 _backward_kernel,
-                (bf16, bf16, bf16, bf16, fp32, fp32, bf16, fp32, fp32, R, D, blocks),
-                dict(HAS_TOTAL=True, HAS_WEIGHT=True, AFFINE=True, **tiles),
+                (*rows, fp32, R, D, blocks),
+                dict(HAS_TOTAL=True, HAS_WEIGHT=True, AFFINE=True, **backward),
                 bytes=4 * R * D * 2 + D * 2 + 8 * R + 8 * P * D,
                 flops=18 * R * D,
             ),
             case(
+                f"{model} layer_norm backward, frozen",
+                _backward_kernel,
+                (*rows, None, R, D, 1),
+                dict(HAS_TOTAL=True, HAS_WEIGHT=True, AFFINE=False, **backward),
+                bytes=4 * R * D * 2 + D * 2 + 8 * R,
+                flops=14 * R * D,
+            ),
+            case(
                 f"{model} layer_norm affine sums",
                 _sum_groups_kernel,
-                (fp32, fp32, P, D),
-                dict(BP=16, BD=64, num_warps=4),
-                bytes=8 * P * D + 8 * D,
+                (fp32, bf16, bf16, P, D),
+                _SUM_TILES,
+                bytes=8 * P * D + 4 * D,
                 flops=2 * P * D,
                 vector_loads=False,
             ),

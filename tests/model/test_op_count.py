@@ -1,5 +1,6 @@
 """Proves how many operators one training step of BASE issues, forward and backward, in bf16, with fused modules and
-without: the host that issues them, not arithmetic, limits a fine-tuning batch of a few images.
+without, and how many launches its Triton kernels are: the host that issues them, not arithmetic, limits a fine-tuning
+batch of a few images.
 
 Operators are counted on tensors without data, as they would be sent to a GPU (the Triton ops are opaque; views and
 allocations launch nothing and do not count). Run: pytest tests/model/test_op_count.py -s
@@ -15,10 +16,13 @@ from prismer.batch import Batch, ImageBatch, TextBatch
 from prismer.config import preset
 from prismer.costs.counting import CostCounter
 from prismer.freezing import freeze
-from prismer.kernels.dispatch import use_backend
+from prismer.kernels.dispatch import as_if_watched, use_backend
+from prismer.kernels.launch import counted
 from prismer.model import Prismer
 
 LIMIT = 1200
+# of Triton kernels, where every op runs on Triton
+LAUNCHES = 900
 
 
 def count_step(mode: str, side: int) -> collections.Counter[str]:
@@ -53,3 +57,17 @@ def test_a_training_step_issues_few_operators(mode, side):
     assert fused.total() < LIMIT
     # the count sees what fused ops replace: the definitions, including dropout's random numbers, are torch operators
     assert plain.total() > 2800 and not any(name.startswith("prismer::attention") for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("mode", "side"), (("freeze_lang_vision", 224), ("freeze_vision", 480)), ids=("pretrain-224", "finetune-480")
+)
+def test_a_training_step_launches_few_kernels(mode, side):
+    """Ops that nothing watches run their implementations, whose launches are counted on the meta device."""
+    with use_backend("triton"), as_if_watched(False), counted() as launches:
+        operators = count_step(mode, side)
+    print(
+        f"\n{mode} {side} px: {launches.total()} launches of Triton, {operators.total()} operators of torch beside them"
+    )
+    print(launches.most_common(40), operators.most_common(60), sep="\n")
+    assert launches.total() < LAUNCHES

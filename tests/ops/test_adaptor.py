@@ -330,8 +330,8 @@ def test_ledger(late):
 
     R, D, E, dtype = 67, 60, 70, torch.bfloat16
     tensors = draw(R, D, E, dtype)
-    # test_layer_norm.py proves the bytes of the norm; one block is 16 rows
-    blocks = -(-R // 16)
+    # test_layer_norm.py proves the bytes of the norm; one block is 16 rows, and 32 in the backward pass
+    blocks, groups = -(-R // 16), -(-R // 32)
     norm = Cost(read=R * D * 2 + blocks * 2 * D * 2, written=R * D * 2 + 8 * R)
     with interpreted() as ledger:
         _, r, total, mean, rstd = torch.ops.prismer.adaptor(*tensors, late, 1e-5)
@@ -342,8 +342,8 @@ def test_ledger(late):
             dy, tensors[0], r, total if late else None, mean, rstd, *tensors[1:], late, 1e-5, [True] * 7
         )
     norm_backward = Cost(
-        read=(2 + (not late)) * R * D * 2 + blocks * D * 2 + 8 * R + 8 * blocks * D,
-        written=R * D * 2 + 8 * blocks * D + 8 * D,
+        read=(2 + (not late)) * R * D * 2 + groups * D * 2 + 8 * R + 8 * groups * D,
+        written=R * D * 2 + 8 * groups * D + 4 * D,
     )
     check(
         ledger,
