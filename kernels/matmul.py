@@ -4,7 +4,8 @@ On a CPU torch multiplies fp32 matrices with MKL. On AMD processors with AVX-512
 of oneDNN, the other library that torch includes: 222 against 488 GFLOP/s for matrices of 2048 x 2048 on two cores of a
 Zen 5, and 31 against 5 ms for 3 rows times RoBERTa's vocabulary. There oneDNN multiplies; elsewhere torch decides.
 The choice depends on the processor, not on a measurement, so that a run gives the same bits each time.
-PRISMER_MATMUL=torch, read when this module is imported, leaves every product to torch.
+PRISMER_MATMUL=torch, read when this module is imported, leaves every product to torch. Products of few rows are those
+of kernels/few_rows.py.
 """
 
 import functools
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from prismer.kernels.dispatch import PLAIN
 from prismer.kernels.errors import InputError
+from prismer.kernels.few_rows import few_rows_linear, few_rows_serves
 
 _asked = os.environ.get("PRISMER_MATMUL", "auto")
 if _asked not in ("auto", "torch"):
@@ -46,6 +48,8 @@ def on_onednn(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., K) and (N, K), any strides -> (..., N), all of one dtype."""
+    if _asked == "auto" and few_rows_serves(x, weight):
+        return few_rows_linear(x, weight, bias)
     if on_onednn(x) and x.numel() and weight.numel():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
