@@ -6,9 +6,9 @@ op with schema, shapes and gradient. `all_ops` finds the ops of this folder, for
 
 The backends: `native` is compiled C++ and CUDA C++, `triton` is compiled at its first call, `torch` is composed of
 PyTorch operators, `reference` is the definition that tests compare with. Attention can also run on `flash-attn`,
-`xformers` and torch's own `sdpa`, and a matrix product on `onednn`. The measured choice runs (`tuning`), or else the
-first usable backend. PRISMER_BACKEND, read when this module is imported, or `use_backend` ask for another one, for all
-ops (`torch`) or for some (`mlp:torch,attention:sdpa`).
+`xformers` and torch's own `sdpa`, a matrix product on `few-rows` and `onednn`. The measured choice runs (`tuning`), or
+else the first usable backend. PRISMER_BACKEND, read when this module is imported, or `use_backend` ask for another one,
+for all ops (`torch`) or for some (`mlp:torch,attention:sdpa`).
 """
 
 import functools
@@ -36,7 +36,7 @@ from torch.autograd import forward_ad
 from prismer.kernels import tuning
 from prismer.kernels.errors import InputError, MachineError
 
-BACKENDS = ("native", "triton", "torch", "onednn", "flash-attn", "xformers", "sdpa", "reference")
+BACKENDS = ("native", "triton", "torch", "few-rows", "onednn", "flash-attn", "xformers", "sdpa", "reference")
 
 _BUILD = "run pip install --no-build-isolation --no-deps -e ."
 _log = logging.getLogger("prismer.kernels")

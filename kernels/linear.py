@@ -148,9 +148,11 @@ def linears(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> list[Tenso
                 f"weight {tuple(weight.shape)} {weight.dtype} and bias {None if bias is None else tuple(bias.shape)} "
                 f"do not fit x {tuple(x.shape)} {x.dtype}; pass (N, {x.shape[-1]}) and (N,) of {x.dtype}"
             )
-    # torch's own layers are the definition
-    if OP.route(x, layers[0][0]) != "op":
+    route = OP.route(x, layers[0][0])
+    if route == "reference":
         return linears_reference(x, layers)
+    if route == "host":
+        return [matmul.linear(x, weight, bias) for weight, bias in layers]
     flat = [t for layer in layers for t in layer] + [None, None] * (_MOST - len(layers))
     outputs = _linears(x.reshape(-1, x.shape[-1]), *flat)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[: len(layers)]]

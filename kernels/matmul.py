@@ -4,7 +4,8 @@ On a CPU torch multiplies fp32 matrices with MKL. On AMD processors with AVX-512
 of oneDNN, the other library that torch includes: 222 against 488 GFLOP/s for matrices of 2048 x 2048 on two cores of a
 Zen 5, and 31 against 5 ms for 3 rows times RoBERTa's vocabulary. There oneDNN multiplies, unless a measurement on this
 machine says otherwise (`prismer tune`); elsewhere torch decides until it is measured.
-PRISMER_BACKEND=linear:torch leaves every product to torch.
+PRISMER_BACKEND=linear:torch leaves every product to torch. Products of few rows have a kernel of their own
+(kernels/few_rows.py).
 """
 
 import functools
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from prismer.kernels import dispatch, tuning
 from prismer.kernels.dispatch import PLAIN, TORCH, Backend, Example, Op, rows_and_width
+from prismer.kernels.few_rows import few_rows_linear, few_rows_serves
 from prismer.kernels.tuning.tables import mkl_is_slow
 
 
@@ -26,13 +28,19 @@ class Product:
     Attributes:
         device, dtype: of the factors.
         shape: R rounded up to a power of two, K and N.
+        few: the kernel for few rows serves the product.
         enabled: torch.backends.mkldnn is enabled.
     """
 
     device: torch.device
     dtype: torch.dtype
     shape: tuple[int, int, int]
+    few: bool
     enabled: bool
+
+
+def _few_rows_refuses(product: Product) -> str | None:
+    return None if product.few else "kernels/few_rows.py does not serve the product"
 
 
 def _onednn_refuses(product: Product) -> str | None:
@@ -56,28 +64,38 @@ def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 OP = Op(
     name="linear",
     reference=None,
-    backends=(Backend(name="onednn", devices=("cpu",), refuses=_onednn_refuses, slower=_onednn_slower), TORCH),
+    backends=(
+        Backend(name="few-rows", devices=("cpu",), refuses=_few_rows_refuses),
+        Backend(name="onednn", devices=("cpu",), refuses=_onednn_refuses, slower=_onednn_slower),
+        TORCH,
+    ),
     classify=lambda product: product.shape,
     example=_example,
 )
 
 
 @functools.lru_cache(maxsize=4096)
-def _pick(dtype: torch.dtype, shape: tuple[int, int, int], asked: str | None, enabled: bool, tables: int) -> str:
+def _pick(
+    dtype: torch.dtype, shape: tuple[int, int, int], few: bool, asked: str | None, enabled: bool, tables: int
+) -> str:
     """The library for plain tensors of a CPU, whose products are too short to choose anew each time.
 
     `tables` is the generation of the tables, on which the choice depends too.
     """
-    product = Product(device=torch.device("cpu"), dtype=dtype, shape=shape, enabled=enabled)
+    product = Product(device=torch.device("cpu"), dtype=dtype, shape=shape, few=few, enabled=enabled)
     return OP.choose(product, asked_for=asked)
 
 
-def library_of(x: Tensor, outputs: int) -> str:
-    """What multiplies `x` (..., K) by a matrix with this number of outputs: "onednn" or "torch"."""
+def library_of(x: Tensor, outputs: int, few: bool = False) -> str:
+    """What multiplies `x` (..., K) by a matrix with this number of outputs: "few-rows", "onednn" or "torch".
+
+    Args:
+        few: the kernel for few rows serves the product.
+    """
     if x.device.type != "cpu" or type(x) not in PLAIN or torch.compiler.is_compiling():
         return "torch"
     state = dispatch.asked(OP.name), torch.backends.mkldnn.enabled, tuning.generation
-    return _pick(x.dtype, (*rows_and_width(x), outputs), *state)
+    return _pick(x.dtype, (*rows_and_width(x), outputs), few, *state)
 
 
 def torch_multiplies(x: Tensor, outputs: int) -> bool:
@@ -87,7 +105,13 @@ def torch_multiplies(x: Tensor, outputs: int) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., K) and (N, K), any strides -> (..., N), all of one dtype."""
-    if library_of(x, weight.shape[0]) == "onednn" and x.numel() and weight.numel():
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        # only torch's operator has a gradient of its own
+        return F.linear(x, weight, bias)
+    library = library_of(x, weight.shape[0], few_rows_serves(x, weight))
+    if library == "few-rows":
+        return few_rows_linear(x, weight, bias)
+    if library == "onednn" and x.numel() and weight.numel():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 

@@ -238,7 +238,7 @@ def mlp(
     check_linear("proj", proj_weight, proj_bias, fc_weight.shape[0], x)
     route = OP.route(x, fc_bias, proj_weight, proj_bias, activation)
     if route == "host":
-        return F.linear(F.gelu(F.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
+        return matmul.linear(F.gelu(matmul.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
     if route == "reference":
         return mlp_reference(x, fc_weight, fc_bias, proj_weight, proj_bias, activation=activation)
     needs_h = (x, fc_weight, fc_bias, proj_weight)

@@ -59,7 +59,7 @@ def zero_runs(tmp_path_factory):
     """Real DeepSpeed runs of one and two processes, in the background of the other tests."""
     folder = tmp_path_factory.mktemp("zero")
     paths = [str(HERE.parent), str(HERE / "ops")]
-    settings = dict(OMP_NUM_THREADS="1", PRISMER_MATMUL="torch", PYTHONPATH=os.pathsep.join(paths))
+    settings = dict(OMP_NUM_THREADS="1", PRISMER_BACKEND="linear:torch", PYTHONPATH=os.pathsep.join(paths))
     environment = {**os.environ, **settings}
     runs = {}
     for world in (1, 2):
