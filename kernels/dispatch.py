@@ -315,7 +315,7 @@ class Op:
             cost.
         host_first: likewise, whether the prior takes them; None where it takes them whenever it can.
         classify: the class of a call's shape, from the arguments of `route` or `choose`; None is `rows_and_width`.
-        paths: other names for what is chosen, where the op itself chooses.
+        paths: names of what is measured where the op itself chooses, instead of its backends.
         example: a call of the public function for a measurement, from the class of its shape, a dtype and a device.
     """
 
@@ -390,6 +390,9 @@ class Op:
                     if reason is not None:
                         raise MachineError(f"backend {asked_for} was asked for, but {reason}")
                     return asked_for
+        if self.paths:
+            # the op itself looks up what was measured
+            return self.pick(x, *facts)
         shape = self.shape_class(x, *facts)
         # what was chosen before, unless a table came or went since
         key = (tuning.generation, x.device.type, x.dtype, gradient, shape)

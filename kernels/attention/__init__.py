@@ -71,7 +71,12 @@ OP = Op(
     reference=attention_reference,
     # on a GPU the attention of another library where it serves the call, and ours where it does not
     backends=(
-        Backend(name="flash-attn", devices=("cuda",), refuses=peers.flash_attn_refuses),
+        Backend(
+            name="flash-attn",
+            devices=("cuda",),
+            refuses=peers.flash_attn_refuses,
+            slower=peers.flash_attn_slower,
+        ),
         Backend(
             name="native",
             devices=("cpu",),

@@ -337,6 +337,7 @@ EXAMPLES = {
     "linear": (8, 6, 12),
     "attention": (2, 8, 8, 16, 3),
     "cross_attention": (2, 4, 8, 16, 16, 2),
+    "resampler_attention": (2, 4, 8, 16, 2),
 }
 
 
