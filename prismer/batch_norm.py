@@ -119,32 +119,34 @@ class _NormReLUConvs(torch.autograd.Function):
         moments: Sequence = [None] * len(maps) if ctx.torch_forms else _moments_of_all_ranks(maps)
         if not ctx.torch_forms:
             _update_running(norms, moments, [world * x.numel() // x.shape[1] for x in maps])
-        outputs, statistics = [], []
+        outputs, saved = [], []
         for i, (norm, conv) in enumerate(layers):
             x, weight, bias, kernel = tensors[4 * i : 4 * i + 4]
             affine, running = (_at_least_fp32(weight), _at_least_fp32(bias)), (norm.running_mean, norm.running_var)
             a, *pair = _norm_relu(x, *affine, moments[i], norm.eps, running, norm.momentum)
             outputs.append(F.conv2d(a, kernel, None, conv.stride, conv.padding))
-            statistics += pair
-        ctx.save_for_backward(*tensors, *statistics)
+            saved += [x, *affine, kernel, *pair]
+        ctx.save_for_backward(*saved)
+        ctx.dtypes = [(weight.dtype, bias.dtype) for weight, bias in zip(tensors[1::4], tensors[2::4], strict=True)]
         ctx.layers = [(norm.eps, conv.stride, conv.padding) for norm, conv in layers]
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        n, world = len(dys), _world_size()
-        tensors, statistics = ctx.saved_tensors[: 4 * n], ctx.saved_tensors[4 * n :]
+        world, saved = _world_size(), ctx.saved_tensors
+        rstds = saved[5::6]
+        if not ctx.torch_forms:
+            rstds = torch._foreach_add(rstds, [eps for eps, _, _ in ctx.layers])
+            torch._foreach_rsqrt_(rstds)
         grads: list[Tensor | None] = [None]
         # of the layers whose sums over the ranks are still to come: place among the gradients, and what dx takes
         waiting: list[tuple[int, tuple[Tensor, ...]]] = []
         for i, (eps, stride, padding) in enumerate(ctx.layers):
-            x, weight, bias, kernel = tensors[4 * i : 4 * i + 4]
-            mean, second = statistics[2 * i : 2 * i + 2]
+            x, weight, bias, kernel, mean, variance = saved[6 * i : 6 * i + 6]
+            rstd = rstds[i]
             *needs_norm, needs_kernel = ctx.needs_input_grad[1 + 4 * i : 5 + 4 * i]
-            scale = _at_least_fp32(weight)
-            pair = None if ctx.torch_forms else (mean, second)
-            a, *_ = _norm_relu(x, scale, _at_least_fp32(bias), pair, eps)
+            a, *_ = _norm_relu(x, weight, bias, None if ctx.torch_forms else (mean, variance), eps)
             # stride, padding, dilation, whether transposed, output padding, groups
             geometry = (stride, padding, (1, 1), False, (0, 0), 1)
             needs = (any(needs_norm), needs_kernel, False)
@@ -152,21 +154,20 @@ class _NormReLUConvs(torch.autograd.Function):
             dx = dweight = dbias = None
             if da is not None:
                 da = torch.ops.aten.threshold_backward(da, a, 0)
-                rstd = second if ctx.torch_forms else (second + eps).rsqrt()
                 if world == 1:
                     dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-                        da, x, scale, None, None, mean, rstd, True, eps, needs_norm
+                        da, x, weight, None, None, mean, rstd, True, eps, needs_norm
                     )
                 else:
                     x_hat = (_at_least_fp32(x) - mean[:, None, None]) * rstd[:, None, None]
                     da = _at_least_fp32(da)
                     dbias, dweight = da.sum((0, 2, 3)), (da * x_hat).sum((0, 2, 3))
                     if needs_norm[0]:
-                        waiting.append((len(grads), (x, da, x_hat, scale * rstd, torch.stack((dbias, dweight)))))
+                        waiting.append((len(grads), (x, da, x_hat, weight * rstd, torch.stack((dbias, dweight)))))
             grads += [
                 dx,
-                dweight.to(weight.dtype) if needs_norm[1] else None,
-                dbias.to(bias.dtype) if needs_norm[2] else None,
+                dweight.to(ctx.dtypes[i][0]) if needs_norm[1] else None,
+                dbias.to(ctx.dtypes[i][1]) if needs_norm[2] else None,
                 dkernel,
             ]
         for place, dx in _input_gradients(waiting, world):

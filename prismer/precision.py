@@ -111,9 +111,7 @@ def _in_dtype(module: nn.Module, inputs: tuple, dtype: torch.dtype) -> tuple[nn.
         part.requires_grad_(False)
     floats = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in inputs]
     # the first input of a layer comes from a layer that trains
-    return module, [
-        x.to(dtype).requires_grad_() if is_float else x for x, is_float in zip(inputs, floats, strict=True)
-    ]
+    return module, [x.to(dtype).requires_grad_() if is_float else x for x, is_float in zip(inputs, floats, strict=True)]
 
 
 def _train_layer(module: nn.Module, inputs: list) -> None:

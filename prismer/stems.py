@@ -107,13 +107,9 @@ class Stems(nn.ModuleDict):
         return run_stems(stems, labels)
 
 
-def run_stems(
-    stems: Sequence[ExpertStem], labels: Sequence[tuple[Tensor, Tensor | None, Tensor]]
-) -> Sequence[Tensor]:
+def run_stems(stems: Sequence[ExpertStem], labels: Sequence[tuple[Tensor, Tensor | None, Tensor]]) -> Sequence[Tensor]:
     """The maps of several stems, which run side by side: the layers of one depth share a node and its messages."""
-    maps: Sequence[Tensor] = [
-        stem.convs[0](stem.expand(*label)) for stem, label in zip(stems, labels, strict=True)
-    ]
+    maps: Sequence[Tensor] = [stem.convs[0](stem.expand(*label)) for stem, label in zip(stems, labels, strict=True)]
     for layers in zip(*(stem.layers() for stem in stems), strict=True):
         maps = norm_relu_conv(layers, maps)
     return maps

@@ -48,9 +48,7 @@ class VisionEncoder(nn.Module):
         width = config.vision_width
         self.config = config
         self.gradient_checkpointing = False
-        self.stems = Stems(
-            {"rgb": nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)}
-        )
+        self.stems = Stems({"rgb": nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)})
         for expert in config.experts:
             self.stems[expert] = ExpertStem(expert, width, config.patch_size, config.label_size)
         self.positional_embedding = nn.Parameter(torch.randn(config.grid**2, width) * width**-0.5)

@@ -10,7 +10,6 @@ from prismer import precision
 from prismer.config import prismer_tiny
 from prismer.training.initial_model import build_initial_model, initial_config
 
-
 CPU = torch.device("cpu")
 
 
