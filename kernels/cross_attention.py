@@ -178,7 +178,7 @@ def _forward(
     a = heads_to_context(q.view(-1, D), k_weight, H, (D // H) ** -0.5)
     survive, t = _survivors(q, L, seed, H, dropout), torch.empty_like(a)
     sums = q.new_empty(B, H * N if dropout else 0, dtype=compute)
-    for images in image_slices(context):
+    for images in image_slices(context, H * N * max(L, context.shape[2])):
         c = context[images]
         scores = bmm(take_images(a, B, images), c.mT)
         p = torch.softmax(scores, -1, out=probs[images] if keep else None)
@@ -235,7 +235,7 @@ def _backward(
     t = q.new_empty(H, B * N, E) if need["v_weight"] else None
     sums = q.new_ones(B, H * N, dtype=compute)
     survive = _survivors(q, L, seed, H, dropout)
-    for images in image_slices(context):
+    for images in image_slices(context, 2 * H * N * max(L, E)):
         c, p = context[images], probs[images]
         kept = None if survive is None else survive[images]
         dropped = _apply_dropout(p, kept, dropout)

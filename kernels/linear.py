@@ -73,35 +73,36 @@ def _forward_fake(x: Tensor, w1: Tensor, w2: Tensor | None, w3: Tensor | None) -
 
 def _backward(
     x: Tensor | None,
-    dy1: Tensor | None,
-    dy2: Tensor | None,
-    dy3: Tensor | None,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    w3: Tensor | None,
+    dys: list[Tensor],
+    weights: list[Tensor],
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`needs`: dx, then weight and bias of each layer. `x` is given if a weight trains, the weights if dx is needed."""
-    dx = None
+) -> list[Tensor]:
+    """The gradients that `needs` asks for: dx, then weight and bias of each layer.
+
+    `x` is given if a weight trains, and `weights` if dx is needed.
+    """
     grads = []
-    empty = next(dy for dy in (dy1, dy2, dy3) if dy is not None).new_empty
-    for i, (dy, weight) in enumerate(((dy1, w1), (dy2, w2), (dy3, w3))):
-        if dy is not None and needs[0]:
-            dx = matmul.mm(dy, weight) if dx is None else matmul.add_mm(dx, dy, weight)
-        grads.append(matmul.mm(dy.mT, x) if needs[1 + 2 * i] else empty(0))
-        grads.append(dy.sum(0) if needs[2 + 2 * i] else empty(0))
-    return (empty(0) if dx is None else dx), *grads
+    if needs[0]:
+        dx = matmul.mm(dys[0], weights[0])
+        for dy, weight in zip(dys[1:], weights[1:], strict=True):
+            dx = matmul.add_mm(dx, dy, weight)
+        grads.append(dx)
+    for i, dy in enumerate(dys):
+        if needs[1 + 2 * i]:
+            grads.append(matmul.mm(dy.mT, x))
+        if needs[2 + 2 * i]:
+            grads.append(dy.sum(0))
+    return grads
 
 
-def _backward_fake(
-    x: Tensor | None, dy1: Tensor | None, dy2: Tensor | None, dy3: Tensor | None, w1: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, ...]:
-    grads = []
-    given = next(dy for dy in (dy1, dy2, dy3) if dy is not None)
-    for i, dy in enumerate((dy1, dy2, dy3)):
-        grads.append(given.new_empty((dy.shape[1], x.shape[1]) if needs[1 + 2 * i] else 0))
-        grads.append(given.new_empty(dy.shape[1] if needs[2 + 2 * i] else 0))
-    return given.new_empty((given.shape[0], w1.shape[1]) if needs[0] else 0), *grads
+def _backward_fake(x: Tensor | None, dys: list[Tensor], weights: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    grads = [dys[0].new_empty(dys[0].shape[0], weights[0].shape[1])] if needs[0] else []
+    for i, dy in enumerate(dys):
+        if needs[1 + 2 * i]:
+            grads.append(dy.new_empty(dy.shape[1], x.shape[1]))
+        if needs[2 + 2 * i]:
+            grads.append(dy.new_empty(dy.shape[1]))
+    return grads
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -114,9 +115,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def _autograd(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
     x, *weights = ctx.saved_tensors
-    needs = [bool(need) and (i == 0 or dys[(i - 1) // 2] is not None) for i, need in enumerate(ctx.needs_input_grad)]
-    grads = _linears_backward(x, *dys, *weights, needs)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+    # layers whose output was used
+    used = [i for i, dy in enumerate(dys) if dy is not None]
+    needs = [bool(need) and (i == 0 or (i - 1) // 2 in used) for i, need in enumerate(ctx.needs_input_grad)]
+    asked = needs[:1] + [needs[j] for i in used for j in (1 + 2 * i, 2 + 2 * i)]
+    grads = iter(_linears_backward(x, [dys[i] for i in used], [weights[i] for i in used] if needs[0] else [], asked))
+    return tuple(next(grads) if need else None for need in needs)
 
 
 _linears = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)

@@ -61,12 +61,13 @@ def test_auto_takes_the_faster_dtype(monkeypatch, seconds, faster, stored):
 
 
 def test_a_resumed_run_says_that_bf16_is_slow(monkeypatch):
-    monkeypatch.setattr(precision, "block_rates", lambda width: {BF16: 4.0, FP32: 130.0})
-    said = slow_resumption("bf16", 768, CPU)
-    assert "stays in bf16" in said and "4 GFLOP/s" in said and "130 in fp32" in said and "\n" not in said
-    assert slow_resumption("fp32", 768, CPU) is None
-    monkeypatch.setattr(precision, "block_rates", lambda width: {BF16: 300.0, FP32: 130.0})
-    assert slow_resumption("bf16", 768, CPU) is None
+    pretend(monkeypatch, (0.1, 0.1))
+    monkeypatch.setattr(precision, "step_seconds", lambda config: {BF16: 4.0, FP32: 0.13})
+    said = slow_resumption("bf16", WIDE, CPU)
+    assert "stays in bf16" in said and "4 s an image in bf16" in said and "0.13 s in fp32" in said and "\n" not in said
+    assert slow_resumption("fp32", WIDE, CPU) is None
+    monkeypatch.setattr(precision, "step_seconds", lambda config: {BF16: 0.1, FP32: 0.13})
+    assert slow_resumption("bf16", WIDE, CPU) is None
 
 
 def test_by_default_only_slow_bf16_is_changed(monkeypatch):
@@ -150,14 +151,16 @@ DENIED = """
 import sys, warnings
 import torch
 from prismer import precision
+from prismer.config import prismer_base
 from prismer.model import Prismer
 # measured once, so that the decision does not depend on the load of the machine
-rates = precision.block_rates(768)
-if rates[torch.float32] <= rates[torch.bfloat16]:
-    print(rates)
+base = prismer_base(image_size=480)
+step = precision.step_seconds(base)
+if step[torch.float32] >= step[torch.bfloat16]:
+    print(step)
     sys.exit(77)
-precision.block_rates = lambda *_, **__: rates
-chosen, why = precision.choose_precision("auto", 768, torch.device("cpu"))
+precision.step_seconds = lambda *_, **__: step
+chosen, why = precision.choose_precision("auto", base, torch.device("cpu"))
 assert chosen == "fp32", why
 for dtype in (None, "auto"):
     with warnings.catch_warnings(record=True) as told:

@@ -99,7 +99,7 @@ class Run:
 def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh: bool) -> str:
     """On rank 0, before anything is built: lock and check the run folder, render the data, choose the precision."""
     data = Path(config.data)
-    width = initial_config(config.model).vision_width
+    model = initial_config(config.model)
     if config.data != EMBEDDED_DATA:
         check_dataset(data)
     # the earlier run is moved only after model and data were checked
@@ -112,12 +112,12 @@ def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh
         check_dataset(data)
 
     def choose() -> str:
-        chosen, why = choose_precision(config.precision, width, device)
+        chosen, why = choose_precision(config.precision, model, device)
         print_on_rank_zero(why)
         return chosen
 
     precision, changes = folder.reconcile_settings(config, choose)
-    if folder.last() and (slow := slow_resumption(precision, width, device)):
+    if folder.last() and (slow := slow_resumption(precision, model, device)):
         print_on_rank_zero(slow)
     for change in changes:
         print_on_rank_zero(f"changed since the run was started: {change}")
