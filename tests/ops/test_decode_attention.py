@@ -277,10 +277,17 @@ def test_compile():
 
 
 @pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
-@pytest.mark.parametrize("shape", ((2, 2, 3, 60, 270, 14, 5), (1, 2, 37, 96, 70, 50, 3)), ids=("beams", "candidates"))
+@pytest.mark.parametrize(
+    "shape",
+    ((2, 2, 3, 60, 270, 14, 5), (1, 2, 37, 96, 300, 50, 3), (2, 2, 3, 60, 70, 14, 5), (1, 2, 37, 96, 256, 50, 3)),
+    ids=("beams-split", "candidates-split", "beams", "candidates"),
+)
 @pytest.mark.parametrize("per_query", (False, True), ids=("mask-per-row", "mask-per-query"))
 def test_ledger(shape, per_query):
-    """Bytes and FLOPs are those of the docstring; every address and every write is checked."""
+    """Bytes and FLOPs are those of the docstring; every address and every write is checked.
+
+    A short prefix takes one launch.
+    """
     from tests.ops.interpreter import interpreted
 
     R, H, Q, K, S, M, A = shape
