@@ -434,6 +434,7 @@ def test_gradcheck():
 # which backend
 
 
+@pytest.mark.cpu
 def test_which_backend_is_chosen(count_calls):
     """On a CPU ours where it is faster or a seed is given, torch's own with dropout; the argument beats the context."""
     tensors, _ = draw(1, 1, 5, 5, 32, "", torch.float32)
@@ -455,6 +456,7 @@ def test_which_backend_is_chosen(count_calls):
         assert ours(backend="sdpa") == []
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("change", "backend", "message"),
     (

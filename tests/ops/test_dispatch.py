@@ -33,6 +33,8 @@ from prismer.kernels.dispatch import (
 )
 from prismer.kernels.layer_norm import layer_norm
 
+pytestmark = pytest.mark.cpu
+
 OPS = {op.name: op for op in all_ops()}
 # parts of the loss and of attention, which have the definitions
 PARTS = ("logit_statistics", "philox_kept")

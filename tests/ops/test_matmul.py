@@ -14,6 +14,8 @@ from prismer.kernels.dispatch import use_backend
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
 
+pytestmark = pytest.mark.cpu
+
 INTEL = "vendor_id : GenuineIntel\nflags : avx2 avx512f\n"
 AMD = "vendor_id : AuthenticAMD\nflags : avx2 avx512f\n"
 
