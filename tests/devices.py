@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 FACTORIES = (
@@ -24,7 +23,7 @@ FACTORIES = (
 _ROOT = Path(__file__).resolve().parents[1]
 _OURS = str(_ROOT / "kernels"), str(_ROOT / "prismer")
 # torch's own tools name no device where they want the CPU; its layers, where they want the default
-_LIBRARIES = str(Path(torch.__file__).parent), str(Path(triton.__file__).parent)
+_LIBRARIES = str(Path(torch.__file__).parent), f"{Path(torch.__file__).parents[1]}/triton"
 _LAYERS = str(Path(torch.nn.__file__).parent)
 
 
