@@ -2,7 +2,7 @@
 
 Weights are random, images have 480 px unless a case says otherwise, and everything is fp32. whole_jobs.py defines what
 is computed and compared, job_runner.py how it is measured. By default one BASE caption runs for one round; --full runs
-every job, with LARGE too. A measurement holds the time, the peak memory (of a step: above parameters and gradients),
+every job, with LARGE too, and at BASE adds torch.compile to the contenders, which takes minutes to compile. A measurement holds the time, the peak memory (of a step: above parameters and gradients),
 the counted FLOPs, the operators called, and the fraction of the operators' time spent in matrix products.
 """
 
@@ -28,6 +28,7 @@ class Case:
         model, side: preset and image size in pixels.
         default: also measured without --full.
         rounds: number of rounds with --full; without it there is one.
+        compiled: whether the same model through torch.compile is a contender with --full.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Case:
     side: int = 480
     default: bool = False
     rounds: int = 3
+    compiled: bool = False
 
 
 def _labels(model, shape, **options):
@@ -48,17 +50,17 @@ _rank = jobs.rank_job
 
 CASES = [
     # cases with the same model follow each other: the last model is cached, so each is built once
-    Case(name="pre-training", make=_pre_training, side=224),
+    Case(name="pre-training", make=_pre_training, side=224, compiled=True),
     Case(name="labels", make=_labels, side=224, rounds=5),
-    Case(name="classes", make=jobs.classify_job, side=384, rounds=1),
-    Case(name="encoder", make=jobs.encoder_job, rounds=10),
-    Case(name="caption", make=jobs.caption_job, default=True),
+    Case(name="classes", make=jobs.classify_job, side=384, rounds=1, compiled=True),
+    Case(name="encoder", make=jobs.encoder_job, rounds=10, compiled=True),
+    Case(name="caption", make=jobs.caption_job, default=True, compiled=True),
     Case(name="caption-8", make=functools.partial(jobs.caption_job, batch=8), rounds=1),
-    Case(name="answer-16", make=functools.partial(_rank, top_k=16)),
+    Case(name="answer-16", make=functools.partial(_rank, top_k=16), compiled=True),
     Case(name="answer-16-five", make=functools.partial(_rank, top_k=16, questions=5)),
     Case(name="answer-128-all", make=functools.partial(_rank, top_k=128, whole_list=True), rounds=1),
     *(
-        Case(name=f"fine-tuning-{mode}", make=functools.partial(_fine_tuning, mode=mode))
+        Case(name=f"fine-tuning-{mode}", make=functools.partial(_fine_tuning, mode=mode), compiled=True)
         for mode in ("freeze_vision", "freeze_lang_vision", "freeze_lang", "none")
     ),
     Case(name="five-captions", make=functools.partial(jobs.step_job, mode="freeze_vision", batch=1, texts=5), rounds=2),
@@ -84,7 +86,8 @@ def test_job(benchmark, case, everything):
     if not (everything or case.default):
         pytest.skip("on a CPU only one job runs by default; --full runs them all")
     model = jobs.build(preset(case.model, image_size=case.side))
-    job = case.make(model, f"{case.model.upper()}-{case.side}")
+    options = dict(compiled=True) if everything and case.compiled else {}
+    job = case.make(model, f"{case.model.upper()}-{case.side}", **options)
 
     def in_turn(ours: Callable, others: Callable, rounds: int) -> list[float]:
         benchmark.pedantic(ours, setup=others, rounds=rounds, iterations=1)

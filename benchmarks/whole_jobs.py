@@ -6,8 +6,12 @@ maps, and answers made of word lists (word_lists.py).
 The baseline gets labels that are expanded already, as if its loader were fast enough; their expansion is measured as a
 job of its own. The dropout rate is so low that nothing is dropped: all operators of training run, and the results of
 the contenders can be compared.
+
+With `compiled=True` a job has one more contender: the same model through torch.compile. A step is compiled whole, of
+captions and rankings the encoder.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -34,6 +38,9 @@ from prismer.texts import collate, encode_caption, encode_prompt, encode_questio
 from prismer.tokenizer import Tokenizer
 
 BASELINE = "baseline"
+COMPILED = "compile"
+# torch.compile's default; the tests of this file take a faster one
+COMPILER = "inductor"
 NEVER_DROPS = 1e-12
 MATRIX_SIDE = 2048
 CLASS_PREFIX = "A photo of a"
@@ -95,6 +102,21 @@ def expanded(images: ImageBatch) -> HostImages:
     )
 
 
+def through_compile(model: Prismer) -> Prismer:
+    """The same model, which encodes and computes its loss through torch.compile."""
+    torch.compiler.reset()
+    other = copy.copy(model)
+    other.encode = torch.compile(model.encode, backend=COMPILER)
+    other.loss = torch.compile(model, backend=COMPILER)
+    return other
+
+
+def compiled_now(call: Callable[[], object]) -> Callable[[], object]:
+    """`call`, which has run once: nothing is compiled under the dispatch mode of a counter."""
+    call()
+    return call
+
+
 # what is compared
 
 
@@ -117,7 +139,9 @@ def _check_scores(outcomes: dict[str, object]) -> None:
 
 
 def _check_tokens(outcomes: dict[str, object]) -> None:
-    assert_close("tokens", outcomes[OURS], outcomes[BASELINE])
+    for name in (OURS, COMPILED):
+        if name in outcomes:
+            assert_close(f"tokens of {name}", outcomes[name], outcomes[BASELINE])
 
 
 def _check_steps(outcomes: dict[str, object]) -> None:
@@ -136,7 +160,9 @@ def _check_steps(outcomes: dict[str, object]) -> None:
 # inference
 
 
-def caption_job(model: Prismer, shape: str, batch: int = 1, beams: int = 3, length: int = 20) -> Job:
+def caption_job(
+    model: Prismer, shape: str, batch: int = 1, beams: int = 3, length: int = 20, compiled: bool = False
+) -> Job:
     """Captions of exactly `length` tokens, so that the work does not depend on what a random model writes."""
     model.eval()
     images = draw_images(model.config, batch)
@@ -144,19 +170,26 @@ def caption_job(model: Prismer, shape: str, batch: int = 1, beams: int = 3, leng
     baseline, host = Baseline(model), expanded(images)
 
     def check(outcomes: dict[str, object]) -> None:
-        ours, theirs = outcomes[OURS], outcomes[BASELINE]
-        assert ours == theirs, f"captions differ, {ours[0]!r} and {theirs[0]!r} are the first: not timed"
+        theirs = outcomes[BASELINE]
+        for name, ours in outcomes.items():
+            assert ours == theirs, f"captions of {name} differ, {ours[0]!r} and {theirs[0]!r} are the first: not timed"
 
-    return Job(
-        room="caption",
-        shape=f"{shape} batch {batch}",
-        calls={OURS: lambda: model.caption(images, **options), BASELINE: lambda: baseline.caption(host, **options)},
-        check=check,
-    )
+    calls: dict[str, Callable] = {OURS: lambda: model.caption(images, **options)}
+    if compiled:
+        other = through_compile(model)
+        calls[COMPILED] = compiled_now(lambda: other.caption(images, **options))
+    calls[BASELINE] = lambda: baseline.caption(host, **options)
+    return Job(room="caption", shape=f"{shape} batch {batch}", calls=calls, check=check)
 
 
 def rank_job(
-    model: Prismer, shape: str, top_k: int, questions: int = 1, whole_list: bool = False, answers: list[str] = ANSWERS
+    model: Prismer,
+    shape: str,
+    top_k: int,
+    questions: int = 1,
+    whole_list: bool = False,
+    answers: list[str] = ANSWERS,
+    compiled: bool = False,
 ) -> Job:
     """Answers to questions about one image, which ours encodes once; `whole_list` adds a ranking of every answer."""
     model.eval()
@@ -166,14 +199,17 @@ def rank_job(
     trie = Candidates.answers(tokenizer, answers).trie
     group = [encode_question(tokenizer, question) for question in asked]
 
-    def rank(images: ImageBatch, groups: list, k: int | None) -> tuple[Tensor, Tensor]:
-        return _rank(model, images, groups, trie, k, "batch")
+    def rank(images: ImageBatch, groups: list, k: int | None, by: Prismer = model) -> tuple[Tensor, Tensor]:
+        return _rank(by, images, groups, trie, k, "batch")
 
     calls: dict[str, Callable] = {OURS: lambda: rank(images, [group], top_k)}
     if questions > 1:
         calls["ours ungrouped"] = lambda: rank(copies, [[prompt] for prompt in group], top_k)
     if whole_list:
         calls["ours, whole list"] = lambda: rank(images, [group], None)
+    if compiled:
+        other = through_compile(model)
+        calls[COMPILED] = compiled_now(lambda: rank(images, [group], top_k, other))
     calls[BASELINE] = lambda: baseline.rank(host, asked, answers, top_k)
     return Job(
         room="answer",
@@ -183,23 +219,25 @@ def rank_job(
     )
 
 
-def classify_job(model: Prismer, shape: str, top_k: int = 32, classes: list[str] = CLASSES) -> Job:
+def classify_job(
+    model: Prismer, shape: str, top_k: int = 32, classes: list[str] = CLASSES, compiled: bool = False
+) -> Job:
     """The class of one image."""
     model.eval()
     tokenizer, images = model.tokenizer, draw_images(model.config, 1)
     baseline, host = Baseline(model), expanded(images)
     trie = Candidates.classes(tokenizer, classes).trie
     groups = [[encode_prompt(tokenizer, CLASS_PREFIX)]]
-    return Job(
-        room="classify",
-        shape=f"{shape} k={top_k} of {len(classes)}",
-        calls={
-            OURS: lambda: _rank(model, images, groups, trie, top_k, "last"),
-            "ours, whole list": lambda: _rank(model, images, groups, trie, None, "last"),
-            BASELINE: lambda: baseline.classify(host, classes, top_k, CLASS_PREFIX),
-        },
-        check=_check_scores,
-    )
+    calls: dict[str, Callable] = {
+        OURS: lambda: _rank(model, images, groups, trie, top_k, "last"),
+        "ours, whole list": lambda: _rank(model, images, groups, trie, None, "last"),
+    }
+    if compiled:
+        other = through_compile(model)
+        calls[COMPILED] = compiled_now(lambda: _rank(other, images, groups, trie, top_k, "last"))
+    calls[BASELINE] = lambda: baseline.classify(host, classes, top_k, CLASS_PREFIX)
+    shape = f"{shape} k={top_k} of {len(classes)}"
+    return Job(room="classify", shape=shape, calls=calls, check=_check_scores)
 
 
 def _rank(
@@ -213,27 +251,26 @@ def _rank(
     return ranking.candidates, ranking.scores
 
 
-def encoder_job(model: Prismer, shape: str) -> Job:
+def encoder_job(model: Prismer, shape: str, compiled: bool = False) -> Job:
     """Encode one image, beside a plain matrix product that shows what the machine can do."""
     model.eval()
     images = draw_images(model.config, 1)
     baseline, host = Baseline(model), expanded(images)
     a, b = (torch.randn(MATRIX_SIDE, MATRIX_SIDE, device=DEVICE) for _ in range(2))
 
-    def encode() -> Tensor:
-        with torch.inference_mode():
-            return model.encode(images)
+    @torch.inference_mode()
+    def encode(by: Prismer = model) -> Tensor:
+        return by.encode(images)
 
+    @torch.inference_mode()
     def encode_baseline() -> Tensor:
-        with torch.inference_mode():
-            return baseline.encode(host)
+        return baseline.encode(host)
 
-    return Job(
-        room="encoder",
-        shape=f"{shape} batch 1",
-        calls={OURS: encode, BASELINE: encode_baseline, f"mm {MATRIX_SIDE}": lambda: torch.mm(a, b)},
-        check=_check_tokens,
-    )
+    calls: dict[str, Callable] = {OURS: encode}
+    if compiled:
+        calls[COMPILED] = compiled_now(functools.partial(encode, through_compile(model)))
+    calls |= {BASELINE: encode_baseline, f"mm {MATRIX_SIDE}": lambda: torch.mm(a, b)}
+    return Job(room="encoder", shape=f"{shape} batch 1", calls=calls, check=_check_tokens)
 
 
 def labels_job(config: PrismerConfig, shape: str, batch: int = 4) -> Job:
@@ -287,7 +324,15 @@ def caption_batch(model: Prismer, images: ImageBatch, texts: int, prefix: str) -
     return Batch(images=images, texts=collate(groups).to(DEVICE), keys=[], meta=[])
 
 
-def step_job(model: Prismer, shape: str, mode: str, batch: int, texts: int = 1, prefix: str = "A picture of") -> Job:
+def step_job(
+    model: Prismer,
+    shape: str,
+    mode: str,
+    batch: int,
+    texts: int = 1,
+    prefix: str = "A picture of",
+    compiled: bool = False,
+) -> Job:
     """Forward and backward; with several texts of one image, also ours with a copy of the image for each text."""
     model.train()
     freeze(model, mode)
@@ -312,6 +357,9 @@ def step_job(model: Prismer, shape: str, mode: str, batch: int, texts: int = 1, 
     calls = {OURS: step(model, grouped)}
     if texts > 1:
         calls["ours ungrouped"] = step(model, pairs)
+    if compiled:
+        calls[COMPILED] = compiled_now(step(through_compile(model).loss, grouped))
+        model.zero_grad(set_to_none=True)
     calls[BASELINE] = step(baseline.loss, host)
 
     def outcome(loss: object) -> tuple[object, dict[str, Tensor]]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from prismer.capture import LateFlag, copy_all, recorded, size_class
 from prismer.errors import InputError, check_integer
 from prismer.kernels.decode_attention import decode_attention
 from prismer.text import KeysValues, TextDecoder, causal_attend, position_ids
@@ -28,8 +29,7 @@ _MAX_PENALTY = 10
 Groups = list[list[list[int]]]
 
 
-@dataclass(frozen=True)
-class Prompts:
+class Prompts(NamedTuple):
     """R prompts that the decoder has read, as their continuations need them.
 
     Attributes:
@@ -82,12 +82,14 @@ def read_prompts(decoder: TextDecoder, cross: list[KeysValues], groups: Groups, 
     _check_prompts(decoder, cross, groups, read_out, room)
     B, G = len(groups), max(map(len, groups))
     S = max(len(prompt) for group in groups for prompt in group)
+    device = decoder.head_weight.device
+    if read_out != "batch":
+        S = size_class(S, device)
     columns = S + (read_out == "pad")
     rows = [g + b * G for b, group in enumerate(groups) for g in range(len(group))]
     flat = [[config.bos_id]] * (B * G)
     for row, prompt in zip(rows, (prompt for group in groups for prompt in group), strict=True):
         flat[row] = prompt
-    device = decoder.head_weight.device
     ids = torch.tensor([prompt + [config.pad_id] * (columns - len(prompt)) for prompt in flat]).to(device)
     lengths = torch.tensor([len(prompt) for prompt in flat]).to(device)
     rows = torch.tensor(rows).to(device)
@@ -128,7 +130,8 @@ def beam_search(
     Each step takes the 2 * beams best one-token extensions of the open beams. An end token among the first `beams`
     of them closes a hypothesis; one below is discarded. A prompt is done when it has `beams` hypotheses and the best
     extension would score no more than the worst of them. At the length limit open beams become hypotheses. Everything
-    stays on the device; the one host synchronisation of a step asks whether all prompts are done.
+    stays on the device. On a CPU a step ends with the question whether all prompts are done; on a GPU the host hears
+    the answer one step late and waits for nothing, and the steps of repeated shapes are replays of one CUDA graph.
 
     Args:
         context: (B, N, vision width) image tokens.
@@ -161,13 +164,43 @@ def beam_search(
         )
     cross = decoder.project_context(context)
     prompts = read_prompts(decoder, cross, groups, read_out, max_new_tokens)
-    search = BeamSearch(decoder, cross, prompts, **counts, length_penalty=length_penalty, classic=scoring == "classic")
-    state = search.start()
-    for _ in range(max_new_tokens - 1):
-        if bool(state.done.all()):
-            break
-        state = search.step(state)
-    return search.best(state)
+    search = BeamSearch(decoder, **counts, length_penalty=length_penalty, classic=scoring == "classic")
+    memory = search.remember(cross, prompts)
+    state = search.start(memory)
+    over = LateFlag(context.device)
+    with recorded(decoder, search.options, search.step_in_place, (memory, state)) as recording:
+        if recording is not None:
+            memory, state = recording.arguments
+        all_done = state.done.all()
+        for _ in range(max_new_tokens - 1):
+            # a step more than needed changes nothing: a prompt that is done keeps its hypotheses
+            if over.read(all_done):
+                break
+            if recording is not None:
+                all_done = recording.replay()
+            else:
+                state = search(memory, state)
+                all_done = state.done.all()
+        return search.best(memory.prompts, state)
+
+
+class Memory(NamedTuple):
+    """What the steps of R searches attend to and count with; every tensor keeps its place.
+
+    Attributes:
+        cross: for each layer the keys and values of the images.
+        prompts: the prompts, as the decoder has read them.
+        keys, values: caches of each self-attention layer, (R, H, slots, K). A step writes `beams` new slots in place.
+        columns: (max_new_tokens,) int64 0, 1, 2, ...
+        beam_numbers: (beams,) int64 0, 1, 2, ...
+    """
+
+    cross: list[KeysValues]
+    prompts: Prompts
+    keys: list[Tensor]
+    values: list[Tensor]
+    columns: Tensor
+    beam_numbers: Tensor
 
 
 class BeamState(NamedTuple):
@@ -194,18 +227,17 @@ class BeamState(NamedTuple):
     done: Tensor
 
 
-class BeamSearch:
-    """The steps of `beam_search`; arguments as there.
+class BeamSearch(nn.Module):
+    """The step of `beam_search`, a function of two tuples of tensors; arguments as there.
 
-    All steps are one program: tensors of fixed shapes go in and out, the host asks nothing, and `beams` new slots of
-    the static caches are written in place. So `step` is compiled once, or recorded once as a CUDA graph.
+    All steps are one program: the host asks nothing, and no value of Python changes from step to step. So
+    `torch.compile` compiles it once, `torch.export.export(search, (memory, state))` takes it whole, and a GPU records
+    it once (prismer/capture.py).
     """
 
     def __init__(
         self,
         decoder: TextDecoder,
-        cross: list[KeysValues],
-        prompts: Prompts,
         *,
         beams: int,
         max_new_tokens: int,
@@ -213,21 +245,36 @@ class BeamSearch:
         length_penalty: float,
         classic: bool,
     ):
-        self.decoder, self.cross, self.prompts = decoder, cross, prompts
-        self.beams, self.min_new_tokens = beams, min_new_tokens
+        super().__init__()
+        self.decoder = decoder
+        self.beams, self.max_new_tokens, self.min_new_tokens = beams, max_new_tokens, min_new_tokens
         self.length_penalty, self.classic = length_penalty, classic
-        R, H, _, K = prompts.keys[0].shape
-        # the tokens of the last step are never read again
-        slots = (max_new_tokens - 1) * beams
-        # finite from the start: an attention may multiply masked slots by zero
-        self.keys = [k.new_zeros(R, H, slots, K) for k in prompts.keys]
-        self.values = [v.new_zeros(R, H, slots, K) for v in prompts.values]
-        self.columns = torch.arange(max_new_tokens, device=prompts.lengths.device)
-        self.beam_numbers = torch.arange(beams, device=prompts.lengths.device)
 
-    def start(self) -> BeamState:
+    @property
+    def options(self) -> tuple:
+        """All that a step depends on besides weights and tensors."""
+        counts = self.beams, self.max_new_tokens, self.min_new_tokens
+        return "beam search", *counts, self.length_penalty, self.classic, self.decoder.config
+
+    def remember(self, cross: list[KeysValues], prompts: Prompts) -> Memory:
+        """What the steps need, with empty caches."""
+        R, H, _, K = prompts.keys[0].shape
+        device = prompts.lengths.device
+        # the tokens of the last step are never read again
+        slots = (self.max_new_tokens - 1) * self.beams
+        return Memory(
+            cross=cross,
+            prompts=prompts,
+            # finite from the start: an attention may multiply masked slots by zero
+            keys=[k.new_zeros(R, H, slots, K) for k in prompts.keys],
+            values=[v.new_zeros(R, H, slots, K) for v in prompts.values],
+            columns=torch.arange(self.max_new_tokens, device=device),
+            beam_numbers=torch.arange(self.beams, device=device),
+        )
+
+    def start(self, memory: Memory) -> BeamState:
         """The state after the first token, which the prompts predict."""
-        prompts, state, T = self.prompts, self.prompts.state, len(self.columns)
+        prompts, state, T = memory.prompts, memory.prompts.state, self.max_new_tokens
         R = len(state)
         scores = state.new_full((R, self.beams), float("-inf"), dtype=torch.promote_types(state.dtype, torch.float32))
         nothing = prompts.lengths.new_zeros(R, 1, T)
@@ -245,34 +292,39 @@ class BeamSearch:
             lengths=nothing.new_zeros(R, self.beams),
             done=done,
         )
-        return self._advance(empty, self._logits(state[:, None]))
+        return self._advance(memory, empty, self._logits(state[:, None]))
 
-    def step(self, state: BeamState) -> BeamState:
+    def forward(self, memory: Memory, state: BeamState) -> BeamState:
         """Run the decoder on the last token of every open beam, and extend the beams."""
-        last = state.length - 1
-        slots = last * self.beams + self.beam_numbers
-        ancestors = torch.where(self.columns == last, slots[:, None], state.ancestors)
+        prompts, last = memory.prompts, state.length - 1
+        slots = last * self.beams + memory.beam_numbers
+        ancestors = torch.where(memory.columns == last, slots[:, None], state.ancestors)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             # the whole caches, although later slots are still empty: only the listed slots are read
-            keys = self.keys[layer].index_copy_(2, slots, k)
-            values = self.values[layer].index_copy_(2, slots, v)
-            prompts = self.prompts
+            keys = memory.keys[layer].index_copy_(2, slots, k)
+            values = memory.values[layer].index_copy_(2, slots, v)
             return decode_attention(
                 q, prompts.keys[layer], prompts.values[layer], prompts.keep, keys, values, ancestors
             )
 
         tokens = state.tokens.index_select(2, last[None])[..., 0]
         # RoBERTa counts positions from pad_id + 1
-        positions = (self.prompts.lengths + state.length + self.decoder.config.pad_id)[:, None]
-        hidden = self.decoder.run(tokens, positions.expand_as(tokens), attend, self.cross)
-        return self._advance(state._replace(ancestors=ancestors), self._logits(self.decoder.transform(hidden)))
+        positions = (prompts.lengths + state.length + self.decoder.config.pad_id)[:, None]
+        hidden = self.decoder.run(tokens, positions.expand_as(tokens), attend, memory.cross)
+        logits = self._logits(self.decoder.transform(hidden))
+        return self._advance(memory, state._replace(ancestors=ancestors), logits)
 
-    def best(self, state: BeamState) -> Generated:
+    def step_in_place(self, memory: Memory, state: BeamState) -> Tensor:
+        """Write the next state over `state`; whether all prompts are done, () bool."""
+        copy_all(list(state), list(self(memory, state)))
+        return state.done.all()
+
+    def best(self, prompts: Prompts, state: BeamState) -> Generated:
         """The best hypothesis of each prompt; open beams of unfinished prompts count as hypotheses."""
-        scores = (state.sums / self._normaliser(state.length)).masked_fill(state.done[:, None], float("-inf"))
-        scores, finished, lengths = _merge(state, scores, state.tokens)
-        rows = self.prompts.rows
+        scores = state.sums / self._normaliser(prompts, state.length)
+        scores, finished, lengths = _merge(state, scores.masked_fill(state.done[:, None], float("-inf")), state.tokens)
+        rows = prompts.rows
         tokens, lengths = finished[rows, 0].tolist(), lengths[rows, 0].tolist()
         generated = [ids[:length] for ids, length in zip(tokens, lengths, strict=True)]
         return Generated(generated, scores[rows, 0])
@@ -282,7 +334,7 @@ class BeamSearch:
         logits = self.decoder.logits(state)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _advance(self, state: BeamState, logits: Tensor) -> BeamState:
+    def _advance(self, memory: Memory, state: BeamState, logits: Tensor) -> BeamState:
         """Extend the open beams by one token, given the logits (R, open beams, V) after each of them."""
         V, eos_id, length = logits.shape[-1], self.decoder.config.eos_id, state.length
         log_probs = logits.log_softmax(-1)
@@ -293,7 +345,7 @@ class BeamSearch:
         ended = tokens == eos_id
 
         # the length of a hypothesis that ends here; extensions are judged by the same length
-        ratings = best / self._normaliser(length if self.classic else length + 1)
+        ratings = best / self._normaliser(memory.prompts, length if self.classic else length + 1)
         closes = ended[:, : self.beams] & ~state.done[:, None]
         closing = ratings[:, : self.beams].masked_fill(~closes, float("-inf"))
         closed = _pick(state.tokens, parents[:, : self.beams])
@@ -305,7 +357,7 @@ class BeamSearch:
         return BeamState(
             length=length + 1,
             sums=sums,
-            tokens=torch.where(self.columns == length, tokens[..., None], _pick(state.tokens, parents)),
+            tokens=torch.where(memory.columns == length, tokens[..., None], _pick(state.tokens, parents)),
             ancestors=_pick(state.ancestors, parents),
             scores=scores,
             finished=finished,
@@ -313,10 +365,10 @@ class BeamSearch:
             done=state.done | (scores[:, -1] >= ratings[:, 0]),
         )
 
-    def _normaliser(self, generated: Tensor) -> Tensor:
+    def _normaliser(self, prompts: Prompts, generated: Tensor) -> Tensor:
         """(R, 1): length ** penalty."""
-        length = self.prompts.lengths * int(self.classic) + generated
-        dtype = torch.promote_types(self.prompts.state.dtype, torch.float32)
+        length = prompts.lengths * int(self.classic) + generated
+        dtype = torch.promote_types(prompts.state.dtype, torch.float32)
         return (length.to(dtype) ** self.length_penalty)[:, None]
 
 

@@ -11,11 +11,13 @@ Legend: P questions, R rows that hold them (prismer/generation.py), A answers, L
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from prismer.capture import recorded, size_class
 from prismer.errors import InputError, check_integer
 from prismer.generation import Groups, Prompts, read_prompts
 from prismer.kernels.decode_attention import decode_attention
@@ -175,28 +177,33 @@ def _cut(trie: AnswerTrie, chosen: np.ndarray, budget: int) -> list[slice]:
 
 
 class _Scorer:
-    """Scores answers to R prompts."""
+    """Scores answers to R prompts; on a GPU the passes of repeated shapes are replays of one CUDA graph."""
 
     def __init__(self, decoder: TextDecoder, cross: list[KeysValues], prompts: Prompts, trie: AnswerTrie):
         self.decoder, self.cross, self.prompts, self.trie = decoder, cross, prompts, trie
         self.dtype = torch.promote_types(prompts.state.dtype, torch.float32)
-        self.mean_weight = decoder.head_weight.mean(0, dtype=self.dtype)
-        self.mean_bias = decoder.head_bias.mean(dtype=self.dtype)
+        self.means = decoder.head_weight.mean(0, dtype=self.dtype), decoder.head_bias.mean(dtype=self.dtype)
 
     def scores(self, chosen: np.ndarray) -> Tensor:
         """(R, c) scores of answers `chosen` (R, c), or (1, c) for the same ones in every row."""
         plan = _plan(self.trie, chosen, self.prompts.state.device)
-        state = self.prompts.state[:, None]
+        given = self.cross, self.prompts, self.means, plan
+        with recorded(self.decoder, ("ranking", self.decoder.config), self._scores, given) as recording:
+            scores = self._scores(*given) if recording is None else recording.replay().clone()
+        return scores[:, : chosen.shape[1]]
+
+    def _scores(self, cross: list[KeysValues], prompts: Prompts, means: tuple[Tensor, Tensor], plan: "_Plan") -> Tensor:
+        state = prompts.state[:, None]
         if plan.tokens.shape[1]:
-            state = torch.cat((state, self._run(plan)), 1)  # (R, 1 + nodes, D)
-        losses = self._edge_losses(state, plan)
+            state = torch.cat((state, self._run(cross, prompts, plan)), 1)  # (R, 1 + nodes, D)
+        losses = self._edge_losses(state, means, plan)
         paths = plan.paths.expand(len(losses), -1, -1)
         picked = losses.gather(1, paths.flatten(1).clamp_min(0)).view_as(paths)
         return -picked.masked_fill(paths < 0, 0.0).sum(2) / plan.lengths
 
-    def _run(self, plan: "_Plan") -> Tensor:
+    def _run(self, cross: list[KeysValues], prompts: Prompts, plan: "_Plan") -> Tensor:
         """Transformed hidden states (R, nodes, D)."""
-        prompts, R = self.prompts, len(self.prompts.lengths)
+        R = len(prompts.lengths)
         ancestors = plan.ancestors.expand(R, -1, -1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -205,16 +212,17 @@ class _Scorer:
         # a node at depth 1 follows its question: RoBERTa counts positions from pad_id + 1
         positions = prompts.lengths[:, None] + plan.depths + self.decoder.config.pad_id
         tokens = plan.tokens.expand(R, -1)
-        return self.decoder.transform(self.decoder.run(tokens, positions, attend, self.cross))
+        return self.decoder.transform(self.decoder.run(tokens, positions, attend, cross))
 
-    def _edge_losses(self, state: Tensor, plan: "_Plan") -> Tensor:
+    def _edge_losses(self, state: Tensor, means: tuple[Tensor, Tensor], plan: "_Plan") -> Tensor:
         """(R, edges): smoothed loss of each edge's token, predicted by the node that the edge leaves."""
         smoothing = self.decoder.config.label_smoothing
         weight, bias = self.decoder.head_weight, self.decoder.head_bias
         R, _, D = state.shape
         rows = state.reshape(-1, D).split(max(1, _MAX_LOGITS // len(bias)))
         lse = torch.cat([linears(part, [(weight, bias)])[0].to(self.dtype).logsumexp(-1) for part in rows])
-        mean = state.to(self.dtype) @ self.mean_weight + self.mean_bias
+        mean_weight, mean_bias = means
+        mean = state.to(self.dtype) @ mean_weight + mean_bias
         sources = plan.sources.expand(R, -1)
         leaving = state.gather(1, sources[..., None].expand(-1, -1, D)).to(self.dtype)
         target = (leaving * weight[plan.targets].to(self.dtype)).sum(-1) + bias[plan.targets]
@@ -222,9 +230,10 @@ class _Scorer:
         return known.gather(1, sources) - (1 - smoothing) * target
 
 
-@dataclass(frozen=True)
-class _Plan:
+class _Plan(NamedTuple):
     """What to run for c answers, in rows: one for each prompt, or one for all; short rows are padded.
+
+    On a GPU nodes, edges, answers and depth are padded to classes of sizes.
 
     Attributes:
         tokens, depths: (rows, nodes) of the nodes to run: the internal ones without the root.
@@ -264,16 +273,20 @@ def _plan(trie: AnswerTrie, chosen: np.ndarray, device: torch.device) -> _Plan:
                 lengths=trie.lengths[answers],
             )
         )
-    arrays = {name: _stack([row[name] for row in rows], -1 if name == "ancestors" else 0) for name in rows[0]}
+    arrays = {name: _stack([row[name] for row in rows], _FILLS.get(name, 0), device) for name in rows[0]}
     # the nodes to run are less deep than the longest answer is long
-    deepest = int(arrays["depths"].max(initial=0))
+    deepest = min(size_class(int(arrays["depths"].max(initial=0)), device), trie.paths.shape[1] - 1)
     arrays["ancestors"] = arrays["ancestors"][:, :, :deepest]
     return _Plan(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
 
 
-def _stack(arrays: list[np.ndarray], fill: int) -> np.ndarray:
-    """Arrays that differ in their first dimension as one, padded with `fill` to the longest."""
-    longest = max(map(len, arrays))
+# what stands in a plan where there is no node, edge or answer; 0 in all other fields
+_FILLS = {"ancestors": -1, "paths": -1, "lengths": 1}
+
+
+def _stack(arrays: list[np.ndarray], fill: int, device: torch.device) -> np.ndarray:
+    """Arrays that differ in their first dimension as one, padded with `fill` to the size class of the longest."""
+    longest = size_class(max(map(len, arrays)), device)
     out = np.full((len(arrays), longest, *arrays[0].shape[1:]), fill, dtype=np.int64)
     for row, array in zip(out, arrays, strict=True):
         row[: len(array)] = array

@@ -1,11 +1,14 @@
 """Triton kernels of decode attention; `__init__.py` says what they compute, and has the legend.
 
-The keys are split: a program takes one row and head, BQ queries, and 256 shared keys, or in one more split all listed
-slots, which it gathers by their numbers. It stores a maximum, a sum and an unnormalised output in fp32. A second kernel
-combines the T = ceil(S / 256) + (A > 0) parts in order. Parts depend on S alone and BQ on Q alone, so a row gives the
-same bits in any batch. Traffic, for numbers of s bytes, L listed slots over all queries of all rows:
-    split     reads R H Q K s T + 2 R H S K s ceil(Q / BQ) + R H S ceil(Q / BQ) of the mask (R H Q S if it differs by
-              query) + 8 R H Q A + 2 H L K s; writes R H T Q (4 K + 8)
+A program takes one row and head, BQ queries, and up to 256 shared keys. As many keys as that, such as those of a
+prompt, are one part: the program goes on with all listed slots, which it gathers by their numbers, and writes the
+output; one launch does all. More keys are split: the listed slots are one more part, each part stores a maximum, a sum
+and an unnormalised output in fp32, and a second kernel combines the T = ceil(S / 256) + (A > 0) parts in order. Parts
+depend on S alone and BQ on Q alone, so a row gives the same bits in any batch. Traffic, for numbers of s bytes, L
+listed slots over all queries of all rows:
+    one part  reads R H Q K s + 2 R H S K s ceil(Q / BQ) + R H S ceil(Q / BQ) of the mask (R H Q S if it differs by
+              query) + 8 R H Q A + 2 H L K s; writes R H Q K s
+    split     the same, but queries T times; writes R H T Q (4 K + 8)
     combine   reads R H T Q (4 K + 8), writes R H Q K s
     dots      4 K FLOPs for each of R H ceil(Q / BQ) BQ queries and each key, S rounded up to BN
 So up to 64 queries read the K s bytes of a key once; attention on repeated keys reads them for each query.
@@ -61,6 +64,7 @@ def _split_kernel(
     splits,
     scale,
     PER_QUERY: tl.constexpr,
+    WHOLE: tl.constexpr,
     K: tl.constexpr,
     K1: tl.constexpr,
     K2: tl.constexpr,
@@ -68,7 +72,10 @@ def _split_kernel(
     BN: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Program (row and head, queries, part): KEYS shared keys, or all listed slots in the part after the last."""
+    """Program (row and head, queries, part): KEYS shared keys, or all listed slots in the part after the last.
+
+    With WHOLE = 1 there is one part, which takes both and stores the output itself; else WHOLE is 0.
+    """
     i_both = tl.program_id(0).to(tl.int64)
     i_row, i_head = i_both // H, i_both % H
     i_part = tl.program_id(2)
@@ -119,7 +126,7 @@ def _split_kernel(
                 b_v2 = tl.load(p_shared_v + o + o_k2[None, :], mask=m2, other=0.0)
                 b_out2 *= b_rescale[:, None]
                 b_out2 = tl.dot(b_weight, b_v2, b_out2, input_precision="ieee")
-    else:
+    if i_part >= splits - WHOLE:
         base = i_row * suffix_row + i_head * suffix_head
         o_ancestors = (i_row * Q + o_query) * A
         for i in range(A):
@@ -145,11 +152,18 @@ def _split_kernel(
 
     o_part = (i_part.to(tl.int64) * tl.num_programs(0) + i_both) * Q + o_query
     p_out += o_part[:, None] * K
-    tl.store(p_out + o_k1[None, :], b_out1, mask=m_query[:, None] & m_k1[None, :])
+    if WHOLE:
+        # a query that saw nothing: 0 / 1
+        b_total = tl.where(b_sum == 0, 1.0, b_sum)[:, None]
+        b_out1 /= b_total
+        if K2 > 0:
+            b_out2 /= b_total
+    else:
+        tl.store(p_max + o_part, b_max, mask=m_query)
+        tl.store(p_sum + o_part, b_sum, mask=m_query)
+    tl.store(p_out + o_k1[None, :], b_out1.to(p_out.dtype.element_ty), mask=m_query[:, None] & m_k1[None, :])
     if K2 > 0:
-        tl.store(p_out + o_k2[None, :], b_out2, mask=m_query[:, None] & m_k2[None, :])
-    tl.store(p_max + o_part, b_max, mask=m_query)
-    tl.store(p_sum + o_part, b_sum, mask=m_query)
+        tl.store(p_out + o_k2[None, :], b_out2.to(p_out.dtype.element_ty), mask=m_query[:, None] & m_k2[None, :])
 
 
 @triton.jit
@@ -206,19 +220,23 @@ def forward(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestor
     R, H, Q, K = q.shape
     S, M, A = shared_k.shape[2], suffix_k.shape[2], ancestors.shape[2]
     splits = triton.cdiv(S, _KEYS)
-    parts = splits + (A > 0)
-    if not parts:
-        out.zero_()
-        return
+    whole = splits <= 1
+    parts = 1 if whole else splits + (A > 0)
     tiles = _tiles(Q, K, q.dtype)
-    part = torch.empty(parts, R, H, Q, K, dtype=torch.float32, device=q.device)
-    maximum, total = (part.new_empty(parts, R, H, Q) for _ in range(2))
+    if whole:
+        part, maximum, total = out, None, None
+    else:
+        part = torch.empty(parts, R, H, Q, K, dtype=torch.float32, device=q.device)
+        maximum, total = (part.new_empty(parts, R, H, Q) for _ in range(2))
     strides = *q.stride()[:3], *shared_k.stride()[:3], *suffix_k.stride()[:3]
     inputs = q, shared_k, shared_v, shared_mask.view(torch.uint8), suffix_k, suffix_v, ancestors
     sizes = H, Q, S, M, A, splits, K**-0.5 * _LOG2_E
+    constants = dict(PER_QUERY=shared_mask.shape[1] > 1, WHOLE=int(whole), K=K, KEYS=_KEYS)
     _split_kernel[(R * H, triton.cdiv(Q, tiles["BQ"]), parts)](
-        *inputs, part, maximum, total, *strides, *sizes, PER_QUERY=shared_mask.shape[1] > 1, K=K, KEYS=_KEYS, **tiles
+        *inputs, part, maximum, total, *strides, *sizes, **constants, **tiles
     )
+    if whole:
+        return
     tiles = _combine_tiles(K)
     _combine_kernel[(triton.cdiv(R * H * Q, tiles["BR"]),)](part, maximum, total, out, R * H * Q, parts, K=K, **tiles)
 
@@ -249,7 +267,7 @@ def kernel_cases() -> list[KernelCase]:
                 _split_kernel,
                 (given, given, given, "*u8", given, given, "*i64", fp32, fp32, fp32)
                 + (*strides, H, Q, S, M, A, splits, K**-0.5 * _LOG2_E),
-                dict(PER_QUERY=False, K=K, KEYS=_KEYS, **_tiles(Q, K, dtype)),
+                dict(PER_QUERY=False, WHOLE=0, K=K, KEYS=_KEYS, **_tiles(Q, K, dtype)),
                 shape=shape,
                 bytes=size * K * (N + 2 * R * H * (S + M)) + R * S + 8 * R * Q * A + partial,
                 flops=4 * N * K * (S + A),
@@ -268,4 +286,27 @@ def kernel_cases() -> list[KernelCase]:
                     flops=4 * N * K * (splits + 1),
                 )
             )
+    # prompts are short: one launch
+    for model, R, H, K, Q, S, A, dtype in (
+        ("BASE, 3 beams of a caption", 8, 12, 64, 3, 16, 16, torch.bfloat16),
+        ("BASE, 128 candidates of a question", 8, 12, 64, 128, 32, 6, torch.bfloat16),
+        ("LARGE, 3 beams of a caption", 8, 16, 64, 3, 16, 16, torch.bfloat16),
+        ("head of 160, a caption in fp32", 8, 12, 160, 3, 16, 16, torch.float32),
+    ):
+        given, size = ("*bf16", 2) if dtype == torch.bfloat16 else (fp32, 4)
+        N, M = R * H * Q, Q * A
+        strides = [stride for rows in (Q, S, M) for stride in (H * rows * K, rows * K, K)]
+        cases.append(
+            KernelCase.of_launch(
+                f"{model} decode_attention whole",
+                _split_kernel,
+                (given, given, given, "*u8", given, given, "*i64", given, None, None)
+                + (*strides, H, Q, S, M, A, 1, K**-0.5 * _LOG2_E),
+                dict(PER_QUERY=False, WHOLE=1, K=K, KEYS=_KEYS, **_tiles(Q, K, dtype)),
+                shape=f"{model}, 8 rows, {H} heads of {K}, {Q} queries, {S} shared keys, {A} ancestors",
+                bytes=size * K * (2 * N + 2 * R * H * (S + M)) + R * S + 8 * R * Q * A,
+                flops=4 * N * K * (S + A),
+                dot=dtype == torch.bfloat16,
+            )
+        )
     return cases

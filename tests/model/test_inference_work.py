@@ -36,16 +36,10 @@ def compiled():
 def begin(decoder, context, groups, *, beams=3, max_new_tokens=7, read_out="last"):
     cross = decoder.project_context(context)
     prompts = read_prompts(decoder, cross, groups, read_out, max_new_tokens)
-    return BeamSearch(
-        decoder,
-        cross,
-        prompts,
-        beams=beams,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=2,
-        length_penalty=1.0,
-        classic=True,
-    )
+    options = dict(beams=beams, max_new_tokens=max_new_tokens, min_new_tokens=2, length_penalty=1.0, classic=True)
+    search = BeamSearch(decoder, **options)
+    memory = search.remember(cross, prompts)
+    return search, memory, search.start(memory)
 
 
 @pytest.fixture
@@ -60,10 +54,9 @@ def test_flops_of_a_caption(base):
     """Three beams, 4 -> 20 tokens, none recomputed; every step costs the same."""
     decoder, context = base
     with torch.inference_mode(), CostCounter() as counter:
-        search = begin(decoder, context, [[[0, 5, 6, 7]]], max_new_tokens=16)
-        state = search.start()
+        search, memory, state = begin(decoder, context, [[[0, 5, 6, 7]]], max_new_tokens=16)
         once = counter.flops
-        search.step(search.step(state))
+        search(memory, search(memory, state))
     step = (counter.flops - once) / 2
     # by hand: per token and layer 4 D^2 of self-attention, 2 of cross, 2 of the adaptor, 8 of the MLP, then the head
     D, L, V = 768, 12, 50265
@@ -89,11 +82,10 @@ def test_every_step_issues_the_same_number_of_operators():
     decoder = TextDecoder(dataclasses.replace(CONFIG, text_depth=12)).eval()
     counts = []
     with torch.inference_mode():
-        search = begin(decoder, torch.randn(1, 5, 24), [[[0, 5]]])
-        state = search.start()
+        search, memory, state = begin(decoder, torch.randn(1, 5, 24), [[[0, 5]]])
         for _ in range(6):
             with CostCounter() as counter:
-                state = search.step(state)
+                state = search(memory, state)
             counts.append(counter.calls)
     print(counts, counter.issued)
     assert len(set(counts)) == 1 and 13 * 12 < counts[0] <= MOST_PER_TOKEN
@@ -117,9 +109,8 @@ def test_a_step_needs_no_data():
     """On tensors without data, reading a value raises; a step reads none, and all shapes stay."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         decoder = TextDecoder(CONFIG).eval()
-        search = begin(decoder, torch.empty(2, 5, 24), [[[0, 5, 6]], [[0]]])
-        first = search.start()
-        second = search.step(search.step(first))
+        search, memory, first = begin(decoder, torch.empty(2, 5, 24), [[[0, 5, 6]], [[0]]])
+        second = search(memory, search(memory, first))
     for name, before, after in zip(first._fields, first, second, strict=True):
         assert before.shape == after.shape and before.dtype == after.dtype, name
 
@@ -134,11 +125,11 @@ def test_one_program_for_all_steps(compiled):
     counter, compile_ = compiled
     decoder, context, groups = build_decoder(3), draw_context(2), draw_prompts([[4], [6]])
     with torch.inference_mode():
-        search = begin(decoder, context, groups)
-        step, state = compile_(search.step), search.start()
+        search, memory, state = begin(decoder, context, groups)
+        step = compile_(search)
         for _ in range(6):
-            state = step(state)
-        ours = search.best(state)
+            state = step(memory, state)
+        ours = search.best(memory.prompts, state)
     expected = beam_search(decoder, context, groups, **PLAIN)
     assert counter.frame_count == 1
     assert ours.tokens == expected.tokens

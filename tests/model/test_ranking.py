@@ -57,9 +57,9 @@ def test_memory_bounds_change_no_result(monkeypatch, max_tokens, top_k):
     """The bounds hold, except for the prefix that a part begins inside of."""
     sizes, run = [], ranking._Scorer._run
 
-    def recording(self, plan):
+    def recording(self, cross, prompts, plan):
         sizes.append(plan.tokens.shape[1])
-        return run(self, plan)
+        return run(self, cross, prompts, plan)
 
     monkeypatch.setattr(ranking._Scorer, "_run", recording)
     monkeypatch.setattr(ranking, "_MAX_LOGITS", 3 * CONFIG.vocab_size)
