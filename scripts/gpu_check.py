@@ -215,7 +215,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.report:
         records = _read(options.report / "results.jsonl")
         if not records:
-            parser.error(f"{options.report} holds no results.jsonl; run python scripts/gpu_check.py --out {options.report}")
+            parser.error(
+                f"{options.report} holds no results.jsonl; run python scripts/gpu_check.py --out {options.report}"
+            )
         print(page(records))
         return 0
     wanted = [name for name in options.stages.split(",") if name]

@@ -266,9 +266,7 @@ CALLS: dict[str, OpCalls] = {
         ],
         ours=cross_attention.cross_attention,
         plain=lambda q, c, kw, kb, vw, vb, H: _sdpa(q, F.linear(c, kw, kb), F.linear(c, vw, vb), H),
-        real=lambda m, batch: dict(
-            B=batch, N=TEXT_TOKENS, L=m.tokens, D=m.text_width, E=m.width, H=m.text_heads
-        ),
+        real=lambda m, batch: dict(B=batch, N=TEXT_TOKENS, L=m.tokens, D=m.text_width, E=m.width, H=m.text_heads),
         edges=(dict(B=1, N=1, L=1, D=16, E=16, H=1), dict(B=3, N=5, L=23, D=24, E=40, H=3)),
         tiny=dict(B=2, N=3, L=7, D=16, E=24, H=2),
     ),

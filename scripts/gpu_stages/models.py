@@ -1,5 +1,6 @@
-"""The whole model: against its definitions, without host syncs, a beam step captured, and jobs against plain PyTorch."""
+"""The whole model: against its definitions, without host syncs, beam steps captured, jobs against plain PyTorch."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -8,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from prismer import capture
 from prismer.batch import IGNORE_INDEX, Batch, ImageBatch, TextBatch
 from prismer.config import PrismerConfig, preset, prismer_tiny
 from prismer.experts import BACKGROUND, EXPERTS, FEATURE_WIDTH
 from prismer.freezing import freeze
-from prismer.generation import BeamSearch, BeamState, read_prompts
+from prismer.generation import BeamSearch, BeamState, Memory, beam_search, read_prompts
 from prismer.kernels.dispatch import use_backend
 from prismer.text import TextDecoder
 from prismer.vision import VisionEncoder
@@ -132,18 +134,26 @@ def _distance(ours, theirs) -> float:
     return error / size if size else error
 
 
-def _search(model: Network, batch: int, context: "Context") -> tuple[BeamSearch, BeamState]:
-    """A search of captions after its first token, over random image tokens."""
-    config, head = model.config, model.decoder.head_weight
-    width = model.encoder.positional_embedding.shape[1]
-    tokens = 7 if context.quick else 964
-    image = torch.randn(batch, tokens, width, device=context.device).to(head.dtype)
-    prompt = [config.bos_id, *range(5, 4 + PROMPT)]
+Search = tuple[BeamSearch, Memory, BeamState]
+
+
+def _context(model: Network, batch: int, context: "Context") -> tuple[Tensor, list[list[list[int]]]]:
+    """Random image tokens, and a prompt for each image."""
+    tokens, width = 7 if context.quick else 964, model.encoder.positional_embedding.shape[1]
+    image = torch.randn(batch, tokens, width, device=context.device).to(model.decoder.head_weight.dtype)
+    return image, [[[model.config.bos_id, *range(5, 4 + PROMPT)]]] * batch
+
+
+@torch.inference_mode()
+def _search(model: Network, batch: int, context: "Context") -> Search:
+    """A search of captions after its first token."""
+    image, groups = _context(model, batch, context)
     cross = model.decoder.project_context(image)
-    prompts = read_prompts(model.decoder, cross, [[prompt]] * batch, "last", NEW_TOKENS)
-    options = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, length_penalty=1.0, classic=True)
-    search = BeamSearch(model.decoder, cross, prompts, beams=BEAMS, **options)
-    return search, search.start()
+    prompts = read_prompts(model.decoder, cross, groups, "last", NEW_TOKENS)
+    counts = dict(beams=BEAMS, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    search = BeamSearch(model.decoder, **counts, length_penalty=1.0, classic=True)
+    memory = search.remember(cross, prompts)
+    return search, memory, search.start(memory)
 
 
 def forbid_syncs(context: "Context") -> Iterator[dict]:
@@ -158,17 +168,17 @@ def forbid_syncs(context: "Context") -> Iterator[dict]:
 
     model.eval()
     yield _without_syncs("encoding images", encode, context)
-    with torch.inference_mode():
-        search, state = _search(model, 2, context)
-    yield _without_syncs("a beam step", lambda: _beam_step(search, state), context)
+    found = _search(model, 2, context)
+    yield _without_syncs("a beam step", lambda: _beam_step(found), context)
     model.train()
     freeze(model, "freeze_vision")
     yield _without_syncs("a training step", _step(model, model, batch), context)
 
 
-def _beam_step(search: BeamSearch, state: BeamState) -> BeamState:
-    with torch.inference_mode():
-        return search.step(state)
+@torch.inference_mode()
+def _beam_step(found: Search) -> BeamState:
+    search, memory, state = found
+    return search(memory, state)
 
 
 def _without_syncs(what: str, call: Callable[[], object], context: "Context") -> dict:
@@ -184,31 +194,49 @@ def _without_syncs(what: str, call: Callable[[], object], context: "Context") ->
 
 
 def time_beam_step(context: "Context") -> Iterator[dict]:
-    """A step of three beams: launched by the host, and replayed as one CUDA graph, with equal results."""
-    dtype = torch.float32 if context.quick else torch.bfloat16
-    model = build("base", 480, context, dtype).eval()
+    """A step of three beams as a graph against a call, and whole searches: operator by operator, and as they run."""
+    model = build("base", 480, context, torch.float32 if context.quick else torch.bfloat16).eval()
     for batch in (1,) if context.quick else (1, 8):
-        with torch.inference_mode():
-            search, state = _search(model, batch, context)
-        timed = measure(lambda: _beam_step(search, state), context.device, context.quick)  # noqa: B023 (called at once)
-        yield dict(kind="job", job="beam step", batch=batch, contender="eager host, replayed device", **timed)
-        expected = _beam_step(search, state)
-        replay, result = captured(lambda: _beam_step(search, state), context.device)  # noqa: B023 (called at once)
-        replay()
-        wait_for(context.device)
-        same = all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
-        yield dict(kind="check", what="a captured beam step gives the result of a call", batch=batch, ok=same)
-        start = time.perf_counter()
-        replay()
-        host = time.perf_counter() - start
-        wait_for(context.device)
-        yield dict(
-            kind="job", job="beam step", batch=batch, contender="captured", host_us=1e6 * host, device_us=timed["device_us"]
-        )
+        yield from _time_beams(model, batch, context)
+
+
+def _time_beams(model: Network, batch: int, context: "Context") -> Iterator[dict]:
+    found = _search(model, batch, context)
+
+    def step() -> BeamState:
+        return _beam_step(found)
+
+    yield _job("beam step", batch, "a call", measure(step, context.device, context.quick))
+    expected = step()
+    replay, result = captured(step, context.device)
+    replay()
+    wait_for(context.device)
+    same = all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
+    yield dict(kind="check", what="a captured beam step gives the result of a call", batch=batch, ok=same)
+
+    image, groups = _context(model, batch, context)
+    counts = dict(beams=BEAMS, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    texts = {}
+    for contender, way in (("operator by operator", capture.eager), ("as it runs", nullcontext)):
+        times = []
+        # shapes are recorded when they come for the second time
+        for _ in range(3 if context.quick else 8):
+            wait_for(context.device)
+            start = time.perf_counter()
+            with way():
+                texts[contender] = beam_search(model.decoder, image, groups, **counts).tokens
+            times.append(time.perf_counter() - start)
+        yield _job("search of 16 tokens", batch, contender, dict(host_us=1e6 * statistics.median(times[2:])))
+    same = len({str(tokens) for tokens in texts.values()}) == 1
+    yield dict(kind="check", what="a recorded search writes the words of an eager one", batch=batch, ok=same)
+
+
+def _job(job: str, batch: int, contender: str, timed: dict) -> dict:
+    return dict(kind="job", job=job, model="base", batch=batch, contender=contender) | timed
 
 
 def time_jobs(context: "Context") -> Iterator[dict]:
-    """Encoding at 480 px and training steps at 224 and 480 px: the default choice, torch operators, the published way."""
+    """Encoding and training steps of BASE and LARGE: the default choice, `torch` for every op, the published way."""
     end = time.monotonic() + 0.9 * context.seconds
     dtype = torch.float32 if context.quick else torch.bfloat16
     jobs = [("base", 480, "encode", 1)] if context.quick else _JOBS

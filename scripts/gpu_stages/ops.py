@@ -67,9 +67,7 @@ def backends_of(calls: OpCalls, device: str) -> list[str]:
     return [b.name for b in calls.op.backends if calls.op._unusable(b, device) is None]
 
 
-def _compare(
-    calls: OpCalls, shape: Shape, dtype: torch.dtype, backend: str, trained: bool, context: "Context"
-) -> dict:
+def _compare(calls: OpCalls, shape: Shape, dtype: torch.dtype, backend: str, trained: bool, context: "Context") -> dict:
     """Errors relative to those of plain PyTorch, and whether repeats, a side stream and a graph give the same."""
     torch.manual_seed(0)
     device, dy = context.device, Upstream() if trained else None
@@ -109,7 +107,7 @@ def _compare(
 
 
 def _share(ours: Tensor, plain: Tensor, exact: Tensor, times: int) -> float:
-    """Our error as a share of what is allowed: `times` that of plain PyTorch, and one rounding of the largest number."""
+    """Our error as a share of what is allowed: `times` that of plain PyTorch, or a rounding of the largest number."""
     if ours.shape != exact.shape:
         return float("inf")
     if not exact.numel():

@@ -96,9 +96,7 @@ def page(records: list[dict]) -> str:
         names = sorted({name for _, rows, _ in timed for name in rows})
         body = []
         for key, rows, best in timed:
-            cells = [
-                f"{rows[n]['device_us']:.4g} ({rows[n]['host_us']:.3g})" if n in rows else "" for n in names
-            ]
+            cells = [f"{rows[n]['device_us']:.4g} ({rows[n]['host_us']:.3g})" if n in rows else "" for n in names]
             over = _ratio(rows.get("plain"), best)
             body.append([key["op"], key["dtype"], key["shape"], key["pass"], *cells, best["backend"], over])
         lines += _table(["op", "dtype", "shape", "pass", *names, "fastest of ours", "plain / fastest"], body)
@@ -112,7 +110,9 @@ def page(records: list[dict]) -> str:
         for call, rows in swept.items():
             now = next((r for r in rows if r["tiles"] is None), None)
             best = min(rows, key=lambda r: r["device_us"])
-            body.append([call, now and now["device_us"], best["tiles"] or "as now", best["device_us"], _ratio(now, best)])
+            body.append(
+                [call, now and now["device_us"], best["tiles"] or "as now", best["device_us"], _ratio(now, best)]
+            )
         lines += _table(["call", "now, us", "best blocks", "best, us", "now / best"], body)
     jobs = _of(records, "job")
     if jobs:

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING
 from unittest import mock
 
@@ -27,7 +28,7 @@ PLAIN = "plain"
 
 
 def _shapes(name: str, quick: bool) -> list[Shape]:
-    """The model's shapes, without repeats: the 480 px models at every batch, 224 px (pre-training) at the larger ones."""
+    """The model's shapes: those of 480 px at every batch, those of 224 px (pre-training) at the larger batches."""
     calls = CALLS[name]
     if quick:
         return [calls.tiny]
@@ -121,7 +122,16 @@ def _fixed(op: str, tiles: dict | None) -> Iterator[None]:
         return
     where, name = (gemm, "_tiles") if op == "gemm" else (triton_backend, "tiles")
     with mock.patch.object(where, name, lambda *_, **__: dict(tiles)):
+        _forget(where)
         yield
+    _forget(where)
+
+
+def _forget(module: ModuleType) -> None:
+    """Clear the caches of a module: they hold tiles."""
+    for value in vars(module).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
 
 
 def _tile_cases(context: "Context") -> dict[str, tuple[str, Shape, Callable[[], object]]]:
