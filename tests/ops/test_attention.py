@@ -435,6 +435,7 @@ def test_gradcheck():
 # which backend
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("amx", "mkl"), ((False, True), (True, True), (False, False)))
 def test_the_instruction_set_and_the_vendor_decide_until_it_is_measured(monkeypatch, amx, mkl):
     """AMX multiplies 16 bits faster than our vectors; where MKL is fast, torch is faster for few queries."""
@@ -454,6 +455,7 @@ def test_the_instruction_set_and_the_vendor_decide_until_it_is_measured(monkeypa
     assert chosen(512, torch.float32, True) == "native"
 
 
+@pytest.mark.cpu
 def test_which_backend_is_chosen(count_calls, monkeypatch):
     """On a CPU ours where it is faster or a seed is given, torch's own with dropout; the argument beats the context."""
     monkeypatch.setattr(native_backend, "mkl_is_slow", lambda: True)
@@ -476,6 +478,7 @@ def test_which_backend_is_chosen(count_calls, monkeypatch):
         assert ours(backend="sdpa") == []
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("change", "backend", "message"),
     (

@@ -21,6 +21,8 @@ from prismer.kernels import dispatch
 from prismer.kernels.attention import OP, attention_reference, peers
 from prismer.kernels.attention.call import Call, Facts
 
+pytestmark = pytest.mark.cpu
+
 BF16 = torch.bfloat16
 
 

@@ -35,6 +35,8 @@ from prismer.kernels.dispatch import (
 from prismer.kernels.layer_norm import layer_norm
 from prismer.kernels.tuning.tables import Table
 
+pytestmark = pytest.mark.cpu
+
 OPS = {op.name: op for op in all_ops()}
 # parts of the loss and of attention, which have the definitions, and a plain product
 PARTS = ("logit_statistics", "philox_kept", "linear")

@@ -15,6 +15,8 @@ from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
 from prismer.kernels.tuning import tables
 
+pytestmark = pytest.mark.cpu
+
 
 @pytest.fixture(params=(True, False), ids=("onednn", "torch"))
 def library(request):

@@ -14,6 +14,8 @@ from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
 
+pytestmark = pytest.mark.cpu
+
 D, E = 12, 20
 
 

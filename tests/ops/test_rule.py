@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from prismer.kernels.dispatch import native_missing, use_backend
 
+pytestmark = pytest.mark.cpu
+
 
 def one_after_another(terms: torch.Tensor) -> torch.Tensor:
     """The sum over the last dimension in fp32 or shorter, rounded after each term."""

@@ -24,6 +24,8 @@ from prismer.kernels.tuning import measure, tables
 from prismer.kernels.tuning.measure import Measurement, pick
 from prismer.kernels.tuning.tables import Entry, Table
 
+pytestmark = pytest.mark.cpu
+
 CPU = torch.device("cpu")
 NORM_KEY = ("layer_norm", torch.float32, False, (8, 6, 0))
 
