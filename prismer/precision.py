@@ -1,8 +1,8 @@
 """The precision of training and inference: bf16 if the processor is at least as fast in it, else fp32.
 
 Recent GPUs are at least as fast in bf16. A CPU without AVX512-BF16 or AMX emulates bf16, ten to a hundred times slower
-than fp32, and one with these instructions may still be slower at small widths. So a CPU is measured: for training at the
-start of a run, one layer of each kind forward and backward; for inference by `prismer tune`, the many rows of the
+than fp32, and one with these instructions may still be slower at small widths. So a CPU is measured: for training at
+the start of a run, one layer of each kind forward and backward; for inference by `prismer tune`, the many rows of the
 encoder and the few rows of the decoder. Loading a model measures nothing: the same machine gives the same answers.
 """
 

@@ -10,6 +10,7 @@ an entry whose implementation is gone is ignored where it is looked up.
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -83,8 +84,22 @@ class Table:
     problem: str = ""
 
     def choices(self) -> dict[tuple, str]:
-        """The choices by key."""
-        return {entry.key: entry.choice for entry in self.entries}
+        """The choices by key; classes of rows near a measured one, up to four times as many or as few, take its choice.
+
+        The first number of a shape counts rows, images or heads. Only it may differ: the widths are exact.
+        """
+        groups: dict[tuple, dict[int, str]] = {}
+        for entry in self.entries:
+            if entry.shape:
+                groups.setdefault((*entry.key[:3], entry.shape[1:]), {})[entry.shape[0]] = entry.choice
+        found = {}
+        for (*call, rest), measured in groups.items():
+            for rows in {
+                max(1, near) for first in measured for near in (first >> 2, first >> 1, first << 1, first << 2)
+            }:
+                nearest = min(measured, key=lambda first: (abs(math.log2(first / rows)), first))
+                found[*call, (rows, *rest)] = measured[nearest]
+        return found | {entry.key: entry.choice for entry in self.entries}
 
     def to_json(self) -> str:
         """The content of the file; the same table always gives the same text."""

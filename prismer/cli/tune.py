@@ -75,7 +75,7 @@ def _compile_kernels(device: "torch.device") -> None:
     import torch
 
     from prismer.kernels.aot.compile import compile_cases
-    from prismer.kernels.aot.tables import all_cases
+    from prismer.kernels.aot.cases import all_cases
 
     if device.type != "cuda":
         raise InputError("--compile compiles Triton kernels for a GPU, and the device is a CPU; leave it out")

@@ -9,6 +9,8 @@ from prismer.dataloading.feed.loader import Loader
 from prismer.dataloading.scenes.dataset import render_dataset
 from prismer.errors import InputError
 from prismer.freezing import freeze
+from prismer.kernels import tuning
+from prismer.kernels.tuning.tables import Table
 from prismer.model import Prismer
 from prismer.precision import NAMES, choose_precision, slow_resumption
 from prismer.training import zero
@@ -60,7 +62,10 @@ class Run:
         self.folder = RunFolder(config.folder)
         micro_batch = config.micro_batch(dist.get_world_size())
         zero.check_settings(config, settings)
-        self.precision = zero.run_on_rank_zero(lambda: _prepare(config, self.folder, self.device, fresh), self.group)
+        prepared = zero.run_on_rank_zero(lambda: _prepare(config, self.folder, self.device, fresh), self.group)
+        self.precision = prepared["precision"]
+        # every rank takes the implementations that rank 0 takes
+        tuning.use_table(self.device.type, Table.from_json(prepared["table"]))
 
         checkpoint = self.folder.last()
         if checkpoint:
@@ -96,8 +101,12 @@ class Run:
         return predict(model, self.val_loader, self.config.task, self.statistics, group=self.group, **options)
 
 
-def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh: bool) -> str:
-    """On rank 0, before anything is built: lock and check the run folder, render the data, choose the precision."""
+def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh: bool) -> dict[str, str]:
+    """On rank 0, before anything is built: lock and check the run folder, render the data, choose the precision.
+
+    Returns:
+        The precision, and the table of measured choices as text.
+    """
     data = Path(config.data)
     model = initial_config(config.model)
     if config.data != EMBEDDED_DATA:
@@ -116,12 +125,15 @@ def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh
         print_on_rank_zero(why)
         return chosen
 
-    precision, changes = folder.reconcile_settings(config, choose)
+    table = tuning.table(device.type)
+    if advice := tuning.advice(device.type):
+        print_on_rank_zero(advice)
+    precision, changes = folder.reconcile_settings(config, choose, table.digest if table.entries else "")
     if folder.last() and (slow := slow_resumption(precision, model, device)):
         print_on_rank_zero(slow)
     for change in changes:
         print_on_rank_zero(f"changed since the run was started: {change}")
-    return precision
+    return dict(precision=precision, table=table.to_json())
 
 
 def _count_steps(config: TrainConfig, loader: Loader) -> tuple[int, int]:

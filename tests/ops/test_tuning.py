@@ -35,9 +35,10 @@ def home(monkeypatch, tmp_path):
     """A home for tables of its own; what was loaded before is forgotten, and forgotten again afterwards."""
     monkeypatch.setenv("PRISMER_HOME", str(tmp_path))
     monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    before = tuning.table("cpu")
     tuning.forget()
     yield tmp_path
-    tuning.use_table("cpu", Table())
+    tuning.use_table("cpu", before)
 
 
 def entry(choice="native", key=NORM_KEY, prior="host", **times):
@@ -71,7 +72,24 @@ def test_a_table_survives_its_file():
     table = Table(machine=dict(device="x", instructions="avx2"), entries=(entry(native=2.0, host=3.0),))
     again = Table.from_json(table.to_json())
     assert again == table and again.to_json() == table.to_json() and again.digest == table.digest
-    assert again.choices() == {NORM_KEY: "native"} and again.entries[0].gain == 1.5
+    assert again.choices()[NORM_KEY] == "native" and again.entries[0].gain == 1.5
+
+
+def test_classes_of_rows_near_a_measured_one_take_its_choice():
+    def norm(rows, width, choice):
+        return entry(choice, ("layer_norm", torch.float32, False, (rows, width, 0)))
+
+    found = Table(entries=(norm(8, 6, "native"), norm(256, 6, "host"), norm(8, 7, "torch"))).choices()
+    rows = {key[3][0]: choice for key, choice in found.items() if key[3][1] == 6}
+    assert rows == {n: "native" for n in (2, 4, 8, 16, 32)} | {n: "host" for n in (64, 128, 256, 512, 1024)}
+    assert found["layer_norm", torch.float32, False, (16, 7, 0)] == "torch"
+    assert ("layer_norm", torch.float32, True, (8, 6, 0)) not in found
+    assert (
+        Table(entries=(norm(1, 6, "native"), norm(4, 6, "host"))).choices()[
+            "layer_norm", torch.float32, False, (2, 6, 0)
+        ]
+        == "native"
+    )
 
 
 def test_the_digest_is_of_the_choices_alone():
@@ -83,7 +101,7 @@ def test_the_digest_is_of_the_choices_alone():
 def test_a_table_of_this_machine_is_found(home):
     path = write(Table(machine=tables.machine("cpu"), entries=(entry(),)))
     assert tuning.choice("cpu", NORM_KEY) == "native"
-    assert tuning.choice("cpu", (*NORM_KEY[:3], (16, 6, 0))) is None
+    assert tuning.choice("cpu", (*NORM_KEY[:3], (16, 7, 0))) is None
     assert tuning.table().source == str(path) and tuning.advice("cpu") is None
 
 

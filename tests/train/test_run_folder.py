@@ -254,6 +254,14 @@ def test_a_resumed_run_keeps_its_precision_and_fixed_settings(tmp_path):
     again = replace(CONFIG, seed=1, learning_rate=0.5)
     precision, changes = run.reconcile_settings(again, lambda: pytest.fail("the precision was chosen again"))
     assert precision == "fp32" and changes == ["learning_rate: 0.01 -> 0.5"]
+    # measured choices that came or went are named; a run of an earlier version knew none
+    _, changes = run.reconcile_settings(again, lambda: "fp32", "3f2a")
+    assert changes == ["measured choices: none -> 3f2a, so sums may round otherwise"]
+    assert run.reconcile_settings(again, lambda: "fp32", "3f2a") == ("fp32", [])
+    settings = json.loads((run.path / "train_config.json").read_text())
+    del settings["choices"]
+    (run.path / "train_config.json").write_text(json.dumps(settings))
+    assert run.reconcile_settings(again, lambda: "fp32", "3f2a") == ("fp32", [])
     with pytest.raises(ValueError, match="was trained with batch_size 32, not 64; .* --fresh"):
         run.reconcile_settings(replace(again, batch_size=64), lambda: "fp32")
     with pytest.raises(ValueError, match="trains in fp32, not bf16"):

@@ -8,6 +8,10 @@ import torch
 
 from prismer import precision
 from prismer.config import prismer_tiny
+from prismer.kernels import tuning
+from prismer.kernels.tuning.tables import Entry, Table
+from prismer.training import setup
+from prismer.training.config import TrainConfig
 from prismer.training.initial_model import build_initial_model, initial_config
 
 CPU = torch.device("cpu")
@@ -87,3 +91,23 @@ def test_a_run_starts_from_a_model_folder_or_a_preset(workshop):
         initial_config("bse")
     with pytest.raises(ValueError, match="no pre-trained towers of preset 'base'"):
         build_initial_model("base")
+
+
+def test_every_rank_takes_the_measured_choices_of_rank_zero(monkeypatch):
+    """Two ranks with different tables would run different implementations, whose sums differ."""
+    entry = Entry(op="layer_norm", dtype="float32", gradient=False, shape=(8, 6, 0), choice="native", prior="host")
+    of_rank_zero, own = Table(entries=(entry,)), tuning.table("cpu")
+    monkeypatch.setattr(setup.zero, "start_distributed", lambda local_rank: (CPU, None))
+    monkeypatch.setattr(setup.zero, "check_settings", lambda *_: None)
+    monkeypatch.setattr(setup.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(setup.dist, "get_world_size", lambda: 2)
+    prepared = dict(precision="fp32", table=of_rank_zero.to_json())
+    monkeypatch.setattr(setup.zero, "run_on_rank_zero", lambda work, group: prepared)
+    monkeypatch.setattr(setup.RunFolder, "last", lambda self: (_ for _ in ()).throw(InterruptedError))
+    try:
+        with pytest.raises(InterruptedError):
+            setup.Run(TrainConfig(batch_size=32), {})
+        assert tuning.table("cpu").digest == of_rank_zero.digest != own.digest
+        assert tuning.choice("cpu", entry.key) == "native"
+    finally:
+        tuning.use_table("cpu", own)
