@@ -92,13 +92,11 @@ class Table:
         for entry in self.entries:
             if entry.shape:
                 groups.setdefault((*entry.key[:3], entry.shape[1:]), {})[entry.shape[0]] = entry.choice
-        found = {}
-        for (*call, rest), measured in groups.items():
-            for rows in {
-                max(1, near) for first in measured for near in (first >> 2, first >> 1, first << 1, first << 2)
-            }:
-                nearest = min(measured, key=lambda first: (abs(math.log2(first / rows)), first))
-                found[*call, (rows, *rest)] = measured[nearest]
+        found: dict[tuple, str] = {}
+        for (op, dtype, gradient, rest), measured in groups.items():
+            for rows in {max(1, near) for rows in measured for near in (rows >> 2, rows >> 1, rows << 1, rows << 2)}:
+                nearest = min(measured, key=lambda other: (abs(math.log2(other / rows)), other))
+                found[op, dtype, gradient, (rows, *rest)] = measured[nearest]
         return found | {entry.key: entry.choice for entry in self.entries}
 
     def to_json(self) -> str:
