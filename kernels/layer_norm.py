@@ -150,27 +150,39 @@ def _backward_kernel(
     p_dtotal,
     p_x,
     p_weight,
+    p_bias,
     p_mean,
     p_rstd,
     p_dx,
+    p_y,
     p_partial,
     R,
     D,
     blocks,
     HAS_TOTAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     AFFINE: tl.constexpr,
+    STREAM: tl.constexpr,
+    STORE_Y: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program takes `blocks` blocks of rows and writes its partial sums for the affine to its own row."""
+    """One program takes `blocks` blocks of rows and writes its partial sums to its own row.
+
+    The sums are those for the AFFINE and of the gradient of the STREAM: dtotal if there is one, else dx. STORE_Y writes
+    the output of the forward pass again.
+    """
     i_group = tl.program_id(0).to(tl.int64)
     o_col = tl.arange(0, BD)
     m_col = o_col < D
     if HAS_WEIGHT:
         b_weight = tl.load(p_weight + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+    if STORE_Y and HAS_BIAS:
+        b_bias = tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
     b_dweight = tl.zeros((BD,), tl.float32)
     b_dbias = tl.zeros((BD,), tl.float32)
+    b_dstream = tl.zeros((BD,), tl.float32)
     for i in range(blocks):
         o_row = (i_group * blocks + i) * BR + tl.arange(0, BR)
         m_row = o_row < R
@@ -187,20 +199,36 @@ def _backward_kernel(
         b_g2 = tl.sum(b_g * b_xhat, 1) / D
         b_dx = b_rstd[:, None] * (b_g - b_g1[:, None] - b_xhat * b_g2[:, None])
         if HAS_TOTAL:
-            b_dx += tl.load(p_dtotal + o, mask=m, other=0.0).to(tl.float32)
+            b_dtotal = tl.load(p_dtotal + o, mask=m, other=0.0).to(tl.float32)
+            b_dx += b_dtotal
+            if STREAM:
+                b_dstream += tl.sum(b_dtotal, 0)
+        elif STREAM:
+            b_dstream += tl.sum(tl.where(m, b_dx, 0.0), 0)
+        if STORE_Y:
+            b_y = b_xhat
+            if HAS_WEIGHT:
+                b_y = b_y * b_weight
+            if HAS_BIAS:
+                b_y += b_bias
+            tl.store(p_y + o, b_y.to(p_y.dtype.element_ty), mask=m)
         tl.store(p_dx + o, b_dx.to(p_dx.dtype.element_ty), mask=m)
         if AFFINE:
             b_dweight += tl.sum(b_dy * b_xhat, 0)
             b_dbias += tl.sum(b_dy, 0)
+    o = i_group * D + o_col
+    each = tl.num_programs(0).to(tl.int64) * D
     if AFFINE:
-        o = i_group * D + o_col
         tl.store(p_partial + o, b_dweight, mask=m_col)
-        tl.store(p_partial + tl.num_programs(0).to(tl.int64) * D + o, b_dbias, mask=m_col)
+        tl.store(p_partial + each + o, b_dbias, mask=m_col)
+    if STREAM:
+        # behind those for the affine
+        tl.store(p_partial + (2 * AFFINE) * each + o, b_dstream, mask=m_col)
 
 
 @triton.jit(do_not_specialize=["P"])
-def _sum_groups_kernel(p_partial, p_sum, p_second, P, D, BP: tl.constexpr, BD: tl.constexpr):
-    """Column sums of (P, D) partial sums, in a fixed order; program 1 of the second axis sums the next (P, D)."""
+def _sum_groups_kernel(p_partial, p_sum, p_second, p_third, P, D, BP: tl.constexpr, BD: tl.constexpr):
+    """Column sums of (P, D) partial sums, in a fixed order; programs 1 and 2 of the second axis sum the next (P, D)."""
     p_partial += tl.program_id(1).to(tl.int64) * P * D
     o_col = tl.program_id(0) * BD + tl.arange(0, BD)
     b_sum = tl.zeros((BP, BD), tl.float32)
@@ -211,8 +239,12 @@ def _sum_groups_kernel(p_partial, p_sum, p_second, P, D, BP: tl.constexpr, BD: t
     b_total = tl.sum(b_sum, 0)
     if tl.program_id(1) == 0:
         tl.store(p_sum + o_col, b_total.to(p_sum.dtype.element_ty), mask=o_col < D)
-    else:
-        tl.store(p_second + o_col, b_total.to(p_second.dtype.element_ty), mask=o_col < D)
+    if p_second is not None:
+        if tl.program_id(1) == 1:
+            tl.store(p_second + o_col, b_total.to(p_second.dtype.element_ty), mask=o_col < D)
+    if p_third is not None:
+        if tl.program_id(1) == 2:
+            tl.store(p_third + o_col, b_total.to(p_third.dtype.element_ty), mask=o_col < D)
 
 
 @functools.cache
@@ -238,11 +270,11 @@ def _groups(R: int, BR: int, most: int = _MOST_GROUPS) -> tuple[int, int]:
     return cdiv(blocks, each), each
 
 
-def sum_groups(partial: Tensor, total: Tensor, second: Tensor | None = None) -> None:
-    """Column sums of (P, D) partial sums in fp32, in a fixed order, into `total`; of (2, P, D) into `second` too."""
+def sum_groups(partial: Tensor, total: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> None:
+    """Column sums of (P, D) partial sums in fp32, in a fixed order, into `total`; of (3, P, D) into the others too."""
     P, D = partial.shape[-2:]
-    grid = cdiv(D, _SUM_TILES["BD"]), 1 if second is None else 2
-    launch(_sum_groups_kernel, grid, (partial, total, second), (P, D), _SUM_TILES)
+    grid = cdiv(D, _SUM_TILES["BD"]), 1 + (second is not None) + (third is not None)
+    launch(_sum_groups_kernel, grid, (partial, total, second, third), (P, D), _SUM_TILES)
 
 
 def _forward_triton(
@@ -268,20 +300,32 @@ def _backward_triton(
     mean: Tensor,
     rstd: Tensor,
     outputs: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None = None,
+    stream: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> None:
-    """Fill `outputs`: dx, dweight and dbias; the last two are empty if the affine needs no gradient."""
+    """Fill `outputs`: dx, dweight and dbias; the last two are empty if the affine needs no gradient.
+
+    Fill `stream` with the column sums of dtotal, or of dx without it, and `y` with the output of the forward pass.
+    """
     R, D = x.shape
-    dx, dweight, dbias = outputs
-    affine = dweight.numel() > 0
+    dx, *affine = outputs
+    sums = [t for t in (*affine, stream) if t is not None and t.numel()]
     tiles = _tiles(D, backward=True)
     # without sums over rows every block is a program of its own
-    P, blocks = _groups(R, tiles["BR"]) if affine else (cdiv(R, tiles["BR"]), 1)
-    partial = torch.empty(2, P, D, dtype=torch.float32, device=x.device) if affine else None
-    given = dict(HAS_TOTAL=dtotal is not None, HAS_WEIGHT=weight is not None, AFFINE=affine)
-    pointers = dy, dtotal, x, weight, mean, rstd, dx, partial
+    P, blocks = _groups(R, tiles["BR"]) if sums else (cdiv(R, tiles["BR"]), 1)
+    partial = torch.empty(len(sums), P, D, dtype=torch.float32, device=x.device) if sums else None
+    given = _given(dtotal, weight, bias, len(sums) > 1, stream, y)
+    pointers = dy, dtotal, x, weight, bias, mean, rstd, dx, y, partial
     launch(_backward_kernel, (P,), pointers, (R, D, blocks), given | tiles)
-    if affine:
-        sum_groups(partial, dweight, dbias)
+    if sums:
+        sum_groups(partial, *sums)
+
+
+def _given(dtotal: Any, weight: Any, bias: Any, affine: bool, stream: Any, y: Any) -> dict[str, bool]:
+    """The flags of the backward pass, from arguments that are tensors or None."""
+    flags = dict(HAS_TOTAL=dtotal is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None)
+    return flags | dict(AFFINE=affine, STREAM=stream is not None, STORE_Y=y is not None)
 
 
 # torch
@@ -385,6 +429,35 @@ def _backward(
     return dx, *(part.to(dtype) for part in sums)
 
 
+def backward_in_one_pass(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    affine: bool,
+    stream: torch.dtype | None,
+    again: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The backward pass for an op around a norm, which needs more of the same numbers; contiguous arguments.
+
+    Returns:
+        dx, dweight and dbias as the op returns them; the column sums of dtotal, or of dx without it, in the dtype
+        `stream`; and the output of the forward pass if it is needed `again`. The last two are None if they are not
+        asked for, or if the backend does not make them in the same pass.
+    """
+    if not x.shape[0] or OP.choose(x) != "triton":
+        return *layer_norm_backward_op(dy, dtotal, x, weight, mean, rstd, affine), None, None
+    outputs = _backward_fake(x, weight, mean, affine)
+    sums = None if stream is None else x.new_empty(x.shape[1], dtype=stream)
+    y = torch.empty_like(x) if again else None
+    # the bias is read for the output alone
+    _backward_triton(dy, dtotal, x, weight, mean, rstd, outputs, bias if again else None, sums, y)
+    return *outputs, sums, y
+
+
 def _backward_fake(x: Tensor, weight: Tensor | None, mean: Tensor, affine: bool) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.dtype if weight is None else weight.dtype
     dweight, dbias = (mean.new_empty(x.shape[1] if affine else 0, dtype=dtype) for _ in range(2))
@@ -481,7 +554,7 @@ def kernel_cases() -> list[KernelCase]:
     for model, R, D in (("BASE", 8 * 964, 768), ("LARGE", 8 * 1220, 1024)):
         tiles, backward = _tiles(D), _tiles(D, backward=True)
         P, blocks = _groups(R, backward["BR"])
-        rows = bf16, bf16, bf16, bf16, fp32, fp32, bf16
+        rows = bf16, bf16, bf16, bf16, bf16, fp32, fp32, bf16
         case = functools.partial(KernelCase.of_launch, shape=f"{model} 480 px, 8 images, {R} x {D}")
         cases += [
             case(
@@ -493,28 +566,28 @@ def kernel_cases() -> list[KernelCase]:
                 flops=9 * R * D,
             ),
             case(
-                f"{model} layer_norm backward",
+                f"{model} layer_norm backward, all sums and output",
                 _backward_kernel,
-                (*rows, fp32, R, D, blocks),
-                dict(HAS_TOTAL=True, HAS_WEIGHT=True, AFFINE=True, **backward),
-                bytes=4 * R * D * 2 + D * 2 + 8 * R + 8 * P * D,
-                flops=18 * R * D,
+                (*rows, bf16, fp32, R, D, blocks),
+                _given(bf16, bf16, bf16, True, bf16, bf16) | backward,
+                bytes=5 * R * D * 2 + 2 * D * 2 + 8 * R + 12 * P * D,
+                flops=21 * R * D,
             ),
             case(
                 f"{model} layer_norm backward, frozen",
                 _backward_kernel,
-                (*rows, None, R, D, 1),
-                dict(HAS_TOTAL=True, HAS_WEIGHT=True, AFFINE=False, **backward),
+                (*rows[:4], None, *rows[5:], None, None, R, D, 1),
+                _given(bf16, bf16, None, False, None, None) | backward,
                 bytes=4 * R * D * 2 + D * 2 + 8 * R,
                 flops=14 * R * D,
             ),
             case(
                 f"{model} layer_norm affine sums",
                 _sum_groups_kernel,
-                (fp32, bf16, bf16, P, D),
+                (fp32, bf16, bf16, bf16, P, D),
                 _SUM_TILES,
-                bytes=8 * P * D + 4 * D,
-                flops=2 * P * D,
+                bytes=12 * P * D + 6 * D,
+                flops=3 * P * D,
                 vector_loads=False,
             ),
         ]

@@ -7,7 +7,8 @@ kernel combines the T = ceil(S / 256) + (A > 0) parts in order; T is 1 in the fi
 on Q alone, so a row gives the same bits in any batch. Traffic, for numbers of s bytes, L listed slots over all queries
 of all rows:
     split     reads R H Q K s T + 2 R H S K s ceil(Q / BQ) + R H S ceil(Q / BQ) of the mask (R H Q S if it differs by
-              query) + 8 R H Q A + 2 H L K s; writes R H T Q (4 K + 8), or R H Q K s if T is 1
+              query) + 8 R H Q A + 2 H L K s; writes R H T Q (4 K + 8). If T is 1, it reads the
+              queries twice and writes R H Q K s
     combine   reads R H T Q (4 K + 8), writes R H Q K s
     dots      4 K FLOPs for each of R H ceil(Q / BQ) BQ queries and each key, S rounded up to BN
 So up to 64 queries read the K s bytes of a key once; attention on repeated keys reads them for each query.
@@ -36,6 +37,116 @@ def _raise_max(b_max, b_new):
     # before the first key the maximum is -inf, and -inf - -inf would be nan
     b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
     return b_new, b_shift, tl.exp2(b_max - b_shift)
+
+
+@triton.jit
+def _shared_keys(
+    state,
+    p_q,
+    p_shared_k,
+    p_shared_v,
+    p_mask,
+    base,
+    shared_key,
+    i_row,
+    first,
+    o_query,
+    m_query,
+    Q,
+    S,
+    scale,
+    PER_QUERY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    K: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    BN: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """The state (maximum, sum, both parts of the output) after KEYS shared keys from `first` on."""
+    b_max, b_sum, b_out1, b_out2 = state
+    o_k1, o_k2 = tl.arange(0, K1), K1 + tl.arange(0, K2 if K2 > 0 else 16)
+    m_k1, m_k2 = o_k1 < K, o_k2 < K
+    b_q1 = tl.load(p_q + o_k1[None, :], mask=m_query[:, None] & m_k1[None, :], other=0.0)
+    if K2 > 0:
+        b_q2 = tl.load(p_q + o_k2[None, :], mask=m_query[:, None] & m_k2[None, :], other=0.0)
+    for start in range(first, tl.minimum(S, first + KEYS), BN):
+        o_key = start + tl.arange(0, BN)
+        m_key = o_key < S
+        o = base + o_key.to(tl.int64)[:, None] * shared_key
+        m1 = m_key[:, None] & m_k1[None, :]
+        b_k1 = tl.load(p_shared_k + o + o_k1[None, :], mask=m1, other=0.0)
+        b_score = tl.dot(b_q1, b_k1.T, input_precision=PRECISION)
+        if K2 > 0:
+            m2 = m_key[:, None] & m_k2[None, :]
+            b_k2 = tl.load(p_shared_k + o + o_k2[None, :], mask=m2, other=0.0)
+            b_score = tl.dot(b_q2, b_k2.T, b_score, input_precision=PRECISION)
+        if PER_QUERY:
+            o_mask = (i_row * Q + o_query)[:, None] * S + o_key[None, :]
+            m = m_query[:, None] & m_key[None, :]
+            m = m & (tl.load(p_mask + o_mask, mask=m, other=0) != 0)
+        else:
+            m = (tl.load(p_mask + i_row * S + o_key, mask=m_key, other=0) != 0)[None, :]
+        b_score = tl.where(m, b_score * scale, float("-inf"))
+        b_max, b_shift, b_rescale = _raise_max(b_max, tl.max(b_score, 1))
+        b_weight = tl.exp2(b_score - b_shift[:, None])
+        b_sum = b_sum * b_rescale + tl.sum(b_weight, 1)
+        b_v1 = tl.load(p_shared_v + o + o_k1[None, :], mask=m1, other=0.0)
+        b_weight = b_weight.to(b_v1.dtype)
+        b_out1 *= b_rescale[:, None]
+        b_out1 = tl.dot(b_weight, b_v1, b_out1, input_precision=PRECISION)
+        if K2 > 0:
+            b_v2 = tl.load(p_shared_v + o + o_k2[None, :], mask=m2, other=0.0)
+            b_out2 *= b_rescale[:, None]
+            b_out2 = tl.dot(b_weight, b_v2, b_out2, input_precision=PRECISION)
+    return b_max, b_sum, b_out1, b_out2
+
+
+@triton.jit
+def _listed_slots(
+    state,
+    p_q,
+    p_suffix_k,
+    p_suffix_v,
+    p_ancestors,
+    base,
+    suffix_slot,
+    m_query,
+    M,
+    A,
+    scale,
+    K: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+):
+    """The state after the A slots that p_ancestors lists for each query."""
+    b_max, b_sum, b_out1, b_out2 = state
+    o_k1, o_k2 = tl.arange(0, K1), K1 + tl.arange(0, K2 if K2 > 0 else 16)
+    m_k1, m_k2 = o_k1 < K, o_k2 < K
+    b_q1 = tl.load(p_q + o_k1[None, :], mask=m_query[:, None] & m_k1[None, :], other=0.0)
+    if K2 > 0:
+        b_q2 = tl.load(p_q + o_k2[None, :], mask=m_query[:, None] & m_k2[None, :], other=0.0)
+    for i in range(A):
+        b_slot = tl.load(p_ancestors + i, mask=m_query, other=-1)
+        m_slot = (b_slot >= 0) & (b_slot < M)
+        o = base + b_slot[:, None] * suffix_slot
+        m1 = m_slot[:, None] & m_k1[None, :]
+        b_k1 = tl.load(p_suffix_k + o + o_k1[None, :], mask=m1, other=0.0)
+        b_score = tl.sum(b_q1.to(tl.float32) * b_k1.to(tl.float32), 1)
+        if K2 > 0:
+            m2 = m_slot[:, None] & m_k2[None, :]
+            b_k2 = tl.load(p_suffix_k + o + o_k2[None, :], mask=m2, other=0.0)
+            b_score += tl.sum(b_q2.to(tl.float32) * b_k2.to(tl.float32), 1)
+        b_score = tl.where(m_slot, b_score * scale, float("-inf"))
+        b_max, b_shift, b_rescale = _raise_max(b_max, b_score)
+        b_weight = tl.exp2(b_score - b_shift)
+        b_sum = b_sum * b_rescale + b_weight
+        b_v1 = tl.load(p_suffix_v + o + o_k1[None, :], mask=m1, other=0.0).to(tl.float32)
+        b_out1 = b_out1 * b_rescale[:, None] + b_weight[:, None] * b_v1
+        if K2 > 0:
+            b_v2 = tl.load(p_suffix_v + o + o_k2[None, :], mask=m2, other=0.0).to(tl.float32)
+            b_out2 = b_out2 * b_rescale[:, None] + b_weight[:, None] * b_v2
+    return b_max, b_sum, b_out1, b_out2
 
 
 @triton.jit(do_not_specialize=["H", "Q", "S", "M", "A", "splits"])
@@ -85,75 +196,74 @@ def _split_kernel(
     o_query = tl.program_id(1) * BQ + tl.arange(0, BQ)
     m_query = o_query < Q
     # a head of 96 or 160 is 64 + 32 or 128 + 32 wide, and not padded to a power of two
-    o_k1 = tl.arange(0, K1)
-    m_k1 = o_k1 < K
+    o_k1, o_k2 = tl.arange(0, K1), K1 + tl.arange(0, K2 if K2 > 0 else 16)
+    m_k1, m_k2 = o_k1 < K, o_k2 < K
     p_q += i_row * q_row + i_head * q_head + o_query.to(tl.int64)[:, None] * q_query
-    b_q1 = tl.load(p_q + o_k1[None, :], mask=m_query[:, None] & m_k1[None, :], other=0.0)
-    b_out1 = tl.zeros((BQ, K1), tl.float32)
-    if K2 > 0:
-        o_k2 = K1 + tl.arange(0, K2)
-        m_k2 = o_k2 < K
-        b_q2 = tl.load(p_q + o_k2[None, :], mask=m_query[:, None] & m_k2[None, :], other=0.0)
-        b_out2 = tl.zeros((BQ, K2), tl.float32)
     b_max = tl.full((BQ,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BQ,), tl.float32)
-
-    # the part after the last one begins behind the last key
-    base = i_row * shared_row + i_head * shared_head
-    for start in range(i_part * KEYS, tl.minimum(S, (i_part + 1) * KEYS), BN):
-        o_key = start + tl.arange(0, BN)
-        m_key = o_key < S
-        o = base + o_key.to(tl.int64)[:, None] * shared_key
-        m1 = m_key[:, None] & m_k1[None, :]
-        b_k1 = tl.load(p_shared_k + o + o_k1[None, :], mask=m1, other=0.0)
-        b_score = tl.dot(b_q1, b_k1.T, input_precision=PRECISION)
-        if K2 > 0:
-            m2 = m_key[:, None] & m_k2[None, :]
-            b_k2 = tl.load(p_shared_k + o + o_k2[None, :], mask=m2, other=0.0)
-            b_score = tl.dot(b_q2, b_k2.T, b_score, input_precision=PRECISION)
-        if PER_QUERY:
-            o_mask = (i_row * Q + o_query)[:, None] * S + o_key[None, :]
-            m = m_query[:, None] & m_key[None, :]
-            m = m & (tl.load(p_mask + o_mask, mask=m, other=0) != 0)
-        else:
-            m = (tl.load(p_mask + i_row * S + o_key, mask=m_key, other=0) != 0)[None, :]
-        b_score = tl.where(m, b_score * scale, float("-inf"))
-        b_max, b_shift, b_rescale = _raise_max(b_max, tl.max(b_score, 1))
-        b_weight = tl.exp2(b_score - b_shift[:, None])
-        b_sum = b_sum * b_rescale + tl.sum(b_weight, 1)
-        b_v1 = tl.load(p_shared_v + o + o_k1[None, :], mask=m1, other=0.0)
-        b_weight = b_weight.to(b_v1.dtype)
-        b_out1 *= b_rescale[:, None]
-        b_out1 = tl.dot(b_weight, b_v1, b_out1, input_precision=PRECISION)
-        if K2 > 0:
-            b_v2 = tl.load(p_shared_v + o + o_k2[None, :], mask=m2, other=0.0)
-            b_out2 *= b_rescale[:, None]
-            b_out2 = tl.dot(b_weight, b_v2, b_out2, input_precision=PRECISION)
-    base = i_row * suffix_row + i_head * suffix_head
-    o_ancestors = (i_row * Q + o_query) * A
-    listed = A
-    if not WHOLE:
-        listed = tl.where(i_part == splits, A, 0)
-    for i in range(listed):
-        b_slot = tl.load(p_ancestors + o_ancestors + i, mask=m_query, other=-1)
-        m_slot = (b_slot >= 0) & (b_slot < M)
-        o = base + b_slot[:, None] * suffix_slot
-        m1 = m_slot[:, None] & m_k1[None, :]
-        b_k1 = tl.load(p_suffix_k + o + o_k1[None, :], mask=m1, other=0.0)
-        b_score = tl.sum(b_q1.to(tl.float32) * b_k1.to(tl.float32), 1)
-        if K2 > 0:
-            m2 = m_slot[:, None] & m_k2[None, :]
-            b_k2 = tl.load(p_suffix_k + o + o_k2[None, :], mask=m2, other=0.0)
-            b_score += tl.sum(b_q2.to(tl.float32) * b_k2.to(tl.float32), 1)
-        b_score = tl.where(m_slot, b_score * scale, float("-inf"))
-        b_max, b_shift, b_rescale = _raise_max(b_max, b_score)
-        b_weight = tl.exp2(b_score - b_shift)
-        b_sum = b_sum * b_rescale + b_weight
-        b_v1 = tl.load(p_suffix_v + o + o_k1[None, :], mask=m1, other=0.0).to(tl.float32)
-        b_out1 = b_out1 * b_rescale[:, None] + b_weight[:, None] * b_v1
-        if K2 > 0:
-            b_v2 = tl.load(p_suffix_v + o + o_k2[None, :], mask=m2, other=0.0).to(tl.float32)
-            b_out2 = b_out2 * b_rescale[:, None] + b_weight[:, None] * b_v2
+    b_out1 = tl.zeros((BQ, K1), tl.float32)
+    # stands for nothing where a head has one part
+    b_out2 = tl.zeros((BQ, K2 if K2 > 0 else 16), tl.float32)
+    state = b_max, b_sum, b_out1, b_out2
+    p_ancestors += (i_row * Q + o_query) * A
+    shared = i_row * shared_row + i_head * shared_head
+    suffix = i_row * suffix_row + i_head * suffix_head
+    if WHOLE:
+        state = _shared_keys(
+            state,
+            p_q,
+            p_shared_k,
+            p_shared_v,
+            p_mask,
+            shared,
+            shared_key,
+            i_row,
+            i_part * KEYS,
+            o_query,
+            m_query,
+            Q,
+            S,
+            scale,
+            PER_QUERY,
+            PRECISION,
+            K,
+            K1,
+            K2,
+            BN,
+            KEYS,
+        )
+        state = _listed_slots(
+            state, p_q, p_suffix_k, p_suffix_v, p_ancestors, suffix, suffix_slot, m_query, M, A, scale, K, K1, K2
+        )
+    elif i_part < splits:
+        state = _shared_keys(
+            state,
+            p_q,
+            p_shared_k,
+            p_shared_v,
+            p_mask,
+            shared,
+            shared_key,
+            i_row,
+            i_part * KEYS,
+            o_query,
+            m_query,
+            Q,
+            S,
+            scale,
+            PER_QUERY,
+            PRECISION,
+            K,
+            K1,
+            K2,
+            BN,
+            KEYS,
+        )
+    else:
+        state = _listed_slots(
+            state, p_q, p_suffix_k, p_suffix_v, p_ancestors, suffix, suffix_slot, m_query, M, A, scale, K, K1, K2
+        )
+    b_max, b_sum, b_out1, b_out2 = state
 
     m1 = m_query[:, None] & m_k1[None, :]
     if WHOLE:
