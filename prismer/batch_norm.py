@@ -56,10 +56,11 @@ def _moments_of_all_ranks(maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]
     world = _world_size()
     if world == 1:
         return own
-    # one message for all maps
+    # one message for all maps: a row for each rank
     joined = torch.cat([moment for pair in own for moment in pair])
-    ranks = joined.new_empty(world, len(joined))
-    dist.all_gather_into_tensor(ranks, joined)
+    ranks = joined.new_zeros(world, len(joined))
+    ranks[dist.get_rank()] = joined
+    dist.all_reduce(ranks)
     parts = ranks.split([len(moment) for pair in own for moment in pair], dim=1)
     found = []
     for means, variances in zip(parts[::2], parts[1::2], strict=True):
@@ -235,7 +236,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def norm_relu_conv(layers: Sequence[tuple[GlobalBatchNorm2d, nn.Conv2d]], maps: Sequence[Tensor]) -> Sequence[Tensor]:
-    """conv(relu(norm(x))) of several maps, each with layers of its own; eager training keeps only the maps for later."""
+    """conv(relu(norm(x))) of several maps, each with layers of its own; eager training keeps only the maps."""
     # a changed convolution must be called; hooks that only gather its weight need not run
     plain = all(type(conv) is nn.Conv2d and not has_foreign_hooks(conv) for _, conv in layers)
     if not (plain and layers[0][0].training) or torch.compiler.is_compiling():

@@ -21,6 +21,7 @@ from prismer.costs.fake_step import FakeTrainer, _MemoryWatch, blank_batch
 from prismer.costs.plan import SETUPS, Job, Plan, Setup, ZeroSettings, texts_of
 from prismer.freezing import freeze
 from prismer.kernels import cross_attention
+from prismer.kernels.absorbed_projection import image_slices
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.mlp import mlp
 from prismer.kernels.resampler_attention import torch_backend as resampler_torch
@@ -82,9 +83,9 @@ def zero_runs(tmp_path_factory):
         process.wait()
 
 
-def one_by_one(x):
-    """Slices of one image, as a CPU runs the resampler; a GPU runs all images at once."""
-    return (slice(i, i + 1) for i in range(x.shape[0]))
+def as_on_a_cpu(x, numbers):
+    """Slices of a few images, as a CPU runs the resampler; a GPU runs all images at once."""
+    return image_slices(torch.empty(x.shape[0]), numbers)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_planned_bytes_match_a_real_step(monkeypatch, mode, batch, texts, checkp
     monkeypatch.setattr(tied, "on_host", lambda *_: False)
     step()
     measured = peak_bytes(step)
-    monkeypatch.setattr(resampler_torch, "image_slices", one_by_one)
+    monkeypatch.setattr(resampler_torch, "image_slices", as_on_a_cpu)
     planned = FakeTrainer(config, mode, "fp32").step(batch, texts, checkpointing)
     # on a CPU with dropout, torch's attention keeps its probabilities; GPU kernels do not
     assert planned.peak.total == pytest.approx(measured, rel=0.05)
@@ -191,7 +192,7 @@ def job(world: int, precision: str, **changes) -> Job:
 def test_planned_bytes_match_what_deepspeed_holds(monkeypatch, zero_runs, world):
     from tests.plan_under_zero import BATCH, RUNS
 
-    monkeypatch.setattr(resampler_torch, "image_slices", one_by_one)
+    monkeypatch.setattr(resampler_torch, "image_slices", as_on_a_cpu)
 
     process, out = zero_runs[world]
     process.wait(300)

@@ -74,8 +74,8 @@ def _compile_kernels(device: "torch.device") -> None:
     """Compile every Triton kernel for this GPU, one process a core; the calls then find them in Triton's cache."""
     import torch
 
-    from prismer.kernels.aot.compile import compile_cases
     from prismer.kernels.aot.cases import all_cases
+    from prismer.kernels.aot.compile import compile_cases
 
     if device.type != "cuda":
         raise InputError("--compile compiles Triton kernels for a GPU, and the device is a CPU; leave it out")

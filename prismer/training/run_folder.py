@@ -226,7 +226,8 @@ class RunFolder:
         changes = [
             f"{name}: {before.get(name)} -> {value}"
             for name, value in now.items()
-            if before.get(name) != value and name not in quiet
+            # a run that was started before a setting existed had its default
+            if before.get(name, getattr(TrainConfig, name)) != value and name not in quiet
         ]
         # a run of an earlier version stored no digest
         earlier = stored.get("choices", choices)

@@ -1,5 +1,6 @@
 """Set-up: everything that training needs, built from the config, the dataset and the run folder."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -57,6 +58,8 @@ class Run:
         self, config: TrainConfig, settings: dict, *, local_rank: int | None = None, fresh: bool = False
     ) -> None:
         self.config = config
+        if config.deterministic:
+            be_deterministic()
         self.device, self.group = zero.start_distributed(local_rank)
         self.is_rank_zero = dist.get_rank() == 0
         self.folder = RunFolder(config.folder)
@@ -99,6 +102,19 @@ class Run:
     def predict(self, model: Prismer, **options) -> list[dict]:
         """Records of the validation split (collective), with options of `evaluation.predict`."""
         return predict(model, self.val_loader, self.config.task, self.statistics, group=self.group, **options)
+
+
+def be_deterministic() -> None:
+    """Let torch take only algorithms that give the same bits in each run, in this process from now on.
+
+    The default backward passes of attention and convolutions on a GPU add in any order.
+    """
+    # read when cuBLAS starts; without it torch refuses matrix products
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # torch would fill each new tensor; every op here writes all of its output
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh: bool) -> dict[str, str]:

@@ -14,7 +14,7 @@ from prismer.kernels import tuning
 from prismer.kernels.tuning import tables
 from prismer.kernels.tuning.measure import Measurement
 from prismer.kernels.tuning.tables import Table
-from tests.cli.commands import SMALL_MODEL, assert_refused
+from tests.cli.commands import assert_refused
 
 CPU = torch.device("cpu")
 

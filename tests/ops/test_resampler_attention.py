@@ -4,6 +4,7 @@ gradient, on every backend; that they cost the documented FLOPs and bytes; and t
 Run: pytest tests/ops/test_resampler_attention.py
 """
 
+import functools
 import itertools
 import types
 
@@ -12,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from prismer.kernels import absorbed_projection, tuning
 from prismer.kernels import resampler_attention as module
-from prismer.kernels import tuning
 from prismer.kernels.dispatch import asked, use_backend
 from prismer.kernels.resampler_attention import flops, resampler_attention, resampler_attention_reference, standardise
+from prismer.kernels.resampler_attention import torch_backend as resampler_torch
 from prismer.kernels.resampler_attention import triton_backend as resampler_triton
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -110,6 +112,36 @@ def compare(problems, H, order, assert_no_worse):
 def test_resampler_attention(shape, dtype, order, draws, assert_no_worse):
     *sizes, H = shape
     compare([draw(*sizes, dtype) for _ in range(draws)], H, order, assert_no_worse)
+
+
+@pytest.mark.parametrize("order", ("absorbed", "ordinary"))
+def test_images_together_are_images_one_by_one(order, monkeypatch):
+    """The sizes of the steps change the order of sums over images, and nothing else; the last step is smaller."""
+    B, M, L, D, H = 5, 3, 7, 16, 2
+    tensors, dy, found = draw(B, M, L, D), torch.randn(B, M, D), []
+    for images in (1, 2, B):
+        steps = []
+
+        def slices(x, numbers, images=images, steps=steps):
+            monkeypatch.setattr(absorbed_projection, "_CACHED", numbers * images)
+            steps.append(list(absorbed_projection.image_slices(x, numbers)))
+            return steps[-1]
+
+        monkeypatch.setattr(resampler_torch, "image_slices", slices)
+        with use_backend("torch"):
+            run = functools.partial(resampler_attention, num_heads=H, order=order)
+            found.append(results(run, tensors, torch.float64, dy))
+        assert len(steps) >= 2 and {len(each) for each in steps} == {-(-B // images)}
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-12)
+
+
+def test_scores_of_a_step_stay_in_the_cache():
+    images = torch.empty(9, 4)
+    many = absorbed_projection._CACHED
+    assert [s.stop - s.start for s in absorbed_projection.image_slices(images, many // 4)] == [4, 4, 1]
+    assert len(list(absorbed_projection.image_slices(images, 10 * many))) == 9
+    assert list(absorbed_projection.image_slices(images.to("meta"), many)) == [slice(0, 9)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
