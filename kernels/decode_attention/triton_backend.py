@@ -269,7 +269,8 @@ def _split_kernel(
     if WHOLE:
         # a query that saw nothing: 0 / 1
         b_norm = 1 / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
-        p_out += (i_both * Q + o_query)[:, None] * K
+        # the heads of a query lie side by side
+        p_out += ((i_row * Q + o_query) * H + i_head)[:, None] * K
         tl.store(p_out + o_k1[None, :], (b_out1 * b_norm).to(p_out.dtype.element_ty), mask=m1)
         if K2 > 0:
             m2 = m_query[:, None] & m_k2[None, :]
@@ -287,9 +288,9 @@ def _split_kernel(
         tl.store(p_sum + o_part, b_sum, mask=m_query)
 
 
-@triton.jit(do_not_specialize=["N", "parts"])
-def _combine_kernel(p_part, p_out, N, parts, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
-    """Merge the parts of BR of the N = R H Q queries, in order."""
+@triton.jit(do_not_specialize=["N", "Q", "parts"])
+def _combine_kernel(p_part, p_out, N, H, Q, parts, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+    """Merge the parts of BR of the N = R H Q queries, in order; the heads of a query lie side by side in the output."""
     p_max = p_part + parts.to(tl.int64) * N * K
     p_sum = p_max + parts.to(tl.int64) * N
     o_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -310,7 +311,9 @@ def _combine_kernel(p_part, p_out, N, parts, K: tl.constexpr, BR: tl.constexpr, 
         o += N
     # a query that saw nothing: 0 / 1
     b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
-    tl.store(p_out + o_row[:, None] * K + o_col[None, :], b_out.to(p_out.dtype.element_ty), mask=m)
+    i_both = o_row // Q
+    o_out = (i_both // H * Q + o_row % Q) * H + i_both % H
+    tl.store(p_out + o_out[:, None] * K + o_col[None, :], b_out.to(p_out.dtype.element_ty), mask=m)
 
 
 _KEYS = 256  # shared keys of a part
@@ -362,7 +365,7 @@ def forward(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestor
     launch(_split_kernel, grid, pointers, (*strides, *sizes), flags | tiles)
     if not whole:
         tiles = _combine_tiles(K)
-        launch(_combine_kernel, (cdiv(N, tiles["BR"]),), (part, out), (N, parts), dict(K=K, **tiles))
+        launch(_combine_kernel, (cdiv(N, tiles["BR"]),), (part, out), (N, H, Q, parts), dict(K=K, **tiles))
 
 
 def kernel_cases() -> list[KernelCase]:
@@ -405,7 +408,7 @@ def kernel_cases() -> list[KernelCase]:
                 KernelCase.of_launch(
                     f"{model} decode_attention combine",
                     _combine_kernel,
-                    (fp32, given, N, splits + 1),
+                    (fp32, given, N, H, Q, splits + 1),
                     dict(K=K, **_combine_tiles(K)),
                     shape=shape,
                     bytes=partial + size * N * K,

@@ -94,7 +94,7 @@ class Table:
                 groups.setdefault((*entry.key[:3], entry.shape[1:]), {})[entry.shape[0]] = entry.choice
         found: dict[tuple, str] = {}
         for (op, dtype, gradient, rest), measured in groups.items():
-            for rows in {max(1, near) for rows in measured for near in (rows >> 2, rows >> 1, rows << 1, rows << 2)}:
+            for rows in {max(1, near) for n in measured for near in (n >> 2, n >> 1, n << 1, n << 2)}:
                 nearest = min(measured, key=lambda other: (abs(math.log2(other / rows)), other))
                 found[op, dtype, gradient, (rows, *rest)] = measured[nearest]
         return found | {entry.key: entry.choice for entry in self.entries}
