@@ -53,7 +53,7 @@ def roberta_decoder() -> Family:
     from transformers import RobertaConfig, RobertaForCausalLM
 
     config = RobertaConfig(**ONE_LAYER, **NO_DROPOUT, vocab_size=50265, is_decoder=True, add_cross_attention=True)
-    ids = torch.randint(3, 50000, (2, 20))
+    ids = torch.randint(3, 50000, (2, 20), device=DEVICE)
 
     def run(model: nn.Module, context: Tensor) -> Tensor:
         return model(ids, encoder_hidden_states=context, labels=ids, use_cache=False).loss
@@ -65,7 +65,7 @@ def bert_encoder() -> Family:
     from transformers import BertConfig, BertModel
 
     config = BertConfig(**VIT_B, **NO_DROPOUT)
-    mask = (torch.arange(64) < torch.tensor([[64], [40]])).long()
+    mask = (torch.arange(64) < torch.tensor([[64], [40]])).long().to(DEVICE)
 
     def run(model: nn.Module, embeddings: Tensor) -> Tensor:
         return model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
@@ -81,7 +81,7 @@ def blip_text_decoder() -> Family:
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
     config = BlipTextConfig(**VIT_B, **NO_DROPOUT, encoder_hidden_size=768, is_decoder=True)
-    ids = torch.randint(3, 30000, (2, 20))
+    ids = torch.randint(3, 30000, (2, 20), device=DEVICE)
 
     def run(model: nn.Module, context: Tensor) -> Tensor:
         return model(ids, encoder_hidden_states=context, is_decoder=True, use_cache=False).last_hidden_state
@@ -117,7 +117,7 @@ def idefics2_resampler() -> Family:
 
     config = Idefics2PerceiverConfig(hidden_size=1024, resampler_depth=2)
     config._attn_implementation = "sdpa"
-    mask = torch.ones(1, 1225, dtype=torch.int64)
+    mask = torch.ones(1, 1225, dtype=torch.int64, device=DEVICE)
     return Idefics2PerceiverResampler(config), [torch.randn(1, 1225, 1024)], lambda m, x: m(x, mask)
 
 
@@ -149,7 +149,7 @@ def causal_lm() -> Family:
         vocab_size=49152,
         tie_word_embeddings=True,
     )
-    ids = torch.randint(3, 49000, (1, 64))
+    ids = torch.randint(3, 49000, (1, 64), device=DEVICE)
     return LlamaForCausalLM(config), [], lambda m: m(ids, labels=ids).loss
 
 
