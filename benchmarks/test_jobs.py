@@ -2,8 +2,9 @@
 
 Weights are random, images have 480 px unless a case says otherwise, and everything is fp32. whole_jobs.py defines what
 is computed and compared, job_runner.py how it is measured. By default one BASE caption runs for one round; --full runs
-every job, with LARGE too, and at BASE adds torch.compile to the contenders, which takes minutes to compile. A measurement holds the time, the peak memory (of a step: above parameters and gradients),
-the counted FLOPs, the operators called, and the fraction of the operators' time spent in matrix products.
+every job, with LARGE too, and at BASE the same model through torch.compile, which takes minutes to compile. A
+measurement holds the time, the peak memory (of a step: above parameters and gradients), the counted FLOPs, the
+operators called, and the fraction of the operators' time spent in matrix products.
 """
 
 import functools

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from prismer.experts import BACKGROUND, EXPERTS, FEATURE_WIDTH
 
@@ -118,6 +119,10 @@ class Batch(_Movable):
     keys: list[str]
     meta: list[dict]
 
+
+# so that torch.export takes a batch as an input
+for _batch in (ImageBatch, TextBatch, Batch):
+    _pytree.register_dataclass(_batch, serialized_type_name=f"prismer.batch.{_batch.__name__}")
 
 # tables are indexed by raw uint8 ids, so that rows[:, 255] is the background row
 assert BACKGROUND == 255

@@ -207,7 +207,7 @@ class BeamState(NamedTuple):
     """R searches between two steps; every tensor keeps its shape from step to step.
 
     Attributes:
-        length: () int64, tokens that the open beams have generated, L.
+        generated: () int64, tokens that the open beams have generated, L.
         sums: (R, beams) their sums of log-probabilities, fp32 or float64.
         tokens: (R, beams, max_new_tokens) int64, the tokens themselves, zero from L on.
         ancestors: (R, beams, max_new_tokens) int64 cache slots of all tokens of a beam but the last, then -1.
@@ -217,7 +217,7 @@ class BeamState(NamedTuple):
         done: (R,) bool, whether a prompt's search is over.
     """
 
-    length: Tensor
+    generated: Tensor
     sums: Tensor
     tokens: Tensor
     ancestors: Tensor
@@ -283,7 +283,7 @@ class BeamSearch(nn.Module):
         done[prompts.rows] = False
         # one open beam so far
         empty = BeamState(
-            length=prompts.lengths.new_zeros(()),
+            generated=prompts.lengths.new_zeros(()),
             sums=scores.new_zeros(R, 1),
             tokens=nothing,
             ancestors=nothing - 1,
@@ -296,7 +296,7 @@ class BeamSearch(nn.Module):
 
     def forward(self, memory: Memory, state: BeamState) -> BeamState:
         """Run the decoder on the last token of every open beam, and extend the beams."""
-        prompts, last = memory.prompts, state.length - 1
+        prompts, last = memory.prompts, state.generated - 1
         slots = last * self.beams + memory.beam_numbers
         ancestors = torch.where(memory.columns == last, slots[:, None], state.ancestors)
 
@@ -310,7 +310,7 @@ class BeamSearch(nn.Module):
 
         tokens = state.tokens.index_select(2, last[None])[..., 0]
         # RoBERTa counts positions from pad_id + 1
-        positions = (prompts.lengths + state.length + self.decoder.config.pad_id)[:, None]
+        positions = (prompts.lengths + state.generated + self.decoder.config.pad_id)[:, None]
         hidden = self.decoder.run(tokens, positions.expand_as(tokens), attend, memory.cross)
         logits = self._logits(self.decoder.transform(hidden))
         return self._advance(memory, state._replace(ancestors=ancestors), logits)
@@ -322,7 +322,7 @@ class BeamSearch(nn.Module):
 
     def best(self, prompts: Prompts, state: BeamState) -> Generated:
         """The best hypothesis of each prompt; open beams of unfinished prompts count as hypotheses."""
-        scores = state.sums / self._normaliser(prompts, state.length)
+        scores = state.sums / self._normaliser(prompts, state.generated)
         scores, finished, lengths = _merge(state, scores.masked_fill(state.done[:, None], float("-inf")), state.tokens)
         rows = prompts.rows
         tokens, lengths = finished[rows, 0].tolist(), lengths[rows, 0].tolist()
@@ -336,7 +336,7 @@ class BeamSearch(nn.Module):
 
     def _advance(self, memory: Memory, state: BeamState, logits: Tensor) -> BeamState:
         """Extend the open beams by one token, given the logits (R, open beams, V) after each of them."""
-        V, eos_id, length = logits.shape[-1], self.decoder.config.eos_id, state.length
+        V, eos_id, length = logits.shape[-1], self.decoder.config.eos_id, state.generated
         log_probs = logits.log_softmax(-1)
         if self.min_new_tokens:
             log_probs[..., eos_id].masked_fill_(length < self.min_new_tokens, float("-inf"))
@@ -355,7 +355,7 @@ class BeamSearch(nn.Module):
         onward = ended.int().sort(dim=1, stable=True).indices[:, : self.beams]
         sums, parents, tokens = (t.gather(1, onward) for t in (best, parents, tokens))
         return BeamState(
-            length=length + 1,
+            generated=length + 1,
             sums=sums,
             tokens=torch.where(memory.columns == length, tokens[..., None], _pick(state.tokens, parents)),
             ancestors=_pick(state.ancestors, parents),
@@ -381,7 +381,7 @@ def _merge(state: BeamState, scores: Tensor, tokens: Tensor) -> tuple[Tensor, Te
     merged = torch.cat((state.scores, scores), 1).sort(dim=1, descending=True, stable=True)
     order = merged.indices[:, :beams]
     finished = _pick(torch.cat((state.finished, tokens), 1), order)
-    lengths = torch.cat((state.lengths, state.length.expand_as(scores)), 1).gather(1, order)
+    lengths = torch.cat((state.lengths, state.generated.expand_as(scores)), 1).gather(1, order)
     return merged.values[:, :beams], finished, lengths
 
 

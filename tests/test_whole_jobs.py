@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import prismer
 from benchmarks import harness
@@ -76,6 +77,15 @@ JOBS = {
     "labels": lambda m: jobs.labels_job(m.config, "S", batch=2),
     "step": lambda m: jobs.step_job(m, "S", "freeze_vision", 2),
     "five-captions": lambda m: jobs.step_job(m, "S", "none", 1, texts=5),
+}
+
+
+COMPILED_JOBS = {
+    "caption": lambda m: jobs.caption_job(m, "S", length=8, compiled=True),
+    "answer": lambda m: jobs.rank_job(m, "S", 8, answers=ANSWERS[:60], compiled=True),
+    "classes": lambda m: jobs.classify_job(m, "S", 8, CLASSES[:60], compiled=True),
+    "encoder": lambda m: jobs.encoder_job(m, "S", compiled=True),
+    "step": lambda m: jobs.step_job(m, "S", "freeze_vision", 2, compiled=True),
 }
 
 
@@ -153,6 +163,25 @@ def _off(result):
     if isinstance(result, list):
         return ["A wrong caption."] * len(result) if isinstance(result[0], str) else [result[0] * 1.001, *result[1:]]
     return (result[0], result[1] * 1.001) if isinstance(result, tuple) else result * 1.001
+
+
+@pytest.mark.parametrize("kind", ("caption", "answer", "classes", "encoder", "step"))
+def test_torch_compile_is_a_contender(kind, model, monkeypatch):
+    """It does the same job, is compiled before anything is counted, and is refused if results differ."""
+    monkeypatch.setattr(jobs, "MATRIX_SIDE", 256)
+    compiler = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(jobs, "COMPILER", compiler)
+    job = COMPILED_JOBS[kind](model)
+    compiled = compiler.frame_count
+    assert compiled and not [p for p in model.parameters() if p.grad is not None]
+    found = measure(job, rounds=2)
+    assert found[jobs.COMPILED].ratio > 0 and list(found)[0] == OURS
+    assert compiler.frame_count == compiled, "something is compiled while contenders are timed"
+    right = job.calls[jobs.COMPILED]
+    job.calls[jobs.COMPILED] = lambda: _off(right())
+    with pytest.raises(AssertionError, match="not timed"):
+        measure(job)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("case", bench.CASES, ids=lambda case: case.name)

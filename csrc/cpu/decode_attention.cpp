@@ -349,12 +349,12 @@ struct Attend {
   }
 };
 
-// merges the splits of a query, in their order
+// merges the splits of a query, in their order; the heads of a query lie side by side in the output
 template <typename Stored>
 struct Merge {
-  const float* partial;  // (queries, splits, padded + kLanes)
-  Stored* out;           // (queries, width)
-  int64_t splits, padded, width;
+  const float* partial;  // (R * H * Q, splits, padded + kLanes)
+  Stored* out;           // (R, Q, H, width)
+  int64_t heads, queries, splits, padded, width;
 
   template <int Width>
   PRISMER_INLINE static void run(const Merge& job, const int64_t& begin, const int64_t& end) {
@@ -362,6 +362,9 @@ struct Merge {
     const int64_t step = job.padded + kLanes;
     for (int64_t query = begin; query < end; ++query) {
       const float* first = job.partial + query * job.splits * step;
+      const int64_t row_head = query / job.queries, row = row_head / job.heads;
+      const int64_t head = row_head % job.heads, own = query % job.queries;
+      Stored* out = job.out + ((row * job.queries + own) * job.heads + head) * job.width;
       Softmax all;
       for (int64_t i = 0; i < job.splits; ++i) {
         const float* state = first + i * step + job.padded;
@@ -375,7 +378,7 @@ struct Merge {
           const float* state = first + i * step;
           sum = sum + load<Vector>(state + c) * weight(state[job.padded], all.max);
         }
-        store(job.out + query * job.width + c, sum * scale, part);
+        store(out + c, sum * scale, part);
       });
     }
   }
@@ -429,7 +432,7 @@ Tensor decode_attention_cpu(
         slot[i] >= -1 && slot[i] < slots, op, ": ancestors hold ", slot[i],
         " but the suffix has ", slots, " slots; pass -1 for none");
   }
-  const Tensor out = torch::stable::new_empty(q, {rows, heads, queries, width});
+  const Tensor out = torch::stable::new_empty(q, {rows, queries, heads, width});
   if (out.numel() == 0) return out;
   const int64_t padded = (width + kLanes - 1) / kLanes * kLanes;
   const int64_t chunks = (queries + kChunk - 1) / kChunk;
@@ -468,7 +471,8 @@ Tensor decode_attention_cpu(
           Scratch scratch(padded);
           attend(job, begin, end, &scratch);
         });
-    const Merge<Stored> merge{partial.data(), mutable_data<Stored>(out), splits, padded, width};
+    const Merge<Stored> merge{
+        partial.data(), mutable_data<Stored>(out), heads, queries, splits, padded, width};
     const auto merge_some = runner<Merge<Stored>, Merge<Stored>, int64_t, int64_t>();
     torch::stable::parallel_for(
         0, rows * heads * queries, 65536 / (splits * padded) + 1,

@@ -235,7 +235,8 @@ __global__ void __launch_bounds__(kThreads, 3) split_kernel(
   }
 }
 
-// each thread merges the splits of one pair of channels of a query, in order
+// each thread merges the splits of one pair of channels of a query, in order; the heads of a query
+// lie side by side in the output
 template <typename T>
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(DecodeAttention args, int splits) {
   const int64_t split_rows = args.rows * args.heads * args.queries;
@@ -257,7 +258,10 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(DecodeAttention ar
   }
   out[0] *= inverse(total.sum);
   out[1] *= inverse(total.sum);
-  store(static_cast<T*>(args.out) + i, out);
+  const int64_t row_head = place / args.queries, query = place % args.queries;
+  const int64_t row = row_head / args.heads, own = row_head % args.heads;
+  const int64_t to = (row * args.queries + query) * args.heads + own;
+  store(static_cast<T*>(args.out) + to * args.head + i % args.head, out);
 }
 
 template <typename T, int kPairs>

@@ -72,7 +72,7 @@ struct DecodeAttention {
   const void* suffix_k;      // (rows, heads, slots, head)
   const void* suffix_v;      // the same
   const int64_t* ancestors;  // (rows, queries, num_ancestors) slots, -1 for none
-  void* out;                 // as q
+  void* out;                 // (rows, queries, heads, head), as q otherwise
   float* partial_out;        // (splits, rows, heads, queries, head), scratch
   float* partial_max;        // (splits, rows, heads, queries), scratch
   float* partial_sum;        // the same

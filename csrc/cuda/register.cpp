@@ -301,7 +301,7 @@ Tensor decode_attention(
   const Tensor q = at_16_bytes(q_any);
   const Tensor shared_k = at_16_bytes(shared_k_any), shared_v = at_16_bytes(shared_v_any);
   const Tensor suffix_k = at_16_bytes(suffix_k_any), suffix_v = at_16_bytes(suffix_v_any);
-  const Tensor result = torch::stable::empty_like(q);
+  const Tensor result = torch::stable::new_empty(q, {rows, queries, heads, head});
   const int64_t splits = decode_attention_splits(keys, slots, num_ancestors);
   const Tensor partial_out = floats(q, {splits, rows, heads, queries, head});
   const Tensor partial_max = floats(q, {splits, rows, heads, queries});

@@ -82,11 +82,11 @@ def _forward_torch(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, a
     floats = S + M if dense else S + A * (2 * K + 1)
     chunk = max(1, _MAX_FLOATS // max(1, R * H * floats))
     attend = _attend_all_slots if dense else _attend_listed_slots
-    out = q.new_empty(q.shape)
+    out = _forward_fake(q)
     for start in range(0, Q, chunk):
         part = slice(start, start + chunk)
         mask = shared_mask if shared_mask.shape[1] == 1 else shared_mask[:, part]
-        out[:, :, part] = attend(q[:, :, part], shared, mask, suffix, ancestors[:, part])
+        out[:, part] = attend(q[:, :, part], shared, mask, suffix, ancestors[:, part]).transpose(1, 2)
     return out
 
 
@@ -156,6 +156,7 @@ def _forward(
     suffix_v: Tensor,
     ancestors: Tensor,
 ) -> Tensor:
+    """(R, Q, H, K)."""
     backend = OP.choose(q)
     if backend == "torch":
         return _forward_torch(q, (shared_k, shared_v), shared_mask, (suffix_k, suffix_v), ancestors)
@@ -175,7 +176,8 @@ def _forward(
 
 
 def _forward_fake(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape)
+    R, H, Q, K = q.shape
+    return q.new_empty(R, Q, H, K)
 
 
 _decode_attention = OP.register(_forward, fake=_forward_fake)
@@ -207,7 +209,8 @@ def decode_attention(
         ancestors: (R, Q, A) int64 slot numbers, each at most once per query, -1 for none.
 
     Returns:
-        (R, H, Q, K) in the dtype of `q`; zeros for a query that sees nothing.
+        (R, H, Q, K) in the dtype of `q`, whose memory is (R, Q, H, K): heads can be merged by a view. Zeros for a query
+        that sees nothing.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit together, or an input requires a gradient that is recorded
@@ -223,7 +226,7 @@ def decode_attention(
             "decode_attention has no gradient, and an input requires one; "
             "call it under torch.inference_mode(), or train with prismer.kernels.attention"
         )
-    return _decode_attention(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors)
+    return _decode_attention(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors).transpose(1, 2)
 
 
 def _check(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors: Tensor) -> None:

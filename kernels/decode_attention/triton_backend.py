@@ -36,6 +36,52 @@ def _raise_max(b_max, b_new):
 
 
 @triton.jit
+def _add_listed_slots(
+    b_q1,
+    b_q2,
+    b_max,
+    b_sum,
+    b_out1,
+    b_out2,
+    p_k,
+    p_v,
+    p_slots,
+    slot_stride,
+    m_query,
+    o_k1,
+    m_k1,
+    o_k2,
+    m_k2,
+    M,
+    A,
+    scale,
+    K2: tl.constexpr,
+):
+    """The running softmax after the listed slots of each query; `p_k` and `p_v` point to a row and head."""
+    for i in range(A):
+        b_slot = tl.load(p_slots + i, mask=m_query, other=-1)
+        m_slot = (b_slot >= 0) & (b_slot < M)
+        o = b_slot[:, None] * slot_stride
+        m1 = m_slot[:, None] & m_k1[None, :]
+        b_k1 = tl.load(p_k + o + o_k1[None, :], mask=m1, other=0.0)
+        b_score = tl.sum(b_q1.to(tl.float32) * b_k1.to(tl.float32), 1)
+        if K2 > 0:
+            m2 = m_slot[:, None] & m_k2[None, :]
+            b_k2 = tl.load(p_k + o + o_k2[None, :], mask=m2, other=0.0)
+            b_score += tl.sum(b_q2.to(tl.float32) * b_k2.to(tl.float32), 1)
+        b_score = tl.where(m_slot, b_score * scale, float("-inf"))
+        b_max, b_shift, b_rescale = _raise_max(b_max, b_score)
+        b_weight = tl.exp2(b_score - b_shift)
+        b_sum = b_sum * b_rescale + b_weight
+        b_v1 = tl.load(p_v + o + o_k1[None, :], mask=m1, other=0.0).to(tl.float32)
+        b_out1 = b_out1 * b_rescale[:, None] + b_weight[:, None] * b_v1
+        if K2 > 0:
+            b_v2 = tl.load(p_v + o + o_k2[None, :], mask=m2, other=0.0).to(tl.float32)
+            b_out2 = b_out2 * b_rescale[:, None] + b_weight[:, None] * b_v2
+    return b_max, b_sum, b_out1, b_out2
+
+
+@triton.jit
 def _split_kernel(
     p_q,
     p_shared_k,
@@ -92,8 +138,14 @@ def _split_kernel(
         m_k2 = o_k2 < K
         b_q2 = tl.load(p_q + o_k2[None, :], mask=m_query[:, None] & m_k2[None, :], other=0.0)
         b_out2 = tl.zeros((BQ, K2), tl.float32)
+    else:
+        # names that are passed on and never used
+        o_k2, m_k2, b_q2, b_out2 = o_k1, m_k1, b_q1, b_out1
     b_max = tl.full((BQ,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BQ,), tl.float32)
+    p_suffix_k += i_row * suffix_row + i_head * suffix_head
+    p_suffix_v += i_row * suffix_row + i_head * suffix_head
+    p_ancestors += (i_row * Q + o_query) * A
 
     if i_part < splits:
         base = i_row * shared_row + i_head * shared_head
@@ -126,39 +178,61 @@ def _split_kernel(
                 b_v2 = tl.load(p_shared_v + o + o_k2[None, :], mask=m2, other=0.0)
                 b_out2 *= b_rescale[:, None]
                 b_out2 = tl.dot(b_weight, b_v2, b_out2, input_precision="ieee")
-    if i_part >= splits - WHOLE:
-        base = i_row * suffix_row + i_head * suffix_head
-        o_ancestors = (i_row * Q + o_query) * A
-        for i in range(A):
-            b_slot = tl.load(p_ancestors + o_ancestors + i, mask=m_query, other=-1)
-            m_slot = (b_slot >= 0) & (b_slot < M)
-            o = base + b_slot[:, None] * suffix_slot
-            m1 = m_slot[:, None] & m_k1[None, :]
-            b_k1 = tl.load(p_suffix_k + o + o_k1[None, :], mask=m1, other=0.0)
-            b_score = tl.sum(b_q1.to(tl.float32) * b_k1.to(tl.float32), 1)
-            if K2 > 0:
-                m2 = m_slot[:, None] & m_k2[None, :]
-                b_k2 = tl.load(p_suffix_k + o + o_k2[None, :], mask=m2, other=0.0)
-                b_score += tl.sum(b_q2.to(tl.float32) * b_k2.to(tl.float32), 1)
-            b_score = tl.where(m_slot, b_score * scale, float("-inf"))
-            b_max, b_shift, b_rescale = _raise_max(b_max, b_score)
-            b_weight = tl.exp2(b_score - b_shift)
-            b_sum = b_sum * b_rescale + b_weight
-            b_v1 = tl.load(p_suffix_v + o + o_k1[None, :], mask=m1, other=0.0).to(tl.float32)
-            b_out1 = b_out1 * b_rescale[:, None] + b_weight[:, None] * b_v1
-            if K2 > 0:
-                b_v2 = tl.load(p_suffix_v + o + o_k2[None, :], mask=m2, other=0.0).to(tl.float32)
-                b_out2 = b_out2 * b_rescale[:, None] + b_weight[:, None] * b_v2
+        if WHOLE:
+            b_max, b_sum, b_out1, b_out2 = _add_listed_slots(
+                b_q1,
+                b_q2,
+                b_max,
+                b_sum,
+                b_out1,
+                b_out2,
+                p_suffix_k,
+                p_suffix_v,
+                p_ancestors,
+                suffix_slot,
+                m_query,
+                o_k1,
+                m_k1,
+                o_k2,
+                m_k2,
+                M,
+                A,
+                scale,
+                K2,
+            )
+    else:
+        b_max, b_sum, b_out1, b_out2 = _add_listed_slots(
+            b_q1,
+            b_q2,
+            b_max,
+            b_sum,
+            b_out1,
+            b_out2,
+            p_suffix_k,
+            p_suffix_v,
+            p_ancestors,
+            suffix_slot,
+            m_query,
+            o_k1,
+            m_k1,
+            o_k2,
+            m_k2,
+            M,
+            A,
+            scale,
+            K2,
+        )
 
     o_part = (i_part.to(tl.int64) * tl.num_programs(0) + i_both) * Q + o_query
-    p_out += o_part[:, None] * K
     if WHOLE:
+        p_out += ((i_row * Q + o_query) * H + i_head)[:, None] * K
         # a query that saw nothing: 0 / 1
         b_total = tl.where(b_sum == 0, 1.0, b_sum)[:, None]
         b_out1 /= b_total
         if K2 > 0:
             b_out2 /= b_total
     else:
+        p_out += o_part[:, None] * K
         tl.store(p_max + o_part, b_max, mask=m_query)
         tl.store(p_sum + o_part, b_sum, mask=m_query)
     tl.store(p_out + o_k1[None, :], b_out1.to(p_out.dtype.element_ty), mask=m_query[:, None] & m_k1[None, :])
@@ -167,8 +241,8 @@ def _split_kernel(
 
 
 @triton.jit
-def _combine_kernel(p_part, p_max, p_sum, p_out, N, parts, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
-    """Merge the parts of BR of the N = R H Q queries, in order."""
+def _combine_kernel(p_part, p_max, p_sum, p_out, N, H, Q, parts, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+    """Merge the parts of BR of the N = R H Q queries, in order; the heads of a query lie side by side in the output."""
     o_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_col = tl.arange(0, BK)
     m_row = o_row < N
@@ -187,7 +261,9 @@ def _combine_kernel(p_part, p_max, p_sum, p_out, N, parts, K: tl.constexpr, BR: 
         o += N
     # a query that saw nothing: 0 / 1
     b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
-    tl.store(p_out + o_row[:, None] * K + o_col[None, :], b_out.to(p_out.dtype.element_ty), mask=m)
+    i_both = o_row // Q
+    o_out = (i_both // H * Q + o_row % Q) * H + i_both % H
+    tl.store(p_out + o_out[:, None] * K + o_col[None, :], b_out.to(p_out.dtype.element_ty), mask=m)
 
 
 _KEYS = 256  # shared keys of a part
@@ -238,7 +314,9 @@ def forward(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestor
     if whole:
         return
     tiles = _combine_tiles(K)
-    _combine_kernel[(triton.cdiv(R * H * Q, tiles["BR"]),)](part, maximum, total, out, R * H * Q, parts, K=K, **tiles)
+    _combine_kernel[(triton.cdiv(R * H * Q, tiles["BR"]),)](
+        part, maximum, total, out, R * H * Q, H, Q, parts, K=K, **tiles
+    )
 
 
 def kernel_cases() -> list[KernelCase]:
@@ -279,7 +357,7 @@ def kernel_cases() -> list[KernelCase]:
                 KernelCase.of_launch(
                     f"{model} decode_attention combine",
                     _combine_kernel,
-                    (fp32, fp32, fp32, given, N, splits + 1),
+                    (fp32, fp32, fp32, given, N, H, Q, splits + 1),
                     dict(K=K, **_combine_tiles(K)),
                     shape=shape,
                     bytes=partial + size * N * K,
@@ -291,7 +369,8 @@ def kernel_cases() -> list[KernelCase]:
         ("BASE, 3 beams of a caption", 8, 12, 64, 3, 16, 16, torch.bfloat16),
         ("BASE, 128 candidates of a question", 8, 12, 64, 128, 32, 6, torch.bfloat16),
         ("LARGE, 3 beams of a caption", 8, 16, 64, 3, 16, 16, torch.bfloat16),
-        ("head of 160, a caption in fp32", 8, 12, 160, 3, 16, 16, torch.float32),
+        ("BASE in fp32, 3 beams of a caption", 8, 12, 64, 3, 16, 16, torch.float32),
+        ("head of 160, 3 beams of a caption", 8, 12, 160, 3, 16, 16, torch.bfloat16),
     ):
         given, size = ("*bf16", 2) if dtype == torch.bfloat16 else (fp32, 4)
         N, M = R * H * Q, Q * A

@@ -23,8 +23,8 @@ from prismer.kernels import dispatch
 REFUSED = frozenset(
     f"aten::{name}"
     for name in (
-        "_local_scalar_dense item is_nonzero nonzero nonzero_numpy masked_select unique_consecutive _unique2 unique_dim "
-        "equal allclose lift_fresh lift bincount"
+        "_local_scalar_dense item is_nonzero nonzero nonzero_numpy masked_select unique_consecutive _unique2 "
+        "unique_dim equal allclose lift_fresh lift bincount"
     ).split()
 )
 # methods that read memory on the host without an operator

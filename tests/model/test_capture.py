@@ -184,7 +184,7 @@ def planted_host_read(memory, state):
 
 
 def planted_list(memory, state):
-    state.length.tolist()
+    state.generated.tolist()
 
 
 def planted_copy(memory, state):

@@ -385,11 +385,11 @@ def decode_attention(host, q, shared_k, shared_v, mask, suffix_k, suffix_v, ance
     R, H, Q, K = q.shape
     S, M, A = shared_k.shape[2], suffix_k.shape[2], ancestors.shape[2]
     splits = host.count(S, M, A)
-    out, parts = nan(R, H, Q, K, dtype=q.dtype), nan(splits, R, H, Q, K)
+    out, parts = nan(R, Q, H, K, dtype=q.dtype), nan(splits, R, H, Q, K)
     highest, sums = nan(splits, R, H, Q), nan(splits, R, H, Q)
     buffers = [q, shared_k, shared_v, mask, suffix_k, suffix_v, ancestors, out, parts, highest, sums]
     host(0, [DTYPES.index(q.dtype), R, H, Q, K, S, mask.shape[1], M, A], buffers, **settings)
-    return out
+    return out.transpose(1, 2)
 
 
 def draw_decode_attention(R, H, Q, K, S, M, A, dtype, per_query=True):

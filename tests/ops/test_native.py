@@ -314,6 +314,11 @@ def test_label_map_copies_the_inside_of_a_region(isa):
 # decode_attention
 
 
+def decode_attention(*inputs):
+    """(R, H, Q, K); the op returns (R, Q, H, K)."""
+    return ops.decode_attention(*inputs).transpose(1, 2)
+
+
 def draw_attention(R, H, Q, K, S, M, A, dtype, by_query):
     q, k, v = 2 * torch.randn(R, H, Q, K), torch.randn(R, H, S, K), torch.randn(R, H, S, K) + 0.5
     mask = torch.rand(R, Q if by_query else 1, S) < 0.7
@@ -349,7 +354,7 @@ def test_decode_attention(isa, shape, dtype, by_query, assert_no_worse):
     def exact():
         return decode_attention_reference(*high)
 
-    assert_no_worse("out", ops.decode_attention(*inputs), plain, exact)
+    assert_no_worse("out", decode_attention(*inputs), plain, exact)
 
 
 def test_decode_attention_of_a_query_without_keys_is_zero(isa):
@@ -357,9 +362,9 @@ def test_decode_attention_of_a_query_without_keys_is_zero(isa):
     q, k, v, mask, sk, sv, ancestors = draw_attention(1, 2, 4, 16, 70, 3, 2, torch.float32, True)
     # keys that no query sees are skipped, which would shift the blocks of the others: query 0 sees all keys of query 2
     mask[:, 0] |= mask[:, 2]
-    before = ops.decode_attention(q, k, v, mask, sk, sv, ancestors)
+    before = decode_attention(q, k, v, mask, sk, sv, ancestors)
     mask[:, 2], ancestors[:, 2] = False, -1
-    out = ops.decode_attention(q, k, v, mask, sk, sv, ancestors)
+    out = decode_attention(q, k, v, mask, sk, sv, ancestors)
     assert (out[:, :, 2] == 0).all()
     assert torch.equal(out[:, :, [0, 1, 3]], before[:, :, [0, 1, 3]])
 
@@ -367,11 +372,11 @@ def test_decode_attention_of_a_query_without_keys_is_zero(isa):
 def test_decode_attention_ignores_masked_keys(isa):
     """Infinities and NaN in masked keys, and in slots that are not listed, do not change the result."""
     q, k, v, mask, sk, sv, ancestors = draw_attention(1, 2, 5, 48, 80, 6, 3, torch.float32, False)
-    before = ops.decode_attention(q, k, v, mask, sk, sv, ancestors)
+    before = decode_attention(q, k, v, mask, sk, sv, ancestors)
     k[:, :, ~mask[0, 0]], v[:, :, ~mask[0, 0]] = float("nan"), float("inf")
     unlisted = [slot for slot in range(6) if not (ancestors == slot).any()]
     sk[:, :, unlisted], sv[:, :, unlisted] = float("nan"), float("nan")
-    assert torch.equal(ops.decode_attention(q, k, v, mask, sk, sv, ancestors), before)
+    assert torch.equal(decode_attention(q, k, v, mask, sk, sv, ancestors), before)
 
 
 def test_decode_attention_with_large_scores(isa, assert_no_worse):
@@ -386,7 +391,7 @@ def test_decode_attention_with_large_scores(isa, assert_no_worse):
     def exact():
         return decode_attention_reference(*high)
 
-    assert_no_worse("out", ops.decode_attention(*inputs), plain, exact, factor=3.0)
+    assert_no_worse("out", decode_attention(*inputs), plain, exact, factor=3.0)
 
 
 # all ops
@@ -406,7 +411,7 @@ def calls(dtype):
         **{a + "_backward": lambda a=a: [ops.bias_activation_backward(dy, x, bias, a)] for a in ACTIVATIONS},
         "label_map": lambda: [ops.label_map(ids, rows, features, 48)],
         "label_map_backward": lambda: [ops.label_map_backward(dmap, ids, rows, 70)],
-        "decode_attention": lambda: [ops.decode_attention(*inputs)],
+        "decode_attention": lambda: [decode_attention(*inputs)],
     }
 
 
@@ -453,8 +458,8 @@ def test_a_row_does_not_depend_on_the_batch(isa, dtype):
     out = ops.label_map(ids, rows, features, 19)
     assert torch.equal(ops.label_map(ids[1:2], rows[1:2], features, 19), out[1:2])
     inputs = draw_attention(3, 2, 5, 64, 130, 5, 3, dtype, True)
-    out = ops.decode_attention(*inputs)
-    assert torch.equal(ops.decode_attention(*(t[1:2] for t in inputs)), out[1:2])
+    out = decode_attention(*inputs)
+    assert torch.equal(decode_attention(*(t[1:2] for t in inputs)), out[1:2])
 
 
 def test_the_instruction_set_can_be_chosen(isa, monkeypatch):
@@ -527,4 +532,4 @@ def test_decode_attention_errors(index, value, message):
     inputs = draw_attention(1, 2, 3, 8, 9, 4, 2, torch.float32, False)
     inputs[index] = value
     with pytest.raises(RuntimeError, match=message):
-        ops.decode_attention(*inputs)
+        decode_attention(*inputs)
