@@ -1,7 +1,7 @@
 """Models of other people, patched by `apply_to` and unpatched: pytest benchmarks/test_drop_in.py --benchmark-only
 
-One realistic size of each family of docs/drop-in.md, with one or two of its layers, since all layers are alike. In
-fp32; with --full, and on a GPU, in bf16 too.
+One realistic size of each family of docs/drop-in.md, with one or two of its layers, since all layers are alike. On
+a CPU in fp32, on a GPU in bf16, with --full in both.
 """
 
 import copy
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.conftest import skip_slow_dtype
 from benchmarks.harness import DEVICE, OURS, Contender, time_contenders
 from prismer.kernels.patch import apply_to
 
@@ -132,7 +133,7 @@ def open_flamingo() -> Family:
     pytest.importorskip("open_flamingo", reason="pip install --no-deps open-flamingo einops-exts")
     from open_flamingo.src.helpers import PerceiverResampler
 
-    media = torch.randn(1, 1, 1, 256, 1024)
+    media = torch.randn(1, 1, 1, 256, 1024, device=DEVICE)
     return PerceiverResampler(dim=1024, depth=2), [], lambda m: m(media.to(m.latents))
 
 
@@ -210,7 +211,8 @@ def build_call(module: nn.Module, inputs: list[Tensor], run: Callable, dtype: to
 @pytest.mark.parametrize("part", ("forward", "forward+backward"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
-def test_drop_in(benchmark, family, dtype, part, everything):
+def test_drop_in(benchmark, family, dtype, part, everything, full):
+    skip_slow_dtype(dtype, full)
     if not everything and (family not in (clip, flamingo_pytorch) or dtype != torch.float32 or part == "forward"):
         pytest.skip("without --full, a CPU times a training step of two families in fp32")
     time_contenders(
