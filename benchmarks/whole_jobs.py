@@ -122,7 +122,7 @@ def through_compile(model: Prismer) -> Prismer:
     torch.compiler.reset()
     other = copy.copy(model)
     other.encode = torch.compile(model.encode, backend=COMPILER)
-    other.loss = torch.compile(model, backend=COMPILER)
+    other.loss = torch.compile(model.forward, backend=COMPILER)
     return other
 
 

@@ -190,11 +190,12 @@ def test_torch_compile_is_a_contender(kind, model, monkeypatch):
     monkeypatch.setattr(jobs, "MATRIX_SIDE", 256)
     compiler = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(jobs, "COMPILER", compiler)
+    model.zero_grad()
     job = COMPILED_JOBS[kind](model)
     compiled = compiler.frame_count
     assert compiled and not [p for p in model.parameters() if p.grad is not None]
     found = measure(job, rounds=2)
-    assert found[jobs.COMPILED].ratio > 0 and list(found)[0] == OURS
+    assert found[jobs.COMPILED].ratio > 0 and found[jobs.COMPILED].rounds == 2
     assert compiler.frame_count == compiled, "something is compiled while contenders are timed"
     right = job.calls[jobs.COMPILED]
     job.calls[jobs.COMPILED] = lambda: _off(right())
