@@ -279,7 +279,8 @@ CALLS: dict[str, OpCalls] = {
             R=batch, H=m.text_heads, Q=BEAMS, S=PROMPT, M=BEAMS * (NEW_TOKENS - 1), A=NEW_TOKENS
         ),
         edges=(
-            dict(R=1, H=12, Q=128, S=16, M=128, A=3),
+            # 128 answers as a trie, to a question of 16 tokens
+            dict(R=1, H=12, Q=217, S=16, M=217, A=4),
             dict(R=1, H=1, Q=1, S=1, M=1, A=1),
             dict(R=2, H=3, Q=7, S=13, M=17, A=3, K=80),
         ),

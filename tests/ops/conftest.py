@@ -21,6 +21,9 @@ def op_device(request, monkeypatch):
     if getattr(request, "param", "cpu") == "cpu":
         yield torch.device("cpu")
         return
+    # torch scripts these when they are imported, and cannot script a factory of ours
+    import torch._decomp.decompositions_for_jvp  # noqa: F401 (see above)
+
     here = kernel_device()
     for name, value in list(vars(request.module).items()):
         if isinstance(value, torch.Tensor | dict | list | tuple):
