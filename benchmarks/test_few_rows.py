@@ -89,7 +89,9 @@ def test_few_rows_of_int8(benchmark, shape, rows):
     x, scale, bias, weights = torch.randn(rows, K), torch.rand(N), torch.randn(N), copies(N, K, torch.int8)
     # random weights of these sizes round every product alike
     exact = few_rows_linear_reference(x, weights[0, :100], bias[:100], scale[:100])
-    torch.testing.assert_close(few_rows_linear(x, weights[0, :100], bias[:100], scale[:100]), exact, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(
+        few_rows_linear(x, weights[0, :100], bias[:100], scale[:100]), exact, rtol=1e-4, atol=1e-2
+    )
 
     def int_mm(weight: Tensor) -> Tensor:
         with use_backend("torch"):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prismer.kernels.dispatch import PLAIN
 from prismer.kernels.errors import InputError
-from prismer.kernels.few_rows import few_rows_linear, few_rows_serves
+from prismer.kernels.few_rows import few_rows_serves, product_of_few_rows
 
 _asked = os.environ.get("PRISMER_MATMUL", "auto")
 if _asked not in ("auto", "torch"):
@@ -49,7 +49,7 @@ def on_onednn(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., K) and (N, K), any strides -> (..., N), all of one dtype."""
     if _asked == "auto" and few_rows_serves(x, weight):
-        return few_rows_linear(x, weight, bias)
+        return product_of_few_rows(x, weight, bias)
     if on_onednn(x) and x.numel() and weight.numel():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
