@@ -13,6 +13,8 @@ For inference alone: the native kernel has no gradient. Legend: R rows, K inputs
 Traffic: N K weights of s bytes once; x and y are small beside them. FLOPs: 2 R K N.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,12 +25,12 @@ from prismer.kernels.dispatch import PLAIN, TORCH, Backend, Op, native_missing, 
 # the native kernel's limits: rows, and the width up to which sums of int8 products fit into 32 bits
 MOST_ROWS = 64
 _MOST_BYTES = 65536
-# a smaller product takes less time than a call
-_LEAST_WEIGHTS = 2**15
+# Smaller products are torch's. In fp32 its library is faster while the weights stay in the second-level cache; in 16
+# bits a call of oneDNN costs more than such a product.
+_LEAST_WEIGHTS = {torch.float32: 2**19, torch.bfloat16: 2**12, torch.float16: 2**12}
 
 _STEPS = 127
 _TINY = torch.finfo(torch.float32).tiny
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def few_rows_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
@@ -61,29 +63,50 @@ OP = Op(
 
 
 def few_rows_serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether `few_rows_linear` runs a product that needs no gradient faster than torch: x (..., K), weight (N, K).
+    """Whether the native kernel runs x weight^T faster than torch, for x (..., K) and weight (N, K).
 
-    Only for eager calls on a CPU that nothing watches: a compiler, a counter or a backend that was asked for sees
-    torch's own operators.
+    Only a call without a gradient, eager, on a CPU, that nothing watches: a compiler, a counter, or who asks for a
+    backend gets torch's own operators.
     """
     # first, so that a compiler does not guard on the sizes
     return (
         on_host(x)
         and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
-        and weight.numel() >= _LEAST_WEIGHTS
-        and x.dtype in _FLOATS
+        and x.dtype in _LEAST_WEIGHTS
         and weight.dtype == x.dtype
+        and weight.numel() >= _LEAST_WEIGHTS[x.dtype]
         and type(weight) in PLAIN
         and _dense(weight)
         and weight.device.type == "cpu"
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
-        and native_missing() is None
+        and _built()
     )
+
+
+@functools.cache
+def _built() -> bool:
+    return native_missing() is None and hasattr(torch.ops.prismer_native, "few_rows_linear")
 
 
 def _dense(t: Tensor) -> bool:
     return t.stride(-1) == 1 or t.shape[-1] == 1
+
+
+# native
+
+
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    x = x if _dense(x) else x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.prismer_native.few_rows_linear(x, weight, scale, bias)
+
+
+def product_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`few_rows_linear` of a call that `few_rows_serves`, without the checks, which would cost as much as a product."""
+    if x.dim() == 2:
+        return _native(x, weight, bias, None)
+    return _native(x.reshape(-1, x.shape[-1]), weight, bias, None).view(*x.shape[:-1], weight.shape[0])
 
 
 # torch
@@ -107,9 +130,7 @@ def _int8_torch(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     if OP.choose(x, weight) == "native":
-        x = x if _dense(x) else x.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        return torch.ops.prismer_native.few_rows_linear(x, weight, scale, bias)
+        return _native(x, weight, bias, scale)
     return F.linear(x, weight, bias) if scale is None else _int8_torch(x, weight, bias, scale)
 
 
@@ -148,8 +169,8 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale
     if int8 != (scale is not None):
         raise ValueError(f"weight is {weight.dtype}; pass a scale with int8 weights, and none with others")
     N = weight.shape[:1]
-    check_like("bias", bias, N, "the weights' scale" if int8 else "x", torch.float32 if int8 else x.dtype)
-    check_like("scale", scale, N, "a scale", torch.float32)
+    check_like("bias", bias, N, "the scale of int8 weights" if int8 else "x", torch.float32 if int8 else x.dtype)
+    check_like("scale", scale, N, "the sums of int8 products", torch.float32)
     if OP.route(x) == "reference":
         return few_rows_linear_reference(x.reshape(-1, x.shape[-1]), weight, bias, scale).view(*x.shape[:-1], *N)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):

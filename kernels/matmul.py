@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prismer.kernels import dispatch, tuning
 from prismer.kernels.dispatch import PLAIN, TORCH, Backend, Example, Op, rows_and_width
-from prismer.kernels.few_rows import few_rows_linear, few_rows_serves
+from prismer.kernels.few_rows import few_rows_serves, product_of_few_rows
 from prismer.kernels.tuning.tables import mkl_is_slow
 
 
@@ -105,12 +105,12 @@ def torch_multiplies(x: Tensor, outputs: int) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., K) and (N, K), any strides -> (..., N), all of one dtype."""
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         # only torch's operator has a gradient of its own
         return F.linear(x, weight, bias)
     library = library_of(x, weight.shape[0], few_rows_serves(x, weight))
     if library == "few-rows":
-        return few_rows_linear(x, weight, bias)
+        return product_of_few_rows(x, weight, bias)
     if library == "onednn" and x.numel() and weight.numel():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)

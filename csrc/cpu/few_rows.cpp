@@ -44,7 +44,10 @@ struct Wide {
     static constexpr int halves = 1;
 
     PRISMER_INLINE static Vector kept(const float* p) { return load<Vector>(p); }
-    PRISMER_INLINE static Vector weights(const Stored* p, int) { return load<Vector>(p); }
+    PRISMER_INLINE static Vector weights(const Stored* p, int) {
+      // in a register: otherwise the compiler loads the same weights for each row of x
+      return rounded(load<Vector>(p));
+    }
     PRISMER_INLINE static Vector plus(const Vector& sum, const Vector& x, const Vector& w) {
       return sum + x * w;
     }
@@ -270,7 +273,7 @@ struct Product {
   PRISMER_INLINE static void run(const Product& job, const int64_t& begin, const int64_t& end) {
     if constexpr (Format::avx512 && Width != kLanes) return;
     // with few rows, more rows of weights, so that no addition waits for the one before it
-    const bool few = job.rows <= (Width == kLanes ? 2 : 1);
+    const bool few = job.rows <= (Width == kLanes ? 3 : 1);
     for (int64_t task = begin; task < end; ++task) {
       if (few) {
         job.task<Width, 8>(task * kLanes);
@@ -322,6 +325,7 @@ struct Product {
         if (here == 1) with(Constant<1>{});
         if constexpr (Width == kLanes) {
           if (here == 2) with(Constant<2>{});
+          if (here == 3) with(Constant<3>{});
         }
       } else {
         if (here == 3) with(Constant<3>{});
@@ -365,7 +369,10 @@ struct Product {
     };
     int64_t c = 0;
     for (; c + line <= width; c += line) {
-      for (int64_t j = 0; j < many; ++j) __builtin_prefetch(next + j * step + c, 0, 2);
+#pragma GCC unroll 8
+      for (int j = 0; j < Columns; ++j) {
+        if (j < many) __builtin_prefetch(next + j * step + c, 0, 2);
+      }
       for (int64_t part = 0; part < line; part += At::step) {
         meet(kept + c + part, weights + c + part, step);
       }
