@@ -195,9 +195,16 @@ def _launch(
     sums: torch.dtype | None = None,
     square_a: bool = False,
     square_b: bool = False,
+    a_transposed: bool = False,
+    b_transposed: bool = False,
 ) -> Tensor | None:
-    """Run the kernel on views `a` (M, K) and `b` (K, N); returns the column sums if a dtype is given for them."""
-    (M, K), N = a.shape, b.shape[1]
+    """Run the kernel on `a` (M, K) and `b` (K, N), or on their transposes; returns the column sums if asked for."""
+    a_shape, a_strides, b_shape, b_strides = a.shape, a.stride(), b.shape, b.stride()
+    if a_transposed:
+        a_shape, a_strides = a_shape[::-1], a_strides[::-1]
+    if b_transposed:
+        b_shape, b_strides = b_shape[::-1], b_strides[::-1]
+    (M, K), N = a_shape, b_shape[1]
     if not M or not N:
         return a.new_zeros(N, dtype=sums) if sums else None
     tiles = _tiles(M, N, a.dtype, activated is not None)
@@ -206,7 +213,7 @@ def _launch(
     # one row of tiles writes the total itself
     if sums and num_m > 1:
         partial = torch.empty(num_m, N, dtype=torch.float32, device=a.device)
-    pointers, numbers = (a, b, bias, h, residual, c, activated, partial), (M, N, K, *a.stride(), *b.stride())
+    pointers, numbers = (a, b, bias, h, residual, c, activated, partial), (M, N, K, *a_strides, *b_strides)
     flags = _flags(pointers, numbers, a.dtype, activation, differentiate, square_a, square_b)
     launch(_gemm_kernel, (num_m * cdiv(N, tiles["BN"]),), pointers, numbers, flags | tiles)
     if partial is not total:
@@ -239,12 +246,13 @@ def gemm(
         residual: (R, N), contiguous.
         square: multiply a^2 instead, rounded to the dtype of `a`.
     """
-    empty = a.new_empty(0)
     if backend == "triton":
-        c = a.new_empty(a.shape[0], weight.shape[0])
+        c = a.new_empty((a.shape[0], weight.shape[0]))
         h = torch.empty_like(c) if keep else None
-        _launch(a, weight.T, c, bias=bias, activation=activation, h=h, residual=residual, square_a=square)
-        return c, h if keep else empty
+        options = dict(bias=bias, activation=activation, h=h, residual=residual, square_a=square)
+        _launch(a, weight, c, b_transposed=True, **options)
+        return c, h if keep else a.new_empty(0)
+    empty = a.new_empty(0)
     if square:
         a = a.square()
     if activation not in ("none", "relu"):
@@ -282,14 +290,14 @@ def gemm_derivative(
         h: (R, K), contiguous; bias: (K,) or None.
         sums: the dtype for the sums, which are computed in fp32.
     """
-    empty = dy.new_empty(0)
     if backend == "triton":
         dh = torch.empty_like(h)
         a = torch.empty_like(h) if activated else None
         dbias = _launch(
             dy, weight, dh, bias=bias, activation=activation, h=h, differentiate=True, activated=a, sums=sums
         )
-        return dh, a if activated else empty, dbias if sums else empty
+        return dh, a if activated else dy.new_empty(0), dbias if sums else dy.new_empty(0)
+    empty = dy.new_empty(0)
     dh, dbias = bias_activation_backward_op(matmul.mm(dy, weight), h, bias, activation, sums is not None)
     a = bias_activation_op(h, bias, activation) if activated else empty
     return dh, a, dbias.to(sums) if sums else empty
@@ -303,8 +311,8 @@ def gemm_gradient(dy: Tensor, a: Tensor, *, backend: str, square: bool = False) 
         a: (R, K), contiguous.
     """
     if backend == "triton":
-        dweight = dy.new_empty(dy.shape[1], a.shape[1])
-        _launch(dy.T, a, dweight, square_b=square)
+        dweight = dy.new_empty((dy.shape[1], a.shape[1]))
+        _launch(dy, a, dweight, a_transposed=True, square_b=square)
         return dweight
     return matmul.mm(dy.T, a.square() if square else a)
 

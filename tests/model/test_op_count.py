@@ -16,13 +16,11 @@ from prismer.batch import Batch, ImageBatch, TextBatch
 from prismer.config import preset
 from prismer.costs.counting import CostCounter
 from prismer.freezing import freeze
-from prismer.kernels.dispatch import as_if_watched, use_backend
+from prismer.kernels.dispatch import Op, as_if_watched, use_backend
 from prismer.kernels.launch import counted
 from prismer.model import Prismer
 
 LIMIT = 1200
-# of Triton kernels, where every op runs on Triton
-LAUNCHES = 900
 
 
 def count_step(mode: str, side: int) -> collections.Counter[str]:
@@ -59,15 +57,26 @@ def test_a_training_step_issues_few_operators(mode, side):
     assert plain.total() > 2800 and not any(name.startswith("prismer::attention") for name in plain)
 
 
+# ops for which a GPU's vendor has what is taken first: products, and attention, which is two launches there
+VENDOR = ("mlp", "adaptor")
+
+
+@pytest.mark.parametrize(("ours", "limit"), ((True, 770), (False, 450)), ids=("every-op-on-triton", "vendors-first"))
 @pytest.mark.parametrize(
     ("mode", "side"), (("freeze_lang_vision", 224), ("freeze_vision", 480)), ids=("pretrain-224", "finetune-480")
 )
-def test_a_training_step_launches_few_kernels(mode, side):
+def test_a_training_step_launches_few_kernels(mode, side, ours, limit, monkeypatch):
     """Ops that nothing watches run their implementations, whose launches are counted on the meta device."""
+    if not ours:
+        choose = Op.choose
+        monkeypatch.setattr(
+            Op,
+            "choose",
+            lambda self, *args, **options: "torch" if self.name in VENDOR else choose(self, *args, **options),
+        )
     with use_backend("triton"), as_if_watched(False), counted() as launches:
         operators = count_step(mode, side)
-    print(
-        f"\n{mode} {side} px: {launches.total()} launches of Triton, {operators.total()} operators of torch beside them"
-    )
+    total = sum(n for kernel, n in launches.items() if ours or not kernel.startswith("attention."))
+    print(f"\n{mode} {side} px: {total} launches of Triton, {operators.total()} operators of torch beside them")
     print(launches.most_common(40), operators.most_common(60), sep="\n")
-    assert launches.total() < LAUNCHES
+    assert total < limit

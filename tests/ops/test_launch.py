@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from prismer.kernels import instance_rows, label_map
 from prismer.kernels import launch as module
 from prismer.kernels.activation import bias_activation
 from prismer.kernels.adaptor import adaptor
@@ -23,9 +24,11 @@ from prismer.kernels.attention import attention
 from prismer.kernels.cross_entropy import linear_cross_entropy
 from prismer.kernels.decode_attention import decode_attention
 from prismer.kernels.dispatch import use_backend
+from prismer.kernels.gemm import gemm
 from prismer.kernels.launch import cdiv, counted, input_precision, launch, next_power_of_2, unspecialised
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 from prismer.kernels.mlp import mlp
+from prismer.kernels.resampler_attention import resampler_attention
 from tests.ops.stand_in_driver import stand_in_driver
 
 D, H = 64, 2
@@ -263,6 +266,53 @@ def test_fp32_is_multiplied_as_torch_is_set(precision_settings):
         precision_settings.fp32_precision = setting
         assert input_precision(torch.float32) == setting
         assert input_precision(torch.bfloat16) == "ieee"
+    precision_settings.fp32_precision = "none"
+    with torch.backends.flags(fp32_precision="tf32"):
+        # what is set for all backends counts where nothing is set for this one
+        assert input_precision(torch.float32) == "tf32"
+
+
+def products():
+    """Calls in fp32 whose products follow the setting, and two whose sums of rows must not."""
+    a, b = torch.randn(40, 64), torch.randn(48, 64)
+    context, labels = torch.randn(1, H, 40, 32), torch.arange(40)
+    ids, rows = torch.randint(5, (1, 8, 8), dtype=torch.uint8), torch.arange(256)[None]
+    suffix, ancestors = torch.randn(1, H, 3, 32), torch.tensor([[[0], [1], [2]]])
+    seen = torch.ones(1, 40, dtype=torch.bool)
+    dy = torch.randn(1, 4, 4, 16)
+    return dict(
+        gemm=lambda: gemm(a, b, None, backend="triton")[0],
+        attention=lambda: attention(suffix, context, context),
+        cross_entropy=lambda: linear_cross_entropy(a, b, b[:, 0], labels),
+        decode_attention=lambda: decode_attention(suffix, context, context, seen, suffix, suffix, ancestors),
+        resampler_attention=lambda: resampler_attention(
+            a[None, :16],
+            b[None],
+            b[0],
+            b[1],
+            0.1 * torch.cat((a, a, b, b, b[:16])),
+            b.new_zeros(192),
+            2,
+            order="absorbed",
+        ),
+        label_map=lambda: label_map._label_map_backward(dy, ids, rows, 5),
+        instance_rows=lambda: instance_rows._instance_rows_backward(
+            dy.view(1, 16, 16), ids, rows[0], 5, 4, True, False
+        )[0],
+    )
+
+
+@pytest.mark.parametrize("name", products())
+def test_the_precision_of_torch_reaches_the_products(name, precision_settings, running):
+    call, found = products()[name], []
+    with running("triton"), torch.no_grad():
+        for setting in ("ieee", "tf32", "ieee"):
+            precision_settings.fp32_precision = setting
+            found.append(call())
+    exact, rounded, again = found
+    assert torch.equal(exact, again)
+    assert torch.equal(exact, rounded) == (name in ("label_map", "instance_rows"))
+    torch.testing.assert_close(rounded, exact, rtol=2e-2, atol=2e-2)
 
 
 def test_the_older_setting_of_precision_counts_too():
