@@ -120,15 +120,16 @@ class _NormReLUConvs(torch.autograd.Function):
         moments: Sequence = [None] * len(maps) if ctx.torch_forms else _moments_of_all_ranks(maps)
         if not ctx.torch_forms:
             _update_running(norms, moments, [world * x.numel() // x.shape[1] for x in maps])
+        weights, biases = _cast_together(tensors[1::4], torch.float32), _cast_together(tensors[2::4], torch.float32)
         outputs, saved = [], []
         for i, (norm, conv) in enumerate(layers):
-            x, weight, bias, kernel = tensors[4 * i : 4 * i + 4]
-            affine, running = (_at_least_fp32(weight), _at_least_fp32(bias)), (norm.running_mean, norm.running_var)
+            x, kernel = tensors[4 * i], tensors[4 * i + 3]
+            affine, running = (weights[i], biases[i]), (norm.running_mean, norm.running_var)
             a, *pair = _norm_relu(x, *affine, moments[i], norm.eps, running, norm.momentum)
             outputs.append(F.conv2d(a, kernel, None, conv.stride, conv.padding))
             saved += [x, *affine, kernel, *pair]
         ctx.save_for_backward(*saved)
-        ctx.dtypes = [(weight.dtype, bias.dtype) for weight, bias in zip(tensors[1::4], tensors[2::4], strict=True)]
+        ctx.dtype = tensors[1].dtype
         ctx.layers = [(norm.eps, conv.stride, conv.padding) for norm, conv in layers]
         return tuple(outputs)
 
@@ -141,8 +142,8 @@ class _NormReLUConvs(torch.autograd.Function):
             rstds = torch._foreach_add(rstds, [eps for eps, _, _ in ctx.layers])
             torch._foreach_rsqrt_(rstds)
         grads: list[Tensor | None] = [None]
-        # of the layers whose sums over the ranks are still to come: place among the gradients, and what dx takes
-        waiting: list[tuple[int, tuple[Tensor, ...]]] = []
+        # layers whose sums over the ranks are still to come
+        waiting: list[tuple] = []
         for i, (eps, stride, padding) in enumerate(ctx.layers):
             x, weight, bias, kernel, mean, variance = saved[6 * i : 6 * i + 6]
             rstd = rstds[i]
@@ -160,32 +161,47 @@ class _NormReLUConvs(torch.autograd.Function):
                         da, x, weight, None, None, mean, rstd, True, eps, needs_norm
                     )
                 else:
-                    x_hat = (_at_least_fp32(x) - mean[:, None, None]) * rstd[:, None, None]
-                    da = _at_least_fp32(da)
-                    dbias, dweight = da.sum((0, 2, 3)), (da * x_hat).sum((0, 2, 3))
+                    dbias = da.sum((0, 2, 3), dtype=mean.dtype)
+                    dweight = _standardised(x, mean, rstd).mul_(da).sum((0, 2, 3))
                     if needs_norm[0]:
-                        waiting.append((len(grads), (x, da, x_hat, weight * rstd, torch.stack((dbias, dweight)))))
-            grads += [
-                dx,
-                dweight.to(ctx.dtypes[i][0]) if needs_norm[1] else None,
-                dbias.to(ctx.dtypes[i][1]) if needs_norm[2] else None,
-                dkernel,
-            ]
+                        waiting.append((len(grads), da, x, mean, rstd, weight, torch.stack((dbias, dweight))))
+            grads += [dx, dweight if needs_norm[1] else None, dbias if needs_norm[2] else None, dkernel]
+        affine = [i for i, gradient in enumerate(grads) if gradient is not None and i % 4 in (2, 3)]
+        for i, gradient in zip(affine, _cast_together([grads[i] for i in affine], ctx.dtype), strict=True):
+            grads[i] = gradient
         for place, dx in _input_gradients(waiting, world):
             grads[place] = dx
         return tuple(grads)
 
 
-def _input_gradients(waiting: list[tuple[int, tuple[Tensor, ...]]], world: int) -> Iterator[tuple[int, Tensor]]:
-    """The gradients of the maps of layers whose statistics span all ranks, from each rank's sums: one message."""
+def _cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Vectors in `dtype`, or in float64 if they are, cast by one operator."""
+    if all(tensor.dtype in (dtype, torch.float64) for tensor in tensors):
+        return tensors
+    return torch.cat(list(tensors)).to(dtype).split([len(tensor) for tensor in tensors])
+
+
+def _standardised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return (_at_least_fp32(x) - mean[:, None, None]).mul_(rstd[:, None, None])
+
+
+def _input_gradients(waiting: list[tuple], world: int) -> Iterator[tuple[int, Tensor]]:
+    """The gradients of maps whose statistics span all ranks, from the sums of this rank: one message for all.
+
+    Args:
+        waiting: for each map: the place of its gradient, which is returned with it; the gradient of the norm's output,
+            the map, mean, 1 / deviation, weight, and the sums (2, C) of the gradients of bias and weight.
+    """
     if not waiting:
         return
-    sums = torch.cat([parts[-1] for _, parts in waiting], dim=1)
-    dist.all_reduce(sums)
-    all_sums = sums.split([parts[-1].shape[1] for _, parts in waiting], dim=1)
-    for (place, (x, da, x_hat, scale, _)), total in zip(waiting, all_sums, strict=True):
-        dmean, dscale = (total / (world * x.numel() // x.shape[1]))[..., None, None]
-        yield place, ((da - dmean - x_hat * dscale) * scale[:, None, None]).to(x.dtype)
+    own = [sums for *_, sums in waiting]
+    total = torch.cat(own, dim=1)
+    dist.all_reduce(total)
+    parts = total.split([sums.shape[1] for sums in own], dim=1)
+    for (place, da, x, mean, rstd, weight, _), sums in zip(waiting, parts, strict=True):
+        dmean, dscale = (sums / (world * x.numel() // x.shape[1]))[..., None, None]
+        dx = _standardised(x, mean, rstd).mul_(dscale).add_(dmean).neg_().add_(da)
+        yield place, dx.mul_((weight * rstd)[:, None, None]).to(x.dtype)
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

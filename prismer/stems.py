@@ -17,27 +17,27 @@ from prismer.kernels.label_map import label_map
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-
 _constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
 
-def _clip_constants(device: torch.device) -> tuple[Tensor, Tensor]:
+def _clip_constants(rgb: Tensor) -> tuple[Tensor, Tensor]:
     """CLIP's mean and standard deviation (3, 1, 1); copied to a GPU once, since the host waits for such a copy."""
-    if device in _constants and not torch.compiler.is_compiling():
-        return _constants[device]
+    # in a trace they become constants of the graph, and must not outlive it
+    lasting = type(rgb) is Tensor and not torch.compiler.is_compiling()
+    if lasting and rgb.device in _constants:
+        return _constants[rgb.device]
     # a tensor made in inference mode could not be used in training
     with torch.inference_mode(False):
-        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    # a tensor of a trace or of a mode without data must not stay
-    if type(mean) is Tensor and not torch.compiler.is_compiling():
-        _constants[device] = mean, std
+        mean, std = (torch.tensor(values, device=rgb.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    if lasting:
+        _constants[rgb.device] = mean, std
     return mean, std
 
 
 def normalise_rgb(rgb: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, 3, h, w) uint8 -> the same shape in `dtype`, channels last, with CLIP's mean and standard deviation."""
-    mean, std = _clip_constants(rgb.device)
-    return _as_floats(rgb).div_(255).sub_(mean).div_(std).to(dtype)
+    mean, std = _clip_constants(rgb)
+    return (_as_floats(rgb) / 255).sub_(mean).div_(std).to(dtype)
 
 
 def normalise_low_level(label: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,7 +45,7 @@ def normalise_low_level(label: Tensor, dtype: torch.dtype) -> Tensor:
 
     The result is channels last.
     """
-    x = _as_floats(label).div_(255)
+    x = _as_floats(label) / 255
     low, high = torch.aminmax(x.flatten(1), dim=1, keepdim=True)
     span = (high - low).add_(1e-6)
     return x.sub_(low[..., None, None]).mul_(2).div_(span[..., None, None]).sub_(1).to(dtype)

@@ -229,8 +229,12 @@ def test_bytes_sent_in_a_step():
 
 
 def test_offload_and_checkpointing_save_memory():
-    plan = Plan(job(4, "bf16"))
-    memory = {setup: plan.memory(setup, 8) for setup in SETUPS}
+    from tests.plan_under_zero import config
+
+    # deep enough, and with images enough, that activations of blocks are what fills a GPU
+    deep, images = config().replace(vision_depth=8, text_depth=8), 64
+    plan = Plan(job(4, "bf16", config=deep))
+    memory = {setup: plan.memory(setup, images) for setup in SETUPS}
     for setup, of in memory.items():
         if setup.offload:
             on_gpu = memory[Setup(stage=setup.stage, checkpointing=setup.checkpointing)]
@@ -239,7 +243,7 @@ def test_offload_and_checkpointing_save_memory():
         if not setup.checkpointing:
             again = Setup(stage=setup.stage, offload=setup.offload, checkpointing=True)
             assert memory[again].kept < of.kept
-    accumulating = Plan(job(4, "bf16", accumulation=2)).memory(Setup(stage=1), 8)
+    accumulating = Plan(job(4, "bf16", config=deep, accumulation=2)).memory(Setup(stage=1), images)
     assert accumulating.gradients == 2 * sum(plan.weights.trained) > memory[Setup(stage=1)].gradients
 
 

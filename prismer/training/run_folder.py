@@ -223,11 +223,12 @@ class RunFolder:
                 f"{self.path} trains in {precision}, not {config.precision}; set precision to auto or {precision}"
             )
         quiet = ("precision", "run")
+        # a run that was started before a setting existed had its default
+        before = {name: before.get(name, getattr(TrainConfig, name)) for name in now}
         changes = [
-            f"{name}: {before.get(name)} -> {value}"
+            f"{name}: {before[name]} -> {value}"
             for name, value in now.items()
-            # a run that was started before a setting existed had its default
-            if before.get(name, getattr(TrainConfig, name)) != value and name not in quiet
+            if before[name] != value and name not in quiet
         ]
         # a run of an earlier version stored no digest
         earlier = stored.get("choices", choices)

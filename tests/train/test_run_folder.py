@@ -53,6 +53,17 @@ def run(tmp_path):
     return run
 
 
+def test_a_run_from_before_a_setting_existed_had_its_default(run):
+    file = run.path / "train_config.json"
+    stored = json.loads(file.read_text())
+    del stored["settings"]["deterministic"]
+    file.write_text(json.dumps(stored))
+    assert run.reconcile_settings(CONFIG, lambda: "fp32") == ("fp32", [])
+    file.write_text(json.dumps(stored))
+    changed = run.reconcile_settings(replace(CONFIG, deterministic=True), lambda: "fp32")
+    assert changed == ("fp32", ["deterministic: False -> True"])
+
+
 def test_the_last_two_checkpoints_and_the_best_are_kept(run):
     assert steps(run) == ["1", "3", "4"]
     assert run.last().name == "step-00000004" and run.best().name == "step-00000001"
