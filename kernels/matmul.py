@@ -105,7 +105,7 @@ def torch_multiplies(x: Tensor, outputs: int) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., K) and (N, K), any strides -> (..., N), all of one dtype."""
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         # only torch's operator has a gradient of its own
         return F.linear(x, weight, bias)
     library = library_of(x, weight.shape[0], few_rows_serves(x, weight))
