@@ -15,6 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# what is replaced or called of DeepSpeed's optimizer; a version without one of these runs as it always did
+_TOUCHED = (
+    "_get_norm_groups",
+    "_grad_acc_hooks",
+    "_leaf_module_hooks",
+    "_partition_all_parameters",
+    "_prepare_fp32_grad_for_sub_group",
+    "_reassign_or_swap_out_partitioned_parameters",
+    "fp16_groups",
+    "fp16_partitioned_groups_flat",
+    "fp32_partitioned_groups_flat",
+    "independent_gradient_partition_epilogue",
+    "parameter_offload",
+    "persistent_parameters",
+)
 # numbers whose squares are added in fp32: to about a tenth of a rounding
 _ROW = 1024
 
@@ -22,11 +37,14 @@ _ROW = 1024
 def is_alone(engine: nn.Module) -> bool:
     """Whether one process holds all parameters, and the settings let each of them stay gathered between steps.
 
-    They do if no parameter is larger than `stage3_param_persistence_threshold`, and nothing is offloaded.
+    They do if no parameter is larger than `stage3_param_persistence_threshold`, and nothing is offloaded. A DeepSpeed
+    whose optimizer has other parts than the one that this file was written for counts as not alone.
     """
     optimizer: Any = engine.optimizer
     return (
-        optimizer.partition_count == 1
+        all(hasattr(optimizer, name) for name in _TOUCHED)
+        and hasattr(optimizer.parameter_offload, "_remove_module_hooks")
+        and optimizer.partition_count == 1
         and all(p.ds_persist for p in engine.module.parameters())
         and not (optimizer.offload_optimizer or optimizer.offload_param or optimizer.zenflow)
         # autograd adds the gradients of micro-batches in the dtype of the parameters
