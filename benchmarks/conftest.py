@@ -13,25 +13,42 @@ import torch
 from benchmarks.harness import DEVICE, MEASUREMENTS, OURS, PEERS, Contender, Measurement
 
 RESULTS = Path(__file__).with_name("results")
+STARTED = time.monotonic()
 
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, default=RESULTS, help="folder for the CSV and the plot")
-    parser.addoption("--full", action="store_true", help="every shape with every contender, also on a CPU")
+    parser.addoption("--full", action="store_true", help="every shape and dtype with every contender: hours")
+    minutes = 10.0 if DEVICE.type == "cuda" else float("inf")
+    parser.addoption("--minutes", type=float, default=minutes, help="then no benchmark starts (10 on a GPU)")
+
+
+def pytest_runtest_setup(item):
+    if time.monotonic() - STARTED > 60 * item.config.getoption("--minutes") and not item.config.getoption("--full"):
+        pytest.skip("the time of --minutes is spent")
 
 
 @pytest.fixture
-def everything(request) -> bool:
-    """Whether to time every contender at every shape; off by default on a CPU, where that takes half an hour."""
-    return DEVICE.type == "cuda" or request.config.getoption("--full")
+def full(request) -> bool:
+    """Whether --full is given: then everything is timed."""
+    return request.config.getoption("--full")
 
 
 @pytest.fixture
-def compiled(everything):
-    """Add eager under torch.compile to the contenders: at every shape, or on a CPU only at a representative one."""
+def everything(full) -> bool:
+    """Whether to time every shape: on a GPU always, on a CPU with --full, since it takes half an hour there."""
+    return DEVICE.type == "cuda" or full
+
+
+@pytest.fixture
+def compiled(full):
+    """Add eager under torch.compile to the contenders, without --full at a representative shape alone.
+
+    A compilation takes longer than all that a GPU then has to time.
+    """
 
     def add(calls: dict[str, Contender], representative: bool) -> dict[str, Contender]:
-        if everything or representative:
+        if full or representative:
             eager = calls["eager"]
             torch.compiler.reset()
             calls["compile"] = Contender(run=torch.compile(eager.run), inputs=eager.inputs)
@@ -41,8 +58,15 @@ def compiled(everything):
 
 
 @pytest.fixture(params=(torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
-def dtype(request) -> torch.dtype:
+def dtype(request, full) -> torch.dtype:
+    skip_slow_dtype(request.param, full)
     return request.param
+
+
+def skip_slow_dtype(dtype: torch.dtype, full: bool) -> None:
+    """Skip fp32 on a GPU without --full: nobody trains or asks a model in fp32 there."""
+    if DEVICE.type == "cuda" and dtype == torch.float32 and not full:
+        pytest.skip("on a GPU bf16, to keep the run under ten minutes: --full has fp32")
 
 
 @pytest.fixture(params=("forward", "forward+backward"))

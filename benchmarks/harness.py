@@ -2,8 +2,8 @@
 
 Each test is one comparison. A round runs every contender once, ours last: the two times of a ratio are then measured
 close together, and the drift of a shared machine cancels. The report gives the median ratio and its quartiles.
-pytest-benchmark times our own call on the host. On a GPU the device time of every contender comes from CUDA events
-(triton.testing.do_bench), and the host time is reported beside it.
+pytest-benchmark times our own call on the host. On a GPU the host time is that of the launches alone: the wait for the
+device is not part of it. The device time comes from the replay of a CUDA graph of the same calls, between two events.
 """
 
 import gc
@@ -16,11 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from scripts.gpu_stages.device import timer
+
 OURS = "ours"
 # the peer that tables and plots compare ours with, the first that was measured: the same op in plain PyTorch, the
 # released way to do a whole job, or ours in plain fp32
 PEERS = ("eager", "baseline", "fp32")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# rounds of device times: each measures many calls already
+DEVICE_ROUNDS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,8 @@ class Measurement:
         shape, dtype: of the inputs.
         part: "forward" or "forward+backward"; for whole jobs "inference", "step" or "labels".
         contender: "ours", "eager", "compile", ...
-        milliseconds: median time of the rounds; on a GPU, device time.
+        milliseconds: median time of the rounds; on a GPU, device time by graph replay, or between events where the
+            call cannot be captured.
         ratio, low, high: median, first and third quartile of contender / ours in the same round; 1 for ours.
         peak_mb: peak memory beyond the inputs, in units of 1e6 bytes.
         host_ms: on a GPU, median time until the call returned; otherwise the same as `milliseconds`.
@@ -193,6 +198,48 @@ def refuse_if_worse(make: Callable[[torch.dtype], dict[str, Contender]], dtype: 
             pytest.fail(f"tensor {i} of ours is off by {errors[0]:.3g}, allowed are {allowed:.3g}: not timed")
 
 
+def time_on_host(benchmark, functions: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round until a call returns, by name. Ours runs last in a round, under pytest-benchmark.
+
+    No time includes a wait for the GPU, which has finished before each call.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions if name != OURS}
+    order = list(times)
+
+    def run_others() -> None:
+        order.append(order.pop(0))
+        for name in order:
+            function = functions[name]
+            synchronize()
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+        synchronize()
+
+    gc.collect()
+    gc.disable()
+    try:
+        benchmark.pedantic(functions[OURS], setup=run_others, rounds=rounds, iterations=1, warmup_rounds=1)
+    finally:
+        gc.enable()
+        synchronize()
+    # the warm-up round timed the others too: drop it
+    found = {name: values[-rounds:] for name, values in times.items()}
+    return found | {OURS: list(benchmark.stats.stats.data)}
+
+
+def time_on_device(functions: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Device seconds of a call in each round, by name; ours runs last in a round."""
+    timers = {name: timer(function, DEVICE.type)[0] for name, function in functions.items()}
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    order = [name for name in functions if name != OURS]
+    for _ in range(rounds):
+        order.append(order.pop(0))
+        for name in (*order, OURS):
+            times[name].append(timers[name]())
+    return times
+
+
 def time_contenders(
     benchmark,
     calls: dict[str, Contender],
@@ -217,8 +264,6 @@ def time_contenders(
         The measurements by name of the contender.
     """
     functions = {name: call[part] for name, call in calls.items()}
-    ours = functions[OURS]
-    others = {name: function for name, function in functions.items() if name != OURS}
     peaks = {name: peak_bytes(function) for name, function in functions.items()}
     spent = 0.0
     for function in functions.values():
@@ -228,47 +273,11 @@ def time_contenders(
         spent += time.perf_counter() - start
     # slow ops such as the loss take seconds a round: three rounds must do
     rounds = min(max(int(seconds / max(spent, 1e-6)), 3 if spent > 0.4 else 5), 100)
-    times: dict[str, list[float]] = {name: [] for name in others}
-    order = list(others)
-
-    def run_others() -> None:
-        order.append(order.pop(0))
-        for name in order:
-            function = others[name]
-            start = time.perf_counter()
-            function()
-            synchronize()
-            times[name].append(time.perf_counter() - start)
-
-    def run_ours():
-        result = ours()
-        synchronize()
-        return result
-
-    gc.collect()
-    gc.disable()
-    try:
-        benchmark.pedantic(run_ours, setup=run_others, rounds=rounds, iterations=1, warmup_rounds=1)
-    finally:
-        gc.enable()
-    # the warm-up round timed the others too: drop it
-    host = {name: values[-rounds:] for name, values in times.items()}
-    host[OURS] = list(benchmark.stats.stats.data)
-    device = host
-    if DEVICE.type == "cuda":
-        import triton
-
-        device = {
-            name: [ms / 1e3 for ms in triton.testing.do_bench(function, return_mode="all")]
-            for name, function in functions.items()
-        }
+    host = time_on_host(benchmark, functions, rounds)
+    device = host if DEVICE.type == "cpu" else time_on_device(functions, min(rounds, DEVICE_ROUNDS))
     rows = {}
     for name, values in device.items():
-        ratios = (
-            [a / b for a, b in zip(values, device[OURS], strict=True)]
-            if device is host
-            else [v / statistics.median(device[OURS]) for v in values]
-        )
+        ratios = [a / b for a, b in zip(values, device[OURS], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         median = statistics.median(values)
         rows[name] = Measurement(

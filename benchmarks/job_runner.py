@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from benchmarks.harness import MEASUREMENTS, OURS, Measurement, peak_and_times, synchronize
 from prismer.costs.counting import CostCounter
 
@@ -38,6 +40,7 @@ class Job:
 
     Attributes:
         room, shape, part: as in `Measurement`; part is "inference", "step" (forward and backward) or "labels".
+        dtype: of the weights of ours.
         calls: the contenders by name, "ours" among them.
         check: takes the outcomes by name of the contender and raises AssertionError if they differ.
         reset: called before each call that is timed or compared.
@@ -47,6 +50,7 @@ class Job:
     room: str
     shape: str
     part: str = "inference"
+    dtype: torch.dtype = torch.float32
     calls: dict[str, Callable[[], object]]
     check: Callable[[dict[str, object]], None]
     reset: Callable[[], None] = lambda: None
@@ -130,7 +134,7 @@ def _row(
     return Measurement(
         room=job.room,
         shape=job.shape,
-        dtype="float32",
+        dtype=str(job.dtype).removeprefix("torch."),
         part=job.part,
         contender=name,
         milliseconds=1e3 * median,

@@ -1,7 +1,7 @@
 """Models of other people, patched by `apply_to` and unpatched: pytest benchmarks/test_drop_in.py --benchmark-only
 
-One realistic size of each family of docs/drop-in.md, with one or two of its layers, since all layers are alike. In
-fp32; with --full, and on a GPU, in bf16 too.
+One realistic size of each family of docs/drop-in.md, with one or two of its layers, since all layers are alike. On
+a CPU in fp32, on a GPU in bf16, with --full in both.
 """
 
 import copy
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.conftest import skip_slow_dtype
 from benchmarks.harness import DEVICE, OURS, Contender, time_contenders
 from prismer.kernels.patch import apply_to
 
@@ -53,7 +54,7 @@ def roberta_decoder() -> Family:
     from transformers import RobertaConfig, RobertaForCausalLM
 
     config = RobertaConfig(**ONE_LAYER, **NO_DROPOUT, vocab_size=50265, is_decoder=True, add_cross_attention=True)
-    ids = torch.randint(3, 50000, (2, 20))
+    ids = torch.randint(3, 50000, (2, 20), device=DEVICE)
 
     def run(model: nn.Module, context: Tensor) -> Tensor:
         return model(ids, encoder_hidden_states=context, labels=ids, use_cache=False).loss
@@ -65,7 +66,7 @@ def bert_encoder() -> Family:
     from transformers import BertConfig, BertModel
 
     config = BertConfig(**VIT_B, **NO_DROPOUT)
-    mask = (torch.arange(64) < torch.tensor([[64], [40]])).long()
+    mask = (torch.arange(64) < torch.tensor([[64], [40]])).long().to(DEVICE)
 
     def run(model: nn.Module, embeddings: Tensor) -> Tensor:
         return model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
@@ -81,7 +82,7 @@ def blip_text_decoder() -> Family:
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 
     config = BlipTextConfig(**VIT_B, **NO_DROPOUT, encoder_hidden_size=768, is_decoder=True)
-    ids = torch.randint(3, 30000, (2, 20))
+    ids = torch.randint(3, 30000, (2, 20), device=DEVICE)
 
     def run(model: nn.Module, context: Tensor) -> Tensor:
         return model(ids, encoder_hidden_states=context, is_decoder=True, use_cache=False).last_hidden_state
@@ -117,7 +118,7 @@ def idefics2_resampler() -> Family:
 
     config = Idefics2PerceiverConfig(hidden_size=1024, resampler_depth=2)
     config._attn_implementation = "sdpa"
-    mask = torch.ones(1, 1225, dtype=torch.int64)
+    mask = torch.ones(1, 1225, dtype=torch.int64, device=DEVICE)
     return Idefics2PerceiverResampler(config), [torch.randn(1, 1225, 1024)], lambda m, x: m(x, mask)
 
 
@@ -132,7 +133,7 @@ def open_flamingo() -> Family:
     pytest.importorskip("open_flamingo", reason="pip install --no-deps open-flamingo einops-exts")
     from open_flamingo.src.helpers import PerceiverResampler
 
-    media = torch.randn(1, 1, 1, 256, 1024)
+    media = torch.randn(1, 1, 1, 256, 1024, device=DEVICE)
     return PerceiverResampler(dim=1024, depth=2), [], lambda m: m(media.to(m.latents))
 
 
@@ -149,7 +150,7 @@ def causal_lm() -> Family:
         vocab_size=49152,
         tie_word_embeddings=True,
     )
-    ids = torch.randint(3, 49000, (1, 64))
+    ids = torch.randint(3, 49000, (1, 64), device=DEVICE)
     return LlamaForCausalLM(config), [], lambda m: m(ids, labels=ids).loss
 
 
@@ -210,7 +211,8 @@ def build_call(module: nn.Module, inputs: list[Tensor], run: Callable, dtype: to
 @pytest.mark.parametrize("part", ("forward", "forward+backward"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
-def test_drop_in(benchmark, family, dtype, part, everything):
+def test_drop_in(benchmark, family, dtype, part, everything, full):
+    skip_slow_dtype(dtype, full)
     if not everything and (family not in (clip, flamingo_pytorch) or dtype != torch.float32 or part == "forward"):
         pytest.skip("without --full, a CPU times a training step of two families in fp32")
     time_contenders(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.harness import Contender, contenders_on, refuse_if_worse, time_contenders
+from benchmarks.harness import DEVICE, Contender, contenders_on, refuse_if_worse, time_contenders
 from benchmarks.shapes import MODELS, NUM_LATENTS, RESAMPLER_HEADS
 from prismer.kernels.modules import PerceiverResampler
 from prismer.kernels.resampler_attention import resampler_attention
@@ -95,7 +95,7 @@ class PlainResampler(nn.Module):
 def module_calls(L, D):
     ours, plain_module = PerceiverResampler(D, 4, RESAMPLER_HEADS, NUM_LATENTS), PlainResampler(D)
     plain_module.load_state_dict(ours.state_dict())
-    x = torch.randn(1, L, D)
+    x = torch.randn(1, L, D, device=DEVICE)
 
     def make(dtype):
         found = {}

@@ -132,7 +132,7 @@ class Rounded(TorchDispatchMode):
         return self._stored(y) + _unit(self.accumulator) * count.sqrt() * size * self._noise(y)
 
     def _noise(self, y: Tensor) -> Tensor:
-        return torch.randn(y.shape, generator=self.draw, dtype=torch.float64)
+        return torch.randn(y.shape, generator=self.draw, dtype=torch.float64, device="cpu").to(y.device)
 
 
 def _unit(dtype: torch.dtype) -> float:

@@ -21,7 +21,7 @@ LONGEST_FILE = 450
 
 def product_files() -> list[Path]:
     listed = subprocess.run(
-        ["git", "ls-files", "prismer/**.py", "kernels/**.py", "dataloading/**.py", "train.py"],
+        ["git", "ls-files", "prismer/**.py", "kernels/**.py", "dataloading/**.py", "train.py", "scripts/gpu_*.py"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -110,6 +110,18 @@ def test_dataloading_imports_only_the_ground_floor(imports):
         )
 
     assert upward(imports, "prismer.dataloading", allowed) == []
+
+
+def test_the_gpu_check_imports_the_model_and_the_kernels_alone(imports):
+    """The machine with a GPU may lack DeepSpeed, DALI, open_clip and what reads images, texts and files."""
+    model = "batch capture config experts freezing generation text vision".split()
+    allowed = {f"prismer.{name}" for name in model}
+
+    def is_allowed(target: str) -> bool:
+        return target.startswith(("prismer.kernels", "scripts.")) or target in allowed
+
+    assert {"scripts.gpu_check", "scripts.gpu_stages.models"} <= set(imports)
+    assert upward(imports, "scripts", is_allowed) == []
 
 
 @pytest.mark.parametrize("name", GROUND_FLOOR)

@@ -114,6 +114,25 @@ def test_jobs(kind, model, rows, monkeypatch):
         assert found["ours ungrouped"].flops > 2 * ours.flops
 
 
+@pytest.mark.parametrize("kind", [kind for kind in JOBS if kind != "labels"])
+def test_jobs_in_bf16_as_on_a_gpu(kind, rows, monkeypatch):
+    """The baseline computes on an fp32 copy under autocast; results are compared as bf16 allows."""
+    monkeypatch.setattr(jobs, "MATRIX_SIDE", 256)
+    monkeypatch.setattr(jobs, "DTYPE", torch.bfloat16)
+    # past the cache of models
+    model = jobs.build.__wrapped__(SMALL, TOKENIZER)
+    job = JOBS[kind](model)
+    found = measure(job)
+    assert {row.dtype for row in found.values()} == {"bfloat16"}
+    assert {p.dtype for p in model.decoder.parameters()} == {torch.bfloat16}
+    assert found[BASELINE].ops > found[OURS].ops
+    if kind in ("encoder", "step"):
+        wrong = job.calls[BASELINE]
+        job.calls[BASELINE] = lambda: 2 * wrong()
+        with pytest.raises(AssertionError, match="not timed"):
+            measure(job)
+
+
 def flops_of_a_step(c: PrismerConfig, T: int) -> int:
     """FLOPs of one prefix of T tokens: layers project all keys and values of the image, all positions get logits."""
     D, H, N = c.vision_width, c.text_width, c.num_context_tokens

@@ -21,6 +21,8 @@ from prismer.kernels import dispatch
 from prismer.kernels.attention import OP, attention_reference, peers
 from prismer.kernels.attention.call import Call, Facts
 
+pytestmark = pytest.mark.cpu
+
 BF16 = torch.bfloat16
 
 
@@ -149,6 +151,14 @@ def install(monkeypatch):
 def facts_of(capability=(9, 0), **changes):
     given = dict(device=torch.device("cuda"), dtype=BF16, head_dim=64, capability=capability)
     return Facts(**given | changes)
+
+
+def test_cudnn_precedes_generation_2_on_recent_gpus(install):
+    install(FLASH2)
+    assert peers.flash_attn_slower(facts_of((8, 0))) is None
+    assert "cuDNN" in peers.flash_attn_slower(facts_of((9, 0)))
+    install(FLASH3)
+    assert peers.flash_attn_slower(facts_of((9, 0))) is None
 
 
 @pytest.mark.parametrize("causal", (False, True))

@@ -25,6 +25,8 @@ from prismer.kernels.aot.cases import KernelCase, all_cases
 from prismer.kernels.aot.compile import ARCHS, CompiledKernel, compile_case
 from prismer.kernels.aot.tables import Budget, bound, check, cost_table
 
+pytestmark = pytest.mark.cpu
+
 
 @triton.jit
 def dot_kernel(p_a, p_b, p_c, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):

@@ -123,6 +123,7 @@ def test_flops_of_the_ordinary_order(frozen):
     assert counter.flops == flops("ordinary", B, N, L, D, E, H, set(NAMES) - set(frozen))
 
 
+@pytest.mark.cpu
 def test_which_order_is_chosen():
     """Absorbed for few queries on a CPU; ordinary for many queries, on other devices and for other backends."""
     B, L, D, H = 2, 40, 64, 4
@@ -153,6 +154,7 @@ def test_without_a_seed_torchs_generator_decides():
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.cpu
 def test_saved_bytes():
     """Queries and probabilities are saved, but no keys, values or mask; nothing without gradients."""
     B, N, L, D, H = 2, 4, 50, 32, 4

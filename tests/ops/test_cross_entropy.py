@@ -324,6 +324,7 @@ def test_gradcheck(chunks, request):
             assert torch.autograd.gradcheck(lambda *t: linear_cross_entropy(*t, labels, **settings), tensors)  # noqa: B023
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("on_backend", ("torch",), indirect=True)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("trainable", (ALL, (True, False, False)), ids=("all", "x"))

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from prismer.kernels.decode_attention import decode_attention_reference
 from prismer.kernels.label_map import label_map_reference
 
+pytestmark = pytest.mark.cpu
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 NAMES = ("layer_norm", "label_map", "decode_attention")

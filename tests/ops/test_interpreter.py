@@ -12,9 +12,10 @@ from triton.runtime import interpreter as triton_interpreter
 
 from tests.ops.interpreter import KernelFault, bf16_interpreter, interpreted
 
-pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="Triton compiles here: TRITON_INTERPRET is not set"
-)
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Triton compiles here: TRITON_INTERPRET is not set"),
+]
 
 BF16 = torch.bfloat16
 

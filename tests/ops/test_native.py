@@ -13,7 +13,7 @@ from prismer.kernels.decode_attention import decode_attention_reference
 from prismer.kernels.label_map import label_map_reference
 from tests.ops.native_sets import HERE
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("poisoned_memory")]
 
 ops = torch.ops.prismer_native
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

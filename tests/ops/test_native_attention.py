@@ -12,7 +12,7 @@ import torch
 from prismer.kernels.attention import attention, attention_reference, native_backend
 from prismer.kernels.dispatch import use_backend
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("poisoned_memory")]
 pytest.importorskip("tests.ops.native_sets")  # skips where the extension was not built
 
 ops = torch.ops.prismer_native

@@ -11,7 +11,7 @@ import torch
 from prismer.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from prismer.kernels.dispatch import use_backend
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("poisoned_memory")]
 pytest.importorskip("tests.ops.native_sets")  # skips where the extension was not built
 
 ops = torch.ops.prismer_native

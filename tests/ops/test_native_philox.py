@@ -9,7 +9,7 @@ import torch
 from prismer.kernels import philox
 from prismer.kernels.dispatch import use_backend
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("poisoned_memory")]
 pytest.importorskip("tests.ops.native_sets")  # skips where the extension was not built
 
 ops = torch.ops.prismer_native
