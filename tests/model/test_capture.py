@@ -152,6 +152,15 @@ def test_weights_may_change_in_place_and_may_move(graphs):
     assert len(recordings_of(decoder)) == 1
 
 
+def test_each_request_for_a_backend_has_its_own_recording(graphs):
+    decoder = build_decoder(3)
+    for number, backend in enumerate(("torch", "mlp:torch", "reference"), start=1):
+        with dispatch.use_backend(backend):
+            for _ in range(2):
+                beam_search(decoder, draw_context(1), [[[0, 5]]], **PLAIN)
+        assert len(recordings_of(decoder)) == number
+
+
 def test_a_recording_that_fails_is_reported_once_and_runs_eagerly(graphs, monkeypatch):
     class Broken:
         def __init__(self):
