@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from prismer.kernels import dispatch
+from prismer.kernels.launch import input_precision
 from prismer.kernels.layer_state import has_global_hooks, has_hooks
 
 # of one module on one stream; the least recently used goes first
@@ -260,8 +261,7 @@ def recorded(
         return
     shelf = _shelf(module, device)
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-    # reading the older settings of precision raises once a program has used this one
-    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    key = (options, shapes, dispatch.asked(), precision)
+    # a recording keeps the backends and the precision that were asked for
+    key = (options, shapes, frozenset(dispatch._asked.items()), input_precision(torch.float32))
     with shelf.lock:
         yield shelf.find(key, _weights(module), program, arguments)
