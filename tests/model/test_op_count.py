@@ -18,7 +18,7 @@ from prismer.freezing import freeze
 from prismer.kernels.dispatch import use_backend
 from prismer.model import Prismer
 
-LIMIT = 1200
+LIMIT = 1110
 
 
 def count_step(mode: str, side: int) -> collections.Counter[str]:
