@@ -22,7 +22,7 @@ import pkgutil
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +79,11 @@ _asked: Asked = _parse(os.environ.get("PRISMER_BACKEND"), "PRISMER_BACKEND")
 def asked(op: str | None = None) -> str | None:
     """The backend that `use_backend` or PRISMER_BACKEND asks for: for an op, or for all that are not named."""
     return _asked.get(op, _asked.get(None)) if _asked else None
+
+
+def choice_state() -> Hashable:
+    """What choices depend on beside the calls: the backends asked for, and the tables of measured choices."""
+    return tuple(_asked.items()), tuning.generation
 
 
 @contextmanager

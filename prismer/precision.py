@@ -39,8 +39,8 @@ _BEAMS, _STEPS = 3, 20
 # from so many rows on, the time of a product is proportional to them
 _ROWS = 128
 
-# the training step that stands for all: at most so many images, and tokens of a text
-_IMAGES, _TEXT = 16, 32
+# the training step that stands for all: at most so many images, tokens of a text, and pixels of a label map's side
+_IMAGES, _TEXT, _PIXELS = 16, 32, 64
 # bf16 is chosen for training if a step takes at most this share of its time in fp32: for less, fp32 is more exact
 _GAIN = 0.95
 # from this ratio of the times of one layer on, the other layers need not be measured
@@ -52,54 +52,62 @@ def native_bf16_flags() -> set[str]:
     return bf16_instructions()
 
 
-def step_seconds(config: PrismerConfig, seconds: float = 0.1) -> dict[torch.dtype, float]:
+def step_seconds(config: PrismerConfig, seconds: float = 0.05) -> dict[torch.dtype, float]:
     """Seconds that one core takes in bf16 and fp32 for the layers of a training step, forward and backward, per image.
 
     One layer of each kind is measured as it trains by default, with its short operators: a block of the vision tower, a
-    layer of the text tower, a block of the resampler and the stems. The time of a kind is multiplied by its layers.
-    Images are many enough to keep a small model's layers busy, and few enough to end within a second or two.
+    layer of the text tower, a block of the resampler and the stems. Images are many enough to keep a small model's
+    layers busy; tokens and pixels are few enough to end within two seconds. The times are scaled to all layers, tokens
+    and pixels.
 
     Args:
         seconds: processor time to spend on each kind of layer, beyond one run.
     """
+    with torch.random.fork_rng(devices=[]):
+        images, kinds = _layers_of_a_step(config)
+    total = dict.fromkeys(NAMES, 0.0)
+    for module, times, inputs in kinds:
+        steps = {dtype: partial(_train_layer, *_in_dtype(module, inputs, dtype)) for dtype in NAMES}
+        spent = _fastest(steps, seconds)
+        for dtype in NAMES:
+            total[dtype] += times * spent[dtype] / images
+        if max(spent.values()) > _CLEARLY * min(spent.values()):
+            # emulated bf16, with which the other layers would take seconds
+            break
+    return total
+
+
+def _layers_of_a_step(config: PrismerConfig) -> tuple[int, list[tuple[nn.Module, float, tuple]]]:
+    """The number of images; and a layer of each kind, how many of its runs a step consists of, and its inputs."""
     D, H = config.vision_width, config.text_width
-    tokens = min(config.num_context_tokens, _ROWS)
+    tokens, pixels = min(config.num_context_tokens, _ROWS), min(config.label_size, _PIXELS)
     # a large model is busy with one image
     images = max(1, min(_IMAGES, _ROWS * _MIN_WIDTH**2 // (tokens * D * D)))
-    pixels, features = config.label_size, torch.rand(4, FEATURE_WIDTH)
     maps = torch.arange(images * pixels * pixels).remainder(256).to(torch.uint8).view(images, 1, pixels, pixels)
-    rows = torch.zeros(images, 256, dtype=torch.int64)
-    keep = torch.ones(images, _TEXT, dtype=torch.bool)
+    rows, keep = torch.zeros(images, 256, dtype=torch.int64), torch.ones(images, _TEXT, dtype=torch.bool)
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.linspace(-1, 1, math.prod(shape)).view(shape)
 
     block = VisionBlock(D, config.vision_heads, config.vision_activation)
     text = numbers(images, _TEXT, H), 0, causal_attend(keep), numbers(images, tokens, D)
-    # (module, layers of its kind, inputs)
-    kinds: list[tuple[nn.Module, int, tuple]] = [
-        (block, config.vision_depth, (numbers(images, tokens, D),)),
+    kinds: list[tuple[nn.Module, float, tuple]] = [
+        (block, config.vision_depth * config.num_context_tokens / tokens, (numbers(images, tokens, D),)),
         (DecoderLayer(config), config.text_depth + 1, text),
     ]
     if config.experts:
-        latents = numbers(images, config.num_latents, D), numbers(images, config.label_grid**2 * len(config.experts), D)
-        kinds.append((ResamplerBlock(D, config.resampler_heads), config.resampler_depth, latents))
+        found = config.label_grid**2 * len(config.experts)
+        given = min(found, _ROWS)
+        pair = numbers(images, config.num_latents, D), numbers(images, given, D)
+        kinds.append((ResamplerBlock(D, config.resampler_heads), config.resampler_depth * found / given, pair))
     for is_ids in (False, True):
         alike = [expert for expert in config.experts if EXPERTS[expert].is_ids == is_ids]
         if alike:
             label = maps.expand(-1, EXPERTS[alike[0]].planes, -1, -1)
             stem = ExpertStem(alike[0], D, config.patch_size, pixels)
-            kinds.append((stem, len(alike), (label, rows, features)))
-    total = dict.fromkeys(NAMES, 0.0)
-    for module, layers, inputs in kinds:
-        steps = {dtype: partial(_train_layer, *_in_dtype(module, inputs, dtype)) for dtype in NAMES}
-        spent = _fastest(steps, seconds)
-        for dtype in NAMES:
-            total[dtype] += layers * spent[dtype] / images
-        if max(spent.values()) > _CLEARLY * min(spent.values()):
-            # emulated bf16, with which the other layers would take seconds
-            break
-    return total
+            area = (config.label_size / pixels) ** 2
+            kinds.append((stem, len(alike) * area, (label, rows, numbers(4, FEATURE_WIDTH))))
+    return images, kinds
 
 
 def _in_dtype(module: nn.Module, inputs: tuple, dtype: torch.dtype) -> tuple[nn.Module, list]:

@@ -20,7 +20,7 @@ from prismer.kernels.dispatch import Op, as_if_watched, use_backend
 from prismer.kernels.launch import counted
 from prismer.model import Prismer
 
-LIMIT = 1200
+LIMIT = 1110
 
 
 def count_step(mode: str, side: int) -> collections.Counter[str]:

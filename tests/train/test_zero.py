@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from prismer.model import Prismer
+from prismer.training import zero_alone
 from prismer.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(900)
@@ -56,6 +58,17 @@ def test_zero_trains_as_plain_pytorch_does(workshop, tmp_path, small, processes)
     }
     assert not lost
     assert sum(step > 0 for step in report["step"].values()) > 100
+
+
+@pytest.mark.parametrize("size", (1, 1023, 1024, 5000))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_the_norm_of_all_gradients_at_once(size, dtype):
+    x = torch.randn(size).to(dtype).float()
+    found = zero_alone._norm(x)
+    assert found.dtype == torch.float64
+    assert float(found) == pytest.approx(float(x.double().norm()), rel=2e-7)
+    x[-1] = torch.nan
+    assert zero_alone._norm(x).isnan()
 
 
 def test_a_dead_rank_ends_the_run(workshop):

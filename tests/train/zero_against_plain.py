@@ -81,6 +81,9 @@ def main() -> None:
             total += loss.detach() / parts
         dist.all_reduce(total)
         losses.append(float(total) / world)
+        if step == 1:
+            # as evaluation does between two steps
+            zero.copy_weights(engine, Prismer.from_pretrained(folder))
     has_hooks = any(module._forward_pre_hooks for module in sharded.encoder.modules())
     weights = Prismer.from_pretrained(folder)
     zero.copy_weights(engine, weights)
