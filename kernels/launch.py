@@ -92,7 +92,7 @@ class _Variants:
         kernel: kept alive, since its id is a key of `_variants`.
         names: of the constants, in order.
         specialised: picks, from the numbers of a launch, those that are part of the key.
-        found: key -> what runs the variant, its function and metadata, and the constants in order.
+        found: key -> what runs the variant, its function and metadata, the constants in order, and the variant.
     """
 
     __slots__ = ("found", "kernel", "names", "specialised")
@@ -172,10 +172,10 @@ def _run(
         compiled = kernel.run(*pointers, *numbers, grid=grid, warmup=True, **constants)
         if len(variants.found) >= _MOST:
             variants.found.clear()
-        # `run` loads the code, and so comes before `function`
-        found = compiled.run, compiled.function, compiled.packed_metadata, [constants[name] for name in variants.names]
-        variants.found[key] = found
-    run, function, metadata, values = found
+        values = [constants[name] for name in variants.names]
+        # `run` loads the code, and so comes before `function`; code is unloaded with the last reference to `compiled`
+        found = variants.found[key] = compiled.run, compiled.function, compiled.packed_metadata, values, compiled
+    run, function, metadata, values, _ = found
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     stream = driver.get_current_stream(device)
     run(x, y, z, stream, function, metadata, None, None, None, *pointers, *numbers, *values)

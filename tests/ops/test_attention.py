@@ -49,9 +49,12 @@ def blocks(monkeypatch):
 
     def use(BM=32, BN=32):
         monkeypatch.setattr(triton_backend, "tiles", small_blocks(BM, BN))
+        # what a launch needs beside its tensors is kept
+        triton_backend._settings.cache_clear()
 
     use()
-    return use
+    yield use
+    triton_backend._settings.cache_clear()
 
 
 @pytest.fixture
