@@ -328,6 +328,13 @@ CALLS: dict[str, OpCalls] = {
 BASE, LARGE = MODELS[1], MODELS[3]
 
 
+def draw(calls: OpCalls, shape: Shape, device: str) -> list:
+    """The arguments of a call, the same at every time, drawn on the device: a CPU would need a minute for all."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return calls.draw(**shape)
+
+
 def cast(arguments: list, dtype: torch.dtype, device: str, trained: bool) -> list:
     """The arguments on a device, floats in `dtype`; they require a gradient if `trained`."""
     return [
@@ -369,8 +376,8 @@ class Upstream:
     def __call__(self, y: Tensor) -> Tensor:
         key = tuple(y.shape), y.dtype, y.device
         if key not in self.drawn:
-            draw = torch.Generator().manual_seed(1)
+            generator = torch.Generator(y.device).manual_seed(1)
             # numbers of bf16, which are the same in every dtype
-            dy = torch.randn(y.shape, generator=draw).bfloat16() if y.dim() else torch.ones(())
-            self.drawn[key] = dy.to(y.device, y.dtype)
+            dy = torch.randn(y.shape, generator=generator, device=y.device).bfloat16()
+            self.drawn[key] = (dy if y.dim() else torch.ones_like(dy)).to(y.dtype)
         return self.drawn[key]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.errors import MachineError
-from scripts.gpu_stages.calls import BASE, CALLS, LARGE, OpCalls, Shape, Upstream, cast, run
+from scripts.gpu_stages.calls import BASE, CALLS, LARGE, OpCalls, Shape, Upstream, cast, draw, run
 from scripts.gpu_stages.device import captured, side_stream, wait_for
 from scripts.gpu_stages.processes import die_with_parent, in_processes
 
@@ -69,9 +69,8 @@ def backends_of(calls: OpCalls, device: str) -> list[str]:
 
 def _compare(calls: OpCalls, shape: Shape, dtype: torch.dtype, backend: str, trained: bool, context: "Context") -> dict:
     """Errors relative to those of plain PyTorch, and whether repeats, a side stream and a graph give the same."""
-    torch.manual_seed(0)
     device, dy = context.device, Upstream() if trained else None
-    arguments = cast(calls.draw(**shape), dtype, device, trained)
+    arguments = cast(draw(calls, shape, device), dtype, device, trained)
 
     def ours() -> dict[str, Tensor]:
         with use_backend(backend):
@@ -151,7 +150,7 @@ def run_small_calls(device: str) -> None:
             if backend not in _OURS:
                 continue
             shape = calls.tiny if device == "cpu" else calls.edges[-1]
-            arguments = cast(calls.draw(**shape), torch.float32, device, calls.trained)
+            arguments = cast(draw(calls, shape, device), torch.float32, device, calls.trained)
             try:
                 with use_backend(backend):
                     run(calls.ours, arguments, Upstream() if calls.trained else None)
