@@ -7,7 +7,7 @@
 It needs torch >= 2.11 with CUDA, Triton >= 3.6, numpy, einops and a checkout of this repository. It uses nvcc, the
 other dependencies of the package and compute-sanitizer where they are. Each stage runs in a process of its own, within
 its own budget of seconds: a stage that crashes is recorded with its traceback, one that overruns is stopped, and the
-next one starts. Results are written after each stage. A run that was stopped continues with the stages that are missing.
+next one starts. Results are written after each stage. A run that was stopped continues with what is missing.
 """
 
 import argparse

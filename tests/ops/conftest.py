@@ -1,5 +1,7 @@
 """Fixtures for the tests of ops, and the device that each test runs on."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -22,8 +24,7 @@ def op_device(request, monkeypatch):
         yield torch.device("cpu")
         return
     # torch scripts these when they are imported, and cannot script a factory of ours
-    import torch._decomp.decompositions_for_jvp  # noqa: F401 (see above)
-
+    importlib.import_module("torch._decomp.decompositions_for_jvp")
     here = kernel_device()
     for name, value in list(vars(request.module).items()):
         if isinstance(value, torch.Tensor | dict | list | tuple):
