@@ -14,9 +14,7 @@ from tests.ops.interpreter import KernelFault, bf16_interpreter, interpreted
 
 pytestmark = [
     pytest.mark.cpu,
-    pytest.mark.skipif(
-        not triton.knobs.runtime.interpret, reason="Triton compiles here: TRITON_INTERPRET is not set"
-    ),
+    pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="Triton compiles here: TRITON_INTERPRET is not set"),
 ]
 
 BF16 = torch.bfloat16
