@@ -69,6 +69,8 @@ def _copy(source: Any, target: Any) -> None:
         # results of inference mode can be written nowhere else
         with torch.inference_mode():
             target.copy_(source)
+    elif isinstance(source, dict):
+        _copy(list(source.values()), list(target.values()))
     elif isinstance(source, tuple | list):
         for a, b in zip(source, target, strict=True):
             _copy(a, b)
