@@ -45,6 +45,9 @@ void attention_backward_cpu(
 Tensor decode_attention_cpu(
     const Tensor& q, const Tensor& shared_k, const Tensor& shared_v, const Tensor& shared_mask,
     const Tensor& suffix_k, const Tensor& suffix_v, const Tensor& ancestors);
+Tensor few_rows_linear_cpu(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& bias);
 void augment_photo_cpu(
     const Tensor& pixels, const std::optional<Tensor>& matrix, bool flip, bool autocontrast,
     bool equalized, Tensor out);
@@ -58,8 +61,8 @@ std::string cpu_capability();
 
 }  // namespace prismer
 
-// all tensors are contiguous, but for the q, k and v of attention; the op's file in kernels/ gives
-// shapes and dtypes
+// all tensors are contiguous, but for the q, k and v of attention and the x and weight of
+// few_rows_linear; the op's file in kernels/ gives shapes and dtypes
 STABLE_TORCH_LIBRARY(prismer_native, m) {
   m.def(
       "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> "
@@ -86,6 +89,7 @@ STABLE_TORCH_LIBRARY(prismer_native, m) {
   m.def(
       "decode_attention(Tensor q, Tensor shared_k, Tensor shared_v, Tensor shared_mask, "
       "Tensor suffix_k, Tensor suffix_v, Tensor ancestors) -> Tensor");
+  m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor");
   // ops of the loader, see dataloading/feed/native_pixels.py
   m.def(
       "augment_photo(Tensor pixels, Tensor? matrix, bool flip, bool autocontrast, bool equalize, "
@@ -111,6 +115,7 @@ STABLE_TORCH_LIBRARY_IMPL(prismer_native, CPU, m) {
   m.impl("attention", TORCH_BOX(&prismer::attention_cpu));
   m.impl("attention_backward", TORCH_BOX(&prismer::attention_backward_cpu));
   m.impl("decode_attention", TORCH_BOX(&prismer::decode_attention_cpu));
+  m.impl("few_rows_linear", TORCH_BOX(&prismer::few_rows_linear_cpu));
   m.impl("augment_photo", TORCH_BOX(&prismer::augment_photo_cpu));
   m.impl("augment_maps", TORCH_BOX(&prismer::augment_maps_cpu));
   m.impl("undifference", TORCH_BOX(&prismer::undifference_cpu));

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from prismer.kernels import matmul
 
+# numbers of a tensor that stays in a core's cache beside two others: 512 kB in fp32
+_CACHED = 2**17
+
 
 def heads_to_context(rows: Tensor, weight: Tensor, num_heads: int, scale: float) -> Tensor:
     """(R, D) -> (H, R, E): each head of the rows, times its (K, E) slice of `weight` (D, E), times `scale`."""
@@ -38,10 +41,14 @@ def weight_gradient(rows: Tensor, absorbed: Tensor, scale: float, out: Tensor) -
     torch.baddbmm(out, heads, absorbed, beta=0, alpha=scale, out=out)
 
 
-def image_slices(x: Tensor) -> Iterator[slice]:
-    """The images of `x` (B, ...) in steps: on a CPU one at a time, so that its scores stay in the cache; else all."""
+def image_slices(x: Tensor, numbers: int) -> Iterator[slice]:
+    """The images of `x` (B, ...) in steps: on a CPU so few that their scores stay in the cache; else all.
+
+    Args:
+        numbers: the largest tensor that one image makes, such as its scores, has so many.
+    """
     B = x.shape[0]
-    step = 1 if x.device.type == "cpu" else max(B, 1)
+    step = max(1, _CACHED // max(1, numbers) if x.device.type == "cpu" else B)
     return (slice(i, min(i + step, B)) for i in range(0, B, step))
 
 
@@ -59,7 +66,7 @@ def put_images(rows: Tensor, absorbed: Tensor, B: int, images: slice) -> None:
 
 def bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`torch.bmm` of n images; a single image is multiplied by the fastest library."""
-    if len(a) == 1 and matmul.on_onednn(a):
+    if len(a) == 1 and not matmul.torch_multiplies(a, b.shape[2]):
         result = matmul.mm(a[0], b[0])[None]
         return result if out is None else out.copy_(result)
     return torch.bmm(a, b, out=out)

@@ -10,9 +10,11 @@ Sources: CLIP, arXiv:2103.00020 (quick_gelu); Hendrycks and Gimpel, arXiv:1606.0
 
 Traffic, issued, for R rows of D numbers of s bytes, a bias of w bytes each, blocks of BR rows in P groups:
     forward   2 R D s + ceil(R / BR) D w
-    backward  3 R D s + P D w, and for a trained bias 4 P D bytes of partial sums, written and read, and 4 D written
+    backward  3 R D s + P D w, and for a trained bias 4 P D bytes of partial sums, written and read, and the sums
+              written; up to 512 rows P is 1, and the sums are written at once
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import check_floats, described
-from prismer.kernels.dispatch import TORCH, TRITON, Backend, Op
-from prismer.kernels.layer_norm import _groups, _sum_groups_kernel
+from prismer.kernels.dispatch import TORCH, TRITON, Backend, Example, Op, rows_and_width
+from prismer.kernels.launch import cdiv, launch, next_power_of_2
+from prismer.kernels.layer_norm import _groups, sum_groups
 
 ACTIVATIONS = ("quick_gelu", "gelu", "squared_relu")
 
@@ -44,8 +47,25 @@ def bias_activation_reference(h: Tensor, bias: Tensor | None, activation: str) -
     return y.to(h.dtype)
 
 
+def _classify(h: Tensor, activation: str) -> tuple[int, ...]:
+    """Rows, width, and the number of the activation."""
+    return *rows_and_width(h), ACTIVATIONS.index(activation)
+
+
+def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
+    R, D, activation = shape
+    h, bias = torch.randn(R, D, device=device).to(dtype), torch.randn(D, device=device).to(dtype)
+    return bias_activation, [h.requires_grad_(), bias, ACTIVATIONS[activation]]
+
+
 NATIVE = Backend(name="native", devices=("cpu",), float64=False)
-OP = Op(name="bias_activation", reference=bias_activation_reference, backends=(NATIVE, TRITON, TORCH))
+OP = Op(
+    name="bias_activation",
+    reference=bias_activation_reference,
+    backends=(NATIVE, TRITON, TORCH),
+    classify=_classify,
+    example=_example,
+)
 
 
 # Triton
@@ -85,7 +105,7 @@ def derivative(b_u, ACTIVATION: tl.constexpr):
     return b_d
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _forward_kernel(
     p_h, p_bias, p_y, R, D, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr
 ):
@@ -99,7 +119,7 @@ def _forward_kernel(
     tl.store(p_y + o, activated(b_u, ACTIVATION).to(p_y.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "blocks"])
 def _backward_kernel(
     p_dy,
     p_h,
@@ -135,21 +155,40 @@ def _backward_kernel(
         if SUMS:
             b_dbias += tl.sum(b_dh, 0)
     if SUMS:
-        tl.store(p_dbias + i_group * D + o_col, b_dbias, mask=m_col)
+        tl.store(p_dbias + i_group * D + o_col, b_dbias.to(p_dbias.dtype.element_ty), mask=m_col)
 
 
+# row groups of the backward pass, each for 256 columns
+_MOST_GROUPS = 256
+# up to here one program takes all rows of its columns: 8 blocks one after another, the rows of eight images' latents
+_FEW_ROWS = 512
+
+
+@functools.cache
 def _tiles(D: int) -> dict[str, int]:
     """2048 numbers a block: two 128-bit vectors of bf16 for each lane of four warps."""
-    BD = min(triton.next_power_of_2(max(D, 16)), 256)
+    BD = min(next_power_of_2(max(D, 16)), 256)
     return dict(BR=2048 // BD, BD=BD, num_warps=4)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_plan(R: int, D: int, sums: bool) -> tuple[dict[str, int], int, int]:
+    """Tiles, row groups P and blocks of rows of each group, from the shape alone."""
+    if sums and R <= _FEW_ROWS:
+        # one launch in place of two: narrow blocks of columns keep enough programs busy
+        tiles = dict(BR=64, BD=32, num_warps=4)
+        return tiles, 1, cdiv(R, tiles["BR"])
+    tiles = _tiles(D)
+    # without sums over rows every block is a program of its own
+    return tiles, *(_groups(R, tiles["BR"], _MOST_GROUPS) if sums else (cdiv(R, tiles["BR"]), 1))
 
 
 def _forward_triton(h: Tensor, bias: Tensor | None, activation: str, y: Tensor) -> None:
     R, D = h.shape
     tiles = _tiles(D)
-    _forward_kernel[(triton.cdiv(R, tiles["BR"]), triton.cdiv(D, tiles["BD"]))](
-        h, bias, y, R, D, HAS_BIAS=bias is not None, ACTIVATION=activation, **tiles
-    )
+    grid = cdiv(R, tiles["BR"]), cdiv(D, tiles["BD"])
+    flags = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
+    launch(_forward_kernel, grid, (h, bias, y), (R, D), flags | tiles)
 
 
 def _backward_triton(
@@ -162,20 +201,15 @@ def _backward_triton(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     R, D = dy.shape
-    tiles = _tiles(D)
-    P, blocks = _groups(R, tiles["BR"])
-    partial = torch.empty(P if sums else 0, D, dtype=torch.float32, device=dy.device)
-    _backward_kernel[(P, triton.cdiv(D, tiles["BD"]))](
-        dy, h, bias, dh, partial, R, D, blocks, HAS_BIAS=bias is not None, ACTIVATION=activation, SUMS=sums, **tiles
-    )
-    return sum_groups(partial, dtype) if sums else partial.new_empty(0)
-
-
-def sum_groups(partial: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Column sums of (P, D) partial sums in fp32, in a fixed order, stored in `dtype`, by a Triton kernel."""
-    P, D = partial.shape
-    total = partial.new_empty(D, dtype=dtype)
-    _sum_groups_kernel[(triton.cdiv(D, 64), 1)](partial, total, P, D, BP=16, BD=64, num_warps=4)
+    tiles, P, blocks = _backward_plan(R, D, sums)
+    total = dy.new_empty(D if sums else 0, dtype=dtype)
+    # one group writes the total itself
+    partial = torch.empty(P, D, dtype=torch.float32, device=dy.device) if sums and P > 1 else total
+    flags = dict(HAS_BIAS=bias is not None, ACTIVATION=activation, SUMS=sums)
+    pointers = dy, h, bias, dh, partial
+    launch(_backward_kernel, (P, cdiv(D, tiles["BD"])), pointers, (R, D, blocks), flags | tiles)
+    if sums and P > 1:
+        sum_groups(partial, total)
     return total
 
 
@@ -227,7 +261,7 @@ def column_sums(dy: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
 
 def _forward(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     h = h.contiguous()
-    backend = OP.choose(h)
+    backend = OP.choose(h, activation)
     if backend == "torch":
         return activate(_biased(h, bias), activation).to(h.dtype)
     if backend == "native":
@@ -244,7 +278,7 @@ def _forward_fake(h: Tensor) -> Tensor:
 
 def _backward(dy: Tensor, h: Tensor, bias: Tensor | None, activation: str, sums: bool) -> tuple[Tensor, Tensor]:
     dy, h = dy.contiguous(), h.contiguous()
-    backend = OP.choose(h)
+    backend = OP.choose(h, activation, gradient=True)
     if backend == "triton":
         dh, dbias = _backward_fake(h, sums)
         if h.shape[0]:
@@ -307,7 +341,7 @@ def bias_activation(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     if not h.is_floating_point() or h.dim() < 1 or h.shape[-1] < 1:
         raise ValueError(f"h is {described(h)}; pass floats of shape (..., D)")
     check_floats("bias", bias, h.shape[-1:])
-    if OP.route(h) == "reference":
+    if OP.route(h, activation) == "reference":
         return bias_activation_reference(h, bias, activation)
     return bias_activation_op(h.reshape(-1, h.shape[-1]), bias, activation).view(h.shape)
 
@@ -322,15 +356,15 @@ def kernel_cases() -> list[KernelCase]:
         ("BASE decoder", 8 * 40, 3072, "gelu"),
         ("BASE resampler", 8 * 64, 3072, "squared_relu"),
     ):
-        flags = dict(HAS_BIAS=True, ACTIVATION=name, **_tiles(D))
-        P, blocks = _groups(R, flags["BR"])
+        flags = dict(HAS_BIAS=True, ACTIVATION=name)
+        tiles, P, blocks = _backward_plan(R, D, True)
         shape = f"{model}, 8 images, {R} x {D}"
         cases += [
             KernelCase.of_launch(
                 f"{model} {name} forward",
                 _forward_kernel,
                 (bf16, bf16, bf16, R, D),
-                flags,
+                flags | _tiles(D),
                 shape=shape,
                 bytes=2 * R * D * 2 + 2 * D,
                 flops=8 * R * D,
@@ -338,20 +372,20 @@ def kernel_cases() -> list[KernelCase]:
             KernelCase.of_launch(
                 f"{model} {name} backward",
                 _backward_kernel,
-                (bf16, bf16, bf16, bf16, fp32, R, D, blocks),
-                dict(SUMS=True, **flags),
+                (bf16, bf16, bf16, bf16, fp32 if P > 1 else bf16, R, D, blocks),
+                dict(SUMS=True, **flags, **tiles),
                 shape=shape,
-                bytes=3 * R * D * 2 + 2 * D + 4 * P * D,
+                bytes=3 * R * D * 2 + 2 * D + (4 * P * D if P > 1 else 2 * D),
                 flops=12 * R * D,
             ),
         ]
     R, D = 8 * 964, 768
-    P, blocks = _groups(R, _tiles(D)["BR"])
+    tiles, P, blocks = _backward_plan(R, D, True)
     sums = KernelCase.of_launch(
         "BASE column sums",
         _backward_kernel,
         (bf16, None, None, None, fp32, R, D, blocks),
-        dict(HAS_BIAS=False, ACTIVATION="none", SUMS=True, **_tiles(D)),
+        dict(HAS_BIAS=False, ACTIVATION="none", SUMS=True, **tiles),
         shape=f"BASE 480 px, 8 images, {R} x {D}",
         bytes=R * D * 2 + 4 * P * D,
         flops=R * D,

@@ -7,7 +7,8 @@
 
 The first product ends with bias and ReLU and stores r alone. The second product squares r as it loads it, and ends with
 bias and residual. So Triton writes neither h nor r^2, and torch's operators drop r^2 at once. In the early order the
-backward pass of LN adds dy to dx.
+backward pass of LN adds dy to dx. Where LN runs on Triton, its backward pass sums the columns of dt too, and writes u
+again.
 
 Saved, for R rows of D numbers of s bytes, hidden width E (E = D in Prismer), beside the parameters themselves:
     early   r, R E s; x, which the stream holds anyway, R D s; mean and rstd of LN, 8 R. The normalised u is not saved:
@@ -34,7 +35,7 @@ from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import check_floats, check_linear, described
 from prismer.kernels.dispatch import TORCH, TRITON, Op
 from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient
-from prismer.kernels.layer_norm import layer_norm_backward_op, layer_norm_op, layer_norm_reference
+from prismer.kernels.layer_norm import backward_in_one_pass, layer_norm_op, layer_norm_reference
 
 
 def adaptor_reference(
@@ -60,7 +61,7 @@ def adaptor_reference(
     return (layer_norm_reference(total, gamma, beta, eps) if late else total).to(x.dtype)
 
 
-OP = Op(name="adaptor", reference=adaptor_reference, backends=(TRITON, TORCH))
+OP = Op(name="adaptor", reference=adaptor_reference, backends=(TRITON, TORCH), vendor=True)
 
 
 # the registered ops
@@ -119,12 +120,15 @@ def _backward(
     """`needs`: of x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias."""
     need_x, need_gamma, need_beta, need_down, need_down_bias, need_up, need_up_bias = needs
     dy = dy.contiguous()
-    backend = OP.choose(dy)
+    backend = OP.choose(dy, gradient=True)
     dx, dgamma, dbeta, ddown, ddown_bias, dup, dup_bias = (dy.new_empty(0) for _ in range(7))
     affine = need_gamma or need_beta
-    dt = dy
+    dt, u = dy, None
+    # the column sums of dt: the backward pass of the norm reads or writes dt
+    sums_of_dt, stream = None, up_bias.dtype if need_up_bias else None
     if late:
-        dt, dgamma, dbeta = layer_norm_backward_op(dy, None, total, norm_weight, mean, rstd, affine)
+        norm = None, total, norm_weight, None, mean, rstd, affine, stream
+        dt, dgamma, dbeta, sums_of_dt, _ = backward_in_one_pass(dy, *norm, again=False)
     need_u = need_x or (affine and not late)
     if need_u or need_down or need_down_bias:
         # relu(h)^2 has the derivative 2 relu(h), which is that of relu(r)^2 too
@@ -139,18 +143,22 @@ def _backward(
         )
         if need_down_bias:
             ddown_bias = sums
-        if need_down:
-            u = x.contiguous() if late else layer_norm_op(x, None, norm_weight, norm_bias, eps)[0]
-            ddown = gemm_gradient(dh, u, backend=backend)
         if need_u:
             dx, _ = gemm(dh, down_weight.T, None, backend=backend, residual=dt if late else None)
             if not late:
                 # from du and the dy of the residual to dx
-                dx, dgamma, dbeta = layer_norm_backward_op(dx, dy, x, norm_weight, mean, rstd, affine)
+                norm = dy, x.contiguous(), norm_weight, norm_bias, mean, rstd, affine, stream
+                dx, dgamma, dbeta, sums_of_dt, u = backward_in_one_pass(dx, *norm, again=need_down)
+        if need_down:
+            if late:
+                u = x.contiguous()
+            elif u is None:
+                u = layer_norm_op(x, None, norm_weight, norm_bias, eps)[0]
+            ddown = gemm_gradient(dh, u, backend=backend)
     if need_up:
         dup = gemm_gradient(dt, r, backend=backend, square=True)
     if need_up_bias:
-        dup_bias = column_sums(dt, up_bias.dtype, backend)
+        dup_bias = column_sums(dt, up_bias.dtype, backend) if sums_of_dt is None else sums_of_dt
     return (
         dx if need_x else dy.new_empty(0),
         dgamma.to(norm_weight.dtype) if need_gamma else dy.new_empty(0),

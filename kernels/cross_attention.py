@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import dispatch
+from prismer.kernels import dispatch, tuning
 from prismer.kernels.absorbed_projection import (
     bmm,
     context_to_heads,
@@ -41,9 +41,10 @@ from prismer.kernels.absorbed_projection import (
 )
 from prismer.kernels.attention import attention, attention_reference
 from prismer.kernels.checks import check_linear, described
-from prismer.kernels.dispatch import TORCH, Op
+from prismer.kernels.dispatch import TORCH, Example, Op
 from prismer.kernels.linear import linears
 from prismer.kernels.philox import draw_seed, survivors
+from prismer.kernels.tuning import rows_class
 
 _ARGUMENTS = ("q", "context", "k_weight", "k_bias", "v_weight", "v_bias")
 
@@ -74,8 +75,29 @@ def cross_attention_reference(
     return out.transpose(1, 2).flatten(2).to(q.dtype)
 
 
+def _classify(q: Tensor, context: Tensor, num_heads: int) -> tuple[int, ...]:
+    """Images, queries and tokens, each rounded up to a power of two; both widths; heads."""
+    (B, N, D), (L, E) = q.shape, context.shape[1:]
+    return rows_class(B), rows_class(N), rows_class(L), D, E, num_heads
+
+
+def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
+    B, N, L, D, E, H = shape
+    q, context = (torch.randn(*s, device=device).to(dtype).requires_grad_() for s in ((B, N, D), (B, L, E)))
+    weights = [torch.randn(D, E, device=device).mul_(E**-0.5).to(dtype).requires_grad_() for _ in range(2)]
+    return cross_attention, [q, context, weights[0], None, weights[1], None, H]
+
+
+ORDERS = ("absorbed", "ordinary")
 # the absorbed order alone: the ordinary one consists of other ops
-OP = Op(name="cross_attention", reference=cross_attention_reference, backends=(TORCH,))
+OP = Op(
+    name="cross_attention",
+    reference=cross_attention_reference,
+    backends=(TORCH,),
+    classify=_classify,
+    paths=ORDERS,
+    example=_example,
+)
 
 
 def flops(order: str, B: int, N: int, L: int, D: int, E: int, H: int, grads: Collection[str] = ()) -> int:
@@ -156,7 +178,7 @@ def _forward(
     a = heads_to_context(q.view(-1, D), k_weight, H, (D // H) ** -0.5)
     survive, t = _survivors(q, L, seed, H, dropout), torch.empty_like(a)
     sums = q.new_empty(B, H * N if dropout else 0, dtype=compute)
-    for images in image_slices(context):
+    for images in image_slices(context, H * N * max(L, context.shape[2])):
         c = context[images]
         scores = bmm(take_images(a, B, images), c.mT)
         p = torch.softmax(scores, -1, out=probs[images] if keep else None)
@@ -213,7 +235,7 @@ def _backward(
     t = q.new_empty(H, B * N, E) if need["v_weight"] else None
     sums = q.new_ones(B, H * N, dtype=compute)
     survive = _survivors(q, L, seed, H, dropout)
-    for images in image_slices(context):
+    for images in image_slices(context, 2 * H * N * max(L, E)):
         c, p = context[images], probs[images]
         kept = None if survive is None else survive[images]
         dropped = _apply_dropout(p, kept, dropout)
@@ -311,7 +333,7 @@ def _check(
         raise ValueError(f"num_heads is {num_heads}; pass a divisor of the width {D}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; pass a probability from 0 to below 1")
-    if order not in (None, "absorbed", "ordinary"):
+    if order not in (None, *ORDERS):
         raise ValueError(f"order is {order!r}; pass 'absorbed', 'ordinary', or None for the cheaper")
 
 
@@ -359,8 +381,12 @@ def cross_attention(
     if order is None:
         (B, N, D), (L, E) = q.shape, context.shape[1:]
         # an attention that is asked for by name runs in the ordinary order
-        ours = q.device.type == "cpu" and dispatch.asked() in (None, "native", "torch")
+        ours = q.device.type == "cpu" and dispatch.asked("attention") in (None, "native", "torch")
         order = cheaper_order(B, N, L, D, E, num_heads, grads) if ours else "ordinary"
+        if dispatch.asked() is None and not torch.compiler.is_compiling():
+            key = OP.name, q.dtype, bool(grads), _classify(q, context, num_heads)
+            order = tuning.choice(q.device.type, key) or order
+            tuning.record(q.device.type, key, order)
     if order == "ordinary" or not q.numel() or not context.numel():
         return _ordinary(*tensors, num_heads, dropout, seed)
     seed = draw_seed(dropout, seed, q.device)

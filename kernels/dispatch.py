@@ -6,8 +6,9 @@ op with schema, shapes and gradient. `all_ops` finds the ops of this folder, for
 
 The backends: `native` is compiled C++ and CUDA C++, `triton` is compiled at its first call, `torch` is composed of
 PyTorch operators, `reference` is the definition that tests compare with. Attention can also run on `flash-attn`,
-`xformers` and torch's own `sdpa`. The fastest usable backend runs; PRISMER_BACKEND, read when this module is imported,
-or `use_backend` ask for another one.
+`xformers` and torch's own `sdpa`, a matrix product on `few-rows` and `onednn`. The measured choice runs (`tuning`), or
+else the first usable backend. PRISMER_BACKEND, read when this module is imported, or `use_backend` ask for another one,
+for all ops (`torch`) or for some (`mlp:torch,attention:sdpa`).
 """
 
 import functools
@@ -18,11 +19,12 @@ import itertools
 import logging
 import os
 import pkgutil
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,15 +33,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from prismer.kernels import tuning
 from prismer.kernels.errors import InputError, MachineError
 
-BACKENDS = ("native", "triton", "torch", "flash-attn", "xformers", "sdpa", "reference")
+BACKENDS = ("native", "triton", "torch", "few-rows", "onednn", "flash-attn", "xformers", "sdpa", "reference")
 
 _BUILD = "run pip install --no-build-isolation --no-deps -e ."
 _log = logging.getLogger("prismer.kernels")
 
 
 # what is asked for
+
+# op -> backend; None stands for every op that is not named
+Asked = dict[str | None, str]
 
 
 def _checked(backend: str, source: str) -> str:
@@ -48,29 +54,46 @@ def _checked(backend: str, source: str) -> str:
     return backend
 
 
-def _from_environment() -> str | None:
-    backend = os.environ.get("PRISMER_BACKEND")
-    return _checked(backend, "PRISMER_BACKEND") if backend else None
+def _parse(text: str | None, source: str) -> Asked:
+    """Read `torch`, `mlp:torch,attention:sdpa`, or both kinds with commas between them."""
+    asked: Asked = {}
+    for part in text.split(",") if text else ():
+        op, _, backend = part.strip().rpartition(":")
+        asked[op or None] = _checked(backend, source)
+    unknown = {op for op in asked if op is not None} - (_declared() if len(asked) > (None in asked) else set())
+    if unknown:
+        raise InputError(f"{source} names {', '.join(sorted(unknown))}; prismer info lists the ops")
+    return asked
+
+
+def _declared() -> set[str]:
+    """The names of all ops, read from the sources: to import them would be a circle."""
+    texts = (path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("*.py"))
+    return {name for text in texts for name in re.findall(r'\bOp\(\s*name="(\w+)"', text)}
 
 
 # of the whole process, not of a thread: on a GPU the backward pass runs in autograd's own threads
-_asked: str | None = _from_environment()
+_asked: Asked = _parse(os.environ.get("PRISMER_BACKEND"), "PRISMER_BACKEND")
 
 
-def asked() -> str | None:
-    """The backend that `use_backend` or PRISMER_BACKEND asks for, or None."""
-    return _asked
+def asked(op: str | None = None) -> str | None:
+    """The backend that `use_backend` or PRISMER_BACKEND asks for: for an op, or for all that are not named."""
+    return _asked.get(op, _asked.get(None)) if _asked else None
 
 
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Ask for one backend inside the block, in every thread, whatever PRISMER_BACKEND says; None asks for the fastest.
+    """Ask for backends inside the block, in every thread, whatever PRISMER_BACKEND says.
+
+    Args:
+        backend: one backend for every op ("torch"), one for an op ("mlp:torch"), or several of these with commas
+            between them; None asks for the fastest.
 
     Raises:
-        ValueError: if `backend` is not the name of a backend.
+        ValueError: if a name is not that of a backend or of an op.
     """
     global _asked
-    before, _asked = _asked, None if backend is None else _checked(backend, "backend")
+    before, _asked = _asked, _parse(backend, "backend")
     try:
         yield
     finally:
@@ -207,16 +230,16 @@ def is_partitioned(weight: Tensor) -> bool:
     return hasattr(weight, "ds_id")
 
 
-def on_host(x: Tensor) -> bool:
-    """Is `x` a plain tensor on the CPU, in an eager call with no backend asked for and nothing watching?
+def on_host(x: Tensor, op: str | None = None) -> bool:
+    """Is `x` a plain tensor on the CPU, in an eager call with no backend asked for (of `op`) and nothing watching?
 
     There the host is the device: between products that empty its caches, a call of a Python function costs as much as
     adding two tensors.
     """
     return (
-        _asked is None
-        and x.device.type == "cpu"
-        and type(x) in PLAIN
+        type(x) in PLAIN
+        and x.is_cpu
+        and (not _asked or asked(op) is None)
         and x.dtype not in NARROW
         and not (torch.compiler.is_compiling() or _watched())
     )
@@ -258,54 +281,107 @@ _library = torch.library.Library("prismer", "FRAGMENT")
 _implementations: dict[str, Callable] = {}
 
 
+def rows_and_width(x: Tensor) -> tuple[int, int]:
+    """The number of rows of `x`, rounded up to a power of two, and the width of a row."""
+    width = x.shape[-1] if x.dim() else 1
+    return tuning.rows_class(x.numel() // max(width, 1)), width
+
+
+# a call of an op for a measurement: the function, and its arguments
+Example = tuple[Callable[..., Any], list[Any]]
+# choices that an op remembers
+_MOST_PICKED = 4096
+# what torch's own operators are called among the implementations of an op
+HOST = "host"
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Op:
     """One op: its definition and its implementations.
+
+    Which implementation runs is decided in this order: the backend asked for; the measured choice for this class of
+    calls (`prismer.kernels.tuning`); the prior. The prior is torch's own operators where `host` and `host_first` say
+    so, else the first backend that serves the call.
 
     Attributes:
         name: torch knows the op as `prismer::<name>`, and its kernels in the native extension as
             `prismer_native::<name>`.
         reference: the definition, in plain PyTorch; None for a part of another op.
         backends: the implementations, the fastest first. The last one is `torch`, which serves every call.
-        host: whether torch's own operators do a call as well; gets the arguments of `route`. It counts for eager calls
-            on a CPU, where a fused op pays only if it saves more than its own Python functions cost.
+        vendor: `torch` consists of the vendor's own kernels. Then it comes first on a GPU, until a measurement there
+            says otherwise.
+        host: whether torch's own operators do a call as well, with no more memory; gets the arguments of `route`. It
+            counts for eager calls on a CPU, where a fused op pays only if it saves more than its own Python functions
+            cost.
+        host_first: likewise, whether the prior takes them; None where it takes them whenever it can.
+        classify: the class of a call's shape, from the arguments of `route` or `choose`; None is `rows_and_width`.
+        paths: names of what is measured where the op itself chooses, instead of its backends.
+        example: a call of the public function for a measurement, from the class of its shape, a dtype and a device.
     """
 
     name: str
     reference: Callable | None
     backends: tuple[Backend, ...]
+    vendor: bool = False
     host: Callable[..., bool] | None = None
+    host_first: Callable[..., bool] | None = None
+    classify: Callable[..., tuple[int, ...]] | None = None
+    paths: tuple[str, ...] = ()
+    example: Callable[[tuple[int, ...], torch.dtype, torch.device], Example] | None = None
+    _picked: dict[tuple, str] = field(default_factory=dict, init=False, repr=False)
+
+    def shape_class(self, x: Any, *facts: Any) -> tuple[int, ...]:
+        """The class of a call's shape, by which measured choices are found."""
+        return rows_and_width(x) if self.classify is None else self.classify(x, *facts)
+
+    def measured(self, x: Any, shape: tuple[int, ...], gradient: bool) -> str | None:
+        """The measured choice for a class of calls, or None."""
+        return tuning.choice(x.device.type, (self.name, x.dtype, gradient, shape))
 
     def route(self, x: Tensor, *facts: Any) -> str:
         """How a public function runs a call: as "reference", on torch's own operators ("host"), or as the "op".
 
         Args:
             x: the tensor that decides.
-            facts: more arguments for the `host` rule of this op.
+            facts: more arguments for the rules of this op. The call keeps a graph if one of them needs a gradient.
         """
-        if _asked is not None:
-            return "reference" if _asked == "reference" else "op"
-        if self.host is None or not self.host(x, *facts) or not on_host(x):
+        if _asked and (backend := asked(self.name)) is not None:
+            return "reference" if backend == "reference" else "op"
+        if self.host is None or not on_host(x, self.name) or not self.host(x, *facts):
             return "op"
-        return "host"
+        measured = None
+        if tuning.knows("cpu", self.name):
+            gradient = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *facts))
+            shape = self.shape_class(x, *facts)
+            measured = self.measured(x, shape, gradient)
+        if measured is None:
+            on_torch = self.host_first is None or self.host_first(x, *facts)
+        else:
+            on_torch = measured == HOST
+        if tuning.is_recording():
+            # an op with several backends notes its choice later
+            tuning.record("cpu", (self.name, x.dtype, gradient, shape), HOST if on_torch else "torch")
+        return HOST if on_torch else "op"
 
-    def choose(self, x: Any, *facts: Any, asked_for: str | None = None) -> str:
+    def choose(self, x: Any, *facts: Any, gradient: bool = False, asked_for: str | None = None) -> str:
         """The name of the backend that runs a call.
 
         An op without the backend asked for ignores the request (there is no native loss). If the op has the backend,
-        but it cannot run here or does not serve the call, the request is refused. Without a request the first backend
-        that serves the call runs, and the reason why another was passed over is logged once (logger `prismer.kernels`,
-        level INFO). `reference` means `torch` here: a public function runs the definition before it comes to a choice.
+        but it cannot run here or does not serve the call, the request is refused. Without a request the measured choice
+        runs, else the first backend that serves the call, and the reason why another was passed over is logged once
+        (logger `prismer.kernels`, level INFO). `reference` means `torch` here: a public function runs the definition
+        before it comes to a choice.
 
         Args:
             x: the tensor that decides, or anything else with `device` and `dtype`.
             facts: more arguments for the rules of the backends.
+            gradient: this is the backward pass.
             asked_for: a backend that precedes `use_backend` and PRISMER_BACKEND.
 
         Raises:
             RuntimeError: if the backend asked for exists and cannot run this call.
         """
-        asked_for = asked_for or _asked
+        asked_for = asked_for or asked(self.name)
         if asked_for is not None:
             asked_for = "torch" if asked_for == "reference" else asked_for
             for backend in self.backends:
@@ -314,7 +390,27 @@ class Op:
                     if reason is not None:
                         raise MachineError(f"backend {asked_for} was asked for, but {reason}")
                     return asked_for
-        for backend in _ranked(self, x, facts):
+        if self.paths:
+            # the op itself looks up what was measured
+            return self.pick(x, *facts)
+        shape = self.shape_class(x, *facts)
+        # what was chosen before, unless a table came or went since
+        key = (tuning.generation, x.device.type, x.dtype, gradient, shape)
+        picked = self._picked.get(key) if self._has_no_rules else None
+        if picked is None:
+            if len(self._picked) >= _MOST_PICKED:
+                self._picked.clear()
+            picked = self._picked[key] = self.pick(x, *facts, measured=self.measured(x, shape, gradient))
+            tuning.record(x.device.type, (self.name, x.dtype, gradient, shape), picked)
+        return picked
+
+    def pick(self, x: Any, *facts: Any, measured: str | None = None) -> str:
+        """The backend of a call for which none was asked: the measured one if it serves the call, else the prior."""
+        usable = _usable(self, x.device.type)
+        for backend in usable:
+            if backend.name == measured and self._refusal(backend, x, facts) is None:
+                return backend.name
+        for backend in usable:
             reason = self._refusal(backend, x, facts)
             if reason is None and backend.slower is not None:
                 reason = backend.slower(x, *facts)
@@ -322,6 +418,15 @@ class Op:
                 return backend.name
             _log_once(self.name, backend.name, reason)
         raise AssertionError(f"{self.name} has no backend for {x.device}")
+
+    def usable(self, device_type: str) -> list[str]:
+        """The backends that can run on a device type, in the order of the prior."""
+        return [backend.name for backend in _usable(self, device_type)]
+
+    @functools.cached_property
+    def _has_no_rules(self) -> bool:
+        """Does the class of a call decide alone which backends serve it?"""
+        return all(backend.refuses is None and backend.slower is None for backend in self.backends)
 
     def _refusal(self, backend: Backend, x: Any, facts: tuple) -> str | None:
         """None if `backend` serves the call, else the reason why not."""
@@ -424,19 +529,15 @@ class Op:
         return call
 
 
-def _ranked(op: Op, x: Any, facts: tuple) -> tuple[Backend, ...]:
-    """The backends to try for a call, in order: as the op declares them, whatever the shapes are.
-
-    This is the one place where an order is looked up: a measured one, by device, op and class of shapes, belongs here.
-    """
-    return _usable(op, x.device.type)
-
-
 @functools.cache
 def _usable(op: Op, device_type: str) -> tuple[Backend, ...]:
+    """The backends of an op that can run on a device type, in the order of the prior."""
     # Triton's interpreter is for proofs: it is slower than anything, and only taken when asked for
     interpreted = "triton" if device_type != "cuda" else None
-    return tuple(b for b in op.backends if b.name != interpreted and op._unusable(b, device_type) is None)
+    usable = [b for b in op.backends if b.name != interpreted and op._unusable(b, device_type) is None]
+    if op.vendor and device_type == "cuda":
+        usable.sort(key=lambda backend: backend.name != "torch")
+    return tuple(usable)
 
 
 @functools.lru_cache(maxsize=256)

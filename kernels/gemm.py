@@ -5,7 +5,7 @@
     gemm_gradient     dW = dy^T A
 `gemm` and `gemm_gradient` can square A as they load it.
 
-Accumulation and epilogue are in fp32, and fp32 inputs are multiplied as fp32, never in tf32. The order of summation
+Accumulation and epilogue are in fp32. fp32 inputs are multiplied as torch is set to. The order of summation
 depends on K alone, so a row is the same in any batch. Programs take the tiles of C in groups of eight rows of tiles, so
 that the parts of A and B that they share stay in the L2 cache.
 
@@ -16,6 +16,7 @@ Add M N s for h read or written and for the residual read, and 2 M N s for act(u
 tiles, add N w for a bias of w bytes each, and 4 N for partial column sums, which are then read once, with 4 N written.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -29,16 +30,17 @@ from prismer.kernels.activation import (
     bias_activation_backward_op,
     bias_activation_op,
     derivative,
-    sum_groups,
 )
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.launch import cdiv, input_precision, launch
+from prismer.kernels.layer_norm import sum_groups
 
 _GROUP = 8
 
 # Triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "K"])
 def _gemm_kernel(
     p_a,
     p_b,
@@ -64,12 +66,23 @@ def _gemm_kernel(
     SUMS: tl.constexpr,
     SQUARE_A: tl.constexpr,
     SQUARE_B: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile of C; C, h, residual and activation are contiguous (M, N)."""
+    """One tile of C; C, h, residual and activation are contiguous (M, N).
+
+    EVEN_M and EVEN_K: that size is a multiple of 16, and the dimension is contiguous in an operand, whose loads can be
+    vectors then. Either size can be a number of rows, which should not multiply variants where it makes no difference.
+    """
+    if EVEN_M:
+        M = M // 16 * 16
+    if EVEN_K:
+        K = K // 16 * 16
     num_m, num_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     i = tl.program_id(0)
     first = i // (GROUP * num_n) * GROUP
@@ -92,7 +105,7 @@ def _gemm_kernel(
             b_a = b_a * b_a
         if SQUARE_B:
             b_b = b_b * b_b
-        b_c = tl.dot(b_a, b_b, b_c, input_precision="ieee")
+        b_c = tl.dot(b_a, b_b, b_c, input_precision=PRECISION)
         p_a += BK * stride_ak
         p_b += BK * stride_bk
 
@@ -114,7 +127,7 @@ def _gemm_kernel(
             b_c += tl.load(p_residual + o, mask=m, other=0.0).to(tl.float32)
     if SUMS:
         # rows past the end are zero, since those of A are
-        tl.store(p_sums + i_m.to(tl.int64) * N + o_n, tl.sum(b_c, 0), mask=m_n)
+        tl.store(p_sums + i_m.to(tl.int64) * N + o_n, tl.sum(b_c, 0).to(p_sums.dtype.element_ty), mask=m_n)
     tl.store(p_c + o, b_c.to(p_c.dtype.element_ty), mask=m)
     if STORE_ACTIVATED:
         # read h again, from the cache: holding it beside dh would spill registers
@@ -124,6 +137,7 @@ def _gemm_kernel(
         tl.store(p_activated + o, activated(b_u, ACTIVATION).to(p_activated.dtype.element_ty), mask=m)
 
 
+@functools.lru_cache(maxsize=1024)
 def _tiles(M: int, N: int, dtype: torch.dtype, activated: bool = False) -> dict[str, int]:
     """Tile shapes. BK, which sets the order of summation, depends on the dtype alone.
 
@@ -132,16 +146,23 @@ def _tiles(M: int, N: int, dtype: torch.dtype, activated: bool = False) -> dict[
     if dtype == torch.float32:
         return dict(BM=64, BN=64, BK=32, num_warps=4, num_stages=3)
     # few large tiles would leave most of an H100 idle: four times as many small ones do not
-    if triton.cdiv(M, 128) * triton.cdiv(N, 128) < 96:
+    if cdiv(M, 128) * cdiv(N, 128) < 96:
         return dict(BM=64, BN=64, BK=64, num_warps=8, num_stages=4)
     # 64 registers for the accumulator would leave no room for two results of the epilogue
     return dict(BM=128, BN=64 if activated else 128, BK=64, num_warps=8, num_stages=3)
 
 
 def _flags(
-    pointers: tuple[Any, ...], activation: str, differentiate: bool, square_a: bool, square_b: bool
+    pointers: tuple[Any, ...],
+    numbers: tuple[int, ...],
+    dtype: torch.dtype,
+    activation: str,
+    differentiate: bool,
+    square_a: bool,
+    square_b: bool,
 ) -> dict[str, Any]:
     """The constants of a launch beside its tiles; of the pointers of the kernel only those that are None matter."""
+    M, _, K, stride_am, stride_ak, stride_bk, _ = numbers
     _, _, bias, h, residual, _, activated, sums = (pointer is not None for pointer in pointers)
     return dict(
         HAS_BIAS=bias,
@@ -153,6 +174,9 @@ def _flags(
         SUMS=sums,
         SQUARE_A=square_a,
         SQUARE_B=square_b,
+        EVEN_M=stride_am == 1 and M % 16 == 0,
+        EVEN_K=1 in (stride_ak, stride_bk) and K % 16 == 0,
+        PRECISION=input_precision(dtype),
         GROUP=_GROUP,
     )
 
@@ -171,18 +195,30 @@ def _launch(
     sums: torch.dtype | None = None,
     square_a: bool = False,
     square_b: bool = False,
+    a_transposed: bool = False,
+    b_transposed: bool = False,
 ) -> Tensor | None:
-    """Run the kernel on views `a` (M, K) and `b` (K, N); returns the column sums if a dtype is given for them."""
-    (M, K), N = a.shape, b.shape[1]
+    """Run the kernel on `a` (M, K) and `b` (K, N), or on their transposes; returns the column sums if asked for."""
+    a_shape, a_strides, b_shape, b_strides = a.shape, a.stride(), b.shape, b.stride()
+    if a_transposed:
+        a_shape, a_strides = a_shape[::-1], a_strides[::-1]
+    if b_transposed:
+        b_shape, b_strides = b_shape[::-1], b_strides[::-1]
+    (M, K), N = a_shape, b_shape[1]
     if not M or not N:
         return a.new_zeros(N, dtype=sums) if sums else None
     tiles = _tiles(M, N, a.dtype, activated is not None)
-    num_m = triton.cdiv(M, tiles["BM"])
-    partial = torch.empty(num_m, N, dtype=torch.float32, device=a.device) if sums else None
-    pointers, strides = (a, b, bias, h, residual, c, activated, partial), (*a.stride(), *b.stride())
-    flags = _flags(pointers, activation, differentiate, square_a, square_b)
-    _gemm_kernel[(num_m * triton.cdiv(N, tiles["BN"]),)](*pointers, M, N, K, *strides, **flags, **tiles)
-    return sum_groups(partial, sums) if sums else None
+    num_m = cdiv(M, tiles["BM"])
+    total = partial = a.new_empty(N, dtype=sums) if sums else None
+    # one row of tiles writes the total itself
+    if sums and num_m > 1:
+        partial = torch.empty(num_m, N, dtype=torch.float32, device=a.device)
+    pointers, numbers = (a, b, bias, h, residual, c, activated, partial), (M, N, K, *a_strides, *b_strides)
+    flags = _flags(pointers, numbers, a.dtype, activation, differentiate, square_a, square_b)
+    launch(_gemm_kernel, (num_m * cdiv(N, tiles["BN"]),), pointers, numbers, flags | tiles)
+    if partial is not total:
+        sum_groups(partial, total)
+    return total
 
 
 # for ops that consist of products: `backend` is "triton", or "torch" for torch's operators
@@ -210,12 +246,13 @@ def gemm(
         residual: (R, N), contiguous.
         square: multiply a^2 instead, rounded to the dtype of `a`.
     """
-    empty = a.new_empty(0)
     if backend == "triton":
-        c = a.new_empty(a.shape[0], weight.shape[0])
+        c = a.new_empty((a.shape[0], weight.shape[0]))
         h = torch.empty_like(c) if keep else None
-        _launch(a, weight.T, c, bias=bias, activation=activation, h=h, residual=residual, square_a=square)
-        return c, h if keep else empty
+        options = dict(bias=bias, activation=activation, h=h, residual=residual, square_a=square)
+        _launch(a, weight, c, b_transposed=True, **options)
+        return c, h if keep else a.new_empty(0)
+    empty = a.new_empty(0)
     if square:
         a = a.square()
     if activation not in ("none", "relu"):
@@ -253,14 +290,14 @@ def gemm_derivative(
         h: (R, K), contiguous; bias: (K,) or None.
         sums: the dtype for the sums, which are computed in fp32.
     """
-    empty = dy.new_empty(0)
     if backend == "triton":
         dh = torch.empty_like(h)
         a = torch.empty_like(h) if activated else None
         dbias = _launch(
             dy, weight, dh, bias=bias, activation=activation, h=h, differentiate=True, activated=a, sums=sums
         )
-        return dh, a if activated else empty, dbias if sums else empty
+        return dh, a if activated else dy.new_empty(0), dbias if sums else dy.new_empty(0)
+    empty = dy.new_empty(0)
     dh, dbias = bias_activation_backward_op(matmul.mm(dy, weight), h, bias, activation, sums is not None)
     a = bias_activation_op(h, bias, activation) if activated else empty
     return dh, a, dbias.to(sums) if sums else empty
@@ -274,8 +311,8 @@ def gemm_gradient(dy: Tensor, a: Tensor, *, backend: str, square: bool = False) 
         a: (R, K), contiguous.
     """
     if backend == "triton":
-        dweight = dy.new_empty(dy.shape[1], a.shape[1])
-        _launch(dy.T, a, dweight, square_b=square)
+        dweight = dy.new_empty((dy.shape[1], a.shape[1]))
+        _launch(dy, a, dweight, a_transposed=True, square_b=square)
         return dweight
     return matmul.mm(dy.T, a.square() if square else a)
 
@@ -305,17 +342,17 @@ def gemm_case(
     given = True, True, bias, keep or differentiate, residual, True, activated, sums
     kinds = *["*bf16" if s == 2 else "*fp32"] * 7, "*fp32"
     pointers = tuple(kind if is_given else None for kind, is_given in zip(kinds, given, strict=True))
-    strides = *((1, M) if a_transposed else (K, 1)), *((1, K) if b_transposed else (N, 1))
+    numbers = M, N, K, *((1, M) if a_transposed else (K, 1)), *((1, K) if b_transposed else (N, 1))
     extra = sum((keep or differentiate, residual, activated))
     return KernelCase.of_launch(
         name,
         _gemm_kernel,
-        (*pointers, M, N, K, *strides),
-        _flags(pointers, activation, differentiate, square_a, square_b) | tiles,
+        (*pointers, *numbers),
+        _flags(pointers, numbers, dtype, activation, differentiate, square_a, square_b) | tiles,
         shape=shape,
         dot=s == 2,
         flops=2 * M * N * K,
-        bytes=s * (M * K + K * N + (1 + extra) * M * N + N * bias) + 4 * N * triton.cdiv(M, tiles["BM"]) * sums,
+        bytes=s * (M * K + K * N + (1 + extra) * M * N + N * bias) + 4 * N * cdiv(M, tiles["BM"]) * sums,
     )
 
 

@@ -13,10 +13,12 @@ Source: Prismer, arXiv:2303.02506, section 3.2 (instance embeddings of detected 
 Traffic of the Triton kernels, for N = B * grid * grid cells of D numbers of s bytes and a table of F rows:
     forward   reads 2 N D s (3 N D s with positions) and, for every 128 columns, 9 N of ids and rows (N without `rows`);
               writes N D s
-    backward  a program owns 32 rows and 64 columns of the table and takes all cells, 32 at a time. It multiplies a
-              (32, 32) matrix of zeros and ones by the (32, 64) of dy where a cell shows one of its rows, and skips a
-              tile where none does. With M such tiles of T cells, summed over the blocks of rows:
-              2 * 32 * 32 * 64 M FLOPs for every 64 columns; reads D s T and, in every program, 9 N (N); writes 4 F D.
+    backward  a program owns 16 rows and 32 columns of the table and a part of the cells, which it takes 128 at a time.
+              It multiplies a (16, 128) matrix of zeros and ones by the (128, 32) of dy where a cell shows one of its
+              rows, and skips a tile where none does. With M such tiles of T cells, summed over the blocks of rows:
+              2 * 16 * 128 * 32 M FLOPs for every 32 columns; reads D s T and, for every 16 rows and 32 columns, 9 N
+              (N); writes 4 F D for each of G parts of 2048 cells, which are then read and added up in order, and
+              4 F D (if G is 1, only the last).
 torch sums dpositions.
 """
 
@@ -30,6 +32,8 @@ from torch import Tensor
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import described
 from prismer.kernels.dispatch import TORCH, Backend, Op
+from prismer.kernels.label_map import sum_parts
+from prismer.kernels.launch import cdiv, launch
 
 
 def _cell_rows(ids: Tensor, rows: Tensor | None, num_rows: int, grid: int) -> Tensor:
@@ -77,7 +81,7 @@ def _rows_of_cells(p_ids, p_rows, o_cell, m_cell, s, F, grid, HAS_ROWS: tl.const
     return tl.where(m_cell & (b_row >= 0) & (b_row < F), b_row, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "s", "F", "grid"])
 def _forward_kernel(
     p_x,
     p_ids,
@@ -111,7 +115,7 @@ def _forward_kernel(
     tl.store(p_out + o, b_out.to(p_out.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "s", "F", "grid", "tiles"])
 def _table_kernel(
     p_dy,
     p_ids,
@@ -122,19 +126,21 @@ def _table_kernel(
     F,
     D,
     grid,
+    tiles,
     HAS_ROWS: tl.constexpr,
     BF: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Program (i, d) owns BF rows and BD columns of dtable and takes all cells in order."""
+    """Program (i, d, g) sums its BF rows and BD columns over `tiles` tiles of BN cells, part g of them all."""
+    i_part = tl.program_id(2)
     first = tl.program_id(0) * BF
     o_row = first + tl.arange(0, BF)
     o_col = tl.program_id(1) * BD + tl.arange(0, BD)
     m_col = o_col < D
     b_sum = tl.zeros((BF, BD), tl.float32)
-    for start in range(0, N, BN):
-        o_cell = start + tl.arange(0, BN)
+    for i in range(tiles):
+        o_cell = (i_part * tiles + i) * BN + tl.arange(0, BN)
         m_cell = o_cell < N
         b_row = _rows_of_cells(p_ids, p_rows, o_cell, m_cell, s, F, grid, HAS_ROWS)
         m_mine = (b_row >= first) & (b_row < first + BF)
@@ -144,12 +150,23 @@ def _table_kernel(
             # zeros and ones, and so the products, are exact in every dtype; the sums are in fp32
             b_pick = (o_row[:, None] == b_row[None, :]).to(b_dy.dtype)
             b_sum = tl.dot(b_pick, b_dy, b_sum, input_precision="ieee")
-    o = o_row.to(tl.int64)[:, None] * D + o_col[None, :]
+    o = (i_part.to(tl.int64) * F + o_row)[:, None] * D + o_col[None, :]
     tl.store(p_dtable + o, b_sum, mask=(o_row < F)[:, None] & m_col[None, :])
 
 
 _FORWARD_TILES = dict(BN=16, BD=128)
-_TABLE_TILES = dict(BF=32, BN=32, BD=64)
+# small tiles of the table, so that 8 images give 192 programs at BASE, and many cells, whose ids are read at once
+_TABLE_TILES = dict(BF=16, BN=128, BD=32)
+# tiles of cells for one program; more cells are summed in parts
+_MOST_TILES = 16
+
+
+def _parts(N: int, F: int, D: int) -> tuple[int, int]:
+    """Parts G of the cells and tiles of each: from the shapes alone, so that sums are the same anywhere."""
+    tiles = cdiv(N, _TABLE_TILES["BN"])
+    parts = max(1, min(cdiv(tiles, _MOST_TILES), 2**22 // (F * D)))
+    each = cdiv(tiles, parts)
+    return cdiv(tiles, each), each
 
 
 def _forward_triton(
@@ -158,16 +175,20 @@ def _forward_triton(
     (B, cells, D), tiles = x.shape, _FORWARD_TILES
     N, given = B * cells, dict(HAS_ROWS=rows is not None, HAS_POSITIONS=positions is not None)
     sizes = N, ids.shape[1], len(table), D, grid
-    _forward_kernel[(triton.cdiv(N, tiles["BN"]), triton.cdiv(D, tiles["BD"]))](
-        x, ids, table, rows, positions, out, *sizes, **given, **tiles
-    )
+    program = cdiv(N, tiles["BN"]), cdiv(D, tiles["BD"])
+    launch(_forward_kernel, program, (x, ids, table, rows, positions, out), sizes, given | tiles)
 
 
 def _table_triton(dy: Tensor, ids: Tensor, rows: Tensor | None, num_rows: int, grid: int, dtable: Tensor) -> None:
-    (B, cells, D), tiles = dy.shape, _TABLE_TILES
-    _table_kernel[(triton.cdiv(num_rows, tiles["BF"]), triton.cdiv(D, tiles["BD"]))](
-        dy, ids, rows, dtable, B * cells, ids.shape[1], num_rows, D, grid, HAS_ROWS=rows is not None, **tiles
-    )
+    B, cells, D = dy.shape
+    G, tiles = _parts(B * cells, num_rows, D)
+    partial = dtable if G == 1 else dtable.new_empty(G, num_rows, D)
+    program = cdiv(num_rows, _TABLE_TILES["BF"]), cdiv(D, _TABLE_TILES["BD"]), G
+    numbers = B * cells, ids.shape[1], num_rows, D, grid, tiles
+    constants = dict(HAS_ROWS=rows is not None, **_TABLE_TILES)
+    launch(_table_kernel, program, (dy, ids, rows, partial), numbers, constants)
+    if G > 1:
+        sum_parts(partial, dtable)
 
 
 # torch
@@ -332,7 +353,7 @@ def kernel_cases() -> list[KernelCase]:
             KernelCase.of_launch(
                 f"{model} instance_rows table",
                 _table_kernel,
-                (bf16, u8, i64, fp32, *sizes),
+                (bf16, u8, i64, fp32, *sizes, _parts(N, num_rows, D)[1]),
                 dict(HAS_ROWS=True, **_TABLE_TILES),
                 shape=shape,
                 bytes=N + 2048 + 2 * N * D + 4 * num_rows * D,

@@ -40,6 +40,7 @@ from torch import Tensor
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import described
 from prismer.kernels.dispatch import NATIVE, TORCH, Backend, Op
+from prismer.kernels.launch import cdiv, launch, next_power_of_2
 
 
 def label_map_reference(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
@@ -105,7 +106,11 @@ def _load_rows(p_features, b_row, o_col, m_wanted, m_col, C):
     return tl.load(p_features + o, mask=m, other=float("nan")).to(tl.float32)
 
 
-@triton.jit
+# sizes of maps and images cost no variants: only rows of C numbers are read as vectors
+_SIZES = ["P", "h", "w", "F", "size", "steps", "tiles"]
+
+
+@triton.jit(do_not_specialize=_SIZES[:-1])
 def _forward_kernel(p_ids, p_rows, p_features, p_out, P, h, w, F, C, size, steps, BP: tl.constexpr, BC: tl.constexpr):
     o_pixel = tl.program_id(0) * BP + tl.arange(0, BP)
     o_col = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -123,7 +128,7 @@ def _forward_kernel(p_ids, p_rows, p_features, p_out, P, h, w, F, C, size, steps
     tl.store(p_out + o, b_out.to(p_out.dtype.element_ty), mask=m_pixel[:, None] & m_col[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
     p_dy,
     p_ids,
@@ -172,7 +177,7 @@ def _backward_kernel(
     tl.store(p_partial + o, b_sum, mask=(o_row < F)[:, None] & m_col[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G"])
 def _sum_parts_kernel(p_partial, p_sum, G, N, BG: tl.constexpr, BN: tl.constexpr):
     """The sum of G parts of N numbers, in a fixed order."""
     o = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -192,23 +197,22 @@ _MAX_PARTS = 64
 
 
 def _columns(C: int) -> int:
-    return min(64, max(16, triton.next_power_of_2(C)))
+    return min(64, max(16, next_power_of_2(C)))
 
 
 def _parts(P: int, F: int, C: int) -> tuple[int, int]:
     """Parts G of the pixels and tiles of each: from the shapes alone, so that sums are the same anywhere."""
-    tiles = triton.cdiv(P, _BACKWARD_TILES["BP"])
+    tiles = cdiv(P, _BACKWARD_TILES["BP"])
     parts = max(1, min(_MAX_PARTS, 2**22 // (F * C)))
-    each = triton.cdiv(tiles, parts)
-    return triton.cdiv(tiles, each), each
+    each = cdiv(tiles, parts)
+    return cdiv(tiles, each), each
 
 
 def _forward_triton(ids: Tensor, rows: Tensor, features: Tensor, size: int, out: Tensor) -> None:
     (B, h, w), (F, C) = ids.shape, features.shape
     P, BC = B * size * size, _columns(C)
-    _forward_kernel[(triton.cdiv(P, 32), triton.cdiv(C, BC))](
-        ids, rows, features, out, P, h, w, F, C, size, max(size - 1, 1), BP=32, BC=BC
-    )
+    numbers = P, h, w, F, C, size, max(size - 1, 1)
+    launch(_forward_kernel, (cdiv(P, 32), cdiv(C, BC)), (ids, rows, features, out), numbers, dict(BP=32, BC=BC))
 
 
 def _backward_triton(dy: Tensor, ids: Tensor, rows: Tensor, dfeatures: Tensor) -> None:
@@ -216,13 +220,17 @@ def _backward_triton(dy: Tensor, ids: Tensor, rows: Tensor, dfeatures: Tensor) -
     P, BC = B * size * size, _columns(C)
     G, tiles = _parts(P, F, C)
     partial = dfeatures if G == 1 else dfeatures.new_empty(G, F, C)
-    grid = (triton.cdiv(F, _BACKWARD_TILES["BF"]), triton.cdiv(C, BC), G)
-    _backward_kernel[grid](
-        dy, ids, rows, partial, P, h, w, F, C, size, max(size - 1, 1), tiles, BC=BC, **_BACKWARD_TILES
-    )
+    grid = (cdiv(F, _BACKWARD_TILES["BF"]), cdiv(C, BC), G)
+    numbers = P, h, w, F, C, size, max(size - 1, 1), tiles
+    launch(_backward_kernel, grid, (dy, ids, rows, partial), numbers, dict(BC=BC, **_BACKWARD_TILES))
     if G > 1:
-        grid = (triton.cdiv(F * C, _SUM_TILES["BN"]),)
-        _sum_parts_kernel[grid](partial, dfeatures, G, F * C, **_SUM_TILES)
+        sum_parts(partial, dfeatures)
+
+
+def sum_parts(partial: Tensor, total: Tensor) -> None:
+    """Sum G parts (G, ...) in fp32 into `total`, in a fixed order."""
+    N = total.numel()
+    launch(_sum_parts_kernel, (cdiv(N, _SUM_TILES["BN"]),), (partial, total), (len(partial), N), _SUM_TILES)
 
 
 # torch

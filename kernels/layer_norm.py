@@ -11,7 +11,7 @@ Source: Ba et al., arXiv:1607.06450; pre-norm in the encoder and post-norm in th
 Compulsory traffic, for R rows of D numbers of s bytes (weights 2 D w bytes, statistics 8 R bytes):
     forward   2 R D s + 2 D w + 8 R;   with a residual 4 R D s + 2 D w + 8 R
     backward  3 R D s + D w + 8 R;     with dtotal 4 R D s + D w + 8 R
-A trained affine adds 8 D bytes of partial sums, written and read, for each of P groups of rows, and 8 D bytes written.
+A trained affine adds 8 D bytes of partial sums, written and read, for each of P groups of rows, and 2 D w written.
 """
 
 import functools
@@ -25,9 +25,13 @@ from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import check_floats, check_like, described
-from prismer.kernels.dispatch import NATIVE, TORCH, TRITON, Op
+from prismer.kernels.dispatch import NATIVE, TORCH, TRITON, Example, Op, rows_and_width
+from prismer.kernels.launch import cdiv, launch, next_power_of_2
 
 _MAX_WIDTH = 65536
+_FAST_ON_TORCH = (torch.float32, torch.bfloat16, torch.float16)
+# up to so many numbers, torch's own operator in 16 bits is the faster one, since its call costs the host less
+_FEW = 2**16
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
@@ -51,22 +55,53 @@ def add_layer_norm_reference(
     return layer_norm_reference(total, weight, bias, eps), total
 
 
-def _host(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether torch's own operator serves the call as well: in fp32 it does the same at a lower cost of the call."""
+def _host(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None) -> bool:
+    """Whether torch's own operator serves the call as well: it keeps the same, and costs the host less."""
     return (
-        x.dtype == torch.float32
+        x.dtype in _FAST_ON_TORCH
+        and x.dim() > 0
+        and 0 < x.shape[-1] <= _MAX_WIDTH
         and (weight is None) == (bias is None)
-        and (weight is None or (weight.dtype == bias.dtype == torch.float32))
+        and (weight is None or (weight.dtype == bias.dtype == x.dtype))
     )
 
 
-OP = Op(name="layer_norm", reference=layer_norm_reference, backends=(NATIVE, TRITON, TORCH), host=_host)
+def _host_first(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None) -> bool:
+    return x.dtype == torch.float32 or x.numel() <= _FEW
+
+
+def _classify(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, residual: Tensor | None = None
+) -> tuple[int, ...]:
+    """Rows, width, and 1 for a residual sum."""
+    return *rows_and_width(x), int(residual is not None)
+
+
+def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
+    R, D, has_residual = shape
+    x, residual = (torch.randn(R, D, device=device).to(dtype).requires_grad_() for _ in range(2))
+    weight, bias = (torch.randn(D, device=device).to(dtype) for _ in range(2))
+    if has_residual:
+        return add_layer_norm, [x, residual, weight, bias]
+    return layer_norm, [x, weight, bias]
+
+
+OP = Op(
+    name="layer_norm",
+    reference=layer_norm_reference,
+    backends=(NATIVE, TRITON, TORCH),
+    vendor=True,
+    host=_host,
+    host_first=_host_first,
+    classify=_classify,
+    example=_example,
+)
 
 
 # Triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _forward_kernel(
     p_x,
     p_residual,
@@ -109,34 +144,45 @@ def _forward_kernel(
     tl.store(p_rstd + o_row, b_rstd, mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "blocks"])
 def _backward_kernel(
     p_dy,
     p_dtotal,
     p_x,
     p_weight,
+    p_bias,
     p_mean,
     p_rstd,
     p_dx,
-    p_dweight,
-    p_dbias,
+    p_y,
+    p_partial,
     R,
     D,
     blocks,
     HAS_TOTAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     AFFINE: tl.constexpr,
+    STREAM: tl.constexpr,
+    STORE_Y: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program takes `blocks` blocks of rows and writes its partial sums for the affine to its own row."""
+    """One program takes `blocks` blocks of rows and writes its partial sums to its own row.
+
+    The sums are those for the AFFINE and of the gradient of the STREAM: dtotal if there is one, else dx. STORE_Y writes
+    the output of the forward pass again.
+    """
     i_group = tl.program_id(0).to(tl.int64)
     o_col = tl.arange(0, BD)
     m_col = o_col < D
     if HAS_WEIGHT:
         b_weight = tl.load(p_weight + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+    if STORE_Y and HAS_BIAS:
+        b_bias = tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
     b_dweight = tl.zeros((BD,), tl.float32)
     b_dbias = tl.zeros((BD,), tl.float32)
+    b_dstream = tl.zeros((BD,), tl.float32)
     for i in range(blocks):
         o_row = (i_group * blocks + i) * BR + tl.arange(0, BR)
         m_row = o_row < R
@@ -153,19 +199,36 @@ def _backward_kernel(
         b_g2 = tl.sum(b_g * b_xhat, 1) / D
         b_dx = b_rstd[:, None] * (b_g - b_g1[:, None] - b_xhat * b_g2[:, None])
         if HAS_TOTAL:
-            b_dx += tl.load(p_dtotal + o, mask=m, other=0.0).to(tl.float32)
+            b_dtotal = tl.load(p_dtotal + o, mask=m, other=0.0).to(tl.float32)
+            b_dx += b_dtotal
+            if STREAM:
+                b_dstream += tl.sum(b_dtotal, 0)
+        elif STREAM:
+            b_dstream += tl.sum(tl.where(m, b_dx, 0.0), 0)
+        if STORE_Y:
+            b_y = b_xhat
+            if HAS_WEIGHT:
+                b_y = b_y * b_weight
+            if HAS_BIAS:
+                b_y += b_bias
+            tl.store(p_y + o, b_y.to(p_y.dtype.element_ty), mask=m)
         tl.store(p_dx + o, b_dx.to(p_dx.dtype.element_ty), mask=m)
         if AFFINE:
             b_dweight += tl.sum(b_dy * b_xhat, 0)
             b_dbias += tl.sum(b_dy, 0)
+    o = i_group * D + o_col
+    each = tl.num_programs(0).to(tl.int64) * D
     if AFFINE:
-        tl.store(p_dweight + i_group * D + o_col, b_dweight, mask=m_col)
-        tl.store(p_dbias + i_group * D + o_col, b_dbias, mask=m_col)
+        tl.store(p_partial + o, b_dweight, mask=m_col)
+        tl.store(p_partial + each + o, b_dbias, mask=m_col)
+    if STREAM:
+        # behind those for the affine
+        tl.store(p_partial + (2 * AFFINE) * each + o, b_dstream, mask=m_col)
 
 
-@triton.jit
-def _sum_groups_kernel(p_partial, p_sum, P, D, BP: tl.constexpr, BD: tl.constexpr):
-    """Column sums of the (P, D) partial sums, in a fixed order; program 1 of the second axis takes the second half."""
+@triton.jit(do_not_specialize=["P"])
+def _sum_groups_kernel(p_partial, p_sum, p_second, p_third, P, D, BP: tl.constexpr, BD: tl.constexpr):
+    """Column sums of (P, D) partial sums, in a fixed order; programs 1 and 2 of the second axis sum the next (P, D)."""
     p_partial += tl.program_id(1).to(tl.int64) * P * D
     o_col = tl.program_id(0) * BD + tl.arange(0, BD)
     b_sum = tl.zeros((BP, BD), tl.float32)
@@ -173,20 +236,45 @@ def _sum_groups_kernel(p_partial, p_sum, P, D, BP: tl.constexpr, BD: tl.constexp
         o_group = i + tl.arange(0, BP)
         m = (o_group < P)[:, None] & (o_col < D)[None, :]
         b_sum += tl.load(p_partial + o_group[:, None] * D + o_col[None, :], mask=m, other=0.0)
-    tl.store(p_sum + tl.program_id(1) * D + o_col, tl.sum(b_sum, 0), mask=o_col < D)
+    b_total = tl.sum(b_sum, 0)
+    if tl.program_id(1) == 0:
+        tl.store(p_sum + o_col, b_total.to(p_sum.dtype.element_ty), mask=o_col < D)
+    if p_second is not None:
+        if tl.program_id(1) == 1:
+            tl.store(p_second + o_col, b_total.to(p_second.dtype.element_ty), mask=o_col < D)
+    if p_third is not None:
+        if tl.program_id(1) == 2:
+            tl.store(p_third + o_col, b_total.to(p_third.dtype.element_ty), mask=o_col < D)
 
 
-def _tiles(D: int) -> dict[str, int]:
-    """Rows of a block, and warps: one for every 256 numbers, so that each lane holds two 128-bit vectors of bf16."""
-    BD = triton.next_power_of_2(max(D, 16))
-    return dict(BR=max(1, 1024 // BD), BD=BD, num_warps=min(max(BD // 256, 4), 16))
+@functools.cache
+def _tiles(D: int, backward: bool = False) -> dict[str, int]:
+    """Rows of a block, and warps: one for every 256 numbers, so that each lane holds two 128-bit vectors of bf16.
+
+    The backward pass takes twice as many rows: while a group sums one block, loads of the next ones are on their way.
+    """
+    BD = next_power_of_2(max(D, 16))
+    return dict(BR=max(1, (2048 if backward else 1024) // BD), BD=BD, num_warps=min(max(BD // 256, 4), 16))
 
 
-def _groups(R: int, BR: int) -> tuple[int, int]:
-    """Row groups P of the backward pass and row blocks of each: from R alone, so that sums are the same anywhere."""
-    blocks = triton.cdiv(R, BR)
-    each = triton.cdiv(blocks, 256)
-    return triton.cdiv(blocks, each), each
+# row groups of a trained norm: four programs for each multiprocessor of an H100, and partial sums that stay in its L2
+_MOST_GROUPS = 512
+# 64 groups at a time, so that the sum of 512 waits for memory 8 times
+_SUM_TILES = dict(BP=64, BD=32, num_warps=8)
+
+
+def _groups(R: int, BR: int, most: int = _MOST_GROUPS) -> tuple[int, int]:
+    """Row groups P, at most `most`, and row blocks of each: from R alone, so that sums are the same anywhere."""
+    blocks = cdiv(R, BR)
+    each = cdiv(blocks, most)
+    return cdiv(blocks, each), each
+
+
+def sum_groups(partial: Tensor, total: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> None:
+    """Column sums of (P, D) partial sums in fp32, in a fixed order, into `total`; of (3, P, D) into the others too."""
+    P, D = partial.shape[-2:]
+    grid = cdiv(D, _SUM_TILES["BD"]), 1 + (second is not None) + (third is not None)
+    launch(_sum_groups_kernel, grid, (partial, total, second, third), (P, D), _SUM_TILES)
 
 
 def _forward_triton(
@@ -200,27 +288,53 @@ def _forward_triton(
     R, D = x.shape
     tiles = _tiles(D)
     given = dict(HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None)
-    _forward_kernel[(triton.cdiv(R, tiles["BR"]),)](x, residual, weight, bias, *outputs, R, D, eps, **given, **tiles)
+    pointers = x, residual, weight, bias, *outputs
+    launch(_forward_kernel, (cdiv(R, tiles["BR"]),), pointers, (R, D, float(eps)), given | tiles)
 
 
 def _backward_triton(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, affine: bool
-) -> tuple[Tensor, Tensor]:
-    """dx, and the sums for the affine as one tensor (2, D)."""
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    outputs: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None = None,
+    stream: Tensor | None = None,
+    y: Tensor | None = None,
+) -> None:
+    """Fill `outputs`: dx, dweight and dbias; the last two are empty if the affine needs no gradient.
+
+    Fill `stream` with the column sums of dtotal, or of dx without it, and `y` with the output of the forward pass.
+    """
     R, D = x.shape
-    tiles = _tiles(D)
-    P, blocks = _groups(R, tiles["BR"])
-    dx = torch.empty_like(x)
-    partial = torch.empty(2, P if affine else 0, D, dtype=torch.float32, device=x.device)
-    given = dict(HAS_TOTAL=dtotal is not None, HAS_WEIGHT=weight is not None, AFFINE=affine)
-    _backward_kernel[(P,)](dy, dtotal, x, weight, mean, rstd, dx, *partial, R, D, blocks, **given, **tiles)
-    sums = torch.empty(2, D if affine else 0, dtype=torch.float32, device=x.device)
-    if affine:
-        _sum_groups_kernel[(triton.cdiv(D, 64), 2)](partial, sums, P, D, BP=16, BD=64, num_warps=4)
-    return dx, sums
+    dx, *affine = outputs
+    sums = [t for t in (*affine, stream) if t is not None and t.numel()]
+    tiles = _tiles(D, backward=True)
+    # without sums over rows every block is a program of its own
+    P, blocks = _groups(R, tiles["BR"]) if sums else (cdiv(R, tiles["BR"]), 1)
+    partial = torch.empty(len(sums), P, D, dtype=torch.float32, device=x.device) if sums else None
+    given = _given(dtotal, weight, bias, len(sums) > 1, stream, y)
+    pointers = dy, dtotal, x, weight, bias, mean, rstd, dx, y, partial
+    launch(_backward_kernel, (P,), pointers, (R, D, blocks), given | tiles)
+    if sums:
+        sum_groups(partial, *sums)
+
+
+def _given(dtotal: Any, weight: Any, bias: Any, affine: bool, stream: Any, y: Any) -> dict[str, bool]:
+    """The flags of the backward pass, from arguments that are tensors or None."""
+    flags = dict(HAS_TOTAL=dtotal is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None)
+    return flags | dict(AFFINE=affine, STREAM=stream is not None, STORE_Y=y is not None)
 
 
 # torch
+
+
+def _aten_serves(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> bool:
+    """Whether torch's own operator gives fp32 statistics; it does not in 16 bits on a CPU, nor for mixed dtypes."""
+    wide = x.dtype in (torch.float32, torch.float64) or x.device.type == "cuda"
+    return wide and all(t is None or t.dtype == x.dtype for t in (weight, bias))
 
 
 def _forward_torch(
@@ -228,6 +342,9 @@ def _forward_torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     compute = torch.promote_types(x.dtype, torch.float32)
     total = x + residual if residual is not None else x.new_empty(0)
+    if _aten_serves(x, weight, bias):
+        y, mean, rstd = torch.native_layer_norm(x if residual is None else total, x.shape[1:], weight, bias, eps)
+        return y, total, mean.view(-1), rstd.view(-1)
     x32 = (x if residual is None else total).to(compute)
     mean = x32.mean(1)
     centred = x32 - mean[:, None]
@@ -244,6 +361,14 @@ def _backward_torch(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, affine: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     compute = mean.dtype
+    if _aten_serves(x, weight):
+        mask = [True, affine, affine]
+        column = mean[:, None], rstd[:, None]
+        # the sums of a norm without a weight need one that changes nothing
+        gamma = x.new_ones(x.shape[1]) if affine and weight is None else weight
+        grads = torch.ops.aten.native_layer_norm_backward(dy, x, x.shape[1:], *column, gamma, gamma, mask)
+        dx, dweight, dbias = (mean.new_empty(0) if g is None else g for g in grads)
+        return dx if dtotal is None else dx.add_(dtotal), dweight, dbias
     xhat = (x.to(compute) - mean[:, None]) * rstd[:, None]
     dy32 = dy.to(compute)
     if affine:
@@ -265,15 +390,17 @@ def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    backend = OP.choose(x)
+    backend = OP.choose(x, None, None, residual)
     if backend == "torch":
         return _forward_torch(x, residual, weight, bias, eps)
     if backend == "native":
         return torch.ops.prismer_native.layer_norm(x, residual, weight, bias, eps)
-    outputs = _forward_fake(x, residual)
-    if x.shape[0]:
-        _forward_triton(x, residual, weight, bias, eps, outputs)
-    return outputs
+    # allocations are a good part of what a short op costs the host: these are the cheapest forms
+    R, y, total = x.shape[0], torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
+    mean, rstd = x.new_empty(R, dtype=torch.float32), x.new_empty(R, dtype=torch.float32)
+    if R:
+        _forward_triton(x, residual, weight, bias, eps, (y, total, mean, rstd))
+    return y, total, mean, rstd
 
 
 def _forward_fake(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -288,18 +415,49 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy, x = dy.contiguous(), x.contiguous()
     dtotal = None if dtotal is None else dtotal.contiguous()
-    backend = OP.choose(x)
+    backend = OP.choose(x, None, None, dtotal, gradient=True)
+    if backend == "triton":
+        outputs = _backward_fake(x, weight, mean, affine)
+        if x.shape[0]:
+            _backward_triton(dy, dtotal, x, weight, mean, rstd, outputs)
+            return outputs
+        return outputs[0], outputs[1].zero_(), outputs[2].zero_()
     if backend == "torch":
         dx, *sums = _backward_torch(dy, dtotal, x, weight, mean, rstd, affine)
-    elif backend == "native":
-        dx, *sums = torch.ops.prismer_native.layer_norm_backward(dy, dtotal, x, weight, mean, rstd, affine)
-    elif x.shape[0]:
-        dx, sums = _backward_triton(dy, dtotal, x, weight, mean, rstd, affine)
     else:
-        dx, sums = torch.empty_like(x), torch.zeros(2, x.shape[1] if affine else 0, device=x.device)
-    # rounded once, here. The outputs of an op may not share memory, so both halves of Triton's one tensor are copied
+        dx, *sums = torch.ops.prismer_native.layer_norm_backward(dy, dtotal, x, weight, mean, rstd, affine)
+    # rounded once, here
     dtype = x.dtype if weight is None else weight.dtype
-    return dx, *(part.to(dtype, copy=backend == "triton") for part in sums)
+    return dx, *(part.to(dtype) for part in sums)
+
+
+def backward_in_one_pass(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    affine: bool,
+    stream: torch.dtype | None,
+    again: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The backward pass for an op around a norm, which needs more of the same numbers; contiguous arguments.
+
+    Returns:
+        dx, dweight and dbias as the op returns them; the column sums of dtotal, or of dx without it, in the dtype
+        `stream`; and the output of the forward pass if it is needed `again`. The last two are None if they are not
+        asked for, or if the backend does not make them in the same pass.
+    """
+    if not x.shape[0] or OP.choose(x) != "triton":
+        return *layer_norm_backward_op(dy, dtotal, x, weight, mean, rstd, affine), None, None
+    outputs = _backward_fake(x, weight, mean, affine)
+    sums = None if stream is None else x.new_empty(x.shape[1], dtype=stream)
+    y = torch.empty_like(x) if again else None
+    # the bias is read for the output alone
+    _backward_triton(dy, dtotal, x, weight, mean, rstd, outputs, bias if again else None, sums, y)
+    return *outputs, sums, y
 
 
 def _backward_fake(x: Tensor, weight: Tensor | None, mean: Tensor, affine: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -354,10 +512,10 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     Raises:
         ValueError: if a shape or dtype does not fit, or D exceeds 65536.
     """
-    _check(x, None, weight, bias)
     route = OP.route(x, weight, bias)
-    if route == "host":
+    if route == "host" and (weight is None or weight.shape == bias.shape == x.shape[-1:]):
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    _check(x, None, weight, bias)
     if route == "reference":
         return layer_norm_reference(x, weight, bias, eps)
     return layer_norm_op(x.reshape(-1, x.shape[-1]), None, weight, bias, eps)[0].view(x.shape)
@@ -378,11 +536,12 @@ def add_layer_norm(
     Raises:
         ValueError: if a shape or dtype does not fit, or D exceeds 65536.
     """
-    _check(x, residual, weight, bias)
-    route = OP.route(x, weight, bias)
-    if route == "host":
+    route = OP.route(x, weight, bias, residual)
+    fits = residual.shape == x.shape and residual.dtype == x.dtype
+    if route == "host" and fits and (weight is None or weight.shape == bias.shape == x.shape[-1:]):
         total = x + residual
         return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total
+    _check(x, residual, weight, bias)
     if route == "reference":
         return add_layer_norm_reference(x, residual, weight, bias, eps)
     rows = (-1, x.shape[-1])
@@ -395,8 +554,9 @@ def kernel_cases() -> list[KernelCase]:
     cases = []
     bf16, fp32 = "*bf16", "*fp32"
     for model, R, D in (("BASE", 8 * 964, 768), ("LARGE", 8 * 1220, 1024)):
-        tiles = _tiles(D)
-        P, blocks = _groups(R, tiles["BR"])
+        tiles, backward = _tiles(D), _tiles(D, backward=True)
+        P, blocks = _groups(R, backward["BR"])
+        rows = bf16, bf16, bf16, bf16, bf16, fp32, fp32, bf16
         case = functools.partial(KernelCase.of_launch, shape=f"{model} 480 px, 8 images, {R} x {D}")
         cases += [
             case(
@@ -408,20 +568,28 @@ def kernel_cases() -> list[KernelCase]:
                 flops=9 * R * D,
             ),
             case(
-                f"{model} layer_norm backward",
+                f"{model} layer_norm backward, all sums and output",
                 _backward_kernel,
-                (bf16, bf16, bf16, bf16, fp32, fp32, bf16, fp32, fp32, R, D, blocks),
-                dict(HAS_TOTAL=True, HAS_WEIGHT=True, AFFINE=True, **tiles),
-                bytes=4 * R * D * 2 + D * 2 + 8 * R + 8 * P * D,
-                flops=18 * R * D,
+                (*rows, bf16, fp32, R, D, blocks),
+                _given(bf16, bf16, bf16, True, bf16, bf16) | backward,
+                bytes=5 * R * D * 2 + 2 * D * 2 + 8 * R + 12 * P * D,
+                flops=21 * R * D,
+            ),
+            case(
+                f"{model} layer_norm backward, frozen",
+                _backward_kernel,
+                (*rows[:4], None, *rows[5:], None, None, R, D, 1),
+                _given(bf16, bf16, None, False, None, None) | backward,
+                bytes=4 * R * D * 2 + D * 2 + 8 * R,
+                flops=14 * R * D,
             ),
             case(
                 f"{model} layer_norm affine sums",
                 _sum_groups_kernel,
-                (fp32, fp32, P, D),
-                dict(BP=16, BD=64, num_warps=4),
-                bytes=8 * P * D + 8 * D,
-                flops=2 * P * D,
+                (fp32, bf16, bf16, bf16, P, D),
+                _SUM_TILES,
+                bytes=12 * P * D + 6 * D,
+                flops=3 * P * D,
                 vector_loads=False,
             ),
         ]

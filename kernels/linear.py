@@ -12,11 +12,12 @@ FLOPs: 2 R D N forward for N outputs in all, as many again for dx, and as many a
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prismer.kernels import matmul
-from prismer.kernels.dispatch import TORCH, Op, is_partitioned
+from prismer.kernels.dispatch import TORCH, Example, Op, is_partitioned, rows_and_width
 
 _MOST = 3
 
@@ -28,10 +29,32 @@ def linears_reference(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> 
 
 def _host(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's own layers serve the call as well: the op saves no product. `weight` is the first one."""
-    return not matmul.on_onednn(x) and not is_partitioned(weight)
+    return not is_partitioned(weight)
 
 
-OP = Op(name="linears", reference=linears_reference, backends=(TORCH,), host=_host)
+def _host_first(x: Tensor, weight: Tensor) -> bool:
+    return matmul.torch_multiplies(x, weight.shape[0])
+
+
+def _classify(x: Tensor, weight: Tensor) -> tuple[int, ...]:
+    return *rows_and_width(x), weight.shape[0]
+
+
+def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
+    R, D, N = shape
+    x, weight = (torch.randn(*s, device=device) for s in ((R, D), (N, D)))
+    return _first_of_linears, [x.to(dtype).requires_grad_(), (weight * D**-0.5).to(dtype).requires_grad_()]
+
+
+OP = Op(
+    name="linears",
+    reference=linears_reference,
+    backends=(TORCH,),
+    host=_host,
+    host_first=_host_first,
+    classify=_classify,
+    example=_example,
+)
 
 
 # the registered ops
@@ -50,35 +73,36 @@ def _forward_fake(x: Tensor, w1: Tensor, w2: Tensor | None, w3: Tensor | None) -
 
 def _backward(
     x: Tensor | None,
-    dy1: Tensor | None,
-    dy2: Tensor | None,
-    dy3: Tensor | None,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    w3: Tensor | None,
+    dys: list[Tensor],
+    weights: list[Tensor],
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`needs`: dx, then weight and bias of each layer. `x` is given if a weight trains, the weights if dx is needed."""
-    dx = None
+) -> list[Tensor]:
+    """The gradients that `needs` asks for: dx, then weight and bias of each layer.
+
+    `x` is given if a weight trains, and `weights` if dx is needed.
+    """
     grads = []
-    empty = next(dy for dy in (dy1, dy2, dy3) if dy is not None).new_empty
-    for i, (dy, weight) in enumerate(((dy1, w1), (dy2, w2), (dy3, w3))):
-        if dy is not None and needs[0]:
-            dx = matmul.mm(dy, weight) if dx is None else matmul.add_mm(dx, dy, weight)
-        grads.append(matmul.mm(dy.mT, x) if needs[1 + 2 * i] else empty(0))
-        grads.append(dy.sum(0) if needs[2 + 2 * i] else empty(0))
-    return (empty(0) if dx is None else dx), *grads
+    if needs[0]:
+        dx = matmul.mm(dys[0], weights[0])
+        for dy, weight in zip(dys[1:], weights[1:], strict=True):
+            dx = matmul.add_mm(dx, dy, weight)
+        grads.append(dx)
+    for i, dy in enumerate(dys):
+        if needs[1 + 2 * i]:
+            grads.append(matmul.mm(dy.mT, x))
+        if needs[2 + 2 * i]:
+            grads.append(dy.sum(0))
+    return grads
 
 
-def _backward_fake(
-    x: Tensor | None, dy1: Tensor | None, dy2: Tensor | None, dy3: Tensor | None, w1: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, ...]:
-    grads = []
-    given = next(dy for dy in (dy1, dy2, dy3) if dy is not None)
-    for i, dy in enumerate((dy1, dy2, dy3)):
-        grads.append(given.new_empty((dy.shape[1], x.shape[1]) if needs[1 + 2 * i] else 0))
-        grads.append(given.new_empty(dy.shape[1] if needs[2 + 2 * i] else 0))
-    return given.new_empty((given.shape[0], w1.shape[1]) if needs[0] else 0), *grads
+def _backward_fake(x: Tensor | None, dys: list[Tensor], weights: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    grads = [dys[0].new_empty(dys[0].shape[0], weights[0].shape[1])] if needs[0] else []
+    for i, dy in enumerate(dys):
+        if needs[1 + 2 * i]:
+            grads.append(dy.new_empty(dy.shape[1], x.shape[1]))
+        if needs[2 + 2 * i]:
+            grads.append(dy.new_empty(dy.shape[1]))
+    return grads
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -91,9 +115,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def _autograd(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
     x, *weights = ctx.saved_tensors
-    needs = [bool(need) and (i == 0 or dys[(i - 1) // 2] is not None) for i, need in enumerate(ctx.needs_input_grad)]
-    grads = _linears_backward(x, *dys, *weights, needs)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+    # layers whose output was used
+    used = [i for i, dy in enumerate(dys) if dy is not None]
+    needs = [bool(need) and (i == 0 or (i - 1) // 2 in used) for i, need in enumerate(ctx.needs_input_grad)]
+    asked = needs[:1] + [needs[j] for i in used for j in (1 + 2 * i, 2 + 2 * i)]
+    grads = iter(_linears_backward(x, [dys[i] for i in used], [weights[i] for i in used] if needs[0] else [], asked))
+    return tuple(next(grads) if need else None for need in needs)
 
 
 _linears = OP.register(_forward, fake=_forward_fake, setup_context=_setup_context, backward=_autograd)
@@ -125,9 +152,15 @@ def linears(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> list[Tenso
                 f"weight {tuple(weight.shape)} {weight.dtype} and bias {None if bias is None else tuple(bias.shape)} "
                 f"do not fit x {tuple(x.shape)} {x.dtype}; pass (N, {x.shape[-1]}) and (N,) of {x.dtype}"
             )
-    # torch's own layers are the definition
-    if OP.route(x, layers[0][0]) != "op":
+    route = OP.route(x, layers[0][0])
+    if route == "reference":
         return linears_reference(x, layers)
+    if route == "host":
+        return [matmul.linear(x, weight, bias) for weight, bias in layers]
     flat = [t for layer in layers for t in layer] + [None, None] * (_MOST - len(layers))
     outputs = _linears(x.reshape(-1, x.shape[-1]), *flat)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[: len(layers)]]
+
+
+def _first_of_linears(x: Tensor, weight: Tensor) -> Tensor:
+    return linears(x, [(weight, None)])[0]

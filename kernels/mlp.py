@@ -24,7 +24,7 @@ from prismer.kernels import matmul
 from prismer.kernels.activation import bias_activation_op, bias_activation_reference, check_activation, column_sums
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import check_linear, described
-from prismer.kernels.dispatch import TORCH, TRITON, Op, is_partitioned
+from prismer.kernels.dispatch import TORCH, TRITON, Example, Op, is_partitioned, rows_and_width
 from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient
 
 
@@ -52,12 +52,46 @@ def _host(x: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Ten
         activation == "gelu"
         and not (torch.is_grad_enabled() and proj_weight.requires_grad)
         and all(bias is None or bias.dtype == x.dtype for bias in (fc_bias, proj_bias))
-        and not matmul.on_onednn(x)
         and not is_partitioned(proj_weight)
     )
 
 
-OP = Op(name="mlp", reference=mlp_reference, backends=(TRITON, TORCH), host=_host)
+def _host_first(
+    x: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, activation: str
+) -> bool:
+    return matmul.torch_multiplies(x, proj_weight.shape[1])
+
+
+def _classify(
+    x: Tensor,
+    fc_bias: Tensor | None = None,
+    proj_weight: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    activation: str = "",
+) -> tuple[int, ...]:
+    """Rows and width; hidden and output width too for the choice between the op and torch's own layers."""
+    more = () if proj_weight is None else (proj_weight.shape[1], proj_weight.shape[0])
+    return *rows_and_width(x), *more
+
+
+def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
+    R, D, E, outputs = (*shape, 4 * shape[1], shape[1])[:4]
+    x, up, down = (torch.randn(s, device=device) for s in ((R, D), (E, D), (outputs, E)))
+    biases = [torch.randn(n, device=device).to(dtype) for n in (E, outputs)]
+    x, up, down = x.to(dtype).requires_grad_(), (up * D**-0.5).to(dtype), (down * E**-0.5).to(dtype)
+    return functools.partial(mlp, activation="gelu"), [x, up, biases[0], down, biases[1]]
+
+
+OP = Op(
+    name="mlp",
+    reference=mlp_reference,
+    backends=(TRITON, TORCH),
+    vendor=True,
+    host=_host,
+    host_first=_host_first,
+    classify=_classify,
+    example=_example,
+)
 
 
 # the registered ops
@@ -98,7 +132,7 @@ def _backward(
     """`needs`: of x, fc_weight, fc_bias, proj_weight, proj_bias."""
     need_x, need_fc_weight, need_fc_bias, need_proj_weight, need_proj_bias = needs
     dy = dy.contiguous()
-    backend = OP.choose(dy)
+    backend = OP.choose(dy, gradient=True)
     dx, dfc_weight, dfc_bias, dproj_weight, dproj_bias = (dy.new_empty(0) for _ in range(5))
     if need_x or need_fc_weight or need_fc_bias:
         dh, a, sums = gemm_derivative(
@@ -204,7 +238,7 @@ def mlp(
     check_linear("proj", proj_weight, proj_bias, fc_weight.shape[0], x)
     route = OP.route(x, fc_bias, proj_weight, proj_bias, activation)
     if route == "host":
-        return F.linear(F.gelu(F.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
+        return matmul.linear(F.gelu(matmul.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
     if route == "reference":
         return mlp_reference(x, fc_weight, fc_bias, proj_weight, proj_bias, activation=activation)
     needs_h = (x, fc_weight, fc_bias, proj_weight)

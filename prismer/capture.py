@@ -13,6 +13,7 @@ here is for GPUs: on a CPU, `why_eager` says no, sizes stay as they are and flag
 """
 
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -170,7 +171,8 @@ class _Shelf:
         # a search loads, replays and reads before another thread may load
         self.lock = threading.RLock()
         self.weights: tuple = ()
-        self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
+        # None where recording failed
+        self.recordings: OrderedDict[Hashable, Recording | None] = OrderedDict()
         self.seen: OrderedDict[Hashable, None] = OrderedDict()
         self.places: weakref.WeakValueDictionary[tuple, Tensor] = weakref.WeakValueDictionary()
 
@@ -186,16 +188,25 @@ class _Shelf:
         if weights != self.weights:
             self.recordings.clear()
             self.weights = weights
-        found = self.recordings.get(key)
-        if found is None and not self._is_known(key):
-            return None
-        if found is None:
-            found = self.recordings[key] = Recording(program, given, self)
+        if key not in self.recordings:
+            if not self._is_known(key):
+                return None
+            self.recordings[key] = self._record(program, given)
         self.recordings.move_to_end(key)
         if len(self.recordings) > _MOST_RECORDINGS:
             self.recordings.popitem(last=False)
-        found.load(given)
+        found = self.recordings[key]
+        if found is not None:
+            found.load(given)
         return found
+
+    def _record(self, program: Callable[..., Any], given: tuple) -> Recording | None:
+        try:
+            return Recording(program, given, self)
+        except RuntimeError as error:
+            # a driver or a library that cannot be recorded, or too little memory: slower, and just as right
+            warnings.warn(f"a CUDA graph was not recorded, its operators run one by one: {error}", stacklevel=2)
+            return None
 
     def _is_known(self, key: Hashable) -> bool:
         known = key in self.seen

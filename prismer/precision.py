@@ -1,25 +1,35 @@
 """The precision of training and inference: bf16 if the processor is at least as fast in it, else fp32.
 
 Recent GPUs are at least as fast in bf16. A CPU without AVX512-BF16 or AMX emulates bf16, ten to a hundred times slower
-than fp32, and one with these instructions may still be slower at small widths. So a CPU is measured: for training, a
-block forward and backward; for inference, the many rows of the encoder and the few rows of the decoder.
+than fp32, and one with these instructions may still be slower at small widths. So a CPU is measured: for training at
+the start of a run, one layer of each kind forward and backward; for inference by `prismer tune`, the many rows of the
+encoder and the few rows of the decoder. Loading a model measures nothing: the same machine gives the same answers.
 """
 
+import copy
+import math
 import platform
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from prismer.config import PrismerConfig
 from prismer.errors import InputError
-from prismer.kernels import matmul
-from prismer.kernels.linear import linears
+from prismer.experts import EXPERTS, FEATURE_WIDTH
+from prismer.kernels import matmul, tuning
+from prismer.kernels.modules import ResamplerBlock
+from prismer.kernels.tuning.tables import bf16_instructions
+from prismer.stems import ExpertStem
+from prismer.text import DecoderLayer, causal_attend
+from prismer.vision import VisionBlock
 
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+# what the precision of inference is called in a table of measured choices
+PRECISION = "inference"
 # Narrower models answer in fp32 everywhere. Matrix products are not what takes their time: bf16 captions of the shipped
 # tiny took 1.3 times as long on a CPU with AVX512-BF16. And so no measurement decides what they answer.
 _MIN_WIDTH = 256
@@ -29,38 +39,81 @@ _BEAMS, _STEPS = 3, 20
 # from so many rows on, the time of a product is proportional to them
 _ROWS = 128
 
-# processor flags, as Linux spells them on x86-64 and Arm
-_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "svebf16"}
+# the training step that stands for all: at most so many images, and tokens of a text
+_IMAGES, _TEXT = 16, 32
+# bf16 is chosen for training if a step takes at most this share of its time in fp32: for less, fp32 is more exact
+_GAIN = 0.95
+# from this ratio of the times of one layer on, the other layers need not be measured
+_CLEARLY = 4
 
 
 def native_bf16_flags() -> set[str]:
-    """The bf16 instructions of this processor, from /proc/cpuinfo; empty if that file is absent."""
-    cpuinfo = Path("/proc/cpuinfo")
-    words = cpuinfo.read_text().split() if cpuinfo.is_file() else []
-    return _BF16_FLAGS & set(words)
+    """The bf16 instructions that torch may use on this processor, as Linux names them; empty where it has none."""
+    return bf16_instructions()
 
 
-def block_rates(width: int, seconds: float = 0.2) -> dict[torch.dtype, float]:
-    """GFLOP/s of one core in bf16 and fp32: forward and backward through a pre-norm MLP block.
+def step_seconds(config: PrismerConfig, seconds: float = 0.1) -> dict[torch.dtype, float]:
+    """Seconds that one core takes in bf16 and fp32 for the layers of a training step, forward and backward, per image.
+
+    One layer of each kind is measured as it trains by default, with its short operators: a block of the vision tower, a
+    layer of the text tower, a block of the resampler and the stems. The time of a kind is multiplied by its layers.
+    Images are many enough to keep a small model's layers busy, and few enough to end within a second or two.
 
     Args:
-        width: the model's width; the hidden layer is 4 x width.
-        seconds: processor time to spend; the best repetition counts.
+        seconds: processor time to spend on each kind of layer, beyond one run.
     """
-    # few enough rows to end within a second: emulated bf16 may run at 1 GFLOP/s
-    work = 4e9 if native_bf16_flags() else 0.4e9
-    rows = max(32, min(2048, int(work / (3 * 2 * 2 * 4 * width * width))))
+    D, H = config.vision_width, config.text_width
+    tokens = min(config.num_context_tokens, _ROWS)
+    # a large model is busy with one image
+    images = max(1, min(_IMAGES, _ROWS * _MIN_WIDTH**2 // (tokens * D * D)))
+    pixels, features = config.label_size, torch.rand(4, FEATURE_WIDTH)
+    maps = torch.arange(images * pixels * pixels).remainder(256).to(torch.uint8).view(images, 1, pixels, pixels)
+    rows = torch.zeros(images, 256, dtype=torch.int64)
+    keep = torch.ones(images, _TEXT, dtype=torch.bool)
 
-    def block(dtype: torch.dtype) -> list[torch.Tensor]:
-        shapes = ((rows, width), (4 * width, width), (width, 4 * width))
-        return [torch.randn(shape).mul_(0.1).to(dtype).requires_grad_() for shape in shapes]
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.linspace(-1, 1, math.prod(shape)).view(shape)
 
-    def step(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
-        hidden = F.gelu(linears(F.layer_norm(x, (width,)), [(up, None)])[0])
-        (x + linears(hidden, [(down, None)])[0]).sum().backward()
+    block = VisionBlock(D, config.vision_heads, config.vision_activation)
+    text = numbers(images, _TEXT, H), 0, causal_attend(keep), numbers(images, tokens, D)
+    # (module, layers of its kind, inputs)
+    kinds: list[tuple[nn.Module, int, tuple]] = [
+        (block, config.vision_depth, (numbers(images, tokens, D),)),
+        (DecoderLayer(config), config.text_depth + 1, text),
+    ]
+    if config.experts:
+        latents = numbers(images, config.num_latents, D), numbers(images, config.label_grid**2 * len(config.experts), D)
+        kinds.append((ResamplerBlock(D, config.resampler_heads), config.resampler_depth, latents))
+    for is_ids in (False, True):
+        alike = [expert for expert in config.experts if EXPERTS[expert].is_ids == is_ids]
+        if alike:
+            label = maps.expand(-1, EXPERTS[alike[0]].planes, -1, -1)
+            stem = ExpertStem(alike[0], D, config.patch_size, pixels)
+            kinds.append((stem, len(alike), (label, rows, features)))
+    total = dict.fromkeys(NAMES, 0.0)
+    for module, layers, inputs in kinds:
+        steps = {dtype: partial(_train_layer, *_in_dtype(module, inputs, dtype)) for dtype in NAMES}
+        spent = _fastest(steps, seconds)
+        for dtype in NAMES:
+            total[dtype] += layers * spent[dtype] / images
+        if max(spent.values()) > _CLEARLY * min(spent.values()):
+            # emulated bf16, with which the other layers would take seconds
+            break
+    return total
 
-    best = _fastest({dtype: partial(step, *block(dtype)) for dtype in NAMES}, seconds)
-    return {dtype: 3 * 2 * 2 * rows * width * 4 * width / spent / 1e9 for dtype, spent in best.items()}
+
+def _in_dtype(module: nn.Module, inputs: tuple, dtype: torch.dtype) -> tuple[nn.Module, list]:
+    """A copy of `module` that trains in `dtype`, its inherited weights frozen, and the inputs in that dtype."""
+    module = copy.deepcopy(module).to(dtype).train()
+    for part in getattr(module, "pretrained", ()):
+        part.requires_grad_(False)
+    floats = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in inputs]
+    # the first input of a layer comes from a layer that trains
+    return module, [x.to(dtype).requires_grad_() if is_float else x for x, is_float in zip(inputs, floats, strict=True)]
+
+
+def _train_layer(module: nn.Module, inputs: list) -> None:
+    module(*inputs).sum().backward()
 
 
 def caption_seconds(config: PrismerConfig, seconds: float = 0.1) -> dict[torch.dtype, float]:
@@ -114,12 +167,12 @@ def _fastest(steps: dict[torch.dtype, Callable[[], object]], seconds: float) -> 
     return best
 
 
-def choose_precision(wanted: str, width: int, device: torch.device) -> tuple[str, str]:
+def choose_precision(wanted: str, config: PrismerConfig, device: torch.device) -> tuple[str, str]:
     """Choose the precision of a training run.
 
     Args:
         wanted: "bf16" or "fp32" to force it, "auto" to measure.
-        width: width of the model's matrices.
+        config: of the model; layers of its sizes are measured on a CPU that has bf16 instructions.
         device: where the run computes.
 
     Returns:
@@ -140,26 +193,28 @@ def choose_precision(wanted: str, width: int, device: torch.device) -> tuple[str
         return "fp32", f"precision: fp32, since {name} has no bf16 arithmetic"
     if wanted != "auto":
         return wanted, f"precision: {wanted}, as asked"
-    rates = block_rates(width)
-    bf16, fp32 = rates[torch.bfloat16], rates[torch.float32]
-    flags = ", ".join(sorted(native_bf16_flags())) or "no bf16 instructions"
-    chosen = "bf16" if bf16 >= fp32 else "fp32"
+    cpu, flags = f"this {platform.machine()} CPU", ", ".join(sorted(native_bf16_flags()))
+    if not flags:
+        return "fp32", f"precision: fp32, since {cpu} has no bf16 instructions"
+    spent = step_seconds(config)
+    bf16, fp32 = spent[torch.bfloat16], spent[torch.float32]
+    chosen = "bf16" if bf16 <= _GAIN * fp32 else "fp32"
     return chosen, (
-        f"precision: {chosen}, since this {platform.machine()} CPU ({flags}) runs a block of width {width} "
-        f"at {bf16:.0f} GFLOP/s per core in bf16 and {fp32:.0f} in fp32"
+        f"precision: {chosen}, since the layers of a training step take one core of {cpu} ({flags}) "
+        f"{bf16:.2g} s an image in bf16 and {fp32:.2g} s in fp32"
     )
 
 
-def slow_resumption(precision: str, width: int, device: torch.device) -> str | None:
+def slow_resumption(precision: str, config: PrismerConfig, device: torch.device) -> str | None:
     """One line about a run that was started in bf16 and is resumed where fp32 is faster; None for any other run.
 
     Args:
         precision: that of the run's start.
-        width, device: as in `choose_precision`.
+        config, device: as in `choose_precision`.
     """
     if precision != "bf16":
         return None
-    chosen, why = choose_precision("auto", width, device)
+    chosen, why = choose_precision("auto", config, device)
     if chosen == "bf16":
         return None
     return (
@@ -217,8 +272,8 @@ def _faster_in(config: PrismerConfig, device: torch.device) -> tuple[torch.dtype
     cpu = f"this {platform.machine()} CPU"
     if not flags:
         return torch.float32, f"{cpu} has no bf16 instructions"
-    spent = caption_seconds(config)
-    bf16, fp32 = spent[torch.bfloat16], spent[torch.float32]
-    return torch.bfloat16 if bf16 <= fp32 else torch.float32, (
-        f"the layers of a caption take one core of {cpu} ({flags}) {bf16:.2g} s in bf16 and {fp32:.2g} s in fp32"
-    )
+    key = PRECISION, torch.bfloat16, False, (config.vision_width, config.text_width)
+    measured = tuning.choice("cpu", key)
+    if measured is None:
+        return torch.bfloat16, f"{cpu} has bf16 instructions ({flags}; prismer tune measures them)"
+    return {name: dtype for dtype, name in NAMES.items()}[measured], f"it was measured as faster on {cpu}"

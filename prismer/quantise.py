@@ -6,7 +6,7 @@
 
 Each row has a scale of its own. So a caption does not depend on the other images of its batch, and a token with large
 activations, which CLIP and RoBERTa have, does not cost the other tokens precision. Source: the vector-wise scheme of
-LLM.int8(), arXiv:2208.07339, without its outlier columns.
+LLM.int8(), arXiv:2208.07339, without its outlier columns. The products are kernels/few_rows.py's.
 
 The attention projections and MLPs that come from CLIP and RoBERTa are quantised (`pretrained` in prismer/vision.py and
 prismer/text.py). They are two thirds of an encoder's arithmetic and the same in every model of a size. Trained parts
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from prismer.errors import InputError
 from prismer.kernels.activation import bias_activation
 from prismer.kernels.attention import attention
+from prismer.kernels.few_rows import few_rows_linear
 from prismer.kernels.modules import MLP, MultiheadAttention
 from prismer.network import Model
 from prismer.text import Attend, PostNormMLP, SelfAttention
@@ -66,12 +67,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             raise InputError("int8 products have no gradient; call the model under torch.no_grad()")
-        rows = x.reshape(-1, x.shape[-1])
-        steps = rows.abs().amax(1, keepdim=True).float().div_(_STEPS).clamp_(min=_TINY)
-        product = torch._int_mm((rows / steps).round_().to(torch.int8), self.weight.T)
-        y = product.float().mul_(self.scale)
-        y = y.mul_(steps) if self.bias is None else torch.addcmul(self.bias, y, steps)
-        return y.to(x.dtype).view(*x.shape[:-1], len(self.weight))
+        return few_rows_linear(x, self.weight, self.bias, self.scale)
 
 
 class Int8Attention(nn.Module):

@@ -12,7 +12,7 @@ from prismer.config import PrismerConfig
 from prismer.errors import InputError
 from prismer.kernels.instance_rows import add_instance_rows
 from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention, PerceiverResampler
-from prismer.stems import ExpertStem, normalise_rgb, resize_positions
+from prismer.stems import ExpertStem, Stems, normalise_rgb, resize_positions
 
 
 class VisionBlock(nn.Module):
@@ -48,9 +48,7 @@ class VisionEncoder(nn.Module):
         width = config.vision_width
         self.config = config
         self.gradient_checkpointing = False
-        self.stems = nn.ModuleDict(
-            {"rgb": nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)}
-        )
+        self.stems = Stems({"rgb": nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)})
         for expert in config.experts:
             self.stems[expert] = ExpertStem(expert, width, config.patch_size, config.label_size)
         self.positional_embedding = nn.Parameter(torch.randn(config.grid**2, width) * width**-0.5)
@@ -71,13 +69,13 @@ class VisionEncoder(nn.Module):
         grid = self.config.label_grid
         positions = resize_positions(self.positional_embedding, grid)
         tokens = []
-        for expert in self.config.experts:
-            label = images.labels[expert]
-            x = self.stems[expert](label, images.rows.get(expert), images.features).flatten(2).mT
+        for expert, map_ in zip(self.config.experts, self.stems(images, self.config.experts), strict=True):
+            x = map_.flatten(2).mT
             if expert == "obj_detection":
                 rows = images.instance_rows
                 rows = None if rows is None else rows.to(x.device)
-                x = add_instance_rows(x, label[:, 0], self.instance_embedding, rows, grid, positions)
+                ids = images.labels[expert][:, 0]
+                x = add_instance_rows(x, ids, self.instance_embedding, rows, grid, positions)
             else:
                 x = x + positions
             tokens.append(x)

@@ -20,7 +20,8 @@ from prismer.config import prismer_base, prismer_tiny
 from prismer.costs.fake_step import FakeTrainer, _MemoryWatch, blank_batch
 from prismer.costs.plan import SETUPS, Job, Plan, Setup, ZeroSettings, texts_of
 from prismer.freezing import freeze
-from prismer.kernels import cross_attention, matmul
+from prismer.kernels import cross_attention
+from prismer.kernels.absorbed_projection import image_slices
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.mlp import mlp
 from prismer.kernels.resampler_attention import torch_backend as resampler_torch
@@ -59,7 +60,7 @@ def zero_runs(tmp_path_factory):
     """Real DeepSpeed runs of one and two processes, in the background of the other tests."""
     folder = tmp_path_factory.mktemp("zero")
     paths = [str(HERE.parent), str(HERE / "ops")]
-    settings = dict(OMP_NUM_THREADS="1", PRISMER_MATMUL="torch", PYTHONPATH=os.pathsep.join(paths))
+    settings = dict(OMP_NUM_THREADS="1", PRISMER_BACKEND="linear:torch", PYTHONPATH=os.pathsep.join(paths))
     environment = {**os.environ, **settings}
     runs = {}
     for world in (1, 2):
@@ -82,9 +83,9 @@ def zero_runs(tmp_path_factory):
         process.wait()
 
 
-def one_by_one(x):
-    """Slices of one image, as a CPU runs the resampler; a GPU runs all images at once."""
-    return (slice(i, i + 1) for i in range(x.shape[0]))
+def as_on_a_cpu(x, numbers):
+    """Slices of a few images, as a CPU runs the resampler; a GPU runs all images at once."""
+    return image_slices(torch.empty(x.shape[0]), numbers)
 
 
 @pytest.mark.parametrize(
@@ -107,17 +108,18 @@ def test_planned_bytes_match_a_real_step(monkeypatch, mode, batch, texts, checkp
     images = blank_batch(config, batch, texts)
 
     def step():
-        model(images).backward()
+        # torch's own products write into existing memory, as those of a GPU do
+        with use_backend("linear:torch"):
+            model(images).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    # plan and step use torch's own products, which write into existing memory, and keep what a step on a GPU keeps
-    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: False)
+    # the step keeps what a step on a GPU keeps
     monkeypatch.setattr(cross_attention, "cheaper_order", lambda *_: "ordinary")
     monkeypatch.setattr(tied, "on_host", lambda *_: False)
     step()
     measured = peak_bytes(step)
-    monkeypatch.setattr(resampler_torch, "image_slices", one_by_one)
+    monkeypatch.setattr(resampler_torch, "image_slices", as_on_a_cpu)
     planned = FakeTrainer(config, mode, "fp32").step(batch, texts, checkpointing)
     # on a CPU with dropout, torch's attention keeps its probabilities; GPU kernels do not
     assert planned.peak.total == pytest.approx(measured, rel=0.05)
@@ -190,7 +192,7 @@ def job(world: int, precision: str, **changes) -> Job:
 def test_planned_bytes_match_what_deepspeed_holds(monkeypatch, zero_runs, world):
     from tests.plan_under_zero import BATCH, RUNS
 
-    monkeypatch.setattr(resampler_torch, "image_slices", one_by_one)
+    monkeypatch.setattr(resampler_torch, "image_slices", as_on_a_cpu)
 
     process, out = zero_runs[world]
     process.wait(300)
@@ -227,8 +229,12 @@ def test_bytes_sent_in_a_step():
 
 
 def test_offload_and_checkpointing_save_memory():
-    plan = Plan(job(4, "bf16"))
-    memory = {setup: plan.memory(setup, 8) for setup in SETUPS}
+    from tests.plan_under_zero import config
+
+    # deep enough, and with images enough, that activations of blocks are what fills a GPU
+    deep, images = config().replace(vision_depth=8, text_depth=8), 64
+    plan = Plan(job(4, "bf16", config=deep))
+    memory = {setup: plan.memory(setup, images) for setup in SETUPS}
     for setup, of in memory.items():
         if setup.offload:
             on_gpu = memory[Setup(stage=setup.stage, checkpointing=setup.checkpointing)]
@@ -237,7 +243,7 @@ def test_offload_and_checkpointing_save_memory():
         if not setup.checkpointing:
             again = Setup(stage=setup.stage, offload=setup.offload, checkpointing=True)
             assert memory[again].kept < of.kept
-    accumulating = Plan(job(4, "bf16", accumulation=2)).memory(Setup(stage=1), 8)
+    accumulating = Plan(job(4, "bf16", config=deep, accumulation=2)).memory(Setup(stage=1), images)
     assert accumulating.gradients == 2 * sum(plan.weights.trained) > memory[Setup(stage=1)].gradients
 
 

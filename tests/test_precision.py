@@ -34,7 +34,16 @@ WIDE = prismer_tiny(
 
 def pretend(monkeypatch, seconds, flags=("avx512_bf16",)):
     monkeypatch.setattr(precision, "native_bf16_flags", lambda: set(flags))
-    monkeypatch.setattr(precision, "caption_seconds", lambda config: dict(zip((BF16, FP32), seconds, strict=True)))
+    faster = "bf16" if seconds[0] <= seconds[1] else "fp32"
+    key = precision.PRECISION, BF16, False, (WIDE.vision_width, WIDE.text_width)
+    monkeypatch.setattr(precision.tuning, "choice", lambda device, k: faster if k == key else None)
+
+
+@pytest.mark.parametrize("stored", [BF16, FP32], ids=["bf16", "fp32"])
+def test_bf16_instructions_decide_until_the_machine_is_measured(monkeypatch, stored):
+    monkeypatch.setattr(precision, "native_bf16_flags", lambda: {"avx512_bf16"})
+    dtype, why = inference_dtype("auto", stored, WIDE, CPU)
+    assert dtype == BF16 and (why is None if stored == BF16 else "prismer tune" in why)
 
 
 @pytest.mark.parametrize("seconds, faster", [((0.3, 1.1), BF16), ((1.1, 0.3), FP32), ((1, 1), BF16)])
@@ -48,16 +57,17 @@ def test_auto_takes_the_faster_dtype(monkeypatch, seconds, faster, stored):
     else:
         names = {BF16: "bf16", FP32: "fp32"}
         assert why.startswith(f"precision: {names[dtype]} instead of the stored {names[stored]}, since ")
-        assert f"{seconds[0]} s in bf16 and {seconds[1]} s in fp32" in why and "\n" not in why
+        assert "measured as faster" in why and "\n" not in why
 
 
 def test_a_resumed_run_says_that_bf16_is_slow(monkeypatch):
-    monkeypatch.setattr(precision, "block_rates", lambda width: {BF16: 4.0, FP32: 130.0})
-    said = slow_resumption("bf16", 768, CPU)
-    assert "stays in bf16" in said and "4 GFLOP/s" in said and "130 in fp32" in said and "\n" not in said
-    assert slow_resumption("fp32", 768, CPU) is None
-    monkeypatch.setattr(precision, "block_rates", lambda width: {BF16: 300.0, FP32: 130.0})
-    assert slow_resumption("bf16", 768, CPU) is None
+    pretend(monkeypatch, (0.1, 0.1))
+    monkeypatch.setattr(precision, "step_seconds", lambda config: {BF16: 4.0, FP32: 0.13})
+    said = slow_resumption("bf16", WIDE, CPU)
+    assert "stays in bf16" in said and "4 s an image in bf16" in said and "0.13 s in fp32" in said and "\n" not in said
+    assert slow_resumption("fp32", WIDE, CPU) is None
+    monkeypatch.setattr(precision, "step_seconds", lambda config: {BF16: 0.1, FP32: 0.13})
+    assert slow_resumption("bf16", WIDE, CPU) is None
 
 
 def test_by_default_only_slow_bf16_is_changed(monkeypatch):
@@ -144,13 +154,13 @@ from prismer import precision
 from prismer.config import prismer_base
 from prismer.model import Prismer
 # measured once, so that the decision does not depend on the load of the machine
-spent = precision.caption_seconds(prismer_base(image_size=480))
-rates = precision.block_rates(768)
-if spent[torch.float32] >= spent[torch.bfloat16] or rates[torch.float32] <= rates[torch.bfloat16]:
-    print(spent, rates)
+base = prismer_base(image_size=480)
+step = precision.step_seconds(base)
+if step[torch.float32] >= step[torch.bfloat16]:
+    print(step)
     sys.exit(77)
-precision.caption_seconds, precision.block_rates = lambda *_, **__: spent, lambda *_, **__: rates
-chosen, why = precision.choose_precision("auto", 768, torch.device("cpu"))
+precision.step_seconds = lambda *_, **__: step
+chosen, why = precision.choose_precision("auto", base, torch.device("cpu"))
 assert chosen == "fp32", why
 for dtype in (None, "auto"):
     with warnings.catch_warnings(record=True) as told:

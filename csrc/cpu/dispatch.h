@@ -126,6 +126,8 @@ inline const char* dtype_of(const Tensor& tensor) {
       return "bool";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Char:
+      return "int8";
     default:
       return "of another dtype";
   }

@@ -11,8 +11,8 @@ namespace prismer {
 
 namespace leaf {
 
-template <int Width>
-PRISMER_INLINE auto add_halves(Native<float, Width> v) {
+template <int Width, typename Vector>
+PRISMER_INLINE auto add_halves(Vector v) {
   if constexpr (Width == 16) {
     return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
            __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -21,18 +21,18 @@ PRISMER_INLINE auto add_halves(Native<float, Width> v) {
   }
 }
 
-template <int Width>
-PRISMER_INLINE float sum(Native<float, Width> v) {
+template <int Width, typename Vector>
+PRISMER_INLINE auto sum(Vector v) {
   if constexpr (Width > 4) {
-    return sum<Width / 2>(add_halves<Width>(v));
+    return leaf::sum<Width / 2>(add_halves<Width>(v));
   } else {
     return (v[0] + v[2]) + (v[1] + v[3]);
   }
 }
 
 // a step of sums() below; the compiler wants the indices of a shuffle as literals
-template <int Step, int Width>
-PRISMER_INLINE Native<float, Width> fold(Native<float, Width> a, Native<float, Width> b) {
+template <int Step, int Width, typename Vector>
+PRISMER_INLINE Vector fold(Vector a, Vector b) {
   if constexpr (Width == 16 && Step == 8) {
     return __builtin_shufflevector(
                a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
@@ -121,8 +121,8 @@ PRISMER_INLINE Vector across(Vector a, const Operation& operation) {
   return a;
 }
 
-template <int Lanes, int Width>
-PRISMER_INLINE float sum(const Tree<float, Lanes, Width>& a) {
+template <typename Value, int Lanes, int Width>
+PRISMER_INLINE Value sum(const Tree<Value, Lanes, Width>& a) {
   if constexpr (Lanes == Width) {
     return leaf::sum<Width>(a.v);
   } else {
@@ -132,9 +132,9 @@ PRISMER_INLINE float sum(const Tree<float, Lanes, Width>& a) {
 
 // Step 8 adds the halves of a, and those of b. Step 4 adds neighbouring chunks of four lanes, first
 // of a and then of b. Steps 2 and 1 add pairs within chunks of four.
-template <int Step, int Lanes, int Width>
-PRISMER_INLINE Tree<float, Lanes, Width> fold(
-    const Tree<float, Lanes, Width>& a, const Tree<float, Lanes, Width>& b) {
+template <int Step, typename Value, int Lanes, int Width>
+PRISMER_INLINE Tree<Value, Lanes, Width> fold(
+    const Tree<Value, Lanes, Width>& a, const Tree<Value, Lanes, Width>& b) {
   if constexpr (Lanes == Width) {
     return {leaf::fold<Step, Width>(a.v, b.v)};
   } else if constexpr (Step >= 4 && 2 * Step == Lanes) {
@@ -148,9 +148,9 @@ PRISMER_INLINE Tree<float, Lanes, Width> fold(
 
 // lane i of the result is the sum of a[i], in the order of sum(), or 0 if i modulo 4 is not less
 // than Used
-template <int Used = 4, int Width>
-PRISMER_INLINE Floats<Width> sums(const Floats<Width> (&a)[kLanes]) {
-  Floats<Width> quarter[4] = {};
+template <int Used = 4, typename Value, int Width>
+PRISMER_INLINE Tree<Value, kLanes, Width> sums(const Tree<Value, kLanes, Width> (&a)[kLanes]) {
+  Tree<Value, kLanes, Width> quarter[4] = {};
 #pragma GCC unroll 4
   for (int i = 0; i < Used; ++i) {
     quarter[i] = fold<4>(fold<8>(a[i], a[i + 4]), fold<8>(a[i + 8], a[i + 12]));

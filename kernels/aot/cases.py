@@ -11,6 +11,7 @@ from typing import Any
 import triton.language as tl
 
 from prismer.kernels import dispatch
+from prismer.kernels.launch import unspecialised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,23 +65,26 @@ class KernelCase:
     def of_launch(
         cls, name: str, kernel: Any, arguments: Iterable[Any], keywords: Mapping[str, Any], **described: Any
     ) -> "KernelCase":
-        """The case of `kernel[grid](*arguments, **keywords)`, specialised as Triton does when it launches a kernel.
+        """The case of a launch, specialised as Triton does when it launches a kernel.
 
         Args:
             name, kernel: as above.
-            arguments, keywords: as the launcher passes them, but the type of a pointer, such as "*bf16", for a tensor.
+            arguments, keywords: pointers and numbers, and constants, as the launcher passes them, but the type of a
+                pointer, such as "*bf16", for a tensor.
             described: `shape`, `flops`, `bytes`, and any other field that does not follow from the arguments.
         """
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
         options = {option: given.pop(option) for option in ("num_warps", "num_stages") if option in given}
         signature, constants, divisible = {}, {}, []
+        plain = unspecialised(kernel)
         for argument, value in given.items():
             is_integer = type(value) is int
-            if kernel.fn.__annotations__.get(argument) is tl.constexpr or value is None or is_integer and value == 1:
+            special = is_integer and argument not in plain
+            if kernel.fn.__annotations__.get(argument) is tl.constexpr or value is None or special and value == 1:
                 constants[argument] = value
                 continue
             signature[argument] = value if isinstance(value, str) else "i32" if is_integer else "fp32"
-            if is_integer and value % 16 == 0:
+            if special and value % 16 == 0:
                 divisible.append(argument)
         fields = dict(signature=signature, constants=constants, divisible=tuple(divisible))
         return cls(name=name, kernel=kernel, **fields, **options, **described)

@@ -16,15 +16,16 @@ device: `torch_backend.py`; from other libraries: `peers.py`.
 import functools
 import operator
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prismer.kernels import dispatch
+from prismer.kernels import dispatch, tuning
 from prismer.kernels.attention import native_backend, peers, torch_backend, triton_backend
 from prismer.kernels.attention.call import Call, Facts
 from prismer.kernels.checks import described
-from prismer.kernels.dispatch import TORCH, Backend, Op
+from prismer.kernels.dispatch import TORCH, Backend, Example, Op
 from prismer.kernels.philox import draw_seed, survivors
 
 
@@ -56,12 +57,26 @@ def attention_reference(
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
+    BH, N, L, K, options = shape
+    q, k, v = (torch.randn(1, BH, n, K, device=device).to(dtype).requires_grad_() for n in (N, L, L))
+    # the last eighth of the keys is padding
+    mask = (torch.arange(L, device=device) < max(1, L - L // 8))[None] if options & 2 else None
+    call = functools.partial(attention, causal=bool(options & 1), key_mask=mask, dropout=0.1 if options & 4 else 0.0)
+    return call, [q, k, v]
+
+
 OP = Op(
     name="attention",
     reference=attention_reference,
     # on a GPU the attention of another library where it serves the call, and ours where it does not
     backends=(
-        Backend(name="flash-attn", devices=("cuda",), refuses=peers.flash_attn_refuses),
+        Backend(
+            name="flash-attn",
+            devices=("cuda",),
+            refuses=peers.flash_attn_refuses,
+            slower=peers.flash_attn_slower,
+        ),
         Backend(
             name="native",
             devices=("cpu",),
@@ -74,6 +89,8 @@ OP = Op(
         Backend(name="xformers", devices=("cuda",), refuses=peers.xformers_refuses),
         TORCH,
     ),
+    classify=lambda facts: facts.shape,
+    example=_example,
 )
 BACKENDS = (*(backend.name for backend in OP.backends), "reference")
 
@@ -98,24 +115,31 @@ _REGISTERED = {"native": native_backend, "triton": triton_backend, "torch": torc
 
 
 @torch.compiler.assume_constant_result
-def _choose(asked: str | None, **constants: object) -> str:
+def _choose(asked: str | None, **constants: Any) -> str:
     """The backend of a call with these `Call.constants`; torch.compile takes the result for a constant too."""
-    return asked if asked == "reference" else OP.choose(Facts.on_this_machine(**constants), asked_for=asked)
+    if asked == "reference":
+        return asked
+    return OP.choose(Facts.on_this_machine(**constants), gradient=constants["gradient"], asked_for=asked)
 
 
-@functools.lru_cache(maxsize=256)
-def _choose_on_host(dtype: torch.dtype, head_dim: int, dropout: bool, instruction_set: str | None) -> str:
+@functools.lru_cache(maxsize=1024)
+def _choose_on_host(
+    dtype: torch.dtype, shape: tuple[int, ...], gradient: bool, dropout: bool, instruction_set: str | None, tables: int
+) -> str:
     """`_choose` for ordinary tensors of a CPU, whose calls are too short to ask each time.
 
-    `instruction_set` is PRISMER_CPU_ISA, which the choice depends on.
+    `instruction_set` is PRISMER_CPU_ISA and `tables` the generation of the tables: the choice depends on both.
     """
-    return _choose(None, device=torch.device("cpu"), dtype=dtype, head_dim=head_dim, dropout=dropout)
+    sizes = dict(head_dim=shape[3], shape=shape)
+    return _choose(None, device=torch.device("cpu"), dtype=dtype, dropout=dropout, gradient=gradient, **sizes)
 
 
 def _backend_of(call: Call, asked: str | None) -> str:
-    if asked is None and call.seed is None and dispatch.on_host(call.q) and not call.empty:
-        return _choose_on_host(call.q.dtype, call.q.shape[3], call.dropout > 0, os.environ.get("PRISMER_CPU_ISA"))
-    return _choose(asked or dispatch.asked(), **call.constants())
+    asked = asked or dispatch.asked(OP.name)
+    if asked is None and call.seed is None and dispatch.on_host(call.q, OP.name) and not call.empty:
+        state = os.environ.get("PRISMER_CPU_ISA"), tuning.generation
+        return _choose_on_host(call.q.dtype, call.shape_class(), call.keeps_graph(), call.dropout > 0, *state)
+    return _choose(asked, **call.constants())
 
 
 # the registered ops

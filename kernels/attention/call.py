@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prismer.kernels.tuning import rows_class
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -47,7 +49,20 @@ class Call:
             seeded=self.seed is not None,
             empty=self.empty,
             compiling=torch.compiler.is_compiling(),
+            # torch.compile leaves sizes open: the prior decides for a compiled call
+            shape=() if torch.compiler.is_compiling() else self.shape_class(),
+            gradient=self.keeps_graph(),
         )
+
+    def shape_class(self) -> tuple[int, ...]:
+        """Heads of all samples, queries, keys, each rounded up to a power of two; head dim; a bit for each option."""
+        B, H, N, K = self.q.shape
+        options = self.causal + 2 * (self.key_mask is not None) + 4 * (self.dropout > 0)
+        return rows_class(B * H), rows_class(N), rows_class(self.k.shape[2]), K, options
+
+    def keeps_graph(self) -> bool:
+        """Does autograd record the call?"""
+        return torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad or self.v.requires_grad)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +78,8 @@ class Facts:
         empty: there is no sample, no query or no key.
         deterministic: torch.use_deterministic_algorithms is on.
         compiling: torch.compile traces the call.
+        shape: class of the shape, as `Call.shape_class` gives it; () if it is not known.
+        gradient: autograd records the call.
     """
 
     device: torch.device
@@ -75,6 +92,8 @@ class Facts:
     empty: bool = False
     deterministic: bool = False
     compiling: bool = False
+    shape: tuple[int, ...] = ()
+    gradient: bool = False
 
     @classmethod
     def on_this_machine(cls, *, device: torch.device, **constants: object) -> "Facts":

@@ -100,6 +100,15 @@ def flash_attn_refuses(facts: Facts) -> str | None:
     return None if None in reasons else "; ".join(reasons)
 
 
+def flash_attn_slower(facts: Facts) -> str | None:
+    """None if flash-attn is the prior on this GPU, else the reason why torch's own attention precedes it."""
+    found = _generation(facts)
+    if found is not None and found.number == 2 and facts.capability is not None and facts.capability[0] >= 9:
+        # generation 2 was built for Ampere, and does not use the asynchronous products of later GPUs
+        return "cuDNN, which torch's own attention calls, precedes flash-attn 2 on compute capability 9 and later"
+    return None
+
+
 def xformers_refuses(facts: Facts) -> str | None:
     """None if xFormers serves the call, else the reason why not."""
     dtypes = torch.float16, torch.bfloat16, torch.float32

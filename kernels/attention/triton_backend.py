@@ -5,8 +5,8 @@ softmax, and writes the output and the base-2 log-sum-exp of its rows. In the ba
 kernel owns a block of queries and computes delta = sum over K of dout * out, then dq. A program of the second kernel
 owns a block of keys and computes dk and dv. Nothing is added atomically: a repeated call gives the same bits.
 
-Head dims 96 and 160 are computed as 64 + 32 and 128 + 32, not padded to a power of two. fp32 is multiplied in full
-precision unless torch.backends.cuda.matmul.allow_tf32 is set.
+Head dims 96 and 160 are computed as 64 + 32 and 128 + 32, not padded to a power of two. fp32 is multiplied as torch is
+set to multiply it.
 
 Traffic, for B*H heads, N queries, L keys, head dim K and numbers of s bytes, in blocks of BM queries and BN keys,
 rounded up; rows and keys beyond the end are multiplied but not read:
@@ -20,6 +20,7 @@ Causal: a query block reads the keys before its end, and a key block reads the q
 on; no others are read or multiplied.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.attention.call import Call, Facts
+from prismer.kernels.launch import cdiv, input_precision, launch
 
 # head dim -> the two widths in which it is computed
 HEAD_DIMS = {32: (32, 0), 64: (64, 0), 96: (64, 32), 128: (128, 0), 160: (128, 32)}
@@ -72,7 +74,11 @@ def _kept(seed, i_bh, i_row, i_col, threshold, BM: tl.constexpr, BN: tl.constexp
     return tl.reshape(b, (BM, BN)) != 0
 
 
-@triton.jit
+# what varies with batch and text; strides decide whether loads are vectors
+_SIZES = ["N", "L", "H", "blocks", "threshold"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _forward_kernel(
     p_q,
     p_k,
@@ -170,7 +176,7 @@ def _forward_kernel(
         _put_rows(p_out, H * (K1 + K2), o_m, m_m, b_acc2 * b_norm[:, None], K1, K2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _queries_kernel(
     p_q,
     p_k,
@@ -274,7 +280,7 @@ def _queries_kernel(
             _put_rows(p_dq + place, stride, o_m, m_m, b_dq2 * scale, K1, K2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _keys_kernel(
     p_q,
     p_k,
@@ -393,10 +399,11 @@ def refuses(facts: Facts) -> str | None:
 def tiles(kernel: str, K: int, itemsize: int, N: int, L: int, dropout: bool) -> dict[str, int]:
     """Block shapes of `kernel` ("forward", "queries" or "keys"), for N queries and L keys.
 
-    They depend on the shape of a sample, not on the batch: a sample alone gives the same bits.
+    They depend on the shape of a sample, not on the batch: a sample alone gives the same bits. There are two sizes, for
+    up to 16 tokens and for more: every further one would be compiled for some text.
     """
     BM, BN, num_warps, num_stages = _TILES[kernel, itemsize, dropout][K]
-    BM, BN = (min(size, triton.next_power_of_2(max(n, 16))) for size, n in ((BM, N), (BN, L)))
+    BM, BN = (16 if n <= 16 else size for size, n in ((BM, N), (BN, L)))
     return dict(BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages)
 
 
@@ -422,89 +429,54 @@ _TILES = {
 }
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How fp32 is multiplied: as the user has set it for torch."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if tf32 else "ieee"
-
-
-def _dropout(dropout: float) -> dict[str, int | float | bool]:
-    """A 24-bit draw below the threshold drops a weight; `unkept` scales the others."""
-    return dict(threshold=round(dropout * 2**24), unkept=1 / (1 - dropout), DROPOUT=dropout > 0)
-
-
-def _arguments(
+@functools.lru_cache(maxsize=1024)
+def _settings(
     kernel: str,
-    sizes: tuple[int, int, int, int],
+    H: int,
+    N: int,
+    L: int,
+    K: int,
     itemsize: int,
-    *,
     scale: float,
     dropout: float,
     causal: bool,
     masked: bool,
     precision: str,
-) -> dict[str, Any]:
-    """What all three kernels are given beside pointers and strides; `sizes` are H, N, L and K."""
-    H, N, L, K = sizes
+) -> tuple[int, tuple, tuple, dict[str, Any]]:
+    """Blocks of a head, the numbers before and after the strides, and the constants: what all three kernels share."""
     shape = tiles(kernel, K, itemsize, N, L, dropout > 0)
-    return dict(
-        N=N,
-        L=L,
-        H=H,
-        blocks=triton.cdiv(L, shape["BN"]) if kernel == "keys" else triton.cdiv(N, shape["BM"]),
-        scale=scale,
-        # a 24-bit draw below the threshold drops a weight; `unkept` scales the others
-        threshold=round(dropout * 2**24),
-        unkept=1 / (1 - dropout),
-        DROPOUT=dropout > 0,
-        CAUSAL=causal,
-        MASKED=masked,
-        PRECISION=precision,
-        K1=HEAD_DIMS[K][0],
-        K2=HEAD_DIMS[K][1],
-        **shape,
-    )
+    blocks = cdiv(L, shape["BN"]) if kernel == "keys" else cdiv(N, shape["BM"])
+    constants = dict(CAUSAL=causal, MASKED=masked, DROPOUT=dropout > 0, PRECISION=precision)
+    constants |= dict(K1=HEAD_DIMS[K][0], K2=HEAD_DIMS[K][1], **shape)
+    # a 24-bit draw below the threshold drops a weight; the factor scales the others
+    return blocks, (N, L, H, blocks), (scale, round(dropout * 2**24), 1 / (1 - dropout)), constants
 
 
-def _launch(kernel: triton.JITFunction, name: str, call: Call, **own: Tensor | bool | None) -> None:
+def _launch(kernel: triton.JITFunction, name: str, call: Call, *own: Tensor | None, **flags: bool) -> None:
     """Launch a kernel with the arguments that all three have, and its own."""
     q, k, v, mask = call.q, call.k, call.v, call.key_mask
     B, H, N, K = q.shape
-    # fp32 is multiplied as the user has set it for torch
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    arguments = _arguments(
-        name,
-        (H, N, k.shape[2], K),
-        q.element_size(),
-        scale=call.scale,
-        dropout=call.dropout,
-        causal=call.causal,
-        masked=mask is not None,
-        precision="tf32" if tf32 else "ieee",
-    )
+    precision = input_precision(q.dtype)
+    options = call.scale, call.dropout, call.causal, mask is not None, precision
+    blocks, first, last, constants = _settings(name, H, N, k.shape[2], K, q.element_size(), *options)
+    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     # Triton reads bytes
-    pointers = dict(p_q=q, p_k=k, p_v=v, p_mask=None if mask is None else mask.view(torch.uint8), p_seed=call.seed)
-    strides = {
-        f"{x}_{axis}": s
-        for x, t in zip("qkv", (q, k, v), strict=True)
-        for axis, s in zip("bhn", t.stride(), strict=False)
-    }
-    kernel[(arguments["blocks"] * B * H,)](**pointers, **strides, **arguments, **own)
+    pointers = q, k, v, None if mask is None else mask.view(torch.uint8), call.seed, *own
+    launch(kernel, (blocks * B * H,), pointers, (*first, *strides, *last), flags | constants)
 
 
 def forward(call: Call, out: Tensor, lse: Tensor) -> None:
     """Fill out (B, N, H, K) and lse (B, H, N); the last dimension of q, k and v and the mask are dense."""
-    _launch(_forward_kernel, "forward", call, p_out=out, p_lse=lse)
+    _launch(_forward_kernel, "forward", call, out, lse)
 
 
 def backward(call: Call, dout: Tensor, out: Tensor, lse: Tensor, grads: list[Tensor | None]) -> None:
     """Fill those of dq, dk and dv (B, tokens, H, K) that are not None; dout (B, N, H, K) is contiguous."""
     dq, dk, dv = grads
     delta = torch.empty_like(lse)
-    saved = dict(p_lse=lse, p_dout=dout, p_delta=delta)
-    _launch(_queries_kernel, "queries", call, p_out=out, p_dq=dq, NEEDED=dq is not None, **saved)
+    _launch(_queries_kernel, "queries", call, out, lse, dout, dq, delta, NEEDED=dq is not None)
     if dk is not None:
-        _launch(_keys_kernel, "keys", call, p_dk=dk, p_dv=dv, **saved)
+        _launch(_keys_kernel, "keys", call, lse, delta, dout, dk, dv)
 
 
 # what is compiled ahead of time
@@ -524,27 +496,38 @@ def kernel_cases() -> list[KernelCase]:
         ("tiny self", 4, 64, 64, 32, False, 0.0),
     ):
         B, D, s = 8, H * K, 2
-        options = dict(scale=K**-0.5, dropout=dropout, causal=causal, masked=causal, precision="ieee")
-        strides = {f"{x}_{axis}": n for x in "qkv" for axis, n in (("b", 3 * D * N), ("h", K), ("n", 3 * D))}
-        given = {f"p_{x}": "*bf16" for x in "q k v out dout dq dk dv".split()} | strides
-        given |= dict(p_mask="*u8" if causal else None, p_seed="*i64" if dropout else None)
-        given |= dict(p_lse="*fp32", p_delta="*fp32", NEEDED=True)
+        strides = (3 * D * N, K, 3 * D) * 3
+        bf16, fp32 = "*bf16", "*fp32"
+        shared = bf16, bf16, bf16, "*u8" if causal else None, "*i64" if dropout else None
         pairs = B * H * (N * (N + 1) // 2 if causal else N * L)
         queries, keys, rows = B * N * D * s, B * L * D * s, B * H * N * 4
         small = B * L * causal + 8 * (dropout > 0)
-        for part, kernel, flops, nbytes in (
-            ("forward", _forward_kernel, 4 * pairs * K, 2 * queries + 2 * keys + rows + small),
-            ("queries", _queries_kernel, 6 * pairs * K, 4 * queries + 2 * keys + 2 * rows + small),
-            ("keys", _keys_kernel, 8 * pairs * K, 2 * queries + 4 * keys + 2 * rows + small),
+        for part, kernel, own, flags, flops, nbytes in (
+            ("forward", _forward_kernel, (bf16, fp32), {}, 4 * pairs * K, 2 * queries + 2 * keys + rows + small),
+            (
+                "queries",
+                _queries_kernel,
+                (bf16, fp32, bf16, bf16, fp32),
+                dict(NEEDED=True),
+                6 * pairs * K,
+                4 * queries + 2 * keys + 2 * rows + small,
+            ),
+            (
+                "keys",
+                _keys_kernel,
+                (fp32, fp32, bf16, bf16, bf16),
+                {},
+                8 * pairs * K,
+                2 * queries + 4 * keys + 2 * rows + small,
+            ),
         ):
-            arguments = _arguments(part, (H, N, L, K), s, **options)
-            arguments |= {argument: given[argument] for argument in kernel.arg_names if argument in given}
+            _, first, last, constants = _settings(part, H, N, L, K, s, K**-0.5, dropout, causal, causal, "ieee")
             cases.append(
                 KernelCase.of_launch(
                     f"{name} {part}",
                     kernel,
-                    (),
-                    arguments,
+                    (*shared, *own, *first, *strides, *last),
+                    flags | constants,
                     shape=f"{B} x {H} heads, {N} queries, {L} keys, head dim {K}, bf16",
                     flops=flops,
                     bytes=nbytes,

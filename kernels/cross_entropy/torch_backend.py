@@ -21,10 +21,10 @@ STATISTICS = Op(name="logit_statistics", reference=None, backends=(NATIVE, TORCH
 class _Scratch:
     """Memory for one chunk of logits, in fp32 (float64 for float64), and in the dtype of the product."""
 
-    def __init__(self, x: Tensor, size: int) -> None:
+    def __init__(self, x: Tensor, rows: int, columns: int) -> None:
         # oneDNN cannot write a product to given memory
-        self.in_place = not matmul.on_onednn(x)
-        size = size if self.in_place else 0
+        self.in_place = matmul.torch_multiplies(x[:rows], columns)
+        size = rows * columns if self.in_place else 0
         self.wide = x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
         self.low = self.wide if self.wide.dtype == x.dtype else x.new_empty(size)
 
@@ -69,7 +69,7 @@ def statistics(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, smoothi
     row_blocks = pieces(R, min(_BLOCK_ROWS, _CHUNK_ELEMENTS))
     BR = row_blocks[0].stop if R else 1
     BV = max(_CHUNK_ELEMENTS // BR, 1)
-    scratch = _Scratch(x, BR * min(BV, V))
+    scratch = _Scratch(x, BR, min(BV, V))
     state = scratch.wide.new_zeros(R, 4)
     state[:, 0] = -torch.inf
     backend = STATISTICS.choose(x)
@@ -119,7 +119,7 @@ def backward(
     row_blocks = pieces(R, min(_BLOCK_ROWS, _CHUNK_ELEMENTS))
     BR = row_blocks[0].stop if R else 1
     BV = max(_CHUNK_ELEMENTS // BR, 1)
-    scratch = _Scratch(x, BR * min(BV, V))
+    scratch = _Scratch(x, BR, min(BV, V))
     compute = stats.dtype
     dx = x.new_zeros(x.shape, dtype=compute) if needs[0] else None
     dweight = x.new_empty(weight.shape) if needs[1] else None
@@ -161,7 +161,7 @@ def form(
     """Losses, statistics and gradients by chunks of rows, the logits computed once; every row counts."""
     (R, D), V = x.shape, weight.shape[0]
     chunks = pieces(R, max(ROW_CHUNK_ELEMENTS // V, 1))
-    scratch = _Scratch(x, (chunks[0].stop if R else 0) * V)
+    scratch = _Scratch(x, chunks[0].stop if R else 0, V)
     stats = scratch.wide.new_empty(2, R)
     losses = scratch.wide.new_empty(R)
     dx = x.new_empty(x.shape) if needs[0] else None

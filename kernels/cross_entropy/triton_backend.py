@@ -2,7 +2,8 @@
 
 `statistics` computes the loss with no logits in memory. `gradients` has one buffer of (rows, V rounded up to tiles)
 numbers in the dtype of x. It holds logits, then dz in their place, from which torch's products compute dx and dweight.
-All sums are in a fixed order, the tiles that a row sees do not depend on its batch, and fp32 is multiplied as fp32.
+All sums are in a fixed order, the tiles that a row sees do not depend on its batch, and fp32 is multiplied as torch is
+set to multiply it.
 
 For tiles of BR x BV x BD, Rb = ceil(R / BR) blocks of rows, Vb = ceil(V / BV) tiles and S = ceil(V / 1024) splits,
 where every row counts, in numbers of s bytes and a bias of w bytes (labels of 8):
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.launch import cdiv, input_precision, launch, next_power_of_2
 
 # dz of a chunk of rows: 1280 rows of RoBERTa's vocabulary in bf16
 _BUFFER_BYTES = 2**27
@@ -37,7 +39,19 @@ def pieces(count: int, limit: int) -> list[slice]:
 
 @triton.jit
 def _logits(
-    p_x, p_weight, p_bias, o_row, m_row, o_col, m_col, D, depth, BR: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr
+    p_x,
+    p_weight,
+    p_bias,
+    o_row,
+    m_row,
+    o_col,
+    m_col,
+    D,
+    depth,
+    PRECISION: tl.constexpr,
+    BR: tl.constexpr,
+    BV: tl.constexpr,
+    BD: tl.constexpr,
 ):
     """A tile of logits in fp32; `depth` is D, or 0 where no row of the tile counts."""
     o_d = tl.arange(0, BD)
@@ -48,20 +62,17 @@ def _logits(
         m_d = o_d < D - d
         b_x = tl.load(p_a + d, mask=m_row[:, None] & m_d[None, :], other=0.0)
         b_weight = tl.load(p_b + d, mask=m_d[:, None] & m_col[None, :], other=0.0)
-        b_z = tl.dot(b_x, b_weight, b_z, input_precision="ieee")
+        b_z = tl.dot(b_x, b_weight, b_z, input_precision=PRECISION)
     return b_z + tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "ignore_index"])
 def _statistics_kernel(
     p_x,
     p_weight,
     p_bias,
     p_labels,
-    p_top,
-    p_sum,
-    p_target,
-    p_total,
+    p_partial,
     p_z,
     R,
     D,
@@ -69,12 +80,14 @@ def _statistics_kernel(
     stride_z,
     ignore_index,
     STORE: tl.constexpr,
+    PRECISION: tl.constexpr,
     TILES: tl.constexpr,
     BR: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One program: the partial statistics of a block of rows and TILES tiles of the vocabulary, in a row of their own.
+    """One program: the four partial statistics of a block of rows and TILES tiles of the vocabulary, in p_partial
+    (4, splits, R): the largest logit, the sum of exponentials, the logit of the label, the sum of logits.
 
     Ignored rows are masked, not packed away: packed texts leave few of them, the products that follow have a fixed size
     in any case, and a block without other rows skips its products.
@@ -94,7 +107,7 @@ def _statistics_kernel(
     for i in range(first, last):
         o_col = i * BV + tl.arange(0, BV)
         m_col = o_col < V
-        b_z = _logits(p_x, p_weight, p_bias, o_row, m_row, o_col, m_col, D, D, BR, BV, BD)
+        b_z = _logits(p_x, p_weight, p_bias, o_row, m_row, o_col, m_col, D, D, PRECISION, BR, BV, BD)
         if STORE:
             # the gradient reads the rounded logits: only their own statistics make p_y - 1 vanish where p_y is 1
             b_low = b_z.to(p_z.dtype.element_ty)
@@ -108,26 +121,24 @@ def _statistics_kernel(
         b_base = tl.where(b_higher == float("-inf"), 0.0, b_higher)
         b_sum = b_sum * tl.exp(b_top - b_base) + tl.sum(tl.exp(b_z - b_base[:, None]), 1)
         b_top = b_higher
+    each = tl.num_programs(1).to(tl.int64) * R
     o = i_split * R + o_row
-    tl.store(p_top + o, b_top, mask=m_in)
-    tl.store(p_sum + o, b_sum, mask=m_in)
-    tl.store(p_target + o, b_target, mask=m_in)
-    tl.store(p_total + o, b_total, mask=m_in)
+    tl.store(p_partial + o, b_top, mask=m_in)
+    tl.store(p_partial + each + o, b_sum, mask=m_in)
+    tl.store(p_partial + 2 * each + o, b_target, mask=m_in)
+    tl.store(p_partial + 3 * each + o, b_total, mask=m_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "V", "splits", "stride_stats", "ignore_index"])
 def _combine_kernel(
-    p_top,
-    p_sum,
-    p_target,
-    p_total,
+    p_partial,
     p_labels,
     p_losses,
-    p_row_top,
-    p_log_sum,
+    p_stats,
     R,
     V,
     splits,
+    stride_stats,
     smoothing,
     ignore_index,
     BR: tl.constexpr,
@@ -140,28 +151,28 @@ def _combine_kernel(
     o = o_split[:, None] * R + o_row[None, :]
     m = (o_split < splits)[:, None] & m_in[None, :]
     m_row = tl.load(p_labels + o_row, mask=m_in, other=ignore_index) != ignore_index
-    b_tops = tl.load(p_top + o, mask=m & m_row[None, :], other=float("-inf"))
+    each = splits.to(tl.int64) * R
+    b_tops = tl.load(p_partial + o, mask=m & m_row[None, :], other=float("-inf"))
     b_top = tl.where(m_row, tl.max(b_tops, 0), 0.0)
-    b_sum = tl.sum(tl.load(p_sum + o, mask=m, other=0.0) * tl.exp(b_tops - b_top[None, :]), 0)
+    b_sum = tl.sum(tl.load(p_partial + each + o, mask=m, other=0.0) * tl.exp(b_tops - b_top[None, :]), 0)
     b_log_sum = tl.where(m_row, tl.log(tl.where(m_row, b_sum, 1.0)), 0.0)
-    b_target = tl.sum(tl.load(p_target + o, mask=m, other=0.0), 0)
-    b_mean = tl.sum(tl.load(p_total + o, mask=m, other=0.0), 0) / V
+    b_target = tl.sum(tl.load(p_partial + 2 * each + o, mask=m, other=0.0), 0)
+    b_mean = tl.sum(tl.load(p_partial + 3 * each + o, mask=m, other=0.0), 0) / V
     # differences first: large logits cancel before they are added to what is small
     b_spread = tl.where(smoothing > 0, smoothing * (b_top - b_mean), 0.0)
     b_loss = b_log_sum + (1 - smoothing) * (b_top - b_target) + b_spread
     tl.store(p_losses + o_row, tl.where(m_row, b_loss, 0.0), mask=m_in)
-    tl.store(p_row_top + o_row, b_top, mask=m_in)
-    tl.store(p_log_sum + o_row, b_log_sum, mask=m_in)
+    tl.store(p_stats + o_row, b_top, mask=m_in)
+    tl.store(p_stats + stride_stats + o_row, b_log_sum, mask=m_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "stride_stats", "ignore_index"])
 def _dz_kernel(
     p_x,
     p_weight,
     p_bias,
     p_labels,
-    p_top,
-    p_log_sum,
+    p_stats,
     p_factor,
     p_z,
     p_dbias,
@@ -169,11 +180,13 @@ def _dz_kernel(
     D,
     V,
     stride_z,
+    stride_stats,
     smoothing,
     ignore_index,
     AGAIN: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     SUM_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BR: tl.constexpr,
     BV: tl.constexpr,
     BD: tl.constexpr,
@@ -188,12 +201,12 @@ def _dz_kernel(
     p_tile = p_z + o_row[:, None] * stride_z + o_col[None, :]
     if AGAIN:
         depth = tl.where(tl.max(m_row.to(tl.int32), 0) > 0, D, 0)
-        b_z = _logits(p_x, p_weight, p_bias, o_row, m_row, o_col, m_col, D, depth, BR, BV, BD)
+        b_z = _logits(p_x, p_weight, p_bias, o_row, m_row, o_col, m_col, D, depth, PRECISION, BR, BV, BD)
     else:
         b_z = tl.load(p_tile, mask=m_row[:, None], other=0.0).to(tl.float32)
     # an ignored row's probabilities are 0
-    b_top = tl.load(p_top + o_row, mask=m_row, other=float("inf"))
-    b_log_sum = tl.load(p_log_sum + o_row, mask=m_row, other=0.0)
+    b_top = tl.load(p_stats + o_row, mask=m_row, other=float("inf"))
+    b_log_sum = tl.load(p_stats + stride_stats + o_row, mask=m_row, other=0.0)
     b_dz = tl.exp((b_z - b_top[:, None]) - b_log_sum[:, None]) - smoothing / V
     b_dz = tl.where(o_col[None, :] == b_label[:, None], b_dz - (1 - smoothing), b_dz)
     if HAS_FACTOR:
@@ -244,15 +257,15 @@ def statistics(
     (R, D), V = x.shape, weight.shape[0]
     tiles = _tiles(x.dtype)
     each = _split_tiles(tiles["BV"])
-    splits = triton.cdiv(V, each * tiles["BV"])
+    splits = cdiv(V, each * tiles["BV"])
     partial = torch.empty(4, splits, R, dtype=torch.float32, device=x.device)
     sizes = R, D, V, 0 if z is None else z.stride(0), ignore_index
-    _statistics_kernel[(triton.cdiv(R, tiles["BR"]), splits)](
-        x, weight, bias, labels, *partial, z, *sizes, STORE=z is not None, TILES=each, **tiles
-    )
-    tiles = dict(BR=32, BS=triton.next_power_of_2(splits), num_warps=4)
-    sizes = R, V, splits, smoothing, ignore_index
-    _combine_kernel[(triton.cdiv(R, 32),)](*partial, labels, losses, *stats, *sizes, **tiles)
+    flags = dict(STORE=z is not None, PRECISION=input_precision(x.dtype), TILES=each)
+    pointers, grid = (x, weight, bias, labels, partial, z), (cdiv(R, tiles["BR"]), splits)
+    launch(_statistics_kernel, grid, pointers, sizes, flags | tiles)
+    tiles = dict(BR=32, BS=next_power_of_2(splits), num_warps=4)
+    sizes = R, V, splits, stats.stride(0), float(smoothing), ignore_index
+    launch(_combine_kernel, (cdiv(R, 32),), (partial, labels, losses, stats), sizes, tiles)
 
 
 def _dz(
@@ -271,13 +284,14 @@ def _dz(
     """Fill the buffer `z` with dz of some rows, from the logits there or `again` from x, and add to `dbias`."""
     (R, D), V = x.shape, weight.shape[0]
     tiles = _tiles(x.dtype, dot=again)
-    grid = triton.cdiv(R, tiles["BR"]), triton.cdiv(V, tiles["BV"])
+    grid = cdiv(R, tiles["BR"]), cdiv(V, tiles["BV"])
     sums = None
     if dbias is not None:
         sums = torch.empty(grid[0], V, dtype=torch.float32, device=x.device)
-    sizes = R, D, V, z.stride(0), smoothing, ignore_index
+    sizes = R, D, V, z.stride(0), stats.stride(0), float(smoothing), ignore_index
     flags = dict(AGAIN=again, HAS_FACTOR=factor is not None, SUM_BIAS=dbias is not None)
-    _dz_kernel[grid](x, weight, bias, labels, *stats, factor, z, sums, *sizes, **flags, **tiles)
+    flags["PRECISION"] = input_precision(x.dtype)
+    launch(_dz_kernel, grid, (x, weight, bias, labels, stats, factor, z, sums), sizes, flags | tiles)
     if dbias is not None:
         dbias += sums.sum(0)
 
@@ -298,7 +312,7 @@ def gradients(
     """dx, dweight and dbias as `needs` says, by chunks of rows; unless `again`, losses and statistics too."""
     (R, D), V = x.shape, weight.shape[0]
     tiles = _tiles(x.dtype)
-    width = triton.cdiv(V, tiles["BV"]) * tiles["BV"]
+    width = cdiv(V, tiles["BV"]) * tiles["BV"]
     limit = _BUFFER_BYTES // (width * x.element_size())
     rows_each = max(limit // tiles["BR"], 1) * tiles["BR"]
     buffer = x.new_empty(min(R, rows_each), width)
@@ -331,7 +345,7 @@ def scale(gradient: Tensor, factor: Tensor) -> None:
     """gradient *= factor, a number on the device."""
     N = gradient.numel()
     if N:
-        _scale_kernel[(triton.cdiv(N, 4096),)](gradient, factor, N, BLOCK=4096, num_warps=8)
+        launch(_scale_kernel, (cdiv(N, 4096),), (gradient, factor), (N,), dict(BLOCK=4096, num_warps=8))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -350,18 +364,18 @@ def kernel_cases() -> list[KernelCase]:
     cases = []
     bf16, fp32, i64 = "*bf16", "*fp32", "*i64"
     for model, R, D, V in (("BASE", 960, 768, 50265), ("LARGE", 960, 1024, 50265)):
-        inputs, partial, settings = (bf16, bf16, bf16, i64), (fp32, fp32, fp32, fp32), (0.1, -100)
+        inputs, settings = (bf16, bf16, bf16, i64), (0.1, -100)
         tiles = _tiles(torch.bfloat16)
-        each, width = _split_tiles(tiles["BV"]), triton.cdiv(V, tiles["BV"]) * tiles["BV"]
-        splits = triton.cdiv(V, each * tiles["BV"])
+        each, width = _split_tiles(tiles["BV"]), cdiv(V, tiles["BV"]) * tiles["BV"]
+        splits = cdiv(V, each * tiles["BV"])
         read = (R + V) * D * 2 + V * 2 + 8 * R
         case = functools.partial(KernelCase.of_launch, shape=f"{model}, {R} x {D} x {V}")
         cases += [
             case(
                 f"{model} cross_entropy statistics" + " and logits" * store,
                 _statistics_kernel,
-                (*inputs, *partial, bf16 if store else None, R, D, V, width * store, -100),
-                dict(STORE=store, TILES=each, **tiles),
+                (*inputs, fp32, bf16 if store else None, R, D, V, width * store, -100),
+                dict(STORE=store, PRECISION="ieee", TILES=each, **tiles),
                 flops=2 * R * D * V,
                 bytes=read + 16 * splits * R + store * 2 * R * V,
                 dot=True,
@@ -370,13 +384,13 @@ def kernel_cases() -> list[KernelCase]:
         ]
         for again in (False, True):
             tiles = _tiles(torch.bfloat16, dot=again)
-            sums = 4 * triton.cdiv(R, tiles["BR"]) * V
+            sums = 4 * cdiv(R, tiles["BR"]) * V
             cases.append(
                 case(
                     f"{model} cross_entropy dz" + " from x" * again,
                     _dz_kernel,
-                    (*inputs, fp32, fp32, fp32, bf16, fp32, R, D, V, width, *settings),
-                    dict(AGAIN=again, HAS_FACTOR=True, SUM_BIAS=True, **tiles),
+                    (*inputs, fp32, fp32, bf16, fp32, R, D, V, width, R, *settings),
+                    dict(AGAIN=again, HAS_FACTOR=True, SUM_BIAS=True, PRECISION="ieee", **tiles),
                     flops=2 * R * D * V if again else 7 * R * V,
                     bytes=(read if again else 2 * R * V + 8 * R) + 2 * R * V + 12 * R + sums,
                     dot=again,
@@ -386,10 +400,12 @@ def kernel_cases() -> list[KernelCase]:
             case(
                 f"{model} cross_entropy combine",
                 _combine_kernel,
-                (*partial, i64, fp32, fp32, fp32, R, V, splits, *settings),
-                dict(BR=32, BS=triton.next_power_of_2(splits), num_warps=4),
+                (fp32, i64, fp32, fp32, R, V, splits, R, *settings),
+                dict(BR=32, BS=next_power_of_2(splits), num_warps=4),
                 flops=8 * splits * R,
                 bytes=16 * splits * R + 20 * R,
+                # rows are contiguous here, and their number is not compiled in
+                vector_loads=False,
             ),
             KernelCase.of_launch(
                 f"{model} cross_entropy scale",

@@ -1,18 +1,21 @@
 """Triton kernels of decode attention; `__init__.py` says what they compute, and has the legend.
 
-A program takes one row and head, BQ queries, and up to 256 shared keys. As many keys as that, such as those of a
-prompt, are one part: the program goes on with all listed slots, which it gathers by their numbers, and writes the
-output; one launch does all. More keys are split: the listed slots are one more part, each part stores a maximum, a sum
-and an unnormalised output in fp32, and a second kernel combines the T = ceil(S / 256) + (A > 0) parts in order. Parts
-depend on S alone and BQ on Q alone, so a row gives the same bits in any batch. Traffic, for numbers of s bytes, L
-listed slots over all queries of all rows:
-    one part  reads R H Q K s + 2 R H S K s ceil(Q / BQ) + R H S ceil(Q / BQ) of the mask (R H Q S if it differs by
-              query) + 8 R H Q A + 2 H L K s; writes R H Q K s
-    split     the same, but queries T times; writes R H T Q (4 K + 8)
+Up to 256 shared keys, such as those of a prompt, a program takes one row and head, BQ queries, the shared keys and then
+the listed slots, which it gathers by their numbers, and writes the output. More keys are split: a program takes 256 of
+them, or in one more split all listed slots, and stores a maximum, a sum and an unnormalised output in fp32. A second
+kernel combines the T = ceil(S / 256) + (A > 0) parts in order; T is 1 in the first case. Parts depend on S alone and BQ
+on Q alone, so a row gives the same bits in any batch. Traffic, for numbers of s bytes, L listed slots over all queries
+of all rows:
+    split     reads R H Q K s T + 2 R H S K s ceil(Q / BQ) + R H S ceil(Q / BQ) of the mask (R H Q S if it differs by
+              query) + 8 R H Q A + 2 H L K s; writes R H T Q (4 K + 8). If T is 1, it reads the
+              queries twice and writes R H Q K s
     combine   reads R H T Q (4 K + 8), writes R H Q K s
     dots      4 K FLOPs for each of R H ceil(Q / BQ) BQ queries and each key, S rounded up to BN
 So up to 64 queries read the K s bytes of a key once; attention on repeated keys reads them for each query.
 """
+
+import functools
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.launch import cdiv, input_precision, launch, next_power_of_2
 
 # keys and their values
 Pair = tuple[Tensor, Tensor]
@@ -36,52 +40,116 @@ def _raise_max(b_max, b_new):
 
 
 @triton.jit
-def _add_listed_slots(
-    b_q1,
-    b_q2,
-    b_max,
-    b_sum,
-    b_out1,
-    b_out2,
-    p_k,
-    p_v,
-    p_slots,
-    slot_stride,
+def _shared_keys(
+    state,
+    p_q,
+    p_shared_k,
+    p_shared_v,
+    p_mask,
+    base,
+    shared_key,
+    i_row,
+    first,
+    o_query,
     m_query,
-    o_k1,
-    m_k1,
-    o_k2,
-    m_k2,
+    Q,
+    S,
+    scale,
+    PER_QUERY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    K: tl.constexpr,
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    BN: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """The state (maximum, sum, both parts of the output) after KEYS shared keys from `first` on."""
+    b_max, b_sum, b_out1, b_out2 = state
+    o_k1, o_k2 = tl.arange(0, K1), K1 + tl.arange(0, K2 if K2 > 0 else 16)
+    m_k1, m_k2 = o_k1 < K, o_k2 < K
+    b_q1 = tl.load(p_q + o_k1[None, :], mask=m_query[:, None] & m_k1[None, :], other=0.0)
+    if K2 > 0:
+        b_q2 = tl.load(p_q + o_k2[None, :], mask=m_query[:, None] & m_k2[None, :], other=0.0)
+    for start in range(first, tl.minimum(S, first + KEYS), BN):
+        o_key = start + tl.arange(0, BN)
+        m_key = o_key < S
+        o = base + o_key.to(tl.int64)[:, None] * shared_key
+        m1 = m_key[:, None] & m_k1[None, :]
+        b_k1 = tl.load(p_shared_k + o + o_k1[None, :], mask=m1, other=0.0)
+        b_score = tl.dot(b_q1, b_k1.T, input_precision=PRECISION)
+        if K2 > 0:
+            m2 = m_key[:, None] & m_k2[None, :]
+            b_k2 = tl.load(p_shared_k + o + o_k2[None, :], mask=m2, other=0.0)
+            b_score = tl.dot(b_q2, b_k2.T, b_score, input_precision=PRECISION)
+        if PER_QUERY:
+            o_mask = (i_row * Q + o_query)[:, None] * S + o_key[None, :]
+            m = m_query[:, None] & m_key[None, :]
+            m = m & (tl.load(p_mask + o_mask, mask=m, other=0) != 0)
+        else:
+            m = (tl.load(p_mask + i_row * S + o_key, mask=m_key, other=0) != 0)[None, :]
+        b_score = tl.where(m, b_score * scale, float("-inf"))
+        b_max, b_shift, b_rescale = _raise_max(b_max, tl.max(b_score, 1))
+        b_weight = tl.exp2(b_score - b_shift[:, None])
+        b_sum = b_sum * b_rescale + tl.sum(b_weight, 1)
+        b_v1 = tl.load(p_shared_v + o + o_k1[None, :], mask=m1, other=0.0)
+        b_weight = b_weight.to(b_v1.dtype)
+        b_out1 *= b_rescale[:, None]
+        b_out1 = tl.dot(b_weight, b_v1, b_out1, input_precision=PRECISION)
+        if K2 > 0:
+            b_v2 = tl.load(p_shared_v + o + o_k2[None, :], mask=m2, other=0.0)
+            b_out2 *= b_rescale[:, None]
+            b_out2 = tl.dot(b_weight, b_v2, b_out2, input_precision=PRECISION)
+    return b_max, b_sum, b_out1, b_out2
+
+
+@triton.jit
+def _listed_slots(
+    state,
+    p_q,
+    p_suffix_k,
+    p_suffix_v,
+    p_ancestors,
+    base,
+    suffix_slot,
+    m_query,
     M,
     A,
     scale,
+    K: tl.constexpr,
+    K1: tl.constexpr,
     K2: tl.constexpr,
 ):
-    """The running softmax after the listed slots of each query; `p_k` and `p_v` point to a row and head."""
+    """The state after the A slots that p_ancestors lists for each query."""
+    b_max, b_sum, b_out1, b_out2 = state
+    o_k1, o_k2 = tl.arange(0, K1), K1 + tl.arange(0, K2 if K2 > 0 else 16)
+    m_k1, m_k2 = o_k1 < K, o_k2 < K
+    b_q1 = tl.load(p_q + o_k1[None, :], mask=m_query[:, None] & m_k1[None, :], other=0.0)
+    if K2 > 0:
+        b_q2 = tl.load(p_q + o_k2[None, :], mask=m_query[:, None] & m_k2[None, :], other=0.0)
     for i in range(A):
-        b_slot = tl.load(p_slots + i, mask=m_query, other=-1)
+        b_slot = tl.load(p_ancestors + i, mask=m_query, other=-1)
         m_slot = (b_slot >= 0) & (b_slot < M)
-        o = b_slot[:, None] * slot_stride
+        o = base + b_slot[:, None] * suffix_slot
         m1 = m_slot[:, None] & m_k1[None, :]
-        b_k1 = tl.load(p_k + o + o_k1[None, :], mask=m1, other=0.0)
+        b_k1 = tl.load(p_suffix_k + o + o_k1[None, :], mask=m1, other=0.0)
         b_score = tl.sum(b_q1.to(tl.float32) * b_k1.to(tl.float32), 1)
         if K2 > 0:
             m2 = m_slot[:, None] & m_k2[None, :]
-            b_k2 = tl.load(p_k + o + o_k2[None, :], mask=m2, other=0.0)
+            b_k2 = tl.load(p_suffix_k + o + o_k2[None, :], mask=m2, other=0.0)
             b_score += tl.sum(b_q2.to(tl.float32) * b_k2.to(tl.float32), 1)
         b_score = tl.where(m_slot, b_score * scale, float("-inf"))
         b_max, b_shift, b_rescale = _raise_max(b_max, b_score)
         b_weight = tl.exp2(b_score - b_shift)
         b_sum = b_sum * b_rescale + b_weight
-        b_v1 = tl.load(p_v + o + o_k1[None, :], mask=m1, other=0.0).to(tl.float32)
+        b_v1 = tl.load(p_suffix_v + o + o_k1[None, :], mask=m1, other=0.0).to(tl.float32)
         b_out1 = b_out1 * b_rescale[:, None] + b_weight[:, None] * b_v1
         if K2 > 0:
-            b_v2 = tl.load(p_v + o + o_k2[None, :], mask=m2, other=0.0).to(tl.float32)
+            b_v2 = tl.load(p_suffix_v + o + o_k2[None, :], mask=m2, other=0.0).to(tl.float32)
             b_out2 = b_out2 * b_rescale[:, None] + b_weight[:, None] * b_v2
     return b_max, b_sum, b_out1, b_out2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "Q", "S", "M", "A", "splits"])
 def _split_kernel(
     p_q,
     p_shared_k,
@@ -91,8 +159,7 @@ def _split_kernel(
     p_suffix_v,
     p_ancestors,
     p_out,
-    p_max,
-    p_sum,
+    p_part,
     q_row,
     q_head,
     q_query,
@@ -109,8 +176,9 @@ def _split_kernel(
     A,
     splits,
     scale,
-    PER_QUERY: tl.constexpr,
     WHOLE: tl.constexpr,
+    PER_QUERY: tl.constexpr,
+    PRECISION: tl.constexpr,
     K: tl.constexpr,
     K1: tl.constexpr,
     K2: tl.constexpr,
@@ -120,7 +188,7 @@ def _split_kernel(
 ):
     """Program (row and head, queries, part): KEYS shared keys, or all listed slots in the part after the last.
 
-    With WHOLE = 1 there is one part, which takes both and stores the output itself; else WHOLE is 0.
+    WHOLE: the one part takes both and writes the output. Otherwise a part writes to p_part: outputs, maxima and sums.
     """
     i_both = tl.program_id(0).to(tl.int64)
     i_row, i_head = i_both // H, i_both % H
@@ -128,121 +196,103 @@ def _split_kernel(
     o_query = tl.program_id(1) * BQ + tl.arange(0, BQ)
     m_query = o_query < Q
     # a head of 96 or 160 is 64 + 32 or 128 + 32 wide, and not padded to a power of two
-    o_k1 = tl.arange(0, K1)
-    m_k1 = o_k1 < K
+    o_k1, o_k2 = tl.arange(0, K1), K1 + tl.arange(0, K2 if K2 > 0 else 16)
+    m_k1, m_k2 = o_k1 < K, o_k2 < K
     p_q += i_row * q_row + i_head * q_head + o_query.to(tl.int64)[:, None] * q_query
-    b_q1 = tl.load(p_q + o_k1[None, :], mask=m_query[:, None] & m_k1[None, :], other=0.0)
-    b_out1 = tl.zeros((BQ, K1), tl.float32)
-    if K2 > 0:
-        o_k2 = K1 + tl.arange(0, K2)
-        m_k2 = o_k2 < K
-        b_q2 = tl.load(p_q + o_k2[None, :], mask=m_query[:, None] & m_k2[None, :], other=0.0)
-        b_out2 = tl.zeros((BQ, K2), tl.float32)
-    else:
-        # names that are passed on and never used
-        o_k2, m_k2, b_q2, b_out2 = o_k1, m_k1, b_q1, b_out1
     b_max = tl.full((BQ,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BQ,), tl.float32)
-    p_suffix_k += i_row * suffix_row + i_head * suffix_head
-    p_suffix_v += i_row * suffix_row + i_head * suffix_head
+    b_out1 = tl.zeros((BQ, K1), tl.float32)
+    # stands for nothing where a head has one part
+    b_out2 = tl.zeros((BQ, K2 if K2 > 0 else 16), tl.float32)
+    state = b_max, b_sum, b_out1, b_out2
     p_ancestors += (i_row * Q + o_query) * A
-
-    if i_part < splits:
-        base = i_row * shared_row + i_head * shared_head
-        for start in range(i_part * KEYS, tl.minimum(S, (i_part + 1) * KEYS), BN):
-            o_key = start + tl.arange(0, BN)
-            m_key = o_key < S
-            o = base + o_key.to(tl.int64)[:, None] * shared_key
-            m1 = m_key[:, None] & m_k1[None, :]
-            b_k1 = tl.load(p_shared_k + o + o_k1[None, :], mask=m1, other=0.0)
-            b_score = tl.dot(b_q1, b_k1.T, input_precision="ieee")
-            if K2 > 0:
-                m2 = m_key[:, None] & m_k2[None, :]
-                b_k2 = tl.load(p_shared_k + o + o_k2[None, :], mask=m2, other=0.0)
-                b_score = tl.dot(b_q2, b_k2.T, b_score, input_precision="ieee")
-            if PER_QUERY:
-                o_mask = (i_row * Q + o_query)[:, None] * S + o_key[None, :]
-                m = m_query[:, None] & m_key[None, :]
-                m = m & (tl.load(p_mask + o_mask, mask=m, other=0) != 0)
-            else:
-                m = (tl.load(p_mask + i_row * S + o_key, mask=m_key, other=0) != 0)[None, :]
-            b_score = tl.where(m, b_score * scale, float("-inf"))
-            b_max, b_shift, b_rescale = _raise_max(b_max, tl.max(b_score, 1))
-            b_weight = tl.exp2(b_score - b_shift[:, None])
-            b_sum = b_sum * b_rescale + tl.sum(b_weight, 1)
-            b_v1 = tl.load(p_shared_v + o + o_k1[None, :], mask=m1, other=0.0)
-            b_weight = b_weight.to(b_v1.dtype)
-            b_out1 *= b_rescale[:, None]
-            b_out1 = tl.dot(b_weight, b_v1, b_out1, input_precision="ieee")
-            if K2 > 0:
-                b_v2 = tl.load(p_shared_v + o + o_k2[None, :], mask=m2, other=0.0)
-                b_out2 *= b_rescale[:, None]
-                b_out2 = tl.dot(b_weight, b_v2, b_out2, input_precision="ieee")
-        if WHOLE:
-            b_max, b_sum, b_out1, b_out2 = _add_listed_slots(
-                b_q1,
-                b_q2,
-                b_max,
-                b_sum,
-                b_out1,
-                b_out2,
-                p_suffix_k,
-                p_suffix_v,
-                p_ancestors,
-                suffix_slot,
-                m_query,
-                o_k1,
-                m_k1,
-                o_k2,
-                m_k2,
-                M,
-                A,
-                scale,
-                K2,
-            )
-    else:
-        b_max, b_sum, b_out1, b_out2 = _add_listed_slots(
-            b_q1,
-            b_q2,
-            b_max,
-            b_sum,
-            b_out1,
-            b_out2,
-            p_suffix_k,
-            p_suffix_v,
-            p_ancestors,
-            suffix_slot,
-            m_query,
-            o_k1,
-            m_k1,
-            o_k2,
-            m_k2,
-            M,
-            A,
-            scale,
-            K2,
-        )
-
-    o_part = (i_part.to(tl.int64) * tl.num_programs(0) + i_both) * Q + o_query
+    shared = i_row * shared_row + i_head * shared_head
+    suffix = i_row * suffix_row + i_head * suffix_head
     if WHOLE:
-        p_out += ((i_row * Q + o_query) * H + i_head)[:, None] * K
-        # a query that saw nothing: 0 / 1
-        b_total = tl.where(b_sum == 0, 1.0, b_sum)[:, None]
-        b_out1 /= b_total
-        if K2 > 0:
-            b_out2 /= b_total
+        state = _shared_keys(
+            state,
+            p_q,
+            p_shared_k,
+            p_shared_v,
+            p_mask,
+            shared,
+            shared_key,
+            i_row,
+            i_part * KEYS,
+            o_query,
+            m_query,
+            Q,
+            S,
+            scale,
+            PER_QUERY,
+            PRECISION,
+            K,
+            K1,
+            K2,
+            BN,
+            KEYS,
+        )
+        state = _listed_slots(
+            state, p_q, p_suffix_k, p_suffix_v, p_ancestors, suffix, suffix_slot, m_query, M, A, scale, K, K1, K2
+        )
+    elif i_part < splits:
+        state = _shared_keys(
+            state,
+            p_q,
+            p_shared_k,
+            p_shared_v,
+            p_mask,
+            shared,
+            shared_key,
+            i_row,
+            i_part * KEYS,
+            o_query,
+            m_query,
+            Q,
+            S,
+            scale,
+            PER_QUERY,
+            PRECISION,
+            K,
+            K1,
+            K2,
+            BN,
+            KEYS,
+        )
     else:
-        p_out += o_part[:, None] * K
+        state = _listed_slots(
+            state, p_q, p_suffix_k, p_suffix_v, p_ancestors, suffix, suffix_slot, m_query, M, A, scale, K, K1, K2
+        )
+    b_max, b_sum, b_out1, b_out2 = state
+
+    m1 = m_query[:, None] & m_k1[None, :]
+    if WHOLE:
+        # a query that saw nothing: 0 / 1
+        b_norm = 1 / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
+        # the heads of a query lie side by side
+        p_out += ((i_row * Q + o_query) * H + i_head)[:, None] * K
+        tl.store(p_out + o_k1[None, :], (b_out1 * b_norm).to(p_out.dtype.element_ty), mask=m1)
+        if K2 > 0:
+            m2 = m_query[:, None] & m_k2[None, :]
+            tl.store(p_out + o_k2[None, :], (b_out2 * b_norm).to(p_out.dtype.element_ty), mask=m2)
+    else:
+        N = tl.num_programs(0).to(tl.int64) * Q
+        p_max = p_part + tl.num_programs(2) * N * K
+        p_sum = p_max + tl.num_programs(2) * N
+        o_part = i_part * N + i_both * Q + o_query
+        p_part += o_part[:, None] * K
+        tl.store(p_part + o_k1[None, :], b_out1, mask=m1)
+        if K2 > 0:
+            tl.store(p_part + o_k2[None, :], b_out2, mask=m_query[:, None] & m_k2[None, :])
         tl.store(p_max + o_part, b_max, mask=m_query)
         tl.store(p_sum + o_part, b_sum, mask=m_query)
-    tl.store(p_out + o_k1[None, :], b_out1.to(p_out.dtype.element_ty), mask=m_query[:, None] & m_k1[None, :])
-    if K2 > 0:
-        tl.store(p_out + o_k2[None, :], b_out2.to(p_out.dtype.element_ty), mask=m_query[:, None] & m_k2[None, :])
 
 
-@triton.jit
-def _combine_kernel(p_part, p_max, p_sum, p_out, N, H, Q, parts, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+@triton.jit(do_not_specialize=["N", "Q", "parts"])
+def _combine_kernel(p_part, p_out, N, H, Q, parts, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
     """Merge the parts of BR of the N = R H Q queries, in order; the heads of a query lie side by side in the output."""
+    p_max = p_part + parts.to(tl.int64) * N * K
+    p_sum = p_max + parts.to(tl.int64) * N
     o_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     o_col = tl.arange(0, BK)
     m_row = o_row < N
@@ -271,52 +321,51 @@ _KEYS = 256  # shared keys of a part
 
 def _head_split(K: int) -> tuple[int, int]:
     """The widths of the two parts of a head, powers of two; the second is 0 where one part is not wider than two."""
-    whole = max(16, triton.next_power_of_2(K))
-    rest = max(16, triton.next_power_of_2(K - whole // 2)) if K > whole // 2 else 16
+    whole = max(16, next_power_of_2(K))
+    rest = max(16, next_power_of_2(K - whole // 2)) if K > whole // 2 else 16
     return (whole // 2, rest) if whole // 2 >= 16 and whole // 2 + rest < whole else (whole, 0)
 
 
+@functools.lru_cache(maxsize=1024)
 def _tiles(Q: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     """Queries and keys of a tile, by the number of queries and the bytes of a head."""
     K1, K2 = _head_split(K)
     if dtype == torch.float32:
         # fp32 products keep their operands in registers
         return dict(K1=K1, K2=K2, BQ=16, BN=32 if K <= 64 else 16, num_warps=4, num_stages=2)
-    BQ = min(64 if K <= 64 else 32, max(16, triton.next_power_of_2(Q)))
+    # two sizes, for beams and for candidates: every further one would be compiled for some number of queries
+    BQ = 16 if Q <= 16 else 64 if K <= 64 else 32
     return dict(K1=K1, K2=K2, BQ=BQ, BN=64 if K <= 64 else 32, num_warps=4, num_stages=2)
 
 
+@functools.cache
 def _combine_tiles(K: int) -> dict[str, int]:
-    BK = triton.next_power_of_2(K)
+    BK = next_power_of_2(K)
     return dict(BR=max(1, 1024 // BK), BK=BK, num_warps=4)
+
+
+def _flags(whole: bool, per_query: bool, K: int, precision: str) -> dict[str, Any]:
+    return dict(WHOLE=whole, PER_QUERY=per_query, PRECISION=precision, K=K, KEYS=_KEYS)
 
 
 def forward(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors: Tensor, out: Tensor) -> None:
     (shared_k, shared_v), (suffix_k, suffix_v) = shared, suffix
     R, H, Q, K = q.shape
     S, M, A = shared_k.shape[2], suffix_k.shape[2], ancestors.shape[2]
-    splits = triton.cdiv(S, _KEYS)
-    whole = splits <= 1
-    parts = 1 if whole else splits + (A > 0)
+    splits = cdiv(S, _KEYS)
+    parts = splits + (A > 0)
+    whole, N = splits <= 1, R * H * Q
     tiles = _tiles(Q, K, q.dtype)
-    if whole:
-        part, maximum, total = out, None, None
-    else:
-        part = torch.empty(parts, R, H, Q, K, dtype=torch.float32, device=q.device)
-        maximum, total = (part.new_empty(parts, R, H, Q) for _ in range(2))
+    part = None if whole else torch.empty(parts * N * (K + 2), dtype=torch.float32, device=q.device)
     strides = *q.stride()[:3], *shared_k.stride()[:3], *suffix_k.stride()[:3]
-    inputs = q, shared_k, shared_v, shared_mask.view(torch.uint8), suffix_k, suffix_v, ancestors
+    pointers = q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors, out, part
     sizes = H, Q, S, M, A, splits, K**-0.5 * _LOG2_E
-    constants = dict(PER_QUERY=shared_mask.shape[1] > 1, WHOLE=int(whole), K=K, KEYS=_KEYS)
-    _split_kernel[(R * H, triton.cdiv(Q, tiles["BQ"]), parts)](
-        *inputs, part, maximum, total, *strides, *sizes, **constants, **tiles
-    )
-    if whole:
-        return
-    tiles = _combine_tiles(K)
-    _combine_kernel[(triton.cdiv(R * H * Q, tiles["BR"]),)](
-        part, maximum, total, out, R * H * Q, H, Q, parts, K=K, **tiles
-    )
+    flags = _flags(whole, shared_mask.shape[1] > 1, K, input_precision(q.dtype))
+    grid = R * H, cdiv(Q, tiles["BQ"]), 1 if whole else parts
+    launch(_split_kernel, grid, pointers, (*strides, *sizes), flags | tiles)
+    if not whole:
+        tiles = _combine_tiles(K)
+        launch(_combine_kernel, (cdiv(N, tiles["BR"]),), (part, out), (N, H, Q, parts), dict(K=K, **tiles))
 
 
 def kernel_cases() -> list[KernelCase]:
@@ -325,6 +374,7 @@ def kernel_cases() -> list[KernelCase]:
     fp32 = "*fp32"
     for model, R, H, K, Q, S, A, dtype in (
         ("BASE, 3 beams", 8, 12, 64, 3, 964, 20, torch.bfloat16),
+        ("BASE, 3 beams, a prompt of 40", 8, 12, 64, 3, 40, 20, torch.bfloat16),
         ("BASE, 128 candidates", 8, 12, 64, 128, 964, 6, torch.bfloat16),
         ("LARGE, 3 beams", 8, 16, 64, 3, 1220, 20, torch.bfloat16),
         ("head of 32", 8, 12, 32, 128, 964, 6, torch.bfloat16),
@@ -335,57 +385,34 @@ def kernel_cases() -> list[KernelCase]:
         ("head of 160 in fp32", 8, 12, 160, 128, 964, 6, torch.float32),
     ):
         given, size = ("*bf16", 2) if dtype == torch.bfloat16 else (fp32, 4)
-        splits, N, M = triton.cdiv(S, _KEYS), R * H * Q, Q * A
+        splits, N, M = cdiv(S, _KEYS), R * H * Q, Q * A
+        whole = splits <= 1
         strides = [stride for rows in (Q, S, M) for stride in (H * rows * K, rows * K, K)]
-        partial = N * (splits + 1) * (4 * K + 8)
+        partial = 0 if whole else N * (splits + 1) * (4 * K + 8)
         shape = f"{model}, 8 rows, {H} heads of {K}, {Q} queries, {S} shared keys, {A} ancestors"
         cases.append(
             KernelCase.of_launch(
                 f"{model} decode_attention split",
                 _split_kernel,
-                (given, given, given, "*u8", given, given, "*i64", fp32, fp32, fp32)
+                (given, given, given, "*i1", given, given, "*i64", given, None if whole else fp32)
                 + (*strides, H, Q, S, M, A, splits, K**-0.5 * _LOG2_E),
-                dict(PER_QUERY=False, WHOLE=0, K=K, KEYS=_KEYS, **_tiles(Q, K, dtype)),
+                _flags(whole, False, K, "ieee") | _tiles(Q, K, dtype),
                 shape=shape,
                 bytes=size * K * (N + 2 * R * H * (S + M)) + R * S + 8 * R * Q * A + partial,
                 flops=4 * N * K * (S + A),
                 dot=dtype == torch.bfloat16,
             )
         )
-        if "BASE" in model or K == 160:
+        if not whole and ("BASE" in model or K == 160):
             cases.append(
                 KernelCase.of_launch(
                     f"{model} decode_attention combine",
                     _combine_kernel,
-                    (fp32, fp32, fp32, given, N, H, Q, splits + 1),
+                    (fp32, given, N, H, Q, splits + 1),
                     dict(K=K, **_combine_tiles(K)),
                     shape=shape,
                     bytes=partial + size * N * K,
                     flops=4 * N * K * (splits + 1),
                 )
             )
-    # prompts are short: one launch
-    for model, R, H, K, Q, S, A, dtype in (
-        ("BASE, 3 beams of a caption", 8, 12, 64, 3, 16, 16, torch.bfloat16),
-        ("BASE, 128 candidates of a question", 8, 12, 64, 128, 32, 6, torch.bfloat16),
-        ("LARGE, 3 beams of a caption", 8, 16, 64, 3, 16, 16, torch.bfloat16),
-        ("BASE in fp32, 3 beams of a caption", 8, 12, 64, 3, 16, 16, torch.float32),
-        ("head of 160, 3 beams of a caption", 8, 12, 160, 3, 16, 16, torch.bfloat16),
-    ):
-        given, size = ("*bf16", 2) if dtype == torch.bfloat16 else (fp32, 4)
-        N, M = R * H * Q, Q * A
-        strides = [stride for rows in (Q, S, M) for stride in (H * rows * K, rows * K, K)]
-        cases.append(
-            KernelCase.of_launch(
-                f"{model} decode_attention whole",
-                _split_kernel,
-                (given, given, given, "*u8", given, given, "*i64", given, None, None)
-                + (*strides, H, Q, S, M, A, 1, K**-0.5 * _LOG2_E),
-                dict(PER_QUERY=False, WHOLE=1, K=K, KEYS=_KEYS, **_tiles(Q, K, dtype)),
-                shape=f"{model}, 8 rows, {H} heads of {K}, {Q} queries, {S} shared keys, {A} ancestors",
-                bytes=size * K * (2 * N + 2 * R * H * (S + M)) + R * S + 8 * R * Q * A,
-                flops=4 * N * K * (S + A),
-                dot=dtype == torch.bfloat16,
-            )
-        )
     return cases

@@ -36,12 +36,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prismer.kernels import matmul
+from prismer.kernels import dispatch, matmul, tuning
 from prismer.kernels.absorbed_projection import context_to_heads, heads_to_context, weight_gradient
+from prismer.kernels.attention import attention
 from prismer.kernels.checks import check_floats, check_like, described
-from prismer.kernels.dispatch import TORCH, TRITON, Op
+from prismer.kernels.dispatch import TORCH, TRITON, Example, Op
 from prismer.kernels.layer_norm import layer_norm
+from prismer.kernels.linear import linears
 from prismer.kernels.resampler_attention import torch_backend, triton_backend
+from prismer.kernels.tuning import rows_class
 
 # their gradients need P_x x_hat again
 _MIXED = {"norm_weight", "norm_bias", "in_proj_weight"}
@@ -75,7 +78,30 @@ def resampler_attention_reference(
     return (probs @ v).transpose(1, 2).flatten(2).to(query.dtype)
 
 
-OP = Op(name="resampler_attention", reference=resampler_attention_reference, backends=(TRITON, TORCH))
+def _classify(query: Tensor, x_hat: Tensor, num_heads: int) -> tuple[int, ...]:
+    """Images, queries and inputs, each rounded up to a power of two; width; heads."""
+    B, M, D = query.shape
+    return rows_class(B), rows_class(M), rows_class(x_hat.shape[1]), D, num_heads
+
+
+def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
+    B, M, L, D, H = shape
+    sizes = (B, M, D), (B, L, D), (D,), (D,), (3 * D, D), (3 * D,)
+    tensors = [torch.randn(*size, device=device) for size in sizes]
+    tensors[4] *= D**-0.5
+    return resampler_attention, [*(t.to(dtype).requires_grad_() for t in tensors), H]
+
+
+# the two orders of this op, and the same from torch's operators and the fastest attention
+PATHS = ("absorbed", "ordinary", "composed")
+OP = Op(
+    name="resampler_attention",
+    reference=resampler_attention_reference,
+    backends=(TRITON, TORCH),
+    paths=PATHS,
+    classify=_classify,
+    example=_example,
+)
 
 
 def flops(order: str, B: int, M: int, L: int, D: int, H: int, grads: Collection[str] = ()) -> int:
@@ -347,8 +373,40 @@ def _check(
     check_floats("norm_bias", norm_bias, (D,))
     if num_heads < 1 or D % num_heads:
         raise ValueError(f"num_heads is {num_heads}; pass a divisor of the width {D}")
-    if order not in (None, "absorbed", "ordinary"):
-        raise ValueError(f"order is {order!r}; pass 'absorbed', 'ordinary', or None for the cheaper")
+    if order not in (None, *PATHS):
+        raise ValueError(f"order is {order!r}; pass 'absorbed', 'ordinary', 'composed', or None for the fastest")
+
+
+def _composed(
+    query: Tensor,
+    x_hat: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """Projections of the joined keys, and the fastest attention: under plain autograd, which keeps all of them."""
+    D = query.shape[2]
+    keys = torch.cat([query, torch.addcmul(norm_bias, x_hat, norm_weight).to(query.dtype)], 1)
+    (w_q, w_kv), (b_q, b_kv) = (t.split([D, 2 * D]) for t in (in_proj_weight, in_proj_bias))
+    (q,), (kv,) = linears(query, [(w_q, b_q)]), linears(keys, [(w_kv, b_kv)])
+    q, k, v = (t.unflatten(2, (num_heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, 2)))
+    return attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _fastest_order(query: Tensor, x_hat: Tensor, num_heads: int, grads: list[str]) -> str:
+    """The measured order, else the prior: the vendor's attention on a GPU, and the cheaper order elsewhere."""
+    (B, M, D), L = query.shape, x_hat.shape[1]
+    order = cheaper_order(B, M, L, D, num_heads, grads)
+    if dispatch.asked(OP.name) is not None or torch.compiler.is_compiling():
+        return order
+    if query.device.type == "cuda":
+        order = "composed"
+    key = OP.name, query.dtype, bool(grads), _classify(query, x_hat, num_heads)
+    order = tuning.choice(query.device.type, key) or order
+    tuning.record(query.device.type, key, order)
+    return order
 
 
 def resampler_attention(
@@ -370,7 +428,8 @@ def resampler_attention(
         norm_weight, norm_bias: (D,), the affine of the inputs' layer norm, any floating dtype.
         in_proj_weight, in_proj_bias: (3 D, D) and (3 D,), packed as in `nn.MultiheadAttention`, like `query` in dtype.
         num_heads: H, a divisor of D.
-        order: "absorbed" or "ordinary", equal but for rounding; None takes the one with fewer `flops` for this call.
+        order: "absorbed", "ordinary" or "composed", equal but for rounding. None takes what was measured as the
+            fastest, else the one of the first two with fewer `flops`, and "composed" on a GPU.
 
     Returns:
         (B, M, D), the heads side by side, before the output projection.
@@ -386,8 +445,9 @@ def resampler_attention(
     if torch.is_grad_enabled():
         grads = [name for name, t in zip(_ARGUMENTS, tensors, strict=True) if t.requires_grad]
     if order is None:
-        (B, M, D), L = query.shape, x_hat.shape[1]
-        order = cheaper_order(B, M, L, D, num_heads, grads)
+        order = _fastest_order(query, x_hat, num_heads, grads)
+    if order == "composed":
+        return _composed(*tensors, num_heads)
     absorbed = order == "absorbed"
     keep_mixed = absorbed and not _MIXED.isdisjoint(grads)
     return _resampler_attention(*tensors, num_heads, absorbed, bool(grads), keep_mixed)[0]

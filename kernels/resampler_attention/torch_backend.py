@@ -6,7 +6,7 @@ from torch import Tensor
 from prismer.kernels import matmul
 from prismer.kernels.absorbed_projection import bmm, image_slices, put_images, take_images
 
-# the absorbed order; on the CPU one image at a time
+# the absorbed order; on the CPU some images at a time
 
 
 def _mixture(mixed: Tensor, share: Tensor, gamma: Tensor, beta: Tensor, probs_z: Tensor, query: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def attend(
     share = query.new_empty(B if keep_mixed else 0, Q, dtype=compute)
     mixed = query.new_empty(B if keep_mixed else 0, Q, D)
     t, beta = torch.empty_like(a), beta.to(compute)
-    for images in image_slices(query):
+    for images in image_slices(query, Q * max(M + L, D)):
         u, x, a_here = query[images], x_hat[images], take_images(a, B, images)
         scores = u.new_empty(len(u), Q, M + L)
         bmm(a_here, u.mT, out=scores[..., :M])
@@ -58,7 +58,7 @@ def attend_backward(
     compute = torch.promote_types(query.dtype, torch.float32)
     dquery, dx_hat, dgamma, dbeta, _, _ = results
     da, t = torch.empty_like(a), torch.empty_like(a if needs["in_proj_weight"] else a[:0])
-    for images in image_slices(query):
+    for images in image_slices(query, 2 * Q * max(M + L, D)):
         u, x, p = query[images], x_hat[images], probs[images]
         pair = torch.cat([take_images(a, B, images), take_images(dt, B, images)], dim=1)
         scaled = (pair * gamma).to(u.dtype)
@@ -121,7 +121,7 @@ def ordinary_forward(
     kv[B * M :] = matmul.linear(_normed(x_hat, gamma, beta).view(-1, D), w_kv)
     kv_z, kv_x = kv[: B * M].view(B, M, 2 * D), kv[B * M :].view(B, L, 2 * D)
     probs, out = q.new_empty(B if keep else 0, H * M, M + L), torch.empty_like(query)
-    for images in image_slices(query):
+    for images in image_slices(query, max(H * M * (M + L), 2 * D * (M + L))):
         q_here = _split_heads(q[images], H)
         k_z, v_z, k_x, v_x = (_split_heads(t, H) for kv in (kv_z, kv_x) for t in kv[images].chunk(2, 2))
         scores = q.new_empty(len(q_here), M, M + L)
@@ -159,7 +159,7 @@ def ordinary_backward(
     dkv = torch.empty_like(kv if need_dkv else kv[:0])
     dparts = [t.view(B, -1, 2 * D) for t in (dkv[: B * M], dkv[B * M :])] if need_dkv else []
     dq = torch.empty_like(q if need_dq else q[:0])
-    for images in image_slices(query):
+    for images in image_slices(query, max(H * M * (M + L), 2 * D * (M + L))):
         n = len(query[images])
         q_here, do = (_split_heads(t[images], H) for t in (q, dy))
         p = probs[images].view(n * H, M, M + L)
@@ -183,8 +183,8 @@ def ordinary_backward(
     if needs["x_hat"] or needs["norm"]:
         dx = matmul.mm(dkv_x, w_kv)
     if needs["norm"]:
-        # in chunks of an image, so that the products in fp32 stay small
-        for images in image_slices(query):
+        # in chunks of images, so that the products in fp32 stay small
+        for images in image_slices(query, L * D):
             dx_here = dx.view(B, L, D)[images].to(dgamma.dtype)
             dgamma += (dx_here * x_hat[images]).sum((0, 1))
             dbeta += dx_here.sum((0, 1))

@@ -18,6 +18,7 @@ Compulsory traffic of `attend` in bytes read and written, for numbers of s bytes
 Products are padded to tiles: scores and mix take 2 B ceil(Q / BQ) BQ W ceil(D / BD) BD FLOPs each.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
+from prismer.kernels.launch import cdiv, input_precision, launch, next_power_of_2
 
 # keys of a tile of probabilities: part of the layout of saved tensors
 BLOCK = 64
@@ -33,7 +35,7 @@ BLOCK = 64
 
 def blocks_of(M: int, L: int) -> tuple[int, int]:
     """Blocks of the latents and of the inputs."""
-    return triton.cdiv(M, BLOCK), triton.cdiv(L, BLOCK)
+    return cdiv(M, BLOCK), cdiv(L, BLOCK)
 
 
 @triton.jit
@@ -43,7 +45,19 @@ def _row(o_q, i_image, B, M):
 
 
 @triton.jit
-def _tile(p_rows, o_row, m_row, p_keys, o_key, m_key, D, BQ: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+def _tile(
+    p_rows,
+    o_row,
+    m_row,
+    p_keys,
+    o_key,
+    m_key,
+    D,
+    PRECISION: tl.constexpr,
+    BQ: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
     """(BQ, BN) products of rows with keys, in fp32."""
     b_tile = tl.zeros((BQ, BN), tl.float32)
     for i in range(0, D, BD):
@@ -51,11 +65,11 @@ def _tile(p_rows, o_row, m_row, p_keys, o_key, m_key, D, BQ: tl.constexpr, BN: t
         m_col = o_col < D
         b_rows = tl.load(p_rows + o_row[:, None] * D + o_col[None, :], mask=m_row[:, None] & m_col[None, :], other=0.0)
         b_keys = tl.load(p_keys + o_key[None, :] * D + o_col[:, None], mask=m_key[None, :] & m_col[:, None], other=0.0)
-        b_tile = tl.dot(b_rows, b_keys, b_tile, input_precision="ieee")
+        b_tile = tl.dot(b_rows, b_keys, b_tile, input_precision=PRECISION)
     return b_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _scale_kernel(p_a, p_gamma, p_beta, p_scaled, p_offset, R, D, BR: tl.constexpr, BD: tl.constexpr):
     """a * gamma, and a . beta of every row."""
     o_row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -73,7 +87,11 @@ def _scale_kernel(p_a, p_gamma, p_beta, p_scaled, p_offset, R, D, BR: tl.constex
     tl.store(p_offset + o_row, b_offset, mask=m_row)
 
 
-@triton.jit
+# rows and keys in any number; only the width decides whether loads are vectors
+_SIZES = ["B", "M", "L", "Q", "NZ", "NB"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _scores_kernel(
     p_a,
     p_scaled,
@@ -93,6 +111,7 @@ def _scores_kernel(
     NZ,
     NB,
     BACKWARD: tl.constexpr,
+    PRECISION: tl.constexpr,
     BQ: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -109,11 +128,11 @@ def _scores_kernel(
     if i_block < NZ:
         o_key = i_block * BN + tl.arange(0, BN)
         m_key = o_key < M
-        b_tile = _tile(p_a, o_row, m_q, p_query + i_image * M * D, o_key, m_key, D, BQ, BN, BD)
+        b_tile = _tile(p_a, o_row, m_q, p_query + i_image * M * D, o_key, m_key, D, PRECISION, BQ, BN, BD)
     else:
         o_key = (i_block - NZ) * BN + tl.arange(0, BN)
         m_key = o_key < L
-        b_tile = _tile(p_scaled, o_row, m_q, p_x + i_image * L * D, o_key, m_key, D, BQ, BN, BD)
+        b_tile = _tile(p_scaled, o_row, m_q, p_x + i_image * L * D, o_key, m_key, D, PRECISION, BQ, BN, BD)
         b_tile += tl.load(p_offset + o_row, mask=m_q, other=0.0)[:, None]
     o_stat = (i_image * Q + o_q) * NB + i_block
     o_tile = o_stat[:, None] * BN + tl.arange(0, BN)[None, :]
@@ -153,7 +172,7 @@ def _keys(p_keys, o_key, m_key, o_col, m_col, D):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "NZ", "NB"])
 def _factor_kernel(p_max, p_sum, p_factor, p_share, R, NZ, NB, BR: tl.constexpr, BB: tl.constexpr):
     """The factors that make exponentials probabilities, tile by tile, and the share of the inputs in every row."""
     o_row, o_block = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BB)
@@ -168,7 +187,7 @@ def _factor_kernel(p_max, p_sum, p_factor, p_share, R, NZ, NB, BR: tl.constexpr,
     tl.store(p_share + o_row, b_share, mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _mix_kernel(
     p_probs,
     p_factor,
@@ -190,6 +209,7 @@ def _mix_kernel(
     NB,
     MODE: tl.constexpr,
     STORE_MIXED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BQ: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -224,11 +244,11 @@ def _mix_kernel(
             if MODE == 0:
                 b_tile = tl.load(p_probs + o_tile, mask=m_q[:, None], other=0.0)
                 b_factor = tl.load(p_factor + o_stat + i, mask=m_q, other=0.0)
-                b_acc += tl.dot(b_tile, b_keys, input_precision="ieee") * b_factor[:, None]
+                b_acc += tl.dot(b_tile, b_keys, input_precision=PRECISION) * b_factor[:, None]
             else:
                 b_dscores = _dscores(p_probs, p_factor, p_dprobs, o_tile, o_stat + i, m_q, b_delta)
                 b_share += tl.sum(b_dscores, 1)
-                b_acc = tl.dot(b_dscores.to(b_keys.dtype), b_keys, b_acc, input_precision="ieee")
+                b_acc = tl.dot(b_dscores.to(b_keys.dtype), b_keys, b_acc, input_precision=PRECISION)
         if MODE == 1:
             if i_col == 0:
                 tl.store(p_share + o_row, b_share, mask=m_q)
@@ -243,11 +263,11 @@ def _mix_kernel(
         o_tile = (o_stat + i)[:, None] * BN + o_n[None, :]
         if MODE == 1:
             b_dscores = _dscores(p_probs, p_factor, p_dprobs, o_tile, o_stat + i, m_q, b_delta)
-            b_acc = tl.dot(b_dscores.to(b_keys.dtype), b_keys, b_acc, input_precision="ieee")
+            b_acc = tl.dot(b_dscores.to(b_keys.dtype), b_keys, b_acc, input_precision=PRECISION)
         else:
             b_tile = tl.load(p_probs + o_tile, mask=m_q[:, None], other=0.0)
             b_factor = tl.load(p_factor + o_stat + i, mask=m_q, other=0.0)
-            b_acc += tl.dot(b_tile, b_keys, input_precision="ieee") * b_factor[:, None]
+            b_acc += tl.dot(b_tile, b_keys, input_precision=PRECISION) * b_factor[:, None]
     o_t = _row(o_q, i_image, B, M)[:, None] * D + o_col[None, :]
     tl.store(p_t + o_t, b_acc.to(p_t.dtype.element_ty), mask=m_out)
 
@@ -268,6 +288,7 @@ def _keys_tile(
     D,
     Q,
     NB,
+    PRECISION: tl.constexpr,
     BQ: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -287,12 +308,12 @@ def _keys_tile(
         b_probs = _probs(p_probs, p_factor, o_tile, o_stat, m_q)
         b_dprobs = tl.load(p_dprobs + o_tile, mask=m_q[:, None], other=0.0).to(tl.float32)
         b_dscores = (b_probs * (b_dprobs - b_delta[:, None])).to(b_a.dtype)
-        b_acc = tl.dot(tl.trans(b_dscores), b_a, b_acc, input_precision="ieee")
-        b_acc = tl.dot(tl.trans(b_probs.to(b_a.dtype)), b_dt, b_acc, input_precision="ieee")
+        b_acc = tl.dot(tl.trans(b_dscores), b_a, b_acc, input_precision=PRECISION)
+        b_acc = tl.dot(tl.trans(b_probs.to(b_a.dtype)), b_dt, b_acc, input_precision=PRECISION)
     return b_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_SIZES, "first"])
 def _keys_kernel(
     p_a,
     p_scaled_a,
@@ -312,6 +333,7 @@ def _keys_kernel(
     NZ,
     NB,
     first,
+    PRECISION: tl.constexpr,
     BQ: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -322,7 +344,24 @@ def _keys_kernel(
     m_col = o_col < D
     if i_block < NZ:
         b_acc = _keys_tile(
-            p_a, p_dt, p_probs, p_factor, p_dprobs, p_delta, i_image, i_block, o_col, B, M, D, Q, NB, BQ, BN, BD
+            p_a,
+            p_dt,
+            p_probs,
+            p_factor,
+            p_dprobs,
+            p_delta,
+            i_image,
+            i_block,
+            o_col,
+            B,
+            M,
+            D,
+            Q,
+            NB,
+            PRECISION,
+            BQ,
+            BN,
+            BD,
         )
         o_key = i_block * BN + tl.arange(0, BN)
         o, m = ((i_image * M + o_key)[:, None] * D + o_col[None, :], (o_key < M)[:, None] & m_col[None, :])
@@ -343,6 +382,7 @@ def _keys_kernel(
             D,
             Q,
             NB,
+            PRECISION,
             BQ,
             BN,
             BD,
@@ -352,7 +392,7 @@ def _keys_kernel(
         tl.store(p_dx + o, b_acc.to(p_dx.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "M", "Q", "each"])
 def _norm_kernel(
     p_a, p_dt, p_mixed_da, p_mixed, p_share_da, p_share, p_partial, B, M, D, Q, each, BR: tl.constexpr, BD: tl.constexpr
 ):
@@ -381,14 +421,15 @@ def _norm_kernel(
     tl.store(p_partial + tl.num_programs(1).to(tl.int64) * D + o, b_dbeta, mask=m_col)
 
 
+@functools.lru_cache(maxsize=1024)
 def _tiles(kind: str, Q: int, D: int, itemsize: int) -> dict[str, int]:
     """Tile shapes: at most 99 KB of shared memory with the stages of the pipeline, no spills."""
-    BD = min(64 if itemsize == 2 else 32, max(16, triton.next_power_of_2(D)))
-    BQ = min(128 if itemsize == 2 else 64, max(16, triton.next_power_of_2(Q)))
+    BD = min(64 if itemsize == 2 else 32, max(16, next_power_of_2(D)))
+    BQ = min(128 if itemsize == 2 else 64, max(16, next_power_of_2(Q)))
     if kind == "factor":
         return dict(BR=16, num_warps=4, num_stages=1)
     if kind == "rows":
-        return dict(BR=16, BD=min(128, max(16, triton.next_power_of_2(D))), num_warps=4, num_stages=2)
+        return dict(BR=16, BD=min(128, max(16, next_power_of_2(D))), num_warps=4, num_stages=2)
     if kind == "keys":
         BQ = min(BQ, 64)
         return dict(BQ=BQ, BN=BLOCK, BD=BD, num_warps=4, num_stages=2)
@@ -399,9 +440,9 @@ def _tiles(kind: str, Q: int, D: int, itemsize: int) -> dict[str, int]:
 
 def _groups(R: int) -> tuple[int, int]:
     """Groups of rows, at most 64, that the gradient of the norm sums separately, and blocks of 16 rows of each."""
-    blocks = triton.cdiv(R, 16)
-    each = triton.cdiv(blocks, 64)
-    return triton.cdiv(blocks, each), each
+    blocks = cdiv(R, 16)
+    each = cdiv(blocks, 64)
+    return cdiv(blocks, each), each
 
 
 def _sizes(query: Tensor, x_hat: Tensor, H: int) -> tuple[int, ...]:
@@ -415,7 +456,7 @@ def _scale(a: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     H, R, D = a.shape
     scaled, offset = torch.empty_like(a), a.new_empty(H * R, dtype=torch.float32)
     tiles = _tiles("rows", R, D, a.element_size())
-    _scale_kernel[(triton.cdiv(H * R, tiles["BR"]),)](a, gamma, beta, scaled, offset, H * R, D, **tiles)
+    launch(_scale_kernel, (cdiv(H * R, tiles["BR"]),), (a, gamma, beta, scaled, offset), (H * R, D), tiles)
     return scaled, offset
 
 
@@ -423,8 +464,9 @@ def _scores(sizes: tuple[int, ...], *pointers: Tensor | None) -> None:
     """Launch `_scores_kernel` with its pointers in order; with `dprobs`, the last one, it is the backward pass."""
     B, _, _, D, Q, _, NB = sizes
     tiles = _tiles("scores", Q, D, pointers[0].element_size())
-    grid = NB, triton.cdiv(Q, tiles["BQ"]), B
-    _scores_kernel[grid](*pointers, *sizes, BACKWARD=pointers[-1] is not None, **tiles)
+    grid = NB, cdiv(Q, tiles["BQ"]), B
+    flags = dict(BACKWARD=pointers[-1] is not None, PRECISION=input_precision(pointers[0].dtype))
+    launch(_scores_kernel, grid, pointers, sizes, flags | tiles)
 
 
 def _mix(mode: int, sizes: tuple[int, ...], *pointers: Tensor | None) -> None:
@@ -432,8 +474,9 @@ def _mix(mode: int, sizes: tuple[int, ...], *pointers: Tensor | None) -> None:
     B, _, _, D, Q, _, _ = sizes
     *_, mixed, t = pointers
     tiles = _tiles("mix", Q, D, t.element_size())
-    flags = dict(MODE=mode, STORE_MIXED=mode < 2 and mixed.numel() > 0)
-    _mix_kernel[(triton.cdiv(D, tiles["BD"]), triton.cdiv(Q, tiles["BQ"]), B)](*pointers, *sizes, **flags, **tiles)
+    flags = dict(MODE=mode, STORE_MIXED=mode < 2 and mixed.numel() > 0, PRECISION=input_precision(t.dtype))
+    grid = cdiv(D, tiles["BD"]), cdiv(Q, tiles["BQ"]), B
+    launch(_mix_kernel, grid, pointers, sizes, flags | tiles)
 
 
 def attend(
@@ -448,9 +491,8 @@ def attend(
     t, mixed = torch.empty_like(a), a.new_empty(B if keep_mixed else 0, Q, D)
     share = sums.new_empty(B, Q)
     tiles = _tiles("factor", Q, D, a.element_size())
-    _factor_kernel[(triton.cdiv(B * Q, tiles["BR"]),)](
-        largest, sums, factor, share, B * Q, NZ, NB, BB=triton.next_power_of_2(NB), **tiles
-    )
+    pointers, numbers = (largest, sums, factor, share), (B * Q, NZ, NB)
+    launch(_factor_kernel, (cdiv(B * Q, tiles["BR"]),), pointers, numbers, dict(BB=next_power_of_2(NB), **tiles))
     _mix(0, sizes, probs, factor, None, None, query, x_hat, gamma, beta, share, mixed, t)
     return t, probs, factor, share, mixed
 
@@ -493,16 +535,16 @@ def attend_backward(
         first, last = 0 if needs["query"] else NZ, NB if needs["x_hat"] else NZ
         tiles = _tiles("keys", Q, D, a.element_size())
         if last > first:
-            _keys_kernel[(triton.cdiv(D, tiles["BD"]), last - first, B)](
-                a, scaled_a, dt, scaled_dt, probs, factor, dprobs, delta, dquery, dx_hat, *sizes, first, **tiles
-            )
+            pointers = a, scaled_a, dt, scaled_dt, probs, factor, dprobs, delta, dquery, dx_hat
+            constants = dict(PRECISION=input_precision(a.dtype), **tiles)
+            grid = cdiv(D, tiles["BD"]), last - first, B
+            launch(_keys_kernel, grid, pointers, (*sizes, first), constants)
     if needs["norm"]:
         groups, each = _groups(B * Q)
         partial = sums.new_empty(2, groups, D)
         tiles = _tiles("rows", Q, D, a.element_size())
-        _norm_kernel[(triton.cdiv(D, tiles["BD"]), groups)](
-            a, dt, mixed_da, mixed, share_da, share, partial, B, M, D, Q, each, **tiles
-        )
+        pointers = a, dt, mixed_da, mixed, share_da, share, partial
+        launch(_norm_kernel, (cdiv(D, tiles["BD"]), groups), pointers, (B, M, D, Q, each), tiles)
         torch.sum(partial[0], 0, out=dgamma)
         torch.sum(partial[1], 0, out=dbeta)
     return da, t
@@ -537,19 +579,20 @@ def _cases(model: str, L: int, D: int) -> list[KernelCase]:
 
     def scores(name: str, pointers: tuple, nbytes: int, backward: bool) -> KernelCase:
         arguments = bf16, bf16, fp32, bf16, bf16, bf16, *pointers, *sizes
-        return case(name, _scores_kernel, "scores", arguments, dict(BACKWARD=backward), product, nbytes, dot=True)
+        flags = dict(BACKWARD=backward, PRECISION="ieee")
+        return case(name, _scores_kernel, "scores", arguments, flags, product, nbytes, dot=True)
 
     def mix(name: str, mode: int, flops: int, nbytes: int) -> KernelCase:
         gradients = (bf16, fp32) if mode == 1 else (None, None)
         arguments = bf16, fp32, *gradients, bf16, bf16, bf16, bf16, fp32, bf16, bf16, *sizes
-        flags = dict(MODE=mode, STORE_MIXED=mode < 2)
+        flags = dict(MODE=mode, STORE_MIXED=mode < 2, PRECISION="ieee")
         return case(name, _mix_kernel, "mix", arguments, flags, flops, nbytes, dot=True)
 
     scale_arguments = bf16, bf16, bf16, bf16, fp32, B * Q, D
     factor_arguments = fp32, fp32, fp32, fp32, B * Q, NZ, NB
     keys_arguments = bf16, bf16, bf16, bf16, bf16, fp32, bf16, fp32, bf16, bf16, *sizes, 0
     norm_arguments = bf16, bf16, bf16, bf16, fp32, fp32, fp32, B, M, D, Q, each
-    blocks, keys_bytes = dict(BB=triton.next_power_of_2(NB)), 4 * rows + 2 * tiles + (NB + 1) * number + keys
+    blocks, keys_bytes = dict(BB=next_power_of_2(NB)), 4 * rows + 2 * tiles + (NB + 1) * number + keys
     factor = 6 * B * Q * NB, (3 * NB + 1) * number
     return [
         case("scale", _scale_kernel, "rows", scale_arguments, {}, 2 * rows, 2 * rows + 4 * D + number),
@@ -559,7 +602,7 @@ def _cases(model: str, L: int, D: int) -> list[KernelCase]:
         mix("mix", 0, product, mix_bytes),
         mix("mix backward", 1, product, mix_bytes + tiles + number),
         mix("mix again", 2, 2 * B * Q * M * D, again_bytes),
-        case("keys", _keys_kernel, "keys", keys_arguments, {}, 2 * product, keys_bytes, dot=True),
+        case("keys", _keys_kernel, "keys", keys_arguments, dict(PRECISION="ieee"), 2 * product, keys_bytes, dot=True),
         case("norm", _norm_kernel, "rows", norm_arguments, {}, 4 * rows, 4 * rows + 2 * number + 8 * groups * D),
     ]
 

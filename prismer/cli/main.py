@@ -18,6 +18,7 @@ from prismer.cli.models import add_model_commands
 from prismer.cli.plan import add_plan_command
 from prismer.cli.semantics import add_semantics_commands
 from prismer.cli.streams import LenientStream, discard, discard_if_full, open_closed_streams
+from prismer.cli.tune import add_tune_command
 from prismer.errors import InputError, MachineError
 from prismer.files import is_disk_failure, sentence
 
@@ -82,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_experts_commands(commands)
     add_semantics_commands(commands)
     add_plan_command(commands)
+    add_tune_command(commands)
     add_model_commands(commands)
     return parser
 

@@ -1,6 +1,7 @@
 """Options of several commands, each declared once, and what their values open: a device, a model, expert networks."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from prismer.errors import InputError
@@ -65,10 +66,13 @@ def load_model(
     import torch
 
     from prismer.dataloading.semantics.features import TABLE_FILES, Semantics
+    from prismer.kernels import tuning
     from prismer.model import Prismer
     from prismer.quantise import check_device, quantise
 
     device = pick_device(device_name)
+    if advice := tuning.advice(device.type):
+        print(f"prismer: {advice}", file=sys.stderr)
     if int8:
         check_device(device)
     dtype = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}[precision]

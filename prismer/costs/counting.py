@@ -97,6 +97,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     "mkldnn::_linear_pointwise": lambda x, weight, *_, **__: 2 * x.numel() * weight.shape[0],
+    "prismer_native::few_rows_linear": lambda x, weight, *_, **__: 2 * x.numel() * weight.shape[0],
     "prismer_native::attention": _attention,
     "prismer_native::attention_backward": _native_attention_backward,
     "prismer_native::decode_attention": _decode_attention,

@@ -192,7 +192,11 @@ def _pretend_world(world: int) -> Iterator[None]:
     """Make batch norm see `world` processes, because it keeps other tensors in several than in one."""
     before = layers.dist
     layers.dist = SimpleNamespace(
-        is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: world, all_reduce=lambda x: None
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        get_world_size=lambda: world,
+        get_rank=lambda: 0,
+        all_reduce=lambda x: None,
     )
     try:
         yield

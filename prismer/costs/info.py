@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import os
 import platform
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from prismer import __version__
 from prismer.config import PrismerConfig, preset
 from prismer.errors import InputError
 from prismer.freezing import FREEZE_MODES, freeze
-from prismer.kernels.dispatch import backends
+from prismer.kernels import tuning
+from prismer.kernels.dispatch import all_ops, asked, backends
 from prismer.model import Prismer
 from prismer.shipped import model_folder
 from prismer.weights.folder import folder_config
@@ -61,6 +63,7 @@ def info_text(model: str) -> str:
         "machine": _machine(),
         "versions": _versions(),
         "kernels": _kernels(),
+        "what runs": _choices(),
     }
     return "\n\n".join(_table(title, rows) for title, rows in sections.items())
 
@@ -124,6 +127,27 @@ def _versions() -> dict[str, str]:
 def _kernels() -> dict[str, str]:
     """The backends of each op: "usable", or the reason why not."""
     return {f"{row.op}, {row.backend}": "usable" if row.usable else row.reason for row in backends()}
+
+
+def _choices() -> dict[str, str]:
+    """For each op what the prior takes, and what was measured as faster on this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = tuning.table(device)
+    source = f"{table.source} ({len(table.entries)} calls, {table.digest})" if table.entries else ""
+    rows = {"measured choices": "; ".join(filter(None, (tuning.advice(device), source)))}
+    for op in all_ops():
+        usable = op.usable(device)
+        prior = "torch's own operators where they do as well, else " if op.host and device == "cpu" else ""
+        text = f"prior: {prior}{usable[0]}"
+        entries = [entry for entry in table.entries if entry.op == op.name]
+        counts = Counter(entry.choice for entry in entries)
+        if entries:
+            chosen = ", ".join(f"{choice} for {count} calls" for choice, count in counts.most_common())
+            text += f"; measured: {chosen} (up to {max(entry.gain for entry in entries):.2f} times as fast)"
+        if asked(op.name):
+            text += f"; asked for: {asked(op.name)}"
+        rows[op.name] = text
+    return rows
 
 
 def _count(module: nn.Module) -> int:

@@ -71,6 +71,7 @@ class TrainConfig:
         freeze: which inherited towers are frozen, see prismer/freezing.py.
         precision: bf16, fp32, or auto: bf16 unless this processor multiplies bf16 more slowly than fp32.
         gradient_checkpointing: whether the backward pass recomputes activations to save memory.
+        deterministic: whether a GPU, too, gives the same bits in each run; slower there, and without effect on a CPU.
         loader_threads: threads of each process that decode images, and as many that read samples.
         log_every, save_every: steps between lines of metrics.jsonl, and between checkpoints.
         eval_every: steps between two evaluations; 0 evaluates at the end of each epoch.
@@ -113,6 +114,7 @@ class TrainConfig:
     freeze: str = "freeze_lang_vision"
     precision: str = "auto"
     gradient_checkpointing: bool = False
+    deterministic: bool = False
 
     loader_threads: int = 2
     log_every: int = 10

@@ -2,7 +2,8 @@
 
     runs/NAME/
       .lock                 held by the run's first process, so that no two trainings use one folder
-      train_config.json     TrainConfig and the precision that was chosen at the first start
+      train_config.json     TrainConfig, the precision that was chosen at the first start, and which measured choices
+                            the last start took (a digest)
       answers.json          the answers of the training split, which evaluation ranks (text_statistics.py)
       guesses.json          its most frequent answers and caption, and the class names
       metrics.jsonl         one line for each logged step or evaluation (progress.py)
@@ -185,11 +186,14 @@ class RunFolder:
         """Rename the folder of an earlier run; returns its new path, or None if there is no earlier run."""
         return self.path.rename(_free_name(self.path)) if self.path.exists() else None
 
-    def reconcile_settings(self, config: TrainConfig, choose_precision: Callable[[], str]) -> tuple[str, list[str]]:
+    def reconcile_settings(
+        self, config: TrainConfig, choose_precision: Callable[[], str], choices: str = ""
+    ) -> tuple[str, list[str]]:
         """Store the settings at the first start, and compare them with the stored ones at a later start (rank 0).
 
         Args:
             choose_precision: called only at the first start, since a resumed run keeps its precision.
+            choices: digest of the table of measured choices; "" if there is none.
 
         Returns:
             The run's precision, and one line for each setting that a resumed run changes.
@@ -202,7 +206,7 @@ class RunFolder:
         if self.last() is None:
             self.path.mkdir(parents=True, exist_ok=True)
             precision = choose_precision()
-            write_json(file, dict(precision=precision, settings=now))
+            write_json(file, dict(precision=precision, choices=choices, settings=now))
             return precision, []
         stored = read_json(file, dict, _REMEDY)
         before, precision = stored.get("settings"), stored.get("precision")
@@ -219,12 +223,19 @@ class RunFolder:
                 f"{self.path} trains in {precision}, not {config.precision}; set precision to auto or {precision}"
             )
         quiet = ("precision", "run")
+        # a run that was started before a setting existed had its default
+        before = {name: before.get(name, getattr(TrainConfig, name)) for name in now}
         changes = [
-            f"{name}: {before.get(name)} -> {value}"
+            f"{name}: {before[name]} -> {value}"
             for name, value in now.items()
-            if before.get(name) != value and name not in quiet
+            if before[name] != value and name not in quiet
         ]
-        write_json(file, dict(precision=precision, settings=now))
+        # a run of an earlier version stored no digest
+        earlier = stored.get("choices", choices)
+        if earlier != choices:
+            was, now_is = earlier or "none", choices or "none"
+            changes.append(f"measured choices: {was} -> {now_is}, so sums may round otherwise")
+        write_json(file, dict(precision=precision, choices=choices, settings=now))
         return precision, changes
 
     def save(self, engine: nn.Module, state: dict, score: float | None) -> Path:

@@ -1,5 +1,6 @@
 """Set-up: everything that training needs, built from the config, the dataset and the run folder."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from prismer.dataloading.feed.loader import Loader
 from prismer.dataloading.scenes.dataset import render_dataset
 from prismer.errors import InputError
 from prismer.freezing import freeze
+from prismer.kernels import tuning
+from prismer.kernels.tuning.tables import Table
 from prismer.model import Prismer
 from prismer.precision import NAMES, choose_precision, slow_resumption
 from prismer.training import zero
@@ -55,12 +58,17 @@ class Run:
         self, config: TrainConfig, settings: dict, *, local_rank: int | None = None, fresh: bool = False
     ) -> None:
         self.config = config
+        if config.deterministic:
+            be_deterministic()
         self.device, self.group = zero.start_distributed(local_rank)
         self.is_rank_zero = dist.get_rank() == 0
         self.folder = RunFolder(config.folder)
         micro_batch = config.micro_batch(dist.get_world_size())
         zero.check_settings(config, settings)
-        self.precision = zero.run_on_rank_zero(lambda: _prepare(config, self.folder, self.device, fresh), self.group)
+        prepared = zero.run_on_rank_zero(lambda: _prepare(config, self.folder, self.device, fresh), self.group)
+        self.precision = prepared["precision"]
+        # every rank takes the implementations that rank 0 takes
+        tuning.use_table(self.device.type, Table.from_json(prepared["table"]))
 
         checkpoint = self.folder.last()
         if checkpoint:
@@ -96,10 +104,27 @@ class Run:
         return predict(model, self.val_loader, self.config.task, self.statistics, group=self.group, **options)
 
 
-def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh: bool) -> str:
-    """On rank 0, before anything is built: lock and check the run folder, render the data, choose the precision."""
+def be_deterministic() -> None:
+    """Let torch take only algorithms that give the same bits in each run, in this process from now on.
+
+    The default backward passes of attention and convolutions on a GPU add in any order.
+    """
+    # read when cuBLAS starts; without it torch refuses matrix products
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # torch would fill each new tensor; every op here writes all of its output
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh: bool) -> dict[str, str]:
+    """On rank 0, before anything is built: lock and check the run folder, render the data, choose the precision.
+
+    Returns:
+        The precision, and the table of measured choices as text.
+    """
     data = Path(config.data)
-    width = initial_config(config.model).vision_width
+    model = initial_config(config.model)
     if config.data != EMBEDDED_DATA:
         check_dataset(data)
     # the earlier run is moved only after model and data were checked
@@ -112,16 +137,19 @@ def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh
         check_dataset(data)
 
     def choose() -> str:
-        chosen, why = choose_precision(config.precision, width, device)
+        chosen, why = choose_precision(config.precision, model, device)
         print_on_rank_zero(why)
         return chosen
 
-    precision, changes = folder.reconcile_settings(config, choose)
-    if folder.last() and (slow := slow_resumption(precision, width, device)):
+    table = tuning.table(device.type)
+    if advice := tuning.advice(device.type):
+        print_on_rank_zero(advice)
+    precision, changes = folder.reconcile_settings(config, choose, table.digest if table.entries else "")
+    if folder.last() and (slow := slow_resumption(precision, model, device)):
         print_on_rank_zero(slow)
     for change in changes:
         print_on_rank_zero(f"changed since the run was started: {change}")
-    return precision
+    return dict(precision=precision, table=table.to_json())
 
 
 def _count_steps(config: TrainConfig, loader: Loader) -> tuple[int, int]:

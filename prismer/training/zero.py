@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prismer.errors import InputError
+from prismer.training import zero_alone
 from prismer.training.config import TrainConfig
 from prismer.training.engine_settings import complete_settings
 
@@ -184,6 +185,8 @@ def build_engine(model: nn.Module, config: TrainConfig, settings: dict, precisio
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=build_optimizer(model, config), config=merged, dist_init_required=False
     )
+    if zero_alone.is_alone(engine):
+        zero_alone.stay_gathered(engine)
     return engine
 
 
@@ -193,12 +196,14 @@ def build_engine(model: nn.Module, config: TrainConfig, settings: dict, precisio
 @contextmanager
 def gathered(tensor: Tensor) -> Iterator[Tensor]:
     """Give a parameter or buffer with all its data; valid inside the context (collective)."""
-    if hasattr(tensor, "ds_id"):
-        import deepspeed
+    if not hasattr(tensor, "ds_id"):
+        yield tensor.data
+        return
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        with deepspeed.zero.GatheredParameters([tensor]):
-            yield tensor.data
-    else:
+    # DeepSpeed would release a parameter that was gathered before
+    with deepspeed.zero.GatheredParameters([tensor], enabled=tensor.ds_status != ZeroParamStatus.AVAILABLE):
         yield tensor.data
 
 

@@ -31,10 +31,10 @@ def test_the_entry_point_prints_its_version_and_refuses_a_missing_image():
     assert done.stderr == "prismer: no image file none.jpg; check the path\n"
 
 
-@pytest.mark.parametrize("name", ("PRISMER_BACKEND", "PRISMER_MATMUL"))
-def test_a_wrong_environment_variable_is_one_sentence(images, name):
-    done = process("caption", images[0], env={**os.environ, name: "fast"})
-    assert done.returncode == 2 and done.stderr.startswith(f"prismer: {name} is 'fast'; ")
+@pytest.mark.parametrize("value", ("fast", "mlp:fast", "no_op:torch"))
+def test_a_wrong_environment_variable_is_one_sentence(images, value):
+    done = process("caption", images[0], env={**os.environ, "PRISMER_BACKEND": value})
+    assert done.returncode == 2 and done.stderr.startswith("prismer: PRISMER_BACKEND ")
     assert done.stderr.count("\n") == 1
 
 

@@ -32,21 +32,22 @@ def product(M, N, K, dtype, *, bias=0, read=0, written=0, sums=0) -> Cost:
     """
     tiles, s = _tiles(M, N, dtype), dtype.itemsize
     num_m, num_n, num_k = (-(-size // tiles[block]) for size, block in ((M, "BM"), (N, "BN"), (K, "BK")))
-    partial = 4 * N * num_m if sums else 0
+    # one row of tiles writes the sums at once
+    partial = 4 * N * num_m if sums and num_m > 1 else 0
     return Cost(
         read=M * K * s * num_n + K * N * s * num_m + read * M * N * s + num_m * N * bias + partial,
-        written=(1 + written) * M * N * s + (partial + sums * N if sums else 0),
+        written=(1 + written) * M * N * s + partial + sums * N,
         dot=2 * num_m * tiles["BM"] * num_n * tiles["BN"] * num_k * tiles["BK"],
     )
 
 
 def column_sums(R, D, dtype) -> Cost:
     """The issued cost of kernels/activation.py's column sums, for a bias of the dtype of its rows."""
-    from prismer.kernels.activation import _tiles
-    from prismer.kernels.layer_norm import _groups
+    from prismer.kernels.activation import _backward_plan
 
-    P, _ = _groups(R, _tiles(D)["BR"])
-    return Cost(read=R * D * dtype.itemsize + 4 * P * D, written=4 * P * D + dtype.itemsize * D)
+    _, P, _ = _backward_plan(R, D, True)
+    partial = 4 * P * D if P > 1 else 0
+    return Cost(read=R * D * dtype.itemsize + partial, written=partial + dtype.itemsize * D)
 
 
 def check(ledger, *costs: Cost) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from prismer.kernels import adaptor as module
 from prismer.kernels.adaptor import adaptor, adaptor_reference
 from prismer.kernels.dispatch import use_backend
-from tests.ops.product_ledger import Cost, check, column_sums, product
+from tests.ops.product_ledger import Cost, check, product
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "on_backend")
 
@@ -222,16 +222,25 @@ def test_frozen_parameters_save_and_compute_nothing(trains, late, on_backend, co
     arguments = [backward[name] for name in names]
     with torch.no_grad(), count_calls() as calls:
         module._backward(*arguments)
-    reduced = [call["affine"] for call in calls["prismer::layer_norm_backward"]]
-    assert reduced == ([affine] if late or need_u else [])
     # the early order computes the norm again for the gradient of down_weight alone
-    assert len(calls["prismer::layer_norm"]) == (need_down and not late)
+    again, norms = need_down and not late, int(late or need_u)
     if on_backend == "torch":
+        assert [call["affine"] for call in calls["prismer::layer_norm_backward"]] == [affine] * norms
+        assert len(calls["prismer::layer_norm"]) == again
         assert len(calls["aten::mm"]) == products and not calls["aten::addmm"]
         return
     with torch.no_grad(), interpreted() as ledger:
         module._backward(*arguments)
     assert ledger.kernels.count("_gemm_kernel") == products
+    # in one pass with the gradient of the norm, if that is computed
+    assert (("_backward_kernel", "p_y") in ledger.traffic) == (again and need_u)
+    assert ledger.kernels.count("_forward_kernel") == (again and not need_u)
+    in_norm = ledger.traffic.get(("_sum_groups_kernel", "p_second"), [0, 0])[1] > 0
+    assert in_norm == (affine and norms > 0)
+    # the sums of dt end the pass of the norm, or are a launch of their own
+    sums = norms and (affine or need_up_bias)
+    alone = need_up_bias and not norms
+    assert ledger.launches == products + norms + sums + (again and not need_u) + alone
 
 
 @ORDERS
@@ -330,8 +339,8 @@ def test_ledger(late):
 
     R, D, E, dtype = 67, 60, 70, torch.bfloat16
     tensors = draw(R, D, E, dtype)
-    # test_layer_norm.py proves the bytes of the norm; one block is 16 rows
-    blocks = -(-R // 16)
+    # test_layer_norm.py proves the bytes of the norm; one block is 16 rows, and 32 in the backward pass
+    blocks, groups = -(-R // 16), -(-R // 32)
     norm = Cost(read=R * D * 2 + blocks * 2 * D * 2, written=R * D * 2 + 8 * R)
     with interpreted() as ledger:
         _, r, total, mean, rstd = torch.ops.prismer.adaptor(*tensors, late, 1e-5)
@@ -342,18 +351,17 @@ def test_ledger(late):
             dy, tensors[0], r, total if late else None, mean, rstd, *tensors[1:], late, 1e-5, [True] * 7
         )
     norm_backward = Cost(
-        read=(2 + (not late)) * R * D * 2 + blocks * D * 2 + 8 * R + 8 * blocks * D,
-        written=R * D * 2 + 8 * blocks * D + 8 * D,
+        # three sums: those for the affine, and of dt for dup_bias; the early order writes the norm again, for ddown
+        read=(2 + (not late)) * R * D * 2 + (1 + (not late)) * groups * D * 2 + 8 * R + 12 * groups * D,
+        written=(1 + (not late)) * R * D * 2 + 12 * groups * D + 6 * D,
     )
     check(
         ledger,
         norm_backward,
-        Cost() if late else norm,  # the norm again, for ddown
         product(R, E, D, dtype, read=1, sums=2),  # dh
         product(R, D, E, dtype, read=int(late)),  # du, and dx of the late order
         product(E, D, R, dtype),  # ddown
         product(D, E, R, dtype),  # dup
-        column_sums(R, D, dtype),  # dup_bias
     )
 
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from prismer.kernels import dispatch
-from prismer.kernels.attention import attention, attention_reference, torch_backend, triton_backend
+from prismer.kernels.attention import OP, attention, attention_reference, native_backend, torch_backend, triton_backend
+from prismer.kernels.attention.call import Facts
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.philox import philox, survivors
 
@@ -435,8 +436,29 @@ def test_gradcheck():
 
 
 @pytest.mark.cpu
-def test_which_backend_is_chosen(count_calls):
+@pytest.mark.parametrize(("amx", "mkl"), ((False, True), (True, True), (False, False)))
+def test_the_instruction_set_and_the_vendor_decide_until_it_is_measured(monkeypatch, amx, mkl):
+    """AMX multiplies 16 bits faster than our vectors; where MKL is fast, torch is faster for few queries."""
+    if dispatch.native_missing() is not None or torch.ops.prismer_native.cpu_capability() != "avx512":
+        pytest.skip("the kernel is chosen on AVX-512 alone")
+    monkeypatch.setattr(native_backend, "has_amx", lambda: amx)
+    monkeypatch.setattr(native_backend, "mkl_is_slow", lambda: not mkl)
+
+    def chosen(queries, dtype, gradient=False):
+        shape = 8, queries, 1024, 64, 0
+        return OP.choose(Facts(device=torch.device("cpu"), dtype=dtype, head_dim=64, shape=shape, gradient=gradient))
+
+    assert chosen(1024, torch.float32) == "native"
+    assert chosen(1024, torch.bfloat16) == ("sdpa" if amx else "native")
+    assert chosen(32, torch.float32, True) == ("sdpa" if mkl else "native")
+    assert chosen(512, torch.float32) == ("sdpa" if mkl else "native")
+    assert chosen(512, torch.float32, True) == "native"
+
+
+@pytest.mark.cpu
+def test_which_backend_is_chosen(count_calls, monkeypatch):
     """On a CPU ours where it is faster or a seed is given, torch's own with dropout; the argument beats the context."""
+    monkeypatch.setattr(native_backend, "mkl_is_slow", lambda: True)
     tensors, _ = draw(1, 1, 5, 5, 32, "", torch.float32)
 
     def ours(**options):

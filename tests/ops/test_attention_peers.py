@@ -153,6 +153,14 @@ def facts_of(capability=(9, 0), **changes):
     return Facts(**given | changes)
 
 
+def test_cudnn_precedes_generation_2_on_recent_gpus(install):
+    install(FLASH2)
+    assert peers.flash_attn_slower(facts_of((8, 0))) is None
+    assert "cuDNN" in peers.flash_attn_slower(facts_of((9, 0)))
+    install(FLASH3)
+    assert peers.flash_attn_slower(facts_of((9, 0))) is None
+
+
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("name", RECORDS)
 def test_calls_bind_to_the_published_signature(name, causal, install, monkeypatch):

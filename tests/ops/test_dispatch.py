@@ -19,6 +19,7 @@ import torch
 from torch.autograd import forward_ad
 
 import prismer.kernels.dispatch as dispatch
+from prismer.kernels import tuning
 from prismer.kernels.dispatch import (
     NATIVE,
     TORCH,
@@ -32,18 +33,20 @@ from prismer.kernels.dispatch import (
     use_backend,
 )
 from prismer.kernels.layer_norm import layer_norm
+from prismer.kernels.tuning.tables import Table
 
 pytestmark = pytest.mark.cpu
 
 OPS = {op.name: op for op in all_ops()}
-# parts of the loss and of attention, which have the definitions
-PARTS = ("logit_statistics", "philox_kept")
+# parts of the loss and of attention, which have the definitions, and a plain product
+PARTS = ("logit_statistics", "philox_kept", "linear")
 TOY = Op(name="toy", reference=abs, backends=(NATIVE, TRITON, TORCH))
 
 
 def call(device="cpu", dtype=torch.float32):
     """What a choice looks at."""
-    return types.SimpleNamespace(device=torch.device(device), dtype=dtype)
+    sizes = dict(shape=(4, 8), dim=lambda: 2, numel=lambda: 32)
+    return types.SimpleNamespace(device=torch.device(device), dtype=dtype, **sizes)
 
 
 CPU, CUDA = call("cpu"), call("cuda")
@@ -58,9 +61,15 @@ def machine(request, monkeypatch):
     monkeypatch.setattr(dispatch, "package_missing", lambda name: missing.get(name, f"{name} is not installed"))
     monkeypatch.setattr(dispatch, "_has_native", lambda op, device: op == "toy")
     dispatch._log_once.cache_clear()
-    dispatch._usable.cache_clear()
+    _forget_choices()
     yield
+    _forget_choices()
+
+
+def _forget_choices():
     dispatch._usable.cache_clear()
+    for device in ("cpu", "cuda"):
+        tuning.use_table(device, Table())
 
 
 def test_an_older_build_of_the_extension_says_so(machine):
@@ -72,7 +81,7 @@ def test_an_older_build_of_the_extension_says_so(machine):
 
 def test_the_first_usable_backend_runs_unless_another_is_asked_for(machine):
     assert TOY.choose(CPU) == TOY.choose(CUDA) == "native"
-    assert OPS["mlp"].choose(CUDA) == "triton" and OPS["mlp"].choose(CPU) == "torch"
+    assert OPS["instance_rows"].choose(CUDA) == "triton" and OPS["instance_rows"].choose(CPU) == "torch"
     with use_backend("torch"):
         assert TOY.choose(CPU) == "torch" and TOY.choose(CPU, asked_for="native") == "native"
         with use_backend(None):
@@ -85,7 +94,7 @@ def test_a_backend_that_an_op_does_not_have_is_ignored_and_one_that_cannot_run_i
         # there is no native loss, so the request cannot mean it
         assert OPS["linear_cross_entropy"].choose(CPU) == "torch"
         with pytest.raises(RuntimeError, match="native bias_activation serves cpu tensors, not cuda"):
-            OPS["bias_activation"].choose(CUDA)
+            OPS["bias_activation"].choose(CUDA, "gelu")
 
 
 def test_the_interpreter_is_only_taken_when_asked_for(machine):
@@ -247,7 +256,16 @@ def test_every_op_has_a_definition_and_ends_with_torch_for_any_device(name):
     assert last.name == "torch" and last.devices is None and last.refuses is None and last.float64
 
 
-@pytest.mark.parametrize("name", [name for name in OPS if name != "attention"])
+@pytest.mark.parametrize("name", ("layer_norm", "mlp", "adaptor"))
+def test_the_vendors_kernels_come_first_on_a_gpu_until_it_is_measured(machine, name):
+    op = OPS[name]
+    assert op.choose(CUDA) == "torch"
+    key = name, torch.float32, True, op.shape_class(CUDA)
+    with tuning.forcing({key: "triton"}):
+        assert op.choose(CUDA, gradient=True) == "triton" and op.choose(CUDA) == "torch"
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name not in ("attention", "linear")])
 def test_native_comes_before_triton_and_triton_before_torch(name):
     names = [backend.name for backend in OPS[name].backends]
     assert names == [name for name in ("native", "triton", "torch") if name in names]

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from prismer.kernels import instance_rows as module
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.instance_rows import add_instance_rows, add_instance_rows_reference
 
@@ -273,16 +274,34 @@ def test_ledger(with_rows, with_positions):
     # the row of each cell, read from a table whose column 0 is its own index, with x = 0
     index = torch.arange(num_rows, dtype=torch.float64)[:, None]
     row = plain(torch.zeros(B, grid**2, 1).double(), ids, index, rows, grid).flatten().long()
-    tiles = [row[start : start + 32] for start in range(0, N, 32)]
-    met = sum(len((tile // 32).unique()) for tile in tiles)
-    cells = sum(len((tile // 32).unique()) * len(tile) for tile in tiles)
-    blocks, columns = -(-num_rows // 32), -(-D // 64)
+    tiles = [row[start : start + 128] for start in range(0, N, 128)]
+    met = sum(len((tile // 16).unique()) for tile in tiles)
+    cells = sum(len((tile // 16).unique()) * len(tile) for tile in tiles)
+    blocks, columns = -(-num_rows // 16), -(-D // 32)
     # a tile skips the blocks that none of its cells names; a rare draw names all
     assert 0 < met <= blocks * len(tiles)
-    assert ledger.dot_flops == 2 * 32 * 32 * 64 * met * columns
+    assert ledger.dot_flops == 2 * 16 * 128 * 32 * met * columns
     assert ledger.bytes_read == D * 2 * cells + blocks * columns * lookup * N
     assert ledger.bytes_written == 4 * num_rows * D
     assert ledger.launches == 1
+
+
+@pytest.mark.parametrize("on_backend", ("triton",), indirect=True)
+def test_many_cells_are_summed_in_parts(monkeypatch):
+    """As many as fit: the partial sums of a large table would take more memory than they are worth."""
+    from tests.ops.interpreter import interpreted
+
+    assert module._parts(8 * 196, 128, 768) == (1, 13)
+    assert module._parts(64 * 256, 128, 1024) == (8, 16)
+    assert module._parts(64 * 256, 2048, 1024) == (2, 64)
+    monkeypatch.setattr(module, "_MOST_TILES", 1)
+    x, ids, table, rows, *_ = draw((3, 23, 7, 70, 132), torch.float32, True)
+    with interpreted() as ledger:
+        dtable, _ = torch.ops.prismer.instance_rows_backward(x, ids, rows, 70, 7, True, False)
+    assert ledger.kernels == ["_table_kernel", "_sum_parts_kernel"]
+    index = module._cell_rows(ids, rows, 70, 7).flatten()
+    expected = torch.zeros(70, 132, dtype=torch.float64).index_add_(0, index, x.double().flatten(0, 1))
+    torch.testing.assert_close(dtable.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("on_backend", ("torch",), indirect=True)

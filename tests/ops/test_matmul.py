@@ -8,25 +8,23 @@ import torch
 import torch.nn.functional as F
 
 from prismer.costs.counting import CostCounter
-from prismer.kernels import matmul
+from prismer.kernels import matmul, tuning
 from prismer.kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
+from prismer.kernels.tuning import tables
 
 pytestmark = pytest.mark.cpu
 
-INTEL = "vendor_id : GenuineIntel\nflags : avx2 avx512f\n"
-AMD = "vendor_id : AuthenticAMD\nflags : avx2 avx512f\n"
-
 
 @pytest.fixture(params=(True, False), ids=("onednn", "torch"))
-def library(request, monkeypatch):
+def library(request):
     """Use this library, regardless of the processor."""
     if request.param and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this torch gives no access to oneDNN's product")
-    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: request.param)
-    return request.param
+    with use_backend("linear:onednn" if request.param else "linear:torch"):
+        yield request.param
 
 
 @pytest.mark.parametrize("shape", ((1, 7, 5), (3, 64, 48), (0, 4, 3), (4, 0, 3), (33, 17, 100)), ids=str)
@@ -88,27 +86,35 @@ def test_the_counter_counts_both_libraries_alike(library):
     assert counter.flops == 2 * 3 * 5 * 8
 
 
-@pytest.mark.parametrize(
-    ("cpuinfo", "asked", "expected"),
-    ((AMD, "auto", True), (INTEL, "auto", False), (AMD.replace("avx512f", ""), "auto", False), (AMD, "torch", False)),
-)
-def test_the_processor_decides(monkeypatch, tmp_path, cpuinfo, asked, expected):
-    file = tmp_path / "cpuinfo"
-    file.write_text(cpuinfo)
-    monkeypatch.setattr(matmul, "Path", lambda name: file)
-    monkeypatch.setattr(matmul, "_asked", asked)
-    matmul.onednn_is_faster.cache_clear()
+def library_of(dtype=torch.float32, rows=3):
+    matmul._pick.cache_clear()
     try:
-        known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        assert matmul.onednn_is_faster() == (expected and known)
+        return matmul.library_of(torch.empty(rows, 8, dtype=dtype), 4)
     finally:
-        monkeypatch.undo()
-        matmul.onednn_is_faster.cache_clear()
+        matmul._pick.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "slow"),
+    (("AuthenticAMD", "avx2 avx512f", True), ("GenuineIntel", "avx2 avx512f", False), ("AuthenticAMD", "avx2", False)),
+)
+def test_the_processor_decides_until_it_is_measured(monkeypatch, vendor, flags, slow):
+    monkeypatch.setattr(tables, "_cpu", lambda: dict(device=f"{vendor} 26 68", instructions=flags))
+    assert library_of() == ("onednn" if slow and hasattr(torch.ops.mkldnn, "_linear_pointwise") else "torch")
+
+
+def test_a_measured_choice_precedes_the_processor(monkeypatch):
+    for slow, choice in ((True, "torch"), (False, "onednn")):
+        monkeypatch.setattr(matmul, "mkl_is_slow", lambda slow=slow: slow)
+        with tuning.forcing({("linear", torch.float32, False, (4, 8, 4)): choice}):
+            assert library_of() == choice
+            assert library_of(rows=5) == ("onednn" if slow else "torch")
 
 
 def test_onednn_multiplies_fp32_with_data_alone(monkeypatch):
-    monkeypatch.setattr(matmul, "onednn_is_faster", lambda: True)
-    assert matmul.on_onednn(torch.randn(2, 2))
-    assert not matmul.on_onednn(torch.randn(2, 2, dtype=torch.float64))
-    assert not matmul.on_onednn(torch.randn(2, 2, dtype=torch.bfloat16))
-    assert not matmul.on_onednn(torch.randn(2, 2, device="meta"))
+    monkeypatch.setattr(matmul, "mkl_is_slow", lambda: True)
+    assert library_of() == "onednn"
+    assert library_of(torch.float64) == "torch" == library_of(torch.bfloat16)
+    assert matmul.library_of(torch.empty(3, 8, device="meta"), 4) == "torch"
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert library_of() == "torch"

@@ -128,6 +128,7 @@ OPS = {
         lambda m, dtype, rule: m.test_rms_norm_equals_its_definition((5, 60), True, dtype, rule),
     ),
     "linear": ("linears", lambda m, dtype, rule: m.test_linears(2, "x w0 b0 w1 b1", dtype, rule)),
+    "few_rows": ("native", lambda m, dtype, rule: m.check(*m.draw(7, 21, 61, dtype), rule)),
     "gemm": ("gemm", lambda m, dtype, rule: m.test_gemm((7, 61, 5), dtype, "torch", rule)),
     "attention": ("attention", lambda m, dtype, rule: m.compare(*m.draw(2, 1, 17, 45, 64, "mask", dtype), dtype, rule)),
     "native_attention": ("native", lambda m, dtype, rule: m.check(*m.draw(2, 1, 17, 45, 80, "mask", dtype), rule)),
@@ -162,7 +163,7 @@ UNSEEN = {"cross_attention": {3}}
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", OPS)
 def test_planted_faults_are_found(name, dtype, assert_no_worse, monkeypatch):
-    if name == "native_attention" and native_missing():
+    if name in ("native_attention", "few_rows") and native_missing():
         pytest.skip(native_missing())
     module = importlib.import_module(f"tests.ops.test_{name}")
     op, run = OPS[name]

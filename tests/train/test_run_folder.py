@@ -53,6 +53,17 @@ def run(tmp_path):
     return run
 
 
+def test_a_run_from_before_a_setting_existed_had_its_default(run):
+    file = run.path / "train_config.json"
+    stored = json.loads(file.read_text())
+    del stored["settings"]["deterministic"]
+    file.write_text(json.dumps(stored))
+    assert run.reconcile_settings(CONFIG, lambda: "fp32") == ("fp32", [])
+    file.write_text(json.dumps(stored))
+    changed = run.reconcile_settings(replace(CONFIG, deterministic=True), lambda: "fp32")
+    assert changed == ("fp32", ["deterministic: False -> True"])
+
+
 def test_the_last_two_checkpoints_and_the_best_are_kept(run):
     assert steps(run) == ["1", "3", "4"]
     assert run.last().name == "step-00000004" and run.best().name == "step-00000001"
@@ -254,6 +265,14 @@ def test_a_resumed_run_keeps_its_precision_and_fixed_settings(tmp_path):
     again = replace(CONFIG, seed=1, learning_rate=0.5)
     precision, changes = run.reconcile_settings(again, lambda: pytest.fail("the precision was chosen again"))
     assert precision == "fp32" and changes == ["learning_rate: 0.01 -> 0.5"]
+    # measured choices that came or went are named; a run of an earlier version knew none
+    _, changes = run.reconcile_settings(again, lambda: "fp32", "3f2a")
+    assert changes == ["measured choices: none -> 3f2a, so sums may round otherwise"]
+    assert run.reconcile_settings(again, lambda: "fp32", "3f2a") == ("fp32", [])
+    settings = json.loads((run.path / "train_config.json").read_text())
+    del settings["choices"]
+    (run.path / "train_config.json").write_text(json.dumps(settings))
+    assert run.reconcile_settings(again, lambda: "fp32", "3f2a") == ("fp32", [])
     with pytest.raises(ValueError, match="was trained with batch_size 32, not 64; .* --fresh"):
         run.reconcile_settings(replace(again, batch_size=64), lambda: "fp32")
     with pytest.raises(ValueError, match="trains in fp32, not bf16"):

@@ -1,5 +1,6 @@
 """Proves that ZeRO-3 training has the losses and weights of plain PyTorch, with every parameter sharded, on one process
-and on two, with the decoder gathered at once (small models) and block by block (large ones).
+and on two, with the decoder gathered at once (small models) and block by block (large ones); and with small parameters
+that stay gathered, as by default.
 
 python -m pytest tests/train/test_zero.py
 """
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("small", [0, 20_000_000], ids=["by-block", "whole-decoder"])
+@pytest.mark.parametrize("small", [0, 20_000_000, -1], ids=["by-block", "whole-decoder", "gathered"])
 def test_zero_trains_as_plain_pytorch_does(workshop, tmp_path, small, processes):
     workshop.port += 1
     out = tmp_path / "report.json"
@@ -45,6 +46,8 @@ def test_zero_trains_as_plain_pytorch_does(workshop, tmp_path, small, processes)
     assert out.is_file(), done.stderr[-3000:]
     report = json.loads(out.read_text())
     assert report["losses"] == pytest.approx(report["expected"], rel=2e-5)
+    # where nothing is released, no hook has to gather it
+    assert report["hooks"] == (small >= 0 or processes > 1)
     # Adam's first steps have the size of the learning rate, so that a lost gradient shows as an unchanged weight
     lost = {
         name: (difference, report["step"][name])

@@ -1,6 +1,8 @@
 """Some steps on the same batches under ZeRO-3 and in plain PyTorch, on every rank; test_zero.py launches this script.
 
 torchrun --nproc_per_node 2 zero_against_plain.py MODEL_FOLDER SMALL_MODEL OUT.json
+
+SMALL_MODEL of -1 leaves small parameters gathered, as the shipped settings do, in two micro-batches to a step.
 """
 
 import json
@@ -59,22 +61,27 @@ def main() -> None:
     zero.start_distributed()
     zero.SMALL_MODEL = small
     rank, world = dist.get_rank(), dist.get_world_size()
-    settings = TrainConfig(batch_size=IMAGES, learning_rate=3e-3, gradient_clipping=1.0)
-    part = IMAGES // world
+    gathered = small < 0
+    parts = 2 if gathered else 1
+    settings = TrainConfig(batch_size=IMAGES, accumulation=parts, learning_rate=3e-3, gradient_clipping=1.0)
+    part = IMAGES // world // parts
 
     sharded = Prismer.from_pretrained(folder).train()
     freeze(sharded, settings.freeze)
-    section = dict(stage=3, memory_efficient_linear=False, **SHARD_EVERYTHING)
+    section = dict(stage=3, memory_efficient_linear=False, **({} if gathered else SHARD_EVERYTHING))
     engine = zero.build_engine(sharded, settings, dict(zero_optimization=section), "fp32")
-    own = slice(rank * part, (rank + 1) * part)
     losses = []
     for step in range(STEPS):
-        loss = engine(make_batch(sharded.config, step, own))
-        engine.backward(loss)
-        engine.step()
-        total = loss.detach().clone()
+        total = torch.zeros(())
+        for micro in range(parts):
+            first = (micro * world + rank) * part
+            loss = engine(make_batch(sharded.config, step, slice(first, first + part)))
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / parts
         dist.all_reduce(total)
         losses.append(float(total) / world)
+    has_hooks = any(module._forward_pre_hooks for module in sharded.encoder.modules())
     weights = Prismer.from_pretrained(folder)
     zero.copy_weights(engine, weights)
     dist.barrier()
@@ -87,14 +94,18 @@ def main() -> None:
     optimizer = zero.build_optimizer(plain, settings)
     expected = []
     for step in range(STEPS):
-        loss = plain(make_batch(plain.config, step, slice(None)))
         optimizer.zero_grad()
-        loss.backward()
+        total = 0.0
+        for micro in range(parts):
+            images = slice(micro * IMAGES // parts, (micro + 1) * IMAGES // parts)
+            loss = plain(make_batch(plain.config, step, images)) / parts
+            loss.backward()
+            total += float(loss)
         torch.nn.utils.clip_grad_norm_([p for p in plain.parameters() if p.requires_grad], 1.0)
         optimizer.step()
-        expected.append(float(loss))
+        expected.append(total)
     moved = Prismer.from_pretrained(folder).state_dict()
-    report = {"losses": losses, "expected": expected, "difference": {}, "step": {}}
+    report = {"losses": losses, "expected": expected, "hooks": has_hooks, "difference": {}, "step": {}}
     for name, value in plain.state_dict().items():
         if value.is_floating_point():
             report["difference"][name] = float((weights.state_dict()[name] - value).abs().max())

@@ -1,0 +1,136 @@
+"""The measured choice: which implementation of an op is the fastest one here, looked up in a table.
+
+A table comes from `prismer tune`, or ships with the package for a known processor. It is a file: nothing is measured
+while a model runs, so two runs with one table take the same implementations and give the same bits. Without an entry
+for a call, the order that the op declares decides (the prior).
+
+An entry is found by op, dtype, whether the call keeps a graph for its gradient, and the class of its shape: the number
+of rows rounded up to a power of two, and the widths as they are.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from prismer.kernels.tuning.tables import Table, load_table
+
+# (op, dtype, gradient, shape class)
+Key = tuple[str, torch.dtype, bool, tuple[int, ...]]
+
+_log = logging.getLogger("prismer.kernels")
+_loading = threading.Lock()
+# by device type; a device type that is absent was not asked about yet
+_tables: dict[str, Table] = {}
+_choices: dict[str, dict[Key, str]] = {}
+_ops: dict[str, set[str]] = {}
+# what a measurement forces, in place of every table
+_forced: dict[Key, str] | None = None
+_recorded: dict[tuple[str, Key], str] | None = None
+# counts the changes above, for those who remember what they looked up
+generation = 0
+
+
+def rows_class(rows: int) -> int:
+    """The smallest power of two that is at least `rows`; 0 for 0."""
+    return 1 << (rows - 1).bit_length() if rows > 0 else 0
+
+
+def choice(device_type: str, key: Key) -> str | None:
+    """The measured choice for a call on a device type; None if no table has an entry for it."""
+    if _forced is not None:
+        return _forced.get(key)
+    choices = _choices.get(device_type)
+    if choices is None:
+        choices = _load(device_type)
+    return choices.get(key)
+
+
+def knows(device_type: str, op: str) -> bool:
+    """Is there anything to look up or to record for an op? Short calls ask this before they form a key."""
+    if _forced is not None or _recorded is not None:
+        return True
+    if device_type not in _choices:
+        _load(device_type)
+    return op in _ops[device_type]
+
+
+def table(device_type: str = "cpu") -> Table:
+    """The table of a device type, which is empty where nothing was measured."""
+    if device_type not in _tables:
+        _load(device_type)
+    return _tables[device_type]
+
+
+def advice(device_type: str) -> str | None:
+    """One line if the prior decides on a device type for want of a table, or if a file was put aside; else None."""
+    found = table(device_type)
+    if found.problem:
+        return found.problem
+    return None if found.entries else "nothing was measured on this machine; prismer tune takes about a minute"
+
+
+def use_table(device_type: str, new: Table) -> None:
+    """Take a table for the rest of the process, such as that of rank 0."""
+    global generation
+    with _loading:
+        _tables[device_type] = new
+        _ops[device_type] = {entry.op for entry in new.entries}
+        _choices[device_type] = new.choices()
+        generation += 1
+
+
+def _load(device_type: str) -> dict[Key, str]:
+    found = load_table(device_type)
+    if found.problem:
+        _log.warning("%s", found.problem)
+    use_table(device_type, found)
+    return _choices[device_type]
+
+
+def forget() -> None:
+    """Read the tables from disk again at the next look-up."""
+    global generation
+    with _loading:
+        _tables.clear()
+        _choices.clear()
+        generation += 1
+
+
+@contextmanager
+def forcing(choices: Mapping[Key, str]) -> Iterator[None]:
+    """Take these choices inside the block, in place of every table; a measurement compares implementations so."""
+    global _forced, generation
+    before, _forced = _forced, dict(choices)
+    generation += 1
+    try:
+        yield
+    finally:
+        _forced = before
+        generation += 1
+
+
+def is_recording() -> bool:
+    """Does somebody record what is taken?"""
+    return _recorded is not None
+
+
+def record(device_type: str, key: Key, taken: str) -> None:
+    """Note what was taken for a call, if somebody records it."""
+    if _recorded is not None:
+        _recorded[device_type, key] = taken
+
+
+@contextmanager
+def recording() -> Iterator[dict[tuple[str, Key], str]]:
+    """The calls inside the block that can be measured, by device type and key, and what each took."""
+    global _recorded, generation
+    before, _recorded = _recorded, {}
+    generation += 1
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+        generation += 1
