@@ -4,10 +4,10 @@
     python scripts/gpu_check.py --report gpu-check           a Markdown page from the results of a run
     python scripts/gpu_check.py --device cpu --quick --out D every stage on stand-ins and tiny shapes, in a minute
 
-It needs torch >= 2.11 with CUDA, Triton >= 3.6, numpy and a checkout of this repository; nvcc, the `prismer` package's
-other dependencies and compute-sanitizer are used where they are. Each stage runs in a process of its own, within its
-own budget of seconds: one that crashes is recorded with its traceback, one that overruns is stopped, and the next one
-starts. Results are written after each stage. A run that was stopped continues with the stages that are missing.
+It needs torch >= 2.11 with CUDA, Triton >= 3.6, numpy, einops and a checkout of this repository. It uses nvcc, the
+other dependencies of the package and compute-sanitizer where they are. Each stage runs in a process of its own, within
+its own budget of seconds: a stage that crashes is recorded with its traceback, one that overruns is stopped, and the
+next one starts. Results are written after each stage. A run that was stopped continues with what is missing.
 """
 
 import argparse
@@ -81,14 +81,14 @@ def _stage(name: str, place: str, seconds: float, about: str) -> Stage:
 STAGES = (
     _stage("machine", "machine.describe", 30, "versions, and the most that a copy and a product reach here"),
     _stage("compile", "machine.compile_all", 120, "every Triton kernel on all cores, the CUDA extension beside it"),
-    _stage("ops", "ops.check", 120, "every op against float64: gradients, repeats, a side stream, capture and replay"),
+    _stage("ops", "ops.check", 110, "every op against float64: gradients, repeats, a side stream, capture and replay"),
     _stage("model", "models.compare", 40, "the whole model against the definitions"),
     _stage("syncs", "models.forbid_syncs", 20, "no wait for the device in a training step or a beam step"),
     _stage("backends", "timing.compare_backends", 100, "every backend at the shapes of the model, batches 1 to 32"),
     _stage("tiles", "timing.sweep_tiles", 50, "block shapes of products and attention"),
     _stage("beam", "models.time_beam_step", 20, "a beam step, launched one by one and captured"),
     _stage("jobs", "models.time_jobs", 40, "encoding and training steps of BASE and LARGE against plain PyTorch"),
-    _stage("sanitizer", "ops.sanitize", 30, "compute-sanitizer on small calls"),
+    _stage("sanitizer", "ops.sanitize", 40, "compute-sanitizer on small calls"),
 )
 
 
@@ -161,7 +161,7 @@ def run_stages(
     """
     results = Results(folder, run_key(device, quick), again)
     end = time.monotonic() + 60 * minutes
-    workers = min(len(os.sched_getaffinity(0)), 8)
+    workers = min(len(os.sched_getaffinity(0)), 12)
     bad = 0
     for stage in stages:
         if results.done(stage.name):

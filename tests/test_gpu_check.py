@@ -195,6 +195,8 @@ def test_results_are_renamed_into_place(tmp_path, monkeypatch):
     before = (tmp_path / "results.jsonl").read_text()
 
     def full(self, text):
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)

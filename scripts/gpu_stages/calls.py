@@ -247,7 +247,7 @@ CALLS: dict[str, OpCalls] = {
         edges=(
             dict(B=2, H=12, N=TEXT_TOKENS, L=TEXT_TOKENS, K=64, causal=1, masked=1),
             dict(B=2, H=12, N=TEXT_TOKENS, L=964, K=64),
-            dict(B=1, H=2, N=1, L=1, K=32),
+            dict(B=1, H=2, N=1, L=3, K=32),
             dict(B=3, H=1, N=65, L=65, K=32, causal=1),
             dict(B=3, H=1, N=17, L=45, K=64, masked=1),
             dict(B=1, H=8, N=64, L=1240, K=96),
@@ -267,7 +267,7 @@ CALLS: dict[str, OpCalls] = {
         ours=cross_attention.cross_attention,
         plain=lambda q, c, kw, kb, vw, vb, H: _sdpa(q, F.linear(c, kw, kb), F.linear(c, vw, vb), H),
         real=lambda m, batch: dict(B=batch, N=TEXT_TOKENS, L=m.tokens, D=m.text_width, E=m.width, H=m.text_heads),
-        edges=(dict(B=1, N=1, L=1, D=16, E=16, H=1), dict(B=3, N=5, L=23, D=24, E=40, H=3)),
+        edges=(dict(B=1, N=1, L=2, D=16, E=16, H=1), dict(B=3, N=5, L=23, D=24, E=40, H=3)),
         tiny=dict(B=2, N=3, L=7, D=16, E=24, H=2),
     ),
     "decode_attention": OpCalls(
@@ -328,6 +328,13 @@ CALLS: dict[str, OpCalls] = {
 BASE, LARGE = MODELS[1], MODELS[3]
 
 
+def draw(calls: OpCalls, shape: Shape, device: str) -> list:
+    """The arguments of a call, the same at every time, drawn on the device: a CPU would need a minute for all."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return calls.draw(**shape)
+
+
 def cast(arguments: list, dtype: torch.dtype, device: str, trained: bool) -> list:
     """The arguments on a device, floats in `dtype`; they require a gradient if `trained`."""
     return [
@@ -369,8 +376,8 @@ class Upstream:
     def __call__(self, y: Tensor) -> Tensor:
         key = tuple(y.shape), y.dtype, y.device
         if key not in self.drawn:
-            draw = torch.Generator().manual_seed(1)
+            generator = torch.Generator(y.device).manual_seed(1)
             # numbers of bf16, which are the same in every dtype
-            dy = torch.randn(y.shape, generator=draw).bfloat16() if y.dim() else torch.ones(())
-            self.drawn[key] = dy.to(y.device, y.dtype)
+            dy = torch.randn(y.shape, generator=generator, device=y.device).bfloat16()
+            self.drawn[key] = (dy if y.dim() else torch.ones_like(dy)).to(y.dtype)
         return self.drawn[key]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# calls in one graph: the launch of a graph then costs each of them little
+# calls in one graph at most: the launch of a graph then costs each of them little
 _CALLS = 10
 # of a measurement
 _REPEATS = 5
@@ -69,6 +69,8 @@ def _copy(source: Any, target: Any) -> None:
         # results of inference mode can be written nowhere else
         with torch.inference_mode():
             target.copy_(source)
+    elif isinstance(source, dict):
+        _copy(list(source.values()), list(target.values()))
     elif isinstance(source, tuple | list):
         for a, b in zip(source, target, strict=True):
             _copy(a, b)
@@ -78,27 +80,27 @@ def measure(call: Callable[[], Any], device: str, quick: bool = False) -> dict[s
     """Median microseconds of a call: `device_us` by graph replay, `host_us` until the call returns, and how.
 
     Where a call cannot be captured, events on both sides of a row of calls give the device time. On a CPU both are the
-    time of this thread.
+    time of this thread. A slow call is repeated less often.
     """
-    for _ in range(1 if quick else 3):
-        call()
-    wait_for(device)
-    host = _host_seconds(call, device, quick)
+    spent = _warm(call, device, 1 if quick else 3)
+    rows, length = (1, 1) if quick else (_REPEATS, max(1, min(5, round(5e-3 / spent))))
+    host = statistics.median(_host_seconds(call, device, length) for _ in range(rows if spent < 0.02 else 1))
     if device != "cuda":
         return dict(device_us=1e6 * host, host_us=1e6 * host, timed="thread time")
     device_timer, timed = timer(call, device)
-    times = [device_timer() for _ in range(_REPEATS)]
+    times = [device_timer() for _ in range(_REPEATS if spent < 0.02 else 2)]
     return dict(device_us=1e6 * statistics.median(times), host_us=1e6 * host, timed=timed)
 
 
 def timer(call: Callable[[], Any], device: str) -> tuple[Callable[[], float], str]:
     """A function that measures the device seconds of a call once, and how it does so.
 
-    A graph of ten calls is replayed between two events for at least 5 ms. Where the call cannot be captured, it is
-    launched ten times, and gaps of the host count.
+    A graph of up to ten calls is replayed between two events for about 5 ms. Where the call cannot be captured, it is
+    launched as often, and gaps of the host count.
     """
+    calls = max(1, min(_CALLS, round(5e-3 / _warm(call, device, 1))))
     try:
-        replay, _ = captured(call, device, calls=_CALLS)
+        replay, _ = captured(call, device, calls=calls)
         timed = "graph replay" if device == "cuda" else "thread time"
     # a vendor's kernel that syncs or allocates
     except RuntimeError as error:
@@ -106,12 +108,23 @@ def timer(call: Callable[[], Any], device: str) -> tuple[Callable[[], float], st
         timed = f"events, not captured: {str(error).splitlines()[0][:80]}"
 
         def replay() -> None:
-            for _ in range(_CALLS):
+            for _ in range(calls):
                 call()
 
     replay()
     replays = max(1, min(50, round(5e-3 / max(_seconds(replay, device, 1), 1e-5)))) if device == "cuda" else 1
-    return lambda: _seconds(replay, device, replays) / _CALLS, timed
+    return lambda: _seconds(replay, device, replays) / calls, timed
+
+
+def _warm(call: Callable[[], Any], device: str, times: int) -> float:
+    """Call so often, and once more; seconds of the last call with its wait, at least a microsecond."""
+    for _ in range(times):
+        call()
+    wait_for(device)
+    start = time.perf_counter()
+    call()
+    wait_for(device)
+    return max(time.perf_counter() - start, 1e-6)
 
 
 def _seconds(call: Callable[[], Any], device: str, times: int) -> float:
@@ -130,18 +143,16 @@ def _seconds(call: Callable[[], Any], device: str, times: int) -> float:
     return start.elapsed_time(end) / 1e3 / times
 
 
-def _host_seconds(call: Callable[[], Any], device: str, quick: bool) -> float:
-    """Of one call until it returns, with an empty queue before each row of five: a full queue would block the host."""
+def _host_seconds(call: Callable[[], Any], device: str, times: int) -> float:
+    """Of one call until it returns, in a short row that begins with an empty queue: a full one blocks the host."""
     clock = time.perf_counter if device == "cuda" else time.thread_time
-    times = []
-    for _ in range(1 if quick else _REPEATS):
-        wait_for(device)
-        start = clock()
-        for _ in range(1 if quick else 5):
-            call()
-        times.append((clock() - start) / (1 if quick else 5))
     wait_for(device)
-    return statistics.median(times)
+    start = clock()
+    for _ in range(times):
+        call()
+    spent = clock() - start
+    wait_for(device)
+    return spent / times
 
 
 class _ForbidsSyncs(TorchDispatchMode):

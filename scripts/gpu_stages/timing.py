@@ -15,7 +15,7 @@ from prismer.kernels import attention, gemm
 from prismer.kernels.attention import triton_backend
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.errors import MachineError
-from scripts.gpu_stages.calls import BASE, CALLS, LARGE, Shape, Upstream, cast, run
+from scripts.gpu_stages.calls import BASE, CALLS, LARGE, Shape, Upstream, cast, draw, run
 from scripts.gpu_stages.device import measure, wait_for
 from scripts.gpu_stages.ops import DTYPES, backends_of
 from scripts.gpu_stages.processes import in_processes
@@ -62,8 +62,7 @@ def compare_backends(context: "Context") -> Iterator[dict]:
 def _calls(name: str, shape: Shape, dtype: str, context: "Context") -> Iterator[tuple[str, str, Callable]]:
     """Pass, backend and the call, of each backend and of plain PyTorch."""
     calls = CALLS[name]
-    torch.manual_seed(0)
-    drawn = calls.draw(**shape)
+    drawn = draw(calls, shape, context.device)
     for trained in (False, True) if calls.trained else (False,):
         arguments = cast(drawn, DTYPES[dtype], context.device, trained)
         dy = Upstream() if trained else None
@@ -149,7 +148,7 @@ def _tile_cases(context: "Context") -> dict[str, tuple[str, Shape, Callable[[], 
             found[f"gemm {R} {N} {K}"] = "gemm", dict(R=R, N=N, D=K), multiply
         L = 17 if context.quick else model.tokens
         shape = dict(B=batch, H=2 if context.quick else model.heads, N=L, L=L, K=32 if context.quick else 64)
-        q, k, v, *_ = cast(CALLS["attention"].draw(**shape), dtype, device, False)
+        q, k, v, *_ = cast(draw(CALLS["attention"], shape, device), dtype, device, False)
 
         def attend(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> object:
             with torch.no_grad():

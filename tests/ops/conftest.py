@@ -25,7 +25,6 @@ def op_device(request, monkeypatch):
         return
     # torch scripts these when they are imported, and cannot script a factory of ours
     importlib.import_module("torch._decomp.decompositions_for_jvp")
-
     here = kernel_device()
     for name, value in list(vars(request.module).items()):
         if isinstance(value, torch.Tensor | dict | list | tuple):
