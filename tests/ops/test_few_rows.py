@@ -5,6 +5,8 @@ Run: pytest tests/ops/test_few_rows.py
 """
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -222,6 +224,42 @@ def test_an_int8_row_with_nan_or_infinity_is_nan(isa, at, bad):
     x[1, at] = bad
     y = native(x, weight, scale, bias)
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+# an array whose last byte is the last one before memory that must not be read
+GUARDED = """
+import ctypes, math, mmap, torch
+from prismer.kernels.dispatch import native_missing
+assert native_missing() is None
+libc, kept = ctypes.CDLL(None, use_errno=True), []
+def guarded(t):
+    size = (t.nbytes // mmap.PAGESIZE + 1) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    kept.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    return torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=size - t.nbytes).view(t.shape).copy_(t)
+def check(x, weight, scale, bias):
+    product = torch.ops.prismer_native.few_rows_linear
+    there = [None if t is None else guarded(t) for t in (x, weight, scale, bias)]
+    assert torch.equal(product(*there), product(x, weight, scale, bias))
+for R in (1, 3, 7):
+    for K in (5, 64, 67, 131):
+        for N in (1, 3, 7, 15, 16, 31):
+            x, weight, bias = torch.randn(R, K), torch.randn(N, K), torch.randn(N)
+            check(x, weight, None, bias)
+            check(x.bfloat16(), weight.bfloat16(), None, bias.bfloat16())
+            check(x, (20 * weight).to(torch.int8), bias.abs(), bias)
+# no clean-up: tensors look into the memory
+import os; os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory after the arrays is protected as on Linux")
+def test_nothing_beyond_the_operands_is_read(isa):
+    """In a process of its own, which ends at such a read."""
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
