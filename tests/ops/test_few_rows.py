@@ -404,7 +404,7 @@ def test_what_does_not_run_on_it():
     few = x[:3]
     assert few_rows_serves(few, weight) and few_rows_serves(x[:64].view(8, 8, K), weight)
     assert not few_rows_serves(x, weight) and not few_rows_serves(x[:0], weight)
-    assert not few_rows_serves(few.double(), weight.double())
+    assert not few_rows_serves(few.double(), weight.double()) and not few_rows_serves(few, weight.bfloat16())
     assert not few_rows_serves(few, weight.T.contiguous().T)
     assert not few_rows_serves(few[:, :8], weight[:, :8].contiguous())
     assert not few_rows_serves(few.to("meta"), weight.to("meta"))
@@ -449,7 +449,13 @@ def test_frozen_layers_among_trained_ones():
     torch.testing.assert_close(gradient, expected.float(), rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-def test_flops_are_counted(monkeypatch):
+def test_a_bias_alone_may_train():
+    x, weight, bias = draw(3, N, K, torch.float32)
+    linears(x, [(weight, bias.requires_grad_())])[0].sum().backward()
+    assert bias.grad.tolist() == [3.0] * N
+
+
+def test_flops_are_counted():
     x, weight, bias = draw(3, N, K, torch.float32)
     with use_backend("native"), CostCounter() as counter:
         few_rows_linear(x, weight, bias)
