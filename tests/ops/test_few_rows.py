@@ -5,6 +5,8 @@ Run: pytest tests/ops/test_few_rows.py
 """
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -224,6 +226,42 @@ def test_an_int8_row_with_nan_or_infinity_is_nan(isa, at, bad):
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 
+# an array whose last byte is the last one before memory that must not be read
+GUARDED = """
+import ctypes, math, mmap, torch
+from prismer.kernels.dispatch import native_missing
+assert native_missing() is None
+libc, kept = ctypes.CDLL(None, use_errno=True), []
+def guarded(t):
+    size = (t.nbytes // mmap.PAGESIZE + 1) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    kept.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    return torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=size - t.nbytes).view(t.shape).copy_(t)
+def check(x, weight, scale, bias):
+    product = torch.ops.prismer_native.few_rows_linear
+    there = [None if t is None else guarded(t) for t in (x, weight, scale, bias)]
+    assert torch.equal(product(*there), product(x, weight, scale, bias))
+for R in (1, 3, 7):
+    for K in (5, 64, 67, 131):
+        for N in (1, 3, 7, 15, 16, 31):
+            x, weight, bias = torch.randn(R, K), torch.randn(N, K), torch.randn(N)
+            check(x, weight, None, bias)
+            check(x.bfloat16(), weight.bfloat16(), None, bias.bfloat16())
+            check(x, (20 * weight).to(torch.int8), bias.abs(), bias)
+# no clean-up: tensors look into the memory
+import os; os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory after the arrays is protected as on Linux")
+def test_nothing_beyond_the_operands_is_read(isa):
+    """In a process of its own, which ends at such a read."""
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     (
@@ -366,7 +404,7 @@ def test_what_does_not_run_on_it():
     few = x[:3]
     assert few_rows_serves(few, weight) and few_rows_serves(x[:64].view(8, 8, K), weight)
     assert not few_rows_serves(x, weight) and not few_rows_serves(x[:0], weight)
-    assert not few_rows_serves(few.double(), weight.double())
+    assert not few_rows_serves(few.double(), weight.double()) and not few_rows_serves(few, weight.bfloat16())
     assert not few_rows_serves(few, weight.T.contiguous().T)
     assert not few_rows_serves(few[:, :8], weight[:, :8].contiguous())
     assert not few_rows_serves(few.to("meta"), weight.to("meta"))
@@ -411,7 +449,13 @@ def test_frozen_layers_among_trained_ones():
     torch.testing.assert_close(gradient, expected.float(), rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-def test_flops_are_counted(monkeypatch):
+def test_a_bias_alone_may_train():
+    x, weight, bias = draw(3, N, K, torch.float32)
+    linears(x, [(weight, bias.requires_grad_())])[0].sum().backward()
+    assert bias.grad.tolist() == [3.0] * N
+
+
+def test_flops_are_counted():
     x, weight, bias = draw(3, N, K, torch.float32)
     with use_backend("native"), CostCounter() as counter:
         few_rows_linear(x, weight, bias)
