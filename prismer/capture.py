@@ -261,7 +261,7 @@ def recorded(
         return
     shelf = _shelf(module, device)
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-    # a recording keeps the backends and the precision that were asked for
-    key = (options, shapes, frozenset(dispatch._asked.items()), input_precision(torch.float32))
+    # a recording keeps the backends and the precision that were chosen
+    key = (options, shapes, dispatch.choice_state(), input_precision(torch.float32))
     with shelf.lock:
         yield shelf.find(key, _weights(module), program, arguments)
