@@ -22,7 +22,7 @@ from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
 from tests.ops.native_sets import HERE
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("poisoned_memory")]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # inputs around the steps of every format: 4 to 64 numbers, and a whole cache line of them

@@ -31,6 +31,8 @@ from prismer.kernels.mlp import mlp
 from prismer.kernels.resampler_attention import resampler_attention
 from tests.ops.stand_in_driver import stand_in_driver
 
+pytestmark = pytest.mark.cpu
+
 D, H = 64, 2
 # in a batch of one, so that there is one row in the first
 LENGTHS = (1, 7, 16, 20, 30, 32, 33, 48)
