@@ -17,8 +17,7 @@ constexpr int64_t kMostRows = 64;
 constexpr int64_t kMostBytes = 65536;  // width up to which the sums of int8 products fit 32 bits
 constexpr int64_t kGrain = 32768;      // a thread gets at least this many weights
 constexpr int64_t kLine = 64;          // bytes of a cache line
-// a task writes its sums in lines of this length: the last tile may write up to seven beyond 16
-constexpr int64_t kStride = kLanes + 8;
+constexpr int64_t kMostSums = kMostRows * 4 * kLanes;
 
 template <typename Value, int Width>
 PRISMER_INLINE Tree<Value, Width, Width> read(const void* p) {
@@ -274,40 +273,64 @@ struct Product {
     if constexpr (Format::avx512 && Width != kLanes) return;
     // with few rows, more rows of weights, so that no addition waits for the one before it
     const bool few = job.rows <= (Width == kLanes ? 3 : 1);
-    for (int64_t task = begin; task < end; ++task) {
-      if (few) {
-        job.task<Width, 8>(task * kLanes);
-      } else {
-        job.task<Width, 4>(task * kLanes);
-      }
+    if (few) {
+      job.tasks<Width, 8>(begin, end);
+    } else {
+      job.tasks<Width, 4>(begin, end);
     }
   }
 
  private:
+  // `count` groups of rows of weights; rows of a group are `apart`, and the next group is `advance`
+  // further. Likewise for the place of their sums.
+  struct Walk {
+    int64_t first, count, apart, advance;
+    int64_t to, to_apart, to_advance;
+  };
+
   template <int Width, int Columns>
-  PRISMER_INLINE void task(int64_t first) const {
-    Value sums[kMostRows * kStride];
-    const int64_t count = std::min(kLanes, outputs - first);
-    int64_t column = 0;
-    for (; column + Columns <= count; column += Columns) {
-      group<Width, Columns>(sums + column, w + (first + column) * w_row, w_row);
-    }
-    // the last rows one by one, each as if it stood there `Columns` times
-    for (; column < count; ++column) {
-      group<Width, Columns>(sums + column, w + (first + column) * w_row, 0);
-    }
-    for (int64_t row = 0; row < rows; ++row) {
-      if (count == kLanes) {
-        finish<Floats<Width>>(sums + row * kStride, row, first, Full{});
-      } else {
-        finish<Floats<Width>>(sums + row * kStride, row, first, Tail{count});
+  PRISMER_INLINE void tasks(int64_t begin, int64_t end) const {
+    for (int64_t task = begin; task < end;) {
+      const int64_t first = task * kLanes;
+      // where there are enough tasks, a group has one row of each of `Columns` tasks: then memory
+      // is read as a few long streams, which the processor prefetches
+      const bool streams = end - task >= Columns && (task + Columns) * kLanes <= outputs;
+      const int64_t here = std::min(kLanes, outputs - first), whole = here / Columns;
+      const int64_t done = whole * Columns;
+      const Walk walks[2] = {
+          streams ? Walk{first, kLanes, kLanes, 1, 0, kLanes, 1}
+                  : Walk{first, whole, 1, Columns, 0, 1, Columns},
+          // the last rows one by one, each as if it stood there `Columns` times
+          Walk{first + done, streams ? 0 : here - done, 0, 1, done, 1, 1}};
+      Value sums[kMostSums];
+      for (const Walk& walk : walks) {
+        for (int64_t i = 0; i < walk.count; ++i) {
+          const int64_t row = walk.first + i * walk.advance;
+          const int64_t next = i + 1 < walk.count ? row + walk.advance
+                                                  : walk.first + walk.count * Columns;
+          group<Width, Columns>(
+              sums + walk.to + i * walk.to_advance, walk.to_apart, w + row * w_row,
+              w + next * w_row, walk.apart * w_row);
+        }
+      }
+      for (int64_t i = 0; i < (streams ? Columns : 1); ++i, ++task) {
+        for (int64_t row = 0; row < rows; ++row) {
+          const Value* of = sums + row * kLanes * Columns + i * kLanes;
+          if (outputs - task * kLanes >= kLanes) {
+            finish<Floats<Width>>(of, row, task * kLanes, Full{});
+          } else {
+            finish<Floats<Width>>(of, row, task * kLanes, Tail{here});
+          }
+        }
       }
     }
   }
 
   // all rows of x with `Columns` rows of weights
   template <int Width, int Columns>
-  PRISMER_INLINE void group(Value* sums, const Weight* weights, int64_t step) const {
+  PRISMER_INLINE void group(
+      Value* sums, int64_t apart, const Weight* weights, const Weight* following,
+      int64_t step) const {
     constexpr int64_t most = Width == kLanes ? 6 : 3;
     const int64_t tiles = (rows + most - 1) / most;
     for (int64_t i = 0, row = 0; i < tiles; ++i) {
@@ -315,11 +338,11 @@ struct Product {
       const int64_t here = (rows - row + tiles - i - 1) / (tiles - i);
       // each tile prefetches its share of the next weights
       const int64_t ahead = Columns * i / tiles;
-      const Weight* next = weights + (Columns + ahead) * step;
+      const Weight* next = following + ahead * step;
       const int64_t many = Columns * (i + 1) / tiles - ahead;
       const auto with = [&](auto count) __attribute__((always_inline)) {
         tile<Width, decltype(count)::value, Columns>(
-            sums + row * kStride, x + row * x_row, weights, step, next, many);
+            sums + row * kLanes * Columns, apart, x + row * x_row, weights, step, next, many);
       };
       if constexpr (Columns == 8) {
         if (here == 1) with(Constant<1>{});
@@ -346,8 +369,8 @@ struct Product {
 
   template <int Width, int Rows, int Columns>
   PRISMER_INLINE void tile(
-      Value* sums, const Kept* kept, const Weight* weights, int64_t step, const Weight* next,
-      int64_t many) const {
+      Value* sums, int64_t apart, const Kept* kept, const Weight* weights, int64_t step,
+      const Weight* next, int64_t many) const {
     using At = typename Format::template At<Width>;
     using Vector = typename At::Vector;
     constexpr int64_t line = kLine / sizeof(Weight);
@@ -386,26 +409,30 @@ struct Product {
         meet(kept + c + part, padded + part, line);
       }
     }
-    across<Width, Rows, Columns>(sums, sum);
+    across<Width, Rows, Columns>(sums, apart, sum);
   }
 
   // the sums over the lanes of each vector
   template <int Width, int Rows, int Columns, typename Vector>
-  PRISMER_INLINE static void across(Value* sums, const Vector (&sum)[Rows][Columns]) {
+  PRISMER_INLINE static void across(
+      Value* sums, int64_t apart, const Vector (&sum)[Rows][Columns]) {
     if constexpr (Width == kLanes) {
       constexpr int lines = Rows * Columns / 4;
-      four<0, std::min(lines, 4), Rows, Columns>(sums, sum);
-      if constexpr (lines > 4) four<4, lines - 4, Rows, Columns>(sums, sum);
+      four<0, std::min(lines, 4), Rows, Columns>(sums, apart, sum);
+      if constexpr (lines > 4) four<4, lines - 4, Rows, Columns>(sums, apart, sum);
     } else {
       for (int i = 0; i < Rows; ++i) {
-        for (int j = 0; j < Columns; ++j) sums[i * kStride + j] = prismer::sum(sum[i][j]);
+        for (int j = 0; j < Columns; ++j) {
+          sums[i * kLanes * Columns + j * apart] = prismer::sum(sum[i][j]);
+        }
       }
     }
   }
 
   // of `Used` times four vectors at once
   template <int First, int Used, int Rows, int Columns, typename Vector>
-  PRISMER_INLINE static void four(Value* sums, const Vector (&sum)[Rows][Columns]) {
+  PRISMER_INLINE static void four(
+      Value* sums, int64_t apart, const Vector (&sum)[Rows][Columns]) {
     constexpr int parts = Columns / 4;
     Vector all[kLanes];
 #pragma GCC unroll 4
@@ -419,8 +446,9 @@ struct Product {
     Value lanes[kLanes];
     __builtin_memcpy(lanes, &total, sizeof(total));
     for (int line = 0; line < Used; ++line) {
-      Value* to = sums + (First + line) / parts * kStride + (First + line) % parts * 4;
-      for (int j = 0; j < 4; ++j) to[j] = lanes[4 * j + line];
+      Value* to = sums + (First + line) / parts * kLanes * Columns;
+      const int part = (First + line) % parts;
+      for (int j = 0; j < 4; ++j) to[(4 * part + j) * apart] = lanes[4 * j + line];
     }
   }
 

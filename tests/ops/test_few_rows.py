@@ -93,6 +93,21 @@ def test_a_row_has_the_same_bits_alone_and_in_every_batch(isa, dtype, assert_no_
         assert torch.equal(native(x[:5], weight[N:], None, bias[N:]), alone[:5, N:]), f"outputs from {N}"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_many_outputs(isa, dtype, assert_no_worse):
+    """Read as several streams of weights, with the bits of 16 outputs alone."""
+    x, weight, bias = draw(MOST_ROWS, 300, 70, dtype)
+    x8, weight8, scale, bias8 = draw_int8(MOST_ROWS, 300, 70, dtype)
+    for R in (1, 2, 3, 4, 7, 13, MOST_ROWS):
+        check(x[:R], weight, bias, assert_no_worse)
+        pieces = [native(x[:R], weight[i : i + 16], None, bias[i : i + 16]) for i in range(0, 300, 16)]
+        assert torch.equal(native(x[:R], weight, None, bias), torch.cat(pieces, 1))
+        y8 = native(x8[:R], weight8, scale, bias8)
+        for i in range(0, 300, 16):
+            part = slice(i, i + 16)
+            assert torch.equal(y8[:, part], native(x8[:R], weight8[part], scale[part], bias8[part]))
+
+
 @pytest.mark.parametrize("int8", (False, True), ids=("float", "int8"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_bits_do_not_depend_on_the_number_of_threads(isa, dtype, int8):
@@ -245,7 +260,7 @@ def check(x, weight, scale, bias):
     assert torch.equal(product(*there), product(x, weight, scale, bias))
 for R in (1, 3, 7):
     for K in (5, 64, 67, 131):
-        for N in (1, 3, 7, 15, 16, 31):
+        for N in (1, 3, 7, 15, 16, 31, 125, 143):
             x, weight, bias = torch.randn(R, K), torch.randn(N, K), torch.randn(N)
             check(x, weight, None, bias)
             check(x.bfloat16(), weight.bfloat16(), None, bias.bfloat16())
