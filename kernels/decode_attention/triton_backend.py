@@ -335,7 +335,9 @@ def _tiles(Q: int, K: int, dtype: torch.dtype) -> dict[str, int]:
         return dict(K1=K1, K2=K2, BQ=16, BN=32 if K <= 64 else 16, num_warps=4, num_stages=2)
     # two sizes, for beams and for candidates: every further one would be compiled for some number of queries
     BQ = 16 if Q <= 16 else 64 if K <= 64 else 32
-    return dict(K1=K1, K2=K2, BQ=BQ, BN=64 if K <= 64 else 32, num_warps=4, num_stages=2)
+    # with 64 queries four warps would spill on sm_100
+    num_warps = 8 if BQ == 64 else 4
+    return dict(K1=K1, K2=K2, BQ=BQ, BN=64 if K <= 64 else 32, num_warps=num_warps, num_stages=2)
 
 
 @functools.cache
