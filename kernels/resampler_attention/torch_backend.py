@@ -60,13 +60,14 @@ def attend_backward(
     da, t = torch.empty_like(a), torch.empty_like(a if needs["in_proj_weight"] else a[:0])
     for images in image_slices(query, 2 * Q * max(M + L, D)):
         u, x, p = query[images], x_hat[images], probs[images]
-        pair = torch.cat([take_images(a, B, images), take_images(dt, B, images)], dim=1)
+        dt_here = take_images(dt, B, images)
+        pair = torch.cat([take_images(a, B, images), dt_here], dim=1)
         scaled = (pair * gamma).to(u.dtype)
         # gradients of scores above probabilities: one product with (a, dt) gives the gradient of the keys
         both = u.new_empty(len(u), 2 * Q, M + L)
         dscores, dprobs = both[:, :Q], both[:, Q:]
         bmm(pair[:, Q:], u.mT, out=dprobs[..., :M])
-        dprobs[..., :M] -= torch.matmul(pair[:, Q:].to(compute), beta.to(compute))[..., None]
+        dprobs[..., :M] -= torch.matmul(dt_here.to(compute), beta.to(compute))[..., None]
         bmm(scaled[:, Q:], x.mT, out=dprobs[..., M:])
         dscores.copy_(torch._softmax_backward_data(dprobs, p, -1, p.dtype))
         if needs["x_hat"] or needs["query"]:
