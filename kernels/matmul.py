@@ -9,6 +9,7 @@ PRISMER_BACKEND=linear:torch leaves every product to torch. Products of few rows
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,11 @@ from torch import Tensor
 
 from prismer.kernels import dispatch, tuning
 from prismer.kernels.dispatch import PLAIN, TORCH, Backend, Example, Op, rows_and_width
-from prismer.kernels.few_rows import few_rows_serves, product_of_few_rows
+from prismer.kernels.few_rows import MOST_ROWS, few_rows_serves, product_of_few_rows
 from prismer.kernels.tuning.tables import mkl_is_slow
+
+# copies of a matrix that together exceed a processor's own caches
+_COLD_BYTES, _MOST_COPIES = 2**27, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,15 @@ def _onednn_slower(product: Product) -> str | None:
 def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
     R, K, N = shape
     x, weight = (torch.randn(*s, device=device).mul_(K**-0.25).to(dtype) for s in ((R, K), (N, K)))
-    return linear, [x, weight]
+    copies, calls = 1, itertools.count()
+    if R <= MOST_ROWS:
+        # a decoding step reads each weight from memory: one matrix again and again would stay in the caches
+        copies = max(1, min(_MOST_COPIES, _COLD_BYTES // weight.nbytes))
+
+    def call(x: Tensor, weights: Tensor) -> Tensor:
+        return linear(x, weights[next(calls) % len(weights)])
+
+    return call, [x, weight.repeat(copies, 1, 1)]
 
 
 OP = Op(

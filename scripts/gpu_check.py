@@ -77,14 +77,15 @@ def _stage(name: str, place: str, seconds: float, about: str) -> Stage:
     return Stage(name=name, run=run, seconds=seconds, about=about)
 
 
-# the budgets add up to nine and a half minutes
+# the budgets add up to nine and three quarter minutes
 STAGES = (
     _stage("machine", "machine.describe", 30, "versions, and the most that a copy and a product reach here"),
     _stage("compile", "machine.compile_all", 120, "every Triton kernel on all cores, the CUDA extension beside it"),
     _stage("ops", "ops.check", 110, "every op against float64: gradients, repeats, a side stream, capture and replay"),
     _stage("model", "models.compare", 40, "the whole model against the definitions"),
     _stage("syncs", "models.forbid_syncs", 20, "no wait for the device in a training step or a beam step"),
-    _stage("backends", "timing.compare_backends", 100, "every backend at the shapes of the model, batches 1 to 32"),
+    _stage("backends", "timing.compare_backends", 80, "every backend at the shapes of the model, batches 1 to 32"),
+    _stage("tune", "tune.measure_choices", 35, "the measured choices, as a table for kernels/tuned/"),
     _stage("tiles", "timing.sweep_tiles", 50, "block shapes of products and attention"),
     _stage("beam", "models.time_beam_step", 20, "a beam step, launched one by one and captured"),
     _stage("jobs", "models.time_jobs", 40, "encoding and training steps of BASE and LARGE against plain PyTorch"),
