@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from prismer.kernels.tuning.tables import Table, device_facts, slug
 from scripts.gpu_check import STAGES, Results, Stage, main, run_stages
 from scripts.gpu_stages.processes import in_processes
 
@@ -73,6 +74,8 @@ def test_every_stage_runs_on_stand_ins(tmp_path):
     assert summary["failed"] == [] and summary["machine"]["name"] == "cpu" and summary["fastest"]
 
     page = subprocess.run([*COMMAND, "--report", str(folder)], capture_output=True, text=True, check=True).stdout
+    table = folder / f"{slug(device_facts('cpu'))}.json"
+    assert Table.from_json(table.read_text()).entries
     assert "no number here is a speed of a GPU" in page and "| layer_norm | fp32 |" in page
 
 

@@ -33,6 +33,7 @@ def _record(model: Network, images: int, device: str) -> dict[tuning.Key, str]:
         freeze(model, "freeze_lang_vision")
         model(draw_batch(config, images, device)).backward()
         model.zero_grad()
+        model.eval()
         with torch.inference_mode():
             context = model.encoder(draw_batch(config, 1, device).images)
             prompt = [[[config.bos_id] + [word] * (PROMPT - 1)]]
