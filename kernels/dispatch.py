@@ -364,8 +364,7 @@ class Op:
         else:
             on_torch = measured == HOST
         if tuning.is_recording():
-            # an op with several backends notes its choice later
-            tuning.record("cpu", (self.name, x.dtype, gradient, shape), HOST if on_torch else "torch")
+            tuning.record("cpu", (self.name, x.dtype, gradient, shape), HOST if on_torch else self.usable("cpu")[0])
         return HOST if on_torch else "op"
 
     def choose(self, x: Any, *facts: Any, gradient: bool = False, asked_for: str | None = None) -> str:

@@ -21,6 +21,8 @@ from prismer.kernels.dispatch import PLAIN, TORCH, Backend, Example, Op, rows_an
 from prismer.kernels.few_rows import MOST_ROWS, few_rows_serves, product_of_few_rows
 from prismer.kernels.tuning.tables import mkl_is_slow
 
+# numbers of the few rows that stay in a core's cache
+_MOST_INPUTS = 2**18
 # copies of a matrix that together exceed a processor's own caches
 _COLD_BYTES, _MOST_COPIES = 2**27, 64
 
@@ -45,6 +47,11 @@ class Product:
 
 def _few_rows_refuses(product: Product) -> str | None:
     return None if product.few else "kernels/few_rows.py does not serve the product"
+
+
+def _few_rows_slower(product: Product) -> str | None:
+    rows, inputs, _ = product.shape
+    return "rows that exceed a core's cache are read again and again" if rows * inputs > _MOST_INPUTS else None
 
 
 def _onednn_refuses(product: Product) -> str | None:
@@ -77,7 +84,7 @@ OP = Op(
     name="linear",
     reference=None,
     backends=(
-        Backend(name="few-rows", devices=("cpu",), refuses=_few_rows_refuses),
+        Backend(name="few-rows", devices=("cpu",), refuses=_few_rows_refuses, slower=_few_rows_slower),
         Backend(name="onednn", devices=("cpu",), refuses=_onednn_refuses, slower=_onednn_slower),
         TORCH,
     ),

@@ -40,10 +40,20 @@ def pretend(monkeypatch, seconds, flags=("avx512_bf16",)):
 
 
 @pytest.mark.parametrize("stored", [BF16, FP32], ids=["bf16", "fp32"])
-def test_bf16_instructions_decide_until_the_machine_is_measured(monkeypatch, stored):
-    monkeypatch.setattr(precision, "native_bf16_flags", lambda: {"avx512_bf16"})
+@pytest.mark.parametrize(
+    ("vendor", "flags", "chosen"),
+    (
+        ("AuthenticAMD", {"avx512_bf16"}, BF16),
+        ("GenuineIntel", {"avx512_bf16"}, FP32),
+        ("GenuineIntel", {"avx512_bf16", "amx_bf16"}, BF16),
+        ("0x41", {"bf16"}, BF16),
+    ),
+)
+def test_the_processor_decides_until_it_is_measured(monkeypatch, vendor, flags, chosen, stored):
+    monkeypatch.setattr(precision, "native_bf16_flags", lambda: flags)
+    monkeypatch.setattr(precision, "device_facts", lambda device: dict(device=f"{vendor} 6 1"))
     dtype, why = inference_dtype("auto", stored, WIDE, CPU)
-    assert dtype == BF16 and (why is None if stored == BF16 else "prismer tune" in why)
+    assert dtype == chosen and (why is None if stored == chosen else "prismer tune" in why)
 
 
 @pytest.mark.parametrize("seconds, faster", [((0.3, 1.1), BF16), ((1.1, 0.3), FP32), ((1, 1), BF16)])

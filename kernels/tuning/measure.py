@@ -155,16 +155,19 @@ class Measurement:
         repeats = {}
         for choice in candidates:
             with self._forcing(key, choice):
-                call()
-                repeats[choice] = max(1, min(1000, int(_SAMPLE_SECONDS / max(self.timer(call), 1e-7))))
+                spent = self.timer(call)
+                if spent < _SAMPLE_SECONDS:
+                    spent = self.timer(call)
+                repeats[choice] = max(1, min(1000, int(_SAMPLE_SECONDS / max(spent, 1e-7))))
         times: dict[str, list[float]] = {choice: [] for choice in candidates}
         order = list(candidates)
         end = time.perf_counter() + self.seconds
         while time.perf_counter() < end or len(times[order[0]]) < _LEAST_ROUNDS:
             for choice in order:
                 with self._forcing(key, choice):
-                    # the first call looks the choice up again
-                    call()
+                    if repeats[choice] > 1:
+                        # the first call looks the choice up again, which counts only beside a short call
+                        call()
                     spent = self.timer(lambda count=repeats[choice]: [call() for _ in range(count)])
                 times[choice].append(spent / repeats[choice])
             order.append(order.pop(0))

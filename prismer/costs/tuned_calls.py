@@ -18,7 +18,7 @@ from prismer.kernels.tuning import Key
 from prismer.kernels.tuning.measure import Measurement
 from prismer.kernels.tuning.tables import Entry, Table, machine
 from prismer.network import PrismerNetwork
-from prismer.precision import NAMES, PRECISION, caption_seconds, native_bf16_flags
+from prismer.precision import NAMES, PRECISION, bf16_is_prior, caption_seconds, native_bf16_flags
 from prismer.ranking import AnswerTrie, rank_answers
 
 # tokens of a text in a step, of a question, and the size of the list of answers: those of the paper's tasks
@@ -120,7 +120,7 @@ def _precision(config: PrismerConfig) -> Entry | None:
         gradient=False,
         shape=(config.vision_width, config.text_width),
         choice=min(spent, key=spent.__getitem__),
-        prior="bf16",
+        prior="bf16" if bf16_is_prior() else "fp32",
         microseconds=spent,
     )
 

@@ -33,7 +33,6 @@ from prismer.kernels.dispatch import (
     use_backend,
 )
 from prismer.kernels.layer_norm import layer_norm
-from prismer.kernels.tuning.tables import Table
 
 pytestmark = pytest.mark.cpu
 
@@ -69,7 +68,7 @@ def machine(request, monkeypatch):
 def _forget_choices():
     dispatch._usable.cache_clear()
     for device in ("cpu", "cuda"):
-        tuning.use_table(device, Table())
+        tuning.use_table(device, tuning.table(device))
 
 
 def test_an_older_build_of_the_extension_says_so(machine):

@@ -206,6 +206,8 @@ def test_which_backend_is_chosen(monkeypatch, count_calls):
     """Ours on AVX-512, and for 16 bits on AVX2, where torch multiplies those slowly; torch's own elsewhere."""
     from tests.ops.native_sets import HERE
 
+    monkeypatch.setattr(native_backend, "has_amx", lambda: False)
+    monkeypatch.setattr(native_backend, "mkl_is_slow", lambda: True)
     ran, forward = [], native_backend.forward
     monkeypatch.setattr(native_backend, "forward", lambda *args: ran.append("native") or forward(*args))
 
