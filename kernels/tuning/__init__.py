@@ -69,7 +69,7 @@ def advice(device_type: str) -> str | None:
     found = table(device_type)
     if found.problem:
         return found.problem
-    return None if found.entries else "nothing was measured on this machine; prismer tune takes about a minute"
+    return None if found.entries else "nothing was measured on this machine; prismer tune takes a few minutes"
 
 
 def use_table(device_type: str, new: Table) -> None:
