@@ -15,7 +15,7 @@ train: install
 
 # each file in one of as many processes as there are cores, one thread each: most tests wait for the interpreter
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ MKL_ENABLE_INSTRUCTIONS (SSE4_2, AVX2, AVX512) and MKL_CBWR (COMPATIBLE, AVX2) d
 
 import os
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -45,6 +45,9 @@ def by_name(name, tensors):
 
 
 def pytest_collection_modifyitems(items):
+    # processes take whole files in this order: those with few tests have the slow ones, and must not come last
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (sizes[item.path], str(item.path)))
     if kernel_device() is not None:
         return
     reason = "needs a CUDA device, or PRISMER_TEST_DEVICE=cpu to let the CPU stand in"

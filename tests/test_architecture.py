@@ -114,7 +114,7 @@ def test_dataloading_imports_only_the_ground_floor(imports):
 
 def test_the_gpu_check_imports_the_model_and_the_kernels_alone(imports):
     """The machine with a GPU may lack DeepSpeed, DALI, open_clip and what reads images, texts and files."""
-    model = "batch capture config experts freezing generation text vision".split()
+    model = "batch capture config experts freezing generation ranking text vision".split()
     allowed = {f"prismer.{name}" for name in model}
 
     def is_allowed(target: str) -> bool:

@@ -90,12 +90,12 @@ def _load(device_type: str) -> dict[Key, str]:
     return _choices[device_type]
 
 
-def forget() -> None:
-    """Read the tables from disk again at the next look-up."""
+def forget(device_type: str = "cpu") -> None:
+    """Read the table of a device type from disk again at the next look-up."""
     global generation
     with _loading:
-        _tables.clear()
-        _choices.clear()
+        _tables.pop(device_type, None)
+        _choices.pop(device_type, None)
         generation += 1
 
 
