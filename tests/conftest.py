@@ -48,6 +48,9 @@ def pytest_collection_modifyitems(items):
     # processes take whole files in this order: those with few tests have the slow ones, and must not come last
     sizes = Counter(item.path for item in items)
     items.sort(key=lambda item: (sizes[item.path], str(item.path)))
+    for item in items:
+        if item.get_closest_marker("long") and not os.environ.get("PRISMER_LONG_TESTS"):
+            item.add_marker(pytest.mark.skip(reason="set PRISMER_LONG_TESTS=1 to run it"))
     if kernel_device() is not None:
         return
     reason = "needs a CUDA device, or PRISMER_TEST_DEVICE=cpu to let the CPU stand in"

@@ -33,6 +33,7 @@ def selected(device, *options):
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
+@pytest.mark.long
 def test_a_stand_in_adds_the_tests_marked_gpu():
     assert selected(None, "-m", "gpu") == []
     found = selected("cpu")

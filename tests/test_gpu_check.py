@@ -48,6 +48,7 @@ def count(folder, name):
     return stage(name, run)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_stage_runs_on_stand_ins(tmp_path):
     """The whole command, as on the day, without any package that the machine may lack."""

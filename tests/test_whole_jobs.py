@@ -184,6 +184,7 @@ def _off(result):
     return (result[0], result[1] * 1.001) if isinstance(result, tuple) else result * 1.001
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ("caption", "answer", "classes", "encoder", "step"))
 def test_torch_compile_is_a_contender(kind, model, monkeypatch):
     """It does the same job, is compiled before anything is counted, and is refused if results differ."""

@@ -72,6 +72,7 @@ def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one(mode):
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_a_step_through_inductor():
     """The default backend of torch.compile, with one layer: most of the time is that of the C++ compiler."""
