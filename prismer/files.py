@@ -87,6 +87,34 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
+def write_together(path: Path, data: bytes) -> None:
+    """`write_atomically` for a file that several processes may write at the same time, with the same bytes."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "ab") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        try:
+            moved = not os.path.samestat(os.fstat(file.fileno()), os.stat(partial))
+        except FileNotFoundError:
+            moved = True
+        if moved and path.exists():
+            # another process has put the same bytes in place
+            return
+        if moved:
+            # the other process failed and removed its file
+            return write_together(path, data)
+        try:
+            file.truncate(0)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            # under the lock, so that the file is ours
+            partial.unlink(missing_ok=True)
+            raise
+    sync(path.parent)
+
+
 def write_json(path: str | Path, value: object) -> None:
     """Write `value` to `path` as indented JSON, as `write_atomically` does.
 

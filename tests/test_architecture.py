@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 GROUND_FLOOR = (
     "prismer prismer.batch prismer.config prismer.errors prismer.experts prismer.files prismer.reading "
-    "prismer.shipped prismer.kernels.errors prismer.tensor_files prismer.texts prismer.tokenizer"
+    "prismer.resumable prismer.shipped prismer.kernels.errors prismer.tensor_files prismer.texts prismer.tokenizer"
 ).split()
 LONGEST_FILE = 450
 

@@ -5,6 +5,7 @@ python -m pytest tests/test_files.py
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -27,6 +28,7 @@ from prismer.files import (
     write_atomically,
     write_checksums,
     write_json,
+    write_together,
 )
 from prismer.reading import parse_json, read_json
 from tests.faults.disk import full_after
@@ -208,3 +210,22 @@ def test_a_lock_is_released_when_its_process_dies(tmp_path):
     with take_lock(path):
         # a child does not inherit it
         assert json.loads(path.read_text().split()[1]) == os.getpid()
+
+
+def write_repeatedly(path, times):
+    for _ in range(times):
+        write_together(path, b"x" * 5000)
+
+
+def test_processes_may_write_the_same_file_at_once(tmp_path):
+    path = tmp_path / "job.json"
+    processes = [
+        multiprocessing.get_context("fork").Process(target=write_repeatedly, args=(path, 200)) for _ in range(4)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert path.read_bytes() == b"x" * 5000
+    assert [file.name for file in tmp_path.iterdir()] == ["job.json"]

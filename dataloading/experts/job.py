@@ -30,10 +30,10 @@ from prismer.dataloading.sources.records import FilePart, ImageRecord, ImageReco
 from prismer.dataloading.store.index import Sample, check_classes, to_json
 from prismer.dataloading.store.label_maps import pack_labels, resize_nearest, unpack_labels
 from prismer.dataloading.store.sample_json import check_meta
-from prismer.dataloading.store.writer import OpenShard, finished_shard, write_index, write_together
+from prismer.dataloading.store.writer import OpenShard, finished_shard, write_index
 from prismer.errors import InputError, MachineError
 from prismer.experts import EXPERTS
-from prismer.files import write_atomically
+from prismer.files import write_atomically, write_together
 from prismer.reading import read_json
 
 JOB_FILE, REPORT_FILE = "job.json", "report.json"

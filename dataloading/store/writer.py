@@ -27,7 +27,7 @@ from prismer.dataloading.store.index import (
 from prismer.dataloading.store.label_maps import pack_labels
 from prismer.errors import InputError
 from prismer.experts import EXPERTS
-from prismer.files import sync, write_atomically
+from prismer.files import sync, write_atomically, write_together
 from prismer.reading import read_bytes
 
 _BLOCK = 512
@@ -206,34 +206,6 @@ def write_index(folder: Path, shards: list[dict], classes: dict[str, list[str]],
         "shards": shards,
     }
     write_together(folder / "index.json", json.dumps(index, indent=1, ensure_ascii=False).encode())
-
-
-def write_together(path: Path, data: bytes) -> None:
-    """`write_atomically` for a file that several processes may write at the same time, with the same bytes."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "ab") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        try:
-            moved = not os.path.samestat(os.fstat(file.fileno()), os.stat(partial))
-        except FileNotFoundError:
-            moved = True
-        if moved and path.exists():
-            # another process has put the same bytes in place
-            return
-        if moved:
-            # the other process failed and removed its file
-            return write_together(path, data)
-        try:
-            file.truncate(0)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            # under the lock, so that the file is ours
-            partial.unlink(missing_ok=True)
-            raise
-    sync(path.parent)
 
 
 def finished_shard(folder: Path, number: int, fingerprint: str) -> tuple[dict, list[dict[str, str]]] | None:

@@ -20,7 +20,7 @@ from prismer.dataloading.sources.image_folders import folder_records
 from prismer.dataloading.sources.importer import import_records
 from prismer.dataloading.store.check import check_dataset
 from prismer.dataloading.store.shards import ShardDataset
-from prismer.dataloading.store.writer import OpenShard, write_together
+from prismer.dataloading.store.writer import OpenShard
 from tests.experts.jobs import CONTEXT, read_files, run_job, run_watched, write_photos
 from tests.experts.stand_ins import Brightness, Halves
 
@@ -225,23 +225,6 @@ def test_a_dataset_of_another_kind_is_refused_and_unchanged(photos, tmp_path):
     with pytest.raises(ValueError, match="no labelling job began"):
         label(photos, tmp_path / "out")
     assert read_files(tmp_path / "out") == before
-
-
-def write_repeatedly(path, times):
-    for _ in range(times):
-        write_together(path, b"x" * 5000)
-
-
-def test_processes_may_write_the_same_file_at_once(tmp_path):
-    path = tmp_path / "job.json"
-    processes = [CONTEXT.Process(target=write_repeatedly, args=(path, 200)) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert path.read_bytes() == b"x" * 5000
-    assert [file.name for file in tmp_path.iterdir()] == ["job.json"]
 
 
 def hold_shard(folder, locked, release):
