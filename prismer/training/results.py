@@ -9,10 +9,11 @@ import torch.distributed as dist
 from PIL import Image
 
 from prismer.dataloading.store.shards import CorruptSample, ShardDataset
+from prismer.evaluation.metrics import vqa_accuracy
+from prismer.evaluation.predict import most_frequent_replies
+from prismer.evaluation.scores import scores
 from prismer.files import replacing, write_atomically, write_json
 from prismer.model import Prismer
-from prismer.training.evaluation import most_frequent_replies, scores
-from prismer.training.metrics import vqa_accuracy
 from prismer.training.progress import plot_metrics
 from prismer.training.run_folder import export_checkpoint
 from prismer.training.setup import Run

@@ -1,7 +1,7 @@
 """The training tasks: which texts each one trains on, which metric compares its checkpoints, and its default settings.
 
 A new task on the same kinds of text is one entry of TASKS. A new kind of text also needs a chooser in
-prismer/texts.py (data.py calls it), a check in text_statistics.py, and predictions and scores in evaluation.py.
+prismer/texts.py (data.py calls it), a check in text_statistics.py, and predictions and scores in prismer/evaluation.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class TextKind:
     Attributes:
         field: name of the texts in the sample's JSON.
         label: what error messages call the texts.
-        metric: the metric that compares checkpoints; metrics.py computes it.
+        metric: the metric that compares checkpoints; prismer/evaluation/metrics.py computes it.
         largest: the largest value of `metric`.
     """
 

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from prismer.batch import Batch
 from prismer.costs.profiling import StepProfile
 from prismer.errors import InputError
+from prismer.evaluation.scores import scores
 from prismer.files import write_atomically
 from prismer.training import zero
-from prismer.training.evaluation import scores
 from prismer.training.progress import Progress, plot_metrics
 from prismer.training.results import finish_run
 from prismer.training.schedule import instance_rows, keyed_seed, learning_rate

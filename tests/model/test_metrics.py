@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 
-from prismer.training.metrics import (
+from prismer.evaluation.metrics import (
     answer_scores,
     bleu,
     caption_scores,

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from prismer.evaluation.predict import most_frequent_replies, predict
+from prismer.evaluation.scores import scores
 from prismer.inference import Answer
 from prismer.training import evaluation
-from prismer.training.evaluation import most_frequent_replies, predict, scores
 from prismer.training.results import results_table
 from prismer.training.text_statistics import TextCounts, TextStatistics, count_texts
 

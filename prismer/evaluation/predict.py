@@ -1,4 +1,4 @@
-"""Predictions for a split of a dataset and their scores, on one process or several, during training and after it."""
+"""Predictions for a split of a dataset, on one process or several, during training and after it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,8 +8,7 @@ import torch.distributed as dist
 from prismer.dataloading.feed.loader import Loader
 from prismer.inference import Answer, Candidates
 from prismer.model import Prismer
-from prismer.training.metrics import answer_scores, caption_scores, top1
-from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TASKS, TEXT_KINDS
+from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TASKS
 from prismer.training.text_statistics import TextStatistics, question_kind
 from prismer.training.zero import gather_json
 
@@ -83,31 +82,6 @@ def _answered(question: dict, reply: Answer) -> dict:
         answers=question.get("raw_answers") or dict(weights),
         prediction=reply.text,
     )
-
-
-def scores(records: Sequence[dict]) -> dict[str, float]:
-    """Score the records of `predict`.
-
-    Returns:
-        "BLEU-4" and "CIDEr-D" (at most 10) for captions, "accuracy" and "accuracy/KIND" for questions, "top-1" for
-        classes; and "score", which compares checkpoints: the mean of CIDEr-D / 10, accuracy and top-1, of those that
-        exist. {} if nothing can be scored.
-    """
-    result: dict[str, float] = {}
-    captioned = [row for row in records if row.get("captions")]
-    if captioned:
-        all_scores = caption_scores([row["caption"] for row in captioned], [row["captions"] for row in captioned])
-        result.update({name: all_scores[name] for name in ("BLEU-4", "CIDEr-D")})
-    questions = [question for row in records for question in row.get("questions", ()) if question["answers"]]
-    if questions:
-        result.update(answer_scores(*([q[name] for q in questions] for name in ("prediction", "answers", "kind"))))
-    classified = [row for row in records if row.get("class") is not None]
-    if classified:
-        result["top-1"] = top1([row["prediction"] for row in classified], [row["class"] for row in classified])
-    parts = [result[kind.metric] / kind.largest for kind in TEXT_KINDS if kind.metric in result]
-    if parts:
-        result["score"] = sum(parts) / len(parts)
-    return result
 
 
 def most_frequent_replies(records: Sequence[dict], statistics: TextStatistics) -> list[dict]:
