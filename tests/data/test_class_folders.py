@@ -5,7 +5,7 @@ python -m pytest tests/data/test_class_folders.py
 
 import pytest
 
-from prismer.dataloading.sources.class_folders import class_records
+from prismer.dataloading.sources.class_folders import class_records, imagenet_records
 from prismer.dataloading.store.shards import ShardDataset
 from tests.data.import_sources import encode, gradient, others_of, run, write
 
@@ -94,3 +94,63 @@ def test_a_class_table_of_another_schema_is_refused(tmp_path, classes, names, me
     names = None if names is None else write(tmp_path / "n.json", names)
     with pytest.raises(ValueError, match=message):
         class_records(tmp_path / "in", classes=classes, names=names)
+
+
+def shots(folder, **options):
+    """Class -> images that a draw takes."""
+    found = {}
+    for record in class_records(folder, **options):
+        found.setdefault(record.meta["class"], set()).add(record.image.path.name)
+    return found
+
+
+def test_shots_are_drawn_of_each_class_whatever_the_order_of_the_files(tmp_path):
+    names = [f"{kind}/{i:02d}.jpg" for kind in ("cat", "dog", "owl") for i in range(20 if kind != "owl" else 3)]
+    for number, order in enumerate((names, names[::-1])):
+        for name in order:
+            write(tmp_path / str(number) / name, encode(gradient(number)))
+    one, two = (shots(tmp_path / str(n), shots=4, seed=0) for n in (0, 1))
+    assert one == two and {kind: len(found) for kind, found in one.items()} == {"cat": 4, "dog": 4, "owl": 3}
+    assert shots(tmp_path / "0", shots=4, seed=1) != one, "a seed is a draw of its own"
+    assert all(shots(tmp_path / "0", shots=3, seed=0)[kind] <= found for kind, found in one.items())
+    # fixed, because a published number names its draw
+    assert one["cat"] == {"00.jpg"}
+    records = class_records(tmp_path / "0", shots=4)
+    assert len(records) == 11 == len(list(records))
+    assert [other.reason for other in records.others] == [
+        "4 images of each class were drawn with seed 0; 32 images are left out",
+        "1 classes have fewer than 4 images, the first owl with 3",
+    ]
+
+
+def test_shots_have_to_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="shots is 0; it must be at least 1"):
+        class_records(tmp_path, shots=0)
+
+
+@pytest.mark.parametrize("layout", ["", "ILSVRC/Data/CLS-LOC"])
+def test_imagenet_takes_its_names_from_the_mapping_of_synsets(tmp_path, layout):
+    lines = ["n1 tench, Tinca tinca", "n2 maillot", "n3 maillot, tank suit", "n9 absent"]
+    write(tmp_path / "LOC_synset_mapping.txt", "\n".join(lines) + "\n")
+    for name in ("n1", "n2", "n3"):
+        for i in range(3):
+            write(tmp_path / layout / "train" / name / f"{name}_{i}.JPEG", encode(gradient()))
+    records = imagenet_records(tmp_path, "train", shots=2)
+    samples, _ = run(records, tmp_path / "out")
+    assert len(samples) == 6
+    assert {sample.meta["class"] for sample in samples.values()} == {"tench", "maillot", "maillot, tank suit"}
+    assert len(imagenet_records(tmp_path, "train")) == 9
+
+
+def test_imagenet_without_its_folders_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no folder of a split; name it with --split"):
+        imagenet_records(tmp_path, "")
+    with pytest.raises(ValueError, match="has no folder val; name it with --split"):
+        imagenet_records(tmp_path, "val")
+    write(tmp_path / "val/ILSVRC2012_val_00000001.JPEG", encode(gradient()))
+    with pytest.raises(ValueError, match="has no class folders; sort its images into folders of their wnids"):
+        imagenet_records(tmp_path, "val")
+    write(tmp_path / "val/n1/a.JPEG", encode(gradient()))
+    write(tmp_path / "LOC_synset_mapping.txt", "n2 tench\n")
+    with pytest.raises(ValueError, match="the mapping of ImageNet gives no name for n1"):
+        imagenet_records(tmp_path, "val")
