@@ -11,7 +11,7 @@ from pathlib import Path
 from prismer.dataloading.sources.image_folders import subfolders, walk_image_folders
 from prismer.dataloading.sources.records import DatasetPaths, IgnoredFile, ImageRecord, ImageRecords
 from prismer.errors import InputError, check_count
-from prismer.reading import printable, read_json, read_lines
+from prismer.reading import printable, read_json
 
 
 def class_records(
@@ -50,7 +50,7 @@ def class_records(
         check_count("shots", shots)
     count, folders = 0, subfolders(root)
     table = _class_names(folders, classes, names)
-    draw = _Draw(shots, seed) if shots is not None else None
+    draw = Draw(shots, seed) if shots is not None else None
     for found in walk_image_folders(root, others):
         beside = [*found.texts.values(), *found.notes.values()]
         if found.path == root:
@@ -93,14 +93,20 @@ def class_records(
     return ImageRecords(count, iterate, known, others)
 
 
-class _Draw:
-    """The images of each class whose hashes with a seed are the lowest."""
+class Draw:
+    """The images of each class whose hashes with a seed are the lowest.
+
+    Args:
+        shots: images of each class.
+        seed: hashed with the path of each image.
+    """
 
     def __init__(self, shots: int, seed: int):
         self.shots, self.seed = shots, seed
         self._best: dict[str, list[tuple[int, str]]] = {}
 
     def add(self, class_name: str, path: str) -> None:
+        """Let an image take part."""
         digest = hashlib.blake2b(f"{self.seed}/{path}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
         # a heap gives its least first: the negative makes that the highest hash
         entry, best = (-int.from_bytes(digest, "big"), path), self._best.setdefault(class_name, [])
@@ -111,6 +117,7 @@ class _Draw:
 
     @cached_property
     def chosen(self) -> set[str]:
+        """The paths that are drawn, when all have been added."""
         return {path for best in self._best.values() for _, path in best}
 
     def others(self, root: Path, count: int) -> list[IgnoredFile]:
@@ -122,50 +129,6 @@ class _Draw:
             reason = f"{len(few)} classes have fewer than {self.shots} images, the first {few[0][0]} with {few[0][1]}"
             found.append(IgnoredFile(printable(str(root)), printable(reason)))
         return found
-
-
-def imagenet_records(
-    root: str | Path,
-    split: str,
-    *,
-    classes: str | Path | None = None,
-    names: str | Path | None = None,
-    labels: str | Path | None = None,
-    shots: int | None = None,
-    seed: int = 0,
-) -> ImageRecords:
-    """A split of ImageNet as its archive unpacks: `<split>/<wnid>/<image>.JPEG`, in ILSVRC/Data/CLS-LOC or in `root`.
-
-    Without `classes`, `LOC_synset_mapping.txt` gives the names: the first synonym of a class, or all synonyms where
-    another class has the same first one.
-
-    Args:
-        root: the folder of ImageNet.
-        split: "train" or "val".
-        classes, names, labels, shots, seed: as for `class_records`.
-
-    Raises:
-        ValueError: if the split is not there or its images lie in no class folders, or as for `class_records`.
-    """
-    root = Path(root)
-    places = [root / place / split for place in ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")]
-    folder = next((place for place in places if place.is_dir()), None)
-    if not split or folder is None:
-        raise InputError(f"{root} has no folder {split or 'of a split'}; name it with --split, such as --split train")
-    if not subfolders(folder):
-        raise InputError(f"{folder} has no class folders; sort its images into folders of their wnids first")
-    mapping = next(
-        filter(Path.is_file, (root / "LOC_synset_mapping.txt", root / "ILSVRC/LOC_synset_mapping.txt")), None
-    )
-    table = _synset_names(mapping) if classes is None and mapping else classes
-    return class_records(folder, classes=table, names=names, labels=labels, shots=shots, seed=seed)
-
-
-def _synset_names(path: Path) -> dict[str, str]:
-    """wnid -> name of a mapping with lines such as "n01440764 tench, Tinca tinca"."""
-    lines = {wnid: text.strip() for wnid, _, text in (line.partition(" ") for line in read_lines(path))}
-    uses = Counter(text.split(",")[0] for text in lines.values())
-    return {wnid: text if uses[text.split(",")[0]] > 1 else text.split(",")[0] for wnid, text in lines.items()}
 
 
 def _class_names(

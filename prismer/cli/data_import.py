@@ -113,9 +113,10 @@ def _add_labels(kind: argparse.ArgumentParser) -> None:
 
 
 def _records(args: argparse.Namespace) -> "ImageRecords":
-    from prismer.dataloading.sources.class_folders import class_records, imagenet_records
+    from prismer.dataloading.sources.class_folders import class_records
     from prismer.dataloading.sources.coco_captions import caption_records
     from prismer.dataloading.sources.image_folders import folder_records
+    from prismer.dataloading.sources.imagenet import imagenet_records
     from prismer.dataloading.sources.published import published_records
     from prismer.dataloading.sources.table_rows import table_records
     from prismer.dataloading.sources.url_captions import web_records

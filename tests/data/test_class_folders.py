@@ -5,7 +5,7 @@ python -m pytest tests/data/test_class_folders.py
 
 import pytest
 
-from prismer.dataloading.sources.class_folders import class_records, imagenet_records
+from prismer.dataloading.sources.class_folders import class_records
 from prismer.dataloading.store.shards import ShardDataset
 from tests.data.import_sources import encode, gradient, others_of, run, write
 
@@ -126,31 +126,3 @@ def test_shots_are_drawn_of_each_class_whatever_the_order_of_the_files(tmp_path)
 def test_shots_have_to_be_positive(tmp_path):
     with pytest.raises(ValueError, match="shots is 0; it must be at least 1"):
         class_records(tmp_path, shots=0)
-
-
-@pytest.mark.parametrize("layout", ["", "ILSVRC/Data/CLS-LOC"])
-def test_imagenet_takes_its_names_from_the_mapping_of_synsets(tmp_path, layout):
-    lines = ["n1 tench, Tinca tinca", "n2 maillot", "n3 maillot, tank suit", "n9 absent"]
-    write(tmp_path / "LOC_synset_mapping.txt", "\n".join(lines) + "\n")
-    for name in ("n1", "n2", "n3"):
-        for i in range(3):
-            write(tmp_path / layout / "train" / name / f"{name}_{i}.JPEG", encode(gradient()))
-    records = imagenet_records(tmp_path, "train", shots=2)
-    samples, _ = run(records, tmp_path / "out")
-    assert len(samples) == 6
-    assert {sample.meta["class"] for sample in samples.values()} == {"tench", "maillot", "maillot, tank suit"}
-    assert len(imagenet_records(tmp_path, "train")) == 9
-
-
-def test_imagenet_without_its_folders_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no folder of a split; name it with --split"):
-        imagenet_records(tmp_path, "")
-    with pytest.raises(ValueError, match="has no folder val; name it with --split"):
-        imagenet_records(tmp_path, "val")
-    write(tmp_path / "val/ILSVRC2012_val_00000001.JPEG", encode(gradient()))
-    with pytest.raises(ValueError, match="has no class folders; sort its images into folders of their wnids"):
-        imagenet_records(tmp_path, "val")
-    write(tmp_path / "val/n1/a.JPEG", encode(gradient()))
-    write(tmp_path / "LOC_synset_mapping.txt", "n2 tench\n")
-    with pytest.raises(ValueError, match="the mapping of ImageNet gives no name for n1"):
-        imagenet_records(tmp_path, "val")
