@@ -41,7 +41,7 @@ def _img2dataset(url_list: str, form: str, url: str, caption: str, folder: str) 
         f"img2dataset --url_list {url_list} --input_format {form} --url_col {url} --caption_col {caption} "
         f"--output_format webdataset --output_folder {folder} --image_size 256 --resize_mode keep_ratio "
         f"--resize_only_if_bigger True --processes_count 16 --thread_count 64 --number_sample_per_shard 10000 "
-        f"--compute_hash None --enable_wandb False"
+        f"--compute_hash None"
     )
 
 
@@ -74,7 +74,7 @@ RECIPES = {
     ),
     "sbu": Recipe(
         "SBU captioned photos",
-        "1,000,000 addresses with a caption each; about 860,000 images still answer",
+        "1,000,000 addresses with a caption each, of which about 860,000 can be downloaded",
         "0.2 GB for the list, at most 45 GB for the images",
         f"none stated; {_FLICKR}",
         (
@@ -88,7 +88,7 @@ RECIPES = {
     "coco": Recipe(
         "COCO 2014 with the splits of Karpathy",
         "566,747 captions of 113,287 images for training; 5,000 images each for validation and test",
-        "21 GB",
+        "21 GB, and as much again while the archives are kept",
         f"captions CC BY 4.0; {_FLICKR}",
         (
             "mkdir -p coco",
@@ -107,7 +107,7 @@ RECIPES = {
     "vg": Recipe(
         "Visual Genome",
         "5.4 million descriptions of regions and 1.7 million questions on 108,077 images",
-        "17 GB",
+        "17 GB, and as much again while the archives are kept",
         "CC BY 4.0",
         (
             "mkdir -p vg",

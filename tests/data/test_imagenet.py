@@ -58,7 +58,5 @@ def test_validation_images_of_one_folder_take_their_classes_from_the_solution(tm
     assert "line 5 of" in report.skipped[0]["reason"]
     (other,) = report.others
     assert other["reason"] == "1 images that no list names, the first ILSVRC2012_val_00000003.JPEG"
-    assert [record.meta["class"] for record in imagenet_records(tmp_path, "val", shots=1) if not record.fault] == [
-        "tench",
-        "goldfish",
-    ] or len(imagenet_records(tmp_path, "val", shots=1)) == 3
+    drawn = [record.meta["class"] for record in imagenet_records(tmp_path, "val", shots=1) if not record.fault]
+    assert sorted(drawn) == ["goldfish", "tench"]

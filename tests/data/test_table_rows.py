@@ -207,9 +207,11 @@ def test_parquet_files_are_read_by_datasets_itself(tmp_path, form):
     if form == "feature":
         label = datasets.ClassLabel(names=["cat", "dog"])
         kinds = {"image": datasets.Image(), "caption": datasets.Value("string"), "label": label}
-        datasets.Dataset.from_dict(columns, datasets.Features(kinds)).to_parquet(str(file))
+        # what Dataset.to_parquet writes
+        table = pyarrow.table(columns, datasets.Features(kinds).arrow_schema)
     else:
-        pyarrow.parquet.write_table(pyarrow.table(columns), file)
+        table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, file)
     samples, report = run(table_records([file]), tmp_path / "out")
     assert [sample.jpeg for sample in samples.values()] == values and not report.re_encoded
     assert [sample.meta["captions"] for sample in samples.values()] == [["text 0"], ["text 1"], ["text 2"]]
