@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,12 @@ def clean_captions(texts: list, file: Path, image: object, findings: Findings) -
         else:
             kept.append(line)
     return kept
+
+
+def text_fields(entry: Mapping, *names: str) -> dict[str, str]:
+    """Those of some fields that hold texts."""
+    found = {name: entry.get(name) for name in names}
+    return {name: text for name, text in found.items() if isinstance(text, str) and text.strip() and is_text(text)}
 
 
 def answer_text(value: object, file: Path, question: object, findings: Findings) -> str:

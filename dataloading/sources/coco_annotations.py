@@ -10,6 +10,7 @@ from prismer.dataloading.sources.annotations import (
     Findings,
     clean_captions,
     entries_of,
+    text_fields,
 )
 from prismer.dataloading.sources.json_lists import BadEntry, entry_id, id_in_name, inside_path, same_id
 from prismer.errors import InputError
@@ -41,9 +42,7 @@ def coco_images(source: AnnotationFile, findings: Findings) -> list[AnnotatedIma
                 raise BadEntry(f"has the id {entry['id']} of another image ({known.path})")
             if known:
                 findings.count(source.path, "images are listed twice, and their captions come together", name)
-            for field in ("domain", "open_images_id"):
-                if isinstance(entry.get(field), str) and entry[field].strip():
-                    image.meta[field] = entry[field]
+            image.meta |= text_fields(entry, "domain", "open_images_id")
             images[key] = by_path[image.path] = known or image
         except BadEntry as error:
             findings.fault(source.path, place, error)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prismer.dataloading.sources.annotations import Findings, answer_text, clean_captions
+from prismer.dataloading.sources.annotations import Findings, answer_text, clean_captions, text_fields
 from prismer.dataloading.sources.json_lists import BadEntry, entry_id
 from prismer.dataloading.sources.records import FilePart, ImageBytes, ImageRecord, ImageRecords
 from prismer.dataloading.sources.vqa_questions import add_answers, weighted
@@ -145,17 +145,14 @@ def _meta(
     meta: dict[str, Any] = {}
     if "image_id" in told:
         meta["image_id"] = entry_id(told, "image_id")
-    if isinstance(told.get("domain"), str) and told["domain"].strip():
-        meta["domain"] = told["domain"]
+    meta |= text_fields(told, "domain")
     if "captions" in told:
         meta["captions"] = clean_captions(_texts(told["captions"], "raw"), file, f"row {number}", findings)
     if "question" in told:
         question = {"question": told["question"], "answers": [], "kind": "vqa"}
         if "question_id" in told:
             question["question_id"] = entry_id(told, "question_id")
-        for name in ("question_type", "answer_type"):
-            if isinstance(told.get(name), str) and told[name].strip():
-                question[name] = told[name]
+        question |= text_fields(told, "question_type", "answer_type")
         given = told.get("answers", [])
         raw = [answer_text(text, file, f"row {number}", findings) for text in _texts(given, "answer")]
         weights: dict[str, float] = {}

@@ -2,7 +2,14 @@
 
 import re
 
-from prismer.dataloading.sources.annotations import AnnotatedImage, AnnotationFile, Findings, answer_text, entries_of
+from prismer.dataloading.sources.annotations import (
+    AnnotatedImage,
+    AnnotationFile,
+    Findings,
+    answer_text,
+    entries_of,
+    text_fields,
+)
 from prismer.dataloading.sources.json_lists import BadEntry, entry_id, same_id
 from prismer.dataloading.sources.vqa_questions import add_answers, weighted
 from prismer.dataloading.store.sample_json import meta_problems, show_json
@@ -123,9 +130,7 @@ def _annotations(sources: list[AnnotationFile], findings: Findings) -> dict[int 
                     del weights[answer]
                     findings.count(source.path, "questions have blank answers, which get no weight", f"question {key}")
                 about = {"image_id": image_id, "answers": weighted(weights), "raw_answers": raw}
-                for field in ("question_type", "answer_type"):
-                    if isinstance(entry.get(field), str) and entry[field].strip():
-                        about[field] = entry[field]
+                about |= text_fields(entry, "question_type", "answer_type")
                 if key in told:
                     findings.count(source.path, "annotations are listed twice; the first is used", f"of question {key}")
                 told.setdefault(key, (source, about))
