@@ -109,6 +109,8 @@ def read_annotations(path: Path) -> AnnotationFile:
         raise InputError(f"there is no annotation file {path}; check the path") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); name a file that can") from None
+    if start.startswith(b"PK\x03\x04"):
+        raise InputError(f"{path} is a zip archive; unpack it and name the file inside")
     if start[:1] not in (b"{", b"["):
         text = decode_text(data, path)
         first = text.lstrip()[:500].split("\n")[0]

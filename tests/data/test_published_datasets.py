@@ -237,15 +237,15 @@ def test_what_is_odd_in_captions_is_corrected_counted_and_named(tmp_path):
 
 
 def test_greyscale_and_cmyk_images_become_rgb_and_are_counted(tmp_path):
-    coco(tmp_path / "in", ids=(1, 2, 3, 4))
+    coco(tmp_path / "in", ids=(1, 2, 3, 4, 5))
     folder = tmp_path / "in/train2014"
-    for i, form, mode in ((1, "JPEG", "L"), (2, "JPEG", "CMYK"), (3, "PNG", "RGB")):
+    for i, form, mode in ((1, "JPEG", "L"), (2, "JPEG", "CMYK"), (3, "PNG", "RGB"), (4, "JPEG", "CMYK")):
         (folder / COCO.format("train", i)).write_bytes(encode(gradient(mode=mode), form))
     samples, report = run(published_records("coco", tmp_path / "in", split="train"), tmp_path / "out")
-    assert len(samples) == 4 and report.re_encoded == 3
+    assert len(samples) == 5 and report.re_encoded == 4
     assert {name: one["count"] for name, one in report.formats.items()} == {
         "greyscale JPEG": 1,
-        "CMYK JPEG": 1,
+        "CMYK JPEG": 2,
         "PNG": 1,
     }
     assert report.formats["CMYK JPEG"]["first"] == str(folder / COCO.format("train", 2))
@@ -293,6 +293,7 @@ def test_label_maps_lie_in_the_published_folders(tmp_path):
         ("vqav2", {"split": "train"}, "no annotation file of vqav2 for the split train"),
         ("coco", {"annotations": ["half.json"]}, "is not JSON"),
         ("coco", {"annotations": ["empty.json"]}, "names no image that can be used; image 0 of .* has no id"),
+        ("coco", {"annotations": ["captions.json.zip"]}, "is a zip archive; unpack it"),
         ("flickr30k", {"annotations": ["text.txt"]}, "holds no annotations that are known here; name another"),
     ],
 )
@@ -304,6 +305,7 @@ def test_bad_input_gets_one_sentence(tmp_path, dataset, options, message):
     write(tmp_path / "half.json", '{"images": [')
     write(tmp_path / "empty.json", {"images": [{"file_name": "a.jpg"}], "annotations": []})
     write(tmp_path / "text.txt", "a text")
+    write(tmp_path / "captions.json.zip", b"PK\x03\x04" + bytes(40))
     for name in ("annotations", "images"):
         given = options.get(name)
         if given:

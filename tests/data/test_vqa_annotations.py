@@ -87,9 +87,9 @@ def test_training_weights_are_those_of_a_list_of_the_same_answers(tmp_path):
 @pytest.mark.parametrize("split, subtype", [("test", "test2015"), ("test-dev", "test-dev2015")])
 def test_a_test_set_has_questions_without_answers(tmp_path, split, subtype):
     (questions,) = vqa(tmp_path / "in", "test2015", annotations=[])
-    if split == "test-dev":
-        content = {**json.loads(questions.read_text()), "data_subtype": subtype}
-        write(tmp_path / "in/v2_OpenEnded_mscoco_test-dev2015_questions.json", content)
+    # both lie in one folder, and each is found by its own name
+    content = {**json.loads(questions.read_text()), "data_subtype": subtype}
+    write(tmp_path / "in/v2_OpenEnded_mscoco_test-dev2015_questions.json", content)
     samples, report = run(published_records("vqav2", tmp_path / "in", split=split), tmp_path / "out")
     assert list(samples)[0] == "test2015--COCO_test2015_000000000042" and report.others == []
     assert all(q["answers"] == [] and "raw_answers" not in q for q in questions_of(samples).values())
