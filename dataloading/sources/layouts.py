@@ -72,13 +72,14 @@ def find_annotations(dataset: str, root: Path, splits: list[str]) -> list[Path]:
     if any("{split}" in pattern for pattern in patterns):
         if not splits:
             raise InputError(f"{dataset} has several splits; name one with --split, such as --split val")
-        found = [path for split in splits for path in _of_split(dataset, root, split)]
+        found = [path for split in splits for path in _of_split(dataset, root, split, splits)]
     else:
-        found = _of_split(dataset, root, "+".join(splits))
+        found = _of_split(dataset, root, "+".join(splits), splits)
     return list(dict.fromkeys(found))
 
 
-def _of_split(dataset: str, root: Path, split: str) -> list[Path]:
+def _of_split(dataset: str, root: Path, split: str, splits: list[str]) -> list[Path]:
+    """The annotation files of one of some splits."""
     patterns = LAYOUTS[dataset].patterns
     # "val" finds val2014 and val2017, but "test" does not find test-dev2015
     names = dict.fromkeys(pattern.format(split=form) for pattern in patterns for form in (split, f"{split}[0-9]*"))
@@ -87,8 +88,8 @@ def _of_split(dataset: str, root: Path, split: str) -> list[Path]:
     others = [path for path in found if path not in karpathy]
     if dataset == "coco" and split not in ("train", "val", "test", "restval"):
         found = others
-    elif (dataset == "coco" and split in ("test", "restval") and karpathy) or (dataset == "flickr30k" and split):
-        # the official files have no such split with captions
+    elif (dataset == "coco" and karpathy and {"test", "restval"} & set(splits)) or (dataset == "flickr30k" and split):
+        # only Karpathy's file has such splits with captions
         found = karpathy
     elif dataset == "flickr30k":
         found = others or karpathy

@@ -108,6 +108,14 @@ def test_splits_of_karpathy(tmp_path, split, ids):
     assert report.others == [], "images of the other splits are no surprise"
 
 
+def test_a_split_that_only_karpathy_has_chooses_his_file(tmp_path):
+    karpathy(tmp_path)
+    coco(tmp_path)
+    records = published_records("coco", tmp_path, split="train+restval")
+    assert [record.meta["captions"][0] for record in records] == ["train 0", "restval 0"]
+    assert len(published_records("coco", tmp_path, split="train2014")) == 2
+
+
 def test_flickr30k_reads_all_three_of_its_files(tmp_path):
     names = ["1000092795.jpg", "2199200615.jpg"]
     for name in names:
