@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from prismer.evaluation.metrics import answer_scores, caption_scores, top1
+from prismer.errors import InputError
+from prismer.evaluation.caption_metrics import caption_scores
+from prismer.evaluation.vqa_accuracy import answer_scores
 from prismer.training.tasks import TEXT_KINDS
 
 
@@ -29,3 +31,16 @@ def scores(records: Sequence[dict]) -> dict[str, float]:
     if parts:
         result["score"] = sum(parts) / len(parts)
     return result
+
+
+def top1(predictions: Sequence, targets: Sequence) -> float:
+    """The share of predictions (class indices or names) that equal their targets.
+
+    Raises:
+        ValueError: if the lengths differ or are 0.
+    """
+    if len(predictions) != len(targets) or not len(targets):
+        raise InputError(
+            f"got {len(predictions)} predictions for {len(targets)} targets; give one for each, at least one"
+        )
+    return sum(p == t for p, t in zip(predictions, targets, strict=True)) / len(targets)

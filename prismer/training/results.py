@@ -9,9 +9,9 @@ import torch.distributed as dist
 from PIL import Image
 
 from prismer.dataloading.store.shards import CorruptSample, ShardDataset
-from prismer.evaluation.metrics import vqa_accuracy
 from prismer.evaluation.predict import most_frequent_replies
 from prismer.evaluation.scores import scores
+from prismer.evaluation.vqa_accuracy import vqa_accuracy
 from prismer.files import replacing, write_atomically, write_json
 from prismer.model import Prismer
 from prismer.training.progress import plot_metrics

@@ -1,6 +1,6 @@
 """Proves that the scores equal hand-computed values and those of the COCO caption toolkit.
 
-python -m pytest tests/model/test_metrics.py
+python -m pytest tests/evaluation/test_metrics.py
 
 The values of TOOLKIT and TREEBANK were made with pycocoevalcap 1.2 (its PTBTokenizer on Java 17, then Bleu(4) and Cider
 on its tokens) from the sentences below.
@@ -11,16 +11,10 @@ import math
 import numpy as np
 import pytest
 
-from prismer.evaluation.metrics import (
-    answer_scores,
-    bleu,
-    caption_scores,
-    cider_d,
-    normalize_answer,
-    tokenize_caption,
-    top1,
-    vqa_accuracy,
-)
+from prismer.evaluation.caption_metrics import bleu, caption_scores, cider_d
+from prismer.evaluation.caption_tokens import tokenize_caption
+from prismer.evaluation.scores import top1
+from prismer.evaluation.vqa_accuracy import answer_scores, normalize_answer, vqa_accuracy
 
 CANDIDATES = [
     "A brown dog runs through the grass with a ball.",
