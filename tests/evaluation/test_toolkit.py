@@ -27,7 +27,9 @@ from tests.evaluation.test_caption_metrics import TREEBANK
 ROWS = [
     dict(key="a", caption="A dog.", captions=["a dog", "a cat"], domain="in-domain"),
     dict(key="b", skipped="it is damaged"),
-    dict(key="c", caption="A red\u2028cube |||", captions=["a red cube", "A RED CUBE", "a cube"], domain="out-domain"),
+    dict(
+        key="c", caption="A red\n\u2028cube |||", captions=["a red cube", "A RED CUBE", "a cube"], domain="out-domain"
+    ),
     dict(key="d", caption="a test image", captions=[]),
     dict(key="e", caption="a hen", captions=["a hen"]),
 ]
