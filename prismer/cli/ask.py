@@ -83,10 +83,10 @@ def _caption(args: argparse.Namespace) -> int:
 
 
 def _answer(args: argparse.Namespace) -> int:
-    from prismer.weights.folder import ANSWERS, stored_texts
-
     answers = read_texts(args.answers, "--answers") if args.answers else None
     request = _Request(args)
+    from prismer.weights.folder import ANSWERS, stored_texts
+
     if answers is None:
         answers = stored_texts(request.model.folder, ANSWERS)
     if args.top and answers is None:
@@ -95,10 +95,10 @@ def _answer(args: argparse.Namespace) -> int:
 
 
 def _classify(args: argparse.Namespace) -> int:
-    from prismer.weights.folder import CLASS_NAMES, stored_texts
-
     names = read_texts(args.classes, "--classes") if args.classes else None
     request = _Request(args)
+    from prismer.weights.folder import CLASS_NAMES, stored_texts
+
     names = names or stored_texts(request.model.folder, CLASS_NAMES)
     if names is None:
         raise InputError(f"the model {args.model} has no class names of its own; give --classes")

@@ -76,10 +76,9 @@ def _fetch(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from prismer.training.export import export_checkpoint, find_checkpoint
-
     if args.official is not None:
         from prismer.model import Prismer
+        from prismer.training.export import find_checkpoint
         from prismer.weights.published import save_published
 
         found = find_checkpoint(args.source) or args.source
@@ -93,6 +92,8 @@ def _export(args: argparse.Namespace) -> None:
     source = Path(args.source)
     if source.is_dir() and args.out.resolve() == source.resolve():
         raise InputError(f"--out {args.out} is the folder to export; choose another")
+    from prismer.training.export import export_checkpoint, find_checkpoint
+
     if find_checkpoint(args.source) is None and (not source.is_dir() or _holds_weights(source)):
         _copy_model(args.source, args.out)
         print(f"{args.source} -> {args.out}")

@@ -56,8 +56,8 @@ def build_initial_model(source: str, image_size: int = 0, seed: int = 0) -> Pris
     """The model that training starts from.
 
     Args:
-        source: a model, as in `Prismer.from_pretrained`; or a preset, which is built anew: "tiny" around the towers that
-            ship with the package, "base", "large" and "huge" around CLIP and RoBERTa. Each also exists with "-z".
+        source: a model, as in `Prismer.from_pretrained`; or a preset, which is built anew: "tiny" around the towers
+            that ship with the package, "base", "large" and "huge" around CLIP and RoBERTa. Each also exists with "-z".
         image_size: RGB side in px; 0 keeps the model's own.
         seed: of the new parts.
 

@@ -79,7 +79,7 @@ def unpack(archive: Path, folder: Path, name: str, wanted: Iterable[str], weight
         except _DAMAGE as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             raise InputError(
-                f"the archive {archive} is damaged ({reason}); delete it and fetch the model again"
+                f"the archive {archive.resolve()} is damaged ({reason}); delete it and fetch the model again"
             ) from None
         os.replace(partial, folder)
         sync(folder.parent)

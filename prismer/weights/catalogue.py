@@ -36,6 +36,7 @@ class PublishedModel:
         return f"{HUB_REPOSITORY}/{self.name}"
 
 
+# prefix of a name -> task, RGB side
 _TASKS = {
     "pretrain": ("captions, zero-shot", 224),
     "caption": ("captions, COCO", 480),

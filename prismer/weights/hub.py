@@ -1,7 +1,7 @@
 """Models of the Hugging Face hub: found in its cache, or downloaded into it, and unpacked if they are archives.
 
-`huggingface_hub` keeps the cache. Since version 1 it drops what an interrupted download has received, so large files are
-downloaded here: they resume, and the SHA-256 that the hub states is compared before a file enters the cache.
+`huggingface_hub` keeps the cache. It drops what an interrupted download has received, so large files are downloaded
+here: they resume, and the SHA-256 that the hub states is compared before a file enters the cache.
 """
 
 import hashlib
@@ -67,21 +67,30 @@ def download(model: HubModel) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # the base class is the transport's error for a connection that fails, httpx's or that of requests
     try:
         paths = _fetch_large_files(model)
-        root = snapshot_download(model.repository, allow_patterns=paths)
-        return _folder_of(model, Path(root))
+        root = Path(snapshot_download(model.repository, allow_patterns=paths))
+    # the base classes are the errors of the transport, httpx or requests, when a connection fails
     except (OSError, HFValidationError, *HfHubHTTPError.__bases__) as error:
         if is_disk_failure(error):
             raise
-        if found := find(model):
-            return found
-        raise InputError(_why(error, model)) from None
+        if (root := _cached(model)) is None:
+            raise InputError(_why(error, model)) from None
+    folder, archive = _place(model, root)
+    if archive is not None:
+        unpack(archive, folder, model.name, model.files, model.weights)
+    return folder
 
 
 def find(model: HubModel) -> Path | None:
-    """The folder of a model if all of it is on this machine; the hub is not asked."""
+    """The folder of a model if all of it is on this machine and unpacked; the hub is not asked."""
+    root = _cached(model)
+    folder = None if root is None else _place(model, root)[0]
+    return folder if folder is not None and model.has_weights(folder) else None
+
+
+def _cached(model: HubModel) -> Path | None:
+    """The snapshot in the hub's cache that holds a model, whole or as an archive."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -91,21 +100,20 @@ def find(model: HubModel) -> Path | None:
             root = Path(snapshot_download(model.repository, allow_patterns=paths, local_files_only=True))
         except (OSError, HFValidationError):
             continue
-        if model.has_weights(root / model.inside) or any((root / path).is_file() for path in model.packed):
-            return _folder_of(model, root)
+        folder, archive = _place(model, root)
+        if archive is not None or model.has_weights(folder):
+            return root
     return None
 
 
-def _folder_of(model: HubModel, root: Path) -> Path:
-    """The folder of a model in a snapshot; an archive is unpacked into the cache of this library."""
+def _place(model: HubModel, root: Path) -> tuple[Path, Path | None]:
+    """The folder of a model, given the snapshot that holds it; and the archive to unpack into it, if it is packed."""
     folder = root / model.inside
     archive = next((root / path for path in model.packed if (root / path).is_file()), None)
     if archive is None or model.has_weights(folder):
-        return folder
+        return folder, None
     # a snapshot is named after its commit, so that an archive of another version gets a folder of its own
-    unpacked = cache_folder("models") / model.repository.replace("/", "--") / root.name / model.inside
-    unpack(archive, unpacked, model.name, model.files, model.weights)
-    return unpacked
+    return cache_folder("models") / model.repository.replace("/", "--") / root.name / model.inside, archive
 
 
 def _fetch_large_files(model: HubModel) -> list[str]:
