@@ -121,7 +121,7 @@ def _fetch_large_files(model: HubModel) -> list[str]:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import hf_hub_url, repo_folder_name
 
-    info = HfApi().model_info(model.repository, files_metadata=True)
+    info = HfApi().model_info(model.repository, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     held = {file.rfilename: file for file in info.siblings or ()}
     paths = [path for path in model.loose if path in held]
     if not any(path.endswith(model.weights) for path in paths):
