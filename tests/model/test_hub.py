@@ -8,6 +8,7 @@ import io
 import stat
 import tarfile
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
