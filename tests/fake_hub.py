@@ -147,10 +147,14 @@ def connected(hub: FakeHub, folder: Path, monkeypatch) -> Iterator[FakeHub]:
 
     with serve(hub) as address:
         monkeypatch.setattr(constants, "ENDPOINT", address)
+        template = "{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{address}/{template}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("PRISMER_HOME", str(folder / "prismer"))
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        # small enough that a download of these tests breaks off in its middle
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
         # it waits a second before it asks again
         monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
         close_session()
