@@ -252,8 +252,13 @@ def test_presets_have_the_sizes_of_open_clip(name, config):
 def towers_on_the_hub(parts, tmp_path, monkeypatch):
     """A hub that holds small towers, of which the preset "base" is built."""
     with connected(FakeHub(), tmp_path / "cache", monkeypatch) as hub:
-        hub.add_folder("someone/roberta", parts[0] / "roberta")
+        # only RoBERTa's own vocabulary needs no tokenizer files
+        roberta = make_roberta(tmp_path / "roberta", vocab_size=50265, tokenizer=False)
+        hub.add_folder("someone/roberta", tmp_path / "roberta")
+        hub.words = roberta.roberta.embeddings.word_embeddings.weight
         hub.repositories["someone/clip"] = {"open_clip_pytorch_model.bin": (parts[0] / "clip.pt").read_bytes()}
+        # transformers keeps a client for the address that it saw first
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
         tag = dict(hf_hub="someone/clip/", quick_gelu=True)
         monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "prismer-test-b", {"openai": tag})
         monkeypatch.setitem(backbones.TOWERS, "base", ("prismer-test-b", "openai", "someone/roberta"))
@@ -265,8 +270,7 @@ def test_a_preset_is_built_from_the_hub_and_then_from_its_cache(parts, towers_on
     with pytest.warns(UserWarning, match="base is new: its towers are trained, what joins them is not; train it first"):
         model = Prismer.from_pretrained("base", image_size=64)
     assert model.config.experts == ALL_EXPERTS and model.folder is None and not model.training
-    roberta = parts[2]
-    assert torch.equal(model.decoder.embeddings.word.weight, roberta.roberta.embeddings.word_embeddings.weight)
+    assert torch.equal(model.decoder.embeddings.word.weight, towers_on_the_hub.words)
     assert torch.equal(model.encoder.positional_embedding, parts[1].positional_embedding[1:])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     start, other = (build_initial_model("base", image_size=64, seed=seed) for seed in (0, 1))
@@ -280,18 +284,14 @@ def test_a_preset_is_built_from_the_hub_and_then_from_its_cache(parts, towers_on
 
 
 def test_a_preset_whose_towers_are_missing_says_which(towers_on_the_hub, monkeypatch):
-    clip = towers_on_the_hub.repositories.pop("someone/clip")
+    towers_on_the_hub.repositories.pop("someone/clip")
     start = r"^base is built from open_clip's prismer-test-b \(openai\) and someone/roberta, and "
     with pytest.raises(
         ValueError, match=start + "the weights openai of open_clip's prismer-test-b are not on this mach"
     ):
         Prismer.from_pretrained("base")
-    towers_on_the_hub.repositories["someone/clip"] = clip
-    towers_on_the_hub.repositories.pop("someone/roberta")
-    with pytest.raises(ValueError, match="transformers cannot load someone/roberta"):
-        build_initial_model("base-z")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for name in ("base", "large", "huge-z"):
+    for name in ("large", "huge-z"):
         with pytest.raises(
             ValueError, match=rf"^{name} is built from open_clip's .*transformers cannot load"
         ) as caught:
