@@ -1,0 +1,270 @@
+"""`prismer evaluate`: score a model on a dataset, and write its predictions."""
+
+import argparse
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prismer import __version__
+from prismer.cli.ask import read_texts
+from prismer.cli.options import (
+    add_device_option,
+    add_experts_option,
+    device_of_process,
+    load_labeller,
+    load_model,
+    positive,
+    rank_and_world,
+)
+from prismer.cli.printing import is_watched
+from prismer.errors import InputError, listed, shown
+
+if TYPE_CHECKING:
+    from prismer.dataloading.semantics.features import Semantics
+    from prismer.dataloading.store.shards import ShardDataset
+    from prismer.model import Prismer
+
+_TASKS = ("caption", "vqa", "classify")
+# option -> the tasks that it changes
+_TASKS_OF = {
+    "prefix": ("caption",),
+    "beams": ("caption", "vqa"),
+    "answers": ("vqa",),
+    "classes": ("classify",),
+}
+# images that the model reads at a time
+_BATCH_SIZES = {"cpu": 8, "cuda": 32}
+# decoding needs few threads beside a model
+_MOST_THREADS = 4
+_BEAMS = 3
+_BLOCK = 2**20
+
+
+def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
+    """Add evaluate to the commands of `prismer`."""
+    command = commands.add_parser(
+        "evaluate", help="score a model on a dataset and write its predictions; run the command again to resume"
+    )
+    command.add_argument("--model", default="tiny", metavar="FOLDER", help="model folder, or tiny (shipped)")
+    command.add_argument("--data", required=True, type=Path, metavar="DIR", help="a dataset, or a folder of its splits")
+    command.add_argument("--split", metavar="NAME", help="of a folder of splits (default val)")
+    command.add_argument("--task", required=True, choices=_TASKS)
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results")
+    command.add_argument("--limit", type=positive, default=0, metavar="N", help="only the first N images")
+    command.add_argument("--batch-size", type=positive, metavar="N", help="images that the model reads at a time")
+    prefix = command.add_mutually_exclusive_group()
+    prefix.add_argument("--prefix", metavar="TEXT", help="how captions start (default: the model's own prefix)")
+    prefix.add_argument(
+        "--no-prefix", dest="prefix", action="store_const", const="", help="zero-shot captions of a pre-trained model"
+    )
+    command.add_argument(
+        "--beams", type=positive, metavar="N", help=f"of captions and free answers (default {_BEAMS}; 1 is greedy)"
+    )
+    command.add_argument(
+        "--answers", metavar="FILE|A,B", help="answers to choose from (default: the model's own list, or free text)"
+    )
+    command.add_argument(
+        "--classes", metavar="FILE|A,B", help="class names to choose from (default: those of the dataset)"
+    )
+    add_experts_option(command)
+    command.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="default auto: the faster one"
+    )
+    add_device_option(command)
+    command.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    rank, world = rank_and_world()
+    for name, tasks in _TASKS_OF.items():
+        if getattr(args, name) is not None and args.task not in tasks:
+            raise InputError(f"--{name} changes nothing in task {args.task}; leave it out")
+    folder = _dataset_folder(args.data, args.split)
+    answers = read_texts(args.answers, "--answers") if args.answers else None
+    classes = read_texts(args.classes, "--classes") if args.classes else None
+    # a mistyped path should not wait for these
+    import torch
+
+    from prismer.dataloading.store.shards import ShardDataset
+    from prismer.evaluation.job import Evaluation
+    from prismer.evaluation.predict import Predictor
+    from prismer.inference import Candidates
+    from prismer.training.tasks import TASKS
+    from prismer.training.text_statistics import read_answers
+    from prismer.weights.locate import ANSWERS, locate
+
+    dataset = ShardDataset(folder)
+    if args.task == "classify":
+        classes = classes or dataset.classes.get("class")
+        if not classes:
+            raise InputError(f"{folder} lists no class names; give them with --classes")
+    if args.task == "vqa":
+        _check_questions(dataset, args.limit)
+    device = device_of_process(args.device, world)
+    _, weights = locate(args.model)
+    model, semantics = load_model(args.model, device, precision=args.precision)
+    if args.experts and not model.config.experts:
+        raise InputError(f"the model {args.model} has no experts and reads no labels; leave --experts out")
+    if args.task == "vqa" and answers is None and (weights.parent / ANSWERS).is_file():
+        # a model that was trained on captions alone has an empty list
+        answers = read_answers(weights.parent / ANSWERS) or None
+    if answers:
+        _check_answers(model, answers)
+    if args.prefix:
+        _check_prefix(model, args.prefix)
+    labeller = load_labeller(args.experts, device, label_size=model.config.label_size) if args.experts else None
+    predictor = Predictor(
+        model=model,
+        kinds=TASKS[args.task].texts,
+        answers=Candidates.answers(model.tokenizer, answers) if answers else None,
+        classes=Candidates.classes(model.tokenizer, classes) if classes else None,
+        class_names=dataset.classes.get("class", ()),
+        prefix=args.prefix,
+        beams=args.beams or _BEAMS,
+    )
+    batch_size = args.batch_size or _BATCH_SIZES[model.device.type]
+    notes = {
+        "task": args.task,
+        "model": _digest(weights),
+        "config": hashlib.sha256(model.config.to_json().encode()).hexdigest(),
+        "semantics": _semantics_digest(model.config.semantics, weights.parent),
+        "data": _digest(folder / "index.json"),
+        "answers": _digest_of(answers),
+        "classes": _digest_of(classes),
+        "prefix": (model.config.caption_prefix if args.prefix is None else args.prefix),
+        "beams": predictor.beams,
+        "experts": labeller.about["experts"] if labeller else None,
+        "batch_size": batch_size,
+        "precision": str(model.decoder.head_weight.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "versions": {"prismer": __version__, "torch": torch.__version__},
+    }
+    about = {
+        "model": {
+            "source": args.model,
+            "name": model.config.name,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "image_size": model.config.image_size,
+        },
+        "data": {"folder": str(folder), "source": dataset.source, "samples": len(dataset)},
+    }
+    evaluation = Evaluation(
+        task=args.task,
+        predictor=predictor,
+        dataset=dataset,
+        semantics=_semantics(model, semantics, dataset, labels_made=labeller is not None),
+        labeller=labeller,
+        limit=args.limit,
+        batch_size=batch_size,
+        notes=notes,
+        about=about,
+    )
+    threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    left = evaluation.run(args.out, rank=rank, world=world, threads=threads, progress=rank == 0 and is_watched())
+    if left:
+        print(f"{args.out}: process {rank} of {world} is done, {left} parts are left to other processes")
+        return 0
+    return _show(args.out)
+
+
+def _dataset_folder(data: Path, split: str | None) -> Path:
+    """The folder of the dataset that --data and --split name."""
+    if (data / "index.json").is_file():
+        if split is not None:
+            raise InputError(f"{data} is a dataset without splits; leave --split out, or give the folder above it")
+        return data
+    folder = data / (split or "val")
+    if (folder / "index.json").is_file():
+        return folder
+    splits = [path.parent.name for path in data.glob("*/index.json")]
+    if not splits:
+        raise InputError(f"no dataset at {data}; render or import one, or give another --data")
+    raise InputError(f"{data} has no split {split or 'val'}, only {listed(splits)}; choose one with --split")
+
+
+def _check_questions(dataset: "ShardDataset", limit: int) -> None:
+    """Refuse a dataset without a question; only the JSON of samples is read, up to the first one with a question."""
+    from prismer.dataloading.store.shards import CorruptSample
+
+    for i in range(min(limit or len(dataset), len(dataset))):
+        try:
+            if dataset.meta(i).get("questions"):
+                return
+        except CorruptSample:
+            continue
+    raise InputError(f"no sample of {dataset.folder} has questions, which task vqa needs; choose another task or data")
+
+
+def _check_prefix(model: "Prismer", prefix: str) -> None:
+    from prismer.texts import encode_prompt
+
+    tokens, most = len(encode_prompt(model.tokenizer, prefix)), model.config.caption_max_length
+    if tokens >= most:
+        raise InputError(f"--prefix has {tokens} tokens, and a caption of this model at most {most}; shorten it")
+
+
+def _check_answers(model: "Prismer", answers: list[str]) -> None:
+    from prismer.texts import answer_fits
+
+    room = model.config.max_positions
+    long = [answer for answer in answers if not answer_fits(model.tokenizer, answer, room)]
+    if long:
+        raise InputError(
+            f"{len(long)} of the {len(answers)} answers are too long for the model's {room} positions (the first: "
+            f"{shown(long[0])}); leave them out"
+        )
+
+
+def _semantics(
+    model: "Prismer", semantics: "Semantics | None", dataset: "ShardDataset", *, labels_made: bool
+) -> "Semantics":
+    """Features of the names in label maps; a model that lacks its table can still read images without such maps."""
+    from prismer.dataloading.semantics.features import Semantics
+    from prismer.experts import EXPERTS
+
+    if semantics is not None:
+        return semantics
+    named = [name for name in model.config.experts if EXPERTS[name].is_ids and (labels_made or name in dataset.experts)]
+    if named:
+        raise InputError(
+            f"the model's folder lacks its table of features, which the maps of {listed(named)} need; "
+            f"copy semantics.safetensors and semantics.json into it"
+        )
+    return Semantics.spelling()
+
+
+def _digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest_of(texts: list[str] | None) -> dict[str, Any] | None:
+    """The number of texts to choose from, and the SHA-256 of their list."""
+    if texts is None:
+        return None
+    return {"count": len(texts), "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
+
+
+def _show(out: Path) -> int:
+    """Print the results in a folder."""
+    from prismer.evaluation.job import PREDICTIONS, SCORES, TABLE
+    from prismer.reading import read_json
+
+    found = read_json(out / SCORES, dict, "delete the folder and give the command again")
+    skipped = found["skipped"]
+    if len(skipped) == found["images"]:
+        raise InputError(
+            f"none of the {len(skipped)} images can be read ({skipped[0]['skipped']}); see {out / PREDICTIONS}"
+        )
+    print((out / TABLE).read_text())
+    if skipped:
+        first = skipped[0]
+        print(f"{len(skipped)} of {found['images']} images were skipped (the first: {first['key']}, {first['skipped']})")
+    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
+    return 0
