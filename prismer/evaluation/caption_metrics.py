@@ -1,4 +1,4 @@
-"""Scores of captions in Python and numpy: BLEU and CIDEr-D.
+"""Scores of captions in Python and numpy: BLEU, ROUGE-L and CIDEr-D.
 
 Captions are compared as lists of tokens, see `tokenize_caption`. Scores are fractions: papers print BLEU 0.40 as 40 and
 CIDEr 1.35 as 135. METEOR and SPICE are left to the COCO caption toolkit (toolkit.py).
@@ -16,6 +16,8 @@ from prismer.evaluation.caption_tokens import tokenize_caption
 
 MAX_NGRAM = 4
 CIDER_SIGMA = 6.0
+# weighs recall against precision in ROUGE-L
+ROUGE_BETA = 1.2
 
 Tokens = Sequence[str]
 
@@ -55,6 +57,31 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
     precision = matched / np.maximum(total, 1)
     brevity = math.exp(min(0.0, 1 - reference_length / candidate_length)) if candidate_length else 0.0
     return brevity * np.cumprod(precision) ** (1 / np.arange(1, MAX_NGRAM + 1))
+
+
+def rouge_l(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
+    """ROUGE-L of each caption (Lin 2004), with the constants of the COCO toolkit.
+
+        (1 + b^2) P R / (R + b^2 P), b = 1.2
+
+    P is the longest common subsequence with a reference over the length of the candidate, R the same over the length of
+    the reference; each is the largest over the references, so that they may come from different ones.
+
+    Returns:
+        (images,) fp64; their mean is the score of the corpus. A caption without tokens scores 0.
+
+    Raises:
+        ValueError: as `bleu`.
+    """
+    _check(candidates, references)
+    scores = np.zeros(len(candidates))
+    for i, (candidate, refs) in enumerate(zip(candidates, references, strict=True)):
+        common = [_longest_common_subsequence(candidate, ref) for ref in refs]
+        if any(common):
+            precision = max(common) / len(candidate)
+            recall = max(length / len(ref) for length, ref in zip(common, refs, strict=True) if length)
+            scores[i] = (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision)
+    return scores
 
 
 def cider_d(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
@@ -101,15 +128,20 @@ def cider_d(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
     return scores
 
 
-def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def caption_scores(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], domains: Sequence[str | None] | None = None
+) -> dict[str, float]:
     """All caption scores of a set of images.
 
     Args:
         candidates: for each image one caption, plain text.
         references: for each image its references, plain text.
+        domains: for each image its domain, or None if it has none; None if no image has one.
 
     Returns:
-        BLEU-1 to BLEU-4 and CIDEr-D by name.
+        BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D by name; then "CIDEr-D/DOMAIN" for the domains in alphabetical order. The
+        score of a domain is that of its images as a set of its own, with its own n-gram weights, as in the NoCaps
+        evaluation. The score of all images is therefore not a mean of those of the domains.
 
     Raises:
         ValueError: as `bleu`.
@@ -117,7 +149,12 @@ def caption_scores(candidates: Sequence[str], references: Sequence[Sequence[str]
     tokens = [tokenize_caption(caption) for caption in candidates]
     reference_tokens = [[tokenize_caption(caption) for caption in refs] for refs in references]
     scores = {f"BLEU-{n + 1}": float(s) for n, s in enumerate(bleu(tokens, reference_tokens))}
+    scores["ROUGE-L"] = float(rouge_l(tokens, reference_tokens).mean())
     scores["CIDEr-D"] = float(cider_d(tokens, reference_tokens).mean())
+    for domain in sorted({domain for domain in domains or () if domain is not None}):
+        inside = [i for i, name in enumerate(domains or ()) if name == domain]
+        of_domain = cider_d([tokens[i] for i in inside], [reference_tokens[i] for i in inside])
+        scores[f"CIDEr-D/{domain}"] = float(of_domain.mean())
     return scores
 
 
@@ -125,6 +162,19 @@ def _ngrams(tokens: Tokens) -> Counter:
     """Every n-gram of 1 to 4 tokens with its count."""
     tokens = tuple(tokens)
     return Counter(tokens[i : i + n] for n in range(1, MAX_NGRAM + 1) for i in range(len(tokens) - n + 1))
+
+
+def _longest_common_subsequence(a: Tokens, b: Tokens) -> int:
+    """The number of tokens of the longest sequence that is left of both after some of their tokens are removed."""
+    # lengths[j]: the result for the tokens of `a` so far and the first j tokens of `b`
+    lengths = [0] * (len(b) + 1)
+    for token in a:
+        diagonal = 0
+        for j, other in enumerate(b, start=1):
+            above = lengths[j]
+            lengths[j] = diagonal + 1 if token == other else max(above, lengths[j - 1])
+            diagonal = above
+    return lengths[-1]
 
 
 def _check(candidates: Sequence, references: Sequence[Sequence]) -> None:

@@ -1,120 +1,107 @@
-"""The accuracy of answers to questions, as the VQA evaluation computes it."""
+"""The accuracy of answers to questions, as the published VQA evaluation script computes it."""
 
-import itertools
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-
-import numpy as np
 
 from prismer.errors import InputError
 
-# the contractions that the VQA evaluation restores when an apostrophe is missing; "its", "hell", "were" and others that
-# are also words without an apostrophe are not among them
+# words that get a missing apostrophe back; "its", "hell", "were" and others that are also words without an apostrophe
+# are not among them
 _CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't
 haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't
-must've needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
-somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
-there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've
+somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's
+there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
 what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
 would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
 
 
-def _without_apostrophes(word: str) -> list[str]:
-    """Every spelling of `word` without some of its apostrophes; of several, at least one stays."""
-    at = [i for i, c in enumerate(word) if c == "'"]
-    drops = itertools.chain.from_iterable(itertools.combinations(at, n) for n in range(1, max(2, len(at))))
-    return ["".join(c for i, c in enumerate(word) if i not in drop) for drop in drops]
+def _without_one_apostrophe(word: str) -> list[str]:
+    return [word[:i] + word[i + 1 :] for i, c in enumerate(word) if c == "'"]
 
 
-_RESTORED = {short: word for word in _CONTRACTIONS for short in _without_apostrophes(word)}
+_RESTORED = {short: word for word in _CONTRACTIONS for short in _without_one_apostrophe(word)}
+# the published script writes this pair the wrong way round
+_RESTORED["somebody'd"] = "somebodyd"
 _NUMBERS = {
     word: str(number) for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
-_ANSWER_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+# the published script passes the flag re.UNICODE, which is 32, where re.sub takes the largest number of replacements
+_MAX_FULL_STOPS = 32
+# with fewer answers than this, leaving one out would keep every accuracy below 1
+_FEWEST_PEOPLE = 4
+# the number of people who answered each question of VQA
+_PEOPLE = 10
 
 
 def normalize_answer(answer: str) -> str:
     """The form in which the VQA evaluation compares answers.
 
-    The text becomes lower case. A punctuation mark is removed if it touches a blank somewhere in the answer, or if the
-    answer has a comma between digits; otherwise a blank replaces it. Full stops are removed unless a digit follows.
-    Zero to ten and none become digits, articles are removed, and contractions get their apostrophes back.
+    A punctuation mark is removed if it touches a blank somewhere in the answer, or if the answer has a comma between
+    digits; otherwise a blank replaces it. Full stops are removed unless a digit follows. The text becomes lower case,
+    zero to ten and none become digits, articles are removed, and contractions get their apostrophes back.
     """
-    answer = " ".join(answer.split())
+    answer = _trimmed(answer)
     text = answer
-    remove = re.search(r"\d,\d", answer) is not None
-    for mark in _ANSWER_MARKS:
-        touches = f"{mark} " in answer or f" {mark}" in answer
-        text = text.replace(mark, "" if remove or touches else " ")
-    text = re.sub(r"\.(?!\d)", "", text)
+    has_digit_comma = re.search(r"\d,\d", answer) is not None
+    for mark in _MARKS:
+        touches_blank = f"{mark} " in answer or f" {mark}" in answer
+        text = text.replace(mark, "" if touches_blank or has_digit_comma else " ")
+    text = re.sub(r"\.(?!\d)", "", text, count=_MAX_FULL_STOPS)
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
 
 
-# people who answered each question of VQA; the weight of an answer is the share of them that gave it
-PEOPLE = 10
-
-
 def vqa_accuracy(prediction: str, answers: Sequence[str] | Mapping[str, float]) -> float:
-    """The accuracy of one answer, between 0 and 1, after `normalize_answer` on both sides.
+    """The accuracy of one answer, between 0 and 1.
 
-        mean over the answers a of min(1, #(others than a that agree) / 3)
+        mean over the answers a of min(1, #(answers other than a that equal the prediction) / 3)
 
-    This metric is made for the answers of ten people. With fewer than four answers it could not reach 1, so any
-    agreement counts as 1 there: with a single true answer it is exact match. The official script compares the raw texts
-    where all ten people wrote the same; here texts are always normalised.
+    What each of four or more people said is scored as by the published VQA evaluation script: where all of them wrote
+    the same, the prediction must equal that text as it is, so that "Yes" is wrong if ten people wrote "yes"; otherwise
+    both sides are normalised with `normalize_answer`.
+
+    Two cases are not the official accuracy. Of fewer than four answers, any one that equals the prediction after
+    normalisation counts as 1. Of distinct answers with weights, the weights are taken for shares of ten people,
+    whatever their sum: 0.6, 0.2, 0.1, 0.1 are six, two, one and one; both sides are always normalised.
+    `scores.score_notes` says how many questions of a dataset are such cases.
 
     Args:
-        answers: each person's answer, or distinct answers with their weights. Weights are shares of ten people,
-            whatever their sum: 0.6, 0.2, 0.1, 0.1 are six, two, one and one.
+        prediction: the answer to score.
+        answers: each person's answer, or distinct answers with their weights.
 
     Raises:
         ValueError: if there is no answer to compare with.
     """
     if not answers:
         raise InputError("a question has no true answer; leave it out of the evaluation")
-    prediction = normalize_answer(prediction)
     if isinstance(answers, Mapping):
-        people = PEOPLE
-        same = [weight for text, weight in answers.items() if normalize_answer(text) == prediction]
+        prediction = normalize_answer(prediction)
+        same = sum(weight for text, weight in answers.items() if normalize_answer(text) == prediction)
         # weights are stored rounded; 2.9999 people are three
-        agree = round(PEOPLE * sum(same) / sum(answers.values()), 3)
-    else:
-        people = len(answers)
-        agree = sum(normalize_answer(text) == prediction for text in answers)
-        if people < 4:
-            return float(agree > 0)
+        return _leave_one_out(round(_PEOPLE * same / sum(answers.values()), 3), _PEOPLE)
+    if not keeps_each_person(answers):
+        return float(normalize_answer(prediction) in map(normalize_answer, answers))
+    prediction, answers = _trimmed(prediction), [_trimmed(text) for text in answers]
+    if len(set(answers)) > 1:
+        prediction, answers = normalize_answer(prediction), [normalize_answer(text) for text in answers]
+    return _leave_one_out(answers.count(prediction), len(answers))
+
+
+def keeps_each_person(answers: Sequence[str] | Mapping[str, float]) -> bool:
+    """Whether `answers` hold what each of several people said, so that `vqa_accuracy` is the official accuracy."""
+    return not isinstance(answers, Mapping) and len(answers) >= _FEWEST_PEOPLE
+
+
+def _trimmed(text: str) -> str:
+    """The text as the published script reads it, before it decides whether to normalise."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _leave_one_out(agree: float, people: int) -> float:
+    """The accuracy of an answer on which `agree` of so many people agree."""
     # leaving out a person who agrees leaves one fewer who agrees
     own, others = max(0.0, agree - 1), agree
     return (agree * min(1.0, own / 3) + (people - agree) * min(1.0, others / 3)) / people
-
-
-def answer_scores(
-    predictions: Sequence[str], answers: Sequence[Sequence[str] | Mapping[str, float]], kinds: Sequence[str]
-) -> dict[str, float]:
-    """Mean VQA accuracy, over all questions and for each kind of question.
-
-    Args:
-        predictions: the predicted answer of each question.
-        answers: the true answers of each question, as for `vqa_accuracy`.
-        kinds: the kind of each question ("colour", "count").
-
-    Returns:
-        "accuracy", then "accuracy/KIND" for the kinds in alphabetical order.
-
-    Raises:
-        ValueError: if the lengths differ or are 0, or a question has no true answer.
-    """
-    if not len(predictions) == len(answers) == len(kinds) != 0:
-        raise InputError(
-            f"got {len(predictions)} predictions for {len(answers)} questions of {len(kinds)} kinds; "
-            f"give one of each, at least one"
-        )
-    scores = [vqa_accuracy(p, a) for p, a in zip(predictions, answers, strict=True)]
-    by_kind = defaultdict(list)
-    for kind, score in zip(kinds, scores, strict=True):
-        by_kind[kind].append(score)
-    means = {f"accuracy/{kind}": float(np.mean(by_kind[kind])) for kind in sorted(by_kind)}
-    return {"accuracy": float(np.mean(scores)), **means}
