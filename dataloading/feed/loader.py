@@ -215,9 +215,7 @@ class Loader:
         begin = (step * self.world + self.rank) * self.batch_size
         return range(begin, min(begin + self.batch_size, len(self.dataset)))
 
-    def _batch(
-        self, found: list[_Item | None], positions: range, find: Callable[[int], _Item | None]
-    ) -> Batch | None:
+    def _batch(self, found: list[_Item | None], positions: range, find: Callable[[int], _Item | None]) -> Batch | None:
         """The batch of the samples found at `positions`; None if an evaluation batch has no readable sample."""
         while True:
             items = [item for item in found if item is not None]

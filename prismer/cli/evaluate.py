@@ -1,13 +1,10 @@
 """`prismer evaluate`: score a model on a dataset, and write its predictions."""
 
 import argparse
-import hashlib
-import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from prismer import __version__
 from prismer.cli.ask import read_texts
 from prismer.cli.options import (
     add_device_option,
@@ -24,7 +21,9 @@ from prismer.errors import InputError, listed, shown
 if TYPE_CHECKING:
     from prismer.dataloading.semantics.features import Semantics
     from prismer.dataloading.store.shards import ShardDataset
+    from prismer.evaluation.predict import Predictor
     from prismer.model import Prismer
+    from prismer.tokenizer import Tokenizer
 
 _TASKS = ("caption", "vqa", "classify")
 # option -> the tasks that it changes
@@ -39,7 +38,6 @@ _BATCH_SIZES = {"cpu": 8, "cuda": 32}
 # decoding needs few threads beside a model
 _MOST_THREADS = 4
 _BEAMS = 3
-_BLOCK = 2**20
 
 
 def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
@@ -84,72 +82,22 @@ def _evaluate(args: argparse.Namespace) -> int:
     folder = _dataset_folder(args.data, args.split)
     answers = read_texts(args.answers, "--answers") if args.answers else None
     classes = read_texts(args.classes, "--classes") if args.classes else None
-    # a mistyped path should not wait for these
-    import torch
-
+    # a mistyped path should not wait for these, which import torch
+    from prismer.dataloading.semantics.features import TABLE_FILES
     from prismer.dataloading.store.shards import ShardDataset
-    from prismer.evaluation.job import Evaluation
-    from prismer.evaluation.predict import Predictor
-    from prismer.inference import Candidates
-    from prismer.training.tasks import TASKS
-    from prismer.training.text_statistics import read_answers
-    from prismer.weights.locate import ANSWERS, locate
+    from prismer.evaluation.job import Evaluation, file_digest
+    from prismer.weights.locate import locate
 
     dataset = ShardDataset(folder)
-    if args.task == "classify":
-        classes = classes or dataset.classes.get("class")
-        if not classes:
-            raise InputError(f"{folder} lists no class names; give them with --classes")
-    if args.task == "vqa":
-        _check_questions(dataset, args.limit)
+    _check_texts(dataset, args.task, args.limit, classes)
     device = device_of_process(args.device, world)
     _, weights = locate(args.model)
     model, semantics = load_model(args.model, device, precision=args.precision)
     if args.experts and not model.config.experts:
         raise InputError(f"the model {args.model} has no experts and reads no labels; leave --experts out")
-    if args.task == "vqa" and answers is None and (weights.parent / ANSWERS).is_file():
-        # a model that was trained on captions alone has an empty list
-        answers = read_answers(weights.parent / ANSWERS) or None
-    if answers:
-        _check_answers(model, answers)
-    if args.prefix:
-        _check_prefix(model, args.prefix)
+    predictor = _predictor(args, model, dataset, answers, classes, weights.parent)
     labeller = load_labeller(args.experts, device, label_size=model.config.label_size) if args.experts else None
-    predictor = Predictor(
-        model=model,
-        kinds=TASKS[args.task].texts,
-        answers=Candidates.answers(model.tokenizer, answers) if answers else None,
-        classes=Candidates.classes(model.tokenizer, classes) if classes else None,
-        class_names=dataset.classes.get("class", ()),
-        prefix=args.prefix,
-        beams=args.beams or _BEAMS,
-    )
-    batch_size = args.batch_size or _BATCH_SIZES[model.device.type]
-    notes = {
-        "task": args.task,
-        "model": _digest(weights),
-        "config": hashlib.sha256(model.config.to_json().encode()).hexdigest(),
-        "semantics": _semantics_digest(model.config.semantics, weights.parent),
-        "data": _digest(folder / "index.json"),
-        "answers": _digest_of(answers),
-        "classes": _digest_of(classes),
-        "prefix": (model.config.caption_prefix if args.prefix is None else args.prefix),
-        "beams": predictor.beams,
-        "experts": labeller.about["experts"] if labeller else None,
-        "batch_size": batch_size,
-        "precision": str(model.decoder.head_weight.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "versions": {"prismer": __version__, "torch": torch.__version__},
-    }
-    about = {
-        "model": {
-            "source": args.model,
-            "name": model.config.name,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "image_size": model.config.image_size,
-        },
-        "data": {"folder": str(folder), "source": dataset.source, "samples": len(dataset)},
-    }
+    table = weights.parent / TABLE_FILES[0]
     evaluation = Evaluation(
         task=args.task,
         predictor=predictor,
@@ -157,9 +105,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         semantics=_semantics(model, semantics, dataset, labels_made=labeller is not None),
         labeller=labeller,
         limit=args.limit,
-        batch_size=batch_size,
-        notes=notes,
-        about=about,
+        batch_size=args.batch_size or _BATCH_SIZES[model.device.type],
+        notes={
+            "weights": file_digest(weights),
+            "semantics": file_digest(table) if table.is_file() else model.config.semantics,
+        },
+        about={"model": args.model, "data": str(folder)},
     )
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
     left = evaluation.run(args.out, rank=rank, world=world, threads=threads, progress=rank == 0 and is_watched())
@@ -167,6 +118,44 @@ def _evaluate(args: argparse.Namespace) -> int:
         print(f"{args.out}: process {rank} of {world} is done, {left} parts are left to other processes")
         return 0
     return _show(args.out)
+
+
+def _predictor(
+    args: argparse.Namespace,
+    model: "Prismer",
+    dataset: "ShardDataset",
+    answers: list[str] | None,
+    classes: list[str] | None,
+    folder: Path,
+) -> "Predictor":
+    """What predicts the texts of the task; `folder` is that of the model."""
+    from prismer.evaluation.predict import Predictor
+    from prismer.inference import Candidates
+    from prismer.training.tasks import TASKS
+    from prismer.training.text_statistics import read_answers
+    from prismer.weights.locate import ANSWERS
+
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise InputError(f"the model {args.model} has no tokenizer; put vocab.json and merges.txt into its folder")
+    if args.task == "vqa" and answers is None and (folder / ANSWERS).is_file():
+        # a model that was trained on captions alone has an empty list
+        answers = read_answers(folder / ANSWERS) or None
+    if answers:
+        _check_answers(tokenizer, answers, model.config.max_positions)
+    if args.prefix:
+        _check_prefix(tokenizer, args.prefix, model.config.caption_max_length)
+    if args.task == "classify":
+        classes = classes or dataset.classes["class"]
+    return Predictor(
+        model=model,
+        kinds=TASKS[args.task].texts,
+        answers=Candidates.answers(tokenizer, answers) if answers else None,
+        classes=Candidates.classes(tokenizer, classes) if classes else None,
+        class_names=dataset.classes.get("class", ()),
+        prefix=args.prefix,
+        beams=args.beams or _BEAMS,
+    )
 
 
 def _dataset_folder(data: Path, split: str | None) -> Path:
@@ -184,10 +173,17 @@ def _dataset_folder(data: Path, split: str | None) -> Path:
     raise InputError(f"{data} has no split {split or 'val'}, only {listed(splits)}; choose one with --split")
 
 
-def _check_questions(dataset: "ShardDataset", limit: int) -> None:
-    """Refuse a dataset without a question; only the JSON of samples is read, up to the first one with a question."""
+def _check_texts(dataset: "ShardDataset", task: str, limit: int, classes: list[str] | None) -> None:
+    """Refuse a dataset without questions to answer, or without class names to choose from.
+
+    Captions are predicted for any images. Only the JSON of samples is read, up to the first question.
+    """
     from prismer.dataloading.store.shards import CorruptSample
 
+    if task == "classify" and not (classes or dataset.classes.get("class")):
+        raise InputError(f"{dataset.folder} lists no class names; give them with --classes")
+    if task != "vqa":
+        return
     for i in range(min(limit or len(dataset), len(dataset))):
         try:
             if dataset.meta(i).get("questions"):
@@ -197,19 +193,18 @@ def _check_questions(dataset: "ShardDataset", limit: int) -> None:
     raise InputError(f"no sample of {dataset.folder} has questions, which task vqa needs; choose another task or data")
 
 
-def _check_prefix(model: "Prismer", prefix: str) -> None:
+def _check_prefix(tokenizer: "Tokenizer", prefix: str, most: int) -> None:
     from prismer.texts import encode_prompt
 
-    tokens, most = len(encode_prompt(model.tokenizer, prefix)), model.config.caption_max_length
+    tokens = len(encode_prompt(tokenizer, prefix))
     if tokens >= most:
         raise InputError(f"--prefix has {tokens} tokens, and a caption of this model at most {most}; shorten it")
 
 
-def _check_answers(model: "Prismer", answers: list[str]) -> None:
+def _check_answers(tokenizer: "Tokenizer", answers: list[str], room: int) -> None:
     from prismer.texts import answer_fits
 
-    room = model.config.max_positions
-    long = [answer for answer in answers if not answer_fits(model.tokenizer, answer, room)]
+    long = [answer for answer in answers if not answer_fits(tokenizer, answer, room)]
     if long:
         raise InputError(
             f"{len(long)} of the {len(answers)} answers are too long for the model's {room} positions (the first: "
@@ -235,25 +230,10 @@ def _semantics(
     return Semantics.spelling()
 
 
-def _digest(path: Path) -> str:
-    """The SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _digest_of(texts: list[str] | None) -> dict[str, Any] | None:
-    """The number of texts to choose from, and the SHA-256 of their list."""
-    if texts is None:
-        return None
-    return {"count": len(texts), "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
-
-
 def _show(out: Path) -> int:
     """Print the results in a folder."""
-    from prismer.evaluation.job import PREDICTIONS, SCORES, TABLE
+    from prismer.evaluation.job import PREDICTIONS, SCORES
+    from prismer.evaluation.report import main_scores, score_table
     from prismer.reading import read_json
 
     found = read_json(out / SCORES, dict, "delete the folder and give the command again")
@@ -262,9 +242,12 @@ def _show(out: Path) -> int:
         raise InputError(
             f"none of the {len(skipped)} images can be read ({skipped[0]['skipped']}); see {out / PREDICTIONS}"
         )
-    print((out / TABLE).read_text())
+    title = f"{found['task']}, {found['predicted']} images"
+    print(score_table({"score": main_scores(found["scores"])}, title) if found["scores"] else f"{title}: no true texts")
+    for note in found["notes"]:
+        print(f"- {note}")
     if skipped:
-        first = skipped[0]
-        print(f"{len(skipped)} of {found['images']} images were skipped (the first: {first['key']}, {first['skipped']})")
+        first = f"the first: {skipped[0]['key']}, {skipped[0]['skipped']}"
+        print(f"- {len(skipped)} of {found['images']} images were skipped ({first})")
     print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))}")
     return 0

@@ -1,4 +1,4 @@
-"""The evaluation of a model on a dataset: a job of any number of processes, which can be killed at any time and resumed.
+"""The evaluation of a model on a dataset: a job of any number of processes, which can be killed and resumed.
 
     predictions.jsonl    a row for each image, in the order of the dataset (predict.py); {"key", "skipped"} for an image
                          that cannot be read
@@ -16,11 +16,14 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from prismer import __version__
 from prismer.batch import Batch
 from prismer.dataloading.experts.labeller import Labeller
 from prismer.dataloading.feed.image_batch import ExpertLabels, batch_of_pixels
@@ -33,6 +36,7 @@ from prismer.evaluation.report import samples_png, score_table
 from prismer.evaluation.scores import score_notes, scores
 from prismer.evaluation.submissions import submission_notes, submissions
 from prismer.files import write_together
+from prismer.inference import Candidates
 from prismer.resumable import ResumableJob, json_line
 
 PREDICTIONS, SCORES, TABLE, SAMPLES = "predictions.jsonl", "scores.json", "scores.md", "samples.png"
@@ -40,6 +44,8 @@ PREDICTIONS, SCORES, TABLE, SAMPLES = "predictions.jsonl", "scores.json", "score
 _BATCHES_PER_PART = 4
 # images in samples.png
 _NUM_SAMPLES = 12
+# bytes read at a time
+_BLOCK = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +60,8 @@ class Evaluation:
         labeller: labels the images; None takes the maps of the dataset, where it has some.
         limit: number of images, the first ones of the dataset; 0 for all.
         batch_size: images that the model reads at a time.
-        notes: JSON values that decide the predictions (the weights, the answers, every option): a job is only resumed
-            with the same ones.
+        notes: JSON values that decide the predictions beside the above, such as a digest of the weights: a job is only
+            resumed with the same ones.
         about: further facts for scores.json, such as the names of model and dataset.
     """
 
@@ -73,6 +79,26 @@ class Evaluation:
     def count(self) -> int:
         """The number of images."""
         return min(self.limit or len(self.dataset), len(self.dataset))
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the predictions, as JSON values."""
+        predictor = self.predictor
+        model = predictor.model
+        return {
+            "task": self.task,
+            **self.notes,
+            "config": sha256(model.config.to_json().encode()).hexdigest(),
+            "data": file_digest(self.dataset.folder / "index.json"),
+            "answers": _describe(predictor.answers),
+            "classes": _describe(predictor.classes),
+            "prefix": model.config.caption_prefix if predictor.prefix is None else predictor.prefix,
+            "beams": predictor.beams,
+            "experts": self.labeller.about["experts"] if self.labeller else None,
+            "batch_size": self.batch_size,
+            "precision": str(model.decoder.head_weight.dtype).removeprefix("torch."),
+            "device": model.device.type,
+            "versions": {"prismer": __version__, "torch": torch.__version__},
+        }
 
     def run(self, out: str | Path, *, rank: int = 0, world: int = 1, threads: int = 2, progress: bool = False) -> int:
         """Predict the missing parts of this process, and write the results if no part is missing then.
@@ -92,7 +118,7 @@ class Evaluation:
         if not self.count:
             raise InputError(f"{self.dataset.folder} holds no samples; choose another dataset")
         part_size = _BATCHES_PER_PART * self.batch_size
-        job = ResumableJob(out, self.notes, count=self.count, part_size=part_size, rank=rank, world=world)
+        job = ResumableJob(out, self.settings(), count=self.count, part_size=part_size, rank=rank, world=world)
         missing = job.missing_parts()
         if missing:
             total = sum(len(job.items_of(number)) for number in missing)
@@ -185,17 +211,33 @@ class Evaluation:
         counts = {"images": len(rows), "predicted": len(rows) - len(skipped)}
         if any("questions" in row for row in rows):
             counts["questions"] = sum(len(row.get("questions", ())) for row in rows)
-        facts = {"task": self.task, "scores": found, "notes": notes, **counts, **self.about, "settings": self.notes}
+        facts = {"task": self.task, "scores": found, "notes": notes, **counts, **self.about}
         table = score_table({"score": found}, f"{self.task}, {counts['predicted']} images") if found else ""
         lines = "".join(f"- {note}\n" for note in notes)
         write_together(out / TABLE, "\n".join(filter(None, (table, lines))).encode())
-        write_together(out / SCORES, _to_json({**facts, "skipped": skipped}))
+        write_together(out / SCORES, _to_json({**facts, "settings": self.settings(), "skipped": skipped}))
 
     def _shown(self, rows: list[dict]) -> list[tuple[bytes, dict]]:
         """The images and rows in samples.png: predicted ones, evenly spread over the dataset."""
         predicted = [i for i, row in enumerate(rows) if "skipped" not in row]
         count = min(_NUM_SAMPLES, len(predicted))
         return [(self.dataset[i].jpeg, rows[i]) for i in (predicted[n * len(predicted) // count] for n in range(count))]
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _describe(candidates: Candidates | None) -> dict[str, Any] | None:
+    """The number of texts to choose from, and the SHA-256 of their list."""
+    if candidates is None:
+        return None
+    return {"count": len(candidates.texts), "sha256": sha256(json.dumps(candidates.texts).encode()).hexdigest()}
 
 
 def _to_json(value: dict | list) -> bytes:

@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 
 from PIL import Image
@@ -15,6 +16,11 @@ _TITLES = {
     "accuracy/": "VQA accuracy, ",
 }
 _COLUMNS = 4
+
+
+def main_scores(scores: Mapping[str, float]) -> dict[str, float]:
+    """The scores without those of question types, of which VQA has 65."""
+    return {name: score for name, score in scores.items() if not name.startswith("accuracy/question_type/")}
 
 
 def score_table(columns: Mapping[str, Mapping[str, float]], title: str) -> str:
@@ -83,8 +89,11 @@ def samples_png(samples: Sequence[tuple[bytes, dict]]) -> bytes:
             )
     file = io.BytesIO()
     try:
-        figure.tight_layout(pad=0.6)
-        figure.savefig(file, dpi=110, format="png")
+        with warnings.catch_warnings():
+            # a box stands for a character that the font lacks
+            warnings.filterwarnings("ignore", message="Glyph")
+            figure.tight_layout(pad=0.6)
+            figure.savefig(file, dpi=110, format="png")
     finally:
         plt.close(figure)
     return file.getvalue()
