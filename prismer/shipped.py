@@ -1,5 +1,6 @@
-"""The folders of weights and tokenizers that ship with the package, under prismer/assets/."""
+"""The folders of weights and tokenizers that ship with the package, and where downloaded ones are kept."""
 
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -10,6 +11,13 @@ SHIPPED_MODELS = ("tiny",)
 def shipped_folder(name: str) -> Path:
     """The folder of `name` in prismer/assets/; it need not exist."""
     return Path(str(resources.files("prismer"))) / "assets" / name
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder of downloads of one kind: $PRISMER_HOME/KIND, by default ~/.cache/prismer/KIND."""
+    home = os.environ.get("PRISMER_HOME")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home or Path(cache) / "prismer") / kind
 
 
 def model_folder(source: str) -> Path:
