@@ -9,6 +9,7 @@ from prismer.cli.ask import read_texts
 from prismer.cli.options import (
     add_device_option,
     add_experts_option,
+    add_semantics_option,
     device_of_process,
     load_labeller,
     load_model,
@@ -45,7 +46,9 @@ def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "evaluate", help="score a model on a dataset and write its predictions; run the command again to resume"
     )
-    command.add_argument("--model", default="tiny", metavar="FOLDER", help="model folder, or tiny (shipped)")
+    command.add_argument(
+        "--model", default="tiny", metavar="MODEL", help="model folder, name of `prismer models list`, or hub id"
+    )
     command.add_argument("--data", required=True, type=Path, metavar="DIR", help="a dataset, or a folder of its splits")
     command.add_argument("--split", metavar="NAME", help="of a folder of splits (default val)")
     command.add_argument("--task", required=True, choices=_TASKS)
@@ -64,9 +67,12 @@ def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
         "--answers", metavar="FILE|A,B", help="answers to choose from (default: the model's own list, or free text)"
     )
     command.add_argument(
-        "--classes", metavar="FILE|A,B", help="class names to choose from (default: those of the dataset)"
+        "--classes",
+        metavar="FILE|A,B",
+        help="class names to choose from (default: those of the dataset, or of the model)",
     )
     add_experts_option(command)
+    add_semantics_option(command)
     command.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="default auto: the faster one"
     )
@@ -89,15 +95,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     from prismer.weights.locate import locate
 
     dataset = ShardDataset(folder)
-    _check_texts(dataset, args.task, args.limit, classes)
+    if args.task == "vqa":
+        _check_questions(dataset, args.limit)
     device = device_of_process(args.device, world)
-    _, weights = locate(args.model)
-    model, semantics = load_model(args.model, device, precision=args.precision)
+    model, semantics = load_model(args.model, device, precision=args.precision, semantics=args.semantics)
     if args.experts and not model.config.experts:
         raise InputError(f"the model {args.model} has no experts and reads no labels; leave --experts out")
-    predictor = _predictor(args, model, dataset, answers, classes, weights.parent)
+    predictor = _predictor(args, model, dataset, answers, classes)
     labeller = load_labeller(args.experts, device, label_size=model.config.label_size) if args.experts else None
-    table = weights.parent / TABLE_FILES[0]
+    _, weights = locate(args.model)
+    source = args.semantics or weights
+    table = (source if source.is_dir() else source.parent) / TABLE_FILES[0]
     evaluation = Evaluation(
         task=args.task,
         predictor=predictor,
@@ -126,27 +134,26 @@ def _predictor(
     dataset: "ShardDataset",
     answers: list[str] | None,
     classes: list[str] | None,
-    folder: Path,
 ) -> "Predictor":
-    """What predicts the texts of the task; `folder` is that of the model."""
+    """What predicts the texts of the task, from the texts that the options give or else those at hand."""
     from prismer.evaluation.predict import Predictor
     from prismer.inference import Candidates
     from prismer.training.tasks import TASKS
-    from prismer.training.text_statistics import read_answers
-    from prismer.weights.locate import ANSWERS
+    from prismer.weights.folder import ANSWERS, CLASS_NAMES, stored_texts
 
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise InputError(f"the model {args.model} has no tokenizer; put vocab.json and merges.txt into its folder")
-    if args.task == "vqa" and answers is None and (folder / ANSWERS).is_file():
-        # a model that was trained on captions alone has an empty list
-        answers = read_answers(folder / ANSWERS) or None
+    if args.task == "vqa" and answers is None:
+        answers = stored_texts(model.folder, ANSWERS)
+    if args.task == "classify":
+        classes = classes or dataset.classes.get("class") or stored_texts(model.folder, CLASS_NAMES)
+        if not classes:
+            raise InputError(f"neither {dataset.folder} nor the model {args.model} lists class names; give --classes")
     if answers:
         _check_answers(tokenizer, answers, model.config.max_positions)
     if args.prefix:
         _check_prefix(tokenizer, args.prefix, model.config.caption_max_length)
-    if args.task == "classify":
-        classes = classes or dataset.classes["class"]
     return Predictor(
         model=model,
         kinds=TASKS[args.task].texts,
@@ -173,17 +180,10 @@ def _dataset_folder(data: Path, split: str | None) -> Path:
     raise InputError(f"{data} has no split {split or 'val'}, only {listed(splits)}; choose one with --split")
 
 
-def _check_texts(dataset: "ShardDataset", task: str, limit: int, classes: list[str] | None) -> None:
-    """Refuse a dataset without questions to answer, or without class names to choose from.
-
-    Captions are predicted for any images. Only the JSON of samples is read, up to the first question.
-    """
+def _check_questions(dataset: "ShardDataset", limit: int) -> None:
+    """Refuse a dataset without questions; only the JSON of samples is read, up to the first question."""
     from prismer.dataloading.store.shards import CorruptSample
 
-    if task == "classify" and not (classes or dataset.classes.get("class")):
-        raise InputError(f"{dataset.folder} lists no class names; give them with --classes")
-    if task != "vqa":
-        return
     for i in range(min(limit or len(dataset), len(dataset))):
         try:
             if dataset.meta(i).get("questions"):
@@ -225,7 +225,7 @@ def _semantics(
     if named:
         raise InputError(
             f"the model's folder lacks its table of features, which the maps of {listed(named)} need; "
-            f"copy semantics.safetensors and semantics.json into it"
+            f"give it with --semantics"
         )
     return Semantics.spelling()
 

@@ -35,6 +35,7 @@ from prismer.evaluation.predict import Predictor
 from prismer.evaluation.report import samples_png, score_table
 from prismer.evaluation.scores import score_notes, scores
 from prismer.evaluation.submissions import submission_notes, submissions
+from prismer.evaluation.toolkit import toolkit_scores
 from prismer.files import write_together
 from prismer.inference import Candidates
 from prismer.resumable import ResumableJob, json_line
@@ -198,7 +199,9 @@ class Evaluation:
     def _write_results(self, out: Path, rows: list[dict]) -> None:
         """Write every file of the results; two processes may do it at the same time, with the same bytes."""
         write_together(out / PREDICTIONS, "".join(f"{json_line(row)}\n" for row in rows).encode())
-        found, notes = scores(rows), [*score_notes(rows), *submission_notes(rows, self.task)]
+        toolkit, missing = toolkit_scores(rows)
+        found = {**scores(rows), **toolkit}
+        notes = [*score_notes(rows), *missing, *submission_notes(rows, self.task)]
         try:
             for name, entries in submissions(rows, self.task).items():
                 write_together(out / name, _to_json(entries))

@@ -142,7 +142,7 @@ FAULTS = {
     "split-of-a-dataset": ("--data {noise} --task caption --split val", "is a dataset without splits"),
     "no-model": ("--data {noise} --task caption --model {others}/none", "no model folder"),
     "no-questions": ("--data {folder} --task vqa", "no sample of {folder} has questions, which task vqa needs"),
-    "no-classes": ("--data {scenes} --task classify", "lists no class names; give them with --classes"),
+    "no-classes": ("--data {scenes} --task classify", "lists class names; give --classes"),
     "prefix-of-answers": ("--data {noise} --task vqa --prefix A", "--prefix changes nothing in task vqa"),
     "no-prefix-of-answers": ("--data {noise} --task vqa --no-prefix", "--prefix changes nothing in task vqa"),
     "answers-of-captions": ("--data {noise} --task caption --answers a,b", "--answers changes nothing in task caption"),
