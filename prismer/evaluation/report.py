@@ -15,7 +15,9 @@ _TITLES = {
     "accuracy/question_type/": "VQA accuracy, questions of type ",
     "accuracy/": "VQA accuracy, ",
 }
+# of the sheet of samples: columns, and sizes in inches
 _COLUMNS = 4
+_COLUMN_WIDTH, _IMAGE_HEIGHT, _LINE_HEIGHT = 4.2, 3.5, 0.19
 
 
 def main_scores(scores: Mapping[str, float]) -> dict[str, float]:
@@ -61,32 +63,25 @@ def samples_png(samples: Sequence[tuple[bytes, dict]]) -> bytes:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    texts = [_lines(row) for _, row in samples]
     columns = min(_COLUMNS, len(samples))
-    rows = -(-len(samples) // columns)
     # each sample takes two cells: its image, and its texts below
-    figure, axes = plt.subplots(
-        2 * rows, columns, figsize=(4.2 * columns, 6.3 * rows), height_ratios=[3, 2.4] * rows, squeeze=False
-    )
+    heights = []
+    for start in range(0, len(samples), columns):
+        heights += [_IMAGE_HEIGHT, _LINE_HEIGHT * (1 + max(map(len, texts[start : start + columns])))]
+    size = _COLUMN_WIDTH * columns, sum(heights)
+    figure, axes = plt.subplots(len(heights), columns, figsize=size, height_ratios=heights, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for i, (jpeg, record) in enumerate(samples):
+    for i, ((jpeg, _), lines) in enumerate(zip(samples, texts, strict=True)):
         row, column = divmod(i, columns)
         above, below = axes[2 * row, column], axes[2 * row + 1, column]
         above.imshow(Image.open(io.BytesIO(jpeg)).convert("RGB"))
         above.set_anchor("W")
-        lines = _lines(record)
         for number, (text, colour) in enumerate(lines):
+            y = 1 - number * _LINE_HEIGHT / heights[2 * row + 1]
             # a text is drawn as it stands, also between two dollar signs
-            below.text(
-                0,
-                1 - number / max(12, len(lines)),
-                text,
-                color=colour,
-                fontsize=9,
-                va="top",
-                transform=below.transAxes,
-                parse_math=False,
-            )
+            below.text(0, y, text, color=colour, fontsize=9, va="top", transform=below.transAxes, parse_math=False)
     file = io.BytesIO()
     try:
         with warnings.catch_warnings():

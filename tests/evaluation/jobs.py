@@ -104,7 +104,7 @@ def run_job(
 ) -> None:
     """One process of an evaluation with a batch in each part."""
     torch.set_num_threads(1)
-    job._BATCHES_PER_PART = 1
+    job._BATCHES_PER_PART, job._NUM_SAMPLES = 1, 2
     what = evaluation(Prismer.from_pretrained(model), data)
     what = dataclasses.replace(what, predictor=kind(**vars(what.predictor)))
     what.run(out, rank=rank, world=world, threads=1)

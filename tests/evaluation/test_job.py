@@ -43,8 +43,10 @@ COUNT = 48
 
 
 @pytest.fixture(autouse=True)
-def short_parts(monkeypatch):
+def short_parts_and_few_samples(monkeypatch):
     monkeypatch.setattr(job, "_BATCHES_PER_PART", 1)
+    # drawing takes most of the time
+    monkeypatch.setattr(job, "_NUM_SAMPLES", 2)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def test_the_results_hold_every_image_once_in_order(unbroken, folder):
     submission = json.loads(unbroken["submission_answers.json"])
     expected = [10 * i + n for i in range(COUNT) if i not in (5, 8, 9) for n in (0, 1)]
     assert [entry["question_id"] for entry in submission] == expected
-    assert Image.open(folder / "unbroken" / "samples.png").width > 1000
+    assert Image.open(folder / "unbroken" / "samples.png").width > 800
 
 
 def test_a_job_that_was_killed_ten_times_gives_the_same_bytes(unbroken, folder, model_folder, data):
