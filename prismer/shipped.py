@@ -18,8 +18,3 @@ def cache_folder(kind: str) -> Path:
     home = os.environ.get("PRISMER_HOME")
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home or Path(cache) / "prismer") / kind
-
-
-def model_folder(source: str) -> Path:
-    """The folder of a model: `source` itself, or the folder of the shipped model of that name."""
-    return shipped_folder(source) if source in SHIPPED_MODELS and not Path(source).is_dir() else Path(source)

@@ -32,7 +32,9 @@ def add_model_commands(commands: argparse._SubParsersAction) -> None:
     export.set_defaults(run=_export)
 
     info = commands.add_parser("info", help="show a model's size, this machine, and the kernels that can run here")
-    info.add_argument("model", nargs="?", default="tiny", metavar="MODEL", help="model folder or preset, e.g. base-z")
+    info.add_argument(
+        "model", nargs="?", default="tiny", metavar="MODEL", help="model folder, name or preset, e.g. base-z"
+    )
     info.set_defaults(run=_info)
 
 

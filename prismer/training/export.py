@@ -44,16 +44,16 @@ def export_checkpoint(source: str | Path, out: str | Path) -> Path:
     if checkpoint is None:
         raise InputError(f"{source} is neither a run with checkpoints nor a checkpoint; give runs/NAME")
     run = checkpoint.parent.parent
-    answers = run / ANSWERS
-    model, settings = Prismer.from_pretrained(checkpoint), _settings(run)
-    table = None
+    answers = read_answers(run / ANSWERS) if (run / ANSWERS).is_file() else None
+    classes, settings = read_classes(run), _settings(run)
+    model, table = Prismer.from_pretrained(checkpoint), None
     if settings and model.config.experts and model.config.semantics != "spelling":
         table = semantics_folder(settings["semantics"], settings["model"])
     save_pretrained(
         model,
         out,
-        answers=read_answers(answers) if answers.is_file() else None,
-        classes=read_classes(run) or None,
+        answers=answers,
+        classes=classes or None,
         semantics=table,
         card=_card(run, checkpoint, settings),
     )

@@ -127,11 +127,12 @@ def stored_semantics(config: PrismerConfig, folder: str | Path | None) -> Semant
         return Semantics.spelling()
     if folder is None or not (Path(folder) / TABLE_FILES[0]).is_file():
         return None
-    return _read_table(Path(folder), (Path(folder) / TABLE_FILES[0]).stat().st_mtime_ns)
+    paths = [Path(folder) / name for name in TABLE_FILES]
+    return _read_table(Path(folder), tuple(path.stat().st_mtime_ns for path in paths if path.exists()))
 
 
 @lru_cache(maxsize=2)
-def _read_table(folder: Path, changed: int) -> Semantics:
+def _read_table(folder: Path, changed: tuple[int, ...]) -> Semantics:
     if damaged := find_damage(folder, TABLE_FILES):
         raise InputError(
             f"{folder / damaged} is damaged: its checksum is not the one in {CHECKSUMS}; copy or export the model "

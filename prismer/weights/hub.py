@@ -8,7 +8,9 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from prismer.errors import InputError, listed
 from prismer.files import add_name, check_free_space, is_disk_failure, sync, waiting_lock
@@ -17,6 +19,13 @@ from prismer.weights.archives import ARCHIVES, unpack
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import BlobLfsInfo, RepoSibling
+
+
+class _NoBar(tqdm):
+    """A progress bar that is not shown."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "disable": True})
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,8 @@ def download(model: HubModel) -> Path:
 
     try:
         paths = _fetch_large_files(model)
-        root = Path(snapshot_download(model.repository, allow_patterns=paths))
+        # the large files have shown their progress
+        root = Path(snapshot_download(model.repository, allow_patterns=paths, tqdm_class=_NoBar))
     # the base classes are the errors of the transport, httpx or requests, when a connection fails
     except (OSError, HFValidationError, *HfHubHTTPError.__bases__) as error:
         if is_disk_failure(error):
@@ -121,7 +131,7 @@ def _fetch_large_files(model: HubModel) -> list[str]:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import hf_hub_url, repo_folder_name
 
-    info = HfApi().model_info(model.repository, files_metadata=True)
+    info = HfApi().model_info(model.repository, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     held = {file.rfilename: file for file in info.siblings or ()}
     paths = [path for path in model.loose if path in held]
     if not any(path.endswith(model.weights) for path in paths):
