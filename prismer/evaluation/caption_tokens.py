@@ -1,7 +1,9 @@
 """The tokens of a caption, as the Penn Treebank tokenizer of the COCO caption toolkit makes them.
 
 The text becomes lower case, contractions are split, and punctuation is dropped, so that scores are comparable with
-published ones.
+published ones. tests/evaluation/test_toolkit.py compares the two. The known differences are rare in captions: paths of
+more than three parts (a/b/c/d), versions (v2.0), smileys such as :D, an initial with a full stop before a word that
+often starts a sentence (row A. The), and a full stop that depends on the caption after this one.
 """
 
 import re
@@ -21,26 +23,30 @@ _TOKEN = re.compile(
     # U.S., a.m., Ph.D., initials and known abbreviations keep their last full stop
     rf"|(?:(?i:ph\.d|[^\W\d_](?:\.[^\W\d_])*|{'|'.join(_ABBREVIATIONS)})"
     rf"|{'|'.join(_CAPITAL_ABBREVIATIONS)})\.(?![^\W_])"
-    r"|(?i:no)\.(?=\s*\d)"
+    r"|(?i:ca|fig|nos?|op|pp)\.(?=\s*\d)"
     # 3.5, 1,000.00, 10:30, 3/4, +5, but 10-year-old and 4x4 are words
     r"|(?:(?<!\S)[-+.])?\d+(?:[.,:/]\d+)*(?![^\W_]|[-./][^\W_])"
-    r"|(?i:'n'|y'(?=all\b)|'t(?=(?:is|was)\b))"
+    r"|(?i:'n'|y'(?=all\b)|'t(?=(?:is|was)\b)|'(?:em|til)\b)"
     r"|(?i:n't|'(?:s|m|d|re|ve|ll|n|cause)|ma'am)(?![^\W_])"
     r"|'\d\ds?\b"
-    r"|[A-Z]+&[A-Z]+"
+    r"|[A-Z]+&[A-Z]+|[Cc]\+\+"
     # words with hyphens, slashes and dots inside; o'clock, d'oeuvres, l'avion
     r"|(?:[#@](?=[^\W\d_]))?(?:(?i:[dol]'(?=[^\W\d_])))?[^\W_]+(?:(?:[-./]|_+)[^\W_]+)*"
-    r"|[!?]+|\.{3,}|-+|\S"
+    r"|[:;=]-?[()](?!\w)"
+    r"|[!?]+|\.{3,}|-+|\*+|_+|\S"
 )
 _NEGATION = re.compile(r"(?<=[^\W\d_])(?=n't(?![^\W_]))", re.IGNORECASE)
 _TYPOGRAPHIC = str.maketrans(
     {"‘": "'", "’": "'", "“": '"', "”": '"', "«": '"', "»": '"', "–": "--", "—": "--", "…": "..."}
+    | {"£": "#", "€": "$", "¢": " cents "}
 )
+_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "&nbsp;": " "}
+_ENTITY = re.compile("|".join(_ENTITIES))
 _WORDS = "cannot can not;gonna gon na;gotta got ta;wanna wan na;gimme gim me;lemme lem me"
-_BRACKETS = "( -lrb-;) -rrb-;[ -lsb-;] -rsb-;{ -lcb-;} -rcb-"
-_REPLACED = {token: parts for token, *parts in map(str.split, f"{_WORDS};{_BRACKETS}".split(";"))}
+_REPLACED = {token: parts for token, *parts in map(str.split, _WORDS.split(";"))}
+_BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
 # the toolkit drops a fixed list of marks, which contains neither brackets nor "!!"
-_DROPPED = re.compile(r"['\"`,.:;!?]|-{1,}|\.{3,}")
+_DROPPED = re.compile(r"['\"`,.:;!?]|-{1,4}|\.{3,}")
 
 
 def tokenize_caption(caption: str) -> list[str]:
@@ -48,10 +54,11 @@ def tokenize_caption(caption: str) -> list[str]:
 
     `"A dog's close-up, isn't it?"` gives a, dog, 's, close-up, is, n't, it.
     """
-    text = _NEGATION.sub(" ", caption.translate(_TYPOGRAPHIC))
+    text = _ENTITY.sub(lambda found: _ENTITIES[found[0]], caption).translate(_TYPOGRAPHIC)
+    text = _NEGATION.sub(" ", text)
     tokens = []
     for token in _TOKEN.findall(text):
         if not _DROPPED.fullmatch(token):
-            token = token.lower()
+            token = token.lower().translate(_BRACKETS)
             tokens.extend(_REPLACED.get(token, [token]))
     return tokens

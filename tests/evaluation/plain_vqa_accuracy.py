@@ -52,7 +52,7 @@ def processed(text: str) -> str:
         elif not number and character not in glued:
             kept += " "
     clean, stops_left = "", 32
-    for character, follower in zip(kept, kept[1:] + " ", strict=True):
+    for character, follower in zip(kept, kept[1:] + " ", strict=False):
         if character == "." and not follower.isdecimal() and stops_left:
             stops_left -= 1
         else:

@@ -43,8 +43,19 @@ TOOLKIT = {
     "BLEU-2": 0.6765222033704131,
     "BLEU-3": 0.5148879463437217,
     "BLEU-4": 0.3959156507951536,
+    "ROUGE-L": 0.6124067767534676,
     "CIDEr-D": 1.872023649073631,
 }
+TOOLKIT_ROUGE_L = [
+    0.7155425219941348,
+    0.6916099773242631,
+    0.7530864197530864,
+    0.7624999999999998,
+    0.8026315789473684,
+    0.0,
+    0.5865384615384615,
+    0.5873452544704264,
+]
 TOOLKIT_CIDER_D = [
     2.065215229180673,
     2.073888535693839,
@@ -76,6 +87,10 @@ TREEBANK = {
     "http://www.example.com/a.html me@example.com and 5 6 -lsb- tall -rsb- -lcb- one -rcb- 10-year-old 1.5-inch "
     "y' all 't is",
     "naïve café 日本語 a_b x = y + 2 <3": "naïve café 日本語 a_b x = y + 2 < 3",
+    "tell 'em to wait 'til 5, £3 or €4 or 50¢ &amp; &quot;more&quot; AT&amp;T, C++": "tell 'em to wait 'til 5 # 3 or "
+    "$ 4 or 50 cents & more at&t c++",
+    "smile :) :-( ;) (a smiley :) a sign:(red) ** a_b __ -- ---- ----- no. 5 no. five pp. 3": "smile :-rrb- :--lrb- "
+    ";-rrb- -lrb- a smiley :-rrb- a sign -lrb- red -rrb- ** a_b __ ----- no. 5 no five pp. 3",
     " . ": "",
 }
 
@@ -96,6 +111,7 @@ def test_caption_scores_equal_the_toolkit():
         assert scores[name] == pytest.approx(value, abs=TOLERANCE), name
     tokens, references = tokenized()
     np.testing.assert_allclose(cider_d(tokens, references), TOOLKIT_CIDER_D, atol=TOLERANCE)
+    np.testing.assert_allclose(rouge_l(tokens, references), TOOLKIT_ROUGE_L, atol=TOLERANCE)
     short = [caption[:4] for caption in tokens]
     np.testing.assert_allclose(bleu(short, references), TOOLKIT_SHORT_BLEU, atol=TOLERANCE)
 

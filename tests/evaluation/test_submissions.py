@@ -76,6 +76,8 @@ def test_skipped_images_are_left_out_and_mentioned():
     assert submission_notes([*CAPTIONED, SKIPPED, dict(SKIPPED, key="e")], "caption") == [
         f"{CAPTION_FILE} lacks the 2 images that were skipped; evaluation servers take only complete files"
     ]
+    half_made = dict(SKIPPED, image_id=9, caption="a cow")
+    assert submissions([*CAPTIONED, half_made], "caption") == submissions(CAPTIONED, "caption")
     assert submissions([SKIPPED], "caption") == {} and submission_notes([SKIPPED], "caption") == []
 
 
