@@ -88,9 +88,6 @@ def unpack(archive: Path, folder: Path, name: str, wanted: Iterable[str], weight
 def _write(member: _Member, path: Path) -> None:
     with replacing(path) as new, member.open() as source, open(new, "wb") as out:
         shutil.copyfileobj(source, out, 1 << 20)
-        # the checksums of a zip cover its content; a tar has none, and may end too early
-        if out.tell() != member.size:
-            raise EOFError(f"{member.path} ends after {out.tell()} of {member.size} bytes")
 
 
 @contextmanager

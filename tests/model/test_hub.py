@@ -4,6 +4,7 @@ breaks on the way; and that each failure is one sentence that leaves nothing bro
 Run: pytest tests/model/test_hub.py
 """
 
+import hashlib
 import io
 import stat
 import tarfile
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 
 from prismer.config import preset
 from prismer.model import Prismer
@@ -146,6 +147,17 @@ def test_an_archive_of_several_models_gives_the_one_that_is_named(hub, tmp_path)
     refusal(SOURCE, f"holds no single model {NAME}")
 
 
+def test_a_folder_comes_before_an_archive_of_its_name(hub, plain, tmp_path):
+    write(tmp_path / "b.bin", small(experts=()), seed=9)
+    archive = packed(".zip", {"pytorch_model.bin": (tmp_path / "b.bin").read_bytes()})
+    hub.repositories["someone/prismer"][f"{NAME}.zip"] = archive
+    compare(Prismer.from_pretrained(SOURCE), plain)
+    assert hub.taken(f"{NAME}.zip") == []
+    # somebody else downloaded all of the repository
+    snapshot_download("someone/prismer")
+    compare(Prismer.from_pretrained(SOURCE), plain)
+
+
 def test_a_broken_connection_is_resumed_at_once(hub, plain):
     hub.breaks = 2
     compare(Prismer.from_pretrained(SOURCE), plain)
@@ -170,6 +182,9 @@ def test_a_damaged_download_never_enters_the_cache(hub, plain, tmp_path):
     refusal(SOURCE, "pytorch_model.bin arrived damaged: its SHA-256 is ")
     blobs = tmp_path / "cache" / "hub" / "models--someone--prismer" / "blobs"
     assert not [path for path in blobs.iterdir() if path.suffix != ".lock"]
+    # nor does a partial file that is longer than the whole
+    data = hub.repositories["someone/prismer"][f"{NAME}/pytorch_model.bin"]
+    (blobs / f"{hashlib.sha256(data).hexdigest()}.partial").write_bytes(data + b"more")
     hub.corrupt = False
     compare(Prismer.from_pretrained(SOURCE), plain)
 
