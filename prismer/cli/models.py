@@ -52,7 +52,7 @@ def _list(args: argparse.Namespace) -> None:
         experts = "none" if model.preset.endswith("-z") else "6"
         size = f"{model.parameters / 1e6:.0f} M"
         here = str(find_folder(name) or "no")
-        rows.append((name, model.task, experts, size, f"{model.gigabytes} GB", PUBLISHED_LICENCE.upper(), here))
+        rows.append((name, model.task, experts, size, f"{model.gigabytes:.2f} GB", PUBLISHED_LICENCE.upper(), here))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

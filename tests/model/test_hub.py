@@ -17,6 +17,7 @@ from huggingface_hub import constants, snapshot_download
 
 from prismer.config import preset
 from prismer.model import Prismer
+from prismer.training.initial_model import initial_config
 from prismer.weights import archives
 from prismer.weights import hub as hub_module
 from prismer.weights.catalogue import HUB_REPOSITORY, PUBLISHED_MODELS, PublishedModel
@@ -318,7 +319,7 @@ def test_released_checkpoints_have_names(hub, tmp_path, monkeypatch):
     assert find_folder(NAME) is None and licence_of(NAME) == "cc-by-nc-sa-4.0"
     model = Prismer.from_pretrained(NAME)
     compare(model, plain)
-    assert find_folder(NAME) == model.folder
+    assert find_folder(NAME) == model.folder and initial_config(NAME) == model.config
     model.save_pretrained(tmp_path / "mine")
     assert licence_of(tmp_path / "mine") == "cc-by-nc-sa-4.0"
 
