@@ -27,12 +27,13 @@ def find_checkpoint(source: str | Path) -> Path | None:
     return path if (path / STATE).is_file() else RunFolder(path).best()
 
 
-def export_checkpoint(source: str | Path, out: str | Path) -> Path:
+def export_checkpoint(source: str | Path, out: str | Path, semantics: Path | None = None) -> Path:
     """Write a checkpoint as a model folder.
 
     Args:
         source: a run folder, whose best checkpoint is exported, or one of its checkpoint folders.
         out: the folder to write; `Prismer.from_pretrained` loads it.
+        semantics: the folder of the table of features; None takes the one that the run read.
 
     Returns:
         The checkpoint that was exported.
@@ -46,15 +47,15 @@ def export_checkpoint(source: str | Path, out: str | Path) -> Path:
     run = checkpoint.parent.parent
     answers = read_answers(run / ANSWERS) if (run / ANSWERS).is_file() else None
     classes, settings = read_classes(run), _settings(run)
-    model, table = Prismer.from_pretrained(checkpoint), None
-    if settings and model.config.experts and model.config.semantics != "spelling":
-        table = semantics_folder(settings["semantics"], settings["model"])
+    model = Prismer.from_pretrained(checkpoint)
+    if semantics is None and settings and model.config.experts and model.config.semantics != "spelling":
+        semantics = semantics_folder(settings["semantics"], settings["model"])
     save_pretrained(
         model,
         out,
         answers=answers,
         classes=classes or None,
-        semantics=table,
+        semantics=semantics,
         card=_card(run, checkpoint, settings),
     )
     return checkpoint

@@ -173,7 +173,15 @@ def test_an_exported_folder_answers_the_same_wherever_it_lies(run, copy, scenes,
     assert_refused(run(*asked), "reads a table")
     for given in (table, table / "semantics.json"):
         assert run(*asked, "--semantics", given).out == before[2]
-    shutil.rmtree(table)
+    kept = shutil.move(table, tmp_path / "kept")
+    assert_refused(run("export", made, "--out", tmp_path / "none"), f"{table} holds no semantics table")
+    assert not (tmp_path / "none").exists()
+    assert run("export", made, "--out", tmp_path / "other", "--semantics", kept).code == 0
+    assert ask(tmp_path / "other") == before
+    bare = ("export", checkpoint / "model.safetensors", "--out", tmp_path / "bare", "--semantics")
+    assert run(*bare, kept / "semantics.json").code == 0
+    assert (tmp_path / "bare" / "semantics.json").read_bytes() == (kept / "semantics.json").read_bytes()
+    shutil.rmtree(kept)
     shutil.rmtree(made)
     moved = tmp_path / "elsewhere" / "m"
     moved.parent.mkdir()
