@@ -50,6 +50,11 @@ def export_checkpoint(source: str | Path, out: str | Path, semantics: Path | Non
     model = Prismer.from_pretrained(checkpoint)
     if semantics is None and settings and model.config.experts and model.config.semantics != "spelling":
         semantics = semantics_folder(settings["semantics"], settings["model"])
+        if semantics is None:
+            raise InputError(
+                f"the table of features that {run} was trained with lay in {settings['model']}, where it is no more; "
+                f"name a copy with --semantics"
+            )
     save_pretrained(
         model,
         out,

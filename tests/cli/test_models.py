@@ -174,6 +174,8 @@ def test_an_exported_folder_answers_the_same_wherever_it_lies(run, copy, scenes,
     for given in (table, table / "semantics.json"):
         assert run(*asked, "--semantics", given).out == before[2]
     kept = shutil.move(table, tmp_path / "kept")
+    own = make_run(tmp_path / "own", copy, model=str(copy))
+    assert_refused(run("export", own, "--out", tmp_path / "none"), "where it is no more; name a copy with --semantics")
     assert_refused(run("export", made, "--out", tmp_path / "none"), f"{table} holds no semantics table")
     assert not (tmp_path / "none").exists()
     assert run("export", made, "--out", tmp_path / "other", "--semantics", kept).code == 0
