@@ -1,6 +1,7 @@
 """Options of several commands, each declared once, and what their values open: a device, a model, expert networks."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,3 +127,24 @@ def load_labeller(asked: str, device_name: str, **options) -> "Labeller":
 
     names = [item.strip() for item in asked.split(",") if item.strip()]
     return Labeller.load(names, pick_device(device_name), **options)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Rank and number of processes, as torchrun and deepspeed set them in the environment."""
+    try:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError:
+        raise InputError(
+            f"RANK is {os.environ.get('RANK')!r}, WORLD_SIZE {os.environ.get('WORLD_SIZE')!r}; both must be numbers"
+        ) from None
+    return rank, world
+
+
+def device_of_process(name: str, world: int) -> str:
+    """The value of --device for one of `world` processes: for "auto", each on a machine takes a GPU of its own."""
+    if name != "auto" or world == 1:
+        return name
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if gpus else "cpu"
