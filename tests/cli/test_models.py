@@ -215,10 +215,8 @@ def test_the_card_of_an_export_tells_licence_data_and_scores(run, model, tmp_pat
     shutil.copytree(model, base)
     (base / "README.md").write_text("---\nlicense: cc-by-nc-sa-4.0\n---\n")
     made = make_run(tmp_path / "run", model, data="/home/somebody/data/coco", task="caption", model=str(base))
-    rows = [
-        dict(step=step, kind="validation", **{"CIDEr-D": step / 10, "BLEU-4": 0.25, "accuracy/question_type/is": 1})
-        for step in (3, 7, 9)
-    ]
+    scores = {"BLEU-4": 0.25, "accuracy/question_type/is": 1}
+    rows = [{"step": step, "kind": "validation", "CIDEr-D": step / 10, **scores} for step in (3, 7, 9)]
     (made / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run("export", made, "--out", tmp_path / "model").code == 0
     card = (tmp_path / "model" / "README.md").read_text()
