@@ -49,7 +49,7 @@ def _list(args: argparse.Namespace) -> None:
     rows = [("name", "task", "expert maps", "parameters", "download", "licence", "here")]
     for name in SHIPPED_MODELS:
         size = sum(path.stat().st_size for path in shipped_folder(name).iterdir())
-        rows.append((name, "rendered scenes", "6", "4.1 M", f"{size / 1e6:.0f} MB, ships", "APACHE-2.0", "yes"))
+        rows.append((name, "rendered scenes", "6", "4.1 M", f"{size / 1e6:.0f} MB, ships", "Apache-2.0", "yes"))
     for name, model in PUBLISHED_MODELS.items():
         experts = "none" if model.preset.endswith("-z") else "6"
         size = f"{model.parameters / 1e6:.0f} M"
