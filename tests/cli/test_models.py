@@ -104,7 +104,7 @@ def test_a_model_of_the_hub_is_fetched_listed_and_asked(run, model, images, hub,
     hub.add_folder("shikunl/prismer", tmp_path / "m", f"{name}/")
     listed = {line.split()[0]: line for line in run("models", "list").out.splitlines() if line.strip()}
     assert re.search(r"questions, VQAv2 +6 +328 M +1.31 GB +CC-BY-NC-SA-4.0 +no$", listed[name])
-    assert re.search(r"APACHE-2.0 +yes$", listed["tiny"]) and len([n for n in listed if n.endswith("_large")]) == 6
+    assert re.search(r"Apache-2.0 +yes$", listed["tiny"]) and len([n for n in listed if n.endswith("_large")]) == 6
     assert "open_clip's ViT-L-14-336-quickgelu (openai) and roberta-large" in listed["large"]
     assert hub.requests == []
     done = run("models", "fetch", name)
