@@ -114,3 +114,13 @@ def rank_and_world() -> tuple[int, int]:
             f"RANK is {os.environ.get('RANK')!r}, WORLD_SIZE {os.environ.get('WORLD_SIZE')!r}; both must be numbers"
         ) from None
     return rank, world
+
+
+def device_of_process(name: str, world: int) -> str:
+    """The value of --device for one of `world` processes: for "auto", each on a machine takes a GPU of its own."""
+    if name != "auto" or world == 1:
+        return name
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if gpus else "cpu"
