@@ -241,7 +241,7 @@ def _path_inside(source: Path, record: ImageRecord) -> Path:
 
 def _name(source: Path, record: ImageRecord) -> str:
     """An image as a result names it: the path as the user would write it, or TAR/NAME."""
-    if record.name:
+    if record.name or source.suffix.lower() == ".txt":
         return record.name
     if record.image is None:
         return str(source / record.key)

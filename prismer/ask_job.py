@@ -33,7 +33,7 @@ from prismer.resumable import JOB_FILE, ResumableJob, json_line
 
 _DOING = {"caption": "captioning", "answer": "answering", "classify": "classifying"}
 # images that the model reads at a time
-_BATCH_SIZES = {"cpu": 8, "cuda": 32}
+BATCH_SIZES = {"cpu": 8, "cuda": 32}
 _BATCHES_PER_PART = 8
 # skipped items that a report names
 _FEW = 5
@@ -106,7 +106,9 @@ def ask_all(
     """
     out = Path(out)
     check_result(out)
-    batch_size = batch_size or _BATCH_SIZES[model.device.type]
+    if semantics is None and model.config.semantics == "spelling":
+        semantics = Semantics.for_config(model.config)
+    batch_size = batch_size or BATCH_SIZES[model.device.type]
     check_count("batch_size", batch_size)
     if task not in RESULT_KEYS:
         raise InputError(f"the task is {task!r}; choose {', '.join(RESULT_KEYS)}")
