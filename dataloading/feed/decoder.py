@@ -1,16 +1,17 @@
 """Encoded images of any format -> square RGB pixels, many at a time: DALI for what it reads as `load_image` does.
 
 A model that is asked about a folder must say what it says about each image alone. On a CPU the pixels are therefore
-those of `load_image`, to the bit. DALI decodes upright RGB JPEGs, which nearly all photos are. `load_image` itself
-reads the rest: other formats, where DALI ignores transparency and cuts 16 bits, and JPEGs of many times the model's
-size, which it decodes at a smaller scale in a third of the time. On a GPU, DALI takes JPEGs of any size, and its
-decoder rounds in its own way.
+those of `load_image`. DALI decodes upright RGB JPEGs, which nearly all photos are, with the same libjpeg-turbo; and
+`load_image` resizes them. It reads the rest itself: other formats, where DALI ignores transparency and cuts 16 bits,
+and JPEGs of many times the model's size, which it decodes at a smaller scale in a third of the time. On a GPU, DALI
+decodes JPEGs of any size and resizes them, with roundings of its own.
 """
 
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -46,15 +47,15 @@ class ImageDecoder:
             For each image (3, size, size) uint8 on the CPU, or why it has no pixels.
         """
         for_dali = [i for i, plain in enumerate(pool.map(self._is_for_dali, images)) if plain]
-        decoded: dict[int, Tensor] = {}
+        decoded: dict[int, Tensor | InputError] = {}
         while for_dali:
             try:
-                (pixels,) = self._graph.run({"image": dali.image_feed([images[i] for i in for_dali])})
+                pixels = self._run([images[i] for i in for_dali], pool)
             except dali.UndecodableImages as error:
                 # `load_image` may read them all the same, and if not, it has the reason
                 for_dali = [i for place, i in enumerate(for_dali) if place not in error.reasons]
             else:
-                decoded = dict(zip(for_dali, pixels.cpu(), strict=True))
+                decoded = dict(zip(for_dali, pixels, strict=True))
                 break
         rest = [i for i in range(len(images)) if i not in decoded]
         others = dict(zip(rest, pool.map(self._load, (images[i] for i in rest)), strict=True))
@@ -69,7 +70,7 @@ class ImageDecoder:
         except Exception:  # decoders raise nearly anything on damaged bytes
             return False
 
-    def _load(self, data: bytes) -> Tensor | InputError:
+    def _load(self, data: bytes | np.ndarray) -> Tensor | InputError:
         try:
             return load_image(data, self.size)
         except InputError as error:
@@ -77,5 +78,13 @@ class ImageDecoder:
         except MemoryError:
             return InputError("the image does not fit into memory")
 
+    def _run(self, images: list[bytes], pool: ThreadPoolExecutor) -> list[Tensor | InputError]:
+        feeds = {"image": dali.image_feed(images)}
+        if self.device.type == "cuda":
+            return list(self._graph.run(feeds)[0].cpu())
+        # DALI's resize rounds in another way
+        return list(pool.map(self._load, [pixels.numpy() for pixels in self._graph.run_views(feeds)]))
+
     def _define(self) -> tuple:
-        return (dali.planes_first(dali.resize(dali.decode(self.device), self.size)),)
+        rgb = dali.decode(self.device)
+        return (dali.planes_first(dali.resize(rgb, self.size)) if self.device.type == "cuda" else rgb,)

@@ -5,6 +5,7 @@ Run: pytest tests/cli/test_folders.py
 """
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from prismer import ask_job
@@ -26,9 +28,9 @@ from prismer.dataloading.store.shards import ShardDataset
 from prismer.inference import Candidates
 from prismer.model import Prismer
 from tests.cli.commands import ANSWERS, assert_refused
-from tests.experts.jobs import CONTEXT
 from tests.experts.stand_ins import Brightness, Halves
 
+FORK = multiprocessing.get_context("fork")
 CLASSES = ["cube", "sphere", "cone", "red", "two"]
 
 
@@ -209,8 +211,9 @@ def test_a_damaged_tar_gives_its_images_and_a_line_for_the_damage(run, model, im
     (tmp_path / "a.tar").write_bytes(whole[: whole.rindex(b"02.jpg") + 600])
     assert run("caption", tmp_path / "a.tar", "--model", model, "--out", tmp_path / "o").code == 0
     rows = read(tmp_path / "o")
-    assert ["caption" in row for row in rows] == [True, True, False, False][: len(rows)]
-    assert "damaged or cut short" in rows[-1]["skipped"]
+    # the image that is cut, and what may have followed it
+    assert ["caption" in row for row in rows] == [True, True, False, False]
+    assert "damaged or cut short" in rows[3]["skipped"]
 
 
 # questions
@@ -375,7 +378,7 @@ def test_an_image_whose_maps_cannot_be_used_costs_no_other_its_line(run, model, 
     shard.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     assert run("caption", tmp_path / "val", "--model", model, "--out", tmp_path / "o").code == 0
     first, second = read(tmp_path / "o")
-    assert "damaged" in first["skipped"] and second["caption"]
+    assert "fail their checksum" in first["skipped"] and second["caption"]
 
 
 # jobs
@@ -432,12 +435,14 @@ def test_a_result_that_the_job_did_not_write_is_not_replaced(run, model, images,
 
 
 def run_slowly(model: Path, source: Path, out: Path, texts: bool = False) -> None:
-    """A job of many parts that takes its time."""
+    """A job of many parts that takes its time, in a process of its own."""
+    # a forked process has none of its parent's OpenMP threads
+    torch.set_num_threads(1)
     prismer = Prismer.from_pretrained(model)
     caption = prismer.caption
 
     def slow(*args, **options):
-        time.sleep(0.02)
+        time.sleep(0.01)
         return caption(*args, **options)
 
     prismer.caption = slow
@@ -448,14 +453,14 @@ def run_slowly(model: Path, source: Path, out: Path, texts: bool = False) -> Non
 def test_a_job_that_was_killed_again_and_again_gives_the_same_bytes(model, images, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
-    for i in range(24):
+    for i in range(20):
         shutil.copy(images[i % 12], photos / f"{i:02}.jpg")
     (photos / "07.jpg").write_bytes(images[0].read_bytes()[:300])
-    run_slowly(model, photos, tmp_path / "whole")
+    FORK.Process(target=run_slowly, args=(model, photos, tmp_path / "whole")).start()
     draw, kills, out = random.Random(0), 0, tmp_path / "out"
     parts = tmp_path / "out.job" / "parts"
     while kills < 3:
-        process = CONTEXT.Process(target=run_slowly, args=(model, photos, out, True))
+        process = FORK.Process(target=run_slowly, args=(model, photos, out, True))
         process.start()
         wanted = len(list(parts.glob("*.jsonl"))) + draw.randint(1, 2)
         while process.is_alive() and len(list(parts.glob("*.jsonl"))) < wanted:
@@ -465,10 +470,13 @@ def test_a_job_that_was_killed_again_and_again_gives_the_same_bytes(model, image
         process.join()
         assert process.exitcode == -9, "the job ended before it was killed: give it more images"
         kills += 1
-    run_slowly(model, photos, out, True)
+    FORK.Process(target=run_slowly, args=(model, photos, out, True)).start()
+    for process in multiprocessing.active_children():
+        process.join()
+        assert process.exitcode == 0
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
     rows = read(out)
-    assert len(rows) == 24 and "skipped" in rows[7]
+    assert len(rows) == 20 and "skipped" in rows[7]
     texts = {path.stem: path.read_text() for path in photos.glob("*.txt")}
     assert texts == {Path(row["image"]).stem: f"{row['caption']}\n" for row in rows if "caption" in row}
 
