@@ -4,10 +4,9 @@ import argparse
 from pathlib import Path
 
 from prismer.cli.ask_images import ImageRequest
-from prismer.cli.choices import read_list, read_texts
-from prismer.cli.options import add_device_option, add_experts_option, positive
+from prismer.cli.choices import read_texts, stored_choices
+from prismer.cli.options import add_device_option, add_experts_option, add_semantics_option, positive
 from prismer.errors import InputError
-from prismer.shipped import model_folder
 
 _SOURCES = "image, folder of images, tar, dataset, or .txt with one path a line (relative to its folder)"
 
@@ -41,7 +40,9 @@ def add_ask_commands(commands: argparse._SubParsersAction) -> None:
 
     classify = commands.add_parser("classify", help="choose a class for each image")
     classify.add_argument("images", nargs="+", metavar="IMAGE|SOURCE", type=Path, help=_SOURCES)
-    classify.add_argument("--classes", required=True, metavar="FILE|A,B", help="class names to choose from")
+    classify.add_argument(
+        "--classes", metavar="FILE|A,B", help="class names to choose from (default: the model's own list)"
+    )
     classify.set_defaults(run=_classify)
 
     for command in (answer, classify):
@@ -55,7 +56,9 @@ def add_ask_commands(commands: argparse._SubParsersAction) -> None:
             help="write one JSON object for each image, in order; run the command again to resume, or on several "
             "processes with torchrun to share the work",
         )
-        command.add_argument("--model", default="tiny", metavar="FOLDER", help="model folder, or tiny (shipped)")
+        command.add_argument(
+            "--model", default="tiny", metavar="MODEL", help="model folder, name of `prismer models list`, or hub id"
+        )
         add_device_option(command)
         command.add_argument(
             "--labels",
@@ -70,6 +73,7 @@ def add_ask_commands(commands: argparse._SubParsersAction) -> None:
         )
         command.add_argument("--int8", action="store_true", help="multiply the frozen towers in int8, on a CPU")
         add_experts_option(command)
+        add_semantics_option(command)
         command.add_argument("--json", action="store_true", help="print one JSON object per line")
         command.add_argument(
             "--profile",
@@ -95,21 +99,22 @@ def _answer(args: argparse.Namespace) -> int:
         raise InputError("--questions names the images itself and goes with --out, where the answers are written")
     if not args.questions and args.question is None:
         raise InputError("give an image and a question, or --questions FILE.jsonl --out FILE.jsonl")
-    answers = read_texts(args.answers, "--answers") if args.answers else None
+    given = read_texts(args.answers, "--answers") if args.answers else None
     args.images = [args.images] if args.images else []
     if args.out:
-        return _run_job(args, answers or _stored_answers(args))
+        return _run_job(args, given)
     request = ImageRequest(args)
-    answers = answers or _stored_answers(args)
+    answers = given or stored_choices(args, request.model)
     return request.print_results("answer", lambda images: request.model.answer(images, [args.question], answers))
 
 
 def _classify(args: argparse.Namespace) -> int:
     _check(args)
-    names = read_texts(args.classes, "--classes")
+    given = read_texts(args.classes, "--classes") if args.classes else None
     if args.out:
-        return _run_job(args, names)
+        return _run_job(args, given)
     request = ImageRequest(args)
+    names = given or stored_choices(args, request.model)
     return request.print_results("classify", lambda images: request.model.classify(images, names))
 
 
@@ -120,18 +125,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--json and --profile are for images that are printed; leave them out with --out")
 
 
-def _run_job(args: argparse.Namespace, choices: list[str] | None = None, **options: int) -> int:
+def _run_job(args: argparse.Namespace, given: list[str] | None = None, **options: int) -> int:
     # imported here, because it needs what parsing does not
     from prismer.cli.ask_files import run_job
 
-    return run_job(args, choices, **options)
-
-
-def _stored_answers(args: argparse.Namespace) -> list[str] | None:
-    """The answers that a model was trained to choose from, if its folder lists some."""
-    path = model_folder(args.model) / "answers.json"
-    # a model that was trained on captions alone has an empty list
-    answers = read_list(path) or None if path.is_file() else None
-    if args.top and answers is None:
-        raise InputError(f"--top ranks a list of answers and the model {args.model} holds none; give --answers too")
-    return answers
+    return run_job(args, given, **options)

@@ -6,6 +6,7 @@ import sys
 from prismer.ask_items import Items, image_items, question_items
 from prismer.ask_job import AskReport, ask_all, check_result
 from prismer.cli.ask_images import open_model
+from prismer.cli.choices import stored_choices
 from prismer.cli.options import device_of_process, rank_and_world
 from prismer.cli.printing import is_watched
 from prismer.errors import InputError
@@ -14,12 +15,12 @@ from prismer.errors import InputError
 _FEW = 3
 
 
-def run_job(args: argparse.Namespace, choices: list[str] | None, **options: int) -> int:
+def run_job(args: argparse.Namespace, given: list[str] | None, **options: int) -> int:
     """Ask about all images of `args.images`, or the questions of `args.questions`, and write `args.out`.
 
     Args:
         args: of caption, answer or classify.
-        choices: to choose from; None generates.
+        given: answers or classes to choose from; None takes the model's own, if it has some.
         options: of `model.caption`.
 
     Returns:
@@ -35,7 +36,7 @@ def run_job(args: argparse.Namespace, choices: list[str] | None, **options: int)
         items,
         args.out,
         args.command,
-        choices=choices,
+        choices=given or stored_choices(args, model),
         top=getattr(args, "top", 0),
         labeller=labeller,
         semantics=semantics,

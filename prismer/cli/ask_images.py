@@ -137,7 +137,9 @@ class ImageRequest:
 
 def open_model(args: argparse.Namespace) -> "tuple[Prismer, Semantics | None, Labeller | None]":
     """The model that the options name, the features of names in maps, and the labeller of --experts."""
-    model, semantics = load_model(args.model, args.device, precision=args.precision, int8=args.int8)
+    model, semantics = load_model(
+        args.model, args.device, precision=args.precision, int8=args.int8, semantics=args.semantics
+    )
     if (args.labels or args.experts) and not model.config.experts:
         raise InputError(f"the model {args.model} has no experts and reads no labels; leave --labels and --experts out")
     labeller = None

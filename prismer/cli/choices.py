@@ -1,9 +1,14 @@
-"""Texts to choose from, as the options --answers and --classes give them."""
+"""Texts to choose from, as the options --answers and --classes or the model give them."""
 
+import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prismer.errors import InputError
+
+if TYPE_CHECKING:
+    from prismer.model import Prismer
 
 
 def read_texts(given: str, what: str) -> list[str]:
@@ -22,7 +27,7 @@ def read_texts(given: str, what: str) -> list[str]:
     path = Path(given)
     # os.path: Path raises where many texts are longer than a file name can be
     if os.path.isfile(given):
-        texts = read_list(path)
+        texts = _read_list(path)
     elif "," not in given and (os.path.isdir(given) or "/" in given or path.suffix):
         raise InputError(f"{what} names {given}, which is not a file; give a JSON list, a file of lines, or a,b,c")
     else:
@@ -33,12 +38,28 @@ def read_texts(given: str, what: str) -> list[str]:
     return texts
 
 
-def read_list(path: Path) -> list[str]:
-    """The strings of a JSON list or the lines of a text file, in UTF-8.
+def stored_choices(args: argparse.Namespace, model: "Prismer") -> list[str] | None:
+    """The answers or classes of the model itself, for a command without --answers or --classes.
+
+    Returns:
+        None for captions, and for answers in the model's own words.
 
     Raises:
-        ValueError: if the file holds something else.
+        ValueError: if the model has no list and the command needs one.
     """
+    from prismer.weights.folder import ANSWERS, CLASS_NAMES, stored_texts
+
+    if args.command == "caption":
+        return None
+    texts = stored_texts(model.folder, ANSWERS if args.command == "answer" else CLASS_NAMES)
+    if texts is None and args.command == "classify":
+        raise InputError(f"the model {args.model} has no class names of its own; give --classes")
+    if texts is None and args.top:
+        raise InputError(f"--top ranks a list of answers and the model {args.model} holds none; give --answers too")
+    return texts
+
+
+def _read_list(path: Path) -> list[str]:
     from prismer.reading import decode_text, lines_of, parse_json, read_bytes
 
     remedy = "give a JSON list or a file of lines, in UTF-8"

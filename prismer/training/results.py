@@ -14,8 +14,8 @@ from prismer.evaluation.predict import most_frequent_replies
 from prismer.evaluation.scores import scores
 from prismer.files import replacing, write_atomically, write_json
 from prismer.model import Prismer
+from prismer.training.export import export_checkpoint
 from prismer.training.progress import plot_metrics
-from prismer.training.run_folder import export_checkpoint
 from prismer.training.setup import Run
 from prismer.training.skipped import SkippedSamples
 from prismer.training.streams import print_on_rank_zero

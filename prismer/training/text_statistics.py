@@ -162,6 +162,20 @@ def read_answers(file: Path, remedy: str = "restore it from a copy, or delete it
     return answers
 
 
+def read_classes(folder: Path) -> list[str]:
+    """The class names of a run; [] if it has none.
+
+    Raises:
+        ValueError: if the file that holds them is damaged.
+    """
+    file = folder / GUESSES
+    classes = read_json(file, dict, _REMEDY).get("classes", []) if file.is_file() else []
+    if not isinstance(classes, list):
+        raise InputError(f"{file} does not hold classes; {_REMEDY}")
+    _check_texts(classes, file, _REMEDY)
+    return classes
+
+
 def _check_texts(texts: list, file: Path, remedy: str) -> None:
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"{file} holds entries that are not texts; {remedy}")
