@@ -9,6 +9,7 @@ from pathlib import Path
 from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.shards import CorruptSample, ShardDataset
 from prismer.errors import InputError
+from prismer.evaluation.predict import question_kind
 from prismer.files import write_json
 from prismer.reading import read_json
 from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TASKS
@@ -141,11 +142,6 @@ class TextStatistics:
             raise InputError(f"{folder / GUESSES} does not hold {', '.join(fields)}; {_REMEDY}")
         _check_texts([*rest["guesses"].values(), *rest["classes"]], folder / GUESSES, _REMEDY)
         return cls(answers=answers, **rest)
-
-
-def question_kind(question: dict) -> str:
-    """The kind of a question; "any" in datasets that distinguish none."""
-    return question.get("kind") or "any"
 
 
 def read_answers(file: Path, remedy: str = "restore it from a copy, or delete it") -> list[str]:
