@@ -2,9 +2,9 @@
 
 A model that is asked about a folder must say what it says about each image alone. On a CPU the pixels are therefore
 those of `load_image`. DALI decodes upright RGB JPEGs, which nearly all photos are, with the same libjpeg-turbo; and
-`load_image` resizes them. It reads the rest itself: other formats, where DALI ignores transparency and cuts 16 bits,
-and JPEGs of many times the model's size, which it decodes at a smaller scale in a third of the time. On a GPU, DALI
-decodes JPEGs of any size and resizes them, with roundings of its own.
+`load_image` resizes them. It reads the rest itself: JPEGs that are cut short; other formats, where DALI ignores
+transparency and cuts 16 bits; and JPEGs of many times the model's size, which it decodes at a smaller scale in a third
+of the time. On a GPU, DALI decodes whole JPEGs of any size and resizes them, with roundings of its own.
 """
 
 import io
@@ -20,6 +20,9 @@ from prismer.dataloading.feed import dali
 from prismer.dataloading.feed.load_image import load_image, shrink_on_decode
 from prismer.dataloading.feed.rgb import orientation
 from prismer.errors import InputError
+
+# zeros that may follow the end mark of a JPEG
+_MAX_PADDING = 64
 
 
 class ImageDecoder:
@@ -62,6 +65,9 @@ class ImageDecoder:
         return [decoded[i] if i in decoded else others[i] for i in range(len(images))]
 
     def _is_for_dali(self, data: bytes) -> bool:
+        # without its end mark a JPEG is most likely cut short: DALI would fail the whole batch, and print why
+        if not data[-_MAX_PADDING:].rstrip(b"\0").endswith(b"\xff\xd9"):
+            return False
         try:
             with Image.open(io.BytesIO(data)) as image:
                 if image.format != "JPEG" or image.mode != "RGB" or orientation(image) != 1:

@@ -120,8 +120,18 @@ def test_a_broken_image_has_the_reason_of_load_image_and_costs_no_other_its_pixe
     assert all(isinstance(result, ValueError) for result in decoder(list(BROKEN.values()), pool))
 
 
-def test_what_dali_refuses_is_read_all_the_same_if_load_image_can(decoder, pool):
-    # a JPEG with garbage in a marker that Pillow skips
-    data = encoded(photo())
-    results = decoder([data, data + b"\0" * 10, data], pool)
-    assert all(isinstance(result, torch.Tensor) for result in results)
+@pytest.mark.parametrize("end", [b"", b"\0" * 10])
+def test_what_dali_refuses_is_left_to_load_image(pool, monkeypatch, end):
+    # as if all images looked like JPEGs that DALI reads
+    monkeypatch.setattr(ImageDecoder, "_is_for_dali", lambda decoder, data: True)
+    whole = IMAGES["jpeg"][0] + end
+    results = ImageDecoder(SIZE, batch_size=8)([BROKEN["cut"], whole, BROKEN["text"], whole, IMAGES["gif"][0]], pool)
+    assert [isinstance(result, ValueError) for result in results] == [True, False, True, False, False]
+    assert_same("jpeg", results[1], whole)
+    assert torch.equal(results[4], load_image(IMAGES["gif"][0], SIZE))
+
+
+def test_a_jpeg_without_its_end_mark_does_not_fail_the_batch(decoder, pool, monkeypatch):
+    monkeypatch.setattr("prismer.dataloading.feed.dali.Graph._find_undecodable", None)
+    results = decoder([IMAGES["jpeg"][0], *BROKEN.values()], pool)
+    assert [isinstance(result, ValueError) for result in results] == [False] + [True] * len(BROKEN)
