@@ -20,7 +20,6 @@ from prismer.dataloading.sources.one_pass import submit_ahead, wanted_parts
 from prismer.errors import InputError
 from prismer.inference import Answer, Candidates
 from prismer.model import Prismer
-from prismer.reading import printable
 
 # batches that are read and decoded while the model reads one
 _BATCHES_AHEAD = 2
@@ -110,7 +109,7 @@ class Asker:
                     for (i, item), result in zip(image.lines, results, strict=True):
                         rows[i] = item, {**item.row, **result_fields(self.task, result, self.top)}
                 for i, item, reason in chunk.faults:
-                    rows[i] = item, {**item.row, "skipped": printable(reason)}
+                    rows[i] = item, {**item.row, "skipped": reason}
                 bar.update(len(rows) - before)
                 if chunk.is_last:
                     yield chunk.part, [rows[i] for i in range(len(rows))]
