@@ -215,8 +215,9 @@ def test_a_lock_is_released_when_its_process_dies(tmp_path):
 
 
 def write_repeatedly(path, times):
-    for _ in range(times):
-        write_together(path, b"x" * 5000)
+    for i in range(times):
+        # whole or in pieces
+        write_together(path, (b"x" * 500 for _ in range(10)) if i % 2 else b"x" * 5000)
 
 
 def test_processes_may_write_the_same_file_at_once(tmp_path):
