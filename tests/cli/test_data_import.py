@@ -18,10 +18,8 @@ from prismer.cli.main import build_parser
 from prismer.dataloading.sources.recipes import RECIPES
 from prismer.dataloading.store.shards import ShardDataset
 from tests.cli.commands import assert_refused
+from tests.data.benchmark_files import URL, coco, downloaded, genome, karpathy, vqa
 from tests.data.import_sources import encode, gradient, write
-from tests.data.test_published_datasets import coco, genome, karpathy
-from tests.data.test_url_captions import URL, downloaded
-from tests.data.test_vqa_annotations import vqa
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/datasets.md").read_text()

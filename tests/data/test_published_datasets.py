@@ -9,44 +9,8 @@ import json
 import pytest
 
 from prismer.dataloading.sources.published import published_records
+from tests.data.benchmark_files import COCO, coco, genome, karpathy
 from tests.data.import_sources import captions_of, encode, gradient, run, write
-
-COCO = "COCO_{}2014_{:012d}.jpg"
-
-
-def coco(root, split="train", ids=(9, 25), captions=None, **more):
-    """The official folder: images in train2014/, captions in annotations/."""
-    images = []
-    for i in ids:
-        name = COCO.format(split, i)
-        write(root / f"{split}2014/{name}", encode(gradient(i)))
-        images.append({"id": i, "file_name": name, "width": 20, "height": 12, "license": 1})
-    if captions is None:
-        captions = [(i, f"Caption {n} of {i}.") for n in range(2) for i in ids]
-    annotations = [{"image_id": i, "id": n, "caption": text} for n, (i, text) in enumerate(captions)]
-    content = {"info": {}, "licenses": [], "images": images, "annotations": annotations, **more}
-    return write(root / f"annotations/captions_{split}2014.json", content)
-
-
-def karpathy(root):
-    """dataset_coco.json with one image in each split, those of restval and val in val2014."""
-    images = []
-    for split, folder, i in (("train", "train", 1), ("val", "val", 2), ("test", "val", 3), ("restval", "val", 4)):
-        name = COCO.format(folder, i)
-        write(root / f"{folder}2014/{name}", encode(gradient(i)))
-        sentences = [{"tokens": ["a"], "raw": f"{split} {n}", "imgid": i, "sentid": n} for n in range(2)]
-        images.append(
-            {
-                "filepath": f"{folder}2014",
-                "sentids": [0, 1],
-                "filename": name,
-                "imgid": i,
-                "split": split,
-                "sentences": sentences,
-                "cocoid": i,
-            }
-        )
-    return write(root / "dataset_coco.json", {"images": images, "dataset": "coco"})
 
 
 def reasons(report, file=None):
@@ -158,27 +122,6 @@ def test_nocaps_keeps_ids_and_domains(tmp_path):
     assert [meta["image_id"] for meta in metas] == [0, 1, 2]
     assert [meta["domain"] for meta in metas] == ["in-domain", "near-domain", "out-domain"]
     assert metas[1]["open_images_id"] == "0013ea2087020901" and metas[1]["captions"][9] == "9 of 1"
-
-
-def genome(root, with_image_data=True):
-    for folder, i in (("VG_100K", 2), ("VG_100K_2", 1)):
-        write(root / folder / f"{i}.jpg", encode(gradient(i)))
-    regions = [
-        {"regions": [{"region_id": 10, "image_id": i, "phrase": f"a tree {i}", "x": 1, "y": 1}], "id": i}
-        for i in (1, 2)
-    ]
-    qas = [
-        {"id": 1, "qas": [{"qa_id": 98, "image_id": 1, "question": "What colour?", "answer": "Green."}]},
-        {"id": 2, "qas": [{"qa_id": 99, "image_id": 2, "question": "How many?", "answer": 2}]},
-    ]
-    data = [
-        {"image_id": i, "url": f"https://cs.stanford.edu/people/rak248/{folder}/{i}.jpg", "width": 20, "height": 12}
-        for folder, i in (("VG_100K_2", 1), ("VG_100K", 2))
-    ]
-    write(root / "region_descriptions.json", regions)
-    write(root / "question_answers.json", qas)
-    if with_image_data:
-        write(root / "image_data.json", data)
 
 
 @pytest.mark.parametrize("with_image_data", [True, False])

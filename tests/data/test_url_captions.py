@@ -3,32 +3,11 @@
 python -m pytest tests/data/test_url_captions.py
 """
 
-import json
-
 import pytest
 
 from prismer.dataloading.sources.url_captions import UrlCaptions, web_records
-from tests.data.import_sources import captions_of, encode, gradient, make_tar, run, write
-
-URL = "http://example.org/{}.jpg"
-
-
-def downloaded(root, tars, captions=()):
-    """Three images as img2dataset writes them; `captions` are beside the first of them."""
-    members = []
-    for i in range(3):
-        about = {"url": URL.format(i), "key": f"{i:09d}", "status": "success", "width": 20, "height": 12}
-        members.append((f"{i:09d}.jpg", encode(gradient(i))))
-        if i < len(captions):
-            about["caption"] = captions[i]
-            members.append((f"{i:09d}.txt", captions[i].encode()))
-        members.append((f"{i:09d}.json", json.dumps(about).encode()))
-    if tars:
-        make_tar(root / "00000.tar", members)
-    else:
-        for name, data in members:
-            write(root / "00000" / name, data)
-    write(root / ("00000_stats.json" if tars else "00000.parquet"), b"{}")
+from tests.data.benchmark_files import URL, downloaded
+from tests.data.import_sources import captions_of, run, write
 
 
 def texts_of(samples):

@@ -9,44 +9,8 @@ import pytest
 
 from prismer.dataloading.sources.published import published_records
 from prismer.dataloading.sources.vqa_questions import vqa_records
-from tests.data.import_sources import encode, gradient, run, write
-
-TEN = ["red", "red", "dark red", "red", "maroon", "red", "red", "red", "", "dark red"]
-
-
-def vqa(root, subtype="val2014", questions=None, annotations=None):
-    """Files as published; images 42 and 43, questions 42000, 42001 and 43000."""
-    for i in (42, 43):
-        write(root / f"{subtype}/COCO_{subtype}_{i:012d}.jpg", encode(gradient(i)))
-    asked = [(42, 42000, "What color is it?"), (42, 42001, "How many?"), (43, 43000, "Is it day?")]
-    if questions is None:
-        questions = [{"image_id": i, "question": text, "question_id": q} for i, q, text in asked]
-    about = {"info": {}, "data_type": "mscoco", "data_subtype": subtype, "license": {}}
-    paths = [
-        write(
-            root / f"v2_OpenEnded_mscoco_{subtype}_questions.json",
-            {**about, "task_type": "Open-Ended", "questions": questions},
-        )
-    ]
-    if annotations is None:
-        annotations = [annotation(42, 42000, TEN), annotation(42, 42001, ["2"] * 10, "how many", "number")]
-        annotations += [annotation(43, 43000, ["yes"] * 9 + ["no"], "is it", "yes/no")]
-    if annotations:
-        content = {**about, "annotations": annotations}
-        paths.append(write(root / f"v2_mscoco_{subtype}_annotations.json", content))
-    return paths
-
-
-def annotation(image, question, answers, question_type="what color is the", answer_type="other"):
-    given = [{"answer": a, "answer_confidence": "yes", "answer_id": n + 1} for n, a in enumerate(answers)]
-    return {
-        "question_type": question_type,
-        "multiple_choice_answer": str(answers[0]),
-        "answers": given,
-        "image_id": image,
-        "answer_type": answer_type,
-        "question_id": question,
-    }
+from tests.data.benchmark_files import TEN, annotation, vqa
+from tests.data.import_sources import run, write
 
 
 def questions_of(samples):
