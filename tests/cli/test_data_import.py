@@ -18,7 +18,7 @@ from prismer.cli.main import build_parser
 from prismer.dataloading.sources.recipes import RECIPES
 from prismer.dataloading.store.shards import ShardDataset
 from tests.cli.commands import assert_refused
-from tests.data.benchmark_files import URL, coco, downloaded, genome, karpathy, vqa
+from tests.data.benchmark_files import URL, coco, downloaded, flickr30k, genome, imagenet, karpathy, nocaps, vqa
 from tests.data.import_sources import encode, gradient, write
 
 ROOT = Path(__file__).parents[2]
@@ -52,20 +52,9 @@ def make_everything(root):
     vqa(root / "vqa", "train2014")
     vqa(root / "vqa", "test2015", annotations=[])
     genome(root / "vg")
-    name = "0013ea2087020901.jpg"
-    write(root / "nocaps/val" / name, encode(gradient()))
-    image = {"id": 0, "file_name": name, "coco_url": f"https://s3.amazonaws.com/nocaps/val/{name}"}
-    captions = [{"image_id": 0, "id": 0, "caption": "a baby"}]
-    content = {"images": [{**image, "domain": "near-domain"}], "annotations": captions}
-    write(root / "nocaps/nocaps_val_4500_captions.json", content)
-    write(root / "flickr30k/flickr30k-images/1.jpg", encode(gradient()))
-    write(root / "flickr30k/results_20130124.token", "1.jpg#0\tA dog .\n")
-    about = {"filename": "1.jpg", "split": "test", "sentences": [{"raw": "A dog ."}]}
-    write(root / "flickr30k/dataset_flickr30k.json", {"images": [about], "dataset": "flickr30k"})
-    for kind in ("n01440764", "n01443537"):
-        for i in range(20):
-            write(root / f"imagenet/train/{kind}/{i}.JPEG", encode(gradient(i)))
-    write(root / "imagenet/LOC_synset_mapping.txt", "n01440764 tench, Tinca tinca\nn01443537 goldfish\n")
+    nocaps(root / "nocaps")
+    flickr30k(root / "flickr30k", {"1.jpg": ["A dog ."]})
+    imagenet(root / "imagenet")
     for name in ("cc12m", "cc3m", "sbu"):
         downloaded(root / name, tars=True)
     write(root / "cc12m.tsv", f"{URL.format(0)}\tone\n")

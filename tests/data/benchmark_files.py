@@ -6,6 +6,7 @@ from tests.data.import_sources import encode, gradient, make_tar, write
 
 COCO = "COCO_{}2014_{:012d}.jpg"
 TEN = ["red", "red", "dark red", "red", "maroon", "red", "red", "red", "", "dark red"]
+DOMAINS = ("in-domain", "near-domain", "out-domain")
 URL = "http://example.org/{}.jpg"
 
 
@@ -23,13 +24,16 @@ def coco(root, split="train", ids=(9, 25), captions=None, **more):
     return write(root / f"annotations/captions_{split}2014.json", content)
 
 
-def karpathy(root):
-    """dataset_coco.json with one image in each split, those of restval and val in val2014."""
+def karpathy(root, text="{} {}"):
+    """dataset_coco.json with one image in each split, those of restval and val in val2014.
+
+    `text` is a caption: its fields are the split, and 0 or 1.
+    """
     images = []
     for split, folder, i in (("train", "train", 1), ("val", "val", 2), ("test", "val", 3), ("restval", "val", 4)):
         name = COCO.format(folder, i)
         write(root / f"{folder}2014/{name}", encode(gradient(i)))
-        sentences = [{"tokens": ["a"], "raw": f"{split} {n}", "imgid": i, "sentid": n} for n in range(2)]
+        sentences = [{"tokens": ["a"], "raw": text.format(split, n), "imgid": i, "sentid": n} for n in range(2)]
         images.append(
             {
                 "filepath": f"{folder}2014",
@@ -42,6 +46,42 @@ def karpathy(root):
             }
         )
     return write(root / "dataset_coco.json", {"images": images, "dataset": "coco"})
+
+
+def nocaps(root, captions=None):
+    """The validation set, an image in each domain; `captions` has the texts of each image, by default ten."""
+    images, annotations = [], []
+    for i, domain in enumerate(DOMAINS):
+        name = f"00{i}3ea2087020901"
+        write(root / f"val/{name}.jpg", encode(gradient(i)))
+        url = f"https://s3.amazonaws.com/nocaps/val/{name}.jpg"
+        about = {"id": i, "open_images_id": name, "file_name": f"{name}.jpg", "coco_url": url, "domain": domain}
+        images.append(about)
+        texts = captions[i] if captions else [f"{n} of {i}" for n in range(10)]
+        annotations += [{"image_id": i, "id": 10 * i + n, "caption": text} for n, text in enumerate(texts)]
+    content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
+    return write(root / "nocaps_val_4500_captions.json", content)
+
+
+def flickr30k(root, captions):
+    """Captions by image name in results_20130124.token, and in Karpathy's file as the split test."""
+    for i, name in enumerate(captions):
+        write(root / "flickr30k-images" / name, encode(gradient(i)))
+    lines = [f"{name}#{n}\t{text}\n" for name, texts in captions.items() for n, text in enumerate(texts)]
+    images = [
+        {"filename": name, "imgid": i, "split": "test", "sentences": [{"raw": text} for text in texts]}
+        for i, (name, texts) in enumerate(captions.items())
+    ]
+    write(root / "dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
+    return write(root / "results_20130124.token", "".join(lines))
+
+
+def imagenet(root, images=20):
+    """The class folders of two wnids, and the names."""
+    for kind in ("n01440764", "n01443537"):
+        for i in range(images):
+            write(root / f"train/{kind}/{i}.JPEG", encode(gradient(i)))
+    write(root / "LOC_synset_mapping.txt", "n01440764 tench, Tinca tinca\nn01443537 goldfish\n")
 
 
 def genome(root, with_image_data=True):

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from prismer.dataloading.sources.published import published_records
-from tests.data.benchmark_files import COCO, coco, genome, karpathy
+from tests.data.benchmark_files import COCO, coco, flickr30k, genome, karpathy, nocaps
 from tests.data.import_sources import captions_of, encode, gradient, run, write
 
 
@@ -82,20 +82,19 @@ def test_a_split_that_only_karpathy_has_chooses_his_file(tmp_path):
 
 def test_flickr30k_reads_all_three_of_its_files(tmp_path):
     names = ["1000092795.jpg", "2199200615.jpg"]
-    for name in names:
-        write(tmp_path / "flickr30k-images" / name, encode(gradient()))
-    token = "".join(f"{name}#{n}\tA dog {n} .\n" for name in names for n in range(2))
+    token = flickr30k(tmp_path, {name: ["A dog 0 .", "A dog 1 ."] for name in names}).read_text()
+    karpathy_file = json.loads((tmp_path / "dataset_flickr30k.json").read_text())
+    for file in (tmp_path / "results_20130124.token", tmp_path / "dataset_flickr30k.json"):
+        file.unlink()
     table = "image_name| comment_number| comment\n" + "".join(f"{name}| 0| A dog 0 .\n" for name in names)
     # the published file has one line without its second bar
     table += "1000092795.jpg| 1| A dog 1 .\n2199200615.jpg| 1   A dog 1 .\n"
-    sentences = [{"raw": f"A dog {n} ."} for n in range(2)]
-    images = [{"filename": name, "imgid": n, "split": "test", "sentences": sentences} for n, name in enumerate(names)]
     expected = {name[:-4]: ["A dog 0 .", "A dog 1 ."] for name in names}
     for number, (name, content, split) in enumerate(
         (
             ("results_20130124.token", token, ""),
             ("results.csv", "\ufeff" + table, ""),
-            ("dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"}, "test"),
+            ("dataset_flickr30k.json", karpathy_file, "test"),
         )
     ):
         file = write(tmp_path / name, content)
@@ -106,16 +105,7 @@ def test_flickr30k_reads_all_three_of_its_files(tmp_path):
 
 
 def test_nocaps_keeps_ids_and_domains(tmp_path):
-    images, annotations = [], []
-    for i, domain in enumerate(("in-domain", "near-domain", "out-domain")):
-        name = f"00{i}3ea2087020901"
-        write(tmp_path / f"val/{name}.jpg", encode(gradient(i)))
-        url = f"https://s3.amazonaws.com/nocaps/val/{name}.jpg"
-        about = {"id": i, "open_images_id": name, "file_name": f"{name}.jpg", "coco_url": url, "domain": domain}
-        images.append(about)
-        annotations += [{"image_id": i, "id": 10 * i + n, "caption": f"{n} of {i}"} for n in range(10)]
-    content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
-    write(tmp_path / "nocaps_val_4500_captions.json", content)
+    nocaps(tmp_path)
     samples, _ = run(published_records("nocaps", tmp_path, split="val"), tmp_path / "out")
     metas = [sample.meta for sample in samples.values()]
     assert list(samples)[0] == "val--0003ea2087020901"
