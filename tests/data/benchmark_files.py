@@ -49,15 +49,15 @@ def karpathy(root, text="{} {}"):
 
 
 def nocaps(root, captions=None):
-    """The validation set, an image in each domain; `captions` has the texts of each image, by default ten."""
+    """The validation set, by default an image in each domain; `captions` has the texts of each image."""
+    captions = captions or [[f"{n} of {i}" for n in range(10)] for i in range(len(DOMAINS))]
     images, annotations = [], []
-    for i, domain in enumerate(DOMAINS):
+    for i, texts in enumerate(captions):
         name = f"00{i}3ea2087020901"
         write(root / f"val/{name}.jpg", encode(gradient(i)))
         url = f"https://s3.amazonaws.com/nocaps/val/{name}.jpg"
-        about = {"id": i, "open_images_id": name, "file_name": f"{name}.jpg", "coco_url": url, "domain": domain}
-        images.append(about)
-        texts = captions[i] if captions else [f"{n} of {i}" for n in range(10)]
+        about = {"id": i, "open_images_id": name, "file_name": f"{name}.jpg", "coco_url": url}
+        images.append({**about, "domain": DOMAINS[i % len(DOMAINS)]})
         annotations += [{"image_id": i, "id": 10 * i + n, "caption": text} for n, text in enumerate(texts)]
     content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
     return write(root / "nocaps_val_4500_captions.json", content)
@@ -84,11 +84,12 @@ def imagenet(root, images=20):
     write(root / "LOC_synset_mapping.txt", "n01440764 tench, Tinca tinca\nn01443537 goldfish\n")
 
 
-def genome(root, with_image_data=True):
+def genome(root, with_image_data=True, phrase="a tree {}"):
+    """Two images; `phrase` describes a region, its field is the id of the image."""
     for folder, i in (("VG_100K", 2), ("VG_100K_2", 1)):
         write(root / folder / f"{i}.jpg", encode(gradient(i)))
     regions = [
-        {"regions": [{"region_id": 10, "image_id": i, "phrase": f"a tree {i}", "x": 1, "y": 1}], "id": i}
+        {"regions": [{"region_id": 10, "image_id": i, "phrase": phrase.format(i), "x": 1, "y": 1}], "id": i}
         for i in (1, 2)
     ]
     qas = [
