@@ -188,7 +188,7 @@ def test_nocaps_by_domain(tmp_path):
 
 def test_flickr30k(tmp_path):
     true = {f"{1000 + i}.jpg": [text.replace("\n", " ") for text in texts_of(i)] for i in range(3)}
-    file = flickr30k(tmp_path / "flickr30k", true)
+    flickr30k(tmp_path / "flickr30k", true)
     (tmp_path / "flickr30k/dataset_flickr30k.json").unlink()
     draw_images(tmp_path)
     numbers, rows, _ = numbers_of(tmp_path, "flickr", ["flickr30k", tmp_path / "flickr30k"], ["--task", "caption"])
@@ -328,8 +328,8 @@ def test_a_model_that_was_trained_on_imported_files_is_scored_the_same(tmp_path)
             out = tmp_path / "data" / name / split
             folder = tmp_path / ("vqa" if name == "vqav2" else name)
             command("data", "import", name, folder, "--split", split, "--out", out, "--label-size", 8)
-        settings = dict(task=task, steps=3, batch_size=2, data=str(tmp_path / "data" / name), precision="fp32")
-        runs[name] = shop.launch(name, **settings)
+        settings = dict(model="tiny", task=task, steps=3, batch_size=2, precision="fp32")
+        runs[name] = shop.launch(name, data=str(tmp_path / "data" / name), **settings)
     for name, task in (("vqav2", "vqa"), ("coco", "caption")):
         run = runs[name]
         assert run.end() == 0, run.text()
