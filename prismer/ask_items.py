@@ -213,7 +213,7 @@ def _question_item(file: Path, number: int, line: bytes) -> Item:
     image, question = row.get("image"), row.get("question")
     fault = ""
     if not isinstance(image, str) or not image:
-        fault = f"its 'image' is {shown(image)}; give a path"
+        fault = f"the 'image' of {name} is {shown(image)}; give a path"
     else:
         try:
             _check_question(question)

@@ -16,6 +16,8 @@ from prismer.dataloading.store.sample_json import meta_problems, show_json
 from prismer.errors import InputError
 
 _SUBTYPE = re.compile(r"[a-z]+\d{4}")
+# the number of people who answered each question
+_PEOPLE = 10
 
 
 def vqa_images(sources: list[AnnotationFile], findings: Findings) -> list[AnnotatedImage]:
@@ -123,6 +125,8 @@ def _annotations(sources: list[AnnotationFile], findings: Findings) -> dict[int 
                 key, image_id = same_id(entry_id(entry, "question_id")), entry_id(entry, "image_id")
                 given = [answer.get("answer") if isinstance(answer, dict) else answer for answer in entry["answers"]]
                 raw = [answer_text(answer, source.path, key, findings) for answer in given]
+                if len(raw) != _PEOPLE:
+                    findings.count(source.path, f"questions have not {_PEOPLE} answers", f"question {key}")
                 weights: dict[str, float] = {}
                 add_answers(weights, raw)
                 blank = [answer for answer in weights if not answer.strip()]

@@ -74,8 +74,9 @@ def _print_report(args: argparse.Namespace, items: Items, report: AskReport, pro
         print(f"{args.out}: {process} is done, {report.parts_missing} parts are left to other processes")
         return
     for row in report.first_skipped:
-        where = row.get("image", f"line {row.get('line')}")
-        print(f"skipped {where}: {row['skipped']}", file=sys.stderr)
+        # a line of questions that names no image is named in its reason
+        where = f"{row['image']}: " if isinstance(row.get("image"), str) else ""
+        print(f"skipped {where}{row['skipped']}", file=sys.stderr)
     if report.skipped > len(report.first_skipped):
         print(f"... and {report.skipped - len(report.first_skipped)} more, all in {args.out}", file=sys.stderr)
     print(f"{args.out}: {report.lines} lines, {report.skipped} of them with the reason why there is no {args.command}")

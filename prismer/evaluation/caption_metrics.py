@@ -16,6 +16,9 @@ from prismer.evaluation.caption_tokens import tokenize_caption
 
 MAX_NGRAM = 4
 CIDER_SIGMA = 6.0
+# the COCO toolkit adds these to numerators and denominators of BLEU: a corpus without a match of four tokens has a BLEU-4
+# of about 1e-5, not 0
+_TINY, _SMALL = 1e-15, 1e-9
 # weighs recall against precision in ROUGE-L
 ROUGE_BETA = 1.2
 
@@ -29,14 +32,15 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
 
     p_k is the share of the candidates' k-grams that occur in a reference of the same image; a k-gram counts at most as
     often as in the reference that contains it most often. c is the number of tokens of all candidates, and r that of
-    the references closest in length, of the shorter one on a tie.
+    the references closest in length, of the shorter one on a tie. As in the COCO toolkit, c and the numerators of p_k
+    get 1e-15 more, r and the denominators 1e-9.
 
     Args:
         candidates: for each image the tokens of one caption.
         references: for each image the tokens of its references.
 
     Returns:
-        (4,) fp64; 0 where no n-gram occurs in a reference.
+        (4,) fp64; below 1e-4 where no n-gram occurs in a reference.
 
     Raises:
         ValueError: if the two differ in length, or an image has no reference.
@@ -54,8 +58,8 @@ def bleu(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -
         for ngram, count in (_ngrams(candidate) & allowed).items():
             matched[len(ngram) - 1] += count
         total += [max(0, len(candidate) - n) for n in range(MAX_NGRAM)]
-    precision = matched / np.maximum(total, 1)
-    brevity = math.exp(min(0.0, 1 - reference_length / candidate_length)) if candidate_length else 0.0
+    precision = (matched + _TINY) / (total + _SMALL)
+    brevity = math.exp(min(0.0, 1 - (reference_length + _SMALL) / (candidate_length + _TINY)))
     return brevity * np.cumprod(precision) ** (1 / np.arange(1, MAX_NGRAM + 1))
 
 

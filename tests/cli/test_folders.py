@@ -287,7 +287,8 @@ def test_a_line_that_is_no_question_gives_a_line_with_the_reason(run, model, ima
     rows = read(tmp_path / "o")
     assert len(rows) == len(lines) and rows[0] == rows[-1] and rows[0].items() > good.items()
     assert rows[1]["line"] == 2 and rows[4]["id"] == 7
-    reasons = ["is not JSON", "is [1]", "'image' is 3", "No such file", "is empty", "'question' is None"]
+    assert "None" not in done.err.split("skipped ", 1)[1].split(":")[0]
+    reasons = ["is not JSON", "is [1]", "the 'image' of line 4 of", "No such file", "is empty", "'question' is None"]
     reasons += ["not UTF-8", "NaN is no number", "cannot be read"]
     for row, reason in zip(rows[1:-1], reasons, strict=True):
         assert reason in row["skipped"]
