@@ -13,15 +13,12 @@ for all ops (`torch`) or for some (`mlp:torch,attention:sdpa`).
 
 import functools
 import importlib
-import importlib.util
 import inspect
 import itertools
 import logging
 import os
 import pkgutil
 import re
-import threading
-import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,12 +30,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from prismer.kernels import tuning
+from prismer.kernels import machine, tuning
 from prismer.kernels.errors import InputError, MachineError
 
 BACKENDS = ("native", "triton", "torch", "few-rows", "onednn", "flash-attn", "xformers", "sdpa", "reference")
 
-_BUILD = "run pip install --no-build-isolation --no-deps -e ."
 _log = logging.getLogger("prismer.kernels")
 
 
@@ -103,93 +99,6 @@ def use_backend(backend: str | None) -> Iterator[None]:
         yield
     finally:
         _asked = before
-
-
-# what this machine has
-
-_loading = threading.RLock()
-
-
-@functools.cache
-def native_missing(device_type: str = "cpu") -> str | None:
-    """Load the native extension for a device type once; None if it loads, else the reason why not."""
-    # while a thread loads an extension, it is in sys.modules without a spec, and find_spec raises in other threads
-    with _loading:
-        return _load_native(device_type)
-
-
-def _load_native(device_type: str) -> str | None:
-    name = "prismer._C" if device_type == "cpu" else "prismer._C_cuda"
-    if device_type != "cpu":
-        reason = native_missing("cpu")
-        if reason is not None:
-            return reason
-    if importlib.util.find_spec(name) is None:
-        needs = "a C++ compiler" if device_type == "cpu" else "nvcc and PRISMER_CUDA=1"
-        return f"{name} was not built; with {needs} present, {_BUILD}"
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        reason = f"{name} does not load ({error}); {_BUILD}"
-        warnings.warn(f"{reason}; until then other backends run instead", stacklevel=2)
-        return reason
-    return None
-
-
-@functools.cache
-def triton_missing() -> str | None:
-    """None if Triton can be imported, else the reason why not."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; run pip install triton"
-    return None
-
-
-def interpreting() -> bool:
-    """Does Triton run kernels in its interpreter (TRITON_INTERPRET=1), which takes CPU tensors?"""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
-_PACKAGES = {
-    # generations 3, 4 and 2; where only generation 4 is installed, the third name is an empty namespace
-    "flash-attn": tuple(
-        (module, "flash_attn_func") for module in ("flash_attn_interface", "flash_attn.cute", "flash_attn")
-    ),
-    "xformers": (("xformers.ops", "memory_efficient_attention"),),
-}
-
-
-@functools.cache
-def module_missing(module: str, function: str) -> str | None:
-    """None if `module` of another library can be imported and has `function`, else the reason why not."""
-    try:
-        if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed"
-        if not hasattr(importlib.import_module(module), function):
-            return f"{module} has no {function}"
-    except ModuleNotFoundError as error:
-        if error.name == module.split(".")[0]:
-            return f"{module} is not installed"
-        return f"{module} does not import here ({error})"
-    # a binary that was built for another torch can raise anything
-    except Exception as error:
-        return f"{module} does not import here ({type(error).__name__}: {error})"
-    return None
-
-
-def package_missing(backend: str) -> str | None:
-    """None if a package behind `flash-attn` or `xformers` can be imported, else the reason why not."""
-    reasons = [module_missing(*entry) for entry in _PACKAGES[backend]]
-    return None if None in reasons else f"{backend} is not there: {'; '.join(reasons)}"
-
-
-@functools.cache
-def _has_native(op: str, device_type: str) -> bool:
-    # the first look-up of an unknown name raises, so ask for the schema before the kernel
-    return hasattr(torch.ops.prismer_native, op) and (
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"prismer_native::{op}", device_type.upper())
-    )
 
 
 # who watches a call
@@ -442,8 +351,8 @@ class Op:
         """None if `backend` can run this op on tensors of a device type on this machine, else the reason why not."""
         name = backend.name
         if name == "triton":
-            reason = triton_missing()
-            if reason is None and device_type != "cuda" and not interpreting():
+            reason = machine.triton_missing()
+            if reason is None and device_type != "cuda" and not machine.interpreting():
                 reason = (
                     f"triton {self.name} serves cuda tensors, not {device_type}; "
                     "TRITON_INTERPRET=1 runs it on the CPU, slowly"
@@ -452,11 +361,11 @@ class Op:
         if backend.devices is not None and device_type not in backend.devices:
             return f"{name} {self.name} serves {' and '.join(backend.devices)} tensors, not {device_type}"
         if name == "native":
-            reason = native_missing(device_type)
-            if reason is None and not _has_native(self.name, device_type):
-                reason = f"prismer._C was built from older sources, without {self.name}; {_BUILD}"
+            reason = machine.native_missing(device_type)
+            if reason is None and not machine.has_native(self.name, device_type):
+                reason = f"prismer._C was built from older sources, without {self.name}; {machine.BUILD}"
             return reason
-        return package_missing(name) if name in _PACKAGES else None
+        return machine.package_missing(name) if name in machine.PACKAGES else None
 
     def register(
         self,

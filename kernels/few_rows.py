@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prismer.kernels.checks import check_like, described
-from prismer.kernels.dispatch import PLAIN, TORCH, Backend, Op, native_missing, on_host
+from prismer.kernels.dispatch import PLAIN, TORCH, Backend, Op, on_host
+from prismer.kernels.machine import native_missing
 
 # the native kernel's limits: rows, and the width up to which sums of int8 products fit into 32 bits
 MOST_ROWS = 64

@@ -11,7 +11,7 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 
-from prismer.kernels import dispatch
+from prismer.kernels import machine
 
 
 class Compiled:
@@ -65,7 +65,7 @@ def stand_in_driver() -> Iterator[Driver]:
     try:
         with (
             mock.patch("triton.compiler.compile", Compiled),
-            mock.patch.object(dispatch, "interpreting", lambda: True),
+            mock.patch.object(machine, "interpreting", lambda: True),
         ):
             yield driver
     finally:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prismer.kernels import dispatch, tuning
+from prismer.kernels import dispatch, machine, tuning
 from prismer.kernels.activation import OP as ACTIVATION
 from prismer.kernels.attention import OP as ATTENTION
 from prismer.kernels.attention import attention
@@ -308,7 +308,7 @@ def measured(seconds, key=NORM_KEY):
     return Measurement(device=CPU, seconds=0, timer=Clock(seconds)).measure(key)
 
 
-NEEDS_NATIVE = pytest.mark.skipif(dispatch.native_missing() is not None, reason="the native extension is not built")
+NEEDS_NATIVE = pytest.mark.skipif(machine.native_missing() is not None, reason="the native extension is not built")
 
 
 @NEEDS_NATIVE
