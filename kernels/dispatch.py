@@ -1,8 +1,9 @@
 """The contract of an op: which of its implementations runs, and how torch knows the op.
 
 The file of an op declares one `Op`: its definition, its implementations ("backends") and what each of them serves.
-All else follows from the declaration. `Op.route` and `Op.choose` pick what runs a call. `Op.register` gives torch the
-op with schema, shapes and gradient. `all_ops` finds the ops of this folder, for `prismer info` and for the tests.
+All else follows from the declaration. `Op.route` and `Op.choose` pick what runs a call, and `Op.resolve` remembers it
+for the next call like it. `Op.register` gives torch the op with schema, shapes and gradient. `all_ops` finds the ops of
+this folder, for `prismer info` and for the tests.
 
 The backends: `native` is compiled C++ and CUDA C++, `triton` is compiled at its first call, `torch` is composed of
 PyTorch operators, `reference` is the definition that tests compare with. Attention can also run on `flash-attn`,
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from prismer.kernels import machine, tuning
 from prismer.kernels.errors import InputError, MachineError
@@ -70,6 +72,8 @@ def _declared() -> set[str]:
 
 # of the whole process, not of a thread: on a GPU the backward pass runs in autograd's own threads
 _asked: Asked = _parse(os.environ.get("PRISMER_BACKEND"), "PRISMER_BACKEND")
+# the same as a part of keys
+_asked_key = tuple(_asked.items())
 
 
 def asked(op: str | None = None) -> str | None:
@@ -79,7 +83,7 @@ def asked(op: str | None = None) -> str | None:
 
 def choice_state() -> Hashable:
     """What choices depend on beside the calls: the backends asked for, and the tables of measured choices."""
-    return tuple(_asked.items()), tuning.generation
+    return _asked_key, tuning.generation
 
 
 @contextmanager
@@ -93,12 +97,13 @@ def use_backend(backend: str | None) -> Iterator[None]:
     Raises:
         ValueError: if a name is not that of a backend or of an op.
     """
-    global _asked
+    global _asked, _asked_key
     before, _asked = _asked, _parse(backend, "backend")
+    _asked_key = tuple(_asked.items())
     try:
         yield
     finally:
-        _asked = before
+        _asked, _asked_key = before, tuple(before.items())
 
 
 # who watches a call
@@ -139,6 +144,23 @@ def _watched() -> bool:
     )
 
 
+def _untraced() -> bool:
+    """Is this an eager call that nothing traces: no compiler, no mode, no transform, no dual level?"""
+    return not (is_compiling() or forward_ad._current_level >= 0 or _watched())
+
+
+def runs_directly(*args: Any) -> bool:
+    """May a plan (`Op.resolve`) call an implementation itself, in place of the registered op?
+
+    That is an eager call of plain tensors that nothing traces and that keeps no graph.
+    """
+    if not _untraced():
+        return False
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not records and all(type(t) in PLAIN and t.dtype not in NARROW for t in tensors)
+
+
 def is_partitioned(weight: Tensor) -> bool:
     """Does ZeRO-3 partition this weight? torch's own operators would save a view of it, which keeps it gathered."""
     return hasattr(weight, "ds_id")
@@ -155,7 +177,7 @@ def on_host(x: Tensor, op: str | None = None) -> bool:
         and x.is_cpu
         and (not _asked or asked(op) is None)
         and x.dtype not in NARROW
-        and not (torch.compiler.is_compiling() or _watched())
+        and not (is_compiling() or _watched())
     )
 
 
@@ -203,8 +225,10 @@ def rows_and_width(x: Tensor) -> tuple[int, int]:
 
 # a call of an op for a measurement: the function, and its arguments
 Example = tuple[Callable[..., Any], list[Any]]
-# choices that an op remembers
-_MOST_PICKED = 4096
+# choices and plans that an op remembers
+_MOST_REMEMBERED = 4096
+# arguments of these types are part of the key of a plan
+_CONSTANTS = frozenset((type(None), bool, int, float, str))
 # what torch's own operators are called among the implementations of an op
 HOST = "host"
 
@@ -231,6 +255,7 @@ class Op:
         classify: the class of a call's shape, from the arguments of `route` or `choose`; None is `rows_and_width`.
         paths: names of what is measured where the op itself chooses, instead of its backends.
         example: a call of the public function for a measurement, from the class of its shape, a dtype and a device.
+        depends: what else a plan of this op depends on, such as a setting of torch; asked at each call.
     """
 
     name: str
@@ -242,7 +267,9 @@ class Op:
     classify: Callable[..., tuple[int, ...]] | None = None
     paths: tuple[str, ...] = ()
     example: Callable[[tuple[int, ...], torch.dtype, torch.device], Example] | None = None
+    depends: Callable[[], Hashable] | None = None
     _picked: dict[tuple, str] = field(default_factory=dict, init=False, repr=False)
+    _plans: dict[tuple, Callable] = field(default_factory=dict, init=False, repr=False)
 
     def shape_class(self, x: Any, *facts: Any) -> tuple[int, ...]:
         """The class of a call's shape, by which measured choices are found."""
@@ -251,6 +278,41 @@ class Op:
     def measured(self, x: Any, shape: tuple[int, ...], gradient: bool) -> str | None:
         """The measured choice for a class of calls, or None."""
         return tuning.choice(x.device.type, (self.name, x.dtype, gradient, shape))
+
+    def resolve(self, plan: Callable[..., Callable], *args: Any) -> Callable:
+        """What runs a call: what `plan(*args)` returns, which is remembered for calls like this one.
+
+        To check the arguments of a short call and to choose for it costs more than to run it. Both follow from shapes,
+        strides, dtypes, devices and options, and from what choices depend on (`choice_state`): all of these are the
+        key. A call that is traced is planned each time, and the registered op then runs.
+
+        Args:
+            plan: checks the arguments and returns a function that runs such a call. What it returns must hold no
+                tensor, nor anything of the arguments but what is part of the key. One function for each op.
+            args: tensors, numbers, strings and None, all that the plan depends on.
+        """
+        # as `_untraced`, whose call would cost a tenth of the look-up
+        if is_compiling() or forward_ad._current_level >= 0 or _watched():
+            return plan(*args)
+        key: list[Any] = [tuning.generation, _asked_key, torch.is_grad_enabled()]
+        if self.depends is not None:
+            key.append(self.depends())
+        for arg in args:
+            if type(arg) in PLAIN:
+                layout = arg.is_contiguous() or arg.stride()
+                key += arg.shape, layout, arg.dtype, arg.device, arg.requires_grad
+            elif type(arg) in _CONSTANTS:
+                key.append(arg)
+            else:
+                return plan(*args)
+        whole = tuple(key)
+        found = self._plans.get(whole)
+        if found is None:
+            found = plan(*args)
+            if len(self._plans) >= _MOST_REMEMBERED:
+                self._plans.clear()
+            self._plans[whole] = found
+        return found
 
     def route(self, x: Tensor, *facts: Any) -> str:
         """How a public function runs a call: as "reference", on torch's own operators ("host"), or as the "op".
@@ -311,7 +373,7 @@ class Op:
         key = (tuning.generation, x.device.type, x.dtype, gradient, shape)
         picked = self._picked.get(key) if self._has_no_rules else None
         if picked is None:
-            if len(self._picked) >= _MOST_PICKED:
+            if len(self._picked) >= _MOST_REMEMBERED:
                 self._picked.clear()
             picked = self._picked[key] = self.pick(x, *facts, measured=self.measured(x, shape, gradient))
             tuning.record(x.device.type, (self.name, x.dtype, gradient, shape), picked)
@@ -413,7 +475,7 @@ class Op:
         op = getattr(torch.ops.prismer, name)
 
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 return op(*args)
             if forward_ad._current_level >= 0:
                 # otherwise jvp silently returns zeros

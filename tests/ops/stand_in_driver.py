@@ -11,7 +11,7 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 
-from prismer.kernels import machine
+from prismer.kernels import machine, tuning
 
 
 class Compiled:
@@ -63,6 +63,8 @@ def stand_in_driver() -> Iterator[Driver]:
     driver, before = Driver(), triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
     try:
+        # what a call was to run on is remembered by shape: with another driver it is looked up anew
+        tuning.generation += 1
         with (
             mock.patch("triton.compiler.compile", Compiled),
             mock.patch.object(machine, "interpreting", lambda: True),
@@ -70,3 +72,4 @@ def stand_in_driver() -> Iterator[Driver]:
             yield driver
     finally:
         triton.runtime.driver._active = before
+        tuning.generation += 1
