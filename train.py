@@ -23,7 +23,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", default=str(beside), help="DeepSpeed JSON, with an optional prismer section")
     parser.add_argument("--task", help="joint, pretrain, caption, vqa or classify")
     parser.add_argument("--data", help="dataset folder with train/ and val/")
-    parser.add_argument("--model", help="preset or model folder to start from")
+    parser.add_argument(
+        "--model", help="where to start from: a preset, a model folder, or a name of `prismer models list`"
+    )
     # torchrun reads --run as an abbreviation of its own --run-path, wherever it stands
     parser.add_argument("--run", "--name", help="name of the run: the folder under runs/")
     parser.add_argument("--steps", type=int, help="optimizer steps in all")

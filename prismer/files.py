@@ -50,6 +50,12 @@ def _number_of(error: BaseException) -> int | None:
     return int(said[1]) if said else None
 
 
+def check_free_space(folder: Path, size: int) -> None:
+    """Raise the error of a full disk, with the name of `folder`, unless the disk has `size` bytes left."""
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
 def add_name(error: BaseException, path: Path) -> None:
     """Set the file name of `error`, which a failed write or fsync does not have."""
     if isinstance(error, OSError) and error.filename is None:
@@ -247,6 +253,16 @@ def find_damage(folder: str | Path, names: Iterable[str] | None = None) -> str |
 
 
 # locks
+
+
+@contextmanager
+def waiting_lock(path: str | Path) -> Iterator[None]:
+    """Hold the lock of the file `path`, which is made if absent; wait while another process holds it."""
+    with open(path, "a") as file:
+        # where the file system has no locks, two processes may do the same work, each to its end
+        with suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def take_lock(path: str | Path) -> IO[str]:

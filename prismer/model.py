@@ -13,7 +13,7 @@ from prismer.errors import InputError
 from prismer.inference import Answer, Candidates, answer, caption, classify
 from prismer.network import PrismerNetwork
 from prismer.weights.backbones import from_backbones
-from prismer.weights.folder import from_pretrained, save_pretrained
+from prismer.weights.folder import from_pretrained, save_pretrained, stored_semantics
 
 Images = ImageBatch | ImageSource | Sequence[ImageSource]
 Labels = Sequence[ExpertLabels | str | os.PathLike | None]
@@ -27,7 +27,11 @@ class Prismer(PrismerNetwork):
         encoder: images and expert labels -> context tokens.
         decoder: text given context tokens.
         tokenizer: text <-> ids, or None for a model that only computes.
+        folder: the model folder that it was loaded from, which may hold answers, class names and a table of features;
+            None for a new model.
     """
+
+    folder: Path | None = None
 
     def caption(
         self, images: Images, *, labels: Labels | None = None, semantics: Semantics | None = None, **options: Any
@@ -37,7 +41,7 @@ class Prismer(PrismerNetwork):
         Args:
             images: an ImageBatch, or one or a list of what `prismer.load_image` opens (paths, PIL images, ...).
             labels, semantics: the experts' labels of each image and the features of names, see `prismer.image_batch`;
-                `prismer.dataloading.experts.labeller.Labeller` makes labels.
+                `prismer.dataloading.experts.labeller.Labeller` makes labels, and the model's folder may hold features.
             options: as in `prismer.inference.caption`.
         """
         return caption(self, self._as_batch(images, labels, semantics), **options)
@@ -84,15 +88,21 @@ class Prismer(PrismerNetwork):
                 raise InputError("an ImageBatch holds its labels already; leave labels out")
             return images
         images = images if isinstance(images, list | tuple) else [images]
+        if semantics is None and self.config.experts:
+            semantics = stored_semantics(self.config, self.folder)
         return image_batch(images, self.config, labels, semantics)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the tokenizer to `folder`: beside it first, then renamed."""
-        save_pretrained(self, folder)
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write a whole model folder: beside `folder` first, then renamed.
+
+        Args:
+            folder, options: as in `prismer.weights.folder.save_pretrained`.
+        """
+        save_pretrained(self, folder, **options)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **options: Any) -> "Prismer":
-        """Load a model folder, "tiny", a published checkpoint, or "owner/name" of the hub.
+        """Load a model folder, a model by name, a published checkpoint, or "owner/name" of the hub.
 
         Args:
             source, options: as in `prismer.weights.folder.from_pretrained`.

@@ -1,5 +1,6 @@
-"""The folders of weights and tokenizers that ship with the package, under prismer/assets/."""
+"""The folders of weights and tokenizers that ship with the package, and where downloaded ones are kept."""
 
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -12,6 +13,8 @@ def shipped_folder(name: str) -> Path:
     return Path(str(resources.files("prismer"))) / "assets" / name
 
 
-def model_folder(source: str) -> Path:
-    """The folder of a model: `source` itself, or the folder of the shipped model of that name."""
-    return shipped_folder(source) if source in SHIPPED_MODELS and not Path(source).is_dir() else Path(source)
+def cache_folder(kind: str) -> Path:
+    """The folder of downloads of one kind: $PRISMER_HOME/KIND, by default ~/.cache/prismer/KIND."""
+    home = os.environ.get("PRISMER_HOME")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home or Path(cache) / "prismer") / kind

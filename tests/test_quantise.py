@@ -16,7 +16,6 @@ from prismer.dataloading.feed.loader import Loader
 from prismer.dataloading.scenes.dataset import render_dataset
 from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import ShardDataset
-from prismer.evaluation.predict import predict
 from prismer.evaluation.scores import scores
 from prismer.freezing import freeze
 from prismer.kernels.modules import MLP, MultiheadAttention
@@ -24,6 +23,7 @@ from prismer.model import Prismer
 from prismer.quantise import Int8Attention, Int8Linear, Int8MLP, check_device, quantise, weight_steps
 from prismer.shipped import shipped_folder
 from prismer.text import causal_attend
+from prismer.training.evaluation import predict
 from prismer.training.text_statistics import TextStatistics
 
 SCENES = 24

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from prismer.errors import InputError, MachineError
 from prismer.files import sync
+from prismer.shipped import cache_folder
 
 
 class MissingWeights(MachineError):
@@ -58,9 +59,7 @@ class Package:
 
 def weights_home() -> Path:
     """The folder of all fetched weights: $PRISMER_HOME/experts, by default ~/.cache/prismer/experts."""
-    home = os.environ.get("PRISMER_HOME")
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home or Path(cache) / "prismer") / "experts"
+    return cache_folder("experts")
 
 
 def fetched_folder(name: str, network: str | None = None) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from prismer.batch import ImageBatch
 from prismer.config import PrismerConfig
@@ -85,15 +86,10 @@ def image_batch(
     labels: Sequence[ExpertLabels | str | os.PathLike | None] | None = None,
     semantics: Semantics | None = None,
 ) -> ImageBatch:
-    """Images and their expert labels as the encoder reads them.
+    """Images and their expert labels as the encoder reads them; arguments as `batch_of_pixels`, but for the images.
 
     Args:
         images: one or more, see `load_image`.
-        config: gives the experts and the sizes; labels of other experts are not used.
-        labels: for each image its labels or a KEY.labels file (`ExpertLabels.from_file`). Missing labels (None) are
-            fine: the maps of the model's experts are filled with background.
-        semantics: turns class names and words into features; by default the source that `config.semantics` names, if
-            it needs no table.
 
     Returns:
         Batch on the CPU.
@@ -108,7 +104,32 @@ def image_batch(
         raise InputError(f"labels of an image are {type(wrong).__name__}; give ExpertLabels, a file or None")
     if labels is not None and len(labels) != len(images):
         raise InputError(f"there are {len(images)} images and {len(labels)} labels; give one for each, or None")
-    rgb, L = load_images(images, config.image_size), config.label_size
+    return batch_of_pixels(load_images(images, config.image_size), config, labels, semantics)
+
+
+def batch_of_pixels(
+    rgb: Tensor,
+    config: PrismerConfig,
+    labels: Sequence[ExpertLabels | str | os.PathLike | None] | None = None,
+    semantics: Semantics | None = None,
+) -> ImageBatch:
+    """Decoded images and their expert labels as the encoder reads them.
+
+    Args:
+        rgb: (B, 3, R, R) uint8 on the CPU, as `load_images` returns it.
+        config: gives the experts and the sizes; labels of other experts are not used.
+        labels: for each image its labels or a KEY.labels file (`ExpertLabels.from_file`). Missing labels (None) are
+            fine: the maps of the model's experts are filled with background.
+        semantics: turns class names and words into features; by default the source that `config.semantics` names, if
+            it needs no table.
+
+    Returns:
+        Batch on the CPU.
+
+    Raises:
+        ValueError: if labels cannot be read or used, or a table is needed and not given.
+    """
+    L = config.label_size
     batch = ImageBatch.without_labels(rgb, config.experts, L)
     found = [ExpertLabels.from_file(x) if isinstance(x, str | os.PathLike) else x for x in labels or ()]
     ids_are_used = any(EXPERTS[name].is_ids and name in config.experts for x in found if x for name in x.planes)

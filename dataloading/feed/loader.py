@@ -8,10 +8,12 @@ the same global batches, and a run resumes at any (epoch, step) without a saved 
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -92,6 +94,7 @@ class Loader:
     Attributes:
         steps_per_epoch: batches of this rank in an epoch.
         skipped: the samples left out so far, each once.
+        reasons: position of each of them in the dataset -> why.
 
     Raises:
         ValueError: if an argument is out of range, the dataset is smaller than a global batch of training, or a class
@@ -144,7 +147,7 @@ class Loader:
         self.steps_per_epoch = self._count_steps()
 
         self._tables = FeatureTables(config, dataset.classes, semantics)
-        self._bad: set[int] = set()
+        self.reasons: dict[int, str] = {}
         self._bad_lock = threading.Lock()
         # the pipeline serves one thread at a time, and an iterator that was left open may still work ahead
         self._turn = threading.Lock()
@@ -162,7 +165,26 @@ class Loader:
         """
         if not 0 <= start_step <= self.steps_per_epoch:
             raise InputError(f"start_step is {start_step}; the epoch has steps 0 to {self.steps_per_epoch}")
-        return self._work_ahead(partial(self._batches, epoch, start_step))
+        return self._epoch(epoch, start_step)
+
+    def batches_of(self, ranges: Iterable[range]) -> Iterator[tuple[range, Batch | None]]:
+        """A batch for each of several ranges of positions in the dataset, prepared ahead as those of an epoch.
+
+        For evaluation only. A range holds at most `batch_size` positions.
+
+        Yields:
+            The range, and the batch of its readable samples, None without any; `reasons` has the other positions.
+        """
+        assert not self.training
+        return self._work_ahead(partial(self._batches, 0, ranges))
+
+    def _epoch(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        steps = map(self._positions, range(start_step, self.steps_per_epoch))
+        with closing(self._work_ahead(partial(self._batches, epoch, steps))) as batches:
+            for _, batch in batches:
+                # an evaluation batch may have no readable sample
+                if batch is not None:
+                    yield batch
 
     def _count_steps(self) -> int:
         count, global_batch = len(self.dataset), self.batch_size * self.world
@@ -180,26 +202,21 @@ class Loader:
         draws = keyed_rng(Draw.ORDER, self.seed, epoch).bit_generator.random_raw(count)
         return np.argsort(draws, kind="stable")
 
-    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+    def _batches(self, epoch: int, ranges: Iterable[range]) -> Iterator[tuple[range, Batch | None]]:
         find = partial(self._readable_item, epoch, self._order(epoch))
         with ThreadPoolExecutor(self.threads) as pool:
+            reading = ((positions, [pool.submit(find, p) for p in positions]) for positions in ranges)
             # the samples of the next batch are read while DALI works on this one
-            reading = [pool.submit(find, p) for p in self._positions(start_step)]
-            for step in range(start_step, self.steps_per_epoch):
-                found, reading = reading, [pool.submit(find, p) for p in self._positions(step + 1)]
-                batch = self._batch([future.result() for future in found], step, find)
-                if batch is not None:
-                    yield batch
+            for (positions, found), _ in pairwise(chain(reading, [None])):
+                yield positions, self._batch([future.result() for future in found], positions, find)
 
     def _positions(self, step: int) -> range:
-        """Positions of this rank's batch in the epoch's order; none after the last step."""
-        if step >= self.steps_per_epoch:
-            return range(0)
+        """Positions of this rank's batch in the epoch's order."""
         begin = (step * self.world + self.rank) * self.batch_size
         return range(begin, min(begin + self.batch_size, len(self.dataset)))
 
-    def _batch(self, found: list[_Item | None], step: int, find: Callable[[int], _Item | None]) -> Batch | None:
-        """The batch of `step` from the samples found; None if an evaluation batch has no readable sample."""
+    def _batch(self, found: list[_Item | None], positions: range, find: Callable[[int], _Item | None]) -> Batch | None:
+        """The batch of the samples found at `positions`; None if an evaluation batch has no readable sample."""
         while True:
             items = [item for item in found if item is not None]
             if not items:
@@ -214,7 +231,7 @@ class Loader:
             except UndecodableImages as error:
                 for i, reason in error.reasons.items():
                     self._skip(items[i].index, reason)
-                found = [find(position) for position in self._positions(step)]
+                found = [find(position) for position in positions]
             else:
                 return self._assemble(items, rgb, labels)
 
@@ -223,7 +240,7 @@ class Loader:
         reason = "they were skipped before"
         for offset in range(min(len(order), _MAX_SKIPS_IN_A_ROW) if self.training else 1):
             index = int(order[(position + offset) % len(order)])
-            if index in self._bad:
+            if index in self.reasons:
                 continue
             try:
                 return self._item(epoch, index)
@@ -282,14 +299,14 @@ class Loader:
 
     def _skip(self, index: int, reason: str | ValueError) -> None:
         with self._bad_lock:
-            if index in self._bad:
+            if index in self.reasons:
                 return
-            self._bad.add(index)
-        if isinstance(reason, CorruptSample):
-            skipped = Skipped(reason.shard, reason.key, reason.reason)
-        else:
-            shard = self.dataset.shards[self.dataset.shard_of(index)]
-            skipped = Skipped(shard, self.dataset.key(index), str(reason))
+            if isinstance(reason, CorruptSample):
+                skipped = Skipped(reason.shard, reason.key, reason.reason)
+            else:
+                shard = self.dataset.shards[self.dataset.shard_of(index)]
+                skipped = Skipped(shard, self.dataset.key(index), str(reason))
+            self.reasons[index] = skipped.reason
         if not self.skipped:
             warnings.warn(
                 f"skipping sample {skipped.key} of {skipped.shard}: {skipped.reason}; others will be skipped "
@@ -298,7 +315,9 @@ class Loader:
             )
         self.skipped.append(skipped)
 
-    def _work_ahead(self, produce: Callable[[], Iterator[Batch]]) -> Iterator[Batch]:
+    def _work_ahead(
+        self, produce: Callable[[], Iterator[tuple[range, Batch | None]]]
+    ) -> Iterator[tuple[range, Batch | None]]:
         """Iterate `produce()` in a thread, at most `prefetch` batches ahead; closing the iterator ends the thread."""
         ready: queue.Queue = queue.Queue(self.prefetch)
         stop = threading.Event()
@@ -330,7 +349,8 @@ class Loader:
             while (item := ready.get()) is not end:
                 if isinstance(item, BaseException):
                     raise item
-                yield self._hand_over(item)
+                positions, batch = item
+                yield positions, None if batch is None else self._hand_over(batch)
         finally:
             stop.set()
             thread.join()

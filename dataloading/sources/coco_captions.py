@@ -1,17 +1,13 @@
 """Caption lists of COCO, NoCaps and Visual Genome -> records, one per image."""
 
-import re
 from pathlib import Path
 
 from prismer.dataloading.sources.image_folders import count_unnamed
-from prismer.dataloading.sources.json_lists import BadEntry, entry_id, fault_record, read_entries
+from prismer.dataloading.sources.json_lists import BadEntry, entry_id, fault_record, id_in_name, read_entries, same_id
 from prismer.dataloading.sources.records import DatasetPaths, IgnoredFile, ImageRecord, ImageRecords
 from prismer.dataloading.store.sample_json import meta_problems, show_json
 from prismer.errors import InputError
 from prismer.reading import RepeatedKeys, printable, read_json
-
-# COCO ids are the digits at the end of a name; more than 18 digits are no id
-_IMAGE_ID = re.compile(r"(?<!\d)(\d{1,18})\.\w+$")
 
 
 def caption_records(
@@ -45,10 +41,7 @@ def caption_records(
 
     def add_entry(image: str, entry: dict) -> None:
         captions = _captions(entry)
-        digits = _IMAGE_ID.search(image)
-        image_id = int(digits[1]) if digits else None
-        if "img_id" in entry:
-            image_id = entry_id(entry, "img_id")
+        image_id = entry_id(entry, "img_id") if "img_id" in entry else id_in_name(image)
         meta = metas.setdefault(image, {"captions": []})
         meta["captions"] += captions
         if image_id is not None:
@@ -87,7 +80,7 @@ def _read_annotations(path: str | Path) -> tuple[dict[int | str, list[str]], lis
             if not {"image_id", "caption"} <= annotation.keys():
                 raise BadEntry("has no image_id or no caption")
             texts = _captions({**annotation, "image": f"image_id {show_json(annotation['image_id'])}"})
-            captions.setdefault(_same_id(entry_id(annotation, "image_id")), []).extend(texts)
+            captions.setdefault(same_id(entry_id(annotation, "image_id")), []).extend(texts)
         except BadEntry as error:
             faults.append(fault_record(f"{path} annotation {number}", f"annotation {number} of {path} {error}"))
     if not captions:
@@ -96,19 +89,13 @@ def _read_annotations(path: str | Path) -> tuple[dict[int | str, list[str]], lis
     return captions, faults
 
 
-def _same_id(value: int | str) -> int | str:
-    """One form for an id that some lists write as a number and others as a text."""
-    is_number = isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= 18
-    return int(value) if is_number else value
-
-
 def _add_reference(
     metas: dict[str, dict], reference: dict[int | str, list[str]], path: str | Path
 ) -> list[IgnoredFile]:
     """Give each image the captions of its id; report how many ids and images have no partner."""
     unused, without = set(reference), []
     for image, meta in metas.items():
-        key = _same_id(meta["image_id"]) if "image_id" in meta else None
+        key = same_id(meta["image_id"]) if "image_id" in meta else None
         if key in reference:
             meta["captions"] += reference[key]
             unused.discard(key)

@@ -7,6 +7,7 @@ The other files of this folder make records. RGB JPEGs are kept byte for byte. R
 skipped, counted and named in `import-report.json`. A killed job, started again, resumes after its last whole shard.
 """
 
+import io
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from prismer.dataloading.feed.rgb import to_jpeg
@@ -41,6 +43,7 @@ class ImportReport:
         records: number of records in the source.
         imported: samples in the dataset, those of an earlier attempt included.
         re_encoded: images of this attempt that were not RGB JPEGs.
+        formats: what these were, such as "greyscale JPEG" -> {"count", "first"}.
         blank_labels: expert -> samples of this attempt whose label file was absent or empty.
         skipped: {"key", "image", "reason"} of the records left out.
         others: {"file", "reason"} of what else the source holds, such as hidden files.
@@ -49,6 +52,7 @@ class ImportReport:
     records: int = 0
     imported: int = 0
     re_encoded: int = 0
+    formats: dict[str, dict] = field(default_factory=dict)
     blank_labels: dict[str, int] = field(default_factory=dict)
     skipped: list[dict[str, str]] = field(default_factory=list)
     others: list[dict[str, str]] = field(default_factory=list)
@@ -88,7 +92,7 @@ def import_records(
     tables = _class_tables(class_tables)
     # an unusable value fails here, not once for every sample
     to_json([source, licence])
-    report = ImportReport(others=[asdict(other) for other in records.others])
+    report = ImportReport()
     blank: Counter = Counter()
     if records.class_names:
         tables["class"] = records.class_names
@@ -100,7 +104,7 @@ def import_records(
         about={"label_size": label_size},
         resume=True,
     )
-    bar = tqdm(total=len(records), desc="importing", unit="image", disable=not progress)
+    bar = tqdm(total=records.count, desc="importing", unit="image", disable=not progress)
     with writer, bar, ThreadPoolExecutor(workers) as pool:
 
         def convert(record: ImageRecord) -> "_Converted":
@@ -113,12 +117,17 @@ def import_records(
                 if future is not None:
                     converted = future.result()
                     writer.write(converted.sample)
-                    report.re_encoded += converted.re_encoded
+                    if converted.was:
+                        report.re_encoded += 1
+                        one = report.formats.setdefault(converted.was, {"count": 0, "first": _shown_name(record)})
+                        one["count"] += 1
                     blank.update(converted.blank)
                 report.imported += 1
             except _BadRecord as error:
                 report.skipped.append(skipped_entry(record, str(error)))
     report.blank_labels = dict(blank)
+    # some sources know what they left out when they have been read to their end
+    report.others = [asdict(other) for other in records.others]
     text = json.dumps(asdict(report), indent=1, ensure_ascii=False)
     write_atomically(Path(out) / REPORT_FILE, text.encode())
     return report
@@ -126,8 +135,11 @@ def import_records(
 
 def skipped_entry(record: ImageRecord, reason: str) -> dict[str, str]:
     """The entry of a skipped record in a report, in characters that UTF-8 can hold."""
-    image = record.name or (str(record.image.path) if record.image else "")
-    return {"key": record.key, "image": printable(image), "reason": printable(reason)}
+    return {"key": record.key, "image": _shown_name(record), "reason": printable(reason)}
+
+
+def _shown_name(record: ImageRecord) -> str:
+    return printable(record.name or (str(record.image.path) if record.image else ""))
 
 
 class _BadRecord(InputError):
@@ -140,12 +152,12 @@ class _Converted:
 
     Attributes:
         sample: to be written.
-        re_encoded: whether its image was not an RGB JPEG.
+        was: what its image was, if not an RGB JPEG; "" if it was kept.
         blank: experts whose label file was absent or empty.
     """
 
     sample: Sample
-    re_encoded: bool
+    was: str
     blank: list[str]
 
 
@@ -165,7 +177,15 @@ def _convert(
         to_json(meta)
     except (ValueError, OSError, EOFError, MemoryError) as error:
         raise _BadRecord(str(error) or "it does not fit into memory") from None
-    return _Converted(Sample(record.key, jpeg, planes, meta), jpeg is not data, blank)
+    return _Converted(Sample(record.key, jpeg, planes, meta), "" if jpeg is data else _format_of(data), blank)
+
+
+def _format_of(data: bytes) -> str:
+    """The format and the kind of pixels of an image that was decoded before."""
+    with Image.open(io.BytesIO(data)) as image:
+        mode, form = image.mode, image.format
+    kind = {"1": "greyscale ", "L": "greyscale ", "LA": "greyscale ", "CMYK": "CMYK ", "RGB": ""}.get(mode, f"{mode} ")
+    return f"{kind}{form}" if kind or form != "JPEG" else "JPEG that its EXIF turns"
 
 
 def _ahead(

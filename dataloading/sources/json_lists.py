@@ -1,5 +1,6 @@
 """JSON lists of images, entry by entry: a bad entry becomes a record with a fault and affects no other entry."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,9 @@ from prismer.dataloading.sources.records import ImageRecord, safe_key
 from prismer.dataloading.store.sample_json import show_json
 from prismer.errors import InputError
 from prismer.reading import RepeatedKeys, printable, read_json
+
+# ids of COCO and Flickr are the digits at the end of a file name; more than 18 digits are no id
+_DIGITS = re.compile(r"(?<!\d)(\d{1,18})\.\w+$")
 
 
 class BadEntry(InputError):
@@ -73,16 +77,37 @@ def _image_of(entry: object) -> str:
         raise BadEntry(f"has no 'image'{keys}; expected a path of an image")
     if isinstance(entry, RepeatedKeys):
         raise BadEntry(f"({image}) gives one key twice; give each once")
-    if printable(image) != image or "\0" in image:
-        raise BadEntry(f"names an image that no file can have ({image!r})")
-    parts = [part for part in image.split("/") if part not in ("", ".")]
-    outside = image.startswith("/") or ".." in parts
     if "visual-genome" in image:
         # published with the absolute path of somebody's machine
-        parts, outside = parts[-2:], ".." in parts[-2:]
-    if outside or not parts:
+        image = "/".join(part for part in image.split("/") if part not in ("", "."))
+        image = "/".join(image.split("/")[-2:])
+    return inside_path(image)
+
+
+def inside_path(image: object) -> str:
+    """The path of an image, relative and inside the image folder.
+
+    Raises:
+        BadEntry: if it is no text, no file can have it, or it leaves the folder.
+    """
+    if not isinstance(image, str) or printable(image) != image or "\0" in image:
+        raise BadEntry(f"names an image that no file can have ({show_json(image)})")
+    parts = [part for part in image.split("/") if part not in ("", ".")]
+    if image.startswith("/") or ".." in parts or not parts:
         raise BadEntry(f"leaves the image folder ({image}); make it relative")
     return "/".join(parts)
+
+
+def same_id(value: int | str) -> int | str:
+    """One form for an id that some lists write as a number and others as a text."""
+    is_number = isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= 18
+    return int(value) if is_number else value
+
+
+def id_in_name(name: str) -> int | None:
+    """The digits at the end of a file name as a number; None if there are none."""
+    digits = _DIGITS.search(name)
+    return int(digits[1]) if digits else None
 
 
 def _recognise(content: object) -> str:
@@ -94,24 +119,18 @@ def _recognise(content: object) -> str:
     )
     fields = content if isinstance(content, dict) else {}
     annotation = _first(fields.get("annotations"))
-    if "caption" in annotation:
-        return (
-            f'it is COCO captions: list its images as [{{"image": path}}, ...] and give this file with '
-            f"--captions-file; or {captions}"
-        )
-    if "answers" in annotation or "multiple_choice_answer" in annotation:
-        return f"it is VQAv2 annotations: join them to their questions by question_id; {questions}"
-    if "question" in _first(fields.get("questions")):
-        return (
-            f"it is VQAv2 questions: join them to their annotations by question_id, and to the images by image_id "
-            f"(train2014/COCO_train2014_%012d.jpg); {questions}"
-        )
-    if "sentences" in _first(fields.get("images")):
-        return f'it is a split of Karpathy (images with sentences): take "raw" of each; {captions}'
+    for published, name, command in (
+        ("caption" in annotation, "COCO captions", "coco"),
+        ({"answers", "multiple_choice_answer"} & annotation.keys(), "VQAv2 annotations", "vqav2"),
+        ("question" in _first(fields.get("questions")), "VQAv2 questions", "vqav2"),
+        ("sentences" in _first(fields.get("images")), "a split of Karpathy (images with sentences)", "coco"),
+    ):
+        if published:
+            return f"it is {name}; import it with `prismer data import {command} ROOT --annotations FILE`"
     if "bbox" in annotation or "category_id" in annotation:
         return f"it is COCO objects, not texts; the captions lie in captions_*.json; {captions}"
     if isinstance(fields.get("images"), list):
-        return f'it is a COCO list of images without texts: take "file_name" of each; {captions}'
+        return "it is a COCO list of images; import it with `prismer data import coco ROOT --annotations FILE`"
     if "image" in fields:
         return f"it is one entry, or JSON lines; put the entries into [ ]: {captions}; {questions}"
     return f"name the list of the dataset: {captions}; {questions}"

@@ -40,6 +40,29 @@ class FilePart:
 
 
 @dataclass(frozen=True)
+class ImageBytes:
+    """An encoded image that a source holds in memory.
+
+    Attributes:
+        path: its name in reports.
+        data: the encoded image.
+    """
+
+    path: Path
+    data: bytes
+
+    def read(self, limit: int = _MAX_BYTES) -> bytes:
+        """The bytes.
+
+        Raises:
+            OSError: if they are more than `limit`.
+        """
+        if len(self.data) > limit:
+            raise OSError(f"{len(self.data)} bytes are more than {limit} can be")
+        return self.data
+
+
+@dataclass(frozen=True)
 class ImageRecord:
     """One image to import.
 
@@ -54,7 +77,7 @@ class ImageRecord:
     """
 
     key: str
-    image: FilePart | None
+    image: FilePart | ImageBytes | None
     meta: dict = field(default_factory=dict)
     label_files: dict[str, Path] = field(default_factory=dict)
     packed: FilePart | None = None
@@ -80,18 +103,20 @@ class ImageRecords:
     """All records of a source; they can be iterated again and again.
 
     Attributes:
-        count: number of records.
+        count: number of records; None if only the end of a stream tells it.
         iterate: starts a pass over the records.
         class_names: all classes of a dataset for classification, those without an image included.
         others: what else the source holds: every file is part of a record or named here.
     """
 
-    count: int
+    count: int | None
     iterate: Callable[[], Iterator[ImageRecord]]
     class_names: list[str] = field(default_factory=list)
     others: list[IgnoredFile] = field(default_factory=list)
 
     def __len__(self) -> int:
+        if self.count is None:
+            raise TypeError("the number of records is not known before their end")
         return self.count
 
     def __iter__(self) -> Iterator[ImageRecord]:
@@ -141,12 +166,18 @@ class DatasetPaths:
             if not self.labels:
                 raise InputError(f"{labels} has no folder of any expert; name the one that holds depth, normal, ...")
 
-    def record(self, image: str, meta: dict, fault: str = "") -> ImageRecord:
-        """The record of one image, by its path inside the dataset folder."""
+    def record(self, image: str, meta: dict, fault: str = "", file: Path | None = None) -> ImageRecord:
+        """The record of one image.
+
+        Args:
+            image: its path inside the dataset folder, which gives its key and its labels.
+            meta, fault: as in ImageRecord.
+            file: where it lies, if not there.
+        """
         stem = str(Path(image).with_suffix(""))
         return ImageRecord(
             key=safe_key(stem),
-            image=FilePart(self.images / image),
+            image=FilePart(file or self.images / image),
             meta=meta,
             label_files={expert: root / f"{stem}.png" for expert, root in self.labels.items()},
             fault=fault,

@@ -10,7 +10,7 @@ from prismer.dataloading.store.sample_json import meta_problems, show_json
 # the field "dataset" of an entry -> the folder of its images and labels
 _FOLDERS = {"vqa": "vqav2", "vg": "vg"}
 # weight of a Visual Genome answer; its list gives none
-_VG_WEIGHT = 0.2
+VG_WEIGHT = 0.2
 
 
 def vqa_records(list_files: list[str | Path], images: str | Path, *, labels: str | Path | None = None) -> ImageRecords:
@@ -39,7 +39,7 @@ def vqa_records(list_files: list[str | Path], images: str | Path, *, labels: str
                 f"expected dataset vqa or vg and a question"
             )
         raw = _answers(entry)
-        weight = entry.get("weight", _VG_WEIGHT if dataset == "vg" else 1.0)
+        weight = entry.get("weight", VG_WEIGHT if dataset == "vg" else 1.0)
         answers = [{"answer": answer, "weight": weight} for answer in raw]
         problems = meta_problems({"questions": [{"question": text, "answers": answers}]})
         if problems:
@@ -52,22 +52,20 @@ def vqa_records(list_files: list[str | Path], images: str | Path, *, labels: str
                 f"has the question_id {show_json(name)} of another question ({show_json(question['question'])})"
             )
         if "question_id" in entry:
-            question["id"] = name
+            question["question_id"] = name
         # what each person said is known only if every entry of the question tells it
         is_list = isinstance(entry.get("answer", entry.get("answers")), list)
         if is_list and ("raw_answers" in question or not question["answers"]):
             question["raw_answers"] = question.get("raw_answers", []) + raw
         elif raw:
             question.pop("raw_answers", None)
-        for answer in raw:
-            total = question["answers"].get(answer, 0) + weight / len(raw)
-            question["answers"][answer] = round(total, 6)
+        add_answers(question["answers"], raw, weight)
 
     faults = read_entries(list_files, add_entry)
     records = []
     for (dataset, image), questions in images_of.items():
         for question in questions.values():
-            question["answers"] = [dict(answer=text, weight=weight) for text, weight in question["answers"].items()]
+            question["answers"] = weighted(question["answers"])
         records.append(paths[dataset].record(image, {"questions": list(questions.values())}))
     records += faults
     others = []
@@ -76,6 +74,17 @@ def vqa_records(list_files: list[str | Path], images: str | Path, *, labels: str
         # a folder of which the lists name no image belongs to another dataset
         others += count_unnamed(root, named) if named else []
     return ImageRecords(len(records), records.__iter__, others=others)
+
+
+def add_answers(answers: dict[str, float], raw: list[str], weight: float = 1.0) -> None:
+    """Add answers to the weights of a question's distinct answers; they share `weight` evenly."""
+    for answer in raw:
+        answers[answer] = round(answers.get(answer, 0) + weight / len(raw), 6)
+
+
+def weighted(answers: dict[str, float]) -> list[dict]:
+    """Distinct answers and their weights as a sample's JSON has them."""
+    return [dict(answer=text, weight=weight) for text, weight in answers.items()]
 
 
 def _answers(entry: dict) -> list[str]:

@@ -1,9 +1,15 @@
 """The schema of a sample's JSON, shared by the loader, the evaluation, the importers and the check.
 
+    image_id       whole number or text: the image's id in the files of its benchmark
+    domain         text: the part of the benchmark that has the image: in-domain, near-domain or out-domain in NoCaps
     captions       list of texts
-    questions      list of {"question": text, "answers": [{"answer": text, "weight": number}], "kind": text,
-                   "raw_answers": [text]}; a question without `answers` is one of a test set; `raw_answers` are what
-                   each person said; `kind` and `raw_answers` may be left out
+    questions      list of {"question": text,
+                            "answers": [{"answer": text, "weight": number}]     without them, one of a test set
+                            "raw_answers": [string]     what each person said, also "", in the order of the file
+                            "question_id": whole number or text
+                            "question_type": text       its first words in VQA: "what color is the"
+                            "answer_type": text         "yes/no", "number" or "other" in VQA
+                            "kind": text}               of rendered scenes; all but "question" may be left out
     class          class name, or index in the dataset's class table
     instances      {id of the obj_detection map: index in the class table of obj_detection}
     words          {id of the ocr_detection map: text}
@@ -43,6 +49,8 @@ def meta_problems(meta: object, classes: dict[str, list[str]] | None = None) -> 
 
     problems: list[str] = []
     for name, check in (
+        ("image_id", _image_id),
+        ("domain", _domain),
         ("captions", _captions),
         ("questions", _questions),
         ("class", lambda value: _class(value, names_of("class"))),
@@ -64,6 +72,16 @@ def check_meta(meta: object, classes: dict[str, list[str]] | None = None) -> Non
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise InputError(problems[0] + more)
+
+
+def _image_id(image_id: object) -> list[str]:
+    if _is_id(image_id):
+        return []
+    return [f"its image_id is {show_json(image_id)}; expected a whole number or a text"]
+
+
+def _domain(domain: object) -> list[str]:
+    return [] if _is_text(domain) else [f"its domain is {show_json(domain)}; expected a text"]
 
 
 def _captions(captions: object) -> list[str]:
@@ -101,8 +119,13 @@ def _question(entry: dict) -> list[str]:
             clean_question(question)
         except ValueError:
             problems.append(f"is {show_json(question)}; it holds only punctuation")
-    if "kind" in entry and entry["kind"] is not None and not _is_text(entry["kind"]):
+    if entry.get("kind") is not None and not _is_text(entry["kind"]):
         problems.append(f"has the kind {show_json(entry['kind'])}; expected a text")
+    for field in ("question_type", "answer_type"):
+        if field in entry and not _is_text(entry[field]):
+            problems.append(f"has the {field} {show_json(entry[field])}; expected a text")
+    if "question_id" in entry and not _is_id(entry["question_id"]):
+        problems.append(f"has the question_id {show_json(entry['question_id'])}; expected a whole number or a text")
     if not isinstance(answers, list):
         return [*problems, f"has answers {show_json(answers)}; expected a list of objects"]
     for answer in answers:
@@ -118,7 +141,7 @@ def _question(entry: dict) -> list[str]:
             )
     raw = entry.get("raw_answers", [])
     if not isinstance(raw, list) or not all(isinstance(a, str) and is_text(a) for a in raw):
-        problems.append(f"has raw_answers {show_json(raw)}; expected a list of texts")
+        problems.append(f"has raw_answers {show_json(raw)}; expected a list of strings")
     return problems
 
 
@@ -157,6 +180,11 @@ def _size(size: object) -> list[str]:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip()) and is_text(value)
+
+
+def _is_id(value: object) -> bool:
+    """Whether `value` can be an id in a benchmark's files."""
+    return _is_text(value) or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def _is_index(value: object) -> bool:

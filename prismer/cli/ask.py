@@ -9,10 +9,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prismer.cli.options import add_device_option, add_experts_option, load_labeller, load_model, positive
+from prismer.cli.options import (
+    add_device_option,
+    add_experts_option,
+    add_semantics_option,
+    load_labeller,
+    load_model,
+    positive,
+)
 from prismer.cli.printing import is_watched
 from prismer.errors import InputError
-from prismer.shipped import model_folder
 
 if TYPE_CHECKING:
     from prismer.batch import ImageBatch
@@ -41,13 +47,17 @@ def add_ask_commands(commands: argparse._SubParsersAction) -> None:
 
     classify = commands.add_parser("classify", help="choose a class for each image")
     classify.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
-    classify.add_argument("--classes", required=True, metavar="FILE|A,B", help="class names to choose from")
+    classify.add_argument(
+        "--classes", metavar="FILE|A,B", help="class names to choose from (default: the model's own list)"
+    )
     classify.set_defaults(run=_classify)
 
     for command in (answer, classify):
         command.add_argument("--top", type=positive, default=0, metavar="N", help="show the N best with their scores")
     for command in (caption, answer, classify):
-        command.add_argument("--model", default="tiny", metavar="FOLDER", help="model folder, or tiny (shipped)")
+        command.add_argument(
+            "--model", default="tiny", metavar="MODEL", help="model folder, name of `prismer models list`, or hub id"
+        )
         add_device_option(command)
         command.add_argument(
             "--labels", nargs="+", type=Path, default=[], metavar="FILE", help="KEY.labels of each image, in order"
@@ -57,6 +67,7 @@ def add_ask_commands(commands: argparse._SubParsersAction) -> None:
         )
         command.add_argument("--int8", action="store_true", help="multiply the frozen towers in int8, on a CPU")
         add_experts_option(command)
+        add_semantics_option(command)
         command.add_argument("--json", action="store_true", help="print one JSON object per line")
         command.add_argument(
             "--profile",
@@ -74,16 +85,23 @@ def _caption(args: argparse.Namespace) -> int:
 def _answer(args: argparse.Namespace) -> int:
     answers = read_texts(args.answers, "--answers") if args.answers else None
     request = _Request(args)
+    from prismer.weights.folder import ANSWERS, stored_texts
+
     if answers is None:
-        answers = _stored_answers(request.folder)
+        answers = stored_texts(request.model.folder, ANSWERS)
     if args.top and answers is None:
         raise InputError(f"--top ranks a list of answers and the model {args.model} holds none; give --answers too")
     return request.print_results("answer", lambda images: request.model.answer(images, [args.question], answers))
 
 
 def _classify(args: argparse.Namespace) -> int:
-    names = read_texts(args.classes, "--classes")
+    names = read_texts(args.classes, "--classes") if args.classes else None
     request = _Request(args)
+    from prismer.weights.folder import CLASS_NAMES, stored_texts
+
+    names = names or stored_texts(request.model.folder, CLASS_NAMES)
+    if names is None:
+        raise InputError(f"the model {args.model} has no class names of its own; give --classes")
     return request.print_results("class", lambda images: request.model.classify(images, names))
 
 
@@ -107,8 +125,9 @@ class _Request:
 
             check_trace(self.trace)
         self.labels = [ExpertLabels.from_file(path) for path in args.labels] or [None] * len(self.paths)
-        self.folder = model_folder(args.model)
-        self.model, self.semantics = load_model(args.model, args.device, precision=args.precision, int8=args.int8)
+        self.model, self.semantics = load_model(
+            args.model, args.device, precision=args.precision, int8=args.int8, semantics=args.semantics
+        )
         if (args.labels or args.experts) and not self.model.config.experts:
             raise InputError(
                 f"the model {args.model} has no experts and reads no labels; leave --labels and --experts out"
@@ -246,13 +265,6 @@ def _read_list(path: Path) -> list[str]:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InputError(f'{path} is not a list of strings; write it as ["a", "b"]')
     return texts
-
-
-def _stored_answers(folder: Path) -> list[str] | None:
-    """The answers that a model was trained to choose from, if its folder lists some."""
-    path = folder / "answers.json"
-    # a model that was trained on captions alone has an empty list
-    return _read_list(path) or None if path.is_file() else None
 
 
 def _check_file(path: Path) -> None:

@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prismer.cli.printing import describe_others, is_watched, print_left_out
-from prismer.errors import InputError, check_count
+from prismer.cli.data_import import add_import_command
+from prismer.cli.data_recipes import add_recipes_command
+from prismer.cli.printing import is_watched
+from prismer.errors import InputError
 
 if TYPE_CHECKING:
-    from prismer.dataloading.sources.records import ImageRecords
     from prismer.dataloading.store.shards import ShardDataset
 
 
@@ -29,7 +30,8 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     render.add_argument("--workers", type=int, metavar="N", help="processes (default: one per usable core)")
     render.set_defaults(run=_render)
 
-    _add_import(steps)
+    add_import_command(steps)
+    add_recipes_command(steps)
 
     check = steps.add_parser("check", help="read every byte of a dataset and list all problems")
     check.add_argument("folder", type=Path, metavar="DIR", help="dataset folder, or a folder of splits")
@@ -49,47 +51,6 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     extract.set_defaults(run=_extract)
 
 
-def _add_import(steps: argparse._SubParsersAction) -> None:
-    importer = steps.add_parser("import", help="turn lists and folders of images into shards")
-    kinds = importer.add_subparsers(dest="kind", metavar="KIND", required=True)
-
-    captions = kinds.add_parser("captions", help="a JSON list of images and captions (COCO, NoCaps, Visual Genome)")
-    captions.add_argument("lists", nargs=1, type=Path, metavar="LIST")
-    captions.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of DATASET/image or image")
-    captions.add_argument(
-        "--dataset", default="vqav2", help="name of the image and label folder: vqav2 (COCO, default), nocaps, vg"
-    )
-    captions.add_argument(
-        "--captions-file", type=Path, metavar="JSON", help="COCO captions, for a list without captions"
-    )
-
-    vqa = kinds.add_parser("vqa", help="JSON lists of images, questions and answers (VQAv2, Visual Genome)")
-    vqa.add_argument("lists", nargs="+", type=Path, metavar="LIST")
-    vqa.add_argument("--images", type=Path, required=True, metavar="DIR")
-
-    folder = kinds.add_parser("folder", help="a folder of images with .txt or .json captions beside them")
-
-    classes = kinds.add_parser("classes", help="a folder with one folder of images per class (ImageNet)")
-    classes.add_argument("--classes", type=Path, metavar="JSON", help="{folder: name or index}, or a list of names")
-    classes.add_argument("--names", type=Path, metavar="JSON", help="list of class names, if --classes gives indices")
-
-    tars = kinds.add_parser("tars", help="a folder of WebDataset tars")
-
-    for kind in (folder, classes, tars):
-        kind.add_argument("source_folder", type=Path, metavar="SOURCE")
-    for kind in (captions, vqa, folder, classes):
-        kind.add_argument("--labels", type=Path, metavar="DIR", help="folder of EXPERT/DATASET/image.png")
-    for kind in (captions, vqa, folder, classes, tars):
-        kind.add_argument("--out", required=True, type=Path, metavar="DIR", help="dataset folder; run again to resume")
-        kind.add_argument("--source", default="", help="origin of the images, in a few words")
-        kind.add_argument("--licence", default="", help="licence of the images")
-        kind.add_argument("--class-tables", type=Path, metavar="JSON", help='{"seg": [...], "obj_detection": [...]}')
-        kind.add_argument("--samples-per-shard", type=int, default=1000, metavar="N")
-        kind.add_argument("--label-size", type=int, default=224, metavar="PX", help="side of the stored label maps")
-        kind.add_argument("--workers", type=int, default=4, metavar="N", help="threads")
-        kind.set_defaults(run=_import)
-
-
 def _render(args: argparse.Namespace) -> None:
     from prismer.dataloading.scenes.dataset import render_dataset
 
@@ -106,54 +67,6 @@ def _render(args: argparse.Namespace) -> None:
     )
     splits = [f"{split} {getattr(args, split)}" for split in ("train", "val", "test") if getattr(args, split)]
     print(f"{args.out}: {', '.join(splits)} scenes")
-
-
-def _records(args: argparse.Namespace) -> "ImageRecords":
-    from prismer.dataloading.sources.class_folders import class_records
-    from prismer.dataloading.sources.coco_captions import caption_records
-    from prismer.dataloading.sources.image_folders import folder_records
-    from prismer.dataloading.sources.vqa_questions import vqa_records
-    from prismer.dataloading.sources.webdataset_tars import tar_records
-
-    if args.kind == "captions":
-        options = dict(labels=args.labels, dataset=args.dataset, captions_file=args.captions_file)
-        return caption_records(args.lists[0], args.images, **options)
-    if args.kind == "vqa":
-        return vqa_records(args.lists, args.images, labels=args.labels)
-    if args.kind == "folder":
-        return folder_records(args.source_folder, labels=args.labels)
-    if args.kind == "classes":
-        return class_records(args.source_folder, classes=args.classes, names=args.names, labels=args.labels)
-    return tar_records(args.source_folder)
-
-
-def _import(args: argparse.Namespace) -> None:
-    from prismer.dataloading.sources.importer import REPORT_FILE, import_records
-    from prismer.reading import printable
-
-    for name in ("samples_per_shard", "label_size", "workers"):
-        check_count(f"--{name.replace('_', '-')}", getattr(args, name))
-    if "source_folder" in args and args.source_folder.resolve() == args.out.resolve():
-        raise InputError(f"--out {args.out} is the folder to import; name another folder for the shards")
-    records = _records(args)
-    if not len(records):
-        raise InputError(f"there are no images to import; {describe_others(records)}")
-    first = args.lists[0] if "lists" in args else args.source_folder
-    report = import_records(
-        records,
-        args.out,
-        source=args.source or printable(first.stem),
-        licence=args.licence,
-        class_tables=args.class_tables,
-        samples_per_shard=args.samples_per_shard,
-        label_size=args.label_size,
-        workers=args.workers,
-        progress=is_watched(),
-    )
-    print(f"{args.out}: {report.imported} of {report.records} images imported, {len(report.skipped)} skipped")
-    print_left_out(report.skipped, report.others, args.out / REPORT_FILE)
-    if not report.imported:
-        raise InputError(f"none of the {report.records} images could be imported; see {args.out / REPORT_FILE}")
 
 
 def _check(args: argparse.Namespace) -> int:

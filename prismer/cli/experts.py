@@ -5,7 +5,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prismer.cli.options import add_device_option, add_experts_option, load_labeller, load_model, positive
+from prismer.cli.options import (
+    add_device_option,
+    add_experts_option,
+    load_labeller,
+    load_model,
+    positive,
+    rank_and_world,
+)
 from prismer.cli.printing import describe_others, is_watched, print_left_out
 from prismer.errors import InputError
 
@@ -59,7 +66,7 @@ def add_experts_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def _label(args: argparse.Namespace) -> int:
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     from prismer.dataloading.experts.job import REPORT_FILE, label_records, source_records
     from prismer.reading import printable
 
@@ -185,14 +192,3 @@ def _why_not_fetched(info: "NetworkInfo") -> str:
         f"the weights of {info.name} are in no package registry; name their folder or hub id with "
         f"--experts {info.expert}={info.name}@SOURCE"
     )
-
-
-def _rank_and_world() -> tuple[int, int]:
-    """Rank and number of processes, as torchrun and deepspeed set them in the environment."""
-    try:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    except ValueError:
-        raise InputError(
-            f"RANK is {os.environ.get('RANK')!r}, WORLD_SIZE {os.environ.get('WORLD_SIZE')!r}; both must be numbers"
-        ) from None
-    return rank, world

@@ -13,6 +13,7 @@ from typing import TextIO
 from prismer import __version__
 from prismer.cli.ask import add_ask_commands
 from prismer.cli.data import add_data_commands
+from prismer.cli.evaluate import add_evaluate_command
 from prismer.cli.experts import add_experts_commands
 from prismer.cli.models import add_model_commands
 from prismer.cli.plan import add_plan_command
@@ -80,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_ask_commands(commands)
     add_data_commands(commands)
+    add_evaluate_command(commands)
     add_experts_commands(commands)
     add_semantics_commands(commands)
     add_plan_command(commands)

@@ -1,11 +1,12 @@
 """Options of several commands, each declared once, and what their values open: a device, a model, expert networks."""
 
 import argparse
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prismer.errors import InputError
-from prismer.shipped import model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +46,18 @@ def pick_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
+def add_semantics_option(command: argparse.ArgumentParser) -> None:
+    """Add --semantics, which `load_model` reads."""
+    command.add_argument(
+        "--semantics",
+        type=Path,
+        metavar="FILE|FOLDER",
+        help="table of features of class names and words (default: the model's own)",
+    )
+
+
 def load_model(
-    source: str, device_name: str, *, precision: str = "auto", int8: bool = False
+    source: str, device_name: str, *, precision: str = "auto", int8: bool = False, semantics: Path | None = None
 ) -> "tuple[Prismer, Semantics | None]":
     """Load a model for inference, and the features of the names in label maps.
 
@@ -55,22 +66,30 @@ def load_model(
         device_name: see `pick_device`.
         precision: "bf16", "fp32" or "auto", the faster of the two.
         int8: whether the frozen towers multiply in int8 (`prismer.quantise`).
+        semantics: the folder of a table of features, or a file in it; None takes the table of the model's folder.
 
     Returns:
-        Prismer in evaluation mode; and its Semantics, or None if the model folder lacks the table that the config
-        names.
+        Prismer in evaluation mode; and its Semantics, or None if the config names a table and there is none.
 
     Raises:
-        ValueError: if there is no such device, the model cannot be loaded, or a GPU is asked for int8.
+        ValueError: if there is no such device, the model cannot be loaded, is new, or reads no table, or a GPU is
+            asked for int8.
     """
     import torch
 
-    from prismer.dataloading.semantics.features import TABLE_FILES, Semantics
+    from prismer.dataloading.semantics.features import Semantics
     from prismer.kernels import tuning
     from prismer.model import Prismer
     from prismer.quantise import check_device, quantise
+    from prismer.weights.backbones import is_preset
+    from prismer.weights.folder import stored_semantics
 
     device = pick_device(device_name)
+    if is_preset(source):
+        raise InputError(
+            f"{source} is a preset without trained weights; train it with train.py --model {source}, or take a model "
+            f"of `prismer models list`"
+        )
     if advice := tuning.advice(device.type):
         print(f"prismer: {advice}", file=sys.stderr)
     if int8:
@@ -79,10 +98,11 @@ def load_model(
     model = Prismer.from_pretrained(source, device=device, dtype=dtype)
     if int8:
         quantise(model)
-    folder = model_folder(source)
-    if model.config.semantics != "spelling" and not (folder / TABLE_FILES[0]).is_file():
-        return model, None
-    return model, Semantics.for_config(model.config, folder)
+    if semantics is None:
+        return model, stored_semantics(model.config, model.folder)
+    if model.config.semantics == "spelling":
+        raise InputError(f"the model {source} spells class names and words and reads no table; leave --semantics out")
+    return model, Semantics.from_table(semantics if semantics.is_dir() else semantics.parent)
 
 
 def add_experts_option(command: argparse.ArgumentParser, default: str | None = None) -> None:
@@ -102,3 +122,24 @@ def load_labeller(asked: str, device_name: str, **options) -> "Labeller":
 
     names = [item.strip() for item in asked.split(",") if item.strip()]
     return Labeller.load(names, pick_device(device_name), **options)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Rank and number of processes, as torchrun and deepspeed set them in the environment."""
+    try:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError:
+        raise InputError(
+            f"RANK is {os.environ.get('RANK')!r}, WORLD_SIZE {os.environ.get('WORLD_SIZE')!r}; both must be numbers"
+        ) from None
+    return rank, world
+
+
+def device_of_process(name: str, world: int) -> str:
+    """The value of --device for one of `world` processes: for "auto", each on a machine takes a GPU of its own."""
+    if name != "auto" or world == 1:
+        return name
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if gpus else "cpu"

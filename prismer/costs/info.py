@@ -18,9 +18,9 @@ from prismer.freezing import FREEZE_MODES, freeze
 from prismer.kernels import tuning
 from prismer.kernels.dispatch import all_ops, asked, backends
 from prismer.model import Prismer
-from prismer.shipped import model_folder
+from prismer.weights.catalogue import PUBLISHED_MODELS
 from prismer.weights.folder import folder_config
-from prismer.weights.locate import CONFIG
+from prismer.weights.locate import CONFIG, find_folder
 
 # distributions whose versions decide what runs; a star stands for a part that differs by CUDA version
 _PACKAGES = (
@@ -69,13 +69,16 @@ def info_text(model: str) -> str:
 
 
 def model_config(model: str) -> PrismerConfig:
-    """The config of a model folder, a shipped model or a preset.
+    """The config of a model folder, a model by name or a preset; nothing is downloaded.
 
     Raises:
         ValueError: if there is no such model, or its config is wrong.
     """
-    folder = model_folder(model)
-    if not folder.is_dir():
+    if model in PUBLISHED_MODELS and not Path(model).is_dir():
+        entry = PUBLISHED_MODELS[model]
+        return preset(entry.preset, image_size=entry.image_size)
+    folder = find_folder(model)
+    if folder is None:
         if "/" in model:
             raise InputError(f"no model folder {model}; give a folder or a preset such as base or large-z")
         return preset(model)

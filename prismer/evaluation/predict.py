@@ -1,99 +1,101 @@
-"""Predictions for a split of a dataset, on one process or several, during training and after it."""
+"""Predictions for a batch of samples, in training and after it: the rows that `scores` and `submissions` read.
+
+A row is the JSON object of one image, with the fields of its task:
+
+    key, image_id, domain    of the sample; the last two where the dataset has them
+    caption, captions        the predicted caption, and the true ones
+    questions                for each question: question_id, question, kind, question_type, answer_type, the true
+                             "answers" (what each person said, else {answer: weight}), "prediction" and its "score"
+    class, prediction        the true class, null if unknown, and the predicted one
+    ranked                   the five best classes
+"""
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch.distributed as dist
-
-from prismer.dataloading.feed.loader import Loader
+from prismer.batch import ImageBatch
 from prismer.inference import Answer, Candidates
 from prismer.model import Prismer
-from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TASKS
-from prismer.training.text_statistics import TextStatistics, question_kind
-from prismer.training.zero import gather_json
+from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TextKind
+
+# how many classes of a ranking a row keeps
+_RANKED = 5
+# fields of a sample's JSON that a row repeats, and those of a question
+_NAMES = ("image_id", "domain")
+_QUESTION_NAMES = ("question_type", "answer_type")
 
 
-def predict(
-    model: Prismer,
-    loader: Loader,
-    task: str,
-    statistics: TextStatistics,
-    *,
-    limit: int = 0,
-    blank: bool = False,
-    group: dist.ProcessGroup | None = None,
-) -> list[dict]:
-    """Predict the texts of a task for the images of a split; each rank does a share and gets all records (collective).
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """Predicts the texts of samples, batch by batch.
 
-    Args:
-        model: in evaluation mode, the same on every rank.
-        loader: of the split, with `training=False` and this process's rank.
-        task: decides which of captions, answers and classes are predicted.
-        statistics: of the training split; answers and classes are chosen from its lists.
-        limit: number of images; 0 for all.
-        blank: hide image and expert labels, to see what the model predicts from the text alone.
-        group: to gather the records over; None for a single process.
-
-    Returns:
-        One record for each image, in the order of the dataset: key; caption and the true captions; questions
-        (question, kind, answers as `vqa_accuracy` takes them, prediction); class (None if unknown) and prediction.
+    Attributes:
+        model: in evaluation mode.
+        kinds: which of captions, answers and classes are predicted.
+        answers: the answers that are ranked; None generates answers freely.
+        classes: the class names that are ranked.
+        class_names: the names of the classes, for samples that hold an index.
+        prefix: how captions start; None takes the model's own prefix.
+        beams: of captions and of generated answers.
     """
-    kinds = TASKS[task].texts
-    answers = classes = None
-    if QUESTIONS in kinds and statistics.answers:
-        answers = Candidates.answers(model.tokenizer, statistics.answers)
-    if CLASSES in kinds:
-        classes = Candidates.classes(model.tokenizer, statistics.classes)
-    batches = -(-limit // (loader.batch_size * loader.world)) if limit else loader.steps_per_epoch
-    records = []
-    stream = loader.epoch(0)
-    for number, batch in zip(range(batches), stream, strict=False):
-        images = batch.images.blank() if blank else batch.images
-        rows = [dict(order=[number, loader.rank, i], key=key) for i, key in enumerate(batch.keys)]
-        if CAPTIONS in kinds:
-            for row, meta, text in zip(rows, batch.meta, model.caption(images), strict=True):
+
+    model: Prismer
+    kinds: Sequence[TextKind]
+    answers: Candidates | None = None
+    classes: Candidates | None = None
+    class_names: Sequence[str] = ()
+    prefix: str | None = None
+    beams: int = 3
+
+    def rows(self, images: ImageBatch, keys: Sequence[str], metas: Sequence[dict]) -> list[dict]:
+        """The row of each sample.
+
+        Args:
+            images: B images with their expert labels.
+            keys, metas: name and JSON of each sample.
+        """
+        rows = [{"key": key, **_chosen(meta, _NAMES)} for key, meta in zip(keys, metas, strict=True)]
+        if CAPTIONS in self.kinds:
+            texts = self.model.caption(images, beams=self.beams, prefix=self.prefix)
+            for row, meta, text in zip(rows, metas, texts, strict=True):
                 row.update(caption=text, captions=meta.get("captions", []))
-        if answers is not None:
-            asked = [meta.get("questions", []) for meta in batch.meta]
-            replies = model.answer(images, [[q["question"] for q in questions] for questions in asked], answers)
+        if QUESTIONS in self.kinds:
+            asked = [meta.get("questions", []) for meta in metas]
+            texts = [[question["question"] for question in questions] for questions in asked]
+            replies = self.model.answer(images, texts, self.answers, beams=self.beams)
             for row, questions, reply in zip(rows, asked, replies, strict=True):
                 row["questions"] = [_answered(*pair) for pair in zip(questions, reply, strict=True)]
-        if classes is not None:
-            names = loader.dataset.classes.get("class")
-            for row, meta, reply in zip(rows, batch.meta, model.classify(images, classes), strict=True):
+        if CLASSES in self.kinds:
+            for row, meta, reply in zip(rows, metas, self.model.classify(images, self.classes), strict=True):
                 label = meta.get("class")
-                row.update({"class": names[label] if isinstance(label, int) else label, "prediction": reply.text})
-        records += rows
-    stream.close()
-    if group is not None:
-        records = [row for part in gather_json(records, group) for row in part]
-    records.sort(key=lambda row: row.pop("order"))
-    return records[:limit] if limit else records
+                row["class"] = self.class_names[label] if isinstance(label, int) else label
+                row["prediction"] = reply.text
+                row["ranked"] = [name for name, _ in reply.ranked[:_RANKED]]
+        return rows
+
+
+def question_kind(question: dict) -> str:
+    """The kind of a question; "any" in datasets that distinguish none."""
+    return question.get("kind") or "any"
 
 
 def _answered(question: dict, reply: Answer) -> dict:
-    """The record of one question; true answers are each person's where the dataset keeps them, else weighted ones."""
+    """The entry of one question; true answers are each person's where the dataset keeps them, else weighted ones."""
     weights: Counter = Counter()
     for answer in question.get("answers", ()):
         weights[answer["answer"]] += answer["weight"]
-    return dict(
-        question=question["question"],
-        kind=question_kind(question),
-        answers=question.get("raw_answers") or dict(weights),
-        prediction=reply.text,
-    )
+    return {
+        **_chosen(question, ("question_id",)),
+        "question": question["question"],
+        "kind": question_kind(question),
+        **_chosen(question, _QUESTION_NAMES),
+        "answers": question.get("raw_answers") or dict(weights),
+        "prediction": reply.text,
+        # processes with other numbers of threads add in another order
+        "score": round(reply.score, 4),
+    }
 
 
-def most_frequent_replies(records: Sequence[dict], statistics: TextStatistics) -> list[dict]:
-    """A baseline that sees no image: `records` with the training split's most frequent caption and answers."""
-    replaced = []
-    for row in records:
-        row = dict(row)
-        if "caption" in row:
-            row["caption"] = statistics.caption
-        if "questions" in row:
-            row["questions"] = [
-                dict(question, prediction=statistics.guesses.get(question["kind"], "")) for question in row["questions"]
-            ]
-        replaced.append(row)
-    return replaced
+def _chosen(entry: dict, names: Sequence[str]) -> dict:
+    return {name: entry[name] for name in names if name in entry}

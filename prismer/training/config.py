@@ -49,7 +49,7 @@ class TrainConfig:
     Attributes:
         task: a key of TASKS: joint, pretrain, caption, vqa or classify.
         data: dataset folder with train/ and, optionally, val/; the default is rendered if it does not exist.
-        model: preset or model folder to start from.
+        model: where to start from: a preset, or a model as `Prismer.from_pretrained` takes it.
         run: name of the run's folder under runs/, or a path with a slash.
         seed: of everything that is random.
         epochs, steps: passes over the training split, or optimizer steps in all; `steps` counts unless it is 0.

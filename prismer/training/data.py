@@ -15,6 +15,7 @@ from prismer.errors import InputError
 from prismer.model import Prismer
 from prismer.texts import ChooseTexts, answer_fits, choose_captions, choose_class, choose_joint, choose_questions
 from prismer.training.config import TrainConfig
+from prismer.training.initial_model import semantics_folder
 from prismer.training.streams import print_on_rank_zero
 from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TASKS
 from prismer.training.text_statistics import TextCounts, TextStatistics, count_texts
@@ -102,7 +103,7 @@ def open_loaders(
     data = Path(config.data)
     common = dict(
         config=model.config,
-        semantics=Semantics.for_config(model.config, config.semantics or None),
+        semantics=Semantics.for_config(model.config, semantics_folder(config.semantics, config.model)),
         seed=config.seed,
         rank=dist.get_rank(),
         world=dist.get_world_size(),

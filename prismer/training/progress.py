@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from prismer.errors import InputError
+from prismer.evaluation.report import main_scores
 from prismer.files import add_name, replacing, write_atomically
 from prismer.training.streams import tolerant_of_closing
 
@@ -139,7 +140,7 @@ def plot_metrics(folder: Path) -> None:
     scored = [row for row in rows if row["kind"] == "validation"]
     if not train:
         return
-    names = list(scored[-1]) if scored else []
+    names = list(main_scores(scored[-1])) if scored else []
     answers = [name for name in names if name.partition("/")[0] in ("accuracy", "top-1")]
     panels = 1 + ("CIDEr-D" in names) + bool(answers)
     figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 4.2), squeeze=False)

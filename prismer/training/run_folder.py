@@ -29,14 +29,10 @@ from torch import nn
 
 from prismer.errors import InputError, shown
 from prismer.files import find_damage, take_lock, write_json
-from prismer.model import Prismer
 from prismer.reading import read_json
 from prismer.training.checkpoint import STATE, read_state, write_checkpoint
 from prismer.training.config import TrainConfig
 from prismer.training.progress import read_metrics
-from prismer.training.text_statistics import read_answers
-from prismer.weights.folder import save_pretrained
-from prismer.weights.locate import ANSWERS
 
 SETTINGS = "train_config.json"
 INDEX = "index.json"
@@ -303,27 +299,3 @@ def _free_name(path: Path) -> Path:
     while (found := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     return found
-
-
-def export_checkpoint(source: str | Path, out: str | Path) -> Path:
-    """Write a checkpoint as a model folder: weights, config, tokenizer, and the answers of the run.
-
-    Args:
-        source: a run folder, whose best checkpoint is exported, or one of its checkpoint folders.
-        out: the folder to write; `Prismer.from_pretrained` loads it.
-
-    Returns:
-        The checkpoint that was exported.
-
-    Raises:
-        ValueError: if `source` holds no checkpoint.
-    """
-    source = Path(source)
-    checkpoint = source if (source / STATE).is_file() else RunFolder(source).best()
-    if checkpoint is None:
-        raise InputError(f"{source} is neither a run with checkpoints nor a checkpoint; give runs/NAME")
-    answers = checkpoint.parent.parent / ANSWERS
-    # the exported model chooses from them when it is asked without a list
-    listed = read_answers(answers) if answers.is_file() else None
-    save_pretrained(Prismer.from_pretrained(checkpoint), out, answers=listed)
-    return checkpoint

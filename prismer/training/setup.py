@@ -9,7 +9,6 @@ import torch.distributed as dist
 from prismer.dataloading.feed.loader import Loader
 from prismer.dataloading.scenes.dataset import render_dataset
 from prismer.errors import InputError
-from prismer.evaluation.predict import predict
 from prismer.freezing import freeze
 from prismer.kernels import tuning
 from prismer.kernels.tuning.tables import Table
@@ -19,6 +18,7 @@ from prismer.training import zero
 from prismer.training.checkpoint import restore_optimizer
 from prismer.training.config import MAX_STEPS, TrainConfig
 from prismer.training.data import check_dataset, check_readable, check_texts, open_loaders
+from prismer.training.evaluation import predict
 from prismer.training.initial_model import build_initial_model, initial_config
 from prismer.training.run_folder import RunFolder
 from prismer.training.streams import print_on_rank_zero
@@ -100,7 +100,7 @@ class Run:
         return model.to(device=self.device, dtype=DTYPES[self.precision]).eval()
 
     def predict(self, model: Prismer, **options) -> list[dict]:
-        """Records of the validation split (collective), with options of `evaluation.predict`."""
+        """The rows of the validation split (collective), with options of `training.evaluation.predict`."""
         return predict(model, self.val_loader, self.config.task, self.statistics, group=self.group, **options)
 
 

@@ -14,7 +14,7 @@ class TextKind:
     Attributes:
         field: name of the texts in the sample's JSON.
         label: what error messages call the texts.
-        metric: the metric that compares checkpoints; prismer/evaluation/metrics.py computes it.
+        metric: the metric that compares checkpoints; prismer/evaluation/scores.py computes it.
         largest: the largest value of `metric`.
     """
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.shards import CorruptSample, ShardDataset
 from prismer.errors import InputError
+from prismer.evaluation.predict import question_kind
 from prismer.files import write_json
 from prismer.reading import read_json
 from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TASKS
@@ -143,11 +144,6 @@ class TextStatistics:
         return cls(answers=answers, **rest)
 
 
-def question_kind(question: dict) -> str:
-    """The kind of a question; "any" in datasets that distinguish none."""
-    return question.get("kind") or "any"
-
-
 def read_answers(file: Path, remedy: str = "restore it from a copy, or delete it") -> list[str]:
     """The list of answers in `file`.
 
@@ -160,6 +156,20 @@ def read_answers(file: Path, remedy: str = "restore it from a copy, or delete it
     answers = read_json(file, list, remedy)
     _check_texts(answers, file, remedy)
     return answers
+
+
+def read_classes(folder: Path) -> list[str]:
+    """The class names of a run; [] if it has none.
+
+    Raises:
+        ValueError: if the file that holds them is damaged.
+    """
+    file = folder / GUESSES
+    classes = read_json(file, dict, _REMEDY).get("classes", []) if file.is_file() else []
+    if not isinstance(classes, list):
+        raise InputError(f"{file} does not hold classes; {_REMEDY}")
+    _check_texts(classes, file, _REMEDY)
+    return classes
 
 
 def _check_texts(texts: list, file: Path, remedy: str) -> None:

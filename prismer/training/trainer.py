@@ -11,6 +11,7 @@ import torch.distributed as dist
 from prismer.batch import Batch
 from prismer.costs.profiling import StepProfile
 from prismer.errors import InputError
+from prismer.evaluation.report import main_scores
 from prismer.evaluation.scores import scores
 from prismer.files import write_atomically
 from prismer.training import zero
@@ -161,7 +162,8 @@ class Trainer:
         found = scores(self.run.predict(model, limit=self.config.eval_images))
         if self.progress:
             self.progress.record(dict(step=self.step, kind="validation", **found))
-            self.progress.print_line(f"step {self.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+            shown = main_scores(found).items()
+            self.progress.print_line(f"step {self.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in shown))
             plot_metrics(self.run.folder.path)
         return found.get("score")
 

@@ -18,8 +18,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from prismer.config import ALL_EXPERTS, PRESETS, PrismerConfig
+from prismer.config import ALL_EXPERTS, PRESETS, PrismerConfig, preset
 from prismer.errors import InputError, MachineError
+from prismer.files import is_disk_failure
 from prismer.network import Model
 from prismer.stems import CLIP_MEAN, CLIP_STD, resize_positions
 from prismer.tokenizer import ROBERTA_VOCAB_SIZE, Tokenizer
@@ -34,6 +35,12 @@ _ROBERTA = {
     "roberta-large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
 }
 _ROBERTA_COMMON = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
+# preset -> its towers (Prismer, arXiv:2303.02506, section 3.1): a model of open_clip, the tag of its weights, a RoBERTa
+TOWERS = {
+    "base": ("ViT-B-16-quickgelu", "openai", "roberta-base"),
+    "large": ("ViT-L-14-336-quickgelu", "openai", "roberta-large"),
+    "huge": ("ViT-H-14", "laion2b_s32b_b79k", "roberta-large"),
+}
 # fields that need not agree with a preset for the model to have its name
 _FREE = ("image_size", "dropout")
 _log = logging.getLogger(__name__)
@@ -101,6 +108,47 @@ def from_backbones(
     return model.eval()
 
 
+def is_preset(source: str | Path) -> bool:
+    """Whether `source` names a preset that is built around CLIP and RoBERTa, and no folder."""
+    return str(source).removesuffix("-z") in TOWERS and not Path(source).exists()
+
+
+def from_preset(
+    model_class: type[Model],
+    name: str,
+    *,
+    image_size: int | None = None,
+    experts: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Model:
+    """Build a new model of a preset; what the hub's cache lacks of CLIP and RoBERTa is downloaded.
+
+    Args:
+        model_class: what is built.
+        name: "base", "large" or "huge", each also with "-z" for a model without experts.
+        image_size: RGB side in px; None takes the preset's.
+        experts: None takes the preset's.
+        seed: of the new parts.
+
+    Raises:
+        ValueError: if a tower is not on this machine and cannot be downloaded; the sentence names both.
+    """
+    config = preset(name)
+    vision, tag, text = TOWERS[name.removesuffix("-z")]
+    try:
+        return from_backbones(
+            model_class,
+            vision,
+            text,
+            vision_weights=tag,
+            experts=config.experts if experts is None else experts,
+            image_size=image_size or config.image_size,
+            seed=seed,
+        )
+    except InputError as error:
+        raise InputError(f"{name} is built from open_clip's {vision} ({tag}) and {text}, and {error}") from None
+
+
 def _fill(own: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
     """Copy `tensors` into `own`, which they must fill completely."""
     wrong = sorted(set(own) ^ set(tensors))
@@ -149,6 +197,7 @@ def _read_clip(name: str, weights: str | Path | None) -> tuple[dict[str, Any], d
         if str(weights) not in tags:
             listed = ", ".join(tags) or "none"
             raise InputError(f"vision_weights {weights} is neither a file nor a tag of {name}; its tags are {listed}")
+        _download_clip(open_clip, name, str(weights))
     try:
         pretrained = None if weights is None else str(weights)
         model = open_clip.create_model(name, pretrained=pretrained, weights_only=True)
@@ -167,6 +216,26 @@ def _read_clip(name: str, weights: str | Path | None) -> tuple[dict[str, Any], d
     # the first row belongs to the class token
     tensors[POSITIONS] = tensors[POSITIONS][1:].float()
     return sizes, tensors
+
+
+def _download_clip(open_clip: ModuleType, name: str, tag: str) -> None:
+    """Get the weights of a tag, unless they are on this machine.
+
+    Raises:
+        ValueError: if that is not possible.
+        OSError: if the disk is full.
+    """
+    try:
+        open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag))
+    except (OSError, RuntimeError) as error:
+        if is_disk_failure(error):
+            raise
+        # open_clip puts the last error of the hub's client behind its own
+        reason = (str(error).rpartition("Last error: ")[2].strip().splitlines() or [type(error).__name__])[0][:120]
+        raise InputError(
+            f"the weights {tag} of open_clip's {name} are not on this machine and cannot be downloaded ({reason}); "
+            f"check the connection and HF_HUB_OFFLINE, or give vision_weights, a file"
+        ) from None
 
 
 def _clip_sizes(open_clip: ModuleType, name: str, visual: nn.Module) -> dict[str, Any]:

@@ -3,19 +3,33 @@
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from prismer.config import PrismerConfig
+from prismer.dataloading.semantics.features import TABLE_FILES, Semantics
 from prismer.errors import InputError
 from prismer.files import CHECKSUMS, find_damage, new_folder, write_atomically, write_checksums, write_json
 from prismer.network import Model, PrismerNetwork
 from prismer.precision import inference_dtype
+from prismer.reading import is_text, read_bytes, read_json
 from prismer.tensor_files import read_shapes, save_tensors
 from prismer.tokenizer import ROBERTA_VOCAB_SIZE, Tokenizer
+from prismer.weights.backbones import from_preset, is_preset
 from prismer.weights.load_report import LoadReport
-from prismer.weights.locate import ANSWERS, CONFIG, WEIGHTS, has_tokenizer, locate
+from prismer.weights.locate import (
+    ANSWERS,
+    CLASS_NAMES,
+    CONFIG,
+    MODEL_CARD,
+    PUBLISHED_WEIGHTS,
+    WEIGHTS,
+    has_tokenizer,
+    locate,
+)
+from prismer.weights.model_card import ModelCard, licence_of
 from prismer.weights.names import is_published
 from prismer.weights.published import published_config, to_ours
 from prismer.weights.tensors import (
@@ -31,11 +45,24 @@ from prismer.weights.tensors import (
 _log = logging.getLogger(__name__)
 
 
-def save_pretrained(model: PrismerNetwork, folder: str | Path, answers: Sequence[str] | None = None) -> None:
+def save_pretrained(
+    model: PrismerNetwork,
+    folder: str | Path,
+    *,
+    answers: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    semantics: str | Path | None = None,
+    card: ModelCard | None = None,
+) -> None:
     """Write `model` so that `from_pretrained` loads it; an interrupted save leaves the old folder as it was.
+
+    What is left out is copied from the folder that the model was loaded from, if that holds it.
 
     Args:
         answers: what the model chooses from when it is asked without a list.
+        classes: the class names that it chooses from when it is asked without a list.
+        semantics: the folder of the table of features that the model was trained with.
+        card: licence, training data and scores for README.md.
 
     Raises:
         ValueError: if the model's towers are int8, or `folder` is a file, or holds other things than a model.
@@ -46,13 +73,72 @@ def save_pretrained(model: PrismerNetwork, folder: str | Path, answers: Sequence
         raise InputError(
             "the model's towers are int8, which no model folder holds; keep the folder that it was loaded from"
         )
-    _refuse_other_folders(Path(folder))
+    folder, source = Path(folder), getattr(model, "folder", None)
+    _refuse_other_folders(folder)
     with new_folder(folder) as aside:
         crc = save_tensors(state, aside / WEIGHTS)
         write_description(model, aside)
-        if answers is not None:
-            write_json(aside / ANSWERS, list(answers))
+        for name, texts in ((ANSWERS, answers), (CLASS_NAMES, classes)):
+            if texts is not None:
+                write_json(aside / name, list(texts))
+            else:
+                _copy(source, aside, [name])
+        if model.config.semantics != "spelling":
+            _copy(semantics or source, aside, TABLE_FILES)
         write_checksums(aside, {WEIGHTS: crc})
+        if card is None:
+            # the scores of that model are left out: its weights may have changed since it was loaded
+            origin = [f"Made from the model {source.name}."] if source else []
+            card = ModelCard(licence=licence_of(source) if source else "", training=origin)
+        # after the checksums, because the owner may edit it
+        write_atomically(aside / MODEL_CARD, card.text(model, folder.name).encode())
+
+
+def _copy(source: str | Path | None, folder: Path, names: Sequence[str]) -> None:
+    """Copy files of the folder `source`, if it has all of them."""
+    if source is not None and all((Path(source) / name).is_file() for name in names):
+        for name in names:
+            write_atomically(folder / name, read_bytes(Path(source) / name))
+
+
+def stored_texts(folder: str | Path | None, name: str) -> list[str] | None:
+    """The answers (ANSWERS) or class names (CLASS_NAMES) that a model folder lists; None if it lists none.
+
+    Raises:
+        ValueError: if the file is not a list of texts.
+    """
+    path = None if folder is None else Path(folder) / name
+    if path is None or not path.is_file():
+        return None
+    texts = read_json(path, list, "restore it from a copy, or delete it")
+    if not all(isinstance(text, str) and is_text(text) for text in texts):
+        raise InputError(f"{path} holds entries that are not texts; restore it from a copy, or delete it")
+    # a model that was trained on captions alone has an empty list
+    return texts or None
+
+
+def stored_semantics(config: PrismerConfig, folder: str | Path | None) -> Semantics | None:
+    """The features of names for a model of this config; None if they are in a table and `folder` holds none.
+
+    Raises:
+        ValueError: if the table is damaged.
+    """
+    if config.semantics == "spelling":
+        return Semantics.spelling()
+    if folder is None or not (Path(folder) / TABLE_FILES[0]).is_file():
+        return None
+    paths = [Path(folder) / name for name in TABLE_FILES]
+    return _read_table(Path(folder), tuple(path.stat().st_mtime_ns for path in paths if path.exists()))
+
+
+@lru_cache(maxsize=2)
+def _read_table(folder: Path, changed: tuple[int, ...]) -> Semantics:
+    if damaged := find_damage(folder, TABLE_FILES):
+        raise InputError(
+            f"{folder / damaged} is damaged: its checksum is not the one in {CHECKSUMS}; copy or export the model "
+            f"again, or delete {CHECKSUMS} if you changed it yourself"
+        )
+    return Semantics.from_table(folder)
 
 
 def _refuse_other_folders(folder: Path) -> None:
@@ -90,7 +176,8 @@ def from_pretrained(
         source: one of
             a folder with config.json and model.safetensors, as `save_pretrained` writes it;
             "tiny", the model that ships with the package;
-            a published checkpoint: its folder or its file, pytorch_model.bin;
+            a published checkpoint: its name (`prismer models list`), its folder, or its file, pytorch_model.bin;
+            "base", "large" or "huge", each also with "-z": a new model around CLIP and RoBERTa, to be trained;
             "owner/name" on the Hugging Face hub, with a folder inside if the model lies in one
             ("owner/name/folder"). The hub is asked only for what is no path here, and only for the files needed.
         image_size: RGB side to use instead of the stored one; the positional table is resized bicubically.
@@ -106,6 +193,8 @@ def from_pretrained(
         ValueError: if the files are not there or broken, the tensors do not fit the config (`Misfit`, with a table of
             them), or the experts are others.
     """
+    if is_preset(source):
+        return _new(model_class, str(source), image_size, experts, config, device, dtype)
     folder, weights = locate(source)
     if config is None and folder is not None and (folder / CONFIG).is_file():
         config = PrismerConfig.from_file(folder / CONFIG)
@@ -146,7 +235,41 @@ def from_pretrained(
         on_report(report)
     elif not report.plain:
         _log.info("%s", report)
+    # what lies beside the weights belongs to them: answers, class names, the table of features, the card
+    model.folder = weights.parent if folder is not None or weights.name == PUBLISHED_WEIGHTS else None
     return model.eval()
+
+
+def _new(
+    model_class: type[Model],
+    preset: str,
+    image_size: int | None,
+    experts: Sequence[str] | None,
+    config: PrismerConfig | None,
+    device: torch.device | str,
+    dtype: torch.dtype | str | None,
+) -> Model:
+    """A new model of a preset, for `from_pretrained`."""
+    if config is not None:
+        raise InputError(f"{preset} has a config of its own; leave config out, or call Prismer.from_backbones")
+    model = from_preset(model_class, preset, image_size=image_size, experts=experts)
+    warnings.warn(f"{preset} is new: its towers are trained, what joins them is not; train it first", stacklevel=4)
+    chosen, why = inference_dtype(dtype, torch.float32, model.config, torch.device(device))
+    if why:
+        warnings.warn(why, stacklevel=4)
+    return model.to(device=device, dtype=chosen)
+
+
+def source_config(source: str | Path) -> PrismerConfig:
+    """The architecture of a model that `from_pretrained` takes, downloaded if it is on the hub alone.
+
+    Raises:
+        ValueError: if there is no such model, or its files are damaged.
+    """
+    folder, weights = locate(source)
+    if folder is not None and (folder / CONFIG).is_file():
+        return folder_config(folder)
+    return published_config(without_wrappers(read_tensors(weights)), source=str(weights))
 
 
 def folder_config(folder: str | Path) -> PrismerConfig:

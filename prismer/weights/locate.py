@@ -4,18 +4,24 @@ import os
 import re
 from pathlib import Path
 
+from prismer.dataloading.semantics.features import TABLE_FILES
 from prismer.errors import InputError
 from prismer.files import CHECKSUMS, earlier_folder
 from prismer.shipped import SHIPPED_MODELS, shipped_folder
+from prismer.weights.catalogue import PUBLISHED_MODELS
+from prismer.weights.hub import HubModel, download, find
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 # what a model was trained to choose from when it is asked without a list
 ANSWERS = "answers.json"
+CLASS_NAMES = "classes.json"
+MODEL_CARD = "README.md"
 # the one file of a published checkpoint
 PUBLISHED_WEIGHTS = "pytorch_model.bin"
 
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
+_FILES = (CONFIG, *_TOKENIZER_FILES, ANSWERS, CLASS_NAMES, *TABLE_FILES, MODEL_CARD, CHECKSUMS)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 
 
@@ -44,8 +50,8 @@ def locate(source: str | Path) -> tuple[Path | None, Path]:
         folder = path
     elif str(source) in SHIPPED_MODELS:
         folder = shipped_folder(str(source))
-    elif _HUB_ID.fullmatch(str(source)) and not path.parent.is_dir():
-        folder = _download(str(source))
+    elif model := _hub_model(source):
+        folder = download(model)
     elif earlier := earlier_folder(path):
         raise InputError(
             f"the last save of {source} was interrupted, and the earlier model lies in {earlier}; "
@@ -54,7 +60,7 @@ def locate(source: str | Path) -> tuple[Path | None, Path]:
     else:
         raise InputError(
             f"no model folder {source}; give a folder written by `prismer export`, a published checkpoint, "
-            f"owner/name on the hub, or {' or '.join(SHIPPED_MODELS)}"
+            f"owner/name on the hub, or a name of `prismer models list`"
         )
     return folder, _weights_in(folder)
 
@@ -68,28 +74,25 @@ def _weights_in(folder: Path) -> Path:
     raise InputError(f"{folder} has no {name}; export the model again with `prismer export`")
 
 
-def _download(source: str) -> Path:
-    """The local folder of a hub model; only what is not here yet is fetched."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def find_folder(source: str | Path) -> Path | None:
+    """The folder of a model that is on this machine; None for any other, and the hub is not asked."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if str(source) in SHIPPED_MODELS:
+        return shipped_folder(str(source))
+    model = _hub_model(source)
+    return find(model) if model else None
 
-    owner, name, *inside = source.split("/")
-    prefix = "".join(f"{part}/" for part in inside)
-    files = [CONFIG, WEIGHTS, *_TOKENIZER_FILES, ANSWERS, CHECKSUMS]
-    if inside:
-        # the published checkpoints are folders of one repository
-        files.append(PUBLISHED_WEIGHTS)
-    try:
-        root = snapshot_download(f"{owner}/{name}", allow_patterns=[prefix + file for file in files])
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
-        raise InputError(
-            f"there is no folder {source}, and {owner}/{name} cannot be had from the hub ({reason}); "
-            "check the name and the connection, or give a folder"
-        ) from None
-    folder = Path(root, *inside)
-    if not any((folder / file).is_file() for file in (WEIGHTS, PUBLISHED_WEIGHTS)):
-        raise InputError(
-            f"{owner}/{name} on the hub holds no {prefix}{WEIGHTS}; name the folder in it, as owner/name/folder"
-        )
-    return folder
+
+def _hub_model(source: str | Path) -> HubModel | None:
+    """The model of the hub that `source` names: a released checkpoint, owner/name or owner/name/folder."""
+    name = str(source)
+    if name in PUBLISHED_MODELS:
+        name = PUBLISHED_MODELS[name].source
+    elif not _HUB_ID.fullmatch(name) or Path(name).parent.is_dir():
+        return None
+    owner, repository, *inside = name.split("/")
+    # published checkpoints are folders of one repository
+    weights = (WEIGHTS, PUBLISHED_WEIGHTS) if inside else (WEIGHTS,)
+    return HubModel(f"{owner}/{repository}", "/".join(inside), (*_FILES, *weights), weights)

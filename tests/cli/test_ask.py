@@ -79,7 +79,7 @@ def test_answers_of_the_model_folder_are_the_default(run, copy, images):
     assert run(*question).out.strip() in ANSWERS
     assert run(*question, "--answers", "blue,green").out.strip() in ("blue", "green")
     (copy / "answers.json").write_text("{}")
-    assert_refused(run(*question), "answers.json is not a list of strings")
+    assert_refused(run(*question), "answers.json holds an object, not a list")
 
 
 def test_classify_chooses_a_class_for_each_image(run, model, images):

@@ -146,7 +146,7 @@ def test_a_model_without_tokenizer_or_experts_is_refused(run, copy, images, tmp_
         ("caption", "required: IMAGE"),
         ("caption x.jpg --beams 0", "'0' is not a number of at least 1"),
         ("caption x.jpg --beam-width 3", "unrecognized arguments: --beam-width"),
-        ("classify x.jpg", "required: --classes"),
+        ("classify", "required: IMAGE"),
         ("data", "required: COMMAND"),
         ("data import xml a --out b", "invalid choice: 'xml'"),
     ],

@@ -94,3 +94,35 @@ def test_a_class_table_of_another_schema_is_refused(tmp_path, classes, names, me
     names = None if names is None else write(tmp_path / "n.json", names)
     with pytest.raises(ValueError, match=message):
         class_records(tmp_path / "in", classes=classes, names=names)
+
+
+def shots(folder, **options):
+    """Class -> images that a draw takes."""
+    found = {}
+    for record in class_records(folder, **options):
+        found.setdefault(record.meta["class"], set()).add(record.image.path.name)
+    return found
+
+
+def test_shots_are_drawn_of_each_class_whatever_the_order_of_the_files(tmp_path):
+    names = [f"{kind}/{i:02d}.jpg" for kind in ("cat", "dog", "owl") for i in range(20 if kind != "owl" else 3)]
+    for number, order in enumerate((names, names[::-1])):
+        for name in order:
+            write(tmp_path / str(number) / name, encode(gradient(number)))
+    one, two = (shots(tmp_path / str(n), shots=4, seed=0) for n in (0, 1))
+    assert one == two and {kind: len(found) for kind, found in one.items()} == {"cat": 4, "dog": 4, "owl": 3}
+    assert shots(tmp_path / "0", shots=4, seed=1) != one, "a seed is a draw of its own"
+    assert all(shots(tmp_path / "0", shots=3, seed=0)[kind] <= found for kind, found in one.items())
+    # fixed, because a published number names its draw
+    assert one["cat"] == {"00.jpg", "05.jpg", "06.jpg", "15.jpg"}
+    records = class_records(tmp_path / "0", shots=4)
+    assert len(records) == 11 == len(list(records))
+    assert [other.reason for other in records.others] == [
+        "4 images of each class were drawn with seed 0; 32 images are left out",
+        "1 classes have fewer than 4 images, the first owl with 3",
+    ]
+
+
+def test_shots_have_to_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="shots is 0; it must be at least 1"):
+        class_records(tmp_path, shots=0)

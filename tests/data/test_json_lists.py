@@ -32,12 +32,24 @@ def test_malformed_lists_are_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"images": [], "annotations": [{"image_id": 1, "caption": "a"}]}, "COCO captions.*--captions-file"),
-        ({"questions": [{"question": "a", "image_id": 1}]}, "VQAv2 questions.*data import vqa"),
-        ({"annotations": [{"question_id": 1, "answers": []}]}, "VQAv2 annotations.*by question_id"),
+        (
+            {"images": [], "annotations": [{"image_id": 1, "caption": "a"}]},
+            "COCO captions; import it with `prismer data import coco",
+        ),
+        (
+            {"questions": [{"question": "a", "image_id": 1}]},
+            "VQAv2 questions; import it with `prismer data import vqav2",
+        ),
+        (
+            {"annotations": [{"question_id": 1, "answers": []}]},
+            "VQAv2 annotations; import it with `prismer data import vqav2",
+        ),
         ({"annotations": [{"bbox": [], "category_id": 1}]}, "COCO objects"),
-        ({"images": [{"sentences": [{"raw": "a"}]}], "dataset": "coco"}, "Karpathy"),
-        ({"images": [{"file_name": "a"}]}, "file_name"),
+        (
+            {"images": [{"sentences": [{"raw": "a"}]}], "dataset": "coco"},
+            "Karpathy .images with sentences.; import it with",
+        ),
+        ({"images": [{"file_name": "a"}]}, "COCO list of images; import it with `prismer data import coco"),
         ({"image": "a.jpg"}, "one entry"),
         ('{"image": "a.jpg"}\n{"image": "b.jpg"}', "JSON lines"),
         ([{"id": 1, "qas": []}], "has no 'image' .it has id, qas."),

@@ -50,7 +50,7 @@ def test_questions_and_answers_of_an_image_come_together(tmp_path):
             "raw_answers": ["here", "there", "here", "here"],
         },
     ]
-    assert [(q["id"], len(q["answers"])) for q in two] == [(20, 1), (21, 0)]
+    assert [(q["question_id"], len(q["answers"])) for q in two] == [(20, 1), (21, 0)]
     assert three == [{"question": "Who?", "answers": [{"answer": "me", "weight": 0.2}], "kind": "vg"}]
     assert "captions" not in samples["VG_100K--3"].meta, "a list of questions gives no captions"
 

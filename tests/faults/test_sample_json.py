@@ -29,14 +29,18 @@ from tests.faults.anything import cases, dump, mutated
 CONFIG = prismer_tiny(image_size=32, label_size=16)
 CLASSES = {"seg": ["ground", "sky"], "obj_detection": ["cube", "cone"], "class": ["cat", "dog"]}
 WHOLE = {
+    "image_id": 9,
+    "domain": "in-domain",
     "captions": ["a cube", "two cones"],
     "questions": [
         {
             "question": "what?",
             "answers": [{"answer": "cube", "weight": 0.6}, {"answer": "cone", "weight": 0.4}],
             "kind": "shape",
-            "raw_answers": ["cube", "cube", "cone"],
-            "id": 7,
+            "raw_answers": ["cube", "cube", ""],
+            "question_id": 7,
+            "question_type": "what",
+            "answer_type": "other",
         },
         {"question": "how many?", "answers": [], "kind": "count"},
     ],

@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 
 import prismer.weights.backbones as backbones
 from prismer.batch import Batch, TextBatch
@@ -18,6 +19,7 @@ from prismer.freezing import freeze
 from prismer.model import Prismer
 from prismer.tokenizer import Tokenizer
 from prismer.training.initial_model import build_initial_model
+from tests.fake_hub import FakeHub, connected
 from tests.model.plain_published import bicubic, randomise
 from tests.model.teacher_forcing import logits_of
 from tests.model.test_model import make_images
@@ -244,6 +246,65 @@ def test_presets_have_the_sizes_of_open_clip(name, config):
     sizes |= backbones._roberta_sizes("roberta", text)
     assert backbones._preset_of(sizes, ALL_EXPERTS) == config.name
     assert backbones._preset_of(sizes, ()) == f"{config.name}-z"
+
+
+@pytest.fixture
+def towers_on_the_hub(parts, tmp_path, monkeypatch):
+    """A hub that holds small towers, of which the preset "base" is built."""
+    with connected(FakeHub(), tmp_path / "cache", monkeypatch) as hub:
+        # only RoBERTa's own vocabulary needs no tokenizer files
+        roberta = make_roberta(tmp_path / "roberta", vocab_size=50265, tokenizer=False)
+        hub.add_folder("someone/roberta", tmp_path / "roberta")
+        hub.words = roberta.roberta.embeddings.word_embeddings.weight
+        hub.repositories["someone/clip"] = {"open_clip_pytorch_model.bin": (parts[0] / "clip.pt").read_bytes()}
+        # transformers keeps a client for the address that it saw first
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+        tag = dict(hf_hub="someone/clip/", quick_gelu=True)
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "prismer-test-b", {"openai": tag})
+        monkeypatch.setitem(backbones.TOWERS, "base", ("prismer-test-b", "openai", "someone/roberta"))
+        yield hub
+
+
+def test_a_preset_is_built_from_the_hub_and_then_from_its_cache(parts, towers_on_the_hub, monkeypatch):
+    """Its towers are those of the hub; `train.py --model base` builds the same."""
+    with pytest.warns(UserWarning, match="base is new: its towers are trained, what joins them is not; train it first"):
+        model = Prismer.from_pretrained("base", image_size=64)
+    assert model.config.experts == ALL_EXPERTS and model.folder is None and not model.training
+    assert torch.equal(model.decoder.embeddings.word.weight, towers_on_the_hub.words)
+    assert torch.equal(model.encoder.positional_embedding, parts[1].positional_embedding[1:])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    start, other = (build_initial_model("base", image_size=64, seed=seed) for seed in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), start.state_dict().values(), strict=True))
+    assert not torch.equal(start.encoder.resampler.latents, other.encoder.resampler.latents)
+    with pytest.warns(UserWarning, match="base-z is new"):
+        half = Prismer.from_pretrained("base-z", dtype=torch.bfloat16)
+    assert (
+        half.config.experts == () and half.config.image_size == 224 and half.decoder.head_weight.dtype == torch.bfloat16
+    )
+
+
+def test_a_preset_whose_towers_are_missing_says_which(towers_on_the_hub, monkeypatch):
+    towers_on_the_hub.repositories.pop("someone/clip")
+    start = r"^base is built from open_clip's prismer-test-b \(openai\) and someone/roberta, and "
+    with pytest.raises(
+        ValueError, match=start + "the weights openai of open_clip's prismer-test-b are not on this mach"
+    ):
+        Prismer.from_pretrained("base")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in ("large", "huge-z"):
+        with pytest.raises(
+            ValueError, match=rf"^{name} is built from open_clip's .*transformers cannot load"
+        ) as caught:
+            build_initial_model(name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="base has a config of its own"):
+        Prismer.from_pretrained("base", config=prismer_base())
+
+
+def test_the_towers_of_the_presets_are_known_to_open_clip():
+    for name, (vision, tag, text) in backbones.TOWERS.items():
+        assert tag in open_clip.list_pretrained_tags_by_model(vision), name
+        assert text in backbones._ROBERTA
 
 
 def test_a_random_tower_warns(parts):

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from prismer.evaluation.predict import most_frequent_replies, predict
+from prismer.evaluation.report import score_table
 from prismer.evaluation.scores import scores
 from prismer.inference import Answer
 from prismer.training import evaluation
-from prismer.training.results import results_table
+from prismer.training.evaluation import most_frequent_replies, predict
 from prismer.training.text_statistics import TextCounts, TextStatistics, count_texts
 
 
@@ -104,7 +104,7 @@ def test_records_and_their_baseline_are_scored():
     baseline = scores(most_frequent_replies(records, statistics))
     assert (baseline["accuracy/count"], baseline["accuracy/yes/no"]) == (0.5, 1.0)
     assert records[1]["caption"] == "A blue sphere.", "the baseline overwrote the records"
-    table = results_table([found, baseline, found], 2)
+    table = score_table({"trained": found, "most frequent": baseline, "blank": found}, "2 images")
     assert "| VQA accuracy, yes/no | 0.000 | 1.000 | 0.000 |" in table
 
 
@@ -134,7 +134,7 @@ class AlwaysRed:
     tokenizer = None
 
     @staticmethod
-    def answer(images, questions, candidates):
+    def answer(images, questions, candidates, **options):
         return [[Answer("red", 0.0) for _ in group] for group in questions]
 
 

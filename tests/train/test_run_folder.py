@@ -19,7 +19,8 @@ from prismer.files import write_checksums, write_json
 from prismer.tensor_files import save_tensors, write_safetensors
 from prismer.training.checkpoint import OPTIMIZER
 from prismer.training.config import TrainConfig
-from prismer.training.run_folder import RunFolder, export_checkpoint
+from prismer.training.export import export_checkpoint
+from prismer.training.run_folder import RunFolder
 from prismer.training.text_statistics import read_answers
 from tests.faults.disk import full_after
 

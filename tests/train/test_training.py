@@ -19,7 +19,8 @@ from prismer.batch import ImageBatch
 from prismer.freezing import freeze
 from prismer.model import Prismer
 from prismer.training.checkpoint import OPTIMIZER
-from prismer.training.run_folder import RunFolder, export_checkpoint
+from prismer.training.export import export_checkpoint
+from prismer.training.run_folder import RunFolder
 
 STEPS = 12
 
@@ -92,7 +93,7 @@ def test_a_run_exports_its_best_checkpoint(workshop, whole_run, tmp_path):
     grey = torch.full((1, 3, side, side), 118, dtype=torch.uint8)
     images = ImageBatch.without_labels(grey, model.config.experts, model.config.label_size)
     assert isinstance(model.caption(images)[0], str)
-    assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".safetensors", ".json", ".txt"}
+    assert {path.suffix for path in (tmp_path / "model").iterdir()} == {".safetensors", ".json", ".txt", ".md"}
 
 
 def test_a_killed_run_resumes_exactly(workshop):

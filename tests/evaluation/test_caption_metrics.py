@@ -1,9 +1,9 @@
-"""Proves that the scores equal hand-computed values and those of the COCO caption toolkit.
+"""Proves that the scores of captions equal hand-computed values and those of the COCO caption toolkit.
 
-python -m pytest tests/model/test_metrics.py
+python -m pytest tests/evaluation/test_caption_metrics.py
 
-The values of TOOLKIT and TREEBANK were made with pycocoevalcap 1.2 (its PTBTokenizer on Java 17, then Bleu(4) and Cider
-on its tokens) from the sentences below.
+The values of TOOLKIT and TREEBANK were made with pycocoevalcap 1.2 from the sentences below (its PTBTokenizer on Java
+17, then Bleu(4), Rouge and Cider on its tokens).
 """
 
 import math
@@ -11,16 +11,8 @@ import math
 import numpy as np
 import pytest
 
-from prismer.evaluation.metrics import (
-    answer_scores,
-    bleu,
-    caption_scores,
-    cider_d,
-    normalize_answer,
-    tokenize_caption,
-    top1,
-    vqa_accuracy,
-)
+from prismer.evaluation.caption_metrics import bleu, caption_scores, cider_d, rouge_l
+from prismer.evaluation.caption_tokens import tokenize_caption
 
 CANDIDATES = [
     "A brown dog runs through the grass with a ball.",
@@ -51,8 +43,19 @@ TOOLKIT = {
     "BLEU-2": 0.6765222033704131,
     "BLEU-3": 0.5148879463437217,
     "BLEU-4": 0.3959156507951536,
+    "ROUGE-L": 0.6124067767534676,
     "CIDEr-D": 1.872023649073631,
 }
+TOOLKIT_ROUGE_L = [
+    0.7155425219941348,
+    0.6916099773242631,
+    0.7530864197530864,
+    0.7624999999999998,
+    0.8026315789473684,
+    0.0,
+    0.5865384615384615,
+    0.5873452544704264,
+]
 TOOLKIT_CIDER_D = [
     2.065215229180673,
     2.073888535693839,
@@ -84,6 +87,10 @@ TREEBANK = {
     "http://www.example.com/a.html me@example.com and 5 6 -lsb- tall -rsb- -lcb- one -rcb- 10-year-old 1.5-inch "
     "y' all 't is",
     "naïve café 日本語 a_b x = y + 2 <3": "naïve café 日本語 a_b x = y + 2 < 3",
+    "tell 'em to wait 'til 5, £3 or €4 or 50¢ &amp; &quot;more&quot; AT&amp;T, C++": "tell 'em to wait 'til 5 # 3 or "
+    "$ 4 or 50 cents & more at&t c++",
+    "smile :) :-( ;) (a smiley :) a sign:(red) ** a_b __ -- ---- ----- no. 5 no. five pp. 3": "smile :-rrb- :--lrb- "
+    ";-rrb- -lrb- a smiley :-rrb- a sign -lrb- red -rrb- ** a_b __ ----- no. 5 no five pp. 3",
     " . ": "",
 }
 
@@ -104,6 +111,7 @@ def test_caption_scores_equal_the_toolkit():
         assert scores[name] == pytest.approx(value, abs=TOLERANCE), name
     tokens, references = tokenized()
     np.testing.assert_allclose(cider_d(tokens, references), TOOLKIT_CIDER_D, atol=TOLERANCE)
+    np.testing.assert_allclose(rouge_l(tokens, references), TOOLKIT_ROUGE_L, atol=TOLERANCE)
     short = [caption[:4] for caption in tokens]
     np.testing.assert_allclose(bleu(short, references), TOOLKIT_SHORT_BLEU, atol=TOLERANCE)
 
@@ -136,7 +144,30 @@ def test_cider_d_equals_hand_computed_values():
     np.testing.assert_array_equal(cider_d([["a"], ["a"]], [[["a"]], [["a"]]]), [0, 0])
 
 
-@pytest.mark.parametrize("score", [bleu, cider_d])
+def test_rouge_l_equals_hand_computed_values():
+    # subsequence "a b d" of three tokens: precision 3/3 and recall 3/4
+    (score,) = rouge_l(["a b d".split()], [["a b c d".split()]])
+    assert score == pytest.approx(2.44 * 0.75 / (0.75 + 1.44))
+    # of "b a c" and "a b c" two tokens remain in order; precision counts more than in the harmonic mean's other order
+    (score,) = rouge_l(["b a c e".split()], [["a b c".split()]])
+    assert score == pytest.approx(2.44 * (2 / 4) * (2 / 3) / (2 / 3 + 1.44 * 2 / 4))
+    # precision from the long reference, recall from the short one
+    (score,) = rouge_l(["a b c d".split()], [["a x".split(), "a b c e f g".split()]])
+    assert score == pytest.approx(2.44 * (3 / 4) * (1 / 2) / (1 / 2 + 1.44 * 3 / 4))
+    np.testing.assert_array_equal(rouge_l([[], ["a"], []], [[["a"]], [["b"], []], [[]]]), [0, 0, 0])
+
+
+def test_the_cider_d_of_a_domain_is_that_of_its_images_alone():
+    domains = ["out", None, "in", "in", "out", "in", None, "out"]
+    scores = caption_scores(CANDIDATES, REFERENCES, domains)
+    assert list(scores) == [*TOOLKIT, "CIDEr-D/in", "CIDEr-D/out"]
+    for domain in ("in", "out"):
+        inside = [i for i, name in enumerate(domains) if name == domain]
+        alone = caption_scores([CANDIDATES[i] for i in inside], [REFERENCES[i] for i in inside])
+        assert scores[f"CIDEr-D/{domain}"] == alone["CIDEr-D"] != pytest.approx(scores["CIDEr-D"])
+
+
+@pytest.mark.parametrize("score", [bleu, rouge_l, cider_d])
 def test_captions_and_references_must_match(score):
     with pytest.raises(ValueError, match="got 1 captions and references of 2"):
         score([["a"]], [[["a"]], [["b"]]])
@@ -144,67 +175,3 @@ def test_captions_and_references_must_match(score):
         score([], [])
     with pytest.raises(ValueError, match="image 1 has no reference"):
         score([["a"], ["b"]], [[["a"]], []])
-
-
-@pytest.mark.parametrize(
-    "answer, expected",
-    {
-        "The  Red\nBall.": "red ball",
-        "two": "2",
-        "None": "0",
-        "ten": "10",
-        "eleven": "eleven",
-        "an apple, a pear": "apple pear",
-        "dont know": "don't know",
-        "its": "its",
-        "hes": "he's",
-        "he'dve": "he'd've",
-        "twas": "'twas",
-        "yall'd've": "y'all'd've",
-        "black/white": "black white",
-        "black / white": "black white",
-        "1,000": "1000",
-        "1,000-2": "10002",
-        "3.5": "3.5",
-        "u.s.": "us",
-        "what?!": "what",
-        "t-shirt": "t shirt",
-        "10:30": "10:30",
-        "'yes'": "'yes'",
-    }.items(),
-)
-def test_answers_are_normalised_as_by_the_vqa_evaluation(answer, expected):
-    assert normalize_answer(answer) == expected
-
-
-def test_vqa_accuracy_counts_agreeing_people():
-    def people(agreeing: int) -> list[str]:
-        return ["Yes."] * agreeing + [f"other {i}" for i in range(10 - agreeing)]
-
-    # n people agree: n subsets leave out one of them and contain n - 1, the other 10 - n subsets contain all n
-    for n, expected in {0: 0, 1: 0.3, 2: 0.6, 3: 0.9, 4: 1, 10: 1}.items():
-        assert vqa_accuracy("yes", people(n)) == pytest.approx(expected), n
-    assert vqa_accuracy("a Cat", ["the cat"]) == 1
-    assert vqa_accuracy("cats", ["the cat"]) == 0
-    assert vqa_accuracy("2", ["three", "two"]) == 1
-    with pytest.raises(ValueError, match="no true answer"):
-        vqa_accuracy("yes", [])
-
-
-def test_answers_are_scored_in_all_and_by_kind():
-    scores = answer_scores(
-        ["red", "2", "blue", "no"], [["Red"], ["two"], ["green"], ["yes"]], ["colour", "count", "colour", "exist"]
-    )
-    expected = {"accuracy": 0.5, "accuracy/colour": 0.5, "accuracy/count": 1.0, "accuracy/exist": 0.0}
-    assert scores == expected and list(scores) == list(expected)
-    with pytest.raises(ValueError, match="got 1 predictions for 2 questions"):
-        answer_scores(["red"], [["red"], ["blue"]], ["colour", "colour"])
-    with pytest.raises(ValueError, match="of 2 kinds"):
-        answer_scores(["red"], [["red"]], ["colour", "count"])
-
-
-def test_top_1_is_the_share_of_equal_predictions():
-    assert top1([1, 2, 3, 3], [1, 2, 0, 3]) == 0.75
-    assert top1(["cat"], ["dog"]) == 0
-    with pytest.raises(ValueError, match="0 predictions for 0 targets"):
-        top1([], [])

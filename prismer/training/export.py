@@ -1,0 +1,93 @@
+"""A checkpoint as a whole model folder: weights, config, tokenizer, and from its run what the model answers with.
+
+These are the answers and class names that evaluation ranks, the table of features, and a card with the run's data and
+scores. They come from the run folder, two levels above the checkpoint; a checkpoint that was moved away has none.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from prismer.errors import InputError
+from prismer.model import Prismer
+from prismer.reading import read_json
+from prismer.training.checkpoint import STATE, read_state
+from prismer.training.config import TrainConfig
+from prismer.training.initial_model import semantics_folder
+from prismer.training.progress import read_metrics
+from prismer.training.run_folder import SETTINGS, RunFolder
+from prismer.training.text_statistics import read_answers, read_classes
+from prismer.weights.folder import save_pretrained
+from prismer.weights.locate import ANSWERS
+from prismer.weights.model_card import ModelCard, licence_of
+
+
+def find_checkpoint(source: str | Path) -> Path | None:
+    """`source` if it is a checkpoint, the best checkpoint if it is a run folder, None if it is anything else."""
+    path = Path(source)
+    return path if (path / STATE).is_file() else RunFolder(path).best()
+
+
+def export_checkpoint(source: str | Path, out: str | Path) -> Path:
+    """Write a checkpoint as a model folder.
+
+    Args:
+        source: a run folder, whose best checkpoint is exported, or one of its checkpoint folders.
+        out: the folder to write; `Prismer.from_pretrained` loads it.
+
+    Returns:
+        The checkpoint that was exported.
+
+    Raises:
+        ValueError: if `source` holds no checkpoint, or the run's table of features is gone.
+    """
+    checkpoint = find_checkpoint(source)
+    if checkpoint is None:
+        raise InputError(f"{source} is neither a run with checkpoints nor a checkpoint; give runs/NAME")
+    run = checkpoint.parent.parent
+    answers = read_answers(run / ANSWERS) if (run / ANSWERS).is_file() else None
+    classes, settings = read_classes(run), _settings(run)
+    model, table = Prismer.from_pretrained(checkpoint), None
+    if settings and model.config.experts and model.config.semantics != "spelling":
+        table = semantics_folder(settings["semantics"], settings["model"])
+    save_pretrained(
+        model,
+        out,
+        answers=answers,
+        classes=classes or None,
+        semantics=table,
+        card=_card(run, checkpoint, settings),
+    )
+    return checkpoint
+
+
+def _settings(run: Path) -> dict:
+    """The settings of a run, complete; {} if `run` holds none."""
+    if not (run / SETTINGS).is_file():
+        return {}
+    stored = read_json(run / SETTINGS, dict).get("settings")
+    if not isinstance(stored, dict):
+        raise InputError(f"{run / SETTINGS} is damaged; restore it from a copy")
+    # a run that was started before a setting existed had its default
+    return {**asdict(TrainConfig()), **stored}
+
+
+def _card(run: Path, checkpoint: Path, settings: dict) -> ModelCard:
+    if not settings:
+        return ModelCard()
+    state = read_state(checkpoint)
+    step = state["step"]
+    # names alone: paths belong to the machine
+    data, start = Path(settings["data"]).name, Path(settings["model"]).name
+    training = [
+        f"Trained on the dataset {data}, task {settings['task']}, from {start}: step {step:,}, "
+        f"{step * settings['batch_size']:,} images, seed {settings['seed']}."
+    ]
+    rows = [row for row in read_metrics(run) if row["kind"] == "validation" and row["step"] == step]
+    found = {name: value for name, value in rows[-1].items() if name not in ("step", "kind")} if rows else {}
+    most = settings["eval_images"]
+    return ModelCard(
+        licence=licence_of(settings["model"]),
+        training=training,
+        scores=found,
+        scored_on=f"the validation split of {data}" + (f", its first {most:,} images" if most else ""),
+    )

@@ -1,0 +1,1 @@
+"""Tests of predictions, their scores, and the files that evaluation servers take."""
