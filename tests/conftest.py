@@ -147,6 +147,14 @@ def assert_no_worse():
     return check
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    """Look up anew how to run each call: a test may patch what that depends on."""
+    tuning.generation += 1
+    yield
+    tuning.generation += 1
+
+
 @pytest.fixture
 def running():
     """A context in which ops run on the named backend; without a GPU, Triton is interpreted, with correct bf16."""

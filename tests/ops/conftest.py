@@ -5,7 +5,6 @@ import importlib
 import pytest
 import torch
 
-from prismer.kernels import tuning
 from prismer.kernels.errors import MachineError
 from prismer.kernels.machine import interpreting
 from tests.devices import FACTORIES, kernel_device, made_on, moved
@@ -16,14 +15,6 @@ def pytest_generate_tests(metafunc):
     if kernel_device() is not None and metafunc.definition.get_closest_marker("cpu") is None:
         devices = ("cpu", pytest.param("gpu", marks=pytest.mark.gpu))
         metafunc.parametrize("op_device", devices, indirect=True)
-
-
-@pytest.fixture(autouse=True)
-def nothing_remembered():
-    """Look up anew how to run each call: a test may patch what that depends on."""
-    tuning.generation += 1
-    yield
-    tuning.generation += 1
 
 
 @pytest.fixture(autouse=True)
