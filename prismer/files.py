@@ -93,8 +93,13 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
-def write_together(path: Path, data: bytes) -> None:
-    """`write_atomically` for a file that several processes may write at the same time, with the same bytes."""
+def write_together(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """`write_atomically` for a file that several processes may write at the same time, with the same bytes.
+
+    Args:
+        path: the file.
+        data: its content, or the pieces of it, for content that need not fit into memory.
+    """
     partial = path.with_name(path.name + ".partial")
     with open(partial, "ab") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
@@ -110,7 +115,7 @@ def write_together(path: Path, data: bytes) -> None:
             return write_together(path, data)
         try:
             file.truncate(0)
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
             os.replace(partial, path)

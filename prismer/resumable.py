@@ -75,6 +75,12 @@ class ResumableJob:
         """The parts that this process has yet to make, in order."""
         return [] if self.finished else [number for number in self.mine if not self._part(number).is_file()]
 
+    def count_missing(self) -> int:
+        """The number of parts that no process has made yet; 0 if the job is finished."""
+        missing = sum(not self._part(number).is_file() for number in range(self.num_parts))
+        # asked last: the process that combines the parts removes them
+        return 0 if self.finished else missing
+
     def items_of(self, number: int) -> range:
         """The items of a part."""
         return range(number * self.part_size, min((number + 1) * self.part_size, self.count))
@@ -93,10 +99,8 @@ class ResumableJob:
         Returns:
             The number of parts that other processes have yet to make; 0 if the job is finished.
         """
-        if self.finished:
-            return 0
-        missing = sum(not self._part(number).is_file() for number in range(self.num_parts))
-        if not missing:
+        missing = self.count_missing()
+        if not missing and not self.finished:
             try:
                 combine(chain.from_iterable(map(self._rows_of, range(self.num_parts))))
                 self._remove_parts()

@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -25,6 +26,7 @@ from prismer.files import (
     replacing,
     sentence,
     take_lock,
+    waiting_lock,
     write_atomically,
     write_checksums,
     write_json,
@@ -213,8 +215,9 @@ def test_a_lock_is_released_when_its_process_dies(tmp_path):
 
 
 def write_repeatedly(path, times):
-    for _ in range(times):
-        write_together(path, b"x" * 5000)
+    for i in range(times):
+        # whole or in pieces
+        write_together(path, (b"x" * 500 for _ in range(10)) if i % 2 else b"x" * 5000)
 
 
 def test_processes_may_write_the_same_file_at_once(tmp_path):
@@ -229,3 +232,21 @@ def test_processes_may_write_the_same_file_at_once(tmp_path):
         assert process.exitcode == 0
     assert path.read_bytes() == b"x" * 5000
     assert [file.name for file in tmp_path.iterdir()] == ["job.json"]
+
+
+def test_a_waiting_lock_lets_one_process_in_at_a_time(tmp_path):
+    told, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            with waiting_lock(tmp_path / "lock"), open(tmp_path / "order", "a") as file:
+                os.write(tell, b"in")
+                time.sleep(0.2)
+                file.write("child ")
+        finally:
+            os._exit(0)
+    assert os.read(told, 2) == b"in"
+    with waiting_lock(tmp_path / "lock"), open(tmp_path / "order", "a") as file:
+        file.write("parent ")
+    os.waitpid(child, 0)
+    assert (tmp_path / "order").read_text() == "child parent "

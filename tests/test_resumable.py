@@ -93,6 +93,14 @@ def test_a_process_alone_says_how_many_parts_others_have_to_make(tmp_path):
     assert run(tmp_path / "job", tmp_path / "out") == 0
 
 
+def test_the_missing_parts_of_all_processes_are_counted(tmp_path):
+    run(tmp_path / "job", tmp_path / "out", rank=1, world=3)
+    job = ResumableJob(tmp_path / "job", NOTES, count=23, part_size=4)
+    assert (job.count_missing(), job.missing_parts()) == (4, [0, 2, 3, 5])
+    run(tmp_path / "job", tmp_path / "out")
+    assert job.count_missing() == 0
+
+
 def test_a_finished_job_makes_nothing_again(tmp_path):
     run(tmp_path / "job", tmp_path / "out")
     (tmp_path / "out").unlink()

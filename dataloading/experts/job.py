@@ -9,14 +9,11 @@ shards present writes `index.json` and `report.json`.
 import hashlib
 import io
 import json
-import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -26,6 +23,7 @@ from prismer.dataloading.feed.dali import UndecodableImages
 from prismer.dataloading.feed.image_batch import ExpertLabels
 from prismer.dataloading.feed.rgb import to_jpeg
 from prismer.dataloading.sources.importer import skipped_entry
+from prismer.dataloading.sources.one_pass import submit_ahead, wanted_parts
 from prismer.dataloading.sources.records import FilePart, ImageRecord, ImageRecords
 from prismer.dataloading.store.index import Sample, check_classes, to_json
 from prismer.dataloading.store.label_maps import pack_labels, resize_nearest, unpack_labels
@@ -97,8 +95,8 @@ def label_records(
     """Label every record that can be read. Call it again to resume.
 
     Args:
-        records: the records, see `source_records`. Maps that they already have are kept, except those of the experts in
-            `labeller`.
+        records: the records, see `sources/any_source.py`. Maps that they already have are kept, except those of the
+            experts in `labeller`.
         out: the dataset folder.
         labeller: the experts.
         source, licence: origin and licence of the images, stored with every sample.
@@ -125,7 +123,7 @@ def label_records(
     count = sum(job.records_in(k) for k in missing)
     bar = tqdm(total=count, desc="labelling", unit="image", disable=not progress)
     with bar, ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as decoder:
-        for number, part in _records_of_shards(records, samples_per_shard, set(missing)):
+        for number, part in wanted_parts(records, samples_per_shard, set(missing)):
             first = job.write_shard(number, part, pool, decoder, bar)
             if preview and first:
                 job.draw_preview(number, first)
@@ -279,7 +277,7 @@ class _Job:
 
         def batches() -> Iterator[list[_ReadRecord]]:
             batch: list[_ReadRecord] = []
-            for record, future in _submit_ahead(pool, self._read, records, 2 * self.labeller.batch_size):
+            for record, future in submit_ahead(pool, self._read, records, 2 * self.labeller.batch_size):
                 try:
                     batch.append(future.result())
                 except ValueError as error:
@@ -301,7 +299,7 @@ class _Job:
             return [], {}, faults
 
         # one batch ahead: the next one is decoded while the caller labels this one
-        for _, future in _submit_ahead(decoder, decode, batches(), 1):
+        for _, future in submit_ahead(decoder, decode, batches(), 1):
             batch, decoded, faults = future.result()
             for record, reason in faults:
                 skip(record, reason)
@@ -346,39 +344,6 @@ class _Job:
         return Sample(read.record.key, read.jpeg, {**read.planes, **labels.planes}, meta)
 
 
-def source_records(source: str | Path, images: str | Path | None = None) -> tuple[ImageRecords, dict[str, list[str]]]:
-    """The records of any supported source of images.
-
-    Args:
-        source: a folder of images (with captions beside them or without), a folder of WebDataset tars (img2dataset
-            writes such tars), a dataset of ours, or a JSON list of images and captions (COCO).
-        images: the folder of the images of a list.
-
-    Returns:
-        The records, and the class tables of the maps that they already have.
-
-    Raises:
-        ValueError: if `source` is none of these.
-    """
-    from prismer.dataloading.sources.coco_captions import caption_records
-    from prismer.dataloading.sources.image_folders import folder_records
-    from prismer.dataloading.sources.webdataset_tars import tar_records
-    from prismer.dataloading.store.shards import ShardDataset
-
-    path = Path(source)
-    if path.is_file():
-        if images is None:
-            raise InputError(f"{path} is a list; name the folder of its images with --images")
-        return caption_records(path, images), {}
-    if not path.is_dir():
-        raise InputError(f"there is no {path}, or it is no file; give a folder of images or shards, or a JSON list")
-    if (path / "index.json").is_file():
-        return tar_records(path), ShardDataset(path).classes
-    if any(name.lower().endswith(".tar") for name in os.listdir(path)):
-        return tar_records(path), {}
-    return folder_records(path), {}
-
-
 def _scan_keys(records: ImageRecords) -> tuple[int, str, dict[str, FilePart | None]]:
     """The number of records, a digest of their keys in order, and the first image of each repeated key."""
     digest, hashes = hashlib.sha256(), array("Q")
@@ -395,31 +360,3 @@ def _scan_keys(records: ImageRecords) -> tuple[int, str, dict[str, FilePart | No
             if value in suspects:
                 first.setdefault(record.key, record.image)
     return len(hashes), digest.hexdigest()[:16], first
-
-
-def _records_of_shards(
-    records: ImageRecords, size: int, wanted: set[int]
-) -> Iterator[tuple[int, Iterator[ImageRecord]]]:
-    """The records of each wanted shard, in one pass over all records."""
-    iterator, number = iter(records), 0
-    while wanted:
-        part = islice(iterator, size)
-        if number in wanted:
-            yield number, part
-            wanted = wanted - {number}
-        # skips the rest of the shard, or all of it if it is not wanted
-        for _ in part:
-            pass
-        number += 1
-
-
-def _submit_ahead(
-    pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: Iterable, limit: int
-) -> Iterator[tuple[Any, Future]]:
-    """(item, future of work(item)) in order, with at most `limit` later items submitted ahead."""
-    waiting: list[tuple[Any, Future]] = []
-    for item in items:
-        waiting.append((item, pool.submit(work, item)))
-        if len(waiting) > limit:
-            yield waiting.pop(0)
-    yield from waiting

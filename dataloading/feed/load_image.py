@@ -83,6 +83,20 @@ def load_images(sources: Sequence[ImageSource], size: int) -> Tensor:
         return torch.stack(list(pool.map(lambda source: load_image(source, size), sources)))
 
 
+def shrink_on_decode(image: Image.Image, size: int) -> bool:
+    """Have a JPEG of many times the model's size decoded at 1/2, 1/4 or 1/8; returns whether it will be.
+
+    A photo of 12 Mpx then takes 85 ms instead of 260, for a mean difference of 0.2 grey levels after the resize.
+
+    Args:
+        image: opened and not yet decoded.
+        size: side of the square that it is resized to, px.
+    """
+    before = image.size
+    image.draft(None, (2 * size, 2 * size))
+    return image.size != before
+
+
 def from_array(array: np.ndarray | Tensor) -> Image.Image:
     """An array or tensor of `ImageSource` as a PIL image.
 
@@ -118,9 +132,7 @@ def _decode(file: BinaryIO, name: str, size: int) -> Image.Image:
     file.seek(0)
     try:
         with Image.open(file) as image:
-            # a JPEG of many times the size is decoded at 1/2, 1/4 or 1/8: a 12 Mpx photo takes 85 ms instead of 260,
-            # for a mean difference of 0.2 grey levels after the resize
-            image.draft(None, (2 * size, 2 * size))
+            shrink_on_decode(image, size)
             # phones store previews as further frames of an MPO
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 warnings.warn("an image has several frames or pages; only the first is used", stacklevel=4)

@@ -78,7 +78,7 @@ def to_jpeg(data: bytes, whole: bool = True) -> tuple[bytes, tuple[int, int], in
         # before the EXIF: reading it first swallows the error of a damaged PNG, whose last rows then come out black
         if whole or image.format != "JPEG":
             image.load()
-        turn = _orientation(image)
+        turn = orientation(image)
         if image.format == "JPEG" and image.mode == "RGB" and turn == 1:
             return data, (image.height, image.width), 1
         image = to_rgb(image, "it")
@@ -93,9 +93,10 @@ def to_jpeg(data: bytes, whole: bool = True) -> tuple[bytes, tuple[int, int], in
     return file.getvalue(), (image.height, image.width), turn
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 (upright) if it has none."""
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        turn = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # unreadable EXIF; the pixels have been decoded by now
         return 1
-    return orientation if orientation in TURNS else 1
+    return turn if turn in TURNS else 1

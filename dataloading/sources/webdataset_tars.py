@@ -41,7 +41,7 @@ class _Tar:
 
 
 def tar_records(folder: str | Path) -> ImageRecords:
-    """A folder of uncompressed WebDataset tars: images with .txt or .json, or shards of this library.
+    """An uncompressed WebDataset tar or a folder of them: images with .txt or .json, or shards of this library.
 
     Samples of shards keep their keys, texts and labels: importing a dataset that lost its index, with its class tables,
     rebuilds it. Folders inside `folder` are not searched.
@@ -51,7 +51,8 @@ def tar_records(folder: str | Path) -> ImageRecords:
         OSError: if `folder` may not be read.
     """
     tars, others = [], []
-    for path in sorted(Path(folder).iterdir()):
+    source = Path(folder)
+    for path in [source] if source.is_file() else sorted(source.iterdir()):
         if path.name.lower().endswith(".tar") and not path.name.startswith("."):
             tars.append(path)
         elif path.name not in _DATASET_FILES and not SHARD_FILE.fullmatch(path.name):

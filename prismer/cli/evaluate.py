@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prismer.cli.ask import read_texts
+from prismer.cli.choices import read_texts
 from prismer.cli.options import (
     add_device_option,
     add_experts_option,

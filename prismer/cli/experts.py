@@ -1,13 +1,13 @@
 """`prismer label`, `prismer show` and `prismer experts`: label images with the expert networks."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prismer.cli.options import (
     add_device_option,
     add_experts_option,
+    device_of_process,
     load_labeller,
     load_model,
     positive,
@@ -29,7 +29,7 @@ def add_experts_commands(commands: argparse._SubParsersAction) -> None:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="folder of images, img2dataset folder or tars, our own dataset, or a JSON list",
+        help="folder of images, img2dataset folder or tars, our own dataset, a .txt of paths, or a JSON list",
     )
     label.add_argument("--out", required=True, type=Path, metavar="DIR", help="the dataset folder")
     label.add_argument("--images", type=Path, metavar="DIR", help="folder of the images that a list names")
@@ -67,21 +67,19 @@ def add_experts_commands(commands: argparse._SubParsersAction) -> None:
 
 def _label(args: argparse.Namespace) -> int:
     rank, world = rank_and_world()
-    from prismer.dataloading.experts.job import REPORT_FILE, label_records, source_records
+    from prismer.dataloading.experts.job import REPORT_FILE, label_records
+    from prismer.dataloading.sources.any_source import source_records
     from prismer.reading import printable
 
     records, classes = source_records(args.source, args.images)
     if not len(records):
         raise InputError(f"{args.source} lists no images; {describe_others(records)}")
-    device = args.device
-    if device == "auto" and world > 1:
-        import torch
-
-        # each process of a machine takes a GPU of its own
-        gpus = torch.cuda.device_count()
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}" if gpus else "cpu"
     labeller = load_labeller(
-        args.experts, device, label_size=args.label_size, batch_size=args.batch_size, threads=args.workers
+        args.experts,
+        device_of_process(args.device, world),
+        label_size=args.label_size,
+        batch_size=args.batch_size,
+        threads=args.workers,
     )
     report = label_records(
         records,

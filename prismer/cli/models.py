@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from prismer.cli.options import add_semantics_option, table_folder
 from prismer.errors import InputError
 
 
@@ -29,6 +30,7 @@ def add_model_commands(commands: argparse._SubParsersAction) -> None:
     where.add_argument(
         "--official", type=Path, metavar="FILE", help="write a checkpoint in the format of the official release"
     )
+    add_semantics_option(export)
     export.set_defaults(run=_export)
 
     info = commands.add_parser("info", help="show a model's size, this machine, and the kernels that can run here")
@@ -47,12 +49,12 @@ def _list(args: argparse.Namespace) -> None:
     rows = [("name", "task", "expert maps", "parameters", "download", "licence", "here")]
     for name in SHIPPED_MODELS:
         size = sum(path.stat().st_size for path in shipped_folder(name).iterdir())
-        rows.append((name, "rendered scenes", "6", "4.1 M", f"{size / 1e6:.0f} MB, ships", "APACHE-2.0", "yes"))
+        rows.append((name, "rendered scenes", "6", "4.1 M", f"{size / 1e6:.0f} MB, ships", "Apache-2.0", "yes"))
     for name, model in PUBLISHED_MODELS.items():
         experts = "none" if model.preset.endswith("-z") else "6"
         size = f"{model.parameters / 1e6:.0f} M"
         here = str(find_folder(name) or "no")
-        rows.append((name, model.task, experts, size, f"{model.gigabytes} GB", PUBLISHED_LICENCE.upper(), here))
+        rows.append((name, model.task, experts, size, f"{model.gigabytes:.2f} GB", PUBLISHED_LICENCE.upper(), here))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -97,13 +99,13 @@ def _export(args: argparse.Namespace) -> None:
     from prismer.training.export import export_checkpoint, find_checkpoint
 
     if find_checkpoint(args.source) is None and (not source.is_dir() or _holds_weights(source)):
-        _copy_model(args.source, args.out)
+        _copy_model(args.source, args.out, table_folder(args.semantics))
         print(f"{args.source} -> {args.out}")
     else:
-        print(f"{export_checkpoint(source, args.out)} -> {args.out}")
+        print(f"{export_checkpoint(source, args.out, table_folder(args.semantics))} -> {args.out}")
 
 
-def _copy_model(source: str, out: Path) -> None:
+def _copy_model(source: str, out: Path, semantics: Path | None) -> None:
     """Write a model folder from anything that --model takes, with its own card if it has one."""
     from prismer.files import write_atomically
     from prismer.model import Prismer
@@ -116,7 +118,7 @@ def _copy_model(source: str, out: Path) -> None:
     model = Prismer.from_pretrained(source, on_report=print)
     kind = "released checkpoint" if source in PUBLISHED_MODELS else "model"
     card = ModelCard(licence=licence_of(source), training=[f"Converted from the {kind} {Path(source).name}."])
-    save_pretrained(model, out, card=card)
+    save_pretrained(model, out, semantics=semantics, card=card)
     if model.folder is not None and (model.folder / MODEL_CARD).is_file():
         write_atomically(out / MODEL_CARD, read_bytes(model.folder / MODEL_CARD))
 

@@ -52,7 +52,7 @@ def add_semantics_option(command: argparse.ArgumentParser) -> None:
         "--semantics",
         type=Path,
         metavar="FILE|FOLDER",
-        help="table of features of class names and words (default: the model's own)",
+        help="table of features of class names and words (default: the model's or the run's own)",
     )
 
 
@@ -102,7 +102,12 @@ def load_model(
         return model, stored_semantics(model.config, model.folder)
     if model.config.semantics == "spelling":
         raise InputError(f"the model {source} spells class names and words and reads no table; leave --semantics out")
-    return model, Semantics.from_table(semantics if semantics.is_dir() else semantics.parent)
+    return model, Semantics.from_table(table_folder(semantics))
+
+
+def table_folder(given: Path | None) -> Path | None:
+    """The folder of the table that --semantics names by the folder or by a file in it."""
+    return given if given is None or given.is_dir() else given.parent
 
 
 def add_experts_option(command: argparse.ArgumentParser, default: str | None = None) -> None:

@@ -27,12 +27,13 @@ def find_checkpoint(source: str | Path) -> Path | None:
     return path if (path / STATE).is_file() else RunFolder(path).best()
 
 
-def export_checkpoint(source: str | Path, out: str | Path) -> Path:
+def export_checkpoint(source: str | Path, out: str | Path, semantics: Path | None = None) -> Path:
     """Write a checkpoint as a model folder.
 
     Args:
         source: a run folder, whose best checkpoint is exported, or one of its checkpoint folders.
         out: the folder to write; `Prismer.from_pretrained` loads it.
+        semantics: the folder of the table of features; None takes the one that the run read.
 
     Returns:
         The checkpoint that was exported.
@@ -46,15 +47,20 @@ def export_checkpoint(source: str | Path, out: str | Path) -> Path:
     run = checkpoint.parent.parent
     answers = read_answers(run / ANSWERS) if (run / ANSWERS).is_file() else None
     classes, settings = read_classes(run), _settings(run)
-    model, table = Prismer.from_pretrained(checkpoint), None
-    if settings and model.config.experts and model.config.semantics != "spelling":
-        table = semantics_folder(settings["semantics"], settings["model"])
+    model = Prismer.from_pretrained(checkpoint)
+    if semantics is None and settings and model.config.experts and model.config.semantics != "spelling":
+        semantics = semantics_folder(settings["semantics"], settings["model"])
+        if semantics is None:
+            raise InputError(
+                f"the table of features that {run} was trained with lay in {settings['model']}, where it is no more; "
+                f"name a copy with --semantics"
+            )
     save_pretrained(
         model,
         out,
         answers=answers,
         classes=classes or None,
-        semantics=table,
+        semantics=semantics,
         card=_card(run, checkpoint, settings),
     )
     return checkpoint
@@ -83,7 +89,9 @@ def _card(run: Path, checkpoint: Path, settings: dict) -> ModelCard:
         f"{step * settings['batch_size']:,} images, seed {settings['seed']}."
     ]
     rows = [row for row in read_metrics(run) if row["kind"] == "validation" and row["step"] == step]
-    found = {name: value for name, value in rows[-1].items() if name not in ("step", "kind")} if rows else {}
+    # VQAv2 has 65 types of questions, too many for a card
+    left_out = ("step", "kind", "accuracy/question_type")
+    found = {name: value for name, value in rows[-1].items() if not name.startswith(left_out)} if rows else {}
     most = settings["eval_images"]
     return ModelCard(
         licence=licence_of(settings["model"]),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from prismer.config import PrismerConfig
-from prismer.dataloading.semantics.features import TABLE_FILES, Semantics
+from prismer.dataloading.semantics.features import TABLE_FILES, Semantics, read_table
 from prismer.errors import InputError
 from prismer.files import CHECKSUMS, find_damage, new_folder, write_atomically, write_checksums, write_json
 from prismer.network import Model, PrismerNetwork
@@ -65,7 +65,8 @@ def save_pretrained(
         card: licence, training data and scores for README.md.
 
     Raises:
-        ValueError: if the model's towers are int8, or `folder` is a file, or holds other things than a model.
+        ValueError: if the model's towers are int8, `semantics` holds no table, or `folder` is a file, or holds other
+            things than a model.
         OSError: with the name of a file, if the disk is full or broken; nothing is left of the attempt.
     """
     state = model.state_dict()
@@ -73,6 +74,8 @@ def save_pretrained(
         raise InputError(
             "the model's towers are int8, which no model folder holds; keep the folder that it was loaded from"
         )
+    if semantics is not None:
+        read_table(semantics)
     folder, source = Path(folder), getattr(model, "folder", None)
     _refuse_other_folders(folder)
     with new_folder(folder) as aside:

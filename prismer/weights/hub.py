@@ -162,7 +162,8 @@ def _fetch_blob(url: str, storage: Path, file: "RepoSibling", lfs: "BlobLfsInfo"
             return
         with open(partial, "ab") as out:
             if out.tell() > lfs.size:
-                out.truncate(0)
+                out.seek(0)
+                out.truncate()
             check_free_space(blob.parent, lfs.size - out.tell())
             try:
                 http_get(

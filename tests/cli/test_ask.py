@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismer.cli.ask import read_texts
+from prismer.cli.choices import read_texts
 from prismer.dataloading.semantics.features import write_table
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.shipped import shipped_folder

@@ -104,7 +104,7 @@ def test_a_model_of_the_hub_is_fetched_listed_and_asked(run, model, images, hub,
     hub.add_folder("shikunl/prismer", tmp_path / "m", f"{name}/")
     listed = {line.split()[0]: line for line in run("models", "list").out.splitlines() if line.strip()}
     assert re.search(r"questions, VQAv2 +6 +328 M +1.31 GB +CC-BY-NC-SA-4.0 +no$", listed[name])
-    assert re.search(r"APACHE-2.0 +yes$", listed["tiny"]) and len([n for n in listed if n.endswith("_large")]) == 6
+    assert re.search(r"Apache-2.0 +yes$", listed["tiny"]) and len([n for n in listed if n.endswith("_large")]) == 6
     assert "open_clip's ViT-L-14-336-quickgelu (openai) and roberta-large" in listed["large"]
     assert hub.requests == []
     done = run("models", "fetch", name)
@@ -173,7 +173,17 @@ def test_an_exported_folder_answers_the_same_wherever_it_lies(run, copy, scenes,
     assert_refused(run(*asked), "reads a table")
     for given in (table, table / "semantics.json"):
         assert run(*asked, "--semantics", given).out == before[2]
-    shutil.rmtree(table)
+    kept = shutil.move(table, tmp_path / "kept")
+    own = make_run(tmp_path / "own", copy, model=str(copy))
+    assert_refused(run("export", own, "--out", tmp_path / "none"), "where it is no more; name a copy with --semantics")
+    assert_refused(run("export", made, "--out", tmp_path / "none"), f"{table} holds no semantics table")
+    assert not (tmp_path / "none").exists()
+    assert run("export", made, "--out", tmp_path / "other", "--semantics", kept).code == 0
+    assert ask(tmp_path / "other") == before
+    bare = ("export", checkpoint / "model.safetensors", "--out", tmp_path / "bare", "--semantics")
+    assert run(*bare, kept / "semantics.json").code == 0
+    assert (tmp_path / "bare" / "semantics.json").read_bytes() == (kept / "semantics.json").read_bytes()
+    shutil.rmtree(kept)
     shutil.rmtree(made)
     moved = tmp_path / "elsewhere" / "m"
     moved.parent.mkdir()
@@ -205,13 +215,14 @@ def test_the_card_of_an_export_tells_licence_data_and_scores(run, model, tmp_pat
     shutil.copytree(model, base)
     (base / "README.md").write_text("---\nlicense: cc-by-nc-sa-4.0\n---\n")
     made = make_run(tmp_path / "run", model, data="/home/somebody/data/coco", task="caption", model=str(base))
-    rows = [dict(step=step, kind="validation", **{"CIDEr-D": step / 10, "BLEU-4": 0.25}) for step in (3, 7, 9)]
+    scores = {"BLEU-4": 0.25, "accuracy/question_type/is": 1}
+    rows = [{"step": step, "kind": "validation", "CIDEr-D": step / 10, **scores} for step in (3, 7, 9)]
     (made / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run("export", made, "--out", tmp_path / "model").code == 0
     card = (tmp_path / "model" / "README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-nc-sa-4.0\n") and "CC-BY-NC-SA-4.0" in card
     assert "dataset coco, task caption, from released: step 7, 112 images" in card and "somebody" not in card
-    assert "| CIDEr-D | 0.7000 |" in card and "| BLEU-4 | 0.2500 |" in card
+    assert "question_type" not in card and "| CIDEr-D | 0.7000 |" in card and "| BLEU-4 | 0.2500 |" in card
     assert 'Prismer.from_pretrained("model")' in card and "prismer caption image.jpg --model model" in card
     # whoever edits the card damages nothing; a model made from this one inherits its licence, not its scores
     (tmp_path / "model" / "README.md").write_text(card + "More.\n")

@@ -56,5 +56,5 @@ def test_any_texts_and_shapes_can_be_drawn():
     drawn = samples_png(samples)
     # four columns and two rows
     width, height = Image.open(io.BytesIO(drawn)).size
-    assert width > 1700 and height > 900
+    assert width > 1700 and height > 800
     assert samples_png(samples) == drawn

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prismer.dataloading.experts.job import label_records, source_records
+from prismer.dataloading.experts.job import label_records
 from prismer.dataloading.experts.labeller import Labeller
+from prismer.dataloading.sources.any_source import source_records
 from prismer.dataloading.sources.image_folders import folder_records
 from prismer.dataloading.sources.importer import import_records
 from prismer.dataloading.store.check import check_dataset

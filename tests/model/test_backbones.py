@@ -266,16 +266,17 @@ def towers_on_the_hub(parts, tmp_path, monkeypatch):
 
 
 def test_a_preset_is_built_from_the_hub_and_then_from_its_cache(parts, towers_on_the_hub, monkeypatch):
-    """Its towers are those of the hub; `train.py --model base` builds the same."""
+    """Its towers are those of the hub; `train.py --model base` builds the same, with new parts of the run's seed."""
     with pytest.warns(UserWarning, match="base is new: its towers are trained, what joins them is not; train it first"):
         model = Prismer.from_pretrained("base", image_size=64)
     assert model.config.experts == ALL_EXPERTS and model.folder is None and not model.training
     assert torch.equal(model.decoder.embeddings.word.weight, towers_on_the_hub.words)
     assert torch.equal(model.encoder.positional_embedding, parts[1].positional_embedding[1:])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    start, other = (build_initial_model("base", image_size=64, seed=seed) for seed in (0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), start.state_dict().values(), strict=True))
-    assert not torch.equal(start.encoder.resampler.latents, other.encoder.resampler.latents)
+    start = build_initial_model("base", image_size=64, seed=1)
+    assert torch.equal(start.encoder.positional_embedding, model.encoder.positional_embedding)
+    assert torch.equal(start.decoder.embeddings.word.weight, towers_on_the_hub.words)
+    assert not torch.equal(start.encoder.resampler.latents, model.encoder.resampler.latents)
     with pytest.warns(UserWarning, match="base-z is new"):
         half = Prismer.from_pretrained("base-z", dtype=torch.bfloat16)
     assert (

@@ -3,16 +3,19 @@
 python -m pytest tests/train/test_setup.py
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from prismer import precision
 from prismer.config import prismer_tiny
+from prismer.dataloading.semantics.features import TABLE_FILES
 from prismer.kernels import tuning
 from prismer.kernels.tuning.tables import Entry, Table
 from prismer.training import setup
 from prismer.training.config import TrainConfig
-from prismer.training.initial_model import build_initial_model, initial_config
+from prismer.training.initial_model import build_initial_model, initial_config, semantics_folder
 
 CPU = torch.device("cpu")
 
@@ -89,6 +92,13 @@ def test_a_run_starts_from_a_model_folder_or_a_preset(workshop):
     assert initial_config(folder).vision_width == 32 and initial_config("base").vision_width == 768
     with pytest.raises(ValueError, match="'bse' is neither a model nor a preset"):
         initial_config("bse")
+
+
+def test_a_run_reads_the_table_of_its_settings_or_of_its_first_model(tmp_path):
+    assert semantics_folder("tables/clip", str(tmp_path)) == Path("tables/clip")
+    assert semantics_folder("", str(tmp_path)) is None and semantics_folder("", "base") is None
+    (tmp_path / TABLE_FILES[0]).write_bytes(b"")
+    assert semantics_folder("", str(tmp_path)) == tmp_path
 
 
 def test_every_rank_takes_the_measured_choices_of_rank_zero(monkeypatch):

@@ -1,0 +1,196 @@
+"""Asks a model about items, batch by batch: reads, decodes and labels their images, and names what cannot be read."""
+
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prismer.ask_items import Item, Items, result_fields
+from prismer.batch import ImageBatch
+from prismer.dataloading.experts.labeller import Labeller
+from prismer.dataloading.feed.decoder import ImageDecoder
+from prismer.dataloading.feed.image_batch import ExpertLabels, batch_of_pixels
+from prismer.dataloading.semantics.features import Semantics
+from prismer.dataloading.sources.one_pass import submit_ahead, wanted_parts
+from prismer.errors import InputError
+from prismer.inference import Answer, Candidates
+from prismer.model import Prismer
+
+# batches that are read and decoded while the model reads one
+_BATCHES_AHEAD = 2
+Made = TypeVar("Made")
+
+
+@dataclass
+class _Image:
+    """One image of a part, and what is asked about it.
+
+    Attributes:
+        lines: (place in the part, item) of each line that asks about this image.
+        data: the encoded image.
+        pixels: (3, R, R) uint8.
+        labels: that the item brings.
+    """
+
+    lines: list[tuple[int, Item]]
+    data: bytes = b""
+    pixels: Tensor | None = None
+    labels: ExpertLabels | None = None
+
+
+@dataclass
+class _Chunk:
+    """Images of one part that the model reads together.
+
+    Attributes:
+        part: number of the part.
+        is_last: whether no chunk of this part follows.
+        images: those that can be read, once they were.
+        faults: (place in the part, item, reason) of each line without a result.
+    """
+
+    part: int
+    is_last: bool
+    images: list[_Image]
+    faults: list[tuple[int, Item, str]] = field(default_factory=list)
+
+    def drop(self, reasons: dict[int, str]) -> None:
+        """Move images to the faults: place in `images` -> reason."""
+        for place, reason in reasons.items():
+            self.faults += [(i, item, reason) for i, item in self.images[place].lines]
+        self.images = [image for place, image in enumerate(self.images) if place not in reasons]
+
+
+class Asker:
+    """Reads, decodes and asks, chunk by chunk."""
+
+    def __init__(
+        self,
+        model: Prismer,
+        task: str,
+        choices: Sequence[str] | None,
+        top: int,
+        labeller: Labeller | None,
+        semantics: Semantics | None,
+        batch_size: int,
+        options: dict[str, Any],
+    ):
+        self.model, self.task, self.top, self.labeller = model, task, top, labeller
+        self.semantics, self.batch_size, self.options = semantics, batch_size, options
+        self.brings_labels = labeller is None and bool(model.config.experts)
+        self.choices = None
+        if choices is not None:
+            build = Candidates.classes if task == "classify" else Candidates.answers
+            self.choices = build(model.tokenizer, list(choices))
+        self.decoder = ImageDecoder(model.config.image_size, batch_size=batch_size, device=model.device)
+
+    def parts(
+        self, items: Items, part_size: int, missing: Collection[int], bar: tqdm
+    ) -> Iterator[tuple[int, list[tuple[Item, dict]]]]:
+        """The number of each missing part, with its items and their rows."""
+        rows: dict[int, tuple[Item, dict]] = {}
+        threads = min(8, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(1) as preparing:
+
+            def prepare(chunk: _Chunk) -> _Chunk:
+                return self._prepare(chunk, readers)
+
+            chunks = self._chunks(items, part_size, missing)
+            for chunk, future in submit_ahead(preparing, prepare, chunks, _BATCHES_AHEAD):
+                future.result()
+                before, answers = len(rows), self._ask(chunk)
+                # `_ask` may have dropped images
+                for image, results in zip(chunk.images, answers, strict=True):
+                    for (i, item), result in zip(image.lines, results, strict=True):
+                        rows[i] = item, {**item.row, **result_fields(self.task, result, self.top)}
+                for i, item, reason in chunk.faults:
+                    rows[i] = item, {**item.row, "skipped": reason}
+                bar.update(len(rows) - before)
+                if chunk.is_last:
+                    yield chunk.part, [rows[i] for i in range(len(rows))]
+                    rows = {}
+
+    def _chunks(self, items: Items, part_size: int, missing: Collection[int]) -> Iterator[_Chunk]:
+        for number, part in wanted_parts(items, part_size, missing):
+            images: dict[object, _Image] = {}
+            for i, item in enumerate(part):
+                place = item.record.image
+                # an image is read once for all lines of the part that ask about it
+                key = (place, item.labels) if place is not None and not item.fault else i
+                images.setdefault(key, _Image([])).lines.append((i, item))
+            waiting = list(images.values())
+            while waiting:
+                chunk, waiting = waiting[: self.batch_size], waiting[self.batch_size :]
+                yield _Chunk(number, not waiting, chunk)
+
+    def _prepare(self, chunk: _Chunk, readers: ThreadPoolExecutor) -> _Chunk:
+        """Read and decode the images of a chunk, and the labels that they bring."""
+
+        def read(image: _Image) -> str:
+            item = image.lines[0][1]
+            try:
+                image.data = item.read()
+                image.labels = item.read_labels() if self.brings_labels else None
+            except InputError as error:
+                return str(error)
+            return ""
+
+        reasons = dict(enumerate(readers.map(read, chunk.images)))
+        chunk.drop({place: reason for place, reason in reasons.items() if reason})
+        if not chunk.images:
+            return chunk
+        faults = {}
+        for place, pixels in enumerate(self.decoder([image.data for image in chunk.images], readers)):
+            if isinstance(pixels, Tensor):
+                chunk.images[place].pixels = pixels
+            else:
+                faults[place] = str(pixels)
+            if self.labeller is None:
+                chunk.images[place].data = b""
+        chunk.drop(faults)
+        return chunk
+
+    def _ask(self, chunk: _Chunk) -> list[list[str]] | list[list[Answer]]:
+        """The results of each line of each image; images whose labels cannot be used leave the chunk."""
+        if self.labeller is not None and chunk.images:
+            labels = _try_each(chunk, lambda images: self.labeller([image.data for image in images]))
+            for image, label in zip(chunk.images, labels or [], strict=True):
+                image.labels = label
+        batch = _try_each(chunk, self._batch) if chunk.images else None
+        if batch is None:
+            return []
+        lines = [image.lines for image in chunk.images]
+        if self.task == "answer":
+            questions = [[item.question for _, item in group] for group in lines]
+            return self.model.answer(batch, questions, self.choices, **self.options)
+        if self.task == "caption":
+            results = self.model.caption(batch, **self.options)
+        else:
+            results = self.model.classify(batch, self.choices, **self.options)
+        return [[result] * len(group) for result, group in zip(results, lines, strict=True)]
+
+    def _batch(self, images: list[_Image]) -> ImageBatch:
+        pixels = torch.stack([image.pixels for image in images])
+        return batch_of_pixels(pixels, self.model.config, [image.labels for image in images], self.semantics)
+
+
+def _try_each(chunk: _Chunk, make: Callable[[list[_Image]], Made]) -> Made | None:
+    """`make` of all images; if it refuses some, they leave the chunk with its reason. None if no image is left."""
+    try:
+        return make(chunk.images)
+    except InputError:
+        reasons = {}
+        for place, image in enumerate(chunk.images):
+            try:
+                make([image])
+            except InputError as error:
+                reasons[place] = str(error)
+        if not reasons:
+            raise
+        chunk.drop(reasons)
+    return make(chunk.images) if chunk.images else None
