@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prismer import ask_job
+from prismer.asking import job as ask_job
 from prismer.asking.items import image_items, question_items
 from prismer.asking.job import ask_all
 from prismer.dataloading.experts.labeller import Labeller
