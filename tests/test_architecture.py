@@ -122,6 +122,13 @@ def test_the_gpu_check_imports_the_model_and_the_kernels_alone(imports):
     assert upward(imports, "scripts", is_allowed) == []
 
 
+@pytest.mark.parametrize("room", ["prismer.evaluation", "prismer.asking"])
+def test_results_import_no_job_and_no_command(imports, room):
+    above = ("prismer.training", "prismer.costs", "prismer.cli")
+    assert any(name.startswith(room) for name in imports)
+    assert upward(imports, room, lambda target: not target.startswith(above)) == []
+
+
 @pytest.mark.parametrize("name", GROUND_FLOOR)
 def test_the_ground_floor_imports_nothing_above_it(imports, name):
     assert imports[name] <= set(GROUND_FLOOR)
