@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.harness import DEVICE, contenders_on, refuse_if_worse, time_contenders
 from benchmarks.shapes import MODELS, TEXT_TOKENS
-from prismer.kernels import dispatch
+from prismer.kernels import machine
 from prismer.kernels.attention import attention
 
 SHAPES = {
@@ -37,7 +37,7 @@ def calls(B, H, N, L, causal):
     functions["sdpa"] = with_backend("sdpa")
     if DEVICE.type == "cuda":
         functions["triton"] = with_backend("triton")
-        peers = (name for name in ("flash-attn", "xformers") if dispatch.package_missing(name) is None)
+        peers = (name for name in ("flash-attn", "xformers") if machine.package_missing(name) is None)
         functions.update((name, with_backend(name)) for name in peers)
     return contenders_on([q, k, v, causal], functions)
 

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.harness import DEVICE, synchronize
-from prismer.ask_items import image_items
-from prismer.ask_job import BATCH_SIZES, ask_all
+from prismer.asking.items import image_items
+from prismer.asking.job import BATCH_SIZES, ask_all
 from prismer.dataloading.feed.image_batch import image_batch
 from prismer.dataloading.scenes.dataset import render_scene
 from prismer.model import Prismer

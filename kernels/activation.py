@@ -15,6 +15,7 @@ Traffic, issued, for R rows of D numbers of s bytes, a bias of w bytes each, blo
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import check_floats, described
-from prismer.kernels.dispatch import TORCH, TRITON, Backend, Example, Op, rows_and_width
-from prismer.kernels.launch import cdiv, launch, next_power_of_2
+from prismer.kernels.dispatch import TORCH, TRITON, Backend, Example, Op, rows_and_width, runs_directly
+from prismer.kernels.launch import Constants, cdiv, kept, launch, next_power_of_2
 from prismer.kernels.layer_norm import _groups, sum_groups
 
 ACTIVATIONS = ("quick_gelu", "gelu", "squared_relu")
@@ -183,12 +184,20 @@ def _backward_plan(R: int, D: int, sums: bool) -> tuple[dict[str, int], int, int
     return tiles, *(_groups(R, tiles["BR"], _MOST_GROUPS) if sums else (cdiv(R, tiles["BR"]), 1))
 
 
-def _forward_triton(h: Tensor, bias: Tensor | None, activation: str, y: Tensor) -> None:
-    R, D = h.shape
-    tiles = _tiles(D)
-    grid = cdiv(R, tiles["BR"]), cdiv(D, tiles["BD"])
-    flags = dict(HAS_BIAS=bias is not None, ACTIVATION=activation)
-    launch(_forward_kernel, grid, (h, bias, y), (R, D), flags | tiles)
+@functools.lru_cache(maxsize=1024)
+def _constants(D: int, bias: bool, activation: str) -> Constants:
+    """Of the forward pass."""
+    return kept(HAS_BIAS=bias, ACTIVATION=activation, **_tiles(D))
+
+
+def _forward_triton(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    h = h.contiguous()
+    y, (R, D) = torch.empty_like(h), h.shape
+    if R:
+        constants = _constants(D, bias is not None, activation)
+        grid = cdiv(R, constants["BR"]), cdiv(D, constants["BD"])
+        launch(_forward_kernel, grid, (h, bias, y), (R, D), constants)
+    return y
 
 
 def _backward_triton(
@@ -242,6 +251,10 @@ def _biased(h: Tensor, bias: Tensor | None) -> Tensor:
     return u + bias if u is h else u.add_(bias)
 
 
+def _forward_torch(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return activate(_biased(h.contiguous(), bias), activation).to(h.dtype)
+
+
 def _sums_torch(dh: Tensor) -> Tensor:
     # torch sums bf16 and fp16 in fp32 anyway, and on the CPU dtype= would first make a copy
     return dh.sum(0).to(torch.promote_types(dh.dtype, torch.float32))
@@ -256,20 +269,25 @@ def column_sums(dy: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     return _backward_triton(dy, None, None, "none", True, None, dtype)
 
 
+# native
+
+
+def _forward_native(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return torch.ops.prismer_native.bias_activation(h.contiguous(), bias, activation)
+
+
+# by backend, for rows (R, D)
+_FORWARD: dict[str, Callable[[Tensor, Tensor | None, str], Tensor]] = {
+    "native": _forward_native,
+    "triton": _forward_triton,
+    "torch": _forward_torch,
+}
+
 # the registered ops
 
 
 def _forward(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    h = h.contiguous()
-    backend = OP.choose(h, activation)
-    if backend == "torch":
-        return activate(_biased(h, bias), activation).to(h.dtype)
-    if backend == "native":
-        return torch.ops.prismer_native.bias_activation(h, bias, activation)
-    y = torch.empty_like(h)
-    if h.shape[0]:
-        _forward_triton(h, bias, activation, y)
-    return y
+    return _FORWARD[OP.choose(h, activation)](h, bias, activation)
 
 
 def _forward_fake(h: Tensor) -> Tensor:
@@ -323,6 +341,20 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation is {activation!r}; choose {', '.join(ACTIVATIONS)}")
 
 
+def _plan(h: Tensor, bias: Tensor | None, activation: str) -> Callable:
+    check_activation(activation)
+    if not h.is_floating_point() or h.dim() < 1 or h.shape[-1] < 1:
+        raise ValueError(f"h is {described(h)}; pass floats of shape (..., D)")
+    check_floats("bias", bias, h.shape[-1:])
+    if OP.route(h, activation) == "reference":
+        return bias_activation_reference
+    forward = _FORWARD[OP.choose(h, activation)] if runs_directly(h, bias) else bias_activation_op
+    if h.dim() == 2:
+        return forward
+    rows, shape = (-1, h.shape[-1]), h.shape
+    return lambda h, bias, activation: forward(h.reshape(rows), bias, activation).view(shape)
+
+
 def bias_activation(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """act(h + bias) in one pass, computed in fp32.
 
@@ -337,13 +369,7 @@ def bias_activation(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     Raises:
         ValueError: if a shape, dtype or name does not fit.
     """
-    check_activation(activation)
-    if not h.is_floating_point() or h.dim() < 1 or h.shape[-1] < 1:
-        raise ValueError(f"h is {described(h)}; pass floats of shape (..., D)")
-    check_floats("bias", bias, h.shape[-1:])
-    if OP.route(h, activation) == "reference":
-        return bias_activation_reference(h, bias, activation)
-    return bias_activation_op(h.reshape(-1, h.shape[-1]), bias, activation).view(h.shape)
+    return OP.resolve(_plan, h, bias, activation)(h, bias, activation)
 
 
 def kernel_cases() -> list[KernelCase]:

@@ -24,17 +24,19 @@ Source: Prismer, arXiv:2303.02506, section 3.2.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prismer.kernels import launch, layer_norm
 from prismer.kernels.activation import column_sums
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import check_floats, check_linear, described
-from prismer.kernels.dispatch import TORCH, TRITON, Op
-from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient
+from prismer.kernels.dispatch import TORCH, TRITON, Op, runs_directly
+from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient, prepare_gemm
 from prismer.kernels.layer_norm import backward_in_one_pass, layer_norm_op, layer_norm_reference
 
 
@@ -61,7 +63,9 @@ def adaptor_reference(
     return (layer_norm_reference(total, gamma, beta, eps) if late else total).to(x.dtype)
 
 
-OP = Op(name="adaptor", reference=adaptor_reference, backends=(TRITON, TORCH), vendor=True)
+OP = Op(
+    name="adaptor", reference=adaptor_reference, backends=(TRITON, TORCH), vendor=True, depends=launch.fp32_precision
+)
 
 
 # the registered ops
@@ -78,17 +82,34 @@ def _forward(
     late: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x = x.contiguous()
-    backend = OP.choose(x)
-    u = x
+    parameters = norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias
+    y, r, total, mean, rstd = _forward_on(OP.choose(x), layer_norm_op, x, *parameters, late, eps)
+    return y, r, x.new_empty(0) if total is None else total, mean, rstd
+
+
+def _forward_on(
+    backend: str,
+    norm: Callable,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    late: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """`norm` is the op of the norm or one of its implementations."""
+    u = x = x.contiguous()
+    total = None
     if not late:
-        u, _, mean, rstd = layer_norm_op(x, None, norm_weight, norm_bias, eps)
+        u, _, mean, rstd = norm(x, None, norm_weight, norm_bias, eps)
     r, _ = gemm(u, down_weight, down_bias, backend=backend, activation="relu")
     y, _ = gemm(r, up_weight, up_bias, backend=backend, residual=x, square=True)
-    total = x.new_empty(0)
     if late:
         total = y
-        y, _, mean, rstd = layer_norm_op(total, None, norm_weight, norm_bias, eps)
+        y, _, mean, rstd = norm(total, None, norm_weight, norm_bias, eps)
     return y, r, total, mean, rstd
 
 
@@ -233,6 +254,59 @@ _adaptor_backward = OP.register(_backward, fake=_backward_fake, suffix="_backwar
 # the public function
 
 
+def _plan(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    late: bool,
+    eps: float,
+) -> Callable:
+    if not x.is_floating_point() or x.dim() < 1 or not 1 <= x.shape[-1] <= 65536:
+        raise ValueError(f"x is {described(x)}; pass floats of shape (..., D), D from 1 to 65536")
+    D = x.shape[-1]
+    check_floats("norm_weight", norm_weight, (D,))
+    check_floats("norm_bias", norm_bias, (D,))
+    check_linear("down", down_weight, down_bias, D, x)
+    check_linear("up", up_weight, up_bias, down_weight.shape[0], x, D)
+    if OP.route(x) == "reference":
+        return functools.partial(adaptor_reference, late=late, eps=eps)
+    forward: Callable = _adaptor
+    if runs_directly(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias):
+        norm_backend, backend = layer_norm.OP.choose(x, norm_weight, norm_bias), OP.choose(x)
+        if norm_backend == backend == "triton" and x.numel() and x.is_contiguous():
+            return _triton_plan(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps)
+        forward = functools.partial(_forward_on, backend, layer_norm.FORWARD[norm_backend])
+    if x.dim() == 2:
+        return lambda *tensors: forward(*tensors, late, eps)[0]
+    shape = x.shape
+    return lambda x, *parameters: forward(x.reshape(-1, D), *parameters, late, eps)[0].view(shape)
+
+
+def _triton_plan(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    late: bool,
+    eps: float,
+) -> Callable:
+    """For a contiguous x that is not empty, without a gradient."""
+    normalise = layer_norm.prepare_norm(x, None, norm_weight, norm_bias, eps)
+    hidden = *x.shape[:-1], down_weight.shape[0]
+    down = prepare_gemm(x.shape, down_weight, down_bias, activation="relu")
+    up = prepare_gemm(hidden, up_weight, up_bias, residual=True, square=True)
+    if late:
+        return lambda x, g, b, w1, b1, w2, b2: normalise(up(down(x, w1, b1), w2, b2, x), g, b)
+    return lambda x, g, b, w1, b1, w2, b2: up(down(normalise(x, g, b), w1, b1), w2, b2, x)
+
+
 def adaptor(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -261,17 +335,8 @@ def adaptor(
     Raises:
         ValueError: if a shape or dtype does not fit.
     """
-    if not x.is_floating_point() or x.dim() < 1 or not 1 <= x.shape[-1] <= 65536:
-        raise ValueError(f"x is {described(x)}; pass floats of shape (..., D), D from 1 to 65536")
-    D = x.shape[-1]
-    check_floats("norm_weight", norm_weight, (D,))
-    check_floats("norm_bias", norm_bias, (D,))
-    check_linear("down", down_weight, down_bias, D, x)
-    check_linear("up", up_weight, up_bias, down_weight.shape[0], x, D)
-    parameters = (norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias)
-    if OP.route(x) == "reference":
-        return adaptor_reference(x, *parameters, late=late, eps=eps)
-    return _adaptor(x.reshape(-1, D), *parameters, late, eps)[0].view(x.shape)
+    tensors = x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias
+    return OP.resolve(_plan, *tensors, late, eps)(*tensors)
 
 
 def kernel_cases() -> list[KernelCase]:

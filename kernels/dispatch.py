@@ -1,8 +1,9 @@
 """The contract of an op: which of its implementations runs, and how torch knows the op.
 
 The file of an op declares one `Op`: its definition, its implementations ("backends") and what each of them serves.
-All else follows from the declaration. `Op.route` and `Op.choose` pick what runs a call. `Op.register` gives torch the
-op with schema, shapes and gradient. `all_ops` finds the ops of this folder, for `prismer info` and for the tests.
+All else follows from the declaration. `Op.route` and `Op.choose` pick what runs a call, and `Op.resolve` remembers it
+for the next call like it. `Op.register` gives torch the op with schema, shapes and gradient. `all_ops` finds the ops of
+this folder, for `prismer info` and for the tests.
 
 The backends: `native` is compiled C++ and CUDA C++, `triton` is compiled at its first call, `torch` is composed of
 PyTorch operators, `reference` is the definition that tests compare with. Attention can also run on `flash-attn`,
@@ -13,15 +14,12 @@ for all ops (`torch`) or for some (`mlp:torch,attention:sdpa`).
 
 import functools
 import importlib
-import importlib.util
 import inspect
 import itertools
 import logging
 import os
 import pkgutil
 import re
-import threading
-import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,13 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
-from prismer.kernels import tuning
+from prismer.kernels import machine, tuning
 from prismer.kernels.errors import InputError, MachineError
 
 BACKENDS = ("native", "triton", "torch", "few-rows", "onednn", "flash-attn", "xformers", "sdpa", "reference")
 
-_BUILD = "run pip install --no-build-isolation --no-deps -e ."
 _log = logging.getLogger("prismer.kernels")
 
 
@@ -74,6 +72,8 @@ def _declared() -> set[str]:
 
 # of the whole process, not of a thread: on a GPU the backward pass runs in autograd's own threads
 _asked: Asked = _parse(os.environ.get("PRISMER_BACKEND"), "PRISMER_BACKEND")
+# the same as a part of keys
+_asked_key = tuple(_asked.items())
 
 
 def asked(op: str | None = None) -> str | None:
@@ -83,7 +83,7 @@ def asked(op: str | None = None) -> str | None:
 
 def choice_state() -> Hashable:
     """What choices depend on beside the calls: the backends asked for, and the tables of measured choices."""
-    return tuple(_asked.items()), tuning.generation
+    return _asked_key, tuning.generation
 
 
 @contextmanager
@@ -97,99 +97,13 @@ def use_backend(backend: str | None) -> Iterator[None]:
     Raises:
         ValueError: if a name is not that of a backend or of an op.
     """
-    global _asked
+    global _asked, _asked_key
     before, _asked = _asked, _parse(backend, "backend")
+    _asked_key = tuple(_asked.items())
     try:
         yield
     finally:
-        _asked = before
-
-
-# what this machine has
-
-_loading = threading.RLock()
-
-
-@functools.cache
-def native_missing(device_type: str = "cpu") -> str | None:
-    """Load the native extension for a device type once; None if it loads, else the reason why not."""
-    # while a thread loads an extension, it is in sys.modules without a spec, and find_spec raises in other threads
-    with _loading:
-        return _load_native(device_type)
-
-
-def _load_native(device_type: str) -> str | None:
-    name = "prismer._C" if device_type == "cpu" else "prismer._C_cuda"
-    if device_type != "cpu":
-        reason = native_missing("cpu")
-        if reason is not None:
-            return reason
-    if importlib.util.find_spec(name) is None:
-        needs = "a C++ compiler" if device_type == "cpu" else "nvcc and PRISMER_CUDA=1"
-        return f"{name} was not built; with {needs} present, {_BUILD}"
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        reason = f"{name} does not load ({error}); {_BUILD}"
-        warnings.warn(f"{reason}; until then other backends run instead", stacklevel=2)
-        return reason
-    return None
-
-
-@functools.cache
-def triton_missing() -> str | None:
-    """None if Triton can be imported, else the reason why not."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; run pip install triton"
-    return None
-
-
-def interpreting() -> bool:
-    """Does Triton run kernels in its interpreter (TRITON_INTERPRET=1), which takes CPU tensors?"""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
-
-
-_PACKAGES = {
-    # generations 3, 4 and 2; where only generation 4 is installed, the third name is an empty namespace
-    "flash-attn": tuple(
-        (module, "flash_attn_func") for module in ("flash_attn_interface", "flash_attn.cute", "flash_attn")
-    ),
-    "xformers": (("xformers.ops", "memory_efficient_attention"),),
-}
-
-
-@functools.cache
-def module_missing(module: str, function: str) -> str | None:
-    """None if `module` of another library can be imported and has `function`, else the reason why not."""
-    try:
-        if importlib.util.find_spec(module) is None:
-            return f"{module} is not installed"
-        if not hasattr(importlib.import_module(module), function):
-            return f"{module} has no {function}"
-    except ModuleNotFoundError as error:
-        if error.name == module.split(".")[0]:
-            return f"{module} is not installed"
-        return f"{module} does not import here ({error})"
-    # a binary that was built for another torch can raise anything
-    except Exception as error:
-        return f"{module} does not import here ({type(error).__name__}: {error})"
-    return None
-
-
-def package_missing(backend: str) -> str | None:
-    """None if a package behind `flash-attn` or `xformers` can be imported, else the reason why not."""
-    reasons = [module_missing(*entry) for entry in _PACKAGES[backend]]
-    return None if None in reasons else f"{backend} is not there: {'; '.join(reasons)}"
-
-
-@functools.cache
-def _has_native(op: str, device_type: str) -> bool:
-    # the first look-up of an unknown name raises, so ask for the schema before the kernel
-    return hasattr(torch.ops.prismer_native, op) and (
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"prismer_native::{op}", device_type.upper())
-    )
+        _asked, _asked_key = before, tuple(before.items())
 
 
 # who watches a call
@@ -230,6 +144,23 @@ def _watched() -> bool:
     )
 
 
+def _untraced() -> bool:
+    """Is this an eager call that nothing traces: no compiler, no mode, no transform, no dual level?"""
+    return not (is_compiling() or forward_ad._current_level >= 0 or _watched())
+
+
+def runs_directly(*args: Any) -> bool:
+    """May a plan (`Op.resolve`) call an implementation itself, in place of the registered op?
+
+    That is an eager call of plain tensors that nothing traces and that keeps no graph.
+    """
+    if not _untraced():
+        return False
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not records and all(type(t) in PLAIN and t.dtype not in NARROW for t in tensors)
+
+
 def is_partitioned(weight: Tensor) -> bool:
     """Does ZeRO-3 partition this weight? torch's own operators would save a view of it, which keeps it gathered."""
     return hasattr(weight, "ds_id")
@@ -246,7 +177,7 @@ def on_host(x: Tensor, op: str | None = None) -> bool:
         and x.is_cpu
         and (not _asked or asked(op) is None)
         and x.dtype not in NARROW
-        and not (torch.compiler.is_compiling() or _watched())
+        and not (is_compiling() or _watched())
     )
 
 
@@ -294,8 +225,10 @@ def rows_and_width(x: Tensor) -> tuple[int, int]:
 
 # a call of an op for a measurement: the function, and its arguments
 Example = tuple[Callable[..., Any], list[Any]]
-# choices that an op remembers
-_MOST_PICKED = 4096
+# choices and plans that an op remembers
+_MOST_REMEMBERED = 4096
+# arguments of these types are part of the key of a plan
+_CONSTANTS = frozenset((type(None), bool, int, float, str))
 # what torch's own operators are called among the implementations of an op
 HOST = "host"
 
@@ -322,6 +255,7 @@ class Op:
         classify: the class of a call's shape, from the arguments of `route` or `choose`; None is `rows_and_width`.
         paths: names of what is measured where the op itself chooses, instead of its backends.
         example: a call of the public function for a measurement, from the class of its shape, a dtype and a device.
+        depends: what else a plan of this op depends on, such as a setting of torch; asked at each call.
     """
 
     name: str
@@ -333,7 +267,9 @@ class Op:
     classify: Callable[..., tuple[int, ...]] | None = None
     paths: tuple[str, ...] = ()
     example: Callable[[tuple[int, ...], torch.dtype, torch.device], Example] | None = None
+    depends: Callable[[], Hashable] | None = None
     _picked: dict[tuple, str] = field(default_factory=dict, init=False, repr=False)
+    _plans: dict[tuple, Callable] = field(default_factory=dict, init=False, repr=False)
 
     def shape_class(self, x: Any, *facts: Any) -> tuple[int, ...]:
         """The class of a call's shape, by which measured choices are found."""
@@ -342,6 +278,41 @@ class Op:
     def measured(self, x: Any, shape: tuple[int, ...], gradient: bool) -> str | None:
         """The measured choice for a class of calls, or None."""
         return tuning.choice(x.device.type, (self.name, x.dtype, gradient, shape))
+
+    def resolve(self, plan: Callable[..., Callable], *args: Any) -> Callable:
+        """What runs a call: what `plan(*args)` returns, which is remembered for calls like this one.
+
+        To check the arguments of a short call and to choose for it costs more than to run it. Both follow from shapes,
+        strides, dtypes, devices and options, and from what choices depend on (`choice_state`): all of these are the
+        key. A call that is traced is planned each time, and the registered op then runs.
+
+        Args:
+            plan: checks the arguments and returns a function that runs such a call. What it returns must hold no
+                tensor, nor anything of the arguments but what is part of the key. One function for each op.
+            args: tensors, numbers, strings and None, all that the plan depends on.
+        """
+        # as `_untraced`, whose call would cost a tenth of the look-up
+        if is_compiling() or forward_ad._current_level >= 0 or _watched():
+            return plan(*args)
+        key: list[Any] = [tuning.generation, _asked_key, torch.is_grad_enabled()]
+        if self.depends is not None:
+            key.append(self.depends())
+        for arg in args:
+            if type(arg) in PLAIN:
+                layout = arg.is_contiguous() or arg.stride()
+                key += arg.shape, layout, arg.dtype, arg.device, arg.requires_grad
+            elif type(arg) in _CONSTANTS:
+                key.append(arg)
+            else:
+                return plan(*args)
+        whole = tuple(key)
+        found = self._plans.get(whole)
+        if found is None:
+            found = plan(*args)
+            if len(self._plans) >= _MOST_REMEMBERED:
+                self._plans.clear()
+            self._plans[whole] = found
+        return found
 
     def route(self, x: Tensor, *facts: Any) -> str:
         """How a public function runs a call: as "reference", on torch's own operators ("host"), or as the "op".
@@ -402,7 +373,7 @@ class Op:
         key = (tuning.generation, x.device.type, x.dtype, gradient, shape)
         picked = self._picked.get(key) if self._has_no_rules else None
         if picked is None:
-            if len(self._picked) >= _MOST_PICKED:
+            if len(self._picked) >= _MOST_REMEMBERED:
                 self._picked.clear()
             picked = self._picked[key] = self.pick(x, *facts, measured=self.measured(x, shape, gradient))
             tuning.record(x.device.type, (self.name, x.dtype, gradient, shape), picked)
@@ -442,8 +413,8 @@ class Op:
         """None if `backend` can run this op on tensors of a device type on this machine, else the reason why not."""
         name = backend.name
         if name == "triton":
-            reason = triton_missing()
-            if reason is None and device_type != "cuda" and not interpreting():
+            reason = machine.triton_missing()
+            if reason is None and device_type != "cuda" and not machine.interpreting():
                 reason = (
                     f"triton {self.name} serves cuda tensors, not {device_type}; "
                     "TRITON_INTERPRET=1 runs it on the CPU, slowly"
@@ -452,11 +423,11 @@ class Op:
         if backend.devices is not None and device_type not in backend.devices:
             return f"{name} {self.name} serves {' and '.join(backend.devices)} tensors, not {device_type}"
         if name == "native":
-            reason = native_missing(device_type)
-            if reason is None and not _has_native(self.name, device_type):
-                reason = f"prismer._C was built from older sources, without {self.name}; {_BUILD}"
+            reason = machine.native_missing(device_type)
+            if reason is None and not machine.has_native(self.name, device_type):
+                reason = f"prismer._C was built from older sources, without {self.name}; {machine.BUILD}"
             return reason
-        return package_missing(name) if name in _PACKAGES else None
+        return machine.package_missing(name) if name in machine.PACKAGES else None
 
     def register(
         self,
@@ -504,7 +475,7 @@ class Op:
         op = getattr(torch.ops.prismer, name)
 
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 return op(*args)
             if forward_ad._current_level >= 0:
                 # otherwise jvp silently returns zeros

@@ -14,13 +14,15 @@ Traffic: N K weights of s bytes once; x and y are small beside them. FLOPs: 2 R 
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prismer.kernels.checks import check_like, described
-from prismer.kernels.dispatch import PLAIN, TORCH, Backend, Op, native_missing, on_host
+from prismer.kernels.dispatch import PLAIN, TORCH, Backend, Op, on_host, runs_directly
+from prismer.kernels.machine import native_missing
 
 # the native kernel's limits: rows, and the width up to which sums of int8 products fit into 32 bits
 MOST_ROWS = 64
@@ -128,10 +130,15 @@ def _int8_torch(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor) -
 # the registered op
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
-    if OP.choose(x, weight) == "native":
-        return _native(x, weight, bias, scale)
+def _torch(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias) if scale is None else _int8_torch(x, weight, bias, scale)
+
+
+_FORWARD: dict[str, Callable] = {"native": _native, "torch": _torch}
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    return _FORWARD[OP.choose(x, weight)](x, weight, bias, scale)
 
 
 def _forward_fake(x: Tensor, weight: Tensor) -> Tensor:
@@ -142,6 +149,31 @@ _few_rows_linear = OP.register(_forward, fake=_forward_fake)
 
 
 # the public function
+
+
+def _plan(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, dense: bool) -> Callable:
+    """`dense`: the weight has a dense last dimension, on which the choice depends."""
+    int8 = weight.dtype == torch.int8
+    if not x.is_floating_point() or x.dim() < 1:
+        raise ValueError(f"x is {described(x)}; pass floats of shape (..., K)")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not (int8 or weight.dtype == x.dtype):
+        raise ValueError(f"weight is {described(weight)}; pass {x.dtype}, like x, or int8, of shape (N, {x.shape[-1]})")
+    if int8 != (scale is not None):
+        raise ValueError(f"weight is {weight.dtype}; pass a scale with int8 weights, and none with others")
+    N = weight.shape[:1]
+    check_like("bias", bias, N, "the scale of int8 weights" if int8 else "x", torch.float32 if int8 else x.dtype)
+    check_like("scale", scale, N, "the sums of int8 products", torch.float32)
+    forward: Callable = _few_rows_linear
+    if OP.route(x) == "reference":
+        forward = few_rows_linear_reference
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        if int8:
+            raise ValueError("int8 products have no gradient; call them under torch.no_grad()")
+        return lambda x, weight, bias, scale: F.linear(x, weight, bias)
+    rows, shape = (-1, x.shape[-1]), (*x.shape[:-1], *N)
+    if forward is _few_rows_linear and runs_directly(x, weight, bias, scale):
+        forward = _FORWARD[OP.choose(x.reshape(rows), weight)]
+    return lambda x, weight, bias, scale: forward(x.reshape(rows), weight, bias, scale).view(shape)
 
 
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -161,21 +193,6 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale
     Raises:
         ValueError: if a shape or dtype does not fit, or int8 weights are to have a gradient.
     """
-    int8 = weight.dtype == torch.int8
-    if not x.is_floating_point() or x.dim() < 1:
-        raise ValueError(f"x is {described(x)}; pass floats of shape (..., K)")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not (int8 or weight.dtype == x.dtype):
-        raise ValueError(f"weight is {described(weight)}; pass {x.dtype}, like x, or int8, of shape (N, {x.shape[-1]})")
-    if int8 != (scale is not None):
-        raise ValueError(f"weight is {weight.dtype}; pass a scale with int8 weights, and none with others")
-    N = weight.shape[:1]
-    check_like("bias", bias, N, "the scale of int8 weights" if int8 else "x", torch.float32 if int8 else x.dtype)
-    check_like("scale", scale, N, "the sums of int8 products", torch.float32)
-    if OP.route(x) == "reference":
-        return few_rows_linear_reference(x.reshape(-1, x.shape[-1]), weight, bias, scale).view(*x.shape[:-1], *N)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        if int8:
-            raise ValueError("int8 products have no gradient; call them under torch.no_grad()")
-        return F.linear(x, weight, bias)
-    y = _few_rows_linear(x.reshape(-1, x.shape[-1]), weight, bias, scale)
-    return y.view(*x.shape[:-1], *N)
+    # the choice depends on the layout of the weight, which is not part of a plan's key
+    dense = weight.dim() > 0 and _dense(weight)
+    return OP.resolve(_plan, x, weight, bias, scale, dense)(x, weight, bias, scale)

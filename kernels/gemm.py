@@ -17,6 +17,8 @@ tiles, add N w for a bias of w bytes each, and 4 N for partial column sums, whic
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ from prismer.kernels.activation import (
     derivative,
 )
 from prismer.kernels.aot.cases import KernelCase
-from prismer.kernels.launch import cdiv, input_precision, launch
+from prismer.kernels.launch import Constants, Prepared, cdiv, input_precision, kept, launch
 from prismer.kernels.layer_norm import sum_groups
 
 _GROUP = 8
@@ -153,17 +155,17 @@ def _tiles(M: int, N: int, dtype: torch.dtype, activated: bool = False) -> dict[
 
 
 def _flags(
-    pointers: tuple[Any, ...],
+    given: tuple[bool, ...],
     numbers: tuple[int, ...],
-    dtype: torch.dtype,
+    precision: str,
     activation: str,
     differentiate: bool,
     square_a: bool,
     square_b: bool,
 ) -> dict[str, Any]:
-    """The constants of a launch beside its tiles; of the pointers of the kernel only those that are None matter."""
+    """The constants of a launch beside its tiles; `given`: are there bias, h, residual, activation and sums?"""
     M, _, K, stride_am, stride_ak, stride_bk, _ = numbers
-    _, _, bias, h, residual, _, activated, sums = (pointer is not None for pointer in pointers)
+    bias, h, residual, activated, sums = given
     return dict(
         HAS_BIAS=bias,
         ACTIVATION=activation,
@@ -176,7 +178,7 @@ def _flags(
         SQUARE_B=square_b,
         EVEN_M=stride_am == 1 and M % 16 == 0,
         EVEN_K=1 in (stride_ak, stride_bk) and K % 16 == 0,
-        PRECISION=input_precision(dtype),
+        PRECISION=precision,
         GROUP=_GROUP,
     )
 
@@ -199,26 +201,56 @@ def _launch(
     b_transposed: bool = False,
 ) -> Tensor | None:
     """Run the kernel on `a` (M, K) and `b` (K, N), or on their transposes; returns the column sums if asked for."""
-    a_shape, a_strides, b_shape, b_strides = a.shape, a.stride(), b.shape, b.stride()
+    M, N = a.shape[a_transposed], b.shape[not b_transposed]
+    if not M or not N:
+        return a.new_zeros(N, dtype=sums) if sums else None
+    num_m, grid, numbers, constants = _settings(
+        (*a.shape, *a.stride(), *b.shape, *b.stride()),
+        a_transposed,
+        b_transposed,
+        (bias is not None, h is not None, residual is not None, activated is not None, sums is not None),
+        a.dtype,
+        activation,
+        differentiate,
+        square_a,
+        square_b,
+        input_precision(a.dtype),
+    )
+    total = partial = None if sums is None else a.new_empty(N, dtype=sums)
+    # one row of tiles writes the total itself
+    if sums is not None and num_m > 1:
+        partial = torch.empty(num_m, N, dtype=torch.float32, device=a.device)
+    launch(_gemm_kernel, grid, (a, b, bias, h, residual, c, activated, partial), numbers, constants)
+    if partial is not total:
+        sum_groups(partial, total)
+    return total
+
+
+@functools.lru_cache(maxsize=4096)
+def _settings(
+    sizes: tuple[int, ...],
+    a_transposed: bool,
+    b_transposed: bool,
+    given: tuple[bool, ...],
+    dtype: torch.dtype,
+    activation: str,
+    differentiate: bool,
+    square_a: bool,
+    square_b: bool,
+    precision: str,
+) -> tuple[int, tuple[int], tuple[int, ...], Constants]:
+    """Rows of tiles, grid, numbers and constants of a launch, from shapes and strides of both factors."""
+    a_shape, a_strides, b_shape, b_strides = (sizes[i : i + 2] for i in (0, 2, 4, 6))
     if a_transposed:
         a_shape, a_strides = a_shape[::-1], a_strides[::-1]
     if b_transposed:
         b_shape, b_strides = b_shape[::-1], b_strides[::-1]
     (M, K), N = a_shape, b_shape[1]
-    if not M or not N:
-        return a.new_zeros(N, dtype=sums) if sums else None
-    tiles = _tiles(M, N, a.dtype, activated is not None)
+    numbers = M, N, K, *a_strides, *b_strides
+    tiles = _tiles(M, N, dtype, given[3])
     num_m = cdiv(M, tiles["BM"])
-    total = partial = a.new_empty(N, dtype=sums) if sums else None
-    # one row of tiles writes the total itself
-    if sums and num_m > 1:
-        partial = torch.empty(num_m, N, dtype=torch.float32, device=a.device)
-    pointers, numbers = (a, b, bias, h, residual, c, activated, partial), (M, N, K, *a_strides, *b_strides)
-    flags = _flags(pointers, numbers, a.dtype, activation, differentiate, square_a, square_b)
-    launch(_gemm_kernel, (num_m * cdiv(N, tiles["BN"]),), pointers, numbers, flags | tiles)
-    if partial is not total:
-        sum_groups(partial, total)
-    return total
+    flags = _flags(given, numbers, precision, activation, differentiate, square_a, square_b)
+    return num_m, (num_m * cdiv(N, tiles["BN"]),), numbers, kept(**flags, **tiles)
 
 
 # for ops that consist of products: `backend` is "triton", or "torch" for torch's operators
@@ -234,8 +266,8 @@ def gemm(
     keep: bool = False,
     residual: Tensor | None = None,
     square: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """act(a weight^T + bias) + residual, and the product alone (empty unless `keep`).
+) -> tuple[Tensor, Tensor | None]:
+    """act(a weight^T + bias) + residual, and the product alone (None unless `keep`).
 
     Args:
         a: (R, K), contiguous.
@@ -249,17 +281,17 @@ def gemm(
     if backend == "triton":
         c = a.new_empty((a.shape[0], weight.shape[0]))
         h = torch.empty_like(c) if keep else None
-        options = dict(bias=bias, activation=activation, h=h, residual=residual, square_a=square)
-        _launch(a, weight, c, b_transposed=True, **options)
-        return c, h if keep else a.new_empty(0)
-    empty = a.new_empty(0)
+        _launch(
+            a, weight, c, bias=bias, activation=activation, h=h, residual=residual, square_a=square, b_transposed=True
+        )
+        return c, h
+    h = None
     if square:
         a = a.square()
     if activation not in ("none", "relu"):
         h = matmul.linear(a, weight)
         c = bias_activation_op(h, bias, activation)
     else:
-        h = empty
         if bias is None or bias.dtype == a.dtype:
             c = matmul.linear(a, weight, bias)
         else:
@@ -268,7 +300,42 @@ def gemm(
             c.relu_()
     if residual is not None:
         c += residual
-    return c, h if keep else empty
+    return c, h if keep else None
+
+
+def prepare_gemm(
+    shape: tuple[int, ...],
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str = "none",
+    residual: bool = False,
+    square: bool = False,
+) -> Callable[..., Tensor]:
+    """What computes act(a weight^T + bias) + residual on Triton, for tensors like these, none of them empty.
+
+    Args:
+        shape: of a contiguous `a` (..., K), and of the result but for its last dimension.
+        weight, bias: as in `gemm`.
+        activation, square: as in `gemm`.
+        residual: there is one.
+
+    Returns:
+        A function of a, weight, bias and residual.
+    """
+    N, K = weight.shape
+    sizes = math.prod(shape[:-1]), K, K, 1, N, K, *weight.stride()
+    given, dtype = (bias is not None, False, residual, False, False), weight.dtype
+    precision = input_precision(dtype)
+    _, *launched = _settings(sizes, False, True, given, dtype, activation, False, square, False, precision)
+    run, result = Prepared(_gemm_kernel, *launched), (*shape[:-1], N)
+
+    def product(a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        c = a.new_empty(result)
+        run(a, weight, bias, None, residual, c, None, None)
+        return c
+
+    return product
 
 
 def gemm_derivative(
@@ -339,16 +406,17 @@ def gemm_case(
 ) -> KernelCase:
     """The case that `_launch` would run; a transposed operand has its columns contiguous."""
     tiles, s = _tiles(M, N, dtype, activated), dtype.itemsize
-    given = True, True, bias, keep or differentiate, residual, True, activated, sums
-    kinds = *["*bf16" if s == 2 else "*fp32"] * 7, "*fp32"
-    pointers = tuple(kind if is_given else None for kind, is_given in zip(kinds, given, strict=True))
+    given = bias, keep or differentiate, residual, activated, sums
+    kind = "*bf16" if s == 2 else "*fp32"
+    kinds = [kind if is_given else None for is_given in given[:4]]
+    pointers = kind, kind, *kinds[:3], kind, kinds[3], "*fp32" if sums else None
     numbers = M, N, K, *((1, M) if a_transposed else (K, 1)), *((1, K) if b_transposed else (N, 1))
     extra = sum((keep or differentiate, residual, activated))
     return KernelCase.of_launch(
         name,
         _gemm_kernel,
         (*pointers, *numbers),
-        _flags(pointers, numbers, dtype, activation, differentiate, square_a, square_b) | tiles,
+        _flags(given, numbers, input_precision(dtype), activation, differentiate, square_a, square_b) | tiles,
         shape=shape,
         dot=s == 2,
         flops=2 * M * N * K,

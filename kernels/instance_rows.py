@@ -22,6 +22,8 @@ Traffic of the Triton kernels, for N = B * grid * grid cells of D numbers of s b
 torch sums dpositions.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,9 +33,9 @@ from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import described
-from prismer.kernels.dispatch import TORCH, Backend, Op
+from prismer.kernels.dispatch import TORCH, Backend, Op, runs_directly
 from prismer.kernels.label_map import sum_parts
-from prismer.kernels.launch import cdiv, launch
+from prismer.kernels.launch import Constants, cdiv, kept, launch
 
 
 def _cell_rows(ids: Tensor, rows: Tensor | None, num_rows: int, grid: int) -> Tensor:
@@ -169,14 +171,23 @@ def _parts(N: int, F: int, D: int) -> tuple[int, int]:
     return cdiv(tiles, each), each
 
 
+@functools.cache
+def _constants(rows: bool, positions: bool) -> Constants:
+    """Of the forward pass."""
+    return kept(HAS_ROWS=rows, HAS_POSITIONS=positions, **_FORWARD_TILES)
+
+
 def _forward_triton(
-    x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, positions: Tensor | None, grid: int, out: Tensor
-) -> None:
-    (B, cells, D), tiles = x.shape, _FORWARD_TILES
-    N, given = B * cells, dict(HAS_ROWS=rows is not None, HAS_POSITIONS=positions is not None)
-    sizes = N, ids.shape[1], len(table), D, grid
-    program = cdiv(N, tiles["BN"]), cdiv(D, tiles["BD"])
-    launch(_forward_kernel, program, (x, ids, table, rows, positions, out), sizes, given | tiles)
+    x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, positions: Tensor | None, grid: int
+) -> Tensor:
+    out = torch.empty_like(x)
+    if out.numel():
+        (B, cells, D), constants = x.shape, _constants(rows is not None, positions is not None)
+        N, num_rows = B * cells, table.shape[0]
+        program = cdiv(N, constants["BN"]), cdiv(D, constants["BD"])
+        numbers = N, ids.shape[1], num_rows, D, grid
+        launch(_forward_kernel, program, (x, ids, table, rows, positions, out), numbers, constants)
+    return out
 
 
 def _table_triton(dy: Tensor, ids: Tensor, rows: Tensor | None, num_rows: int, grid: int, dtable: Tensor) -> None:
@@ -221,14 +232,14 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _forward(x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, positions: Tensor | None, grid: int) -> Tensor:
-    x, ids, table, rows, positions = _contiguous(x, ids, table, rows, positions)
-    backend = OP.choose(x)
-    if backend == "torch":
-        return _forward_torch(x, ids, table, rows, positions, grid)
-    out = _forward_fake(x)
-    if out.numel():
-        _forward_triton(x, ids, table, rows, positions, grid, out)
-    return out
+    return _forward_on(OP.choose(x), x, ids, table, rows, positions, grid)
+
+
+def _forward_on(
+    backend: str, x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, positions: Tensor | None, grid: int
+) -> Tensor:
+    forward: Callable = _forward_torch if backend == "torch" else _forward_triton
+    return forward(*_contiguous(x, ids, table, rows, positions), grid)
 
 
 def _forward_fake(x: Tensor) -> Tensor:
@@ -304,10 +315,19 @@ def add_instance_rows(
     Raises:
         ValueError: if a shape, dtype or device does not fit.
     """
+    tensors = x, ids, table, rows, positions
+    return OP.resolve(_plan, *tensors, grid)(*tensors, grid)
+
+
+def _plan(x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, positions: Tensor | None, grid: int) -> Callable:
     _check(x, ids, table, rows, grid, positions)
     if OP.route(x) == "reference":
-        return add_instance_rows_reference(x, ids, table, rows, grid, positions)
-    return _instance_rows(x, ids, table, rows, positions, grid)
+        return lambda x, ids, table, rows, positions, grid: add_instance_rows_reference(
+            x, ids, table, rows, grid, positions
+        )
+    if runs_directly(x, ids, table, rows, positions):
+        return functools.partial(_forward_on, OP.choose(x))
+    return _instance_rows
 
 
 def _check(x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, grid: int, positions: Tensor | None) -> None:

@@ -29,6 +29,8 @@ Traffic of the Triton kernels, for P = B * size * size pixels, E of which blend,
 Above 64 numbers per row, ids and rows are read once for every 64.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,8 +41,8 @@ from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import described
-from prismer.kernels.dispatch import NATIVE, TORCH, Backend, Op
-from prismer.kernels.launch import cdiv, launch, next_power_of_2
+from prismer.kernels.dispatch import NATIVE, TORCH, Backend, Op, runs_directly
+from prismer.kernels.launch import Constants, cdiv, kept, launch, next_power_of_2
 
 
 def label_map_reference(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
@@ -208,11 +210,19 @@ def _parts(P: int, F: int, C: int) -> tuple[int, int]:
     return cdiv(tiles, each), each
 
 
-def _forward_triton(ids: Tensor, rows: Tensor, features: Tensor, size: int, out: Tensor) -> None:
-    (B, h, w), (F, C) = ids.shape, features.shape
-    P, BC = B * size * size, _columns(C)
-    numbers = P, h, w, F, C, size, max(size - 1, 1)
-    launch(_forward_kernel, (cdiv(P, 32), cdiv(C, BC)), (ids, rows, features, out), numbers, dict(BP=32, BC=BC))
+@functools.cache
+def _forward_tiles(C: int) -> Constants:
+    return kept(BP=32, BC=_columns(C))
+
+
+def _forward_triton(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
+    out, tiles = _forward_fake(ids, features, size), _forward_tiles(features.shape[1])
+    if out.numel():
+        (B, h, w), (F, C) = ids.shape, features.shape
+        P = B * size * size
+        numbers, grid = (P, h, w, F, C, size, max(size - 1, 1)), (cdiv(P, tiles["BP"]), cdiv(C, tiles["BC"]))
+        launch(_forward_kernel, grid, (ids, rows, features, out), numbers, tiles)
+    return out
 
 
 def _backward_triton(dy: Tensor, ids: Tensor, rows: Tensor, dfeatures: Tensor) -> None:
@@ -287,16 +297,14 @@ def _backward_torch(dy: Tensor, ids: Tensor, rows: Tensor, num_rows: int) -> Ten
 
 
 def _forward(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
+    return _forward_on(OP.choose(features, ids, size), ids, rows, features, size)
+
+
+def _forward_on(backend: str, ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
     ids, rows, features = ids.contiguous(), rows.contiguous(), features.contiguous()
-    backend = OP.choose(features, ids, size)
     if backend == "native":
         return torch.ops.prismer_native.label_map(ids, rows, features, size)
-    if backend == "triton":
-        out = _forward_fake(ids, features, size)
-        if out.numel():
-            _forward_triton(ids, rows, features, size, out)
-        return out
-    return _forward_torch(ids, rows, features, size)
+    return (_forward_triton if backend == "triton" else _forward_torch)(ids, rows, features, size)
 
 
 def _forward_fake(ids: Tensor, features: Tensor, size: int) -> Tensor:
@@ -341,6 +349,28 @@ _label_map_backward = OP.register(_backward, fake=_backward_fake, suffix="_backw
 # the public function
 
 
+def _plan(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Callable:
+    if ids.dtype != torch.uint8 or ids.dim() != 3:
+        raise ValueError(f"ids are {described(ids)}; pass uint8 of shape (B, h, w)")
+    if rows.dtype != torch.int64 or rows.shape != (ids.shape[0], 256):
+        raise ValueError(f"rows are {described(rows)}; pass int64 of shape ({ids.shape[0]}, 256)")
+    if not features.is_floating_point() or features.dim() != 2:
+        raise ValueError(f"features are {described(features)}; pass floats of shape (F, C)")
+    if size < 1 or ids.shape[1] < 1 or ids.shape[2] < 1:
+        raise ValueError(f"cannot resize a map of {tuple(ids.shape[1:])} to side {size}; both need at least one pixel")
+    if not ids.device == rows.device == features.device:
+        raise ValueError(
+            f"ids, rows and features are on {ids.device}, {rows.device} and {features.device}; move them to one device"
+        )
+    if OP.route(features) == "reference":
+        return label_map_reference
+    forward: Callable = _label_map
+    if runs_directly(ids, rows, features):
+        forward = functools.partial(_forward_on, OP.choose(features, ids, size))
+    # (B, size, size, C) in memory: channels_last, as the convolution that follows wants it
+    return lambda ids, rows, features, size: forward(ids, rows, features, size).permute(0, 3, 1, 2)
+
+
 def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
     """Look up each pixel's features and resize bilinearly with `align_corners=True`.
 
@@ -360,22 +390,7 @@ def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
         ValueError: if a shape, dtype or device does not fit.
         RuntimeError: on the CPU, if `rows` name a row that `features` do not have (on a GPU: NaN).
     """
-    if ids.dtype != torch.uint8 or ids.dim() != 3:
-        raise ValueError(f"ids are {described(ids)}; pass uint8 of shape (B, h, w)")
-    if rows.dtype != torch.int64 or rows.shape != (ids.shape[0], 256):
-        raise ValueError(f"rows are {described(rows)}; pass int64 of shape ({ids.shape[0]}, 256)")
-    if not features.is_floating_point() or features.dim() != 2:
-        raise ValueError(f"features are {described(features)}; pass floats of shape (F, C)")
-    if size < 1 or ids.shape[1] < 1 or ids.shape[2] < 1:
-        raise ValueError(f"cannot resize a map of {tuple(ids.shape[1:])} to side {size}; both need at least one pixel")
-    if not ids.device == rows.device == features.device:
-        raise ValueError(
-            f"ids, rows and features are on {ids.device}, {rows.device} and {features.device}; move them to one device"
-        )
-    if OP.route(features) == "reference":
-        return label_map_reference(ids, rows, features, size)
-    # (B, size, size, C) in memory: channels_last, as the convolution that follows wants it
-    return _label_map(ids, rows, features, size).permute(0, 3, 1, 2)
+    return OP.resolve(_plan, ids, rows, features, size)(ids, rows, features, size)
 
 
 def kernel_cases() -> list[KernelCase]:

@@ -21,6 +21,28 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 
+class Constants(dict[str, Any]):
+    """The constants of a launch that a launcher keeps, since to hash them at each launch costs more than to compare.
+
+    `kept` makes them: one object for equal constants, which is equal to itself alone.
+    """
+
+    __slots__ = ()
+    __hash__ = object.__hash__  # type: ignore[assignment]  # a dict has None
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+
+
+_kept: dict[tuple, Constants] = {}
+
+
+def kept(**constants: Any) -> Constants:
+    """The one object for these constants, to be kept by a launcher for a class of its launches."""
+    # 1, 1.0 and True are equal, but not the same constant
+    key = tuple((name, type(value), value) for name, value in constants.items())
+    return _kept.setdefault(key, Constants(constants))
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. `triton.cdiv` goes through a wrapper that costs the host twenty times as much."""
     return (a + b - 1) // b
@@ -38,16 +60,17 @@ def input_precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if _fp32_precision() == "tf32" else "ieee"
+    return "tf32" if fp32_precision() == "tf32" else "ieee"
 
 
-def _fp32_precision() -> str:
-    matmul = torch.backends.cuda.matmul
+def fp32_precision() -> str:
+    """How torch is set to multiply fp32 on a GPU."""
     try:
-        return matmul.fp32_precision
+        # what torch.backends.cuda.matmul.fp32_precision reads, in a fifth of its time
+        return torch._C._get_fp32_precision_getter("cuda", "matmul")
     except AttributeError:
         # before torch 2.9
-        return "tf32" if matmul.allow_tf32 else "ieee"
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 _counters: list[collections.Counter[str]] = []
@@ -79,6 +102,8 @@ def unspecialised(kernel: Any) -> frozenset[str]:
     return frozenset(options["do_not_specialize"] or ())
 
 
+# Triton's own objects, which outlive any driver or setting
+_drivers, _knobs = triton.runtime.driver, triton.knobs.runtime
 # numbers up to here are i32, whatever their value
 _INT32 = 2**31 - 1
 # one kernel has a few variants; more entries than this are a number that should not be specialised
@@ -119,7 +144,7 @@ def launch(
         grid: one to three sizes, all positive.
         pointers: tensors of one device, or None; the first one is a tensor.
         numbers: int or float. A float stays a float in every launch: 0.0, not 0.
-        constants: the tl.constexpr arguments by name, `num_warps` and `num_stages`.
+        constants: the tl.constexpr arguments by name, `num_warps` and `num_stages`; `Constants` cost the host less.
     """
     if _counters:
         _count(kernel)
@@ -129,7 +154,7 @@ def launch(
         # Triton's interpreter
         kernel[grid](*pointers, *numbers, **constants)
         return
-    device, driver = pointers[0].get_device(), triton.runtime.driver.active
+    device, driver = pointers[0].get_device(), _drivers.active
     current = driver.get_current_device()
     if device == current:
         _run(driver, device, kernel, grid, pointers, numbers, constants)
@@ -151,11 +176,26 @@ def _run(
     numbers: tuple,
     constants: dict[str, Any],
 ) -> None:
-    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks = _knobs.launch_enter_hook
     if hooks is not None and getattr(hooks, "calls", True):
         # a profiler of Triton wants the metadata of each launch
         kernel[grid](*pointers, *numbers, **constants)
         return
+    run, function, metadata, values, _ = _variant(device, kernel, grid, pointers, numbers, constants)
+    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+    stream = driver.get_current_stream(device)
+    run(x, y, z, stream, function, metadata, None, None, None, *pointers, *numbers, *values)
+
+
+def _variant(
+    device: int,
+    kernel: JITFunction,
+    grid: tuple[int, ...],
+    pointers: tuple[Tensor | None, ...],
+    numbers: tuple,
+    constants: dict[str, Any],
+) -> tuple:
+    """What runs a launch, its function and metadata, the constants in order, and the compiled variant."""
     variants = _variants.get(id(kernel))
     if variants is None:
         variants = _variants[id(kernel)] = _Variants(kernel, len(pointers), len(numbers))
@@ -163,8 +203,7 @@ def _run(
         device,
         # an int above 32 bits changes its type, and so its variant
         variants.specialised(numbers) if max(numbers) <= _INT32 else numbers,
-        *constants,
-        *constants.values(),
+        constants if type(constants) is Constants else (*constants, *constants.values()),
         *[p if p is None else p.dtype if not p.data_ptr() % 16 else (p.dtype,) for p in pointers],
     )
     found = variants.found.get(key)
@@ -175,7 +214,47 @@ def _run(
         values = [constants[name] for name in variants.names]
         # `run` loads the code, and so comes before `function`; code is unloaded with the last reference to `compiled`
         found = variants.found[key] = compiled.run, compiled.function, compiled.packed_metadata, values, compiled
-    run, function, metadata, values, _ = found
-    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-    stream = driver.get_current_stream(device)
-    run(x, y, z, stream, function, metadata, None, None, None, *pointers, *numbers, *values)
+    return found
+
+
+class Prepared:
+    """A launch that a plan keeps: grid, numbers and constants are fixed, and so are dtypes and device of the pointers.
+
+    Then the variant depends only on the alignment of the pointers. If all of them are multiples of 16, as memory of
+    torch's allocator is, the variant is looked up once; every other call goes through `launch`.
+    """
+
+    __slots__ = ("compiled", "grid", "interpreted", "settings", "variant")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple, constants: Constants) -> None:
+        self.settings = kernel, grid, numbers, constants
+        self.interpreted = type(kernel) is not JITFunction
+        self.grid = (*grid, 1, 1)[:3]
+        self.compiled: Any = None
+        self.variant: tuple = ()
+
+    def __call__(self, *pointers: Tensor | None) -> None:
+        hooks = _knobs.launch_enter_hook
+        if self.interpreted or _counters or (hooks is not None and getattr(hooks, "calls", True)):
+            self._launch(pointers)
+            return
+        address = 0
+        for p in pointers:
+            if p is not None:
+                address |= p.data_ptr()
+        device, driver = pointers[0].get_device(), _drivers.active
+        if address % 16 or device != driver.get_current_device():
+            self._launch(pointers)
+            return
+        if not self.variant:
+            kernel, grid, numbers, constants = self.settings
+            run, function, metadata, values, compiled = _variant(device, kernel, grid, pointers, numbers, constants)
+            # code is unloaded with the last reference to `compiled`
+            self.variant, self.compiled = (run, function, metadata, (*numbers, *values)), compiled
+        run, function, metadata, rest = self.variant
+        stream = driver.get_current_stream(device)
+        run(*self.grid, stream, function, metadata, None, None, None, *pointers, *rest)
+
+    def _launch(self, pointers: tuple[Tensor | None, ...]) -> None:
+        kernel, grid, numbers, constants = self.settings
+        launch(kernel, grid, pointers, numbers, constants)

@@ -15,18 +15,18 @@ A trained affine adds 8 D bytes of partial sums, written and read, for each of P
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import check_floats, check_like, described
-from prismer.kernels.dispatch import NATIVE, TORCH, TRITON, Example, Op, rows_and_width
-from prismer.kernels.launch import cdiv, launch, next_power_of_2
+from prismer.kernels.dispatch import NATIVE, TORCH, TRITON, Example, Op, rows_and_width, runs_directly
+from prismer.kernels.launch import Constants, Prepared, cdiv, kept, launch, next_power_of_2
 
 _MAX_WIDTH = 65536
 _FAST_ON_TORCH = (torch.float32, torch.bfloat16, torch.float16)
@@ -140,8 +140,9 @@ def _forward_kernel(
     if HAS_BIAS:
         b_y += tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
     tl.store(p_y + o, b_y.to(p_y.dtype.element_ty), mask=m)
-    tl.store(p_mean + o_row, b_mean, mask=m_row)
-    tl.store(p_rstd + o_row, b_rstd, mask=m_row)
+    if p_mean is not None:
+        tl.store(p_mean + o_row, b_mean, mask=m_row)
+        tl.store(p_rstd + o_row, b_rstd, mask=m_row)
 
 
 @triton.jit(do_not_specialize=["R", "blocks"])
@@ -277,19 +278,28 @@ def sum_groups(partial: Tensor, total: Tensor, second: Tensor | None = None, thi
     launch(_sum_groups_kernel, grid, (partial, total, second, third), (P, D), _SUM_TILES)
 
 
+@functools.lru_cache(maxsize=1024)
+def _constants(D: int, residual: bool, weight: bool, bias: bool) -> Constants:
+    """Of the forward pass."""
+    return kept(HAS_RESIDUAL=residual, HAS_WEIGHT=weight, HAS_BIAS=bias, **_tiles(D))
+
+
 def _forward_triton(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    outputs: tuple[Tensor, ...],
-) -> None:
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    x, total = x.contiguous(), None
+    if residual is not None:
+        residual = residual.contiguous()
+        total = torch.empty_like(x)
+    # allocations are a good part of what a short op costs the host: these are the cheapest forms
     R, D = x.shape
-    tiles = _tiles(D)
-    given = dict(HAS_RESIDUAL=residual is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None)
-    pointers = x, residual, weight, bias, *outputs
-    launch(_forward_kernel, (cdiv(R, tiles["BR"]),), pointers, (R, D, float(eps)), given | tiles)
+    y = torch.empty_like(x)
+    mean, rstd = x.new_empty(R, dtype=torch.float32), x.new_empty(R, dtype=torch.float32)
+    if R:
+        constants = _constants(D, residual is not None, weight is not None, bias is not None)
+        pointers = x, residual, weight, bias, y, total, mean, rstd
+        launch(_forward_kernel, (cdiv(R, constants["BR"]),), pointers, (R, D, float(eps)), constants)
+    return y, total, mean, rstd
 
 
 def _backward_triton(
@@ -328,6 +338,32 @@ def _given(dtotal: Any, weight: Any, bias: Any, affine: bool, stream: Any, y: An
     return flags | dict(AFFINE=affine, STREAM=stream is not None, STORE_Y=y is not None)
 
 
+def prepare_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Callable:
+    """What runs `layer_norm` or `add_layer_norm` on Triton for tensors like these, contiguous and not empty.
+
+    Without a residual it is a function of x, weight and bias.
+    """
+    D = x.shape[-1]
+    R = x.numel() // D
+    constants = _constants(D, residual is not None, weight is not None, bias is not None)
+    run = Prepared(_forward_kernel, (cdiv(R, constants["BR"]),), (R, D, float(eps)), constants)
+
+    def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = torch.empty_like(x)
+        # without a gradient nobody reads the statistics
+        run(x, None, weight, bias, y, None, None, None)
+        return y
+
+    def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        y, total = torch.empty_like(x), torch.empty_like(x)
+        run(x, residual, weight, bias, y, total, None, None)
+        return y, total
+
+    return normalise if residual is None else add_and_norm
+
+
 # torch
 
 
@@ -339,13 +375,14 @@ def _aten_serves(x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -
 
 def _forward_torch(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    x = x.contiguous()
     compute = torch.promote_types(x.dtype, torch.float32)
-    total = x + residual if residual is not None else x.new_empty(0)
+    total = None if residual is None else x + residual.contiguous()
     if _aten_serves(x, weight, bias):
-        y, mean, rstd = torch.native_layer_norm(x if residual is None else total, x.shape[1:], weight, bias, eps)
+        y, mean, rstd = torch.native_layer_norm(x if total is None else total, x.shape[1:], weight, bias, eps)
         return y, total, mean.view(-1), rstd.view(-1)
-    x32 = (x if residual is None else total).to(compute)
+    x32 = (x if total is None else total).to(compute)
     mean = x32.mean(1)
     centred = x32 - mean[:, None]
     rstd = (centred.square().mean(1) + eps).rsqrt()
@@ -383,24 +420,27 @@ def _backward_torch(
     return dx.to(x.dtype), dweight, dbias
 
 
+# native
+
+
+def _forward_native(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    residual = None if residual is None else residual.contiguous()
+    return torch.ops.prismer_native.layer_norm(x.contiguous(), residual, weight, bias, eps)
+
+
+# by backend: rows (R, D) -> the normalised rows, the sum (None or empty without a residual), mean and rstd
+FORWARD: dict[str, Callable] = {"native": _forward_native, "triton": _forward_triton, "torch": _forward_torch}
+
 # the registered ops
 
 
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-    backend = OP.choose(x, None, None, residual)
-    if backend == "torch":
-        return _forward_torch(x, residual, weight, bias, eps)
-    if backend == "native":
-        return torch.ops.prismer_native.layer_norm(x, residual, weight, bias, eps)
-    # allocations are a good part of what a short op costs the host: these are the cheapest forms
-    R, y, total = x.shape[0], torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
-    mean, rstd = x.new_empty(R, dtype=torch.float32), x.new_empty(R, dtype=torch.float32)
-    if R:
-        _forward_triton(x, residual, weight, bias, eps, (y, total, mean, rstd))
-    return y, total, mean, rstd
+    y, total, mean, rstd = FORWARD[OP.choose(x, None, None, residual)](x, residual, weight, bias, eps)
+    return y, x.new_empty(0) if total is None else total, mean, rstd
 
 
 def _forward_fake(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -490,6 +530,44 @@ layer_norm_backward_op = OP.register(_backward, fake=_backward_fake, suffix="_ba
 # the public functions
 
 
+def _plan(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Callable:
+    """What runs `layer_norm` on x, weight and bias, or `add_layer_norm` on x, residual, weight and bias."""
+    _check(x, residual, weight, bias)
+    route = OP.route(x, weight, bias, residual)
+    if route == "reference":
+        return functools.partial(layer_norm_reference if residual is None else add_layer_norm_reference, eps=eps)
+    if route == "host":
+        return _plan_on_torch(x.shape[-1:], residual is not None, eps)
+    forward: Callable = layer_norm_op
+    if runs_directly(x, residual, weight, bias):
+        backend = OP.choose(x, None, None, residual)
+        dense = x.is_contiguous() and (residual is None or residual.is_contiguous())
+        if backend == "triton" and x.numel() and dense:
+            return prepare_norm(x, residual, weight, bias, eps)
+        forward = FORWARD[backend]
+    rows, shape = (-1, x.shape[-1]), x.shape
+    if residual is None:
+        return lambda x, weight, bias: forward(x.reshape(rows), None, weight, bias, eps)[0].view(shape)
+
+    def add_and_norm(x: Tensor, residual: Tensor, *affine: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, total, _, _ = forward(x.reshape(rows), residual.reshape(rows), *affine, eps)
+        return y.view(shape), total.view(shape)
+
+    return add_and_norm
+
+
+def _plan_on_torch(width: torch.Size, has_residual: bool, eps: float) -> Callable:
+    # not F.layer_norm, which asks for a setting of cuDNN that the operator ignores
+    if not has_residual:
+        return lambda x, weight, bias: torch.layer_norm(x, width, weight, bias, eps)
+
+    def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return torch.layer_norm(total, width, weight, bias, eps), total
+
+    return add_and_norm
+
+
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
     if not x.is_floating_point() or x.dim() < 1 or not 1 <= x.shape[-1] <= _MAX_WIDTH:
         raise ValueError(f"x is {described(x)}; pass floats of shape (..., D), D from 1 to {_MAX_WIDTH}")
@@ -512,13 +590,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     Raises:
         ValueError: if a shape or dtype does not fit, or D exceeds 65536.
     """
-    route = OP.route(x, weight, bias)
-    if route == "host" and (weight is None or weight.shape == bias.shape == x.shape[-1:]):
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    _check(x, None, weight, bias)
-    if route == "reference":
-        return layer_norm_reference(x, weight, bias, eps)
-    return layer_norm_op(x.reshape(-1, x.shape[-1]), None, weight, bias, eps)[0].view(x.shape)
+    return OP.resolve(_plan, x, None, weight, bias, eps)(x, weight, bias)
 
 
 def add_layer_norm(
@@ -536,17 +608,7 @@ def add_layer_norm(
     Raises:
         ValueError: if a shape or dtype does not fit, or D exceeds 65536.
     """
-    route = OP.route(x, weight, bias, residual)
-    fits = residual.shape == x.shape and residual.dtype == x.dtype
-    if route == "host" and fits and (weight is None or weight.shape == bias.shape == x.shape[-1:]):
-        total = x + residual
-        return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total
-    _check(x, residual, weight, bias)
-    if route == "reference":
-        return add_layer_norm_reference(x, residual, weight, bias, eps)
-    rows = (-1, x.shape[-1])
-    y, total, _, _ = layer_norm_op(x.reshape(rows), residual.reshape(rows), weight, bias, eps)
-    return y.view(x.shape), total.view(x.shape)
+    return OP.resolve(_plan, x, residual, weight, bias, eps)(x, residual, weight, bias)
 
 
 def kernel_cases() -> list[KernelCase]:

@@ -10,6 +10,7 @@ Source: query, key and value of Vaswani et al., arXiv:1706.03762, section 3.2.
 FLOPs: 2 R D N forward for N outputs in all, as many again for dx, and as many again for the weights that train.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prismer.kernels import matmul
-from prismer.kernels.dispatch import TORCH, Example, Op, is_partitioned, rows_and_width
+from prismer.kernels.dispatch import TORCH, Example, Op, is_partitioned, rows_and_width, runs_directly
 
 _MOST = 3
 
@@ -54,6 +55,8 @@ OP = Op(
     host_first=_host_first,
     classify=_classify,
     example=_example,
+    # whether torch multiplies
+    depends=torch._C._get_mkldnn_enabled,
 )
 
 
@@ -130,6 +133,33 @@ _linears_backward = OP.register(_backward, fake=_backward_fake, suffix="_backwar
 # the public function
 
 
+def _plan(x: Tensor, partitioned: bool, *flat: Tensor | None) -> Callable:
+    """`flat` holds weight and bias of each layer; `partitioned`: of the first weight, on which the route depends."""
+    layers = list(zip(flat[::2], flat[1::2], strict=True))
+    if not 1 <= len(layers) <= _MOST:
+        raise ValueError(f"{len(layers)} layers were given; pass one to {_MOST}")
+    for weight, bias in layers:
+        fits = weight.dim() == 2 and weight.shape[1] == x.shape[-1] and weight.dtype == x.dtype
+        if not fits or (bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype)):
+            raise ValueError(
+                f"weight {tuple(weight.shape)} {weight.dtype} and bias {None if bias is None else tuple(bias.shape)} "
+                f"do not fit x {tuple(x.shape)} {x.dtype}; pass (N, {x.shape[-1]}) and (N,) of {x.dtype}"
+            )
+    route = OP.route(x, layers[0][0])
+    if route == "reference":
+        return linears_reference
+    # the op's implementation consists of the same products
+    if route == "host" or runs_directly(x, *flat):
+        return lambda x, layers: [matmul.linear(x, weight, bias) for weight, bias in layers]
+    return _through_the_op
+
+
+def _through_the_op(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    flat = [t for layer in layers for t in layer] + [None, None] * (_MOST - len(layers))
+    outputs = _linears(x.reshape(-1, x.shape[-1]), *flat)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[: len(layers)]]
+
+
 def linears(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
     """One to three linear layers of the same input.
 
@@ -143,23 +173,8 @@ def linears(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> list[Tenso
     Raises:
         ValueError: if there are none or more than three layers, or a shape or dtype does not fit.
     """
-    if not 1 <= len(layers) <= _MOST:
-        raise ValueError(f"{len(layers)} layers were given; pass one to {_MOST}")
-    for weight, bias in layers:
-        fits = weight.dim() == 2 and weight.shape[1] == x.shape[-1] and weight.dtype == x.dtype
-        if not fits or (bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype)):
-            raise ValueError(
-                f"weight {tuple(weight.shape)} {weight.dtype} and bias {None if bias is None else tuple(bias.shape)} "
-                f"do not fit x {tuple(x.shape)} {x.dtype}; pass (N, {x.shape[-1]}) and (N,) of {x.dtype}"
-            )
-    route = OP.route(x, layers[0][0])
-    if route == "reference":
-        return linears_reference(x, layers)
-    if route == "host":
-        return [matmul.linear(x, weight, bias) for weight, bias in layers]
-    flat = [t for layer in layers for t in layer] + [None, None] * (_MOST - len(layers))
-    outputs = _linears(x.reshape(-1, x.shape[-1]), *flat)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs[: len(layers)]]
+    flat = [t for layer in layers for t in layer]
+    return OP.resolve(_plan, x, bool(flat) and is_partitioned(flat[0]), *flat)(x, layers)
 
 
 def _first_of_linears(x: Tensor, weight: Tensor) -> Tensor:

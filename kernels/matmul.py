@@ -10,6 +10,7 @@ PRISMER_BACKEND=linear:torch leaves every product to torch. Products of few rows
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,7 @@ OP = Op(
     ),
     classify=lambda product: product.shape,
     example=_example,
+    depends=lambda: (torch._C._get_mkldnn_enabled(), torch.is_autocast_enabled("cpu")),
 )
 
 
@@ -124,15 +126,21 @@ def torch_multiplies(x: Tensor, outputs: int) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., K) and (N, K), any strides -> (..., N), all of one dtype."""
+    return OP.resolve(_plan, x, weight, bias)(x, weight, bias)
+
+
+def _plan(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         # only torch's operator has a gradient of its own
-        return F.linear(x, weight, bias)
+        return F.linear
     library = library_of(x, weight.shape[0], few_rows_serves(x, weight))
     if library == "few-rows":
-        return product_of_few_rows(x, weight, bias)
-    if library == "onednn" and x.numel() and weight.numel():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+        return product_of_few_rows
+    return _onednn if library == "onednn" and x.numel() and weight.numel() else F.linear
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:

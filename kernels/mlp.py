@@ -14,6 +14,7 @@ Prismer, arXiv:2303.02506 (squared_relu).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from prismer.kernels import matmul
 from prismer.kernels.activation import bias_activation_op, bias_activation_reference, check_activation, column_sums
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import check_linear, described
-from prismer.kernels.dispatch import TORCH, TRITON, Example, Op, is_partitioned, rows_and_width
-from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient
+from prismer.kernels.dispatch import TORCH, TRITON, Example, Op, is_partitioned, rows_and_width, runs_directly
+from prismer.kernels.gemm import gemm, gemm_case, gemm_derivative, gemm_gradient, prepare_gemm
+from prismer.kernels.launch import fp32_precision
 
 
 def mlp_reference(
@@ -91,6 +93,8 @@ OP = Op(
     host_first=_host_first,
     classify=_classify,
     example=_example,
+    # how torch multiplies
+    depends=lambda: (torch._C._get_mkldnn_enabled(), fp32_precision()),
 )
 
 
@@ -106,11 +110,22 @@ def _forward(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
-    backend = OP.choose(x)
-    a, h = gemm(x, fc_weight, fc_bias, backend=backend, activation=activation, keep=keep)
-    y, _ = gemm(a, proj_weight, proj_bias, backend=backend)
-    return y, h
+    y, h = _forward_on(OP.choose(x), x, fc_weight, fc_bias, proj_weight, proj_bias, activation, keep)
+    return y, x.new_empty(0) if h is None else h
+
+
+def _forward_on(
+    backend: str,
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    a, h = gemm(x.contiguous(), fc_weight, fc_bias, backend=backend, activation=activation, keep=keep)
+    return gemm(a, proj_weight, proj_bias, backend=backend)[0], h
 
 
 def _forward_fake(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
@@ -208,6 +223,48 @@ _mlp_backward = OP.register(_backward, fake=_backward_fake, suffix="_backward")
 # the public function
 
 
+def _plan(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    activation: str,
+    partitioned: bool,
+) -> Callable:
+    """`partitioned`: of the second weight, on which the route depends."""
+    check_activation(activation)
+    if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x is {described(x)}; pass floats of shape (..., D)")
+    check_linear("fc", fc_weight, fc_bias, x.shape[-1], x)
+    check_linear("proj", proj_weight, proj_bias, fc_weight.shape[0], x)
+    route = OP.route(x, fc_bias, proj_weight, proj_bias, activation)
+    if route == "host":
+        return _on_torch
+    if route == "reference":
+        return functools.partial(mlp_reference, activation=activation)
+    needs_h = (x, fc_weight, fc_bias, proj_weight)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needs_h)
+    forward: Callable = _mlp
+    if runs_directly(x, fc_weight, fc_bias, proj_weight, proj_bias):
+        backend = OP.choose(x)
+        if backend == "triton" and x.numel() and x.is_contiguous():
+            fc = prepare_gemm(x.shape, fc_weight, fc_bias, activation=activation)
+            proj = prepare_gemm((*x.shape[:-1], fc_weight.shape[0]), proj_weight, proj_bias)
+            return lambda x, up, up_bias, down, down_bias: proj(fc(x, up, up_bias), down, down_bias)
+        forward = functools.partial(_forward_on, backend)
+    if x.dim() == 2:
+        return lambda x, *parameters: forward(x, *parameters, activation, keep)[0]
+    rows, shape = (-1, x.shape[-1]), (*x.shape[:-1], proj_weight.shape[0])
+    return lambda x, *parameters: forward(x.reshape(rows), *parameters, activation, keep)[0].view(shape)
+
+
+def _on_torch(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None
+) -> Tensor:
+    return matmul.linear(F.gelu(matmul.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
+
+
 def mlp(
     x: Tensor,
     fc_weight: Tensor,
@@ -231,21 +288,8 @@ def mlp(
     Raises:
         ValueError: if a shape, dtype or name does not fit.
     """
-    check_activation(activation)
-    if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] < 1:
-        raise ValueError(f"x is {described(x)}; pass floats of shape (..., D)")
-    check_linear("fc", fc_weight, fc_bias, x.shape[-1], x)
-    check_linear("proj", proj_weight, proj_bias, fc_weight.shape[0], x)
-    route = OP.route(x, fc_bias, proj_weight, proj_bias, activation)
-    if route == "host":
-        return matmul.linear(F.gelu(matmul.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
-    if route == "reference":
-        return mlp_reference(x, fc_weight, fc_bias, proj_weight, proj_bias, activation=activation)
-    needs_h = (x, fc_weight, fc_bias, proj_weight)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in needs_h)
-    rows = x.reshape(-1, x.shape[-1])
-    y, _ = _mlp(rows, fc_weight, fc_bias, proj_weight, proj_bias, activation, keep)
-    return y.view(*x.shape[:-1], proj_weight.shape[0])
+    tensors = x, fc_weight, fc_bias, proj_weight, proj_bias
+    return OP.resolve(_plan, *tensors, activation, is_partitioned(proj_weight))(*tensors)
 
 
 def kernel_cases() -> list[KernelCase]:

@@ -63,9 +63,10 @@ def pytest_collection_modifyitems(items):
 def no_measured_choices():
     """The prior decides what runs, so that a table of this machine makes no test pass or fail.
 
-    The one entry is of no op: with an empty table, commands would advise to measure.
+    The one entry is of no op and for these threads: else commands would advise to measure.
     """
-    entry = Entry(op="none", dtype="float32", gradient=False, shape=(), choice="torch", prior="torch")
+    facts = dict(op="none", dtype="float32", gradient=False, shape=(), choice="torch", prior="torch")
+    entry = Entry(**facts, threads=torch.get_num_threads())
     for device_type in ("cpu", "cuda"):
         tuning.use_table(device_type, Table(entries=(entry,)))
 
@@ -145,6 +146,14 @@ def assert_no_worse():
                 )
 
     return check
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    """Look up anew how to run each call: a test may patch what that depends on."""
+    tuning.generation += 1
+    yield
+    tuning.generation += 1
 
 
 @pytest.fixture

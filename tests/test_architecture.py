@@ -105,9 +105,7 @@ def test_kernels_import_nothing_of_the_product(imports):
 def test_dataloading_imports_only_the_ground_floor(imports):
     def allowed(target: str) -> bool:
         # the native extension, which holds pixel operations too, is loaded in one place
-        return (
-            target.startswith("prismer.dataloading") or target in GROUND_FLOOR or target == "prismer.kernels.dispatch"
-        )
+        return target.startswith("prismer.dataloading") or target in GROUND_FLOOR or target == "prismer.kernels.machine"
 
     assert upward(imports, "prismer.dataloading", allowed) == []
 
@@ -122,6 +120,13 @@ def test_the_gpu_check_imports_the_model_and_the_kernels_alone(imports):
 
     assert {"scripts.gpu_check", "scripts.gpu_stages.models"} <= set(imports)
     assert upward(imports, "scripts", is_allowed) == []
+
+
+@pytest.mark.parametrize("room", ["prismer.evaluation", "prismer.asking"])
+def test_results_import_no_job_and_no_command(imports, room):
+    above = ("prismer.training", "prismer.costs", "prismer.cli")
+    assert any(name.startswith(room) for name in imports)
+    assert upward(imports, room, lambda target: not target.startswith(above)) == []
 
 
 @pytest.mark.parametrize("name", GROUND_FLOOR)

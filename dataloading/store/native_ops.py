@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prismer.kernels.dispatch import native_missing
+from prismer.kernels.machine import native_missing
 
 _OPS = ("augment_photo", "augment_maps", "undifference", "values_in_use")
 

@@ -16,16 +16,18 @@ device: `torch_backend.py`; from other libraries: `peers.py`.
 import functools
 import operator
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prismer.kernels import dispatch, tuning
+from prismer.kernels import dispatch
 from prismer.kernels.attention import native_backend, peers, torch_backend, triton_backend
 from prismer.kernels.attention.call import Call, Facts
 from prismer.kernels.checks import described
-from prismer.kernels.dispatch import TORCH, Backend, Example, Op
+from prismer.kernels.dispatch import TORCH, Backend, Example, Op, runs_directly
+from prismer.kernels.launch import fp32_precision
 from prismer.kernels.philox import draw_seed, survivors
 
 
@@ -66,6 +68,11 @@ def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return call, [q, k, v]
 
 
+def _settings() -> tuple[str | None, bool, str]:
+    """What a plan depends on: instruction set, whether algorithms are deterministic, how fp32 is multiplied."""
+    return os.environ.get("PRISMER_CPU_ISA"), torch._C._get_deterministic_algorithms(), fp32_precision()
+
+
 OP = Op(
     name="attention",
     reference=attention_reference,
@@ -91,6 +98,7 @@ OP = Op(
     ),
     classify=lambda facts: facts.shape,
     example=_example,
+    depends=_settings,
 )
 BACKENDS = (*(backend.name for backend in OP.backends), "reference")
 
@@ -122,31 +130,17 @@ def _choose(asked: str | None, **constants: Any) -> str:
     return OP.choose(Facts.on_this_machine(**constants), gradient=constants["gradient"], asked_for=asked)
 
 
-@functools.lru_cache(maxsize=1024)
-def _choose_on_host(
-    dtype: torch.dtype, shape: tuple[int, ...], gradient: bool, dropout: bool, instruction_set: str | None, tables: int
-) -> str:
-    """`_choose` for ordinary tensors of a CPU, whose calls are too short to ask each time.
-
-    `instruction_set` is PRISMER_CPU_ISA and `tables` the generation of the tables: the choice depends on both.
-    """
-    sizes = dict(head_dim=shape[3], shape=shape)
-    return _choose(None, device=torch.device("cpu"), dtype=dtype, dropout=dropout, gradient=gradient, **sizes)
-
-
-def _backend_of(call: Call, asked: str | None) -> str:
-    asked = asked or dispatch.asked(OP.name)
-    if asked is None and call.seed is None and dispatch.on_host(call.q, OP.name) and not call.empty:
-        state = os.environ.get("PRISMER_CPU_ISA"), tuning.generation
-        return _choose_on_host(call.q.dtype, call.shape_class(), call.keeps_graph(), call.dropout > 0, *state)
-    return _choose(asked, **call.constants())
-
-
 # the registered ops
 
 
 def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _is_dense(call: Call) -> bool:
+    """Are the last dimensions and the mask dense?"""
+    rows = call.q.stride(-1) == call.k.stride(-1) == call.v.stride(-1) == 1
+    return rows and (call.key_mask is None or call.key_mask.is_contiguous())
 
 
 def _dense_call(
@@ -281,6 +275,40 @@ def _check(
         raise ValueError(f"backend is {backend!r}; choose {', '.join(BACKENDS)}, or leave it unset")
 
 
+def _plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    dropout: float,
+    scale: float | None,
+    backend: str | None,
+) -> Callable:
+    """What runs a call on q, k, v, key_mask and seed."""
+    _check(q, k, v, causal, key_mask, dropout, seed, backend)
+    # a constant for torch.compile, as are all head dims
+    factor = operator.index(q.shape[3]) ** -0.5 if scale is None else float(scale)
+    share = float(dropout)
+    call = Call(q, k, v, key_mask, seed, causal, share, factor)
+    chosen = _choose(backend or dispatch.asked(OP.name), **call.constants())
+    if chosen in _DIFFERENTIABLE:
+        run = _DIFFERENTIABLE[chosen]
+        return lambda q, k, v, key_mask, seed: run(Call(q, k, v, key_mask, seed, causal, share, factor))
+    forward: Callable = _attention
+    if runs_directly(q, k, v, key_mask, seed):
+        if chosen == "triton" and not call.is_empty() and not share and _is_dense(call):
+            return triton_backend.prepare(call)
+        forward = _forward
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, seed: Tensor | None) -> Tensor:
+        seed = draw_seed(share, seed, q.device)
+        return forward(q, k, v, key_mask, seed, causal, share, factor, chosen)[0].transpose(1, 2)
+
+    return attend
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -313,13 +341,5 @@ def attention(
         ValueError: if a shape, dtype or setting does not fit.
         RuntimeError: if the backend asked for cannot run this call.
     """
-    _check(q, k, v, causal, key_mask, dropout, seed, backend)
-    # a constant for torch.compile, as are all head dims
-    scale = operator.index(q.shape[3]) ** -0.5 if scale is None else float(scale)
-    call = Call(q, k, v, key_mask, seed, causal, float(dropout), scale)
-    backend = _backend_of(call, backend)
-    if backend in _DIFFERENTIABLE:
-        return _DIFFERENTIABLE[backend](call)
-    seed = draw_seed(dropout, seed, q.device)
-    out, _ = _attention(q, k, v, key_mask, seed, causal, float(dropout), scale, backend)
-    return out.transpose(1, 2)
+    tensors = q, k, v, key_mask, seed
+    return OP.resolve(_plan, *tensors, causal, dropout, scale, backend)(*tensors)

@@ -2,6 +2,7 @@
 
 import operator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +10,7 @@ from torch import Tensor
 from prismer.kernels.tuning import rows_class
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """What a backend computes: checked tensors and options.
 
     Attributes:
@@ -32,8 +32,7 @@ class Call:
     dropout: float
     scale: float
 
-    @property
-    def empty(self) -> bool:
+    def is_empty(self) -> bool:
         """Is there no sample, no query or no key?"""
         # torch.compile leaves sizes open, but evaluates the condition of a branch
         return True if self.q.numel() == 0 or self.k.numel() == 0 else False
@@ -47,7 +46,7 @@ class Call:
             masked=self.key_mask is not None,
             dropout=True if self.dropout > 0 else False,
             seeded=self.seed is not None,
-            empty=self.empty,
+            empty=self.is_empty(),
             compiling=torch.compiler.is_compiling(),
             # torch.compile leaves sizes open: the prior decides for a compiled call
             shape=() if torch.compiler.is_compiling() else self.shape_class(),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import dispatch
+from prismer.kernels import machine
 from prismer.kernels.attention.call import Call, Facts
 
 
@@ -54,7 +54,7 @@ def _generation_missing(generation: Generation, facts: Facts) -> str | None:
         return f"{name} serves head dims up to {largest} that are multiples of 8, not {facts.head_dim}"
     if facts.dropout and not generation.dropout:
         return f"{name} has no dropout"
-    return dispatch.module_missing(generation.module, "flash_attn_func")
+    return machine.module_missing(generation.module, "flash_attn_func")
 
 
 def _generation(facts: Facts) -> Generation | None:

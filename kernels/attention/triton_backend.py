@@ -21,7 +21,7 @@ on; no others are read or multiplied.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.attention.call import Call, Facts
-from prismer.kernels.launch import cdiv, input_precision, launch
+from prismer.kernels.launch import Constants, Prepared, cdiv, input_precision, kept, launch
 
 # head dim -> the two widths in which it is computed
 HEAD_DIMS = {32: (32, 0), 64: (64, 0), 96: (64, 32), 128: (128, 0), 160: (128, 32)}
@@ -169,7 +169,8 @@ def _forward_kernel(
     # plus infinity where no key is seen: with minus infinity, weights that are zero would become NaN
     b_lse = tl.where(nothing, float("inf"), b_max + tl.log2(b_sum))
     b_norm = unkept / b_sum
-    tl.store(p_lse + i_bh.to(tl.int64) * N + i_m + o_m, b_lse, mask=m_m)
+    if p_lse is not None:
+        tl.store(p_lse + i_bh.to(tl.int64) * N + i_m + o_m, b_lse, mask=m_m)
     p_out += ((i_b * N + i_m) * H + i_h) * (K1 + K2)
     _put_rows(p_out, H * (K1 + K2), o_m, m_m, b_acc1 * b_norm[:, None], 0, K1)
     if K2:
@@ -442,27 +443,54 @@ def _settings(
     causal: bool,
     masked: bool,
     precision: str,
-) -> tuple[int, tuple, tuple, dict[str, Any]]:
-    """Blocks of a head, the numbers before and after the strides, and the constants: what all three kernels share."""
+    **flags: bool,
+) -> tuple[int, tuple, tuple, Constants]:
+    """Blocks of a head, the numbers before and after the strides, and the constants, to which `flags` belong."""
     shape = tiles(kernel, K, itemsize, N, L, dropout > 0)
     blocks = cdiv(L, shape["BN"]) if kernel == "keys" else cdiv(N, shape["BM"])
-    constants = dict(CAUSAL=causal, MASKED=masked, DROPOUT=dropout > 0, PRECISION=precision)
-    constants |= dict(K1=HEAD_DIMS[K][0], K2=HEAD_DIMS[K][1], **shape)
+    options = dict(CAUSAL=causal, MASKED=masked, DROPOUT=dropout > 0, PRECISION=precision, **flags)
+    constants = kept(K1=HEAD_DIMS[K][0], K2=HEAD_DIMS[K][1], **shape, **options)
     # a 24-bit draw below the threshold drops a weight; the factor scales the others
     return blocks, (N, L, H, blocks), (scale, round(dropout * 2**24), 1 / (1 - dropout)), constants
 
 
 def _launch(kernel: triton.JITFunction, name: str, call: Call, *own: Tensor | None, **flags: bool) -> None:
     """Launch a kernel with the arguments that all three have, and its own."""
-    q, k, v, mask = call.q, call.k, call.v, call.key_mask
+    grid, numbers, constants = _launch_settings(name, call, **flags)
+    launch(kernel, grid, (call.q, call.k, call.v, _bytes(call.key_mask), call.seed, *own), numbers, constants)
+
+
+def _launch_settings(name: str, call: Call, **flags: bool) -> tuple[tuple[int], tuple, Constants]:
+    """Grid, numbers and constants."""
+    q, k, v = call.q, call.k, call.v
     B, H, N, K = q.shape
-    precision = input_precision(q.dtype)
-    options = call.scale, call.dropout, call.causal, mask is not None, precision
-    blocks, first, last, constants = _settings(name, H, N, k.shape[2], K, q.element_size(), *options)
+    options = call.scale, call.dropout, call.causal, call.key_mask is not None, input_precision(q.dtype)
+    blocks, first, last, constants = _settings(name, H, N, k.shape[2], K, q.element_size(), *options, **flags)
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+    return (blocks * B * H,), (*first, *strides, *last), constants
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
     # Triton reads bytes
-    pointers = q, k, v, None if mask is None else mask.view(torch.uint8), call.seed, *own
-    launch(kernel, (blocks * B * H,), pointers, (*first, *strides, *last), flags | constants)
+    return None if mask is None else mask.view(torch.uint8)
+
+
+def prepare(call: Call) -> Callable[..., Tensor]:
+    """What runs the forward pass of calls like this one: a function of q, k, v, key_mask and seed.
+
+    It returns (B, H, N, K) whose memory is (B, N, H, K). The call is not empty, and what `forward` asks for is dense.
+    """
+    run = Prepared(_forward_kernel, *_launch_settings("forward", call))
+    _, H, N, K = shape = call.q.shape
+    strides = N * H * K, K, H * K, 1
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, seed: Tensor | None) -> Tensor:
+        out = q.new_empty_strided(shape, strides)
+        # without a gradient nobody reads lse
+        run(q, k, v, _bytes(key_mask), seed, out, None)
+        return out
+
+    return attend
 
 
 def forward(call: Call, out: Tensor, lse: Tensor) -> None:
@@ -521,13 +549,14 @@ def kernel_cases() -> list[KernelCase]:
                 2 * queries + 4 * keys + 2 * rows + small,
             ),
         ):
-            _, first, last, constants = _settings(part, H, N, L, K, s, K**-0.5, dropout, causal, causal, "ieee")
+            options = K**-0.5, dropout, causal, causal, "ieee"
+            _, first, last, constants = _settings(part, H, N, L, K, s, *options, **flags)
             cases.append(
                 KernelCase.of_launch(
                     f"{name} {part}",
                     kernel,
                     (*shared, *own, *first, *strides, *last),
-                    flags | constants,
+                    constants,
                     shape=f"{B} x {H} heads, {N} queries, {L} keys, head dim {K}, bf16",
                     flops=flops,
                     bytes=nbytes,

@@ -32,6 +32,8 @@ Extra memory, for numbers of s bytes, beyond what is returned or saved:
                             bytes to sum dW in fp32
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,7 +42,8 @@ from torch import Tensor
 
 from prismer.kernels.checks import described
 from prismer.kernels.cross_entropy import torch_backend, triton_backend
-from prismer.kernels.dispatch import TORCH, TRITON, Op
+from prismer.kernels.dispatch import TORCH, TRITON, Op, runs_directly
+from prismer.kernels.launch import fp32_precision
 
 _REDUCTIONS = ("none", "sum", "mean")
 
@@ -72,7 +75,12 @@ def linear_cross_entropy_reference(
     return losses.sum() if reduction == "sum" else losses.sum() / (~ignored).sum().clamp(min=1)
 
 
-OP = Op(name="linear_cross_entropy", reference=linear_cross_entropy_reference, backends=(TRITON, TORCH))
+OP = Op(
+    name="linear_cross_entropy",
+    reference=linear_cross_entropy_reference,
+    backends=(TRITON, TORCH),
+    depends=fp32_precision,
+)
 
 
 # the registered ops
@@ -120,33 +128,67 @@ def _forward(
     form_weight: bool,
     form_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backend, needs = OP.choose(x), (form_x, form_weight, form_bias)
+    if not any(needs):
+        value, stats = _value(backend, x, weight, bias, labels, factor, smoothing, ignore_index, reduce)
+        return value, stats, *_placed((None, None, None), (x, weight, bias), None)
     x, weight, bias, labels = (t.contiguous() for t in (x, weight, bias, labels))
-    needs, formed, rows = (form_x, form_weight, form_bias), (None, None, None), None
-    stats = x.new_zeros((2, x.shape[0]), dtype=torch.promote_types(x.dtype, torch.float32))
-    losses = torch.zeros_like(stats[0])
-    factor = None if factor is None else factor.to(stats.dtype).contiguous()
-    backend = OP.choose(x)
+    stats, losses = _buffers(x)
+    factor, rows = None if factor is None else factor.to(stats.dtype).contiguous(), None
     if backend == "torch":
         rows, x_rows, targets, factor_rows = _packed(x, labels, factor, ignore_index)
         part = x_rows, weight, bias, targets
-        if any(needs):
-            losses[rows], stats[:, rows], formed = torch_backend.form(*part, factor_rows, smoothing, needs)
-        else:
-            losses[rows], stats[:, rows] = torch_backend.statistics(*part, smoothing)
+        losses[rows], stats[:, rows], formed = torch_backend.form(*part, factor_rows, smoothing, needs)
         losses.masked_fill_(labels == ignore_index, 0)
-    elif any(needs):
+    else:
         formed = triton_backend.gradients(
             x, weight, bias, labels, factor, smoothing, ignore_index, losses, stats, False, needs
         )
-    elif x.shape[0]:
-        triton_backend.statistics(x, weight, bias, labels, smoothing, ignore_index, losses, stats, None)
     gradients = _placed(formed, (x, weight, bias), rows)
+    return _reduced(losses, labels, factor, ignore_index, reduce), stats, *gradients
+
+
+def _value(
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    factor: Tensor | None,
+    smoothing: float,
+    ignore_index: int,
+    reduce: bool,
+) -> tuple[Tensor, Tensor]:
+    """Losses or their sum, and the statistics, without a gradient."""
+    x, weight, bias, labels = x.contiguous(), weight.contiguous(), bias.contiguous(), labels.contiguous()
+    if backend == "torch":
+        stats, losses = _buffers(x)
+        rows, x_rows, targets, _ = _packed(x, labels, None, ignore_index)
+        losses[rows], stats[:, rows] = torch_backend.statistics(x_rows, weight, bias, targets, smoothing)
+        losses.masked_fill_(labels == ignore_index, 0)
+    else:
+        # the kernels write every row
+        R = x.shape[0]
+        stats, losses = x.new_empty((2, R), dtype=torch.float32), x.new_empty(R, dtype=torch.float32)
+        if R:
+            triton_backend.statistics(x, weight, bias, labels, smoothing, ignore_index, losses, stats, None)
+    factor = None if factor is None else factor.to(stats.dtype)
+    return _reduced(losses, labels, factor, ignore_index, reduce), stats
+
+
+def _buffers(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Zeros for the statistics (2, R) and the losses (R,)."""
+    stats = x.new_zeros((2, x.shape[0]), dtype=torch.promote_types(x.dtype, torch.float32))
+    return stats, torch.zeros_like(stats[0])
+
+
+def _reduced(losses: Tensor, labels: Tensor, factor: Tensor | None, ignore_index: int, reduce: bool) -> Tensor:
     if not reduce:
-        return losses, stats, *gradients
+        return losses
     if factor is not None:
         # an ignored row's loss is 0, whatever its factor
         losses = (losses * factor).masked_fill_(labels == ignore_index, 0)
-    return losses.sum(), stats, *gradients
+    return losses.sum()
 
 
 def _forward_fake(
@@ -272,7 +314,7 @@ def _formed_in_forward(x: Tensor, V: int, reduce: bool, needs: tuple[bool, bool,
 def _check(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     labels: Tensor,
     label_smoothing: float,
     reduction: str,
@@ -282,18 +324,18 @@ def _check(
         x.dim() != 2
         or weight.dim() != 2
         or x.shape[1] != weight.shape[1]
-        or bias.shape != weight.shape[:1]
+        or (bias is not None and bias.shape != weight.shape[:1])
         or not weight.shape[0]
     ):
         raise ValueError(
-            f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} "
+            f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and bias {None if bias is None else tuple(bias.shape)} "
             f"do not fit; pass (R, D), (V, D) and (V,), V at least 1"
         )
     if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
         raise ValueError(f"labels are {described(labels)}; pass int64 of shape ({x.shape[0]},)")
     if not x.is_floating_point() or x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} and weight {weight.dtype}; cast one so that both are the same float")
-    if not bias.is_floating_point():
+    if bias is not None and not bias.is_floating_point():
         raise ValueError(f"bias is {bias.dtype}; pass floats")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must lie in [0, 1)")
@@ -304,6 +346,57 @@ def _check(
             raise ValueError(f"row_weights are {described(row_weights)}; pass floats of shape ({x.shape[0]},)")
         if row_weights.requires_grad:
             raise ValueError("row_weights require grad and get none; pass row_weights.detach()")
+
+
+def _plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_weights: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> Callable:
+    """What runs a call on x, weight, bias, labels and row_weights."""
+    _check(x, weight, bias, labels, label_smoothing, reduction, row_weights)
+    if OP.route(x) == "reference":
+        settings = dict(label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction)
+        return lambda x, weight, bias, labels, row_weights: linear_cross_entropy_reference(
+            x, weight, _given(bias, weight), labels, row_weights=row_weights, **settings
+        )
+    reduce = reduction != "none"
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias))
+    form = needs if _formed_in_forward(x, weight.shape[0], reduce, needs) else (False,) * 3
+    options: tuple = label_smoothing, ignore_index, reduce
+    forward: Callable = _linear_cross_entropy
+    if runs_directly(x, weight, bias, labels, row_weights):
+        backend = OP.choose(x)
+        dense = all(t is None or t.is_contiguous() for t in (x, weight, bias, labels))
+        if backend == "triton" and reduction == "none" and row_weights is None and x.numel() and dense:
+            losses = triton_backend.prepare(x, weight, label_smoothing, ignore_index)
+            return lambda x, weight, bias, labels, _: losses(x, weight, _given(bias, weight), labels)
+        forward = functools.partial(_value, backend)
+    else:
+        options += form
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, row_weights: Tensor | None) -> Tensor:
+        factor = row_weights if reduce else None
+        if reduction == "mean":
+            compute = torch.promote_types(x.dtype, torch.float32)
+            share = 1 / (labels != ignore_index).sum().clamp(min=1).to(compute)
+            factor = share.expand(labels.shape) if factor is None else factor.to(compute) * share
+        value = forward(x, weight, _given(bias, weight), labels, factor, *options)[0]
+        if not reduce and row_weights is not None:
+            # an ignored row's loss is 0, whatever its weight
+            value = (value * row_weights).masked_fill(labels == ignore_index, 0)
+        return value
+
+    return run
+
+
+def _given(bias: Tensor | None, weight: Tensor) -> Tensor:
+    return weight.new_zeros(weight.shape[:1]) if bias is None else bias
 
 
 def linear_cross_entropy(
@@ -340,30 +433,5 @@ def linear_cross_entropy(
         ValueError: if a shape, dtype or setting does not fit.
         RuntimeError: in the backward pass, if a second derivative is asked for.
     """
-    if bias is None:
-        bias = weight.new_zeros(weight.shape[:1])
-    _check(x, weight, bias, labels, label_smoothing, reduction, row_weights)
-    if OP.route(x) == "reference":
-        return linear_cross_entropy_reference(
-            x,
-            weight,
-            bias,
-            labels,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            row_weights=row_weights,
-        )
-    reduce = reduction != "none"
-    factor = row_weights if reduce else None
-    if reduction == "mean":
-        compute = torch.promote_types(x.dtype, torch.float32)
-        share = 1 / (labels != ignore_index).sum().clamp(min=1).to(compute)
-        factor = share.expand(labels.shape) if factor is None else factor.to(compute) * share
-    needs = tuple(torch.is_grad_enabled() and t.requires_grad for t in (x, weight, bias))
-    form = needs if _formed_in_forward(x, weight.shape[0], reduce, needs) else (False,) * 3
-    value, *_ = _linear_cross_entropy(x, weight, bias, labels, factor, label_smoothing, ignore_index, reduce, *form)
-    if not reduce and row_weights is not None:
-        # an ignored row's loss is 0, whatever its weight
-        value = (value * row_weights).masked_fill(labels == ignore_index, 0)
-    return value
+    tensors = x, weight, bias, labels, row_weights
+    return OP.resolve(_plan, *tensors, label_smoothing, ignore_index, reduction)(*tensors)

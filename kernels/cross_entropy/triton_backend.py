@@ -15,6 +15,7 @@ where every row counts, in numbers of s bytes and a bias of w bytes (labels of 8
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
-from prismer.kernels.launch import cdiv, input_precision, launch, next_power_of_2
+from prismer.kernels.launch import Constants, Prepared, cdiv, input_precision, kept, launch, next_power_of_2
 
 # dz of a chunk of rows: 1280 rows of RoBERTa's vocabulary in bf16
 _BUFFER_BYTES = 2**27
@@ -162,8 +163,9 @@ def _combine_kernel(
     b_spread = tl.where(smoothing > 0, smoothing * (b_top - b_mean), 0.0)
     b_loss = b_log_sum + (1 - smoothing) * (b_top - b_target) + b_spread
     tl.store(p_losses + o_row, tl.where(m_row, b_loss, 0.0), mask=m_in)
-    tl.store(p_stats + o_row, b_top, mask=m_in)
-    tl.store(p_stats + stride_stats + o_row, b_log_sum, mask=m_in)
+    if p_stats is not None:
+        tl.store(p_stats + o_row, b_top, mask=m_in)
+        tl.store(p_stats + stride_stats + o_row, b_log_sum, mask=m_in)
 
 
 @triton.jit(do_not_specialize=["R", "stride_stats", "ignore_index"])
@@ -255,17 +257,44 @@ def statistics(
 ) -> None:
     """Losses and statistics of some rows; their logits are stored in the buffer `z` if it is given."""
     (R, D), V = x.shape, weight.shape[0]
-    tiles = _tiles(x.dtype)
+    splits, constants, combining = _constants(x.dtype, V, z is not None, input_precision(x.dtype))
+    partial = x.new_empty((4, splits, R), dtype=torch.float32)
+    sizes = R, D, V, 0 if z is None else z.stride(0), ignore_index
+    pointers, grid = (x, weight, bias, labels, partial, z), (cdiv(R, constants["BR"]), splits)
+    launch(_statistics_kernel, grid, pointers, sizes, constants)
+    sizes = R, V, splits, stats.stride(0), float(smoothing), ignore_index
+    launch(_combine_kernel, (cdiv(R, 32),), (partial, labels, losses, stats), sizes, combining)
+
+
+def prepare(
+    x: Tensor, weight: Tensor, smoothing: float, ignore_index: int
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """What computes the losses of x, weight, bias and labels like these, contiguous and not empty."""
+    (R, D), V = x.shape, weight.shape[0]
+    splits, constants, combining = _constants(x.dtype, V, False, input_precision(x.dtype))
+    grid, sizes = (cdiv(R, constants["BR"]), splits), (R, D, V, 0, ignore_index)
+    add_up = Prepared(_statistics_kernel, grid, sizes, constants)
+    combine = Prepared(_combine_kernel, (cdiv(R, 32),), (R, V, splits, R, float(smoothing), ignore_index), combining)
+    shape = 4, splits, R
+
+    def losses_of(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+        losses, partial = x.new_empty(R, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+        add_up(x, weight, bias, labels, partial, None)
+        # without a gradient nobody reads the statistics
+        combine(partial, labels, losses, None)
+        return losses
+
+    return losses_of
+
+
+@functools.lru_cache(maxsize=1024)
+def _constants(dtype: torch.dtype, V: int, store: bool, precision: str) -> tuple[int, Constants, Constants]:
+    """Splits of the vocabulary, and the constants of both kernels of the statistics."""
+    tiles = _tiles(dtype)
     each = _split_tiles(tiles["BV"])
     splits = cdiv(V, each * tiles["BV"])
-    partial = torch.empty(4, splits, R, dtype=torch.float32, device=x.device)
-    sizes = R, D, V, 0 if z is None else z.stride(0), ignore_index
-    flags = dict(STORE=z is not None, PRECISION=input_precision(x.dtype), TILES=each)
-    pointers, grid = (x, weight, bias, labels, partial, z), (cdiv(R, tiles["BR"]), splits)
-    launch(_statistics_kernel, grid, pointers, sizes, flags | tiles)
-    tiles = dict(BR=32, BS=next_power_of_2(splits), num_warps=4)
-    sizes = R, V, splits, stats.stride(0), float(smoothing), ignore_index
-    launch(_combine_kernel, (cdiv(R, 32),), (partial, labels, losses, stats), sizes, tiles)
+    combining = kept(BR=32, BS=next_power_of_2(splits), num_warps=4)
+    return splits, kept(STORE=store, PRECISION=precision, TILES=each, **tiles), combining
 
 
 def _dz(

@@ -12,13 +12,17 @@ For inference only: the op has no gradient. Legend: R rows, H heads, Q queries, 
 slots, A ancestors.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from prismer.kernels.checks import check_like, described
 from prismer.kernels.decode_attention import triton_backend
 from prismer.kernels.decode_attention.triton_backend import Pair
-from prismer.kernels.dispatch import TORCH, Backend, Op
+from prismer.kernels.dispatch import TORCH, Backend, Op, runs_directly
+from prismer.kernels.launch import fp32_precision
 
 # numbers of scores and gathered keys at a time: 64 MB in fp32
 _MAX_FLOATS = 2**24
@@ -68,6 +72,7 @@ OP = Op(
         Backend(name="triton", devices=("cuda",), float64=False, refuses=_triton_refuses),
         TORCH,
     ),
+    depends=fp32_precision,
 )
 
 
@@ -157,7 +162,19 @@ def _forward(
     ancestors: Tensor,
 ) -> Tensor:
     """(R, Q, H, K)."""
-    backend = OP.choose(q)
+    return _forward_on(OP.choose(q), q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors)
+
+
+def _forward_on(
+    backend: str,
+    q: Tensor,
+    shared_k: Tensor,
+    shared_v: Tensor,
+    shared_mask: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    ancestors: Tensor,
+) -> Tensor:
     if backend == "torch":
         return _forward_torch(q, (shared_k, shared_v), shared_mask, (suffix_k, suffix_v), ancestors)
     mask, ancestors = shared_mask.contiguous(), ancestors.contiguous()
@@ -184,6 +201,35 @@ _decode_attention = OP.register(_forward, fake=_forward_fake)
 
 
 # the public function
+
+
+def _plan(
+    q: Tensor,
+    shared_k: Tensor,
+    shared_v: Tensor,
+    shared_mask: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    ancestors: Tensor,
+) -> Callable:
+    _check(q, (shared_k, shared_v), shared_mask, (suffix_k, suffix_v), ancestors)
+    inputs = (q, shared_k, shared_v, suffix_k, suffix_v)
+    if OP.route(q) == "reference":
+        return lambda q, k, v, mask, *others: decode_attention_reference(q, k, v, _per_query(mask), *others)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        raise ValueError(
+            "decode_attention has no gradient, and an input requires one; "
+            "call it under torch.inference_mode(), or train with prismer.kernels.attention"
+        )
+    forward: Callable = _decode_attention
+    if runs_directly(*inputs, shared_mask, ancestors):
+        backend = OP.choose(q)
+        # a mask (R, S) has the memory of (R, 1, S)
+        tensors = q, shared_k, shared_v, _per_query(shared_mask), suffix_k, suffix_v, ancestors
+        if backend == "triton" and (run := triton_backend.prepare(*tensors)) is not None:
+            return run
+        forward = functools.partial(_forward_on, backend)
+    return lambda q, k, v, mask, *others: forward(q, k, v, _per_query(mask), *others).transpose(1, 2)
 
 
 def decode_attention(
@@ -216,17 +262,8 @@ def decode_attention(
         ValueError: if shapes, dtypes or devices do not fit together, or an input requires a gradient that is recorded
             (the reference has one).
     """
-    _check(q, (shared_k, shared_v), shared_mask, (suffix_k, suffix_v), ancestors)
-    shared_mask = _per_query(shared_mask)
-    if OP.route(q) == "reference":
-        return decode_attention_reference(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors)
-    inputs = (q, shared_k, shared_v, suffix_k, suffix_v)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        raise ValueError(
-            "decode_attention has no gradient, and an input requires one; "
-            "call it under torch.inference_mode(), or train with prismer.kernels.attention"
-        )
-    return _decode_attention(q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors).transpose(1, 2)
+    tensors = q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors
+    return OP.resolve(_plan, *tensors)(*tensors)
 
 
 def _check(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors: Tensor) -> None:

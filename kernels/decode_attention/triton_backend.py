@@ -15,6 +15,7 @@ So up to 64 queries read the K s bytes of a key once; attention on repeated keys
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismer.kernels.aot.cases import KernelCase
-from prismer.kernels.launch import cdiv, input_precision, launch, next_power_of_2
+from prismer.kernels.launch import Constants, Prepared, cdiv, input_precision, kept, launch, next_power_of_2
 
 # keys and their values
 Pair = tuple[Tensor, Tensor]
@@ -341,33 +342,78 @@ def _tiles(Q: int, K: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 @functools.cache
-def _combine_tiles(K: int) -> dict[str, int]:
+def _combine_tiles(K: int) -> Constants:
     BK = next_power_of_2(K)
-    return dict(BR=max(1, 1024 // BK), BK=BK, num_warps=4)
+    return kept(K=K, BR=max(1, 1024 // BK), BK=BK, num_warps=4)
 
 
 def _flags(whole: bool, per_query: bool, K: int, precision: str) -> dict[str, Any]:
     return dict(WHOLE=whole, PER_QUERY=per_query, PRECISION=precision, K=K, KEYS=_KEYS)
 
 
-def forward(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors: Tensor, out: Tensor) -> None:
-    (shared_k, shared_v), (suffix_k, suffix_v) = shared, suffix
+@functools.lru_cache(maxsize=1024)
+def _constants(Q: int, K: int, dtype: torch.dtype, whole: bool, per_query: bool, precision: str) -> Constants:
+    """Of the launch of `_split_kernel`."""
+    return kept(**_flags(whole, per_query, K, precision), **_tiles(Q, K, dtype))
+
+
+def _settings(
+    q: Tensor, shared_k: Tensor, shared_mask: Tensor, suffix_k: Tensor, ancestors: Tensor
+) -> tuple[int, tuple[int, ...], tuple, Constants]:
+    """Parts that are combined, 0 if there is one alone; grid, numbers and constants of the launch."""
     R, H, Q, K = q.shape
     S, M, A = shared_k.shape[2], suffix_k.shape[2], ancestors.shape[2]
     splits = cdiv(S, _KEYS)
-    parts = splits + (A > 0)
-    whole, N = splits <= 1, R * H * Q
-    tiles = _tiles(Q, K, q.dtype)
-    part = None if whole else torch.empty(parts * N * (K + 2), dtype=torch.float32, device=q.device)
+    whole = splits <= 1
+    parts = 0 if whole else splits + (A > 0)
     strides = *q.stride()[:3], *shared_k.stride()[:3], *suffix_k.stride()[:3]
-    pointers = q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors, out, part
     sizes = H, Q, S, M, A, splits, K**-0.5 * _LOG2_E
-    flags = _flags(whole, shared_mask.shape[1] > 1, K, input_precision(q.dtype))
-    grid = R * H, cdiv(Q, tiles["BQ"]), 1 if whole else parts
-    launch(_split_kernel, grid, pointers, (*strides, *sizes), flags | tiles)
-    if not whole:
+    constants = _constants(Q, K, q.dtype, whole, shared_mask.shape[1] > 1, input_precision(q.dtype))
+    return parts, (R * H, cdiv(Q, constants["BQ"]), parts or 1), (*strides, *sizes), constants
+
+
+def prepare(
+    q: Tensor,
+    shared_k: Tensor,
+    shared_v: Tensor,
+    shared_mask: Tensor,
+    suffix_k: Tensor,
+    suffix_v: Tensor,
+    ancestors: Tensor,
+) -> Callable[..., Tensor] | None:
+    """What runs calls like this one in one launch; None if they take two, or a copy.
+
+    The result is (R, H, Q, K), whose memory is (R, Q, H, K).
+    """
+    parts, *launched = _settings(q, shared_k, shared_mask, suffix_k, ancestors)
+    tensors = q, shared_k, shared_v, suffix_k, suffix_v
+    dense = all(t.stride(-1) == 1 for t in tensors) and shared_mask.is_contiguous() and ancestors.is_contiguous()
+    alike = shared_k.stride() == shared_v.stride() and suffix_k.stride() == suffix_v.stride()
+    if parts or not (dense and alike and q.numel()):
+        return None
+    run = Prepared(_split_kernel, *launched)
+    R, H, Q, K = shape = q.shape
+    strides = Q * H * K, K, H * K, 1
+
+    def attend(q: Tensor, *others: Tensor) -> Tensor:
+        out = q.new_empty_strided(shape, strides)
+        run(q, *others, out, None)
+        return out
+
+    return attend
+
+
+def forward(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors: Tensor, out: Tensor) -> None:
+    (shared_k, shared_v), (suffix_k, suffix_v) = shared, suffix
+    R, H, Q, K = q.shape
+    parts, grid, numbers, constants = _settings(q, shared_k, shared_mask, suffix_k, ancestors)
+    N = R * H * Q
+    part = torch.empty(parts * N * (K + 2), dtype=torch.float32, device=q.device) if parts else None
+    pointers = q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors, out, part
+    launch(_split_kernel, grid, pointers, numbers, constants)
+    if parts:
         tiles = _combine_tiles(K)
-        launch(_combine_kernel, (cdiv(N, tiles["BR"]),), (part, out), (N, H, Q, parts), dict(K=K, **tiles))
+        launch(_combine_kernel, (cdiv(N, tiles["BR"]),), (part, out), (N, H, Q, parts), tiles)
 
 
 def kernel_cases() -> list[KernelCase]:
@@ -411,7 +457,7 @@ def kernel_cases() -> list[KernelCase]:
                     f"{model} decode_attention combine",
                     _combine_kernel,
                     (fp32, given, N, H, Q, splits + 1),
-                    dict(K=K, **_combine_tiles(K)),
+                    _combine_tiles(K),
                     shape=shape,
                     bytes=partial + size * N * K,
                     flops=4 * N * K * (splits + 1),

@@ -9,6 +9,7 @@ of rows rounded up to a power of two, and the widths as they are.
 """
 
 import logging
+import statistics
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -65,11 +66,16 @@ def table(device_type: str = "cpu") -> Table:
 
 
 def advice(device_type: str) -> str | None:
-    """One line if the prior decides on a device type for want of a table, or if a file was put aside; else None."""
+    """One line if the table of a device type is absent, put aside, or for another number of threads; else None."""
     found = table(device_type)
     if found.problem:
         return found.problem
-    return None if found.entries else "nothing was measured on this machine; prismer tune takes a few minutes"
+    if not found.entries:
+        return "nothing was measured on this machine; prismer tune takes a few minutes"
+    measured, here = statistics.mode(entry.threads for entry in found.entries), torch.get_num_threads()
+    if device_type == "cpu" and here != measured:
+        return f"choices were measured with torch on {measured} threads, and here it has {here}; prismer tune measures"
+    return None
 
 
 def use_table(device_type: str, new: Table) -> None:

@@ -2,8 +2,11 @@
 
 An implementation whose error exceeds twice that of torch's own (three times for gradients; against the definition in
 float64) is left out. The others take turns on the same tensors, so that the drift of a shared machine cancels. On a CPU
-the time is the processor time of one thread; on a GPU it is device time or host time, whichever is longer, since the
-longer one is what a model waits for. One of ours is taken only if it is at least 3 % faster than the vendor's.
+they run on as many threads as torch has in this process (`torch.get_num_threads`), since one implementation may use
+more of them than another. With one thread the time is the processor time of the thread, which other programs hardly
+disturb; with more threads it is the time that passes. On a GPU it is device time or host time, whichever is longer,
+since the longer one is what a model waits for. One of ours is taken only if it is at least 3 % faster than the
+vendor's, by the median of the rounds.
 """
 
 import functools
@@ -31,6 +34,8 @@ _ORDER = ("linear", "layer_norm", "bias_activation", "attention", "linears")
 # time of one sample of a short call
 _SAMPLE_SECONDS = 2e-4
 _LEAST_ROUNDS = 5
+# times as many rounds where other programs disturb the time
+_MORE_ROUNDS = 3
 
 # seconds that a call takes
 Timer = Callable[[Callable[[], object]], float]
@@ -41,6 +46,13 @@ def processor_seconds(call: Callable[[], object]) -> float:
     start = time.thread_time()
     call()
     return time.thread_time() - start
+
+
+def passed_seconds(call: Callable[[], object]) -> float:
+    """Time that passes during one call, whatever threads work for it."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def gpu_seconds(call: Callable[[], object]) -> float:
@@ -67,7 +79,8 @@ class Measurement:
 
     Attributes:
         device: where to measure.
-        timer: seconds of a call; `processor_seconds` or `gpu_seconds` if None.
+        timer: seconds of a call; if None, `gpu_seconds` on a GPU, `processor_seconds` on a CPU with one thread, and
+            `passed_seconds` with more.
         seconds: to spend on one key.
     """
 
@@ -78,14 +91,18 @@ class Measurement:
     def __post_init__(self) -> None:
         self.ops = {op.name: op for op in all_ops()}
         self.entries: list[Entry] = []
-        if self.timer is None:
-            self.timer = gpu_seconds if self.device.type == "cuda" else processor_seconds
+        # of the entries: a table shows what it was measured with
+        self.threads = torch.get_num_threads()
+        self.least_rounds = _LEAST_ROUNDS
+        if self.timer is None and self.device.type == "cuda":
+            self.timer = gpu_seconds
+        elif self.timer is None and self.threads == 1:
+            self.timer = processor_seconds
+        elif self.timer is None:
+            self.timer, self.least_rounds = passed_seconds, _MORE_ROUNDS * _LEAST_ROUNDS
 
     def run(self, keys: Mapping[tuning.Key, int]) -> Iterator[tuple[tuning.Key, Entry | None]]:
         """Measure the keys and yield each with its entry, or None where there is nothing to choose."""
-        threads = torch.get_num_threads()
-        if self.device.type == "cpu":
-            torch.set_num_threads(1)
         gc.collect()
         gc.disable()
         try:
@@ -96,7 +113,6 @@ class Measurement:
                 yield key, entry
         finally:
             gc.enable()
-            torch.set_num_threads(threads)
 
     def measure(self, key: tuning.Key) -> Entry | None:
         """The entry of one key; None if there is one implementation at most."""
@@ -130,6 +146,7 @@ class Measurement:
             shape=shape,
             choice=pick(times),
             prior=prior,
+            threads=self.threads,
             microseconds={choice: round(1e6 * statistics.median(spent), 2) for choice, spent in times.items()},
         )
 
@@ -162,7 +179,7 @@ class Measurement:
         times: dict[str, list[float]] = {choice: [] for choice in candidates}
         order = list(candidates)
         end = time.perf_counter() + self.seconds
-        while time.perf_counter() < end or len(times[order[0]]) < _LEAST_ROUNDS:
+        while time.perf_counter() < end or len(times[order[0]]) < self.least_rounds:
             for choice in order:
                 with self._forcing(key, choice):
                     if repeats[choice] > 1:

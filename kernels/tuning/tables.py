@@ -44,6 +44,7 @@ class Entry:
         shape: class of the shape, as the op defines it.
         choice: the implementation to take.
         prior: the one that runs without the table.
+        threads: of torch, with which it was measured.
         microseconds: time of each implementation that passed the test of its errors.
     """
 
@@ -53,6 +54,8 @@ class Entry:
     shape: tuple[int, ...]
     choice: str
     prior: str
+    # that of tables which do not say
+    threads: int = 1
     microseconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -139,6 +142,8 @@ def _entry(item: dict[str, Any]) -> Entry:
         raise ValueError(f"an entry {item!r}")
     if not isinstance(getattr(torch, entry.dtype, None), torch.dtype) or not all(type(n) is int for n in entry.shape):
         raise ValueError(f"an entry for {entry.dtype} and shape {entry.shape}")
+    if type(entry.threads) is not int or entry.threads < 1:
+        raise ValueError(f"{entry.op} on {entry.threads!r} threads")
     if not all(isinstance(time, int | float) and time > 0 for time in entry.microseconds.values()):
         raise ValueError(f"times of {entry.op}: {entry.microseconds}")
     return entry

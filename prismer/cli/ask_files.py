@@ -3,8 +3,8 @@
 import argparse
 import sys
 
-from prismer.ask_items import Items, image_items, question_items
-from prismer.ask_job import AskReport, ask_all, check_result
+from prismer.asking.items import Items, image_items, question_items
+from prismer.asking.job import AskReport, ask_all, check_result
 from prismer.cli.ask_images import open_model
 from prismer.cli.choices import stored_choices
 from prismer.cli.options import device_of_process, rank_and_world

@@ -92,7 +92,7 @@ class ImageRequest:
 
     def _line(self, task: str, path: Path, result: "str | Answer") -> str:
         if self.as_json:
-            from prismer.ask_items import result_fields
+            from prismer.asking.items import result_fields
 
             entry = {"image": str(path), **result_fields(task, result, self.top)}
             line = json.dumps(entry, ensure_ascii=False)

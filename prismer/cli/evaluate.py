@@ -137,8 +137,8 @@ def _predictor(
 ) -> "Predictor":
     """What predicts the texts of the task, from the texts that the options give or else those at hand."""
     from prismer.evaluation.predict import Predictor
+    from prismer.evaluation.text_kinds import EVALUATED
     from prismer.inference import Candidates
-    from prismer.training.tasks import TASKS
     from prismer.weights.folder import ANSWERS, CLASS_NAMES, stored_texts
 
     tokenizer = model.tokenizer
@@ -156,7 +156,7 @@ def _predictor(
         _check_prefix(tokenizer, args.prefix, model.config.caption_max_length)
     return Predictor(
         model=model,
-        kinds=TASKS[args.task].texts,
+        kinds=(EVALUATED[args.task],),
         answers=Candidates.answers(tokenizer, answers) if answers else None,
         classes=Candidates.classes(tokenizer, classes) if classes else None,
         class_names=dataset.classes.get("class", ()),

@@ -24,9 +24,9 @@ from torch import nn
 from prismer.config import PrismerConfig
 from prismer.costs.fake_step import DTYPES, FakeStep, FakeTrainer, Moment, Texts
 from prismer.errors import InputError
+from prismer.evaluation.text_kinds import CAPTIONS, CLASSES, QUESTIONS
 from prismer.texts import MAX_CAPTION_TOKENS, MAX_QUESTION_TOKENS
 from prismer.training.config import TrainConfig
-from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS
 
 # assumed length of an answer, with `</s>`; few are longer
 _ANSWER_TOKENS = 6

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prismer.batch import ImageBatch
+from prismer.evaluation.text_kinds import CAPTIONS, CLASSES, QUESTIONS, TextKind
 from prismer.inference import Answer, Candidates
 from prismer.model import Prismer
-from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TextKind
 
 # how many classes of a ranking a row keeps
 _RANKED = 5

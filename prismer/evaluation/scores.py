@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from prismer.evaluation.caption_metrics import caption_scores
+from prismer.evaluation.text_kinds import TEXT_KINDS
 from prismer.evaluation.vqa_accuracy import keeps_each_person, vqa_accuracy
-from prismer.training.tasks import TEXT_KINDS
 
 # the groups of questions whose accuracy is shown: a prefix of the name, and the field that tells them apart
 _GROUPS = {"accuracy": "kind", "accuracy/answer_type": "answer_type", "accuracy/question_type": "question_type"}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from prismer.errors import InputError
-from prismer.training.tasks import CAPTIONS, QUESTIONS, TASKS
+from prismer.evaluation.text_kinds import CAPTIONS, EVALUATED, QUESTIONS
 
 CAPTION_FILE, ANSWER_FILE = "submission_captions.json", "submission_answers.json"
 
@@ -53,13 +53,13 @@ def submission_notes(rows: Sequence[dict], task: str) -> list[str]:
 def _found(rows: Sequence[dict], task: str) -> Iterator[tuple[str, str, list[tuple[str, dict]]]]:
     """The name of each file of the task, the field of its ids, and its entries beside the keys of their images."""
     rows = [row for row in rows if "skipped" not in row]
-    if CAPTIONS in TASKS[task].texts:
+    if EVALUATED[task] is CAPTIONS:
         yield (
             CAPTION_FILE,
             "image_id",
             [(row["key"], _entry(row, "image_id", caption=row["caption"])) for row in rows if "caption" in row],
         )
-    if QUESTIONS in TASKS[task].texts:
+    if EVALUATED[task] is QUESTIONS:
         yield (
             ANSWER_FILE,
             "question_id",

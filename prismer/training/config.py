@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prismer.errors import InputError, shown
+from prismer.evaluation.text_kinds import CAPTIONS, CLASSES, QUESTIONS, TextKind
 from prismer.freezing import FREEZE_MODES
 from prismer.reading import is_text
-from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TASKS, TextKind
+from prismer.training.tasks import TASKS
 
 PRECISIONS = ("auto", "bf16", "fp32")
 # AdamW counts its steps in float32, which is exact up to here

@@ -12,12 +12,13 @@ from prismer.dataloading.feed.loader import Loader
 from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.errors import InputError
+from prismer.evaluation.text_kinds import CAPTIONS, CLASSES, QUESTIONS
 from prismer.model import Prismer
 from prismer.texts import ChooseTexts, answer_fits, choose_captions, choose_class, choose_joint, choose_questions
 from prismer.training.config import TrainConfig
 from prismer.training.initial_model import semantics_folder
 from prismer.training.streams import print_on_rank_zero
-from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TASKS
+from prismer.training.tasks import TASKS
 from prismer.training.text_statistics import TextCounts, TextStatistics, count_texts
 from prismer.training.zero import gather_json
 

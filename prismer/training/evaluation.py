@@ -6,9 +6,10 @@ import torch.distributed as dist
 
 from prismer.dataloading.feed.loader import Loader
 from prismer.evaluation.predict import Predictor
+from prismer.evaluation.text_kinds import CLASSES, QUESTIONS
 from prismer.inference import Candidates
 from prismer.model import Prismer
-from prismer.training.tasks import CLASSES, QUESTIONS, TASKS
+from prismer.training.tasks import TASKS
 from prismer.training.text_statistics import TextStatistics
 from prismer.training.zero import gather_json
 

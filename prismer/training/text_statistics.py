@@ -10,9 +10,10 @@ from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.shards import CorruptSample, ShardDataset
 from prismer.errors import InputError
 from prismer.evaluation.predict import question_kind
+from prismer.evaluation.text_kinds import CAPTIONS, CLASSES, QUESTIONS
 from prismer.files import write_json
 from prismer.reading import read_json
-from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS, TASKS
+from prismer.training.tasks import TASKS
 from prismer.weights.folder import ANSWERS
 
 GUESSES = "guesses.json"

@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from prismer import ask_job
-from prismer.ask_items import image_items, question_items
-from prismer.ask_job import ask_all
+from prismer.asking import job as ask_job
+from prismer.asking.items import image_items, question_items
+from prismer.asking.job import ask_all
 from prismer.dataloading.experts.labeller import Labeller
 from prismer.dataloading.feed.image_batch import ExpertLabels
 from prismer.dataloading.store.label_maps import pack_labels

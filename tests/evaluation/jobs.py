@@ -19,10 +19,10 @@ from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 from prismer.evaluation import job
 from prismer.evaluation.job import Evaluation
 from prismer.evaluation.predict import Predictor
+from prismer.evaluation.text_kinds import EVALUATED
 from prismer.inference import Candidates
 from prismer.model import Prismer
 from prismer.tokenizer import Tokenizer
-from prismer.training.tasks import TASKS
 from tests.cli.commands import SMALL_MODEL
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -74,7 +74,7 @@ def evaluation(model: Prismer, data: Path, task: str = "vqa", *, batch_size: int
     """The evaluation of a task on the samples above."""
     predictor = Predictor(
         model=model,
-        kinds=TASKS[task].texts,
+        kinds=(EVALUATED[task],),
         answers=Candidates.answers(model.tokenizer, ANSWERS),
         classes=Candidates.classes(model.tokenizer, CLASSES),
         class_names=CLASSES,

@@ -4,8 +4,8 @@ pytest tests/evaluation/test_predict.py
 """
 
 from prismer.evaluation.predict import Predictor
+from prismer.evaluation.text_kinds import CAPTIONS, CLASSES, QUESTIONS
 from prismer.inference import Answer
-from prismer.training.tasks import CAPTIONS, CLASSES, QUESTIONS
 from tests.evaluation.jobs import meta_of
 
 

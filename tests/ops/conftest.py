@@ -5,8 +5,8 @@ import importlib
 import pytest
 import torch
 
-from prismer.kernels.dispatch import interpreting
 from prismer.kernels.errors import MachineError
+from prismer.kernels.machine import interpreting
 from tests.devices import FACTORIES, kernel_device, made_on, moved
 
 

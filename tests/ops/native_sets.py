@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prismer.kernels.dispatch import native_missing
+from prismer.kernels.machine import native_missing
 
 if native_missing() is not None:
     pytest.skip(native_missing(), allow_module_level=True)

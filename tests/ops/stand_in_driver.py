@@ -11,7 +11,7 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 
-from prismer.kernels import dispatch
+from prismer.kernels import machine, tuning
 
 
 class Compiled:
@@ -63,10 +63,13 @@ def stand_in_driver() -> Iterator[Driver]:
     driver, before = Driver(), triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
     try:
+        # what a call was to run on is remembered by shape: with another driver it is looked up anew
+        tuning.generation += 1
         with (
             mock.patch("triton.compiler.compile", Compiled),
-            mock.patch.object(dispatch, "interpreting", lambda: True),
+            mock.patch.object(machine, "interpreting", lambda: True),
         ):
             yield driver
     finally:
         triton.runtime.driver._active = before
+        tuning.generation += 1

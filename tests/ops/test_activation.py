@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prismer.kernels import dispatch
+from prismer.kernels import machine
 from prismer.kernels.activation import ACTIVATIONS, bias_activation, bias_activation_op, bias_activation_reference
 from prismer.kernels.dispatch import use_backend
 
@@ -29,7 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(params=BACKENDS, autouse=True)
 def on_backend(request, running):
     if request.param == "native":
-        reason = dispatch.native_missing()
+        reason = machine.native_missing()
         if reason is None and not hasattr(torch.ops.prismer_native, "bias_activation"):
             reason = "prismer._C was built before bias_activation was written"
         if reason is not None:

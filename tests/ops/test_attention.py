@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prismer.kernels import dispatch
+from prismer.kernels import machine
 from prismer.kernels.attention import OP, attention, attention_reference, native_backend, torch_backend, triton_backend
 from prismer.kernels.attention.call import Facts
 from prismer.kernels.dispatch import use_backend
@@ -442,7 +442,7 @@ def test_gradcheck():
 @pytest.mark.parametrize(("amx", "mkl"), ((False, True), (True, True), (False, False)))
 def test_the_instruction_set_and_the_vendor_decide_until_it_is_measured(monkeypatch, amx, mkl):
     """AMX multiplies 16 bits faster than our vectors; where MKL is fast, torch is faster for few queries."""
-    if dispatch.native_missing() is not None or torch.ops.prismer_native.cpu_capability() != "avx512":
+    if machine.native_missing() is not None or torch.ops.prismer_native.cpu_capability() != "avx512":
         pytest.skip("the kernel is chosen on AVX-512 alone")
     monkeypatch.setattr(native_backend, "has_amx", lambda: amx)
     monkeypatch.setattr(native_backend, "mkl_is_slow", lambda: not mkl)
@@ -471,7 +471,7 @@ def test_which_backend_is_chosen(count_calls, monkeypatch):
             attention(**tensors, **options)
         return [call["backend"] for call in calls["prismer::attention"]]
 
-    wide = dispatch.native_missing() is None and torch.ops.prismer_native.cpu_capability() == "avx512"
+    wide = machine.native_missing() is None and torch.ops.prismer_native.cpu_capability() == "avx512"
     assert ours() == ours(causal=True) == ["native"] * wide
     assert ours(dropout=0.1) == []
     assert ours(dropout=0.1, seed=SEED) == ["torch"]

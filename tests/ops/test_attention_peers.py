@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prismer.kernels import dispatch
+from prismer.kernels import machine
 from prismer.kernels.attention import OP, attention_reference, peers
 from prismer.kernels.attention.call import Call, Facts
 
@@ -116,7 +116,7 @@ def install(monkeypatch):
     names = ("flash_attn", "flash_attn.cute", "flash_attn_interface", "xformers", "xformers.ops")
     for name in names:
         monkeypatch.setitem(sys.modules, name, None)
-    dispatch.module_missing.cache_clear()
+    machine.module_missing.cache_clear()
     calls = []
 
     def add(record):
@@ -141,11 +141,11 @@ def install(monkeypatch):
         setattr(sys.modules[record.module], record.function, function)
         if record is XFORMERS:
             sys.modules[record.module].LowerTriangularMask = LowerTriangularMask
-        dispatch.module_missing.cache_clear()
+        machine.module_missing.cache_clear()
         return calls
 
     yield add
-    dispatch.module_missing.cache_clear()
+    machine.module_missing.cache_clear()
 
 
 def facts_of(capability=(9, 0), **changes):
@@ -261,16 +261,16 @@ def test_a_backend_serves_a_call_or_says_why_not(backend, facts, reason, install
 
 
 def test_packages_may_be_absent_or_broken(install, monkeypatch):
-    assert "flash_attn.cute is not installed" in dispatch.package_missing("flash-attn")
-    assert "xformers.ops is not installed" in dispatch.package_missing("xformers")
+    assert "flash_attn.cute is not installed" in machine.package_missing("flash-attn")
+    assert "xformers.ops is not installed" in machine.package_missing("xformers")
     install(FLASH4)
     # only an empty namespace beside generation 4
-    assert dispatch.module_missing("flash_attn", "flash_attn_func") == "flash_attn has no flash_attn_func"
-    assert dispatch.package_missing("flash-attn") is None
-    dispatch.module_missing.cache_clear()
+    assert machine.module_missing("flash_attn", "flash_attn_func") == "flash_attn has no flash_attn_func"
+    assert machine.package_missing("flash-attn") is None
+    machine.module_missing.cache_clear()
 
     def broken(name, *_):
         raise OSError("undefined symbol")
 
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", broken)
-    assert "does not import here (OSError: undefined symbol)" in dispatch.package_missing("xformers")
+    monkeypatch.setattr(machine.importlib.util, "find_spec", broken)
+    assert "does not import here (OSError: undefined symbol)" in machine.package_missing("xformers")

@@ -19,6 +19,7 @@ import torch
 from torch.autograd import forward_ad
 
 import prismer.kernels.dispatch as dispatch
+from prismer.kernels import machine as machine_module
 from prismer.kernels import tuning
 from prismer.kernels.dispatch import (
     NATIVE,
@@ -29,10 +30,10 @@ from prismer.kernels.dispatch import (
     all_ops,
     asked,
     backends,
-    native_missing,
     use_backend,
 )
 from prismer.kernels.layer_norm import layer_norm
+from prismer.kernels.machine import native_missing
 
 pytestmark = pytest.mark.cpu
 
@@ -55,10 +56,10 @@ CPU, CUDA = call("cpu"), call("cuda")
 def machine(request, monkeypatch):
     """Pretend that everything is installed but what a parameter maps to a reason; natively built is `toy` alone."""
     missing = getattr(request, "param", {})
-    monkeypatch.setattr(dispatch, "native_missing", lambda device="cpu": missing.get(f"native {device}"))
-    monkeypatch.setattr(dispatch, "triton_missing", lambda: missing.get("triton"))
-    monkeypatch.setattr(dispatch, "package_missing", lambda name: missing.get(name, f"{name} is not installed"))
-    monkeypatch.setattr(dispatch, "_has_native", lambda op, device: op == "toy")
+    monkeypatch.setattr(machine_module, "native_missing", lambda device="cpu": missing.get(f"native {device}"))
+    monkeypatch.setattr(machine_module, "triton_missing", lambda: missing.get("triton"))
+    monkeypatch.setattr(machine_module, "package_missing", lambda name: missing.get(name, f"{name} is not installed"))
+    monkeypatch.setattr(machine_module, "has_native", lambda op, device: op == "toy")
     dispatch._log_once.cache_clear()
     _forget_choices()
     yield
@@ -99,7 +100,7 @@ def test_a_backend_that_an_op_does_not_have_is_ignored_and_one_that_cannot_run_i
 def test_the_interpreter_is_only_taken_when_asked_for(machine):
     assert OPS["mlp"].choose(CPU) == "torch"
     with use_backend("triton"):
-        if dispatch.interpreting():
+        if machine_module.interpreting():
             assert OPS["mlp"].choose(CPU) == "triton"
         else:
             with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
@@ -145,7 +146,7 @@ def test_a_slower_backend_runs_only_if_it_is_asked_for(machine):
 @pytest.mark.parametrize("name", OPS)
 def test_native_and_triton_refuse_float64(machine, monkeypatch, name):
     """They compute in fp32, so an op that takes float64 must not reach them."""
-    monkeypatch.setattr(dispatch, "_has_native", lambda op, device: True)
+    monkeypatch.setattr(machine_module, "has_native", lambda op, device: True)
     op = OPS[name]
     # random numbers have no dtype to lose
     computing = [b for b in op.backends if b.name in ("native", "triton") and name != "philox_kept"]
@@ -195,7 +196,7 @@ def test_the_environment_asks_for_a_backend(value, printed):
 @pytest.mark.parametrize("device", ("cpu", "cuda"))
 def test_an_extension_that_was_not_built_says_so(device, monkeypatch):
     native_missing.cache_clear()
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine_module.importlib.util, "find_spec", lambda name: None)
     assert "was not built" in native_missing(device)
     native_missing.cache_clear()
 
@@ -216,9 +217,9 @@ def test_threads_load_the_extension_once(monkeypatch):
             module.__spec__ = importlib.machinery.ModuleSpec(name, None)
 
     real = importlib.util.find_spec
-    monkeypatch.setattr(dispatch.importlib, "import_module", load)
+    monkeypatch.setattr(machine_module.importlib, "import_module", load)
     monkeypatch.setattr(
-        dispatch.importlib.util,
+        machine_module.importlib.util,
         "find_spec",
         lambda name: real(name) if name in sys.modules else importlib.machinery.ModuleSpec(name, None),
     )
@@ -244,7 +245,7 @@ def test_an_extension_that_does_not_load_warns_once(monkeypatch, tmp_path):
 def test_native_kernels_are_looked_up():
     if native_missing() is not None:
         pytest.skip(native_missing())
-    assert dispatch._has_native("layer_norm", "cpu") and not dispatch._has_native("mlp", "cpu")
+    assert machine_module.has_native("layer_norm", "cpu") and not machine_module.has_native("mlp", "cpu")
 
 
 @pytest.mark.parametrize("name", OPS)

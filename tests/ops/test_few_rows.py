@@ -244,7 +244,7 @@ def test_an_int8_row_with_nan_or_infinity_is_nan(isa, at, bad):
 # an array whose last byte is the last one before memory that must not be read
 GUARDED = """
 import ctypes, math, mmap, torch
-from prismer.kernels.dispatch import native_missing
+from prismer.kernels.machine import native_missing
 assert native_missing() is None
 libc, kept = ctypes.CDLL(None, use_errno=True), []
 def guarded(t):

@@ -25,7 +25,16 @@ from prismer.kernels.cross_entropy import linear_cross_entropy
 from prismer.kernels.decode_attention import decode_attention
 from prismer.kernels.dispatch import use_backend
 from prismer.kernels.gemm import gemm
-from prismer.kernels.launch import cdiv, counted, input_precision, launch, next_power_of_2, unspecialised
+from prismer.kernels.launch import (
+    Prepared,
+    cdiv,
+    counted,
+    input_precision,
+    kept,
+    launch,
+    next_power_of_2,
+    unspecialised,
+)
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 from prismer.kernels.mlp import mlp
 from prismer.kernels.resampler_attention import resampler_attention
@@ -147,6 +156,31 @@ def against_triton():
         return dict(same=same, compiled=len({id(compiled) for compiled, *_ in driver.launched}))
 
 
+def prepared():
+    """Whether `Prepared` runs what `launch` runs, for aligned pointers twice, for others, and on another device."""
+    kernel, bias, same = fresh(), torch.randn(65), []
+    constants = kept(HAS_BIAS=True, BR=4, BD=64)
+    with stand_in_driver() as driver:
+        run = Prepared(kernel, (2,), (5, 64, 2.0), constants)
+        tensors = [torch.randn(5, 64), bias[:64], torch.randn(5, 64)]
+        for pointers in (tensors, tensors, [tensors[0], bias[1:], tensors[2]], tensors):
+            run(*pointers)
+            launch(kernel, (2,), tuple(pointers), (5, 64, 2.0), constants)
+            (ours, *_, mine), (theirs, *_, its) = driver.launched[-2:]
+            same.append(ours is theirs and mine[:6] == its[:6] and [*map(id, mine[9:])] == [*map(id, its[9:])])
+        with counted() as counter:
+            run(*tensors)
+        # a CPU tensor is not on the current device now
+        driver.device = 0
+        run(*tensors)
+        return dict(
+            same=same,
+            compiled=len({id(compiled) for compiled, *_ in driver.launched}),
+            elsewhere=[driver.launched[-1][1], driver.device],
+            counted=[*counter.values()],
+        )
+
+
 def a_large_number():
     """The types of R that are compiled, where it stays within 32 bits and where it does not."""
     x, kernel = torch.zeros(1), fresh()
@@ -225,6 +259,26 @@ def test_a_kernel_runs_on_the_device_of_its_tensors():
     found = without_interpreter()["devices"]
     assert found["launches"] == [[1, 1001, 0], [0, 1000, 0], [1, 1001, 0]]
     assert found["compiled"] == 2 and found["after_failure"] == 0
+
+
+def test_a_prepared_launch_is_the_same_launch():
+    found = without_interpreter()["prepared"]
+    assert found["same"] == [True] * 4 and found["compiled"] == 2
+    # the device of the tensors, and the current one afterwards
+    assert found["elsewhere"] == [-1, 0] and found["counted"] == [1]
+
+
+def test_constants_are_kept_once_and_compared_with_their_types():
+    assert kept(BR=4, FLAG=True) is kept(BR=4, FLAG=True)
+    assert kept(BR=4, FLAG=True) is not kept(BR=4, FLAG=1)
+    assert kept(BR=4, FLAG=True) != kept(BR=4, FLAG=1) and {**kept(BR=4, FLAG=True)} == dict(BR=4, FLAG=True)
+
+
+def test_the_interpreter_runs_a_prepared_launch():
+    bias = torch.randn(60)
+    grid, (x, _, y), numbers, constants = arguments(5, 60, bias)
+    Prepared(scaled_copy, grid, numbers, kept(**constants))(x, bias, y)
+    torch.testing.assert_close(y, x * 2 + bias)
 
 
 def test_the_interpreter_runs_a_launch():
@@ -338,6 +392,7 @@ if __name__ == "__main__":
                 against_triton=against_triton(),
                 a_large_number=a_large_number(),
                 devices=devices(),
+                prepared=prepared(),
             )
         )
     )

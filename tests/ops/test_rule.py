@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from prismer.kernels.dispatch import native_missing, use_backend
+from prismer.kernels.dispatch import use_backend
+from prismer.kernels.machine import native_missing
 
 pytestmark = pytest.mark.cpu
 

@@ -3,15 +3,17 @@
 Run: pytest tests/ops/test_tuning.py
 """
 
+import functools
 import json
 import logging
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from prismer.kernels import dispatch, tuning
+from prismer.kernels import dispatch, machine, tuning
 from prismer.kernels.activation import OP as ACTIVATION
 from prismer.kernels.attention import OP as ATTENTION
 from prismer.kernels.attention import attention
@@ -50,8 +52,17 @@ def entry(choice="native", key=NORM_KEY, prior="host", **times):
         shape=shape,
         choice=choice,
         prior=prior,
+        threads=torch.get_num_threads(),
         microseconds=times,
     )
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of torch's threads until the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def write(table, path=None):
@@ -110,6 +121,19 @@ def test_without_a_table_one_line_says_what_to_type(home):
     assert "prismer tune" in tuning.advice("cpu")
 
 
+def test_a_table_for_another_number_of_threads_is_taken_with_one_line(home, threads):
+    write(Table(machine=tables.machine("cpu"), entries=(entry(), entry("torch", (*NORM_KEY[:3], (8, 7, 0))))))
+    threads(torch.get_num_threads() + 1)
+    assert tuning.choice("cpu", NORM_KEY) == "native"
+    assert "threads" in tuning.advice("cpu") and "prismer tune" in tuning.advice("cpu")
+
+
+def test_an_entry_that_does_not_say_was_measured_with_one_thread():
+    content = json.loads(GOOD)
+    assert content["entries"][0].pop("threads") == torch.get_num_threads()
+    assert Table.from_json(json.dumps(content)).entries[0].threads == 1
+
+
 @pytest.mark.parametrize("fact", ("torch", "triton", "sources"))
 def test_a_table_of_another_version_is_put_aside_with_one_line(home, caplog, fact):
     write(Table(machine=tables.machine("cpu") | {fact: "another"}, entries=(entry(),)))
@@ -138,6 +162,8 @@ GOOD = Table(machine=dict(device="x"), entries=(entry(native=1.0),)).to_json()
         GOOD.replace('"native": 1.0', '"native": -1.0'),
         GOOD.replace("false", "0"),
         GOOD.replace("6,", '"6",'),
+        GOOD.replace(f'"threads": {torch.get_num_threads()}', '"threads": 0'),
+        GOOD.replace(f'"threads": {torch.get_num_threads()}', '"threads": true'),
     ),
 )
 def test_a_damaged_table_is_put_aside_with_one_line(home, caplog, text):
@@ -308,7 +334,7 @@ def measured(seconds, key=NORM_KEY):
     return Measurement(device=CPU, seconds=0, timer=Clock(seconds)).measure(key)
 
 
-NEEDS_NATIVE = pytest.mark.skipif(dispatch.native_missing() is not None, reason="the native extension is not built")
+NEEDS_NATIVE = pytest.mark.skipif(machine.native_missing() is not None, reason="the native extension is not built")
 
 
 @NEEDS_NATIVE
@@ -335,6 +361,40 @@ def test_ours_is_not_timed_if_it_is_wrong(monkeypatch):
     monkeypatch.setattr(torch.ops.prismer_native, "layer_norm", wrong)
     found = measured(dict(host=1e-3, native=1e-6, torch=2e-3))
     assert found.choice == "host" and "native" not in found.microseconds
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize(("count", "choice"), ((1, "native"), (2, "host")))
+def test_with_more_threads_the_time_that_passes_decides(monkeypatch, threads, count, choice):
+    """The processor time of one thread says nothing of an implementation that uses all of them."""
+    seen = []
+
+    class Counted(Clock):
+        def __call__(self, call):
+            seen.append(torch.get_num_threads())
+            return super().__call__(call)
+
+    monkeypatch.setattr(measure, "processor_seconds", Counted(dict(host=1e-3, native=0.5e-3, torch=2e-3)))
+    monkeypatch.setattr(measure, "passed_seconds", Counted(dict(host=1e-3, native=1.1e-3, torch=2e-3)))
+    threads(count)
+    measurement = Measurement(device=CPU, seconds=0)
+    ((_, found),) = measurement.run({NORM_KEY: 1})
+    assert (found.choice, found.threads) == (choice, count)
+    assert set(seen) == {count} and torch.get_num_threads() == count
+    # a warm-up or two, then rounds of three implementations
+    rounds = measure._LEAST_ROUNDS * (1 if count == 1 else measure._MORE_ROUNDS)
+    assert 3 * (rounds + 1) <= len(seen) <= 3 * (rounds + 2)
+
+
+def test_ours_has_to_win_the_median_of_disturbed_rounds():
+    """One quiet round in which ours is fast, and one noisy one in which the vendor is slow, do not decide."""
+    assert pick(dict(host=[1.0, 1.0, 9.0, 1.0, 1.0], native=[0.1, 1.0, 1.0, 0.99, 1.0])) == "host"
+    assert pick(dict(host=[1.0, 1.1, 9.0, 1.0, 1.0], native=[0.9, 1.0, 9.5, 0.9, 0.9])) == "native"
+
+
+def test_both_clocks_tell_seconds():
+    slow = functools.partial(time.sleep, 0.02)
+    assert measure.passed_seconds(slow) >= 0.02 > measure.processor_seconds(slow)
 
 
 def test_the_margin_is_judged_round_by_round():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from prismer.dataloading.scenes.dataset import render_dataset
-from prismer.kernels.dispatch import native_missing
+from prismer.kernels.machine import native_missing
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -3,7 +3,7 @@
     items = image_items(["photos", "shards/00000.tar", "more.txt"])
     items = question_items("questions.jsonl")
 
-`prismer.ask_job.ask_all` asks a model about items. Nothing but names is read here.
+`prismer.asking.job.ask_all` asks a model about items. Nothing but names is read here.
 """
 
 import hashlib

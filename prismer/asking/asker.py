@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prismer.ask_items import Item, Items, result_fields
+from prismer.asking.items import Item, Items, result_fields
 from prismer.batch import ImageBatch
 from prismer.dataloading.experts.labeller import Labeller
 from prismer.dataloading.feed.decoder import ImageDecoder

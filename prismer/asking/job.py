@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from prismer import __version__
-from prismer.ask_items import RESULT_KEYS, Item, Items
-from prismer.asker import Asker
+from prismer.asking.asker import Asker
+from prismer.asking.items import RESULT_KEYS, Item, Items
 from prismer.dataloading.experts.labeller import Labeller
 from prismer.dataloading.semantics.features import Semantics
 from prismer.errors import InputError, check_count
