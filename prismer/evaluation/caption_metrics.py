@@ -16,8 +16,8 @@ from prismer.evaluation.caption_tokens import tokenize_caption
 
 MAX_NGRAM = 4
 CIDER_SIGMA = 6.0
-# the COCO toolkit adds these to numerators and denominators of BLEU: a corpus without a match of four tokens has a BLEU-4
-# of about 1e-5, not 0
+# the COCO toolkit adds these to numerators and denominators of BLEU: a corpus without a match of four tokens has a
+# BLEU-4 of about 1e-5, not 0
 _TINY, _SMALL = 1e-15, 1e-9
 # weighs recall against precision in ROUGE-L
 ROUGE_BETA = 1.2

@@ -2,8 +2,8 @@
 
 The text becomes lower case, contractions are split, and punctuation is dropped, so that scores are comparable with
 published ones. tests/evaluation/test_toolkit.py compares the two. The known differences are rare in captions: paths of
-more than three parts (a/b/c/d), versions (v2.0), smileys such as :D, an initial with a full stop before a word that
-often starts a sentence (row A. The), and a full stop that depends on the caption after this one.
+more than three parts (a/b/c/d), versions (v2.0), tags (<b>), smileys such as :D, an initial with a full stop before a
+word that often starts a sentence (row A. The), and a full stop that depends on the caption after this one.
 """
 
 import re
@@ -24,6 +24,8 @@ _TOKEN = re.compile(
     rf"|(?:(?i:ph\.d|[^\W\d_](?:\.[^\W\d_])*|{'|'.join(_ABBREVIATIONS)})"
     rf"|{'|'.join(_CAPITAL_ABBREVIATIONS)})\.(?![^\W_])"
     r"|(?i:ca|fig|nos?|op|pp)\.(?=\s*\d)"
+    # 10:30am and 3.5mm are two tokens, 50cm is one
+    r"|(?:(?<!\S)[-+.])?\d+(?:[.,:]\d+)+(?=[^\W\d_])"
     # 3.5, 1,000.00, 10:30, 3/4, +5, but 10-year-old and 4x4 are words
     r"|(?:(?<!\S)[-+.])?\d+(?:[.,:/]\d+)*(?![^\W_]|[-./][^\W_])"
     r"|(?i:'n'|y'(?=all\b)|'t(?=(?:is|was)\b)|'(?:em|til)\b)"

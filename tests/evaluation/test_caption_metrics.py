@@ -71,6 +71,8 @@ TOOLKIT_SHORT_BLEU = [0.5243506088373784, 0.4976142856512391, 0.4341927232704007
 TOLERANCE = 1e-12
 
 TREEBANK = {
+    "10:30am train, 1,000km road, 3.5mm jack, 1.5x 4.0GB": "10:30 am train 1,000 km road 3.5 mm jack 1.5 x 4.0 gb",
+    "3/4in pipe, 2.5-inch 3.0-liter 50cm x 1/2-inch": "3/4in pipe 2.5-inch 3.0-liter 50cm x 1/2-inch",
     "A man can't ride; it's John's dog's toy, and they're gonna (maybe) leave.": "a man ca n't ride it 's john 's "
     "dog 's toy and they 're gon na -lrb- maybe -rrb- leave",
     "Mr. Smith vs. the U.S. army, No. 5 at 10:30 a.m.": "mr. smith vs. the u.s. army no. 5 at 10:30 a.m.",

@@ -176,6 +176,7 @@ def test_the_known_differences_to_the_tokenizer_of_the_toolkit_are_complete():
     known = {
         "black/white/red/green": ("black/white/red / green", "black/white/red/green"),
         "a v2.0 sign": ("a v2 .0 sign", "a v2.0 sign"),
+        "a <b> tag": ("a <b> tag", "a < b > tag"),
         "hello :D": ("hello :d", "hello d"),
         "row A. The end": ("row a the end", "row a. the end"),
         "row A. the end": None,
