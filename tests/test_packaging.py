@@ -87,6 +87,8 @@ def expected_files():
     return files
 
 
+# it compiles the extension once more, which takes as long as a tenth of all other tests
+@pytest.mark.long
 def test_wheel(tmp_path):
     # a GPU beside nvcc would add the CUDA kernels, which take minutes
     names, wheel, printed = build_wheel(tmp_path, PRISMER_CUDA="0")

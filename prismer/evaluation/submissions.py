@@ -41,7 +41,7 @@ def submission_notes(rows: Sequence[dict], task: str) -> list[str]:
             noun = "images" if field == "image_id" else "questions"
             notes.append(
                 f"{len(missing)} of {len(entries)} {noun} have no {field} (the first: {missing[0]}), so there is no "
-                f"{name}; import the benchmark's own files again to keep the ids"
+                f"{name}; only an import of a benchmark's own files has them"
             )
         elif entries and skipped:
             notes.append(

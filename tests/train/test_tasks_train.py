@@ -13,10 +13,10 @@ from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 pytestmark = pytest.mark.timeout(900)
 
 SCORES = {
-    "pretrain": {"CIDEr-D", "BLEU-4"},
-    "caption": {"CIDEr-D", "BLEU-4"},
+    "pretrain": {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"},
+    "caption": {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"},
     "vqa": {"accuracy"},
-    "classify": {"top-1"},
+    "classify": {"top-1", "top-5"},
 }
 FREEZE = {
     "pretrain": "freeze_lang_vision",
