@@ -13,6 +13,7 @@ import importlib.util
 import json
 import random
 import shutil
+import tarfile
 from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
@@ -39,6 +40,7 @@ from tests.evaluation.plain_vqa_accuracy import accuracy, processed
 from tests.evaluation.test_toolkit import toolkit_tokens
 from tests.train.conftest import Workshop
 
+HAS_DATASETS = importlib.util.find_spec("datasets") is not None
 HAS_TOOLKIT = importlib.util.find_spec("pycocoevalcap") is not None and shutil.which("java") is not None
 COLOURS = ["red", "blue", "green", "yellow", "purple", "cyan"]
 # close to what tiny says, with marks, contractions and numbers as people write them
@@ -213,6 +215,36 @@ def test_conceptual_captions_beside_img2dataset(tmp_path):
     }
     assert_caption_numbers(numbers, rows, true, "key")
     assert not (out / "submission_captions.json").exists()
+
+
+def test_sbu_beside_img2dataset(tmp_path):
+    downloaded(tmp_path / "sbu", tars=True)
+    by_url = {URL.format(i): texts_of(i)[0].replace("\n", " ") for i in range(3)}
+    file = write(tmp_path / "sbu.json", {"image_urls": [*by_url], "captions": [*by_url.values()]})
+    importing = ["web", tmp_path / "sbu", "--annotations", file]
+    numbers, rows, _ = numbers_of(tmp_path, "sbu", importing, ["--task", "caption"])
+    with tarfile.open(next((tmp_path / "sbu").glob("*.tar"))) as tar:
+        urls = {name: json.load(tar.extractfile(name))["url"] for name in tar.getnames() if name.endswith(".json")}
+    # a row is named after its shard and member
+    found = {row["captions"][0] for row in rows}
+    assert found == {by_url[url] for url in urls.values()} and len(rows) == len(urls)
+    true = {row["key"]: row["captions"] for row in rows}
+    assert_caption_numbers(numbers, rows, true, "key")
+
+
+@pytest.mark.skipif(not HAS_DATASETS, reason="the package datasets is not installed")
+def test_parquet(tmp_path):
+    import datasets
+
+    captions = {i: texts_of(i) for i in range(4)}
+    images = [encode(Image.new("RGB", (64, 64), COLOURS[i])) for i in captions]
+    table = {"image": [{"bytes": data, "path": None} for data in images], "captions": [*captions.values()]}
+    table = datasets.Dataset.from_dict({**table, "image_id": [*captions]})
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    importing = ["parquet", tmp_path / "rows.parquet"]
+    numbers, rows, out = numbers_of(tmp_path, "rows", importing, ["--task", "caption"])
+    assert_caption_numbers(numbers, rows, captions, "image_id")
+    assert_caption_submission(out, rows, [*captions])
 
 
 def test_visual_genome_captions_and_questions(tmp_path):
