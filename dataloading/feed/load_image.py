@@ -156,4 +156,6 @@ def _to_square(image: Image.Image, size: int, name: str) -> Tensor:
     rgb = to_rgb(image, name)
     if rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+    # copied by numpy: torch would do it on all cores, and each thread that reads images would keep a team of threads
+    # for that, which wait by spinning and take the cores from the model
+    return torch.from_numpy(np.ascontiguousarray(np.array(rgb).transpose(2, 0, 1)))
