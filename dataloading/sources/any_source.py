@@ -44,7 +44,7 @@ def source_records(source: str | Path, images: str | Path | None = None) -> tupl
         return ImageRecords(1, lambda: iter([record])), {}
     if not path.is_dir():
         raise InputError(
-            f"there is no {path}, or it is no file; give a folder of images or shards, a tar, or a list of images"
+            f"there is no file or folder {path}; give a folder of images or shards, a tar, or a list of images"
         )
     if (path / "index.json").is_file():
         return tar_records(path), ShardDataset(path).classes

@@ -30,7 +30,7 @@ FAULTS = {
     "out-exists": ("caption {image} --out {tmp}/bad.json", "bad.json exists and no job has written it"),
     "out-is-a-folder": ("caption {image} --out {empty}", "is a folder; name the file of the result"),
     "out-no-images": ("caption {empty} --out {tmp}/o", "there are no images in {empty}"),
-    "out-no-source": ("caption {tmp}/none --out {tmp}/o", "there is no {tmp}/none"),
+    "out-no-source": ("caption {tmp}/none --out {tmp}/o", "there is no file or folder {tmp}/none"),
     "out-json-source": ("caption {tmp}/bad.json --out {tmp}/o", "is JSON; give a folder"),
     "out-all-bad": ("caption {bad} --model {copy} --out {tmp}/o", "none of the 1 images could be read"),
     "out-no-experts": ("caption {bad} --experts edge --labels {bad} --out {tmp}/o", "choose one of them"),
