@@ -55,6 +55,8 @@ def test_the_default_step_issues_few_operators(scenes, tmp_path, precision):
     assert found["operators"] > 700 and found["losses"] == sorted(found["losses"])
 
 
+# on a CPU every run repeats to the bit, and test_training.py proves that a resumed one does
+@pytest.mark.long
 def test_deterministic_mode_reaches_torch_and_survives_a_resume(scenes, tmp_path):
     started = count(scenes, tmp_path / "run", "fp32", "yes")
     assert started["deterministic"] and not started["resumed"]

@@ -23,7 +23,8 @@ from prismer.training.run_folder import RunFolder
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+# one process gathers nothing that two do not
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("small", [0, 20_000_000, -1], ids=["by-block", "whole-decoder", "gathered"])
 def test_zero_trains_as_plain_pytorch_does(workshop, tmp_path, small, processes):
     workshop.port += 1
