@@ -3,6 +3,7 @@
 import io
 import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from PIL import Image
@@ -118,7 +119,9 @@ def _lines(row: dict, width: int = 50, num_questions: int = 4) -> list[tuple[str
         elif vqa_accuracy(question["prediction"], question["answers"]) > 0.5:
             add(text, "darkgreen")
         else:
-            add(f"{text} (true: {next(iter(question['answers']))})", "firebrick")
+            # of ten people's answers the one that most of them gave; else the one of the largest weight
+            true = Counter(question["answers"]).most_common(1)[0][0]
+            add(f"{text} (true: {true})", "firebrick")
     if "class" in row and row["class"] is None:
         add(row["prediction"], "black")
     elif "class" in row:

@@ -58,3 +58,26 @@ def test_any_texts_and_shapes_can_be_drawn():
     width, height = Image.open(io.BytesIO(drawn)).size
     assert width > 1700 and height > 800
     assert samples_png(samples) == drawn
+
+
+def test_the_sheet_shows_true_and_predicted_texts(monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.text", lambda axis, x, y, text, **style: shown.append((text, style["color"]))
+    )
+    ten = ["grey", "red", "red", *["blue"] * 7]
+    question = {"question": "which colour?", "kind": "any", "answers": ten, "prediction": "grey"}
+    rows = [
+        {"caption": "A cat.", "captions": ["a dog", "a fox"]},
+        {"questions": [question, {**question, "prediction": "blue"}, {**question, "answers": {"a": 0.1, "b": 0.9}}]},
+        {"class": "cat", "prediction": "dog", "ranked": ["dog"]},
+    ]
+    samples_png([(jpeg(20, 20), row) for row in rows])
+    assert shown == [
+        ("true: a dog", "dimgray"),
+        ("generated: A cat.", "black"),
+        ("which colour? grey (true: blue)", "firebrick"),
+        ("which colour? blue", "darkgreen"),
+        ("which colour? grey (true: b)", "firebrick"),
+        ("dog (true: cat)", "firebrick"),
+    ]
