@@ -53,7 +53,7 @@ def test_label_writes_a_dataset_and_resumes(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["label", "nowhere", "--out", "x"], "there is no nowhere"),
+        (["label", "nowhere", "--out", "x"], "there is no file or folder nowhere"),
         (["label", ".", "--out", "x", "--experts", "taste"], "unknown expert 'taste'"),
         (["label", ".", "--out", "x", "--experts", ","], "no expert was asked for"),
         (["show", "nowhere.jpg"], "no image file nowhere.jpg"),
