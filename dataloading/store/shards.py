@@ -11,26 +11,34 @@ import json
 import os
 import zlib
 from bisect import bisect_right
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
-from prismer.dataloading.store.index import MEMBERS, CorruptSample, Sample, Sidecar, read_index
+from prismer.dataloading.store.index import MEMBERS, CorruptSample, Sample, Sidecar, parse_index
 from prismer.dataloading.store.label_maps import unpack_labels
+from prismer.dataloading.store.shard_files import LocalFiles, open_files
 from prismer.dataloading.store.writer import ShardWriter
-from prismer.reading import open_regular, read_bytes
+from prismer.errors import InputError
 
 __all__ = ["CorruptSample", "Sample", "ShardDataset", "ShardWriter", "read_index"]
 
 
 class ShardDataset:
-    """Random access to a dataset folder; safe to share between threads and to inherit or send to worker processes.
+    """Random access to a dataset; safe to share between threads and to inherit or send to worker processes.
 
     Only `index.json` is read at first; a shard is opened when one of its samples is asked for. A sample costs one
     `pread`. Its bytes are checked against their crc32 before any decoder sees them.
 
+    Args:
+        place: a dataset folder, or another place that `open_files` knows.
+
     Attributes:
+        place: as it was given.
+        folder: the same as a path; of use for a local dataset alone.
+        is_remote: whether its shards have to be fetched before they can be read.
         classes: "seg", "obj_detection" and, for classification, "class" -> list of class names.
         experts: expert -> number of samples that have its map.
         source, about: the writer's notes.
@@ -38,12 +46,14 @@ class ShardDataset:
         entries: the entry of each shard in `index.json` (name, count, size, sha256, ...).
 
     Raises:
-        ValueError: if the folder has no `index.json`, or that is damaged or of an unknown version.
+        ValueError: if the place has no `index.json`, or that is damaged or of an unknown version.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        index = read_index(self.folder)
+    def __init__(self, place: str | Path):
+        self._files = open_files(place)
+        self.place, self.folder = self._files.place, Path(place)
+        self.is_remote = not isinstance(self._files, LocalFiles)
+        index = read_index(place)
         self.classes: dict[str, list[str]] = index["classes"]
         self.experts: dict[str, int] = index["experts"]
         self.source: str = index["source"]
@@ -94,8 +104,13 @@ class ShardDataset:
         (text,) = self._read(shard, sidecar, row, slice(1, 2))
         return _parse_meta(text, sidecar, row)
 
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Begin to fetch shards that will be read next (positions in `shards`); nothing for a local dataset."""
+        if self.is_remote:
+            self._files.prefetch([self.entries[shard] for shard in shards])
+
     def __reduce__(self) -> tuple:
-        return ShardDataset, (self.folder,)
+        return ShardDataset, (self.place,)
 
     def _locate(self, i: int) -> tuple[int, int]:
         if not -len(self) <= i < len(self):
@@ -129,7 +144,7 @@ class ShardDataset:
         entry = self.entries[shard]
         name = entry["name"].replace(".tar", ".index.json")
         try:
-            data = read_bytes(self.folder / name)
+            data = self._files.read(name)
         except OSError as error:
             reason = f"{name} cannot be read ({error.strerror}); copy it again"
             raise CorruptSample(entry["name"], "", reason) from None
@@ -142,11 +157,27 @@ class ShardDataset:
         return sidecar
 
     def _open_shard(self, shard: int) -> BinaryIO:
-        name = self.shards[shard]
         try:
-            return open_regular(self.folder / name)  # closed when the cache drops it
+            return self._files.open_shard(self.entries[shard])  # closed when the cache drops it
         except OSError as error:
-            raise CorruptSample(name, "", f"the file cannot be opened ({error.strerror}); copy it again") from None
+            raise CorruptSample(
+                self.shards[shard], "", f"the file cannot be opened ({error.strerror}); copy it again"
+            ) from None
+
+
+def read_index(place: str | Path) -> dict:
+    """The parsed and checked `index.json` of the dataset at `place`.
+
+    Raises:
+        ValueError: if it is absent, is damaged or has an unknown version.
+    """
+    try:
+        data = open_files(place).read("index.json")
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{place} is not a finished dataset (no index.json); run the job that writes it again, which resumes it"
+        ) from None
+    return parse_index(data, f"{str(place).rstrip('/')}/index.json")
 
 
 def _parse_meta(text: bytes, sidecar: Sidecar, row: int) -> dict:
