@@ -124,15 +124,18 @@ def test_loader_rate(benchmark, folders, image_size):
     benchmark.extra_info["10,000 shards / one shard"] = round(statistics.median(ratios), 3)
 
 
-OPEN = """
-import json, os, random, resource, sys, time
-
-from prismer.dataloading.store.check import _repeated_keys
-from prismer.dataloading.store.shards import ShardDataset
-
+# memory of this process alone; what getrusage gives counts that of its parent
+MEGABYTES = """
 def megabytes(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) / 1024
+
+"""
+OPEN = """
+import json, os, random, sys, time
+
+from prismer.dataloading.store.check import _repeated_keys
+from prismer.dataloading.store.shards import ShardDataset
 
 before, found = megabytes("VmRSS"), {}
 start = time.perf_counter()
@@ -156,25 +159,27 @@ found["the last of all keys found, s"] = time.perf_counter() - start
 start = time.perf_counter()
 assert _repeated_keys(dataset) == {}
 found["all keys compared, s"] = time.perf_counter() - start
-found["largest memory of that, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+found["largest memory of that, MB"] = megabytes("VmHWM") - before
 print(json.dumps(found))
 """
 
 CHECK = """
-import json, resource, sys
+import json, sys
 
 from prismer.dataloading.store.check import check_dataset
 
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = megabytes("VmRSS")
 report = check_dataset(sys.argv[1], progress=False, workers=2)
 assert report.ok, report.lines()
-print(json.dumps({"largest memory, MB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+print(json.dumps({"largest memory, MB": megabytes("VmHWM") - before}))
 """
 
 
 def measured(script: str, folder: Path) -> dict[str, float]:
     """The numbers that a script prints, run in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEGABYTES + script, folder], capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
