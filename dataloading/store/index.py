@@ -8,13 +8,12 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from prismer.errors import InputError
 from prismer.experts import BACKGROUND, EXPERTS
-from prismer.reading import parse_json, read_bytes
+from prismer.reading import parse_json
 
 FORMAT = "prismer-shards"
 VERSION = 1
@@ -109,24 +108,21 @@ class Sidecar:
             raise CorruptSample(shard, "", f"its {name} is damaged ({error}); write the shard again") from None
 
 
-def read_index(folder: str | Path) -> dict:
-    """The parsed and checked `index.json` of a dataset folder.
+def parse_index(data: bytes, name: str) -> dict:
+    """The parsed and checked `index.json` of a dataset.
+
+    Args:
+        data: its bytes.
+        name: its name in errors.
 
     Raises:
-        ValueError: if it is absent, is damaged or has an unknown version.
+        ValueError: if it is damaged or has an unknown version.
     """
-    path = Path(folder) / "index.json"
-    try:
-        data = read_bytes(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{folder} is not a finished dataset (no index.json); run the job that writes it again, which resumes it"
-        ) from None
-    index = parse_json(data, path, "copy it again or resume the job that writes it")
+    index = parse_json(data, name, "copy it again or resume the job that writes it")
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise InputError(f"{path} is not the index of a {FORMAT} dataset; import the data first")
+        raise InputError(f"{name} is not the index of a {FORMAT} dataset; import the data first")
     if index.get("version") != VERSION:
-        raise InputError(f"{path} has version {index.get('version')}, this library reads {VERSION}; update the library")
+        raise InputError(f"{name} has version {index.get('version')}, this library reads {VERSION}; update the library")
     try:
         check_classes(index["classes"])
         if not all(SHARD_FILE.fullmatch(entry["name"]) for entry in index["shards"]):
@@ -139,7 +135,7 @@ def read_index(folder: str | Path) -> dict:
         if missing:
             raise InputError(f"{', '.join(sorted(missing))} is missing")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); copy it again") from None
+        raise InputError(f"{name} is damaged ({error}); copy it again") from None
     return index
 
 
