@@ -384,7 +384,7 @@ def test_a_group_too_small_is_named(dataset):
     "changes, message",
     [
         (dict(batch_size=0), "batch_size is 0"),
-        (dict(batch_size=19, world=2), "37 samples, one global batch 38"),
+        (dict(batch_size=19, world=2), "an epoch has 37 samples, one global batch 38"),
         (dict(rank=2, world=2), "rank is 2 of 2"),
         (dict(drop_labels=2.0), "drop_labels is 2.0"),
         (dict(training=False), "neither augments"),
