@@ -2,17 +2,33 @@
 
 An order is a function of (seed, epoch, position). It keeps no state, so that a run resumes at any position, and it does
 not know the number of processes, so that a run may resume with another number.
+
+A random order reads from every shard all the time, which a bucket cannot serve and a disk serves slowly. A block order
+puts the shards in random order and shuffles the samples within each window of a few shards. It follows several lanes
+through these windows: equal stretches, each of which fills its own places in every global batch. Processes fill
+different places, so that they read different shards.
 """
 
 from bisect import bisect_right
+from functools import lru_cache
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from prismer.dataloading.feed.augment import Draw, keyed_rng
+from prismer.dataloading.feed.samples import Samples
+from prismer.errors import InputError, check_count, shown
+
+ORDERS = ("auto", "random", "blocks")
 
 # a random order has no end of shards to name: it looks at this many of the next positions
 _POSITIONS_AHEAD = 1024
+# a permutation of a million samples takes 8 MB, and a tenth of a second in each epoch
+_MAX_RANDOM = 1_000_000
+# 16 lanes keep 16 machines apart; with windows of 4 they read from 64 shards at a time, as many as a dataset keeps open
+_LANES = 16
+_WINDOW = 4
 
 
 class Visit(NamedTuple):
@@ -118,6 +134,145 @@ class _Permutation:
         indices = self.indices[positions.start : positions.stop + _POSITIONS_AHEAD]
         shards = np.searchsorted(self.starts, indices, side="right") - 1
         return list(dict.fromkeys(shards.tolist()))[:count]
+
+
+class BlockOrder:
+    """Every epoch is another order of the shards, shuffled within windows of a few shards.
+
+    An epoch reads from lanes x window shards at a time, and its memory does not grow with the dataset.
+
+    Args:
+        starts: `ShardDataset.starts`.
+        seed: of the order.
+        global_batch: samples of an optimizer step, over all processes and micro-batches.
+        window: shards that are shuffled together.
+        lanes: largest number of lanes. There are fewer if `global_batch` is not a multiple of this number, or if a
+            lane would be shorter than a window.
+
+    Raises:
+        ValueError: if a number is below 1.
+    """
+
+    def __init__(
+        self, starts: list[int], seed: int, *, global_batch: int, window: int = _WINDOW, lanes: int = _LANES
+    ) -> None:
+        for name, value in dict(global_batch=global_batch, window=window, lanes=lanes).items():
+            check_count(name, value)
+        self.starts, self.seed = np.array(starts), seed
+        self.global_batch, self.window = global_batch, window
+        most = min(lanes, global_batch, (len(starts) - 1) // window, len(self))
+        self.lanes = next((count for count in range(most, 1, -1) if global_batch % count == 0), 1)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def epoch(self, epoch: int) -> EpochOrder:
+        """An order that depends on (seed, epoch) and the global batch; draws are keyed by the epoch."""
+        return _Blocks(self, epoch)
+
+
+class _Blocks:
+    """The epoch of a `BlockOrder`.
+
+    The shards in their order, one behind another, are a sequence of places. Lane k is the places k x size ..
+    (k + 1) x size - 1, and fills the places k x share .. (k + 1) x share - 1 of every global batch.
+
+    Attributes:
+        shards: all shards in their order.
+        begins: shards[i] holds the places begins[i] .. begins[i + 1] - 1.
+        bounds: window w holds the places bounds[w] .. bounds[w + 1] - 1, in a random order; no window crosses the end
+            of a lane.
+        size: places of a lane.
+        share: places of a lane in a global batch.
+    """
+
+    def __init__(self, order: BlockOrder, epoch: int) -> None:
+        self.order, self.epoch = order, epoch
+        self.size, self.share = len(order) // order.lanes, order.global_batch // order.lanes
+        # part 0 of the draws; part w + 1 shuffles window w
+        self.shards = _permutation(len(order.starts) - 1, order.seed, epoch)
+        self.begins = np.concatenate([[0], np.cumsum(np.diff(order.starts)[self.shards])])
+        self.bounds: list[int] = []
+        for begin in range(0, order.lanes * self.size, self.size):
+            # the first shard of a lane may lie half in the lane before it
+            second, end = np.searchsorted(self.begins, [begin + 1, begin + self.size])
+            self.bounds += [begin, *self.begins[second + order.window - 1 : end : order.window].tolist()]
+        self.bounds.append(len(order))
+        # between two windows a lane needs both: threads work ahead
+        self._shuffled = lru_cache(2 * order.lanes)(self._shuffle)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> Visit:
+        place = self._place(position)
+        window = self._window(place)
+        return Visit(int(self._shuffled(window)[place - self.bounds[window]]), self.epoch)
+
+    def shards_ahead(self, positions: range, count: int) -> list[int]:
+        """Of each lane in the batch, the shards of the window that it reads, then those of the next window."""
+        first: dict[int, int] = {}
+        for place in map(self._place, positions):
+            first.setdefault(self._window(place), place)
+        following = [
+            (self.bounds[window + 1] - place, window + 1)
+            for window, place in first.items()
+            # the last window of a lane has no next one
+            if self.bounds[window + 1] % self.size and self.bounds[window + 1] < len(self)
+        ]
+        windows = [*first, *(window for _, window in sorted(following))]
+        return list(dict.fromkeys(chain.from_iterable(map(self._shards_of, windows))))[:count]
+
+    def _place(self, position: int) -> int:
+        """The place of a position."""
+        order = self.order
+        step, i = divmod(position, order.global_batch)
+        steps, rest = divmod(len(order), order.global_batch)
+        if step < steps:
+            lane, offset = divmod(i, self.share)
+            return lane * self.size + step * self.share + offset
+        # the incomplete last global batch takes what the lanes have left, then the places after the last lane
+        left = self.size - steps * self.share
+        if i < order.lanes * left:
+            lane, offset = divmod(i, left)
+            return lane * self.size + steps * self.share + offset
+        return len(order) - rest + i
+
+    def _window(self, place: int) -> int:
+        return bisect_right(self.bounds, place) - 1
+
+    def _shards_of(self, window: int) -> list[int]:
+        begin, end = self.bounds[window : window + 2]
+        first, last = np.searchsorted(self.begins, [begin + 1, end])
+        return self.shards[first - 1 : last].tolist()
+
+    def _shuffle(self, window: int) -> np.ndarray:
+        """The samples of a window, in their order."""
+        places = np.arange(*self.bounds[window : window + 2])
+        places = places[_permutation(len(places), self.order.seed, self.epoch, window + 1)]
+        shards = np.searchsorted(self.begins, places, side="right") - 1
+        return self.order.starts[self.shards[shards]] + places - self.begins[shards]
+
+
+def choose_order(dataset: Samples, *, seed: int, kind: str = "auto", global_batch: int) -> Order:
+    """The order of training for a dataset.
+
+    Args:
+        dataset: the samples.
+        seed: of the order.
+        kind: "random", "blocks", or "auto": blocks for a dataset that is remote or has over a million samples.
+        global_batch: samples of an optimizer step, over all processes and micro-batches. A run that resumes with the
+            same number goes on in the same order.
+
+    Raises:
+        ValueError: if `kind` is none of these.
+    """
+    if kind not in ORDERS:
+        raise InputError(f"order is {shown(kind)}; choose from {', '.join(ORDERS)}")
+    large = dataset.is_remote or len(dataset) > _MAX_RANDOM
+    if kind == "random" or (kind == "auto" and not large):
+        return RandomOrder(dataset.starts, seed)
+    return BlockOrder(dataset.starts, seed, global_batch=global_batch)
 
 
 def _permutation(count: int, seed: int, epoch: int, part: int = 0) -> np.ndarray:
