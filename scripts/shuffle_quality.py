@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from prismer.dataloading.feed.order import BlockOrder, EpochOrder, RandomOrder
+from prismer.dataloading.feed.order import BlockOrder, EpochOrder, Order, RandomOrder
 
 PLOT = Path(__file__).resolve().parent.parent / "docs" / "shuffle.png"
 SHARDS, PER_SHARD, CLASSES = 10_000, 1_000, 1_000
 GLOBAL_BATCH, STEPS = 512, 2_000
-WINDOWS = (1, 4, 16, 64)
-# shards that a dataset keeps open, and shards in the cache of a machine
-OPEN, CACHED = 64, 128
+SHARDS_AT_A_TIME = (16, 64, 256, 1_024)
+# shards that a dataset keeps open, and shards in a small and in a large cache of a machine
+OPEN = 64
+CACHES = (128, 1_024)
 MACHINES = 16
 
 
@@ -35,8 +36,8 @@ class Quality:
         effective_batch: size of a batch of independent samples whose class frequencies vary as much.
         first_batch: shards that the first global batch reads.
         opened: files that one process opens for 1,000 samples.
-        fetched: shards that one machine fetches for 1,000 samples.
-        fetched_by_all: the sum over `MACHINES` machines, for 1,000 samples of all.
+        fetched: shards that one machine fetches for 1,000 samples, with each of `CACHES`.
+        fetched_by_all: the sum over `MACHINES` machines with small caches, for 1,000 samples of all.
     """
 
     distances: np.ndarray
@@ -45,7 +46,7 @@ class Quality:
     effective_batch: float
     first_batch: int
     opened: float
-    fetched: float
+    fetched: list[float]
     fetched_by_all: float
 
 
@@ -97,8 +98,8 @@ def measure(epoch: EpochOrder, global_batch: int, steps: int, shards: int) -> Qu
         effective_batch=effective_batch(labels),
         first_batch=len(np.unique(shard[:global_batch])),
         opened=count_misses(shard.tolist(), OPEN) * per_thousand,
-        fetched=count_misses(shard.tolist(), CACHED) * per_thousand,
-        fetched_by_all=sum(count_misses(part.tolist(), CACHED) for part in parts) * per_thousand,
+        fetched=[count_misses(shard.tolist(), size) * per_thousand for size in CACHES],
+        fetched_by_all=sum(count_misses(part.tolist(), CACHES[0]) for part in parts) * per_thousand,
     )
 
 
@@ -140,18 +141,27 @@ def draw_plot(results: dict[str, Quality]) -> None:
 
 def main() -> None:
     starts = list(range(0, SHARDS * PER_SHARD + 1, PER_SHARD))
-    orders = {"random": RandomOrder(starts, 0)}
-    orders |= {f"window {size}": BlockOrder(starts, 0, global_batch=GLOBAL_BATCH, window=size) for size in WINDOWS}
+    orders: dict[str, Order] = {"random": RandomOrder(starts, 0)}
+    for count in SHARDS_AT_A_TIME:
+        orders[f"{count:,} shards at a time"] = BlockOrder(starts, 0, global_batch=GLOBAL_BATCH, shards=count)
     results = {name: measure(order.epoch(0), GLOBAL_BATCH, STEPS, SHARDS) for name, order in orders.items()}
-    print(
-        "| order | shards for the first batch | neighbours from one shard | median distance | classes in a batch "
-        f"| effective batch | files opened | shards fetched | by {MACHINES} machines |\n" + "|---" * 9 + "|"
-    )
+    columns = [
+        "order",
+        "shards of the first batch",
+        "neighbours from one shard",
+        "median distance",
+        "classes in a batch",
+        "effective batch",
+        "files opened",
+        *(f"shards fetched, cache of {size:,}" for size in CACHES),
+        f"by {MACHINES} machines",
+    ]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, quality in results.items():
         print(
             f"| {name} | {quality.first_batch} | {quality.same_shard:.2%} | {int(np.median(quality.distances)):,} "
-            f"| {quality.classes:.0f} | {quality.effective_batch:.0f} | {quality.opened:.1f} | {quality.fetched:.2f} "
-            f"| {quality.fetched_by_all:.2f} |"
+            f"| {quality.classes:.0f} | {quality.effective_batch:.0f} | {quality.opened:.1f} "
+            f"| {' | '.join(f'{count:.1f}' for count in quality.fetched)} | {quality.fetched_by_all:.1f} |"
         )
     draw_plot(results)
 

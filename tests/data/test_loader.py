@@ -404,7 +404,7 @@ def test_a_model_without_experts_gets_no_labels(dataset):
 
 
 def blocks(dataset: ShardDataset) -> Order:
-    return BlockOrder(dataset.starts, 7, global_batch=12, window=1, lanes=3)
+    return BlockOrder(dataset.starts, 7, global_batch=12, shards=3, lanes=3)
 
 
 def global_batches(dataset: ShardDataset, world: int, micro_batches: int = 1, start: int = 0):
