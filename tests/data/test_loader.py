@@ -15,7 +15,7 @@ from prismer.batch import IGNORE_INDEX, Batch
 from prismer.config import prismer_tiny
 from prismer.dataloading.feed.augment import AugmentConfig
 from prismer.dataloading.feed.loader import Loader
-from prismer.dataloading.feed.order import BlockOrder, Order
+from prismer.dataloading.feed.order import BlockOrder, Order, Visit
 from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 
@@ -439,6 +439,30 @@ def test_the_next_sample_of_a_block_order_replaces_a_broken_one(dataset, broken,
     keys = [f"sample-{order[position].index:03d}" for position in range(COUNT)]
     expected = [next(key for key in keys[position:] + keys if key not in bad) for position in range(36)]
     assert [s["key"] for batch in global_batches(broken, world) for s in batch] == expected
+
+
+class Repeated:
+    """Eight samples of a dataset, twice in each epoch, with other draws at each visit."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def epoch(self, epoch: int) -> "Repeated":
+        return self
+
+    def __getitem__(self, position: int) -> Visit:
+        return Visit(20 + position % 8, position // 8)
+
+
+def test_the_order_decides_the_length_of_an_epoch_and_the_draws(dataset):
+    loader = make_loader(dataset, order=Repeated())
+    first, second = map(samples_of, loader.epoch(0))
+    assert [s["key"] for s in first] == [s["key"] for s in second] == [f"sample-{i:03d}" for i in range(20, 28)]
+    assert not any(torch.equal(a["rgb"], b["rgb"]) for a, b in zip(first, second, strict=True))
+    assert_same(first, samples_of(next(loader.epoch(3))))
+    assert_same(second, samples_of(next(make_loader(dataset, order=Repeated()).epoch(5, start_step=1))))
+    with pytest.raises(ValueError, match="an epoch has 16 samples, one global batch 24"):
+        make_loader(dataset, world=3, order=Repeated())
 
 
 class Bucket(ShardDataset):
