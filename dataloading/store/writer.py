@@ -25,6 +25,8 @@ from prismer.dataloading.store.index import (
     to_json,
 )
 from prismer.dataloading.store.label_maps import pack_labels
+from prismer.dataloading.store.sample_table import TABLE_FILE, write_table
+from prismer.dataloading.store.shard_files import LocalFiles
 from prismer.errors import InputError
 from prismer.experts import EXPERTS
 from prismer.files import sync, write_atomically, write_together
@@ -188,7 +190,7 @@ class ShardWriter:
 
 
 def write_index(folder: Path, shards: list[dict], classes: dict[str, list[str]], source: str, about: dict) -> None:
-    """Write `index.json`, which turns finished shards into a dataset.
+    """Write `index.bin`, then `index.json`, which turns finished shards into a dataset.
 
     Args:
         shards: their entries (see `Sidecar`) in order.
@@ -205,7 +207,9 @@ def write_index(folder: Path, shards: list[dict], classes: dict[str, list[str]],
         "about": about,
         "shards": shards,
     }
-    write_together(folder / "index.json", json.dumps(index, indent=1, ensure_ascii=False).encode())
+    data = json.dumps(index, indent=1, ensure_ascii=False).encode()
+    write_table(LocalFiles(folder), folder / TABLE_FILE, shards, hashlib.sha256(data).hexdigest(), progress=False)
+    write_together(folder / "index.json", data)
 
 
 def finished_shard(folder: Path, number: int, fingerprint: str) -> tuple[dict, list[dict[str, str]]] | None:
