@@ -96,9 +96,8 @@ class Asker:
         rows: dict[int, tuple[Item, dict]] = {}
         threads = min(8, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(1) as preparing:
-
-            # on a GPU, decoding happens while the model works; on a CPU it would take the model's cores, which costs more
-            # time than it takes by itself: threads of the model that wait for a preempted one keep spinning
+            # Beside a model on a CPU, decoding would take the model's cores. That costs more than its own time: threads of
+            # the model that wait for a preempted one keep spinning.
             decode_ahead = self.model.device.type != "cpu"
 
             def prepare(chunk: _Chunk) -> None:
