@@ -22,13 +22,14 @@ from prismer.errors import InputError, check_count, shown
 
 ORDERS = ("auto", "random", "blocks")
 
-# a random order has no end of shards to name: it looks at this many of the next positions
+# how far ahead the orders without windows look
+_SHARDS_IN_ORDER = 4
 _POSITIONS_AHEAD = 1024
-# a permutation of a million samples takes 8 MB, and a tenth of a second in each epoch
-_MAX_RANDOM = 1_000_000
-# 16 lanes keep 16 machines apart; with windows of 4 they read from 64 shards at a time, as many as a dataset keeps open
+# a permutation of two million samples takes 16 MB. ImageNet, in the order of its classes, stays below
+_MAX_RANDOM = 2_000_000
+# as many shards as a dataset keeps open; 16 lanes keep the processes of up to 16 machines apart
+_SHARDS = 64
 _LANES = 16
-_WINDOW = 4
 
 
 class Visit(NamedTuple):
@@ -94,7 +95,7 @@ class InOrder:
     def shards_ahead(self, positions: range, count: int) -> list[int]:
         """The shard of the first position and those that follow it."""
         first = bisect_right(self.starts, positions.start) - 1
-        return list(range(first, len(self.starts) - 1))[:count]
+        return list(range(first, len(self.starts) - 1))[: min(count, _SHARDS_IN_ORDER)]
 
 
 class RandomOrder:
@@ -139,29 +140,29 @@ class _Permutation:
 class BlockOrder:
     """Every epoch is another order of the shards, shuffled within windows of a few shards.
 
-    An epoch reads from lanes x window shards at a time, and its memory does not grow with the dataset.
+    An epoch reads from a fixed number of shards at a time, and its memory does not grow with the dataset.
 
     Args:
         starts: `ShardDataset.starts`.
         seed: of the order.
         global_batch: samples of an optimizer step, over all processes and micro-batches.
-        window: shards that are shuffled together.
-        lanes: largest number of lanes. There are fewer if `global_batch` is not a multiple of this number, or if a
-            lane would be shorter than a window.
+        shards: that the order reads from at a time; each lane has its part of them as its window.
+        lanes: largest number of lanes. There are fewer if `global_batch` is not a multiple of this number, or if the
+            dataset has fewer shards than `shards`.
 
     Raises:
         ValueError: if a number is below 1.
     """
 
     def __init__(
-        self, starts: list[int], seed: int, *, global_batch: int, window: int = _WINDOW, lanes: int = _LANES
+        self, starts: list[int], seed: int, *, global_batch: int, shards: int = _SHARDS, lanes: int = _LANES
     ) -> None:
-        for name, value in dict(global_batch=global_batch, window=window, lanes=lanes).items():
+        for name, value in dict(global_batch=global_batch, shards=shards, lanes=lanes).items():
             check_count(name, value)
-        self.starts, self.seed = np.array(starts), seed
-        self.global_batch, self.window = global_batch, window
-        most = min(lanes, global_batch, (len(starts) - 1) // window, len(self))
+        self.starts, self.seed, self.global_batch = np.array(starts), seed, global_batch
+        most = min(lanes, shards, global_batch, (len(starts) - 1) * lanes // shards, len(self))
         self.lanes = next((count for count in range(most, 1, -1) if global_batch % count == 0), 1)
+        self.window = shards // self.lanes
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -193,10 +194,13 @@ class _Blocks:
         self.shards = _permutation(len(order.starts) - 1, order.seed, epoch)
         self.begins = np.concatenate([[0], np.cumsum(np.diff(order.starts)[self.shards])])
         self.bounds: list[int] = []
-        for begin in range(0, order.lanes * self.size, self.size):
-            # the first shard of a lane may lie half in the lane before it
+        for lane in range(order.lanes):
+            begin = lane * self.size
+            # a part of the first shard may lie in the lane before
             second, end = np.searchsorted(self.begins, [begin + 1, begin + self.size])
-            self.bounds += [begin, *self.begins[second + order.window - 1 : end : order.window].tolist()]
+            # the first windows of the lanes differ in length, so that the lanes do not all go on to new shards at once
+            whole = order.window - 1 - lane * order.window // order.lanes
+            self.bounds += [begin, *self.begins[second + whole : end : order.window].tolist()]
         self.bounds.append(len(order))
         # between two windows a lane needs both: threads work ahead
         self._shuffled = lru_cache(2 * order.lanes)(self._shuffle)
@@ -260,7 +264,7 @@ def choose_order(dataset: Samples, *, seed: int, kind: str = "auto", global_batc
     Args:
         dataset: the samples.
         seed: of the order.
-        kind: "random", "blocks", or "auto": blocks for a dataset that is remote or has over a million samples.
+        kind: "random", "blocks", or "auto": blocks for a dataset that is remote or has over two million samples.
         global_batch: samples of an optimizer step, over all processes and micro-batches. A run that resumes with the
             same number goes on in the same order.
 
