@@ -26,6 +26,8 @@ from prismer.dataloading.store.index import (
     to_json,
 )
 from prismer.dataloading.store.label_maps import pack_labels
+from prismer.dataloading.store.sample_table import TABLE_FILE, write_table
+from prismer.dataloading.store.shard_files import open_files
 from prismer.errors import InputError
 from prismer.experts import EXPERTS
 from prismer.files import sync, write_atomically, write_together
@@ -204,7 +206,7 @@ def _shard_numbers(names: Iterable[str]) -> dict[str, int]:
 
 
 def write_index(place: str | Path, shards: list[dict], classes: dict[str, list[str]], source: str, about: dict) -> None:
-    """Write `index.json`, which turns finished shards into a dataset.
+    """Write `index.bin`, then `index.json`, which turns finished shards into a dataset.
 
     Args:
         shards: their entries (see `Sidecar`) in order.
@@ -221,8 +223,11 @@ def write_index(place: str | Path, shards: list[dict], classes: dict[str, list[s
         "about": about,
         "shards": shards,
     }
-    write_together(stage(place) / "index.json", json.dumps(index, indent=1, ensure_ascii=False).encode())
-    publish(place, "index.json")
+    data, folder = json.dumps(index, indent=1, ensure_ascii=False).encode(), stage(place)
+    table = folder / TABLE_FILE
+    write_table(open_files(place), table, shards, hashlib.sha256(data).hexdigest(), progress=False)
+    write_together(folder / "index.json", data)
+    publish(place, TABLE_FILE, "index.json")
 
 
 def finished_shard(place: str | Path, number: int, fingerprint: str) -> tuple[dict, list[dict[str, str]]] | None:

@@ -6,8 +6,9 @@
 
 import os
 import stat
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -80,8 +81,14 @@ def read_files(place: str | Path, names: Iterable[str]) -> Iterator[tuple[str, b
     if isinstance(as_place(place), Path):
         yield from map(read, names)
         return
+    waiting: deque[Future] = deque()
     with ThreadPoolExecutor(_READERS) as pool:
-        yield from pool.map(read, names)
+        for name in names:
+            waiting.append(pool.submit(read, name))
+            if len(waiting) > 2 * _READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def size_of(place: str | Path, name: str) -> int:
