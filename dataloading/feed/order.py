@@ -28,7 +28,7 @@ _POSITIONS_AHEAD = 1024
 # a permutation of two million samples takes 16 MB. ImageNet, in the order of its classes, stays below
 _MAX_RANDOM = 2_000_000
 # as many shards as a dataset keeps open; 16 lanes keep the processes of up to 16 machines apart
-_SHARDS = 64
+SHARDS = 64
 _LANES = 16
 
 
@@ -155,7 +155,7 @@ class BlockOrder:
     """
 
     def __init__(
-        self, starts: list[int], seed: int, *, global_batch: int, shards: int = _SHARDS, lanes: int = _LANES
+        self, starts: list[int], seed: int, *, global_batch: int, shards: int = SHARDS, lanes: int = _LANES
     ) -> None:
         for name, value in dict(global_batch=global_batch, shards=shards, lanes=lanes).items():
             check_count(name, value)
@@ -258,7 +258,7 @@ class _Blocks:
         return self.order.starts[self.shards[shards]] + places - self.begins[shards]
 
 
-def choose_order(dataset: Samples, *, seed: int, kind: str = "auto", global_batch: int) -> Order:
+def choose_order(dataset: Samples, *, seed: int, kind: str = "auto", global_batch: int, shards: int = SHARDS) -> Order:
     """The order of training for a dataset.
 
     Args:
@@ -267,6 +267,7 @@ def choose_order(dataset: Samples, *, seed: int, kind: str = "auto", global_batc
         kind: "random", "blocks", or "auto": blocks for a dataset that is remote or has over two million samples.
         global_batch: samples of an optimizer step, over all processes and micro-batches. A run that resumes with the
             same number goes on in the same order.
+        shards: that a block order reads from at a time.
 
     Raises:
         ValueError: if `kind` is none of these.
@@ -276,7 +277,7 @@ def choose_order(dataset: Samples, *, seed: int, kind: str = "auto", global_batc
     large = dataset.is_remote or len(dataset) > _MAX_RANDOM
     if kind == "random" or (kind == "auto" and not large):
         return RandomOrder(dataset.starts, seed)
-    return BlockOrder(dataset.starts, seed, global_batch=global_batch)
+    return BlockOrder(dataset.starts, seed, global_batch=global_batch, shards=shards)
 
 
 def _permutation(count: int, seed: int, epoch: int, part: int = 0) -> np.ndarray:

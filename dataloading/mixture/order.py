@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain, zip_longest
 
-from prismer.dataloading.feed.order import EpochOrder, Visit, choose_order
+from prismer.dataloading.feed.order import SHARDS, EpochOrder, Visit, choose_order
 from prismer.dataloading.mixture.dataset import MixedDataset
 from prismer.dataloading.mixture.parts import SLOTS
 from prismer.errors import InputError
@@ -102,10 +102,9 @@ class MixedOrder:
         self.dataset, self.slots = dataset, list(slots)
         self._sizes = [len(part) for part in dataset.parts]
         # a global batch takes a changing number of samples from a dataset, so that no part of its shards could stay
-        # with one process: one lane
-        orders = [
-            choose_order(part.dataset, seed=seed + k, kind=kind, global_batch=1) for k, part in enumerate(dataset.parts)
-        ]
+        # with one process: one lane. All datasets together read from as many shards at a time as one alone
+        own = dict(kind=kind, global_batch=1, shards=max(1, SHARDS // len(dataset.parts)))
+        orders = [choose_order(part.dataset, seed=seed + k, **own) for k, part in enumerate(dataset.parts)]
         # the batches on both sides of the end of a pass are prepared at the same time
         self._passes = [lru_cache(2)(order.epoch) for order in orders]
         self._shared = [k for k, count in enumerate(slots) if count is None]

@@ -23,6 +23,7 @@ from prismer.dataloading.store.shards import ShardDataset
 from prismer.errors import InputError
 from prismer.evaluation.text_kinds import CAPTIONS, CLASSES, QUESTIONS
 from prismer.model import Prismer
+from prismer.storage.places import inside
 from prismer.texts import ChooseTexts, answer_fits, choose_captions, choose_class, choose_joint, choose_questions
 from prismer.training.config import TrainConfig
 from prismer.training.initial_model import semantics_folder
@@ -34,18 +35,13 @@ from prismer.training.zero import gather_json
 _NO_AUGMENTATION = AugmentConfig(min_area=1.0, flip=0.0, num_ops=0)
 
 
-def split_of(place: str, split: str) -> Path | str:
-    """The place of a split: `place`/`split`, of a folder or a URL."""
-    return f"{place.rstrip('/')}/{split}" if "://" in place else Path(place) / split
-
-
 def has_split(place: str, split: str) -> bool:
     """Whether there is a split of this name at `place`.
 
     Raises:
-        ValueError: if a URL cannot be reached.
+        RuntimeError: if a bucket or server cannot be used.
     """
-    found = split_of(place, split)
+    found = inside(place, split)
     if isinstance(found, Path):
         return found.is_dir()
     try:
@@ -62,7 +58,7 @@ def check_dataset(place: str) -> None:
         ValueError: if there is no `place`/train.
     """
     if not has_split(place, "train"):
-        raise InputError(f"no dataset at {split_of(place, 'train')}; render or import one, or name another with --data")
+        raise InputError(f"no dataset at {inside(place, 'train')}; render or import one, or name another with --data")
 
 
 def check_texts(config: TrainConfig, model: Prismer, run: Path, first_start: bool) -> None:
@@ -83,7 +79,7 @@ def check_texts(config: TrainConfig, model: Prismer, run: Path, first_start: boo
         _statistics(config, model, train, counts).save(run)
     for part in config.parts:
         if has_split(part.place, "val"):
-            _check_split(config.task, ShardDataset(split_of(part.place, "val")))
+            _check_split(config.task, ShardDataset(inside(part.place, "val")))
 
 
 def _check_split(task: str, dataset: ShardDataset | MixedPart) -> TextCounts:
@@ -123,7 +119,7 @@ def open_training_split(config: TrainConfig) -> ShardDataset | MixedDataset:
         ValueError: if a split is damaged, or the datasets do not fit together.
     """
     parts = config.parts
-    datasets = [ShardDataset(split_of(part.place, "train")) for part in parts]
+    datasets = [ShardDataset(inside(part.place, "train")) for part in parts]
     return MixedDataset(datasets, [part.name for part in parts]) if len(parts) > 1 else datasets[0]
 
 
@@ -194,7 +190,7 @@ def open_loaders(
     parts, val = config.parts, {}
     for part in parts:
         if has_split(part.place, "val"):
-            split = ShardDataset(split_of(part.place, "val"))
+            split = ShardDataset(inside(part.place, "val"))
             loader = Loader(split, batch_size=config.eval_batch_size, training=False, **common)
             val[part.name if len(parts) > 1 else ""] = loader
     return train, val
