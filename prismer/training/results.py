@@ -105,19 +105,8 @@ def draw_samples(path: Path, dataset: ShardDataset, rows: Sequence[dict]) -> Non
     shown = []
     for row in rows:
         try:
-            shown.append((dataset[_index_of(row["key"], dataset)].jpeg, row))
+            shown.append((dataset[dataset.find(row["key"])].jpeg, row))
         except CorruptSample as error:
             print_on_rank_zero(f"{path.name} leaves {row['key']} out: {error}")
     if shown:
         write_atomically(path, samples_png(shown))
-
-
-def _index_of(key: str, dataset: ShardDataset) -> int:
-    for i in range(len(dataset)):
-        try:
-            if dataset.key(i) == key:
-                return i
-        # a shard without its index has no keys, and no records
-        except CorruptSample:
-            continue
-    raise AssertionError(f"{key} was read from {dataset.place} and is not in it")
