@@ -94,7 +94,7 @@ class Sizes:
 
 
 def mixed_order(sizes: list[int], slots: list[int | None], **options) -> MixedOrder:
-    dataset = MixedDataset([Sizes(size) for size in sizes], [str(k) for k in range(len(sizes))])
+    dataset = MixedDataset([Sizes(size, max(1, size // 2)) for size in sizes], [str(k) for k in range(len(sizes))])
     return MixedOrder(dataset, slots, **{"seed": 3, "global_batch": 8, **options})
 
 
@@ -239,7 +239,8 @@ def test_each_dataset_passes_through_its_own_order_again_and_again(slots, kind):
     found = visits(order, 4, 8)
     for k, size in enumerate(sizes):
         own = [(i, visit) for dataset, i, visit in found if dataset == k]
-        expected = choose_order(Sizes(size), seed=3 + k, kind=kind, global_batch=1)
+        # three datasets read from the 64 shards of one
+        expected = choose_order(Sizes(size, size // 2), seed=3 + k, kind=kind, global_batch=1, shards=21)
         passes = map(expected.epoch, range(len(own) // size + 1))
         assert own == [tuple(one[p]) for one in passes for p in range(size)][: len(own)]
     assert len(set(found)) == len(found)
@@ -267,19 +268,20 @@ def test_an_empty_dataset_is_refused():
 
 
 def test_the_next_shards_of_every_dataset_are_fetched():
-    datasets = [Sizes(60, 6), Sizes(400, 40, is_remote=True), Sizes(30, 3)]
+    # each reads from 21 shards at a time
+    datasets = [Sizes(200, 100), Sizes(400, 200, is_remote=True), Sizes(100, 50)]
     mixture = MixedDataset(datasets, ["a", "b", "c"])
-    assert mixture.is_remote and len(mixture.shards) == 49 and mixture.shards[7] == "b/shard-000001.tar"
+    assert mixture.is_remote and len(mixture.shards) == 350 and mixture.shards[101] == "b/shard-000001.tar"
     order = MixedOrder(mixture, [None, 800, None], seed=0, kind="blocks", global_batch=20).epoch(0)
-    for begin in range(0, len(order) - 20, 10):
+    for begin in range(0, len(order), 10):
         read = {mixture.shard_of(order[position].index) for position in range(begin, begin + 10)}
-        ahead = order.shards_ahead(range(begin, begin + 10), 100)
-        assert read <= set(ahead) and len(set(ahead)) == len(ahead)
+        ahead = order.shards_ahead(range(begin, begin + 10), 128)
+        assert read <= set(ahead) and len(set(ahead)) == len(ahead) <= 128
         assert len(order.shards_ahead(range(begin, begin + 10), 5)) == 5
         # one of each dataset comes first
         assert {mixture.shards[shard][0] for shard in ahead[:3]} == {"a", "b", "c"}
-    mixture.prefetch([0, 5, 6, 45, 46, 48])
-    assert [dataset.fetched for dataset in datasets] == [[0, 5], [0, 39], [0, 2]]
+    mixture.prefetch([0, 99, 100, 299, 300, 349])
+    assert [dataset.fetched for dataset in datasets] == [[0, 99], [0, 199], [0, 49]]
 
 
 def test_a_mixture_reads_like_one_dataset(parts, mixed):
