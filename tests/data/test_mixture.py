@@ -269,7 +269,7 @@ def test_an_empty_dataset_is_refused():
 
 def test_the_next_shards_of_every_dataset_are_fetched():
     # each reads from 21 shards at a time
-    datasets = [Sizes(200, 100), Sizes(400, 200, is_remote=True), Sizes(100, 50)]
+    datasets = [Sizes(200, 100), Sizes(403, 200, is_remote=True), Sizes(100, 50)]
     mixture = MixedDataset(datasets, ["a", "b", "c"])
     assert mixture.is_remote and len(mixture.shards) == 350 and mixture.shards[101] == "b/shard-000001.tar"
     order = MixedOrder(mixture, [None, 800, None], seed=0, kind="blocks", global_batch=20).epoch(0)

@@ -4,19 +4,23 @@ python -m pytest tests/train/test_mixed_data.py
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from matplotlib.axes import Axes
 
+from prismer.dataloading.mixture.dataset import MixedDataset
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 from prismer.errors import InputError
 from prismer.reading import read_json
 from prismer.training.config import TrainConfig
+from prismer.training.data import _statistics
 from prismer.training.evaluation import checkpoint_score
 from prismer.training.export import _card
 from prismer.training.progress import plot_metrics, read_metrics
 from prismer.training.results import COLUMNS, write_results
 from prismer.training.run_folder import RunFolder
-from prismer.training.text_statistics import TextStatistics
+from prismer.training.text_statistics import TextCounts, TextStatistics, count_texts
 from tests.train.test_run_folder import put
 
 pytestmark = pytest.mark.timeout(300)
@@ -51,6 +55,30 @@ def test_a_run_keeps_its_order_and_names_it_only_if_it_was_chosen(tmp_path):
 def test_checkpoints_are_compared_by_the_mean_of_the_splits():
     assert checkpoint_score([{"score": 0.25}, {"BLEU-1": 1.0}, {"score": 0.75}]) == 0.5
     assert checkpoint_score([{"score": 0.1}]) == 0.1 and checkpoint_score([{}]) is None
+
+
+def test_classes_that_a_dataset_names_in_its_samples_are_ranked_too(tmp_path):
+    for name, tables, given in (("a", {"class": ["dog", "cat"]}, [0, 1]), ("b", {}, ["cow", "cat"])):
+        with ShardWriter(tmp_path / name, classes=tables, source="test") as writer:
+            for i, one in enumerate(given):
+                writer.write(Sample(f"s{i}", b"\xff\xd8", {}, {"class": one}))
+    mixture = MixedDataset([ShardDataset(tmp_path / name) for name in "ab"], ["a", "b"])
+    counts = TextCounts()
+    for part in mixture.parts:
+        counts.add(count_texts(part))
+    model = SimpleNamespace(config=SimpleNamespace(max_positions=9), tokenizer=None)
+    assert _statistics(TrainConfig(), model, mixture, counts).classes == ["dog", "cat", "cow"]
+
+
+def test_every_dataset_has_its_curves(tmp_path, monkeypatch):
+    rows = [dict(step=step, kind="train", loss=1.0 / step, learning_rate=1e-3) for step in (1, 2)]
+    rows.append({"step": 2, "kind": "validation/a", "accuracy": 0.5, "accuracy/count": 0.5, "score": 0.5})
+    rows.append({"step": 2, "kind": "validation/b/c", "CIDEr-D": 1.0, "accuracy": 0.25, "score": 0.2})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *args, **options: drawn.append(options["label"]) or plot(*args, **options))
+    plot_metrics(tmp_path)
+    assert drawn[3:] == ["b/c: CIDEr-D", "a: accuracy", "a: count", "b/c: accuracy"]
 
 
 def test_the_results_of_one_dataset_bear_no_name(tmp_path):
@@ -122,4 +150,3 @@ def test_a_run_on_two_datasets(workshop, datasets):
     assert card.training[0].startswith("Trained on the datasets town, field, task vqa")
     assert {"town: accuracy", "field: accuracy"} <= set(card.scores)
     assert card.scored_on == "the validation split of town, field"
-    plot_metrics(run.folder)
