@@ -33,8 +33,8 @@ class Quality:
         distances: between the indices of two samples that follow each other in the order.
         same_shard: share of these pairs that come from one shard.
         classes: distinct classes in a global batch, on average.
+        correlation: of the classes of two samples of a global batch.
         effective_batch: size of a batch of independent samples whose class frequencies vary as much.
-        first_batch: shards that the first global batch reads.
         opened: files that one process opens for 1,000 samples.
         fetched: shards that one machine fetches for 1,000 samples, with each of `CACHES`.
         fetched_by_all: the sum over `MACHINES` machines with small caches, for 1,000 samples of all.
@@ -43,8 +43,8 @@ class Quality:
     distances: np.ndarray
     same_shard: float
     classes: float
+    correlation: float
     effective_batch: float
-    first_batch: int
     opened: float
     fetched: list[float]
     fetched_by_all: float
@@ -65,12 +65,11 @@ def count_misses(accesses: Iterable[int], size: int) -> int:
     return misses
 
 
-def effective_batch(labels: np.ndarray) -> float:
-    """The effective size of batches, given the classes of their samples; all classes are equally frequent.
+def correlate(labels: np.ndarray) -> float:
+    """The correlation of the classes of two samples of a batch; all classes are equally frequent.
 
-    The correlation of the classes within a batch is r = (p - p0) / (1 - p0), where p is the probability that two
-    samples of a batch have the same class, and p0 this probability for independent samples. The frequency of a class
-    then varies from batch to batch as in a batch of size / (1 + (size - 1) r) independent samples.
+    It is (p - p0) / (1 - p0), where p is the probability that two samples of a batch have the same class, and p0 this
+    probability for independent samples.
 
     Args:
         labels: (batches, size) classes 0 .. CLASSES - 1.
@@ -79,8 +78,12 @@ def effective_batch(labels: np.ndarray) -> float:
     counts = np.zeros((batches, CLASSES))
     np.add.at(counts, (np.arange(batches)[:, None], labels), 1)
     same = ((counts**2).sum(1) - size).mean() / (size * (size - 1))
-    chance = 1 / CLASSES
-    return size / (1 + (size - 1) * (same - chance) / (1 - chance))
+    return float((same - 1 / CLASSES) / (1 - 1 / CLASSES))
+
+
+def effective_size(size: int, correlation: float) -> float:
+    """The independent samples whose class frequencies vary from batch to batch as those of a correlated batch."""
+    return size / (1 + (size - 1) * correlation)
 
 
 def measure(epoch: EpochOrder, global_batch: int, steps: int, shards: int) -> Quality:
@@ -90,13 +93,14 @@ def measure(epoch: EpochOrder, global_batch: int, steps: int, shards: int) -> Qu
     labels = (indices * CLASSES // len(epoch)).reshape(steps, global_batch)
     # each machine takes its part of every global batch
     parts = shard.reshape(steps, MACHINES, -1).transpose(1, 0, 2).reshape(MACHINES, -1)
+    correlation = correlate(labels)
     per_thousand = 1000 / len(indices)
     return Quality(
         distances=np.abs(np.diff(indices)),
         same_shard=float((np.diff(shard) == 0).mean()),
         classes=float(np.mean([len(np.unique(row)) for row in labels])),
-        effective_batch=effective_batch(labels),
-        first_batch=len(np.unique(shard[:global_batch])),
+        correlation=correlation,
+        effective_batch=effective_size(global_batch, correlation),
         opened=count_misses(shard.tolist(), OPEN) * per_thousand,
         fetched=[count_misses(shard.tolist(), size) * per_thousand for size in CACHES],
         fetched_by_all=sum(count_misses(part.tolist(), CACHES[0]) for part in parts) * per_thousand,
@@ -121,15 +125,14 @@ def draw_plot(results: dict[str, Quality]) -> None:
         title="two samples that follow each other",
     )
     left.legend(fontsize=8)
-    for name, quality in results.items():
-        right.plot(quality.first_batch, quality.effective_batch, "o")
-        right.annotate(name, (quality.first_batch, quality.effective_batch), (6, -4), textcoords="offset points")
-    right.axhline(GLOBAL_BATCH, color="grey", lw=0.8, ls="--")
+    at_a_time = [*SHARDS_AT_A_TIME, SHARDS]
+    batches = [quality.effective_batch for quality in [*list(results.values())[1:], results["random"]]]
+    right.plot(at_a_time, batches, "o-")
+    right.annotate("random", (at_a_time[-1], batches[-1]), (-12, -16), textcoords="offset points", fontsize=8)
     right.set(
         xscale="log",
-        xlim=(10, 2000),
-        ylim=(0, GLOBAL_BATCH * 1.1),
-        xlabel="shards read for the first global batch",
+        ylim=(0, None),
+        xlabel="shards at a time",
         ylabel=f"effective size of a global batch of {GLOBAL_BATCH}",
         title="shards in the order of their classes",
     )
@@ -147,10 +150,10 @@ def main() -> None:
     results = {name: measure(order.epoch(0), GLOBAL_BATCH, STEPS, SHARDS) for name, order in orders.items()}
     columns = [
         "order",
-        "shards of the first batch",
         "neighbours from one shard",
         "median distance",
         "classes in a batch",
+        "correlation",
         "effective batch",
         "files opened",
         *(f"shards fetched, cache of {size:,}" for size in CACHES),
@@ -159,8 +162,8 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, quality in results.items():
         print(
-            f"| {name} | {quality.first_batch} | {quality.same_shard:.2%} | {int(np.median(quality.distances)):,} "
-            f"| {quality.classes:.0f} | {quality.effective_batch:.0f} | {quality.opened:.1f} "
+            f"| {name} | {quality.same_shard:.1%} | {int(np.median(quality.distances)):,} | {quality.classes:.0f} "
+            f"| {quality.correlation:.4f} | {quality.effective_batch:.0f} | {quality.opened:.1f} "
             f"| {' | '.join(f'{count:.1f}' for count in quality.fetched)} | {quality.fetched_by_all:.1f} |"
         )
     draw_plot(results)

@@ -25,7 +25,7 @@ ORDERS = ("auto", "random", "blocks")
 # how far ahead the orders without windows look
 _SHARDS_IN_ORDER = 4
 _POSITIONS_AHEAD = 1024
-# a permutation of two million samples takes 16 MB. ImageNet, in the order of its classes, stays below
+# a permutation of two million samples takes 16 MB
 _MAX_RANDOM = 2_000_000
 # as many shards as a dataset keeps open; 16 lanes keep the processes of up to 16 machines apart
 SHARDS = 64
@@ -264,7 +264,9 @@ def choose_order(dataset: Samples, *, seed: int, kind: str = "auto", global_batc
     Args:
         dataset: the samples.
         seed: of the order.
-        kind: "random", "blocks", or "auto": blocks for a dataset that is remote or has over two million samples.
+        kind: "random", "blocks", or "auto": blocks for a dataset that is remote or has over two million samples,
+            except for local images with classes. These often lie in the order of their classes, so that the shards
+            of a block order would hold few of them.
         global_batch: samples of an optimizer step, over all processes and micro-batches. A run that resumes with the
             same number goes on in the same order.
         shards: that a block order reads from at a time.
@@ -274,8 +276,8 @@ def choose_order(dataset: Samples, *, seed: int, kind: str = "auto", global_batc
     """
     if kind not in ORDERS:
         raise InputError(f"order is {shown(kind)}; choose from {', '.join(ORDERS)}")
-    large = dataset.is_remote or len(dataset) > _MAX_RANDOM
-    if kind == "random" or (kind == "auto" and not large):
+    large = len(dataset) > _MAX_RANDOM and "class" not in dataset.classes
+    if kind == "random" or (kind == "auto" and not large and not dataset.is_remote):
         return RandomOrder(dataset.starts, seed)
     return BlockOrder(dataset.starts, seed, global_batch=global_batch, shards=shards)
 

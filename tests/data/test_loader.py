@@ -442,7 +442,7 @@ def test_the_next_sample_of_a_block_order_replaces_a_broken_one(dataset, broken,
 
 
 class Repeated:
-    """Eight samples of a dataset, twice in each epoch, with other draws at each visit."""
+    """Samples 27 to 20 of a dataset, twice in each epoch, with other draws at each visit."""
 
     def __len__(self) -> int:
         return 16
@@ -451,18 +451,30 @@ class Repeated:
         return self
 
     def __getitem__(self, position: int) -> Visit:
-        return Visit(20 + position % 8, position // 8)
+        return Visit(27 - position % 8, position // 8)
 
 
 def test_the_order_decides_the_length_of_an_epoch_and_the_draws(dataset):
     loader = make_loader(dataset, order=Repeated())
+    assert loader.steps_per_epoch == 2
     first, second = map(samples_of, loader.epoch(0))
-    assert [s["key"] for s in first] == [s["key"] for s in second] == [f"sample-{i:03d}" for i in range(20, 28)]
+    assert [s["key"] for s in first] == [s["key"] for s in second] == [f"sample-{i:03d}" for i in range(27, 19, -1)]
     assert not any(torch.equal(a["rgb"], b["rgb"]) for a, b in zip(first, second, strict=True))
+    assert not all(torch.equal(a["ids"], b["ids"]) for a, b in zip(first, second, strict=True))
     assert_same(first, samples_of(next(loader.epoch(3))))
     assert_same(second, samples_of(next(make_loader(dataset, order=Repeated()).epoch(5, start_step=1))))
+    evaluation = make_loader(dataset, order=Repeated(), training=False, augment=None, batch_size=5)
+    assert [len(batch.keys) for batch in evaluation.epoch(0)] == [5, 5, 5, 1]
     with pytest.raises(ValueError, match="an epoch has 16 samples, one global batch 24"):
         make_loader(dataset, world=3, order=Repeated())
+
+
+@pytest.mark.filterwarnings("ignore:skipping sample")
+def test_behind_the_end_of_an_order_comes_its_first_sample(broken):
+    """Samples 21 and 20, the last two of the order, are broken."""
+    first, second = map(samples_of, make_loader(broken, order=Repeated()).epoch(0))
+    assert_same(first[6:], [second[0]] * 2)
+    assert_same(second[6:], [first[0]] * 2)
 
 
 class Bucket(ShardDataset):

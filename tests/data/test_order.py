@@ -4,6 +4,7 @@ python -m pytest tests/data/test_order.py
 """
 
 import tracemalloc
+from collections.abc import Iterable
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from prismer.dataloading.feed.order import BlockOrder, EpochOrder, InOrder, RandomOrder, choose_order
 from prismer.dataloading.store.shards import ShardDataset
-from scripts.shuffle_quality import count_misses, effective_batch
+from scripts.shuffle_quality import correlate, count_misses, effective_size
 
 RANDOM = [7, 21, 30, 16, 33, 6, 9, 13, 20, 11]
 BLOCKS = [1085, 3008, 1928, 2149, 1863, 2399, 3075, 1563, 1349, 195, 2789, 100, 214, 1278, 747, 2998]
@@ -179,40 +180,43 @@ def test_the_end_of_a_lane_names_no_shard_of_the_next_lane():
 
 
 def test_the_other_orders_name_the_shards_of_the_next_positions():
-    order = RandomOrder(STARTS, 0).epoch(0)
-    assert sorted(order.shards_ahead(range(4, 8), 10)) == [0, 1, 2, 3]
-    assert order.shards_ahead(range(4, 8), 1) == shards_of(STARTS, [order[4].index])
+    order = RandomOrder(EVEN, 0).epoch(0)
+    following = list(dict.fromkeys(shards_of(EVEN, indices(order)[4:])))
+    assert order.shards_ahead(range(4, 8), 100) == following and len(following) == 64
+    assert order.shards_ahead(range(4, 8), 6) == following[:6]
     order = InOrder(list(range(0, 101, 10))).epoch(0)
     assert order.shards_ahead(range(15, 17), 10) == [1, 2, 3, 4]
     assert order.shards_ahead(range(15, 17), 2) == [1, 2]
     assert order.shards_ahead(range(95, 97), 10) == [9]
 
 
-def make_dataset(starts: list[int], remote: bool) -> MagicMock:
-    dataset = MagicMock(ShardDataset, starts=starts, is_remote=remote)
+def make_dataset(starts: list[int], remote: bool = False, tables: Iterable[str] = ()) -> MagicMock:
+    dataset = MagicMock(ShardDataset, starts=starts, is_remote=remote, classes={table: ["cube"] for table in tables})
     dataset.__len__.return_value = starts[-1]
     return dataset
 
 
 @pytest.mark.parametrize(
-    "kind, count, remote, expected",
+    "kind, count, remote, tables, expected",
     [
-        ("auto", 2_000_000, False, RandomOrder),
-        ("auto", 2_001_000, False, BlockOrder),
-        ("auto", 37_000, True, BlockOrder),
-        ("random", 2_001_000, True, RandomOrder),
-        ("blocks", 37_000, False, BlockOrder),
+        ("auto", 2_000_000, False, ["seg"], RandomOrder),
+        ("auto", 2_001_000, False, ["seg"], BlockOrder),
+        ("auto", 2_001_000, False, ["seg", "class"], RandomOrder),
+        ("auto", 37_000, True, ["class"], BlockOrder),
+        ("random", 2_001_000, True, [], RandomOrder),
+        ("blocks", 37_000, False, ["class"], BlockOrder),
     ],
 )
-def test_large_and_remote_datasets_are_read_in_blocks(kind, count, remote, expected):
-    order = choose_order(make_dataset(list(range(0, count + 1, 1_000)), remote), seed=3, kind=kind, global_batch=32)
+def test_large_and_remote_datasets_are_read_in_blocks(kind, count, remote, tables, expected):
+    dataset = make_dataset(list(range(0, count + 1, 1_000)), remote, tables)
+    order = choose_order(dataset, seed=3, kind=kind, global_batch=32)
     assert type(order) is expected and order.seed == 3 and len(order) == count
     if expected is BlockOrder:
         assert order.global_batch == 32
 
 
 def test_an_unknown_order_is_named():
-    dataset = make_dataset(STARTS, False)
+    dataset = make_dataset(STARTS)
     with pytest.raises(ValueError, match="order is 'shuffled'; choose from auto, random, blocks"):
         choose_order(dataset, seed=0, kind="shuffled", global_batch=8)
     with pytest.raises(ValueError, match="global_batch is 0; it must be at least 1"):
@@ -221,8 +225,10 @@ def test_an_unknown_order_is_named():
 
 def test_the_measures_of_a_shuffle():
     rng = np.random.default_rng(0)
-    assert 480 < effective_batch(rng.integers(0, 1000, (400, 512))) < 550
-    # pairs of equal samples: half as many independent ones
-    assert 240 < effective_batch(rng.integers(0, 1000, (400, 256)).repeat(2, 1)) < 275
-    assert effective_batch(np.zeros((1, 512), int)) == pytest.approx(1)
+    assert abs(correlate(rng.integers(0, 1000, (400, 512)))) < 1e-4
+    # each of 256 independent samples twice: a sample has one partner among 511
+    correlation = correlate(rng.integers(0, 1000, (400, 256)).repeat(2, 1))
+    assert correlation == pytest.approx(1 / 511, rel=0.05)
+    assert effective_size(512, 1 / 511) == pytest.approx(256)
+    assert correlate(np.zeros((1, 512), int)) == pytest.approx(1) and effective_size(512, 1) == 1
     assert count_misses([1, 2, 1, 3, 1, 2, 2], 2) == 4
