@@ -1,7 +1,7 @@
 """Folders that are written: a local one in place, one in a bucket through a local folder that is emptied again.
 
-    folder = stage(place)                   # write files here ...
-    publish(place, "a.tar", "a.json")       # ... and they are at `place`, in this order, each of them whole
+folder = stage(place)                   # write files here ...
+publish(place, "a.tar", "a.json")       # ... and they are at `place`, in this order, each of them whole
 """
 
 import os
@@ -56,7 +56,7 @@ def list_files(place: str | Path) -> dict[str, int]:
                 if stat.S_ISREG(status.st_mode):
                     found[name] = status.st_size
         return found
-    return {name: size for name, size in sorted(list_objects(place).items()) if "/" not in name}
+    return {name: size for name, (size, _) in sorted(list_objects(place).items()) if "/" not in name}
 
 
 def read_file(place: str | Path, name: str) -> bytes:
