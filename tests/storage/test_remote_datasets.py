@@ -199,3 +199,19 @@ def test_fetching_goes_on_in_a_forked_process(url, monkeypatch):
     dataset.files._fetchers, dataset.files._process = remote_files._FETCHERS, -1
     dataset.prefetch([2])
     wait_for(lambda: len(kept()) == 2)
+
+
+def test_a_cache_that_is_too_small_for_the_order_is_named_once(url, monkeypatch, recwarn):
+    size = max(path.stat().st_size for path in folder_of(url).glob("*.tar"))
+    monkeypatch.setenv("PRISMER_CACHE_LIMIT", str(2 * size + (folder_of(url) / "index.bin").stat().st_size))
+    monkeypatch.setattr(remote_files, "_FEW", 2)
+    dataset = ShardDataset(url)
+    # shard after shard: each is fetched once
+    for i in 2 * list(range(COUNT)):
+        dataset[i]
+    assert not recwarn
+    # a sample of each shard in turn: each is fetched every time
+    for i in 4 * list(range(0, COUNT, 4)):
+        dataset[i]
+    (warning,) = recwarn
+    assert "downloaded again and again" in str(warning.message) and "PRISMER_CACHE_LIMIT" in str(warning.message)
