@@ -48,6 +48,7 @@ class ShardDataset:
         source, about: the writer's notes.
         shards: names of the tars; shard s holds samples starts[s] .. starts[s + 1] - 1.
         entries: the entry of each shard in `index.json` (name, count, size, sha256, ...).
+        index_sha256: of the bytes of `index.json`, which change with any byte of the dataset.
         files: through which it reads.
         table: where the samples lie.
 
@@ -60,6 +61,7 @@ class ShardDataset:
         self.place, self.folder = self.files.place, Path(self.files.place)
         self.is_remote = not isinstance(self.files, LocalFiles)
         data = _index_bytes(self.files)
+        self.index_sha256 = hashlib.sha256(data).hexdigest()
         index = parse_index(data, _index_name(place))
         self.classes: dict[str, list[str]] = index["classes"]
         self.experts: dict[str, int] = index["experts"]
@@ -68,7 +70,7 @@ class ShardDataset:
         self.entries: list[dict] = index["shards"]
         self.shards: list[str] = [entry["name"] for entry in self.entries]
         self.starts: list[int] = [0, *accumulate(entry["count"] for entry in self.entries)]
-        self.table = open_table(self.files, self.entries, hashlib.sha256(data).hexdigest())
+        self.table = open_table(self.files, self.entries, self.index_sha256)
         # of shards whose part of the table is absent or damaged
         self._table_of_shard = lru_cache(8)(lambda shard: table_of_shard(self.files, self.entries[shard]))
         # bounded: ten million samples are ten thousand shards, more than a process may open; a shard in the cache of a

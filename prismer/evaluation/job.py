@@ -89,7 +89,7 @@ class Evaluation:
             "task": self.task,
             **self.notes,
             "config": sha256(model.config.to_json().encode()).hexdigest(),
-            "data": file_digest(self.dataset.folder / "index.json"),
+            "data": self.dataset.index_sha256,
             "answers": _describe(predictor.answers),
             "classes": _describe(predictor.classes),
             "prefix": model.config.caption_prefix if predictor.prefix is None else predictor.prefix,
