@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from prismer.files import check_free_space, new_folder, replacing, waiting_lock, write_json
+from prismer.files import CHECKSUMS, check_free_space, new_folder, replacing, waiting_lock, write_json
 from prismer.reading import read_json
 from prismer.storage.objects import describe_object, download_object, list_objects, remove_object, upload_file
 from prismer.storage.places import as_place, inside, kept_folder
@@ -109,7 +109,7 @@ class Mirror:
             gone = [name for name in record if name in there and name not in here]
             if not changed and not gone:
                 return
-            for name in sorted(changed, key=lambda name: (name == self.last, name)):
+            for name in self._in_order(changed):
                 upload_file(self.folder / name, inside(self.url, name))
             for name in gone:
                 remove_object(inside(self.url, name))
@@ -126,7 +126,7 @@ class Mirror:
         self.folder.mkdir(parents=True, exist_ok=True)
         with waiting_lock(self.folder / _LOCK):
             record, there = _read_record(self.folder), list_objects(self.url)
-            for name in sorted(there, key=lambda name: (name == self.last, name)):
+            for name in self._in_order(there):
                 size, version = there[name]
                 target = self.folder / name
                 if record.get(name) != [*_state(target), version]:
@@ -140,6 +140,10 @@ class Mirror:
                     # a checkpoint that lost its files is none
                     with suppress(OSError):
                         (self.folder / name).parent.rmdir()
+
+    def _in_order(self, names: Iterable[str]) -> list[str]:
+        """The checksums of a folder come after its files, which are incomplete without them."""
+        return sorted(names, key=lambda name: (name == self.last, Path(name).name == CHECKSUMS, name))
 
     def _files(self) -> list[str]:
         """The names of the files here, but for hidden ones and those that are being written."""

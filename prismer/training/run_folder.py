@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import nn
 
 from prismer.errors import InputError, shown
-from prismer.files import find_damage, take_lock, write_json
+from prismer.files import CHECKSUMS, find_damage, take_lock, write_json
 from prismer.reading import read_json
 from prismer.storage.folders import Mirror
 from prismer.storage.places import as_place
@@ -113,6 +113,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = take_lock(self.path / LOCK)
         self._mirror.reconcile()
+        for checkpoint in self.checkpoints.glob("step-*"):
+            # its upload broke off; the next copy to the bucket removes it there
+            if not (checkpoint / CHECKSUMS).exists():
+                shutil.rmtree(checkpoint)
         return lock
 
     def share(self, group: dist.ProcessGroup) -> None:

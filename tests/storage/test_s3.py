@@ -6,6 +6,7 @@ PYTHONPATH=/tmp/extra python -m pytest tests/storage/test_s3.py
 
 import http.server
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from prismer.dataloading.store.shards import CorruptSample, ShardDataset
 from prismer.model import Prismer
 from prismer.shipped import cache_folder, shipped_folder
 from prismer.storage import objects
+from prismer.storage.cache import FileCache
 from prismer.storage.objects import StorageError, list_objects
 from prismer.training.run_folder import RunFolder
 from tests.data.noise_shards import assert_same, bytes_of, make_sample, write_dataset
@@ -69,8 +71,7 @@ class Server:
 
     def get_requests(self) -> list[str]:
         """The names of the tars that were asked for."""
-        lines = self.log.read_text().splitlines()
-        return [line.split('"')[1].split()[1] for line in lines if '"GET ' in line and ".tar" in line]
+        return re.findall(r"GET (\S+\.tar) ", self.log.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +139,11 @@ def test_a_server_that_is_killed_and_restarted_within_an_epoch_costs_no_sample(s
     most, ended = [], threading.Event()
 
     def watch():
-        shards = cache_folder("storage") / "shards"
+        cache = FileCache(cache_folder("storage") / "shards", limit)
         while not ended.is_set():
-            most.append(sum(path.lstat().st_size for path in shards.glob("*") if path.exists()))
+            # under the lock nothing comes or goes
+            with cache._bookkeeping():
+                most.append(sum(path.stat().st_size for path in cache.folder.iterdir()))
             time.sleep(0.002)
 
     def each(step):
