@@ -57,6 +57,11 @@ def rows_of(dataset: ShardDataset) -> list[Row | None]:
     return [dataset.table.row(shard, row) for shard, count in enumerate(counts) for row in range(count)]
 
 
+def lines(caught: pytest.WarningsRecorder) -> list[str]:
+    """The warnings of ours."""
+    return [str(warning.message) for warning in caught if warning.category is UserWarning]
+
+
 def mapping(path: Path) -> dict[str, int | str]:
     """The permissions and the resident kB of a file that this process has mapped."""
     # the datasets of earlier tests
@@ -160,7 +165,8 @@ def test_an_unusable_table_is_made_again_with_one_line(tmp_path, folder, kind):
         path.write_bytes(damaged_tables(whole)[kind])
     with pytest.warns(UserWarning, match="it is made again from the index files of 3 shards") as caught:
         dataset = ShardDataset(folder)
-    assert len(caught) == 1 and str(folder) in str(caught[0].message)
+    (line,) = lines(caught)
+    assert str(folder) in line
     assert path.read_bytes() == whole
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -206,7 +212,7 @@ def test_a_table_that_cannot_be_written_is_kept_in_memory(folder, monkeypatch, e
     monkeypatch.setattr(sample_table, "write_together", refuse)
     with pytest.warns(UserWarning) as caught:
         dataset = ShardDataset(folder)
-    assert f"cannot be written ({os.strerror(error)}) and is kept in memory" in str(caught[1].message)
+    assert f"cannot be written ({os.strerror(error)}) and is kept in memory" in lines(caught)[1]
     assert not (folder / "index.bin").exists()
     for i in range(10):
         assert_same(dataset[i], make_sample(i))
