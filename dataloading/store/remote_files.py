@@ -47,6 +47,7 @@ class RemoteFiles:
         self._mapped: dict[str, BinaryIO] = {}
         self._lock = threading.Lock()
         self._wanted: list[dict] = []
+        self._fetching: set[str] = set()
         self._fetchers, self._process = 0, os.getpid()
 
     def read(self, name: str) -> bytes:
@@ -94,9 +95,9 @@ class RemoteFiles:
         with self._lock:
             if self._process != os.getpid():
                 # threads do not survive a fork
-                self._fetchers, self._process = 0, os.getpid()
-            self._wanted = wanted
-            while self._fetchers < min(_FETCHERS, len(wanted)):
+                self._fetching, self._fetchers, self._process = set(), 0, os.getpid()
+            self._wanted = [entry for entry in wanted if entry["name"] not in self._fetching]
+            while self._fetchers < min(_FETCHERS, len(self._fetching) + len(self._wanted)):
                 self._fetchers += 1
                 # daemon: the end of the program does not wait for a download
                 threading.Thread(target=self._work, name="prismer-prefetch", daemon=True).start()
@@ -108,10 +109,13 @@ class RemoteFiles:
                     self._fetchers -= 1
                     return
                 entry = self._wanted.pop(0)
+                self._fetching.add(entry["name"])
             try:
                 self.open_shard(entry).close()
             except Exception:  # whoever reads the shard meets the error again, and reports it
-                continue
+                pass
+            with self._lock:
+                self._fetching.discard(entry["name"])
 
     def _filler(self, entry: dict) -> Callable[[BinaryIO], None]:
         url = inside(self.place, entry["name"])

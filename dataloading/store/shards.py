@@ -73,8 +73,8 @@ class ShardDataset:
         self.table = open_table(self.files, self.entries, self.index_sha256)
         # of shards whose part of the table is absent or damaged
         self._table_of_shard = lru_cache(8)(lambda shard: table_of_shard(self.files, self.entries[shard]))
-        # bounded: ten million samples are ten thousand shards, more than a process may open. A remote shard is open while
-        # it is read, no longer: its cache cannot make room by removing a file that is open
+        # bounded: ten million samples are ten thousand shards, more than a process may open. A remote shard is open
+        # while it is read only: its cache cannot make room by removing a file that is open
         self._file = self._open_shard if self.is_remote else lru_cache(64)(self._open_shard)
 
     def __len__(self) -> int:

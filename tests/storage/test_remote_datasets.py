@@ -4,6 +4,7 @@ python -m pytest tests/storage/test_remote_datasets.py
 """
 
 import pickle
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -77,6 +78,28 @@ def test_shards_are_fetched_in_the_background(url):
     assert_same(dataset[5], make_sample(5))
     assert_same(dataset[13], make_sample(13))
     assert BucketFileSystem.requests == []
+
+
+def test_a_shard_that_is_announced_again_while_it_is_fetched_takes_one_thread(url, monkeypatch):
+    first, others = threading.Event(), threading.Event()
+
+    def slow(operation, path):
+        if path.endswith("shard-000003.tar"):
+            first.set()
+            assert others.wait(20)
+
+    monkeypatch.setattr(BucketFileSystem, "fault", staticmethod(slow))
+    monkeypatch.setattr(remote_files, "_FETCHERS", 2)
+    dataset = ShardDataset(url)
+    dataset.prefetch([3])
+    assert first.wait(20)
+    # with the first of two threads busy, the second must fetch all others
+    for shards in ([3, 1], [3, 2], [3, 1, 2, 4]):
+        dataset.prefetch(shards)
+    wait_for(lambda: len([name for name in kept() if len(name) == 64]) == 4)
+    others.set()
+    wait_for(lambda: dataset.files._fetchers == 0)
+    assert sorted(shard_requests()) == [f"shard-{i:06d}.tar" for i in (1, 2, 3, 4)]
 
 
 def test_the_background_takes_half_of_the_cache_at_most(url, monkeypatch):
