@@ -16,6 +16,7 @@ from prismer.errors import InputError, shown
 from prismer.evaluation.text_kinds import CAPTIONS, CLASSES, QUESTIONS, TextKind
 from prismer.freezing import FREEZE_MODES
 from prismer.reading import is_text
+from prismer.storage.places import is_url
 from prismer.training.tasks import TASKS
 
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -55,7 +56,7 @@ class TrainConfig:
             a list, name several; `a,b:0.2` takes 20 % of the samples from b.
         order: of the samples: random over all shards, blocks of shards, or auto: blocks for large or remote datasets.
         model: where to start from: a preset, or a model as `Prismer.from_pretrained` takes it.
-        run: name of the run's folder under runs/, or a path with a slash.
+        run: name of the run's folder under runs/, a path with a slash, or a URL such as s3://bucket/runs/NAME.
         seed: of everything that is random.
         epochs, steps: passes over the training split, or optimizer steps in all; `steps` counts unless it is 0.
         batch_size: images of an optimizer step over all processes, whose number does not change the loss curve.
@@ -210,8 +211,10 @@ class TrainConfig:
         return self.batch_size // parts
 
     @property
-    def folder(self) -> Path:
-        """The folder that keeps everything of the run."""
+    def folder(self) -> str | Path:
+        """The folder that keeps everything of the run; a URL as it is."""
+        if is_url(self.run):
+            return self.run
         return Path(self.run) if "/" in self.run else Path("runs") / self.run
 
 
