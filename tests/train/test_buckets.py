@@ -62,7 +62,7 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine(workshop, server, tmp_path
     assert "saved at step" in first.text()
 
     monkeypatch.setenv("PRISMER_HOME", str(tmp_path / "two"))
-    second = workshop.launch("second", flags=("--run", url), **remote)
+    second = workshop.launch("second", "torchrun 2", flags=("--name", url), **remote)
     assert second.end() == 0, second.text()
     assert "resuming" in second.text()
     folder = kept_folder("runs", url)
