@@ -117,7 +117,7 @@ class Evaluation:
             ValueError: if the dataset is empty, or `out` holds the results of other settings.
         """
         if not self.count:
-            raise InputError(f"{self.dataset.folder} holds no samples; choose another dataset")
+            raise InputError(f"{self.dataset.place} holds no samples; choose another dataset")
         part_size = _BATCHES_PER_PART * self.batch_size
         job = ResumableJob(out, self.settings(), count=self.count, part_size=part_size, rank=rank, world=world)
         missing = job.missing_parts()
