@@ -22,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     beside = Path(__file__).with_name("zero3.json")
     parser.add_argument("--config", default=str(beside), help="DeepSpeed JSON, with an optional prismer section")
     parser.add_argument("--task", help="joint, pretrain, caption, vqa or classify")
-    parser.add_argument("--data", help="dataset folder with train/ and val/")
+    parser.add_argument("--data", help="dataset folder with train/ and val/, or several: a,b:0.2,c")
     parser.add_argument(
         "--model", help="where to start from: a preset, a model folder, or a name of `prismer models list`"
     )

@@ -122,6 +122,9 @@ class FileCache:
         deadline = time.monotonic() + PATIENCE
         while not self.holds(name):
             with self._bookkeeping():
+                if self.holds(name):
+                    # it became whole since the last look
+                    return None
                 blocked = not partial.exists() and not self._make_room(size)
                 file = None if blocked else _open_locked(partial, "a+b")
             if file is not None:

@@ -1,4 +1,8 @@
-"""The data of a run: its two splits are checked, their texts counted, and their loaders opened."""
+"""The data of a run: the splits of its datasets are checked, their texts counted, and their loaders opened.
+
+A run has one dataset or several (dataloading/mixture/). Several give one training split, a mixture; the validation
+split of each is evaluated apart, under the dataset's name.
+"""
 
 from contextlib import closing
 from functools import partial
@@ -9,11 +13,17 @@ import torch.distributed as dist
 
 from prismer.dataloading.feed.augment import AugmentConfig
 from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.feed.order import Order, choose_order
+from prismer.dataloading.mixture.dataset import MixedDataset, MixedPart
+from prismer.dataloading.mixture.order import MixedOrder
+from prismer.dataloading.mixture.parts import slots_of
 from prismer.dataloading.semantics.features import Semantics
+from prismer.dataloading.store.shard_files import open_files
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.errors import InputError
 from prismer.evaluation.text_kinds import CAPTIONS, CLASSES, QUESTIONS
 from prismer.model import Prismer
+from prismer.storage.places import inside
 from prismer.texts import ChooseTexts, answer_fits, choose_captions, choose_class, choose_joint, choose_questions
 from prismer.training.config import TrainConfig
 from prismer.training.initial_model import semantics_folder
@@ -25,43 +35,67 @@ from prismer.training.zero import gather_json
 _NO_AUGMENTATION = AugmentConfig(min_area=1.0, flip=0.0, num_ops=0)
 
 
-def check_dataset(data: Path) -> None:
-    """Refuse a dataset folder without a training split.
+def has_split(place: str, split: str) -> bool:
+    """Whether there is a split of this name at `place`.
 
     Raises:
-        ValueError: if there is no `data`/train.
+        RuntimeError: if a bucket or server cannot be used.
     """
-    if not (data / "train").is_dir():
-        raise InputError(f"no dataset at {data / 'train'}; render or import one, or name another with --data")
+    found = inside(place, split)
+    if isinstance(found, Path):
+        return found.is_dir()
+    try:
+        open_files(found).read("index.json")
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def check_dataset(place: str) -> None:
+    """Refuse a dataset without a training split.
+
+    Raises:
+        ValueError: if there is no `place`/train.
+    """
+    if not has_split(place, "train"):
+        raise InputError(f"no dataset at {inside(place, 'train')}; render or import one, or name another with --data")
 
 
 def check_texts(config: TrainConfig, model: Prismer, run: Path, first_start: bool) -> None:
-    """Check that both splits have texts for the task, and save the training split's statistics in `run` (rank 0).
+    """Check that every split has texts for the task, and save the training splits' statistics in `run` (rank 0).
 
     Args:
         run: the run folder.
-        first_start: whether the training split is read; a resumed run has its statistics already.
+        first_start: whether the training splits are read; a resumed run has its statistics already.
 
     Raises:
         ValueError: if a split has no texts for the task.
     """
-    data = Path(config.data)
-    for split in ("train", "val"):
-        if not (data / split).is_dir() or (split == "train" and not first_start):
-            continue
-        dataset = ShardDataset(data / split)
-        counts = count_texts(dataset)
-        counts.check(config.task, data / split)
-        if counts.skipped:
-            print_on_rank_zero(
-                f"{len(counts.skipped)} of {len(dataset)} samples of {data / split} cannot be used and will be "
-                f"skipped; the first: {counts.skipped[0]}"
-            )
-        if split == "train":
-            _statistics(config, model, dataset, counts).save(run)
+    if first_start:
+        train = open_training_split(config)
+        counts = TextCounts()
+        for dataset in train.parts if isinstance(train, MixedDataset) else [train]:
+            counts.add(_check_split(config.task, dataset))
+        _statistics(config, model, train, counts).save(run)
+    for part in config.parts:
+        if has_split(part.place, "val"):
+            _check_split(config.task, ShardDataset(inside(part.place, "val")))
 
 
-def _statistics(config: TrainConfig, model: Prismer, dataset: ShardDataset, counts: TextCounts) -> TextStatistics:
+def _check_split(task: str, dataset: ShardDataset | MixedPart) -> TextCounts:
+    counts = count_texts(dataset)
+    counts.check(task, dataset.place)
+    if counts.skipped:
+        print_on_rank_zero(
+            f"{len(counts.skipped)} of {len(dataset)} samples of {dataset.place} cannot be used and will be "
+            f"skipped; the first: {counts.skipped[0]}"
+        )
+    return counts
+
+
+def _statistics(
+    config: TrainConfig, model: Prismer, dataset: ShardDataset | MixedDataset, counts: TextCounts
+) -> TextStatistics:
     room = model.config.max_positions
     fits = partial(answer_fits, model.tokenizer, max_positions=room)
     long = [answer for answer in counts.answers if not fits(answer)]
@@ -70,7 +104,33 @@ def _statistics(config: TrainConfig, model: Prismer, dataset: ShardDataset, coun
             f"{len(long)} answers are too long for the model's {room} positions; their samples will be skipped "
             f"(the first: {long[0][:60]!r}...)"
         )
-    return TextStatistics.from_counts(counts, dataset.classes.get("class"), config.max_answers, fits)
+    classes = dataset.classes.get("class")
+    if classes and isinstance(dataset, MixedDataset):
+        # the classes of a dataset that has no table, but names in its samples
+        named = {name for name in counts.classes if isinstance(name, str)}
+        classes = [*classes, *sorted(named.difference(classes))]
+    return TextStatistics.from_counts(counts, classes, config.max_answers, fits)
+
+
+def open_training_split(config: TrainConfig) -> ShardDataset | MixedDataset:
+    """The training split of the run's dataset, or the mixture of those of its datasets.
+
+    Raises:
+        ValueError: if a split is damaged, or the datasets do not fit together.
+    """
+    parts = config.parts
+    datasets = [ShardDataset(inside(part.place, "train")) for part in parts]
+    return MixedDataset(datasets, [part.name for part in parts]) if len(parts) > 1 else datasets[0]
+
+
+def _order(config: TrainConfig, dataset: ShardDataset | MixedDataset) -> Order:
+    options = dict(seed=config.seed, kind=config.order, global_batch=config.batch_size)
+    if not isinstance(dataset, MixedDataset):
+        return choose_order(dataset, **options)
+    slots, rounded = slots_of(config.parts)
+    order = MixedOrder(dataset, slots, **options)
+    print_on_rank_zero(order.line() + (", weights rounded to thousandths" if rounded else ""))
+    return order
 
 
 def choose_texts(config: TrainConfig, model: Prismer, classes: list[str]) -> ChooseTexts:
@@ -91,8 +151,10 @@ def choose_texts(config: TrainConfig, model: Prismer, classes: list[str]) -> Cho
 
 def open_loaders(
     config: TrainConfig, model: Prismer, classes: list[str], micro_batch: int, device: torch.device
-) -> tuple[Loader, Loader | None]:
-    """The loaders of this rank: of the training split, and of the validation split if there is one.
+) -> tuple[Loader, dict[str, Loader]]:
+    """The loaders of this rank: of the training split, and of every validation split by the name of its dataset.
+
+    The only dataset of a run has the name "".
 
     Args:
         classes: class names, for samples whose class is an index.
@@ -101,7 +163,6 @@ def open_loaders(
     Raises:
         ValueError: if a split is damaged, or the training split is smaller than a batch.
     """
-    data = Path(config.data)
     common = dict(
         config=model.config,
         semantics=Semantics.for_config(model.config, semantics_folder(config.semantics, config.model)),
@@ -113,8 +174,9 @@ def open_loaders(
     )
     augment = AugmentConfig(min_area=config.crop_min_area, flip=config.flip, num_ops=config.augment_ops)
     counts = list(config.texts_per_image.values())
+    dataset = open_training_split(config)
     train = Loader(
-        ShardDataset(data / "train"),
+        dataset,
         batch_size=micro_batch,
         texts=choose_texts(config, model, classes),
         group_size=sum(counts),
@@ -122,12 +184,16 @@ def open_loaders(
         split=counts[0] if len(counts) > 1 else 0,
         augment=None if augment == _NO_AUGMENTATION else augment,
         drop_labels=config.drop_labels,
+        order=_order(config, dataset),
         **common,
     )
-    if not (data / "val").is_dir():
-        return train, None
-    val = ShardDataset(data / "val")
-    return train, Loader(val, batch_size=config.eval_batch_size, training=False, **common)
+    parts, val = config.parts, {}
+    for part in parts:
+        if has_split(part.place, "val"):
+            split = ShardDataset(inside(part.place, "val"))
+            loader = Loader(split, batch_size=config.eval_batch_size, training=False, **common)
+            val[part.name if len(parts) > 1 else ""] = loader
+    return train, val
 
 
 def check_readable(val: Loader, group: dist.ProcessGroup) -> None:

@@ -1,6 +1,6 @@
-"""The evaluation of a run: predictions for its validation split, shared by the ranks, and a baseline for them."""
+"""The evaluation of a run: predictions for its validation splits, shared by the ranks, and a baseline for them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 
@@ -60,6 +60,17 @@ def predict(
         rows = [row for part in gather_json(rows, group) for row in part]
     rows.sort(key=lambda row: row.pop("order"))
     return rows[:limit] if limit else rows
+
+
+def labelled(what: str, name: str) -> str:
+    """The name of what belongs to one dataset of a mixture; the only dataset of a run, "", adds no name."""
+    return f"{what}/{name}" if name else what
+
+
+def checkpoint_score(splits: Sequence[Mapping[str, float]]) -> float | None:
+    """The number that compares checkpoints: the mean "score" of the validation splits that have one; None without."""
+    found = [scores["score"] for scores in splits if "score" in scores]
+    return sum(found) / len(found) if found else None
 
 
 def most_frequent_replies(rows: Sequence[dict], statistics: TextStatistics) -> list[dict]:

@@ -7,6 +7,7 @@ scores. They come from the run folder, two levels above the checkpoint; a checkp
 from dataclasses import asdict
 from pathlib import Path
 
+from prismer.dataloading.mixture.parts import parse_parts
 from prismer.errors import InputError
 from prismer.model import Prismer
 from prismer.reading import read_json
@@ -83,19 +84,30 @@ def _card(run: Path, checkpoint: Path, settings: dict) -> ModelCard:
     state = read_state(checkpoint)
     step = state["step"]
     # names alone: paths belong to the machine
-    data, start = Path(settings["data"]).name, Path(settings["model"]).name
+    parts, start = parse_parts(settings["data"]), Path(settings["model"]).name
+    data = ", ".join(part.name for part in parts)
     training = [
-        f"Trained on the dataset {data}, task {settings['task']}, from {start}: step {step:,}, "
-        f"{step * settings['batch_size']:,} images, seed {settings['seed']}."
+        f"Trained on the dataset{'s' if len(parts) > 1 else ''} {data}, task {settings['task']}, from {start}: "
+        f"step {step:,}, {step * settings['batch_size']:,} images, seed {settings['seed']}."
     ]
-    rows = [row for row in read_metrics(run) if row["kind"] == "validation" and row["step"] == step]
+    rows = {
+        row["kind"].partition("/")[2]: row
+        for row in read_metrics(run)
+        if row["kind"].partition("/")[0] == "validation" and row["step"] == step
+    }
     # VQAv2 has 65 types of questions, too many for a card
     left_out = ("step", "kind", "accuracy/question_type")
-    found = {name: value for name, value in rows[-1].items() if not name.startswith(left_out)} if rows else {}
+    found = {
+        f"{dataset}: {name}" if dataset else name: value
+        for dataset, row in rows.items()
+        for name, value in row.items()
+        if not name.startswith(left_out)
+    }
     most = settings["eval_images"]
     return ModelCard(
         licence=licence_of(settings["model"]),
         training=training,
         scores=found,
-        scored_on=f"the validation split of {data}" + (f", its first {most:,} images" if most else ""),
+        scored_on=f"the validation split of {', '.join(filter(None, rows)) or data}"
+        + (f", its first {most:,} images" if most else ""),
     )

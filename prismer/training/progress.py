@@ -129,7 +129,7 @@ class Progress:
 
 
 def plot_metrics(folder: Path) -> None:
-    """Draw loss.png from metrics.jsonl: training loss, learning rate, and the scores of the validation split."""
+    """Draw loss.png from metrics.jsonl: training loss, learning rate, and the scores of the validation splits."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -137,10 +137,15 @@ def plot_metrics(folder: Path) -> None:
 
     rows = read_metrics(folder)
     train = [row for row in rows if row["kind"] == "train" and {"loss", "learning_rate"} <= set(row)]
-    scored = [row for row in rows if row["kind"] == "validation"]
+    # dataset -> its rows; the only dataset of a run has the name ""
+    scored: dict[str, list[dict]] = {}
+    for row in rows:
+        kind, _, dataset = row["kind"].partition("/")
+        if kind == "validation":
+            scored.setdefault(dataset, []).append(row)
     if not train:
         return
-    names = list(main_scores(scored[-1])) if scored else []
+    names = list(dict.fromkeys(name for found in scored.values() for name in main_scores(found[-1])))
     answers = [name for name in names if name.partition("/")[0] in ("accuracy", "top-1")]
     panels = 1 + ("CIDEr-D" in names) + bool(answers)
     figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 4.2), squeeze=False)
@@ -174,13 +179,16 @@ def _plot_training(axis: "Axes", rows: list[dict]) -> None:
     axis.legend(lines, [line.get_label() for line in lines], loc="upper right")
 
 
-def _plot_scores(axis: "Axes", rows: list[dict], names: list[str], title: str, ylabel: str) -> None:
-    for name in names:
-        points = [(row["step"], row[name]) for row in rows if name in row]
+def _plot_scores(axis: "Axes", scored: dict[str, list[dict]], names: list[str], title: str, ylabel: str) -> None:
+    for dataset, name in ((dataset, name) for dataset in scored for name in names):
+        points = [(row["step"], row[name]) for row in scored[dataset] if name in row]
+        if not points:
+            continue
         # "accuracy/KIND" is the accuracy of one kind of question
         kind = name.partition("/")[2]
-        width = 1.2 if kind else 2.5
-        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=width, label=kind or name)
+        width, label = 1.2 if kind else 2.5, kind or name
+        label = f"{dataset}: {label}" if dataset else label
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=width, label=label)
     axis.set(xlabel="optimizer step", ylabel=ylabel, title=title)
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right", fontsize="small", ncols=2)

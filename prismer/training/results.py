@@ -1,6 +1,6 @@
 """The end of a run: the best model is exported, compared with baselines that see no image, and shown on samples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from prismer.evaluation.report import samples_png, score_table
 from prismer.evaluation.scores import scores
 from prismer.files import write_atomically, write_json
 from prismer.model import Prismer
-from prismer.training.evaluation import most_frequent_replies
+from prismer.training.evaluation import labelled, most_frequent_replies
 from prismer.training.export import export_checkpoint
 from prismer.training.progress import plot_metrics
 from prismer.training.setup import Run
@@ -18,6 +18,10 @@ from prismer.training.skipped import SkippedSamples
 from prismer.training.streams import print_on_rank_zero
 
 COLUMNS = ("trained model", "most frequent", "blank images")
+_LEGEND = (
+    "CIDEr-D is at most 10. *Most frequent* replies with the training split's most frequent caption, and with its "
+    "most frequent answer to each kind of question; *blank images* is the trained model without images.\n"
+)
 # validation images in samples.png
 _SAMPLES = 8
 
@@ -42,42 +46,52 @@ def finish_run(run: Run, step: int, seconds: float, skipped: SkippedSamples) -> 
         processes=dist.get_world_size(),
         seconds_since_last_start=round(seconds, 1),
     )
-    if run.val_loader:
+    results, samples = {}, {}
+    if run.val_loaders:
         model = run.new_replica()
         model.load_state_dict(best.state_dict())
-        records = run.predict(model)
+    for name, loader in run.val_loaders.items():
+        records = run.predict(model, loader)
         baseline = most_frequent_replies(records, run.statistics)
-        columns = [scores(found) for found in (records, baseline, run.predict(model, blank=True))]
+        columns = [scores(found) for found in (records, baseline, run.predict(model, loader, blank=True))]
+        results[name], samples[name] = (columns, len(records)), records[:_SAMPLES]
     skipped.record(step)
     print_on_rank_zero(skipped.summary())
     if not run.is_rank_zero:
         return
     about["skipped_samples"] = len(skipped.names)
-    if run.val_loader:
-        print_on_rank_zero(write_results(path, columns, len(records), about))
-        draw_samples(path / "samples.png", run.val_loader.dataset, records[:_SAMPLES])
+    if results:
+        print_on_rank_zero(write_results(path, results, about))
+    # a name may hold slashes
+    sheets = {name: labelled("samples", name).replace("/", "-") + ".png" for name in samples}
+    for name, sheet in sheets.items():
+        draw_samples(path / sheet, run.val_loaders[name].dataset, samples[name])
     write_json(path / "finished.json", about)
-    print_on_rank_zero(f"finished: {path}/model, results.md, loss.png, samples.png")
+    print_on_rank_zero(f"finished: {path}/model, results.md, loss.png, {', '.join(sheets.values()) or 'samples.png'}")
 
 
-def write_results(folder: Path, columns: Sequence[dict[str, float]], num_images: int, about: dict) -> str:
-    """Write results.md and results.json; returns the table.
+def write_results(folder: Path, results: Mapping[str, tuple[Sequence[dict[str, float]], int]], about: dict) -> str:
+    """Write results.md and results.json; returns the tables.
 
     Args:
-        columns: the result of `evaluation.scores` for each of COLUMNS.
-        num_images: how many images were scored.
+        results: for each validation split, by the name of its dataset, the result of `evaluation.scores` for each of
+            COLUMNS, and how many images were scored; "" is the name of the only dataset.
         about: facts of the run that JSON can hold (steps, precision, time).
     """
-    named = dict(zip(COLUMNS, columns, strict=True))
-    table = score_table(named, f"validation, {num_images} images")
-    legend = (
-        "CIDEr-D is at most 10. *Most frequent* replies with the training split's most frequent caption, and with its "
-        "most frequent answer to each kind of question; *blank images* is the trained model without images.\n"
+    splits = {
+        name: dict(images=n, **dict(zip(COLUMNS, columns, strict=True))) for name, (columns, n) in results.items()
+    }
+    tables = "\n".join(
+        score_table(
+            {column: split[column] for column in COLUMNS},
+            f"validation{name and f' of {name}'}, {split['images']} images",
+        )
+        for name, split in splits.items()
     )
     facts = "".join(f"- {name}: {value}\n" for name, value in about.items())
-    write_atomically(folder / "results.md", f"{table}\n{legend}\n{facts}".encode())
-    write_json(folder / "results.json", dict(about, images=num_images, **named))
-    return table
+    write_atomically(folder / "results.md", f"{tables}\n{_LEGEND}\n{facts}".encode())
+    write_json(folder / "results.json", dict(about, **splits.get("", dict(datasets=splits))))
+    return tables
 
 
 def draw_samples(path: Path, dataset: ShardDataset, rows: Sequence[dict]) -> None:
@@ -91,19 +105,8 @@ def draw_samples(path: Path, dataset: ShardDataset, rows: Sequence[dict]) -> Non
     shown = []
     for row in rows:
         try:
-            shown.append((dataset[_index_of(row["key"], dataset)].jpeg, row))
+            shown.append((dataset[dataset.find(row["key"])].jpeg, row))
         except CorruptSample as error:
             print_on_rank_zero(f"{path.name} leaves {row['key']} out: {error}")
     if shown:
         write_atomically(path, samples_png(shown))
-
-
-def _index_of(key: str, dataset: ShardDataset) -> int:
-    for i in range(len(dataset)):
-        try:
-            if dataset.key(i) == key:
-                return i
-        # a shard without its index has no keys, and no records
-        except CorruptSample:
-            continue
-    raise AssertionError(f"{key} was read from {dataset.folder} and is not in it")

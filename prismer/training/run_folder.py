@@ -248,16 +248,20 @@ class RunFolder:
         """
         file = self.path / SETTINGS
         now = asdict(config)
+        # a run that leaves `order` alone has the file that it had before there was this setting
+        chosen = {name: value for name, value in now.items() if name != "order" or value != TrainConfig.order}
         if self.last() is None:
             self.path.mkdir(parents=True, exist_ok=True)
             precision = choose_precision()
-            write_json(file, dict(precision=precision, choices=choices, settings=now))
+            write_json(file, dict(precision=precision, choices=choices, settings=chosen))
             return precision, []
         stored = read_json(file, dict, _REMEDY)
         before, precision = stored.get("settings"), stored.get("precision")
         if not isinstance(before, dict) or precision not in ("bf16", "fp32") or not set(FIXED) <= set(before):
             raise InputError(f"{file} is damaged; {_REMEDY}")
-        for name in FIXED:
+        # a run that was started before a setting existed had its default
+        before = {name: before.get(name, getattr(TrainConfig, name)) for name in now}
+        for name in (*FIXED, "order"):
             if before[name] != now[name]:
                 raise InputError(
                     f"{self.path} was trained with {name} {shown(before[name])}, not {now[name]!r}; "
@@ -268,8 +272,6 @@ class RunFolder:
                 f"{self.path} trains in {precision}, not {config.precision}; set precision to auto or {precision}"
             )
         quiet = ("precision", "run")
-        # a run that was started before a setting existed had its default
-        before = {name: before.get(name, getattr(TrainConfig, name)) for name in now}
         changes = [
             f"{name}: {before[name]} -> {value}"
             for name, value in now.items()
@@ -280,7 +282,7 @@ class RunFolder:
         if earlier != choices:
             was, now_is = earlier or "none", choices or "none"
             changes.append(f"measured choices: {was} -> {now_is}, so sums may round otherwise")
-        write_json(file, dict(precision=precision, choices=choices, settings=now))
+        write_json(file, dict(precision=precision, choices=choices, settings=chosen))
         return precision, changes
 
     def save(self, engine: nn.Module, state: dict, score: float | None) -> Path:

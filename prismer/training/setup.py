@@ -17,7 +17,7 @@ from prismer.precision import NAMES, choose_precision, slow_resumption
 from prismer.training import zero
 from prismer.training.checkpoint import restore_optimizer
 from prismer.training.config import MAX_STEPS, TrainConfig
-from prismer.training.data import check_dataset, check_readable, check_texts, open_loaders
+from prismer.training.data import check_dataset, check_readable, check_texts, has_split, open_loaders
 from prismer.training.evaluation import predict
 from prismer.training.initial_model import build_initial_model, initial_config
 from prismer.training.run_folder import RunFolder
@@ -45,7 +45,8 @@ class Run:
         folder: the run folder.
         precision: "bf16" or "fp32".
         model, engine: the sharded model, and DeepSpeed's engine around it.
-        loader, val_loader: of the training split, and of the validation split if there is one.
+        loader: of the training split.
+        val_loaders: of each validation split, by the name of its dataset; "" is the name of the only one.
         statistics: of the training split's texts.
         steps_per_epoch, total_steps: optimizer steps of an epoch and of the run.
         resumed: trainer.json of the checkpoint that the run resumes from; None at the first start.
@@ -85,9 +86,9 @@ class Run:
         self.folder.share(self.group)
         self.statistics = TextStatistics.load(self.folder.path)
         classes = self.statistics.classes
-        self.loader, self.val_loader = open_loaders(config, model, classes, micro_batch, self.device)
-        if self.val_loader:
-            check_readable(self.val_loader, self.group)
+        self.loader, self.val_loaders = open_loaders(config, model, classes, micro_batch, self.device)
+        for loader in self.val_loaders.values():
+            check_readable(loader, self.group)
         self.steps_per_epoch, self.total_steps = _count_steps(config, self.loader)
 
         self.model = model.train()
@@ -101,9 +102,9 @@ class Run:
         model = Prismer(self.model.config, self.model.tokenizer)
         return model.to(device=self.device, dtype=DTYPES[self.precision]).eval()
 
-    def predict(self, model: Prismer, **options) -> list[dict]:
-        """The rows of the validation split (collective), with options of `training.evaluation.predict`."""
-        return predict(model, self.val_loader, self.config.task, self.statistics, group=self.group, **options)
+    def predict(self, model: Prismer, loader: Loader, **options) -> list[dict]:
+        """The rows of a validation split (collective), with options of `training.evaluation.predict`."""
+        return predict(model, loader, self.config.task, self.statistics, group=self.group, **options)
 
 
 def be_deterministic() -> None:
@@ -125,18 +126,19 @@ def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh
     Returns:
         The precision, and the table of measured choices as text.
     """
-    data = Path(config.data)
+    places = [part.place for part in config.parts]
     model = initial_config(config.model)
-    if config.data != EMBEDDED_DATA:
-        check_dataset(data)
+    for place in places:
+        if place != EMBEDDED_DATA:
+            check_dataset(place)
     # the earlier run is moved only after model and data were checked
     if moved := folder.claim(fresh):
         print_on_rank_zero(f"the earlier run was moved to {moved}")
     folder.check_files()
-    if config.data == EMBEDDED_DATA and not ((data / "train").is_dir() and (data / "val").is_dir()):
-        print_on_rank_zero(f"rendering the embedded dataset into {data}")
-        render_dataset(data)
-        check_dataset(data)
+    if EMBEDDED_DATA in places and not all(has_split(EMBEDDED_DATA, split) for split in ("train", "val")):
+        print_on_rank_zero(f"rendering the embedded dataset into {EMBEDDED_DATA}")
+        render_dataset(Path(EMBEDDED_DATA))
+        check_dataset(EMBEDDED_DATA)
 
     def choose() -> str:
         chosen, why = choose_precision(config.precision, model, device)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from prismer.dataloading.mixture.dataset import MixedPart
 from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.shards import CorruptSample, ShardDataset
 from prismer.errors import InputError
@@ -38,11 +39,20 @@ class TextCounts:
     answers_by_kind: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
     skipped: list[str] = field(default_factory=list)
 
-    def check(self, task: str, folder: Path) -> None:
+    def add(self, other: "TextCounts") -> None:
+        """Add the counts of another dataset."""
+        self.captions.update(other.captions)
+        self.classes.update(other.classes)
+        self.answers.update(other.answers)
+        for kind, answers in other.answers_by_kind.items():
+            self.answers_by_kind[kind].update(answers)
+        self.skipped += other.skipped
+
+    def check(self, task: str, place: Path | str) -> None:
         """Refuse a split that has no texts for `task`.
 
         Args:
-            folder: of the split, for the message.
+            place: of the split, for the message.
 
         Raises:
             ValueError: if no usable sample has a text that the task trains on.
@@ -55,12 +65,12 @@ class TextCounts:
         if self.skipped:
             why = f" ({len(self.skipped)} samples cannot be used; the first: {self.skipped[0]})"
         raise InputError(
-            f"no sample of {folder} has {' or '.join(kind.label for kind in kinds)}, which task {task} needs{why}; "
+            f"no sample of {place} has {' or '.join(kind.label for kind in kinds)}, which task {task} needs{why}; "
             f"choose another task or dataset"
         )
 
 
-def count_texts(dataset: ShardDataset) -> TextCounts:
+def count_texts(dataset: ShardDataset | MixedPart) -> TextCounts:
     """Count the texts of a split; only the JSON of its samples is read."""
     counts = TextCounts()
     for i in range(len(dataset)):

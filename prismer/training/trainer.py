@@ -15,6 +15,7 @@ from prismer.evaluation.report import main_scores
 from prismer.evaluation.scores import scores
 from prismer.files import write_atomically
 from prismer.training import zero
+from prismer.training.evaluation import checkpoint_score, labelled
 from prismer.training.progress import Progress, plot_metrics
 from prismer.training.results import finish_run
 from prismer.training.schedule import instance_rows, keyed_seed, learning_rate
@@ -58,8 +59,8 @@ class Trainer:
         if run.is_rank_zero:
             (path / "finished.json").unlink(missing_ok=True)
             self.progress = Progress(path, self.step, run.total_steps)
-        loaders = {"train": run.loader, **({"val": run.val_loader} if run.val_loader else {})}
-        self.skipped = SkippedSamples(path, loaders, run.group)
+        val = {labelled("val", name): loader for name, loader in run.val_loaders.items()}
+        self.skipped = SkippedSamples(path, {"train": run.loader, **val}, run.group)
 
         with StopRequest(run.group) as stop:
             self._restart_clock()
@@ -130,7 +131,7 @@ class Trainer:
             self.skipped.record(step)
         paused, score = time.monotonic(), None
         evaluation_is_due = step % config.eval_every == 0 if config.eval_every else epoch_ends
-        if (evaluation_is_due or last) and self.run.val_loader and not stopping:
+        if (evaluation_is_due or last) and self.run.val_loaders and not stopping:
             score = self._evaluate()
         if step % config.save_every == 0 or epoch_ends or score is not None or last or stopping:
             self._save(score)
@@ -160,16 +161,20 @@ class Trainer:
         self._restart_clock()
 
     def _evaluate(self) -> float | None:
-        """Score the current weights on the validation split (collective); returns the score of the checkpoint."""
+        """Score the current weights on every validation split (collective); returns the score of the checkpoint."""
         model = self.run.new_replica()
         zero.copy_weights(self.engine, model)
-        found = scores(self.run.predict(model, limit=self.config.eval_images))
+        splits = []
+        for name, loader in self.run.val_loaders.items():
+            found = scores(self.run.predict(model, loader, limit=self.config.eval_images))
+            splits.append(found)
+            if self.progress:
+                self.progress.record(dict(step=self.step, kind=labelled("validation", name), **found))
+                shown = ", ".join(f"{k} {v:.3f}" for k, v in main_scores(found).items())
+                self.progress.print_line(f"step {self.step}{name and f', {name}'}: {shown}")
         if self.progress:
-            self.progress.record(dict(step=self.step, kind="validation", **found))
-            shown = main_scores(found).items()
-            self.progress.print_line(f"step {self.step}: " + ", ".join(f"{k} {v:.3f}" for k, v in shown))
             plot_metrics(self.run.folder.path)
-        return found.get("score")
+        return checkpoint_score(splits)
 
     def _save(self, score: float | None) -> None:
         """Write a checkpoint, unless this step has one (collective)."""

@@ -483,6 +483,8 @@ class Bucket(ShardDataset):
     def __init__(self, place):
         super().__init__(place)
         self.is_remote, self.asked = True, []
+        # a remote shard is opened for each read
+        self._file = self._open_shard
 
     def prefetch(self, shards):
         self.asked.append(list(shards))
