@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from prismer.files import sentence
 from prismer.shipped import cache_folder
 from prismer.storage.cache import DEFAULT_LIMIT, FileCache, parse_bytes
-from prismer.storage.objects import describe_object, download_object, read_object
+from prismer.storage.objects import StorageError, describe_object, download_object, read_object
 from prismer.storage.places import cache_limit, inside
 
 # a download of a shard is early if less than this part of its samples was read since the last one; with many processes
@@ -78,8 +79,10 @@ class RemoteFiles:
         try:
             return self._cache.open(entry["sha256"], entry["size"], self._filler(entry))
         except OSError as error:
-            if error.errno in (errno.EBADMSG, errno.ENOENT):
-                self._wrong[entry["name"]] = error
+            if error.errno not in (errno.EBADMSG, errno.ENOENT):
+                # a full disk damages no shard: no sample may be skipped
+                raise StorageError(sentence(error)) from None
+            self._wrong[entry["name"]] = error
             raise
 
     def prefetch(self, entries: Sequence[dict]) -> None:
