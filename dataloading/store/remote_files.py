@@ -19,7 +19,7 @@ from prismer.files import sentence
 from prismer.shipped import cache_folder
 from prismer.storage.cache import DEFAULT_LIMIT, FileCache, parse_bytes
 from prismer.storage.objects import StorageError, describe_object, download_object, read_object
-from prismer.storage.places import cache_limit, inside
+from prismer.storage.places import inside
 
 # a download of a shard is early if less than this part of its samples was read since the last one; with many processes
 # on a machine, each reads only a part
@@ -38,7 +38,8 @@ class RemoteFiles:
 
     def __init__(self, place: str):
         self.place = place
-        self._cache = FileCache(cache_folder("storage") / "shards", parse_bytes(cache_limit() or DEFAULT_LIMIT))
+        limit = parse_bytes(os.environ.get("PRISMER_CACHE_LIMIT") or DEFAULT_LIMIT)
+        self._cache = FileCache(cache_folder("storage") / "shards", limit)
         # name of a shard -> why its content is wrong: it is not downloaded again for each of its samples
         self._wrong: dict[str, OSError] = {}
         # name of a shard -> reads since its last download, and the downloads that came after too few of them
