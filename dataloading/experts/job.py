@@ -1,23 +1,27 @@
 """The labelling job: records of any kind -> a dataset folder with expert maps, written by any number of processes.
 
-Shard k holds the records k n .. (k + 1) n - 1 of the source; process r of w writes the shards with k mod w = r. A shard
-is whole or absent, and its sidecar names the records that were skipped. A job that was killed therefore resumes at the
-first absent shard, even with another number of processes, and ends with the same bytes. The process that finds all
-shards present writes `index.json` and `report.json`.
+Shard k holds the records k n .. (k + 1) n - 1 of the source. Process r of w first writes the shards with k mod w = r,
+and then takes over those of slow or dead processes: the absent shards that no living process has claimed. A shard is
+whole or absent, and its sidecar names the records that were skipped. A job that was killed therefore resumes at the
+first absent shard, even with another number of processes, and ends with the same dataset, byte for byte. The process
+that finds all shards present writes `index.json` and `report.json`.
 """
 
 import hashlib
 import io
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from prismer.dataloading.experts.claims import ShardClaims
+from prismer.dataloading.experts.job_costs import PACK, READ, WRITE, JobCosts, total_costs
 from prismer.dataloading.experts.labeller import DecodedBatch, Labeller
 from prismer.dataloading.feed.dali import UndecodableImages
 from prismer.dataloading.feed.image_batch import ExpertLabels
@@ -25,6 +29,7 @@ from prismer.dataloading.feed.rgb import to_jpeg
 from prismer.dataloading.sources.importer import skipped_entry
 from prismer.dataloading.sources.one_pass import submit_ahead, wanted_parts
 from prismer.dataloading.sources.records import FilePart, ImageRecord, ImageRecords
+from prismer.dataloading.sources.stored_records import StoredImage
 from prismer.dataloading.store.index import Sample, check_classes, to_json
 from prismer.dataloading.store.label_maps import pack_labels, resize_nearest, unpack_labels
 from prismer.dataloading.store.sample_json import check_meta
@@ -50,6 +55,7 @@ class LabelReport:
         labelled: number of samples in the dataset.
         skipped: {"key", "image", "reason"} of each record that was left out.
         shards_missing: number of shards that other processes have yet to write.
+        taken_over: number of shards of other processes that this one has written.
         others: {"file", "reason"} of each file in the source that is not a record.
     """
 
@@ -57,6 +63,7 @@ class LabelReport:
     labelled: int = 0
     skipped: list[dict[str, str]] = field(default_factory=list)
     shards_missing: int = 0
+    taken_over: int = 0
     others: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -66,12 +73,14 @@ class _ReadRecord:
 
     Attributes:
         record: where it comes from.
+        meta: its texts and tables.
         jpeg: its image, as it is stored.
         size: (height, width) of the image in pixels.
         planes: the maps that the record already has and that the job keeps.
     """
 
     record: ImageRecord
+    meta: dict
     jpeg: bytes
     size: tuple[int, int]
     planes: dict[str, np.ndarray]
@@ -88,6 +97,7 @@ def label_records(
     samples_per_shard: int = 1000,
     rank: int = 0,
     world: int = 1,
+    peers: Collection[int] | None = None,
     workers: int = 4,
     preview: bool = False,
     progress: bool = True,
@@ -103,6 +113,7 @@ def label_records(
         classes: class tables of the maps that the records already have.
         samples_per_shard: records for each shard. Skipped records make a shard smaller.
         rank, world: the index of this process, and the number of processes.
+        peers: the processes whose shards this one may take over, because they see the same claims; None for all.
         workers: threads that read and pack.
         preview: whether to write a contact sheet of each shard's first samples to `out/preview/`.
         progress: whether to show a bar with the images per second of each network, and the remaining time.
@@ -111,23 +122,40 @@ def label_records(
         The report. Once every shard is present, it covers the whole job and is also in `out/report.json`.
 
     Raises:
-        ValueError: if `out` holds the dataset of another job, or another process writes the same shards.
+        ValueError: if `out` holds the dataset of another job, or its file system has no record locks.
     """
     if not 0 <= rank < world:
         raise InputError(f"rank is {rank} of {world}; ranks count from 0")
     if samples_per_shard < 1 or workers < 1:
         raise InputError(f"samples_per_shard is {samples_per_shard}, workers {workers}; both must be at least 1")
-    job = _Job(records, Path(out), labeller, source, licence, classes or {}, samples_per_shard)
-    shards = range(rank, job.num_shards, world)
-    missing = [k for k in shards if finished_shard(job.folder, k, job.fingerprint) is None]
-    count = sum(job.records_in(k) for k in missing)
-    bar = tqdm(total=count, desc="labelling", unit="image", disable=not progress)
-    with bar, ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as decoder:
-        for number, part in wanted_parts(records, samples_per_shard, set(missing)):
-            first = job.write_shard(number, part, pool, decoder, bar)
-            if preview and first:
-                job.draw_preview(number, first)
-    return job.finish()
+    costs = JobCosts(Path(out), labeller, workers, world)
+    job = _Job(records, Path(out), labeller, source, licence, classes or {}, samples_per_shard, costs)
+    within_reach = [k for k in range(job.num_shards) if peers is None or k % world in {rank, *peers}]
+    wanted = job.unfinished(range(rank, job.num_shards, world))
+    taken_over = 0
+    bar = tqdm(total=0, desc="labelling", unit="image", disable=not progress)
+    with ShardClaims(job.folder) as claims, bar, ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as decoder:
+        while True:
+            bar.total = bar.n + sum(len(job.records_of(k)) for k in wanted)
+            for number, part in job.parts(wanted):
+                with claims.claim(number) as ours:
+                    # another process may have finished the shard since `wanted` was listed
+                    if not ours or not job.unfinished([number]):
+                        bar.total -= len(job.records_of(number))
+                        continue
+                    first = job.write_shard(number, part, pool, decoder, bar)
+                    taken_over += number % world != rank
+                    if preview and first:
+                        job.draw_preview(number, first)
+            # last, because listing the shards of all processes reads the index file of each
+            wanted = [k for k in job.unfinished(within_reach) if claims.is_free(k)]
+            if not wanted:
+                break
+        report = job.finish()
+        if not report.shards_missing:
+            claims.remove_file()
+    report.taken_over = taken_over
+    return report
 
 
 class _Job:
@@ -142,7 +170,9 @@ class _Job:
         licence: str,
         classes: dict[str, list[str]],
         samples_per_shard: int,
+        costs: JobCosts,
     ):
+        self._records, self.costs = records, costs
         self.folder, self.labeller, self.source, self.licence = folder, labeller, source, licence
         self.experts = {network.info.expert for network in labeller.networks}
         kept = {name: table for name, table in classes.items() if name not in self.experts}
@@ -164,11 +194,31 @@ class _Job:
             "listing": listing,
         }
         self.fingerprint = hashlib.sha256(to_json(notes)).hexdigest()[:16]
+        # shard -> its entry in `index.json` and its skipped records, once it is known to be whole
+        self._finished: dict[int, tuple[dict, list[dict[str, str]]]] = {}
         self._claim_folder(notes)
 
-    def records_in(self, number: int) -> int:
-        """The number of records of a shard."""
-        return min(self.samples_per_shard, self.count - number * self.samples_per_shard)
+    def records_of(self, number: int) -> range:
+        """The positions of the records of a shard."""
+        return range(number * self.samples_per_shard, min((number + 1) * self.samples_per_shard, self.count))
+
+    def unfinished(self, numbers: Iterable[int]) -> list[int]:
+        """Those of some shards that are not whole."""
+        for number in numbers:
+            if number not in self._finished:
+                found = finished_shard(self.folder, number, self.fingerprint)
+                if found is not None:
+                    self._finished[number] = found
+        return [number for number in numbers if number not in self._finished]
+
+    def parts(self, numbers: list[int]) -> Iterator[tuple[int, Iterator[ImageRecord]]]:
+        """The number and the records of each of these shards, which are in order."""
+        if self._records.part is None:
+            yield from wanted_parts(self._records, self.samples_per_shard, set(numbers))
+            return
+        for number, following in zip_longest(numbers, numbers[1:]):
+            ahead = range(0) if following is None else self.records_of(following)
+            yield number, self._records.part(self.records_of(number), ahead)
 
     def write_shard(
         self,
@@ -180,20 +230,29 @@ class _Job:
     ) -> list[Sample]:
         """Label the records of one shard, write the shard, and return its first samples."""
         first: list[Sample] = []
+        costs = self.costs
+        costs.start()
         shard = OpenShard(self.folder, number)
         try:
             skipped: list[dict[str, str]] = []
             for batch, decoded in self._decoded_batches(records, pool, decoder, skipped, bar):
                 labels = self.labeller.label(decoded)
                 for sample in map(self._sample, batch, labels):
-                    members = sample.jpeg, to_json(sample.meta), pack_labels(sample.labels)
-                    shard.append(sample.key, members, sample.labels)
+                    with costs.measure(PACK):
+                        members = sample.jpeg, to_json(sample.meta), pack_labels(sample.labels)
+                    with costs.measure(WRITE):
+                        shard.append(sample.key, members, sample.labels)
                     if len(first) < _PREVIEW_SAMPLES:
                         first.append(sample)
                 bar.update(len(batch))
                 speeds = (f"{name} {speed:.3g}/s" for name, speed in self.labeller.speeds().items())
                 bar.set_postfix_str(", ".join(speeds), refresh=False)
-            shard.finish(self.fingerprint, skipped)
+            costs.bytes_written += shard.size
+            # before the shard is whole, so that the figures of a finished job hold each of its shards
+            costs.save()
+            with costs.measure(WRITE):
+                shard.finish(self.fingerprint, skipped)
+            costs.save()
         except BaseException:
             shard.abandon()
             raise
@@ -201,14 +260,11 @@ class _Job:
 
     def finish(self) -> LabelReport:
         """Return the report; write it and the index if every shard is present."""
-        report = LabelReport(records=self.count, others=self.others)
+        missing = self.unfinished(range(self.num_shards))
+        report = LabelReport(records=self.count, others=self.others, shards_missing=len(missing))
         entries = []
-        for number in range(self.num_shards):
-            found = finished_shard(self.folder, number, self.fingerprint)
-            if found is None:
-                report.shards_missing += 1
-                continue
-            entry, skipped = found
+        for number in sorted(self._finished):
+            entry, skipped = self._finished[number]
             entries.append(entry)
             report.labelled += entry["count"]
             report.skipped += skipped
@@ -225,6 +281,7 @@ class _Job:
             "labelled": report.labelled,
             "skipped": report.skipped,
             "others": report.others,
+            "costs": total_costs(self.folder),
         }
         write_together(self.folder / REPORT_FILE, json.dumps(text, indent=1, ensure_ascii=False).encode())
         return report
@@ -317,31 +374,41 @@ class _Job:
         if self.repeated.get(record.key, record.image) != record.image:
             raise InputError(f"another image has the key {record.key} too; rename one")
         try:
-            jpeg, size, _ = to_jpeg(record.image.read(), whole=False)
-            planes = unpack_labels(record.packed.read()) if record.packed else {}
+            with self.costs.measure(READ):
+                jpeg, planes, meta = _content(record)
+                self.costs.add_bytes(len(jpeg))
+                jpeg, size, _ = to_jpeg(jpeg, whole=False)
         except (OSError, EOFError, MemoryError) as error:
             reason = error or "it does not fit into memory"
             raise InputError(f"it cannot be read ({reason})") from None
         # the tables of the maps that the job replaces are not used
-        kept = {name: value for name, value in record.meta.items() if _EXPERT_OF_TABLE.get(name) not in self.experts}
+        kept = {name: value for name, value in meta.items() if _EXPERT_OF_TABLE.get(name) not in self.experts}
         check_meta(kept, self.classes)
-        boxes = record.meta.get("boxes", {})
+        boxes = meta.get("boxes", {})
         if not isinstance(boxes, dict) or not all(isinstance(x, dict) for x in boxes.values()):
             raise InputError("its 'boxes' are not an object of expert: {id: box}")
-        to_json(record.meta)
+        to_json(meta)
         side = self.labeller.label_size
         planes = {name: resize_nearest(plane, side, side) for name, plane in planes.items() if name not in self.experts}
-        return _ReadRecord(record, jpeg, size, planes)
+        return _ReadRecord(record, meta, jpeg, size, planes)
 
     def _sample(self, read: _ReadRecord, labels: ExpertLabels) -> Sample:
         notes = {"size": list(read.size), "source": self.source, "licence": self.licence}
         # the record's own source and licence take precedence over those of the job
-        meta = {**notes, **read.record.meta, **labels.meta, "size": list(read.size)}
-        kept = read.record.meta.get("boxes", {})
+        meta = {**notes, **read.meta, **labels.meta, "size": list(read.size)}
+        kept = read.meta.get("boxes", {})
         boxes = {name: kept[name] for name in kept if name not in self.experts}
         if boxes:
             meta["boxes"] = {**boxes, **labels.meta.get("boxes", {})}
         return Sample(read.record.key, read.jpeg, {**read.planes, **labels.planes}, meta)
+
+
+def _content(record: ImageRecord) -> tuple[bytes, dict[str, np.ndarray], dict]:
+    """The encoded image, the maps and the JSON of a record."""
+    if isinstance(record.image, StoredImage):
+        sample = record.image.sample()
+        return sample.jpeg, sample.labels, sample.meta
+    return record.image.read(), unpack_labels(record.packed.read()) if record.packed else {}, record.meta
 
 
 def _scan_keys(records: ImageRecords) -> tuple[int, str, dict[str, FilePart | None]]:

@@ -7,7 +7,7 @@ of a sample are read; every other member is counted in `ImageRecords.others`.
 
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,10 @@ from prismer.reading import open_regular, parse_json, printable
 
 _ENDINGS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _READ = ("txt", "json", "labels")
-_DATASET_FILES = ("index.json", "job.json", "report.json", "import-report.json", "preview", ".writer.lock")
+_DATASET_FILES = (
+    *("index.json", "job.json", "report.json", "import-report.json", "preview", "costs"),
+    *(".writer.lock", ".labelling.lock"),
+)
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4", ".zip")
 
 
@@ -56,10 +59,7 @@ def tar_records(folder: str | Path) -> ImageRecords:
         if path.name.lower().endswith(".tar") and not path.name.startswith("."):
             tars.append(path)
         elif path.name not in _DATASET_FILES and not SHARD_FILE.fullmatch(path.name):
-            reason = "not a tar; the tars of one folder are read"
-            if path.name.lower().endswith(_COMPRESSED):
-                reason = "compressed; unpack it to a .tar to import it"
-            others.append(IgnoredFile(printable(str(path)), reason))
+            others.append(_ignored(path))
     if not tars:
         packed = [other.file for other in others if other.reason.startswith("compressed")]
         hint = f"; {packed[0]} is compressed, unpack it to a .tar" if packed else ""
@@ -77,6 +77,25 @@ def tar_records(folder: str | Path) -> ImageRecords:
             yield from _records_of(path)
 
     return ImageRecords(count, iterate, others=others)
+
+
+def other_files(folder: Path, shards: Collection[str]) -> list[IgnoredFile]:
+    """What the folder of a dataset holds besides the shards of this name and the files that this library writes."""
+    own, others = set(shards), []
+    for path in sorted(folder.iterdir()):
+        shard = SHARD_FILE.fullmatch(path.name)
+        if shard and f"shard-{shard[1]}.tar" not in own:
+            others.append(IgnoredFile(printable(str(path)), "not in index.json; it belongs to no finished dataset"))
+        elif not shard and path.name not in _DATASET_FILES:
+            others.append(_ignored(path))
+    return others
+
+
+def _ignored(path: Path) -> IgnoredFile:
+    reason = "not a tar; the tars of one folder are read"
+    if path.name.lower().endswith(_COMPRESSED):
+        reason = "compressed; unpack it to a .tar to import it"
+    return IgnoredFile(printable(str(path)), reason)
 
 
 def _read_tar(path: Path) -> _Tar:
