@@ -1,4 +1,4 @@
-"""`prismer plan --label`: the hours of a labelling job on several numbers of GPUs, from the costs that a job measured."""
+"""`prismer plan --label`: the hours of a labelling job on so many GPUs, from the costs that a job has measured."""
 
 import argparse
 from collections.abc import Sequence
@@ -117,7 +117,8 @@ def _costs(costs: "LabelCosts", experts: list[str]) -> list[str]:
         *lines,
         "",
         "Reading, decoding, and the rest run at the same time.",
-        f"Busiest: {busiest}, {lanes[busiest] * 1e3:,.4g} ms. The measured job took {costs.overhead:.3g} times its busiest.",
+        f"Busiest: {busiest}, {lanes[busiest] * 1e3:,.4g} ms an image.",
+        f"The measured job took {costs.overhead:.3g} times as long as its busiest part; the hours include this factor.",
         f"An image is {costs.bytes_read / 1e3:,.4g} kB to read and {costs.bytes_written / 1e3:,.4g} kB to write.",
         "",
     ]
