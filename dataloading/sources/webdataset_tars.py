@@ -20,7 +20,7 @@ from prismer.reading import open_regular, parse_json, printable
 _ENDINGS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _READ = ("txt", "json", "labels")
 _DATASET_FILES = (
-    *("index.json", "job.json", "report.json", "import-report.json", "preview", "costs"),
+    *("index.json", "index.bin", "job.json", "report.json", "import-report.json", "preview", "costs"),
     *(".writer.lock", ".labelling.lock"),
 )
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4", ".zip")

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from prismer.dataloading.store.remote_files import RemoteFiles
 from prismer.reading import open_regular, read_bytes
+from prismer.storage.places import as_place
 
 
 class ShardFiles(Protocol):
@@ -73,5 +75,6 @@ class LocalFiles:
 
 
 def open_files(place: str | Path) -> ShardFiles:
-    """The files of the dataset at `place`."""
-    return LocalFiles(place)
+    """The files of the dataset at `place`, a folder or a URL."""
+    place = as_place(place)
+    return LocalFiles(place) if isinstance(place, Path) else RemoteFiles(place)

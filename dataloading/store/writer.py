@@ -8,6 +8,7 @@ import os
 import tarfile
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,10 +26,13 @@ from prismer.dataloading.store.index import (
     to_json,
 )
 from prismer.dataloading.store.label_maps import pack_labels
+from prismer.dataloading.store.sample_table import TABLE_FILE, write_table
+from prismer.dataloading.store.shard_files import open_files
 from prismer.errors import InputError
 from prismer.experts import EXPERTS
 from prismer.files import sync, write_atomically, write_together
-from prismer.reading import read_bytes
+from prismer.storage.output import list_files, publish, read_file, read_files, remove_file, size_of, stage
+from prismer.storage.places import as_place, is_url
 
 _BLOCK = 512
 
@@ -36,8 +40,10 @@ _BLOCK = 512
 class ShardWriter:
     """Writes a dataset folder; a context manager that finishes the dataset when it is left without an error.
 
+    A shard of a dataset in a bucket is made in a folder of this machine, uploaded, and removed here.
+
     Args:
-        folder: made if absent.
+        place: a folder, made if absent, or a URL such as s3://bucket/dataset.
         classes: "seg" and "obj_detection" -> list of class names, to which the ids in the maps refer; "class" -> class
             names of a dataset for classification.
         source: where the images come from, in a few words.
@@ -47,16 +53,18 @@ class ShardWriter:
             first attempt ends with the same bytes as an uninterrupted one.
 
     Attributes:
+        place: as it was given.
+        folder: the folder of this machine in which shards are made; the dataset itself if that is local.
         written_keys: keys of the samples in the dataset, those of an earlier writer included.
 
     Raises:
-        ValueError: if the folder holds shards and `resume` is False, or was begun with other `classes`, `source` or
-            `about`; if another process writes it; if an argument is malformed.
+        ValueError: if the place holds shards and `resume` is False, or was begun with other `classes`, `source` or
+            `about`; if another process of this machine writes it; if an argument is malformed.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        place: str | Path,
         *,
         classes: dict[str, list[str]],
         source: str,
@@ -67,7 +75,7 @@ class ShardWriter:
         if samples_per_shard < 1:
             raise InputError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
         check_classes(classes)
-        self.folder = Path(folder)
+        self.place = as_place(place)
         self.classes, self.source, self.about = classes, source, dict(about or {})
         self.samples_per_shard = samples_per_shard
         self.written_keys: set[str] = set()
@@ -77,13 +85,14 @@ class ShardWriter:
         self._fingerprint = hashlib.sha256(notes).hexdigest()[:16]
         self._shards: dict[int, dict] = {}
         self._open: OpenShard | None = None
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = stage(self.place)
         self._lock = self._take_lock()
         try:
+            held = list_files(self.place)
             if resume:
-                self._keep_finished_shards()
-            elif self._shard_files() or (self.folder / "index.json").exists():
-                raise InputError(f"{self.folder} already holds shards; resume the job or choose another folder")
+                self._keep_finished_shards(held)
+            elif _shard_numbers(held) or "index.json" in held:
+                raise InputError(f"{self.place} already holds shards; resume the job or choose another folder")
         except BaseException:
             self._release()
             raise
@@ -109,7 +118,7 @@ class ShardWriter:
             raise InputError(f"sample {sample.key} cannot be written: {error}") from error
         if self._open is None:
             number = next(n for n in range(len(self._shards) + 1) if n not in self._shards)
-            self._open = OpenShard(self.folder, number)
+            self._open = OpenShard(self.place, number)
         self._open.append(sample.key, members, sample.labels)
         self.written_keys.add(sample.key)
         if len(self._open.keys) == self.samples_per_shard:
@@ -121,7 +130,7 @@ class ShardWriter:
             if self._open is not None:
                 self._finish_shard()
             shards = [self._shards[number] for number in sorted(self._shards)]
-            write_index(self.folder, shards, self.classes, self.source, self.about)
+            write_index(self.place, shards, self.classes, self.source, self.about)
         except BaseException:
             self._abandon()
             raise
@@ -153,42 +162,51 @@ class ShardWriter:
         lock = open(path, "wb", buffering=0)  # held until close
         if not _lock(lock, path):
             lock.close()
-            raise InputError(f"another process is writing {self.folder}; wait for it or choose another folder")
+            raise InputError(f"another process is writing {self.place}; wait for it or choose another folder")
         return lock
 
     def _release(self) -> None:
         (self.folder / ".writer.lock").unlink(missing_ok=True)
         self._lock.close()
 
-    def _shard_files(self) -> list[tuple[Path, int]]:
-        matches = ((path, SHARD_FILE.fullmatch(path.name)) for path in sorted(self.folder.iterdir()))
-        return [(path, int(match[1])) for path, match in matches if match]
-
-    def _keep_finished_shards(self) -> None:
-        for path, number in self._shard_files():
-            found = _read_sidecar(path) if path.name.endswith(".index.json") else None
+    def _keep_finished_shards(self, held: dict[str, int]) -> None:
+        names = [name for name in _shard_numbers(held) if name.endswith(".index.json")]
+        for name, data in read_files(self.place, names):
+            found = _parse_sidecar(name, data, held)
             if found is None:
                 continue
             sidecar, whole = found
             if sidecar.fingerprint != self._fingerprint:
                 raise InputError(
-                    f"{self.folder} was begun with other class tables, source or notes; choose another folder"
+                    f"{self.place} was begun with other class tables, source or notes; choose another folder"
                 )
             if whole and self.written_keys.isdisjoint(sidecar.keys):
                 self.written_keys.update(sidecar.keys)
-                self._shards[number] = sidecar.entry
+                self._shards[_shard_numbers([name])[name]] = sidecar.entry
         torn = [
-            path for path, number in self._shard_files() if path.name.endswith(".partial") or number not in self._shards
+            name
+            for name, number in _shard_numbers(held).items()
+            if name.endswith(".partial") or number not in self._shards
         ]
-        if not all(path.name.endswith(".partial") for path in torn):
+        if not all(name.endswith(".partial") for name in torn):
             # before a shard that it promises
-            (self.folder / "index.json").unlink(missing_ok=True)
-        for path in torn:
-            path.unlink()
+            remove_file(self.place, "index.json")
+        for name in torn:
+            remove_file(self.place, name)
+        if is_url(self.place):
+            # what a killed job did not upload
+            for name in _shard_numbers(list_files(self.folder)):
+                remove_file(self.folder, name)
 
 
-def write_index(folder: Path, shards: list[dict], classes: dict[str, list[str]], source: str, about: dict) -> None:
-    """Write `index.json`, which turns finished shards into a dataset.
+def _shard_numbers(names: Iterable[str]) -> dict[str, int]:
+    """The files of shards among `names`, finished or not -> the number of their shard."""
+    matches = ((name, SHARD_FILE.fullmatch(name)) for name in names)
+    return {name: int(match[1]) for name, match in matches if match}
+
+
+def write_index(place: str | Path, shards: list[dict], classes: dict[str, list[str]], source: str, about: dict) -> None:
+    """Write `index.bin`, then `index.json`, which turns finished shards into a dataset.
 
     Args:
         shards: their entries (see `Sidecar`) in order.
@@ -205,40 +223,67 @@ def write_index(folder: Path, shards: list[dict], classes: dict[str, list[str]],
         "about": about,
         "shards": shards,
     }
-    write_together(folder / "index.json", json.dumps(index, indent=1, ensure_ascii=False).encode())
+    data, folder = json.dumps(index, indent=1, ensure_ascii=False).encode(), stage(place)
+    table = folder / TABLE_FILE
+    write_table(open_files(place), table, shards, hashlib.sha256(data).hexdigest(), progress=False)
+    write_together(folder / "index.json", data)
+    publish(place, TABLE_FILE, "index.json")
 
 
-def finished_shard(folder: Path, number: int, fingerprint: str) -> tuple[dict, list[dict[str, str]]] | None:
+def finished_shard(place: str | Path, number: int, fingerprint: str) -> tuple[dict, list[dict[str, str]]] | None:
     """The `index.json` entry of a shard and its skipped records; None unless it is whole and has this fingerprint."""
-    found = _read_sidecar(folder / f"shard-{number:06d}.index.json")
-    if found is None:
+    name = f"shard-{number:06d}.index.json"
+    try:
+        tar = f"shard-{number:06d}.tar"
+        found = _parse_sidecar(name, read_file(place, name), {tar: size_of(place, tar)})
+    except FileNotFoundError:
         return None
-    sidecar, whole = found
-    return (sidecar.entry, sidecar.skipped) if whole and sidecar.fingerprint == fingerprint else None
+    return (found[0].entry, found[0].skipped) if found and found[1] and found[0].fingerprint == fingerprint else None
 
 
-def _read_sidecar(path: Path) -> tuple[Sidecar, bool] | None:
+def finished_shards(
+    place: str | Path, numbers: Iterable[int], fingerprint: str
+) -> dict[int, tuple[dict, list[dict[str, str]]]]:
+    """The shards among `numbers` that are whole and have this fingerprint.
+
+    Returns:
+        The number of a shard -> its `index.json` entry, and its skipped records.
+    """
+    held = list_files(place)
+    names = {name: n for n in numbers if (name := f"shard-{n:06d}.index.json") in held}
+    done = {}
+    for name, data in read_files(place, names):
+        found = _parse_sidecar(name, data, held)
+        if found is not None and found[1] and found[0].fingerprint == fingerprint:
+            done[names[name]] = found[0].entry, found[0].skipped
+    return done
+
+
+def _parse_sidecar(name: str, data: bytes | None, held: dict[str, int]) -> tuple[Sidecar, bool] | None:
     """A sidecar, and whether its tar has the right size; None if it is damaged or either file is absent."""
     try:
-        sidecar = Sidecar(read_bytes(path), path.name)
-        return sidecar, (path.parent / sidecar.shard).stat().st_size == sidecar.size
-    except (CorruptSample, FileNotFoundError):
+        sidecar = Sidecar(data, name) if data is not None else None
+    except CorruptSample:
         return None
+    if sidecar is None or sidecar.shard not in held:
+        return None
+    return sidecar, held[sidecar.shard] == sidecar.size
 
 
 class OpenShard:
-    """A tar being written, under a temporary name that only one process at a time can hold.
+    """A tar being written, under a temporary name that only one process of a machine at a time can hold.
 
     Args:
-        folder: the dataset.
+        place: the dataset.
         number: of the shard.
 
     Raises:
         ValueError: if another process writes it.
     """
 
-    def __init__(self, folder: Path, number: int):
+    def __init__(self, place: str | Path, number: int):
         self.number = number
+        self._place, folder = place, stage(place)
         self.path = folder / f"shard-{number:06d}.tar"
         self._sidecar = folder / f"shard-{number:06d}.index.json"
         self.partial = self.path.with_name(self.path.name + ".partial")
@@ -269,7 +314,7 @@ class OpenShard:
         self.experts.update(labels.keys())
 
     def finish(self, fingerprint: str, skipped: list[dict[str, str]] | None = None) -> dict:
-        """Put the tar in place, then its sidecar: a tar without one counts as torn.
+        """Put the tar in place, then its sidecar: a tar without one counts as torn. In a bucket, upload both.
 
         Args:
             fingerprint: of the settings that the samples were made with.
@@ -285,7 +330,9 @@ class OpenShard:
         os.replace(self.partial, self.path)
         try:
             sync(self.path.parent)
-            return self._write_sidecar(fingerprint, skipped)
+            entry = self._write_sidecar(fingerprint, skipped)
+            publish(self._place, self.path.name, self._sidecar.name)
+            return entry
         except BaseException:
             # a tar without a sidecar is torn; no other process writes this shard now
             for path in (self._sidecar, self.path):

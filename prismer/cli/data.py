@@ -1,4 +1,4 @@
-"""`prismer data`: render the embedded dataset, import other datasets, check, draw and extract samples."""
+"""`prismer data`: render the embedded dataset, import others, check and index datasets, draw and extract samples."""
 
 import argparse
 import json
@@ -34,18 +34,24 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     add_recipes_command(steps)
 
     check = steps.add_parser("check", help="read every byte of a dataset and list all problems")
-    check.add_argument("folder", type=Path, metavar="DIR", help="dataset folder, or a folder of splits")
+    check.add_argument("place", type=_place, metavar="DIR", help="dataset folder, or a folder of splits")
     check.set_defaults(run=_check)
 
+    index = steps.add_parser(
+        "index", help="make index.bin, the table of all samples, again from the index files of shards"
+    )
+    index.add_argument("place", type=_place, metavar="DIR", help="dataset folder, or a folder of splits")
+    index.set_defaults(run=_index)
+
     show = steps.add_parser("show", help="draw samples and all their expert labels in one PNG")
-    show.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
+    show.add_argument("place", type=_place, metavar="DIR", help="dataset folder")
     show.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="PNG", help="default sheet.png")
     show.add_argument("--count", type=int, default=8, metavar="N", help="number of samples (default 8)")
     show.add_argument("--start", type=int, default=0, metavar="I", help="position of the first sample")
     show.set_defaults(run=_draw_samples)
 
     extract = steps.add_parser("extract", help="write one sample as KEY.jpg, KEY.labels and KEY.json")
-    extract.add_argument("folder", type=Path, metavar="DIR", help="dataset folder")
+    extract.add_argument("place", type=_place, metavar="DIR", help="dataset folder")
     extract.add_argument("key", metavar="KEY")
     extract.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="default: the current folder")
     extract.set_defaults(run=_extract)
@@ -72,19 +78,27 @@ def _render(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> int:
     from prismer.dataloading.store.check import check_dataset
 
-    reports = [check_dataset(folder, progress=is_watched()) for folder in _splits(args.folder) or [args.folder]]
+    reports = [check_dataset(place, progress=is_watched()) for place in _splits(args.place) or [args.place]]
     for report in reports:
         print("\n".join(report.lines()))
     return 0 if all(report.ok for report in reports) else 1
 
 
+def _index(args: argparse.Namespace) -> None:
+    from prismer.dataloading.store.shards import make_table
+
+    for place in _splits(args.place) or [args.place]:
+        index = make_table(place, progress=is_watched())
+        print(f"{place}/index.bin: {index['count']} samples in {len(index['shards'])} shards")
+
+
 def _draw_samples(args: argparse.Namespace) -> None:
     from prismer.dataloading.views.contact_sheet import draw_sheet
 
-    dataset = _open(args.folder)
+    dataset = _open(args.place)
     if args.count < 1 or not 0 <= args.start < len(dataset):
         raise InputError(
-            f"{args.folder} has samples 0 to {len(dataset) - 1}; --start {args.start} --count {args.count} shows none"
+            f"{args.place} has samples 0 to {len(dataset) - 1}; --start {args.start} --count {args.count} shows none"
         )
     draw_sheet(dataset, args.out, count=args.count, start=args.start)
     print(args.out)
@@ -95,11 +109,11 @@ def _extract(args: argparse.Namespace) -> None:
     from prismer.files import write_atomically
     from prismer.reading import printable
 
-    dataset = _open(args.folder)
-    index = next((i for i in range(len(dataset)) if dataset.key(i) == args.key), None)
+    dataset = _open(args.place)
+    index = dataset.find(args.key)
     if index is None:
         first = dataset.key(0) if len(dataset) else "none"
-        raise InputError(f"{args.folder} has no sample {args.key}; its {len(dataset)} keys start with {first}")
+        raise InputError(f"{args.place} has no sample {args.key}; its {len(dataset)} keys start with {first}")
     sample = dataset[index]
     args.out.mkdir(parents=True, exist_ok=True)
     tables = json.dumps({**sample.meta, "classes": dataset.classes}, ensure_ascii=False, indent=1)
@@ -124,17 +138,23 @@ def _extract(args: argparse.Namespace) -> None:
         print(path)
 
 
-def _open(folder: Path) -> "ShardDataset":
+def _open(place: str) -> "ShardDataset":
     from prismer.dataloading.store.shards import ShardDataset
 
-    splits = _splits(folder)
+    splits = _splits(place)
     if splits:
-        raise InputError(f"{folder} holds several datasets; name one of {', '.join(map(str, splits))}")
-    return ShardDataset(folder)
+        raise InputError(f"{place} holds several datasets; name one of {', '.join(splits)}")
+    return ShardDataset(place)
 
 
-def _splits(folder: Path) -> list[Path]:
-    """The datasets in a folder; [] if the folder is a dataset itself."""
+def _place(text: str) -> str:
+    """An argument that names a dataset: a normal path, or a place in object storage as it was given."""
+    return text if "://" in text else str(Path(text))
+
+
+def _splits(place: str) -> list[str]:
+    """The datasets in a folder; [] if the folder, or the place in object storage, is a dataset itself."""
+    folder = Path(place)
     if (folder / "index.json").exists():
         return []
-    return sorted(path.parent for path in folder.glob("*/index.json") if not path.parent.name.startswith("."))
+    return sorted(str(path.parent) for path in folder.glob("*/index.json") if not path.parent.name.startswith("."))

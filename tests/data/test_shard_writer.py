@@ -28,7 +28,7 @@ def test_bytes_are_deterministic(tmp_path, folder):
 
 def test_only_shards_and_index_files_are_left(folder):
     names = {f"shard-00000{i}.{end}" for i in range(3) for end in ("tar", "index.json")}
-    assert {path.name for path in folder.iterdir()} == names | {"index.json"}
+    assert {path.name for path in folder.iterdir()} == names | {"index.json", "index.bin"}
 
 
 @pytest.mark.parametrize("key", ["", "a.b", "a/b", "a b", "\N{GREEK SMALL LETTER ALPHA}", "a" * 91, "a\n"])
@@ -115,7 +115,7 @@ def test_every_file_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", log_replace)
     write_dataset(tmp_path / "data", 2)
     expected = []
-    for name in ("shard-000000.tar", "shard-000000.index.json", "index.json"):
+    for name in ("shard-000000.tar", "shard-000000.index.json", "index.bin", "index.json"):
         expected += [f"{name}.partial", f"-> {name}", "data"]
     assert steps == expected
 
@@ -290,5 +290,5 @@ def test_death_between_any_two_steps(tmp_path):
             assert [dataset[i].key for i in range(5)] == [make_sample(i).key for i in range(5)]
         write_dataset(folder, 5, samples_per_shard=2, resume=True)
         assert bytes_of(folder) == expected, f"death before call {number}"
-    # three shards of tar and index, and the index of all: two or more calls each
-    assert deaths >= 14
+    # three shards of tar and index, and the table and the index of all: two or more calls each
+    assert deaths >= 16
