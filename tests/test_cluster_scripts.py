@@ -21,7 +21,7 @@ done
 # stands for prismer and torchrun: notes its arguments and its place among the processes
 PROGRAM = """#!/usr/bin/env python3
 import json, os, sys
-names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 with open(os.environ["LOG"], "a") as log:
     print(json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:], [os.environ.get(name) for name in names]]), file=log)
 """
@@ -37,7 +37,9 @@ def run(tmp_path):
         (tmp_path / name).chmod(0o755)
 
     def run(name: str, *arguments: str, tasks: int) -> list:
-        slurm = dict(SLURM_JOB_NODELIST="node-[7-8]", SLURM_JOB_NUM_NODES="2", SLURM_JOB_ID="42")
+        slurm = dict(
+            SLURM_JOB_NODELIST="node-[7-8]", SLURM_JOB_NUM_NODES="2", SLURM_JOB_ID="42", SLURM_TASKS_PER_NODE="2(x2)"
+        )
         settings = dict(TASKS=str(tasks), LOG=str(tmp_path / "log"), SLURM_SUBMIT_DIR=str(tmp_path))
         settings["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, **slurm, **settings, "SLURM_GPUS_ON_NODE": "8"}
@@ -50,9 +52,9 @@ def run(tmp_path):
 def test_labelling_starts_one_process_for_each_gpu(run, tmp_path):
     arguments = ["/data/my photos", "--out", "/data/out", "--licence", "it's $HOME"]
     found = run("label.slurm", *arguments, tasks=4)
-    assert found == [["prismer", ["label", *arguments], [str(i), "4", str(i % 2)]] for i in range(4)]
+    assert found == [["prismer", ["label", *arguments], [str(i), "4", str(i % 2), "2"]] for i in range(4)]
     # a dead process must not end the others, which take over its shards
-    assert (tmp_path / "log.srun").read_text().split() == ["--kill-on-bad-exit=0"]
+    assert (tmp_path / "log.srun").read_text().split() == ["--distribution=block", "--kill-on-bad-exit=0"]
 
 
 def test_training_starts_one_torchrun_on_each_node(run):

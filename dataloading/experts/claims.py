@@ -9,6 +9,8 @@ from pathlib import Path
 from prismer.errors import InputError
 
 CLAIMS_FILE = ".labelling.lock"
+# the byte of `turn`, behind those of all shards
+_TURN = 1 << 40
 
 
 class ShardClaims:
@@ -61,6 +63,15 @@ class ShardClaims:
         """
         with self.claim(shard) as free:
             return free
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until no other process is in this block, and enter it."""
+        fcntl.lockf(self._file, fcntl.LOCK_EX, 1, _TURN)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _TURN)
 
     def remove_file(self) -> None:
         """Remove the file, once every shard is whole and no claim matters any more."""

@@ -33,11 +33,12 @@ from prismer.dataloading.sources.stored_records import StoredImage
 from prismer.dataloading.store.index import Sample, check_classes, to_json
 from prismer.dataloading.store.label_maps import pack_labels, resize_nearest, unpack_labels
 from prismer.dataloading.store.sample_json import check_meta
-from prismer.dataloading.store.writer import OpenShard, finished_shard, write_index
+from prismer.dataloading.store.writer import OpenShard, finished_shard, finished_shards, write_index
 from prismer.errors import InputError, MachineError
 from prismer.experts import EXPERTS
-from prismer.files import write_atomically, write_together
-from prismer.reading import read_json
+from prismer.reading import parse_json
+from prismer.storage.output import list_files, read_file, stage, write_file
+from prismer.storage.places import as_place, inside
 
 JOB_FILE, REPORT_FILE = "job.json", "report.json"
 # field of a sample's JSON -> the expert whose ids it describes
@@ -107,7 +108,7 @@ def label_records(
     Args:
         records: the records, see `sources/any_source.py`. Maps that they already have are kept, except those of the
             experts in `labeller`.
-        out: the dataset folder.
+        out: the dataset folder, or a URL such as s3://bucket/dataset.
         labeller: the experts.
         source, licence: origin and licence of the images, stored with every sample.
         classes: class tables of the maps that the records already have.
@@ -128,19 +129,26 @@ def label_records(
         raise InputError(f"rank is {rank} of {world}; ranks count from 0")
     if samples_per_shard < 1 or workers < 1:
         raise InputError(f"samples_per_shard is {samples_per_shard}, workers {workers}; both must be at least 1")
-    costs = JobCosts(Path(out), labeller, workers, world)
-    job = _Job(records, Path(out), labeller, source, licence, classes or {}, samples_per_shard, costs)
+    place = as_place(out)
+    costs = JobCosts(place, labeller, workers, world)
+    job = _Job(records, place, labeller, source, licence, classes or {}, samples_per_shard, costs)
     within_reach = [k for k in range(job.num_shards) if peers is None or k % world in {rank, *peers}]
     wanted = job.unfinished(range(rank, job.num_shards, world))
     taken_over = 0
     bar = tqdm(total=0, desc="labelling", unit="image", disable=not progress)
-    with ShardClaims(job.folder) as claims, bar, ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as decoder:
+    with (
+        ShardClaims(stage(place)) as claims,
+        bar,
+        ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(1) as decoder,
+    ):
+        costs.start()
         while True:
             bar.total = bar.n + sum(len(job.records_of(k)) for k in wanted)
             for number, part in job.parts(wanted):
                 with claims.claim(number) as ours:
                     # another process may have finished the shard since `wanted` was listed
-                    if not ours or not job.unfinished([number]):
+                    if not ours or job.is_finished(number):
                         bar.total -= len(job.records_of(number))
                         continue
                     first = job.write_shard(number, part, pool, decoder, bar)
@@ -151,8 +159,11 @@ def label_records(
             wanted = [k for k in job.unfinished(within_reach) if claims.is_free(k)]
             if not wanted:
                 break
-        report = job.finish()
+        costs.save()
+        report = job.report()
         if not report.shards_missing:
+            with claims.turn():
+                job.finish(report)
             claims.remove_file()
     report.taken_over = taken_over
     return report
@@ -164,7 +175,7 @@ class _Job:
     def __init__(
         self,
         records: ImageRecords,
-        folder: Path,
+        place: str | Path,
         labeller: Labeller,
         source: str,
         licence: str,
@@ -173,7 +184,7 @@ class _Job:
         costs: JobCosts,
     ):
         self._records, self.costs = records, costs
-        self.folder, self.labeller, self.source, self.licence = folder, labeller, source, licence
+        self.place, self.labeller, self.source, self.licence = place, labeller, source, licence
         self.experts = {network.info.expert for network in labeller.networks}
         kept = {name: table for name, table in classes.items() if name not in self.experts}
         self.classes = {**kept, **labeller.classes}
@@ -204,12 +215,16 @@ class _Job:
 
     def unfinished(self, numbers: Iterable[int]) -> list[int]:
         """Those of some shards that are not whole."""
-        for number in numbers:
-            if number not in self._finished:
-                found = finished_shard(self.folder, number, self.fingerprint)
-                if found is not None:
-                    self._finished[number] = found
+        unknown = [number for number in numbers if number not in self._finished]
+        self._finished |= finished_shards(self.place, unknown, self.fingerprint)
         return [number for number in numbers if number not in self._finished]
+
+    def is_finished(self, number: int) -> bool:
+        """Whether a shard is whole by now."""
+        found = finished_shard(self.place, number, self.fingerprint)
+        if found is not None:
+            self._finished[number] = found
+        return found is not None
 
     def parts(self, numbers: list[int]) -> Iterator[tuple[int, Iterator[ImageRecord]]]:
         """The number and the records of each of these shards, which are in order."""
@@ -231,8 +246,7 @@ class _Job:
         """Label the records of one shard, write the shard, and return its first samples."""
         first: list[Sample] = []
         costs = self.costs
-        costs.start()
-        shard = OpenShard(self.folder, number)
+        shard = OpenShard(self.place, number)
         try:
             skipped: list[dict[str, str]] = []
             for batch, decoded in self._decoded_batches(records, pool, decoder, skipped, bar):
@@ -251,40 +265,39 @@ class _Job:
             # before the shard is whole, so that the figures of a finished job hold each of its shards
             costs.save()
             with costs.measure(WRITE):
-                shard.finish(self.fingerprint, skipped)
-            costs.save()
+                self._finished[number] = shard.finish(self.fingerprint, skipped), skipped
         except BaseException:
             shard.abandon()
             raise
         return first
 
-    def finish(self) -> LabelReport:
-        """Return the report; write it and the index if every shard is present."""
+    def report(self) -> LabelReport:
+        """The report of the shards that are whole."""
         missing = self.unfinished(range(self.num_shards))
         report = LabelReport(records=self.count, others=self.others, shards_missing=len(missing))
-        entries = []
         for number in sorted(self._finished):
             entry, skipped = self._finished[number]
-            entries.append(entry)
             report.labelled += entry["count"]
             report.skipped += skipped
-        if report.shards_missing:
-            return report
+        return report
+
+    def finish(self, report: LabelReport) -> None:
+        """Write the index and the report of a job of which every shard is whole."""
         if report.labelled + len(report.skipped) != report.records:
             raise MachineError(
                 f"{report.records} records became {report.labelled} samples and {len(report.skipped)} skipped; "
-                f"this is a bug of the labelling job, keep {self.folder} and report it"
+                f"this is a bug of the labelling job, keep {self.place} and report it"
             )
-        write_index(self.folder, entries, self.classes, self.source, self.about)
+        entries = [self._finished[number][0] for number in range(self.num_shards)]
+        write_index(self.place, entries, self.classes, self.source, self.about)
         text = {
             "records": report.records,
             "labelled": report.labelled,
             "skipped": report.skipped,
             "others": report.others,
-            "costs": total_costs(self.folder),
+            "costs": total_costs(self.place),
         }
-        write_together(self.folder / REPORT_FILE, json.dumps(text, indent=1, ensure_ascii=False).encode())
-        return report
+        write_file(self.place, REPORT_FILE, _indented(text))
 
     def draw_preview(self, number: int, samples: list[Sample]) -> None:
         """Write the contact sheet of a shard."""
@@ -293,29 +306,28 @@ class _Job:
 
         file = io.BytesIO()
         contact_sheet(samples, self.classes).save(file, "JPEG", quality=90)
-        path = self.folder / "preview" / f"shard-{number:06d}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, file.getvalue())
+        write_file(self.place, f"preview/shard-{number:06d}.jpg", file.getvalue())
 
     def _claim_folder(self, notes: dict) -> None:
         """Write the job's notes into a new folder, or compare them with those of the job that began it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / JOB_FILE
-        if not path.exists():
-            if any(self.folder.glob("shard-*")) or (self.folder / "index.json").exists():
-                raise InputError(f"{self.folder} holds a dataset that no labelling job began; choose another folder")
-            write_together(path, json.dumps(notes, indent=1, ensure_ascii=False).encode())
-        before = read_json(path, dict, "choose another folder")
+        held = list_files(self.place)
+        if JOB_FILE not in held:
+            if any(name.startswith("shard-") or name == "index.json" for name in held):
+                raise InputError(f"{self.place} holds a dataset that no labelling job began; choose another folder")
+            write_file(self.place, JOB_FILE, _indented(notes))
+        before = parse_json(read_file(self.place, JOB_FILE), inside(self.place, JOB_FILE), "choose another folder")
         if before == notes:
             return
+        if not isinstance(before, dict):
+            raise InputError(f"{inside(self.place, JOB_FILE)} holds no object; choose another folder")
         changed = [name for name in notes if before.get(name) != notes[name]]
         if "listing" in changed:
             raise InputError(
-                f"{self.folder} was begun with {before.get('records')} records, the source now lists {self.count} "
+                f"{self.place} was begun with {before.get('records')} records, the source now lists {self.count} "
                 f"(or others); label the new ones into another folder"
             )
         raise InputError(
-            f"{self.folder} was begun with other {', '.join(changed)}; give the same options or choose another folder"
+            f"{self.place} was begun with other {', '.join(changed)}; give the same options or choose another folder"
         )
 
     def _decoded_batches(
@@ -401,6 +413,10 @@ class _Job:
         if boxes:
             meta["boxes"] = {**boxes, **labels.meta.get("boxes", {})}
         return Sample(read.record.key, read.jpeg, {**read.planes, **labels.planes}, meta)
+
+
+def _indented(value: dict) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False).encode()
 
 
 def _content(record: ImageRecord) -> tuple[bytes, dict[str, np.ndarray], dict]:

@@ -19,7 +19,9 @@ import torch
 
 from prismer.dataloading.experts.labeller import Labeller
 from prismer.errors import InputError
-from prismer.reading import read_json
+from prismer.reading import parse_json
+from prismer.storage.output import list_files, read_files, write_file
+from prismer.storage.places import inside
 
 COSTS = "costs"
 # the stages besides the experts: READ is summed over the threads that read, ALL is the time that passed
@@ -32,18 +34,18 @@ class JobCosts:
     """The costs of one process. Several threads may measure at the same time.
 
     Args:
-        folder: the job.
+        place: the dataset folder of the job, or its URL.
         labeller: the experts; what it has labelled before does not count.
         workers: threads that read.
         world: number of processes of the job.
     """
 
-    def __init__(self, folder: Path, labeller: Labeller, workers: int, world: int):
+    def __init__(self, place: str | Path, labeller: Labeller, workers: int, world: int):
         self._labeller = labeller
         self._before, self._images_before = Counter(labeller.seconds), labeller.images
         self._seconds: Counter = Counter()
         self._lock = threading.Lock()
-        self._path = folder / COSTS / f"{uuid.uuid4().hex}.json"
+        self._place, self._name = place, f"{COSTS}/{uuid.uuid4().hex}.json"
         self.bytes_read = self.bytes_written = 0
         self._mark = time.perf_counter()
         self._setting = {
@@ -91,22 +93,19 @@ class JobCosts:
         seconds |= {expert: spent[name] for expert, name in self._setting["networks"].items()}
         seconds |= {stage: self._seconds[stage] for stage in (PACK, WRITE, ALL)}
         sums = dict(zip(_SUMS, (images, self.bytes_read, self.bytes_written), strict=True))
-        self._path.parent.mkdir(exist_ok=True)
-        # not synced to the disk: after a power cut the dataset needs no figures
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps({**self._setting, **sums, "seconds": seconds}))
-        os.replace(partial, self._path)
+        write_file(self._place, self._name, json.dumps({**self._setting, **sums, "seconds": seconds}).encode())
 
 
-def total_costs(folder: Path) -> list[dict[str, Any]]:
+def total_costs(place: str | Path) -> list[dict[str, Any]]:
     """The costs of all processes of a job: one entry for each setting, that of the most images first.
 
     A damaged file is left out: the costs are no part of the dataset.
     """
     totals: dict[str, dict[str, Any]] = {}
-    for path in sorted((folder / COSTS).glob("*.json")):
+    folder = inside(place, COSTS)
+    for name, data in read_files(folder, [name for name in list_files(folder) if name.endswith(".json")]):
         try:
-            one = read_json(path, dict)
+            one = parse_json(data or b"", name)
             seconds = one.pop("seconds")
             sums = {name: one.pop(name) for name in _SUMS}
             total = totals.setdefault(
