@@ -429,8 +429,9 @@ def _content(record: ImageRecord) -> tuple[bytes, dict[str, np.ndarray], dict]:
 
 def _scan_keys(records: ImageRecords) -> tuple[int, str, dict[str, FilePart | None]]:
     """The number of records, a digest of their keys in order, and the first image of each repeated key."""
+    outlines = records.outlines or records.iterate
     digest, hashes = hashlib.sha256(), array("Q")
-    for record in records:
+    for record in outlines():
         key = record.key.encode()
         digest.update(key + b"\n")
         # eight bytes for each key, because ten million keys would take a gigabyte
@@ -439,7 +440,7 @@ def _scan_keys(records: ImageRecords) -> tuple[int, str, dict[str, FilePart | No
     suspects = set(values[counts > 1].tolist())
     first: dict[str, FilePart | None] = {}
     if suspects:
-        for record, value in zip(records, hashes, strict=True):
+        for record, value in zip(outlines(), hashes, strict=True):
             if value in suspects:
                 first.setdefault(record.key, record.image)
     return len(hashes), digest.hexdigest()[:16], first

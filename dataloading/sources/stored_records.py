@@ -1,7 +1,6 @@
 """The samples of a finished dataset of ours as records: through its index, so that any of them is found at once.
 
-`tar_records` reads the headers of every tar and the JSON of every sample before the first image, which takes too long
-for ten million samples or for a bucket.
+`tar_records` reads the headers of every tar, which takes long for ten million samples, and longer in a bucket.
 """
 
 from collections.abc import Iterator
