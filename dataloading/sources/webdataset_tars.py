@@ -81,7 +81,7 @@ def tar_records(folder: str | Path) -> ImageRecords:
 
     def part(here: range, ahead: range) -> Iterator[ImageRecord]:
         for path, start, end in zip(tars, starts, starts[1:], strict=False):
-            if start < here.stop and here.start < end:
+            if max(start, here.start) < min(end, here.stop):
                 inside = islice(_outlines_of(path), max(here.start - start, 0), here.stop - start)
                 yield from (_with_texts(record, members) for record, members in inside)
 
