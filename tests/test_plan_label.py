@@ -74,7 +74,7 @@ def test_hours_follow_from_the_busiest_of_what_runs_at_the_same_time(tmp_path, c
     (
         ({}, ["edge"], 0.008, "edge (sharp)"),
         ({"write": 20.0}, ["depth", "edge"], 0.036, "writing the shards"),
-        ({"pack": 20.0}, ["depth", "edge"], 0.036, "packing the maps"),
+        ({"pack": 20.0}, ["depth", "edge"], 0.037, "packing the maps"),
         ({"read": 160.0}, ["depth", "edge"], 0.040, "reading the source"),
         ({"decode": 30.0}, ["depth", "edge"], 0.030, "decoding on the host and the GPU"),
     ),

@@ -27,7 +27,7 @@ def bucket(monkeypatch, tmp_path):
     monkeypatch.setenv("PRISMER_HOME", str(tmp_path / "home"))
     memory = fsspec.filesystem("memory")
     yield memory
-    memory.rm("/bucket", recursive=True)
+    memory.store.clear()
 
 
 @pytest.fixture(scope="module")

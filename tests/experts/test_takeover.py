@@ -101,8 +101,9 @@ def test_a_stopped_process_keeps_its_open_shard_alone(photos, alone, waiting, tm
     report = first_rank(photos, tmp_path / "out")
     assert (report.labelled, report.taken_over, report.shards_missing) == (COUNT - 4, 3, 1)
     assert not (tmp_path / "out/index.json").exists()
-    opened.set()
+    # in this order: an event waits for the processes that wait for it
     os.kill(process.pid, signal.SIGCONT)
+    opened.set()
     late = reports.get(timeout=60)
     assert (late.labelled, late.taken_over, late.shards_missing) == (COUNT, 0, 0)
     assert read_files(tmp_path / "out") == alone
@@ -163,8 +164,10 @@ def test_a_claim_holds_for_one_shard_and_ends_with_its_process(tmp_path, end):
         with claims.claim(3) as ours:
             assert not ours
         if end == "killed":
+            # without `release`, which would wait for the dead process
             process.kill()
-        release.set()
+        else:
+            release.set()
         process.join()
         assert claims.is_free(3)
 
