@@ -10,17 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import whole_jobs
 from benchmarks.harness import DEVICE, MEASUREMENTS, OURS, PEERS, Contender, Measurement
 
 RESULTS = Path(__file__).with_name("results")
 STARTED = time.monotonic()
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def pytest_addoption(parser):
     parser.addoption("--results", type=Path, default=RESULTS, help="folder for the CSV and the plot")
     parser.addoption("--full", action="store_true", help="every shape and dtype with every contender: hours")
+    parser.addoption("--dtype", choices=DTYPES, help="of whole jobs; default: fp32 on a CPU, bf16 on a GPU")
     minutes = 10.0 if DEVICE.type == "cuda" else float("inf")
     parser.addoption("--minutes", type=float, default=minutes, help="then no benchmark starts (10 on a GPU)")
+
+
+def pytest_configure(config):
+    if config.getoption("--dtype"):
+        whole_jobs.DTYPE = DTYPES[config.getoption("--dtype")]
 
 
 def pytest_runtest_setup(item):

@@ -1,9 +1,10 @@
 """Writes the tables of docs/performance.md and the plot docs/performance.png from the results of test_jobs.py.
 
-    pytest benchmarks/test_jobs.py --benchmark-only --full --results benchmarks/results/jobs
+    pytest benchmarks/test_jobs.py --benchmark-only --full --dtype fp32 --results benchmarks/results/jobs/MACHINE-fp32
     python benchmarks/performance_page.py
 
-Everything between the two markers in the page is generated: do not edit it by hand.
+Each folder in benchmarks/results/jobs holds the results of one machine and dtype, and gives one part of the page; the plot
+shows the first. Everything between the two markers in the page is generated: do not edit it by hand.
 """
 
 import csv
@@ -78,19 +79,27 @@ def table(room: str, groups: dict[tuple[str, str], Group], rate: float) -> list[
     return lines
 
 
-def page(groups: dict[tuple[str, str], Group]) -> str:
-    """Everything between the markers."""
+def part(groups: dict[tuple[str, str], Group]) -> list[str]:
+    """The lines about the results of one machine in one dtype."""
     rate = matrix_rate(groups)
     first = next(iter(next(iter(groups.values())).values()))
     lines = [
-        f"Measured on {first['date']}, {first['device']}, torch {first['torch']}, fp32. The limit is the rate of a "
-        f"plain 2048 x 2048 `torch.mm` in the same run: {rate:.0f} GFLOP/s.",
+        f"### {first['device'].split(',')[0]}, {first['dtype']}",
         "",
-        "![times faster than the baseline, and share of the limit](performance.png)",
+        f"Measured on {first['date']}, {first['device']}, torch {first['torch']}. The limit is the rate of a plain "
+        f"2048 x 2048 `torch.mm` in the same run: {rate:.0f} GFLOP/s.",
     ]
     for room, title in TITLES.items():
         if any(of == room for of, _ in groups):
-            lines += ["", f"### {title}", "", *table(room, groups, rate)]
+            lines += ["", f"#### {title}", "", *table(room, groups, rate)]
+    return lines
+
+
+def page(parts: list[dict[tuple[str, str], Group]]) -> str:
+    """Everything between the markers."""
+    lines = ["![times faster than the baseline, and share of the limit](performance.png)"]
+    for groups in parts:
+        lines += ["", *part(groups)]
     return "\n".join(lines)
 
 
@@ -125,17 +134,17 @@ def draw(groups: dict[tuple[str, str], Group], path: Path) -> None:
 
 
 def main() -> None:
-    results = BENCHMARKS / "results" / "jobs" / "cpu.csv"
-    if not results.is_file():
-        sys.exit(f"{results} does not exist; run test_jobs.py with --results benchmarks/results/jobs first")
-    groups = read(results)
+    files = sorted((BENCHMARKS / "results" / "jobs").glob("*/cpu.csv"))
+    if not files:
+        sys.exit("there are no results; run test_jobs.py with --results benchmarks/results/jobs/MACHINE-fp32 first")
+    parts = [read(file) for file in files]
     text = PAGE.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         sys.exit(f"{PAGE} has lost its markers; it needs one line {BEGIN!r} and one line {END!r}")
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{page(groups)}\n\n{END}{after}")
-    draw(groups, PAGE.with_suffix(".png"))
+    PAGE.write_text(f"{before}{BEGIN}\n\n{page(parts)}\n\n{END}{after}")
+    draw(parts[0], PAGE.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from prismer.errors import InputError
 from prismer.inference import Answer, Candidates
 from prismer.model import Prismer
 
-# batches that are read and decoded while the model reads one
+# batches that are read, and on a GPU decoded, while the model works on one
 _BATCHES_AHEAD = 2
 Made = TypeVar("Made")
 
@@ -97,12 +97,20 @@ class Asker:
         threads = min(8, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(1) as preparing:
 
-            def prepare(chunk: _Chunk) -> _Chunk:
-                return self._prepare(chunk, readers)
+            # on a GPU, decoding happens while the model works; on a CPU it would take the model's cores, which costs more
+            # time than it takes by itself: threads of the model that wait for a preempted one keep spinning
+            decode_ahead = self.model.device.type != "cpu"
+
+            def prepare(chunk: _Chunk) -> None:
+                self._read(chunk, readers)
+                if decode_ahead:
+                    self._decode(chunk, readers)
 
             chunks = self._chunks(items, part_size, missing)
             for chunk, future in submit_ahead(preparing, prepare, chunks, _BATCHES_AHEAD):
                 future.result()
+                if not decode_ahead:
+                    self._decode(chunk, readers)
                 before, answers = len(rows), self._ask(chunk)
                 # `_ask` may have dropped images
                 for image, results in zip(chunk.images, answers, strict=True):
@@ -128,8 +136,8 @@ class Asker:
                 chunk, waiting = waiting[: self.batch_size], waiting[self.batch_size :]
                 yield _Chunk(number, not waiting, chunk)
 
-    def _prepare(self, chunk: _Chunk, readers: ThreadPoolExecutor) -> _Chunk:
-        """Read and decode the images of a chunk, and the labels that they bring."""
+    def _read(self, chunk: _Chunk, readers: ThreadPoolExecutor) -> None:
+        """Read the images of a chunk, and the labels that they bring."""
 
         def read(image: _Image) -> str:
             item = image.lines[0][1]
@@ -142,8 +150,11 @@ class Asker:
 
         reasons = dict(enumerate(readers.map(read, chunk.images)))
         chunk.drop({place: reason for place, reason in reasons.items() if reason})
+
+    def _decode(self, chunk: _Chunk, readers: ThreadPoolExecutor) -> None:
+        """Decode the images of a chunk that were read."""
         if not chunk.images:
-            return chunk
+            return
         faults = {}
         for place, pixels in enumerate(self.decoder([image.data for image in chunk.images], readers)):
             if isinstance(pixels, Tensor):
@@ -153,7 +164,6 @@ class Asker:
             if self.labeller is None:
                 chunk.images[place].data = b""
         chunk.drop(faults)
-        return chunk
 
     def _ask(self, chunk: _Chunk) -> list[list[str]] | list[list[Answer]]:
         """The results of each line of each image; images whose labels cannot be used leave the chunk."""
