@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 GROUND_FLOOR = (
     "prismer prismer.batch prismer.config prismer.errors prismer.experts prismer.files prismer.reading "
-    "prismer.resumable prismer.shipped prismer.kernels.errors prismer.tensor_files prismer.texts prismer.tokenizer"
+    "prismer.resumable prismer.shipped prismer.kernels.errors prismer.tensor_files prismer.texts prismer.tokenizer "
+    "prismer.storage prismer.storage.cache prismer.storage.folders prismer.storage.objects prismer.storage.output "
+    "prismer.storage.places"
 ).split()
 LONGEST_FILE = 450
 
@@ -134,8 +136,15 @@ def test_the_ground_floor_imports_nothing_above_it(imports, name):
     assert imports[name] <= set(GROUND_FLOOR)
 
 
-@pytest.mark.parametrize("library, home", [("deepspeed", "prismer.training.zero"), ("nvidia", "prismer.dataloading")])
-def test_deepspeed_and_dali_are_known_to_one_room_each(library, home):
+@pytest.mark.parametrize(
+    "library, home",
+    [
+        ("deepspeed", "prismer.training.zero"),
+        ("nvidia", "prismer.dataloading"),
+        ("fsspec", "prismer.storage.objects"),
+    ],
+)
+def test_deepspeed_dali_and_fsspec_are_known_to_one_room_each(library, home):
     importers = [
         name
         for name, path in MODULES.items()

@@ -27,8 +27,8 @@ from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.shards import Sample, ShardWriter
 from prismer.errors import InputError
 from prismer.experts import BACKGROUND
-from prismer.files import write_atomically
 from prismer.reading import printable, read_json
+from prismer.storage.output import write_file
 
 REPORT_FILE = "import-report.json"
 # classes of the detector that made the published labels: ids 0 .. 721
@@ -74,7 +74,7 @@ def import_records(
 
     Args:
         records: from one of the other files of this folder.
-        out: the dataset folder.
+        out: the dataset folder, or a URL such as s3://bucket/dataset.
         source, licence: where the images come from; kept with every sample.
         class_tables: {"seg": names, "obj_detection": names} or a JSON file of it. Without one, ids are kept as they
             are under the names "class 0", "class 1", ...: 255 of seg, 722 of obj_detection.
@@ -129,7 +129,7 @@ def import_records(
     # some sources know what they left out when they have been read to their end
     report.others = [asdict(other) for other in records.others]
     text = json.dumps(asdict(report), indent=1, ensure_ascii=False)
-    write_atomically(Path(out) / REPORT_FILE, text.encode())
+    write_file(out, REPORT_FILE, text.encode())
     return report
 
 

@@ -9,6 +9,8 @@ import errno
 import hashlib
 import os
 import threading
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -18,6 +20,10 @@ from prismer.storage.cache import DEFAULT_LIMIT, FileCache, parse_bytes
 from prismer.storage.objects import describe_object, download_object, read_object
 from prismer.storage.places import cache_limit, inside
 
+# a download of a shard is early if less than this part of its samples was read since the last one; with many processes
+# on a machine, each reads only a part
+_FEW = 64
+_TOO_MANY_EARLY = 10
 # downloads in the background at a time, for each dataset and process
 _FETCHERS = 4
 
@@ -34,10 +40,14 @@ class RemoteFiles:
         self._cache = FileCache(cache_folder("storage") / "shards", parse_bytes(cache_limit() or DEFAULT_LIMIT))
         # name of a shard -> why its content is wrong: it is not downloaded again for each of its samples
         self._wrong: dict[str, OSError] = {}
+        # name of a shard -> reads since its last download, and the downloads that came after too few of them
+        self._reads: Counter = Counter()
+        self._early_downloads = 0
         # held open, so that the cache does not remove them
         self._mapped: dict[str, BinaryIO] = {}
         self._lock = threading.Lock()
         self._wanted: list[dict] = []
+        self._fetching: set[str] = set()
         self._fetchers, self._process = 0, os.getpid()
 
     def read(self, name: str) -> bytes:
@@ -63,7 +73,8 @@ class RemoteFiles:
     def open_shard(self, entry: dict) -> BinaryIO:
         """See `ShardFiles`; the cache keeps the file until it is closed, so close it after each read."""
         if (error := self._wrong.get(entry["name"])) is not None:
-            raise error
+            raise OSError(error.errno, error.strerror, error.filename)
+        self._reads[entry["name"]] += 1
         try:
             return self._cache.open(entry["sha256"], entry["size"], self._filler(entry))
         except OSError as error:
@@ -84,9 +95,9 @@ class RemoteFiles:
         with self._lock:
             if self._process != os.getpid():
                 # threads do not survive a fork
-                self._fetchers, self._process = 0, os.getpid()
-            self._wanted = wanted
-            while self._fetchers < min(_FETCHERS, len(wanted)):
+                self._fetching, self._fetchers, self._process = set(), 0, os.getpid()
+            self._wanted = [entry for entry in wanted if entry["name"] not in self._fetching]
+            while self._fetchers < min(_FETCHERS, len(self._fetching) + len(self._wanted)):
                 self._fetchers += 1
                 # daemon: the end of the program does not wait for a download
                 threading.Thread(target=self._work, name="prismer-prefetch", daemon=True).start()
@@ -98,15 +109,19 @@ class RemoteFiles:
                     self._fetchers -= 1
                     return
                 entry = self._wanted.pop(0)
+                self._fetching.add(entry["name"])
             try:
                 self.open_shard(entry).close()
             except Exception:  # whoever reads the shard meets the error again, and reports it
-                continue
+                pass
+            with self._lock:
+                self._fetching.discard(entry["name"])
 
     def _filler(self, entry: dict) -> Callable[[BinaryIO], None]:
         url = inside(self.place, entry["name"])
 
         def fill(file: BinaryIO) -> None:
+            self._note_download(entry)
             # what an earlier try has left may be of another version of the shard, and a network may change a byte
             for _ in range(2):
                 digest = hashlib.sha256()
@@ -121,3 +136,16 @@ class RemoteFiles:
             raise OSError(errno.EBADMSG, "it fails its checksum", url)
 
         return fill
+
+    def _note_download(self, entry: dict) -> None:
+        """Warn once if shards leave the cache long before their samples were read."""
+        # of the reads since the last download, one is what caused this one
+        early = 1 < self._reads[entry["name"]] <= entry["count"] // _FEW
+        self._reads[entry["name"]] = 1
+        self._early_downloads += early
+        if early and self._early_downloads == _TOO_MANY_EARLY:
+            warnings.warn(
+                f"shards of {self.place} are downloaded again and again: the cache of {self._cache.limit:,} bytes is "
+                f"smaller than what is read at a time; raise PRISMER_CACHE_LIMIT, or choose the order of blocks",
+                stacklevel=2,
+            )

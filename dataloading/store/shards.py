@@ -48,6 +48,7 @@ class ShardDataset:
         source, about: the writer's notes.
         shards: names of the tars; shard s holds samples starts[s] .. starts[s + 1] - 1.
         entries: the entry of each shard in `index.json` (name, count, size, sha256, ...).
+        index_sha256: of the bytes of `index.json`, which change with any byte of the dataset.
         files: through which it reads.
         table: where the samples lie.
 
@@ -60,6 +61,7 @@ class ShardDataset:
         self.place, self.folder = self.files.place, Path(self.files.place)
         self.is_remote = not isinstance(self.files, LocalFiles)
         data = _index_bytes(self.files)
+        self.index_sha256 = hashlib.sha256(data).hexdigest()
         index = parse_index(data, _index_name(place))
         self.classes: dict[str, list[str]] = index["classes"]
         self.experts: dict[str, int] = index["experts"]
@@ -68,12 +70,12 @@ class ShardDataset:
         self.entries: list[dict] = index["shards"]
         self.shards: list[str] = [entry["name"] for entry in self.entries]
         self.starts: list[int] = [0, *accumulate(entry["count"] for entry in self.entries)]
-        self.table = open_table(self.files, self.entries, hashlib.sha256(data).hexdigest())
+        self.table = open_table(self.files, self.entries, self.index_sha256)
         # of shards whose part of the table is absent or damaged
         self._table_of_shard = lru_cache(8)(lambda shard: table_of_shard(self.files, self.entries[shard]))
-        # bounded: ten million samples are ten thousand shards, more than a process may open; a shard in the cache of a
-        # remote dataset is open while it is read only, because the cache can make no room by removing an open file
-        self._file = lru_cache(0 if self.is_remote else 64)(self._open_shard)
+        # bounded: ten million samples are ten thousand shards, more than a process may open. A remote shard is open
+        # while it is read only: its cache cannot make room by removing a file that is open
+        self._file = self._open_shard if self.is_remote else lru_cache(64)(self._open_shard)
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -171,6 +173,9 @@ class ShardDataset:
             data = os.pread(file.fileno(), end - begin, begin)
         except OSError as error:
             raise CorruptSample(name, key, f"reading fails ({error.strerror}); check the disk") from None
+        finally:
+            if self.is_remote:
+                file.close()
         if len(data) != end - begin:
             missing = end - begin - len(data)
             raise CorruptSample(name, key, f"the tar ends {missing} bytes too early; copy it again")
@@ -184,7 +189,8 @@ class ShardDataset:
 
     def _open_shard(self, shard: int) -> BinaryIO:
         try:
-            return self.files.open_shard(self.entries[shard])  # closed when the cache drops it
+            # a local one is closed when the cache drops it
+            return self.files.open_shard(self.entries[shard])
         except OSError as error:
             raise CorruptSample(
                 self.shards[shard], "", f"the file cannot be opened ({error.strerror}); copy it again"

@@ -168,6 +168,10 @@ class ShardWriter:
     def _release(self) -> None:
         (self.folder / ".writer.lock").unlink(missing_ok=True)
         self._lock.close()
+        if is_url(self.place):
+            # kept while it holds anything, such as another process's shard
+            with suppress(OSError):
+                self.folder.rmdir()
 
     def _keep_finished_shards(self, held: dict[str, int]) -> None:
         names = [name for name in _shard_numbers(held) if name.endswith(".index.json")]

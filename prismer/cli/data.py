@@ -89,7 +89,7 @@ def _index(args: argparse.Namespace) -> None:
 
     for place in _splits(args.place) or [args.place]:
         index = make_table(place, progress=is_watched())
-        print(f"{place}/index.bin: {index['count']} samples in {len(index['shards'])} shards")
+        print(f"{place}/index.bin: {index['count']} samples")
 
 
 def _draw_samples(args: argparse.Namespace) -> None:

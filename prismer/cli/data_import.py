@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from prismer.cli.printing import describe_others, is_watched, print_left_out
 from prismer.errors import InputError, check_count
+from prismer.storage.places import as_place, inside
 
 if TYPE_CHECKING:
     from prismer.dataloading.sources.records import ImageRecords
@@ -29,7 +30,13 @@ def add_import_command(steps: argparse._SubParsersAction) -> None:
     _add_tables(kinds)
     _add_lists(kinds)
     for kind in kinds.choices.values():
-        kind.add_argument("--out", required=True, type=Path, metavar="DIR", help="dataset folder; run again to resume")
+        kind.add_argument(
+            "--out",
+            required=True,
+            type=as_place,
+            metavar="DIR",
+            help="dataset folder, or a URL such as s3://bucket/dataset; run again to resume",
+        )
         kind.add_argument("--source", default="", help="origin of the images, in a few words")
         kind.add_argument("--licence", default="", help="licence of the images")
         kind.add_argument("--class-tables", type=Path, metavar="JSON", help='{"seg": [...], "obj_detection": [...]}')
@@ -178,7 +185,7 @@ def _import(args: argparse.Namespace) -> None:
         if getattr(args, name, None) is not None:
             check_count(f"--{name.replace('_', '-')}", getattr(args, name))
     folder = getattr(args, "source_folder", None)
-    if folder is not None and folder.resolve() == args.out.resolve():
+    if folder is not None and isinstance(args.out, Path) and folder.resolve() == args.out.resolve():
         raise InputError(f"--out {args.out} is the folder to import; name another folder for the shards")
     records = _records(args)
     if records.count == 0:
@@ -198,9 +205,9 @@ def _import(args: argparse.Namespace) -> None:
     if report.formats:
         formats = ", ".join(f"{one['count']} {name}" for name, one in sorted(report.formats.items()))
         print(f"encoded anew as RGB JPEG: {formats}")
-    print_left_out(report.skipped, report.others, args.out / REPORT_FILE)
+    print_left_out(report.skipped, report.others, inside(args.out, REPORT_FILE))
     if not report.imported:
-        raise InputError(f"none of the {report.records} images could be imported; see {args.out / REPORT_FILE}")
+        raise InputError(f"none of the {report.records} images could be imported; see {inside(args.out, REPORT_FILE)}")
 
 
 def _origin(args: argparse.Namespace) -> str:

@@ -18,6 +18,8 @@ from prismer.cli.options import (
 )
 from prismer.cli.printing import is_watched
 from prismer.errors import InputError, listed, shown
+from prismer.storage.output import has_file
+from prismer.storage.places import as_place, inside
 
 if TYPE_CHECKING:
     from prismer.dataloading.semantics.features import Semantics
@@ -49,7 +51,13 @@ def add_evaluate_command(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--model", default="tiny", metavar="MODEL", help="model folder, name of `prismer models list`, or hub id"
     )
-    command.add_argument("--data", required=True, type=Path, metavar="DIR", help="a dataset, or a folder of its splits")
+    command.add_argument(
+        "--data",
+        required=True,
+        type=as_place,
+        metavar="DIR",
+        help="a dataset, or a folder of its splits; also a URL such as s3://bucket/data",
+    )
     command.add_argument("--split", metavar="NAME", help="of a folder of splits (default val)")
     command.add_argument("--task", required=True, choices=_TASKS)
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the results")
@@ -149,7 +157,7 @@ def _predictor(
     if args.task == "classify":
         classes = classes or dataset.classes.get("class") or stored_texts(model.folder, CLASS_NAMES)
         if not classes:
-            raise InputError(f"neither {dataset.folder} nor the model {args.model} lists class names; give --classes")
+            raise InputError(f"neither {dataset.place} nor the model {args.model} lists class names; give --classes")
     if answers:
         _check_answers(tokenizer, answers, model.config.max_positions)
     if args.prefix:
@@ -165,18 +173,20 @@ def _predictor(
     )
 
 
-def _dataset_folder(data: Path, split: str | None) -> Path:
-    """The folder of the dataset that --data and --split name."""
-    if (data / "index.json").is_file():
+def _dataset_folder(data: str | Path, split: str | None) -> str | Path:
+    """The place of the dataset that --data and --split name."""
+    if has_file(data, "index.json"):
         if split is not None:
             raise InputError(f"{data} is a dataset without splits; leave --split out, or give the folder above it")
         return data
-    folder = data / (split or "val")
-    if (folder / "index.json").is_file():
+    folder = inside(data, split or "val")
+    if has_file(folder, "index.json"):
         return folder
-    splits = [path.parent.name for path in data.glob("*/index.json")]
+    # a web server lists nothing
+    splits = [path.parent.name for path in data.glob("*/index.json")] if isinstance(data, Path) else []
     if not splits:
-        raise InputError(f"no dataset at {data}; render or import one, or give another --data")
+        what = "" if isinstance(data, Path) else f" or {folder}"
+        raise InputError(f"no dataset at {data}{what}; render or import one, or give another --data")
     raise InputError(f"{data} has no split {split or 'val'}, only {listed(splits)}; choose one with --split")
 
 
@@ -190,7 +200,7 @@ def _check_questions(dataset: "ShardDataset", limit: int) -> None:
                 return
         except CorruptSample:
             continue
-    raise InputError(f"no sample of {dataset.folder} has questions, which task vqa needs; choose another task or data")
+    raise InputError(f"no sample of {dataset.place} has questions, which task vqa needs; choose another task or data")
 
 
 def _check_prefix(tokenizer: "Tokenizer", prefix: str, most: int) -> None:

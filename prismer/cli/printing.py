@@ -14,7 +14,7 @@ def is_watched() -> bool:
     return sys.stderr.isatty()
 
 
-def print_left_out(skipped: list[dict[str, str]], others: list[dict[str, str]], report: Path) -> None:
+def print_left_out(skipped: list[dict[str, str]], others: list[dict[str, str]], report: str | Path) -> None:
     """Name on stderr the first images that were skipped, and the first files that are no images.
 
     Args:

@@ -89,7 +89,7 @@ class Evaluation:
             "task": self.task,
             **self.notes,
             "config": sha256(model.config.to_json().encode()).hexdigest(),
-            "data": file_digest(self.dataset.folder / "index.json"),
+            "data": self.dataset.index_sha256,
             "answers": _describe(predictor.answers),
             "classes": _describe(predictor.classes),
             "prefix": model.config.caption_prefix if predictor.prefix is None else predictor.prefix,
@@ -117,7 +117,7 @@ class Evaluation:
             ValueError: if the dataset is empty, or `out` holds the results of other settings.
         """
         if not self.count:
-            raise InputError(f"{self.dataset.folder} holds no samples; choose another dataset")
+            raise InputError(f"{self.dataset.place} holds no samples; choose another dataset")
         part_size = _BATCHES_PER_PART * self.batch_size
         job = ResumableJob(out, self.settings(), count=self.count, part_size=part_size, rank=rank, world=world)
         missing = job.missing_parts()

@@ -6,6 +6,7 @@ FileNotFoundError. The client libraries find the credentials where they always l
 """
 
 import errno
+import hashlib
 import os
 import random
 import sys
@@ -28,10 +29,17 @@ FIRST_PATIENCE = 30.0
 # bytes of one request of a download, and so the most that a broken connection costs
 CHUNK = 16 << 20
 _LONGEST_PAUSE = 10.0
+# what the file systems call the checksum of an object and the time at which it was written
+_VERSION_FIELDS = (
+    *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id"),
+    *("LastModified", "Last-Modified", "updated", "mtime"),
+)
 # HTTP answers that waiting may change
 _TRANSIENT = (408, 425, 429, *range(500, 600))
 # top packages of the errors that client libraries raise when a connection fails
-_CLIENTS = set("aiohttp aiobotocore botocore fsspec s3fs gcsfs google huggingface_hub httpx httpcore requests urllib3".split())
+_CLIENTS = set(
+    "aiohttp aiobotocore botocore fsspec s3fs gcsfs google huggingface_hub httpx httpcore requests urllib3".split()
+)
 
 Result = TypeVar("Result")
 
@@ -59,16 +67,25 @@ def describe_object(url: str) -> tuple[int, str]:
     # a prefix of other objects is a folder to fsspec; a server may not tell the size of what it makes on the fly
     if info.get("type") == "directory" or info.get("size") is None:
         raise _absent(url)
-    return info["size"], repr(sorted((name, str(value)) for name, value in info.items()))
+    return info["size"], _version(info)
 
 
-def list_objects(url: str) -> dict[str, int]:
-    """The sizes of all objects in the folder `url`, by their names in it: "index.json", "preview/shard-000000.jpg"."""
+def _version(info: dict) -> str:
+    known = [(name, str(info[name])) for name in _VERSION_FIELDS if info.get(name)]
+    return hashlib.sha256(repr((info["size"], known)).encode()).hexdigest()
 
-    def action(fs: "AbstractFileSystem", path: str) -> dict[str, int]:
-        found = fs.find(path, detail=True)
+
+def list_objects(url: str) -> dict[str, tuple[int, str]]:
+    """All objects in the folder `url`, by their names in it ("index.json", "preview/shard-000000.jpg").
+
+    Returns:
+        The size of each, and a text that changes when it is written again; {} if there is no such folder.
+    """
+
+    def action(fs: "AbstractFileSystem", path: str) -> dict[str, tuple[int, str]]:
         root = path.rstrip("/") + "/"
-        return {name.removeprefix(root): info["size"] for name, info in found.items() if name.startswith(root)}
+        found = fs.find(path, detail=True).items()
+        return {name.removeprefix(root): (info["size"], _version(info)) for name, info in found if name != root}
 
     try:
         return _patiently(url, action)
@@ -282,7 +299,9 @@ def _status(error: Exception) -> int | None:
         if isinstance(response, dict):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         else:
-            status = getattr(response, "status_code", None) or getattr(one, "status", None) or getattr(one, "code", None)
+            status = (
+                getattr(response, "status_code", None) or getattr(one, "status", None) or getattr(one, "code", None)
+            )
         if isinstance(status, int) and 100 <= status < 600:
             return status
     return None

@@ -1,7 +1,9 @@
-"""Folders that are written: a local one in place, one in a bucket through a local folder that is emptied again.
+"""Files of folders here and in buckets.
 
     folder = stage(place)                   # write files here ...
     publish(place, "a.tar", "a.json")       # ... and they are at `place`, in this order, each of them whole
+
+A local folder is written in place, one in a bucket through a local folder that is emptied again.
 """
 
 import os
@@ -56,7 +58,7 @@ def list_files(place: str | Path) -> dict[str, int]:
                 if stat.S_ISREG(status.st_mode):
                     found[name] = status.st_size
         return found
-    return {name: size for name, size in sorted(list_objects(place).items()) if "/" not in name}
+    return {name: size for name, (size, _) in sorted(list_objects(place).items()) if "/" not in name}
 
 
 def read_file(place: str | Path, name: str) -> bytes:
@@ -99,6 +101,16 @@ def size_of(place: str | Path, name: str) -> int:
     """
     file = inside(place, name)
     return file.stat().st_size if isinstance(file, Path) else describe_object(file)[0]
+
+
+def has_file(place: str | Path, name: str) -> bool:
+    """Whether a folder holds a small file."""
+    try:
+        # a bucket that does not exist is told from a file that does not by reading alone
+        read_file(place, name)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def write_file(place: str | Path, name: str, data: bytes) -> None:

@@ -14,6 +14,7 @@ from prismer.errors import InputError, shown
 from prismer.evaluation.text_kinds import CAPTIONS, CLASSES, QUESTIONS, TextKind
 from prismer.freezing import FREEZE_MODES
 from prismer.reading import is_text
+from prismer.storage.places import is_url
 from prismer.training.tasks import TASKS
 
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -51,7 +52,7 @@ class TrainConfig:
         task: a key of TASKS: joint, pretrain, caption, vqa or classify.
         data: dataset folder with train/ and, optionally, val/; the default is rendered if it does not exist.
         model: where to start from: a preset, or a model as `Prismer.from_pretrained` takes it.
-        run: name of the run's folder under runs/, or a path with a slash.
+        run: name of the run's folder under runs/, a path with a slash, or a URL such as s3://bucket/runs/NAME.
         seed: of everything that is random.
         epochs, steps: passes over the training split, or optimizer steps in all; `steps` counts unless it is 0.
         batch_size: images of an optimizer step over all processes, whose number does not change the loss curve.
@@ -192,8 +193,10 @@ class TrainConfig:
         return self.batch_size // parts
 
     @property
-    def folder(self) -> Path:
-        """The folder that keeps everything of the run."""
+    def folder(self) -> str | Path:
+        """The folder that keeps everything of the run; a URL as it is."""
+        if is_url(self.run):
+            return self.run
         return Path(self.run) if "/" in self.run else Path("runs") / self.run
 
 

@@ -11,6 +11,9 @@
         index.json          names of the last and the best checkpoint, the best score, and the names this run wrote
         step-00000200/      a checkpoint (checkpoint.py)
 
+A run in a bucket (--run s3://bucket/runs/NAME) has this folder on each machine, and rank 0 copies what it writes to the
+bucket: a checkpoint after it is whole, then index.json. A run that resumes on another machine fetches it from there.
+
 The last two checkpoints and the best are kept. Nothing else is deleted but checkpoints that index.json lists as
 written by this run. A damaged file is never ignored: the run refuses to start, names the file, and says how to go on.
 """
@@ -19,6 +22,7 @@ import json
 import math
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -28,11 +32,14 @@ import torch.distributed as dist
 from torch import nn
 
 from prismer.errors import InputError, shown
-from prismer.files import find_damage, take_lock, write_json
+from prismer.files import CHECKSUMS, find_damage, take_lock, write_json
 from prismer.reading import read_json
+from prismer.storage.folders import Mirror
+from prismer.storage.places import as_place
 from prismer.training.checkpoint import STATE, read_state, write_checkpoint
 from prismer.training.config import TrainConfig
 from prismer.training.progress import read_metrics
+from prismer.training.zero import gather_json
 
 SETTINGS = "train_config.json"
 INDEX = "index.json"
@@ -40,6 +47,7 @@ LOCK = ".lock"
 # how many of the newest checkpoints are kept, besides the best
 KEPT = 2
 
+_CHECKPOINTS = "checkpoints"
 _STEP = re.compile(r"step-(\d{8,})")
 _REMEDY = "restore it from a copy, or set this run aside with --fresh"
 
@@ -48,11 +56,21 @@ FIXED = "task data model seed batch_size captions_per_image questions_per_image 
 
 
 class RunFolder:
-    """One run on disk; every rank must call a method whose docstring says "collective"."""
+    """One run on disk; every rank must call a method whose docstring says "collective".
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        self.checkpoints = self.path / "checkpoints"
+    Args:
+        place: the folder, or a URL such as s3://bucket/runs/NAME.
+
+    Attributes:
+        path: the folder on this machine.
+        checkpoints: the folder of its checkpoints.
+    """
+
+    def __init__(self, place: str | Path) -> None:
+        place = as_place(place)
+        self._mirror = None if isinstance(place, Path) else Mirror(place, kind="runs", last=f"{_CHECKPOINTS}/{INDEX}")
+        self.path = place if self._mirror is None else self._mirror.folder
+        self.checkpoints = self.path / _CHECKPOINTS
         self._lock: IO[str] | None = None
 
     def claim(self, fresh: bool = False) -> Path | None:
@@ -68,7 +86,9 @@ class RunFolder:
             ValueError: if another process trains here, or the folder is not that of a run.
         """
         moved = lock = None
-        if self.path.exists():
+        if self._mirror is not None:
+            lock = self._fetch(fresh)
+        elif self.path.exists():
             self._check_kind()
             lock = take_lock(self.path / LOCK)
             if fresh and any(path.name != LOCK for path in self.path.iterdir()):
@@ -84,12 +104,41 @@ class RunFolder:
             shutil.rmtree(leftover)
         return moved
 
+    def _fetch(self, fresh: bool) -> IO[str]:
+        """Lock the copy of a run in a bucket, and bring it up to date."""
+        names = self._mirror.names()
+        if fresh and names:
+            raise InputError(f"{self._mirror.url} cannot be moved aside in its bucket; choose another --run")
+        _check_names(names, self._mirror.url)
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(self.path / LOCK)
+        self._mirror.reconcile()
+        for checkpoint in self.checkpoints.glob("step-*"):
+            # its upload broke off; the next copy to the bucket removes it there
+            if not (checkpoint / CHECKSUMS).exists():
+                shutil.rmtree(checkpoint)
+        return lock
+
+    def share(self, group: dist.ProcessGroup) -> None:
+        """Copy a run in a bucket there, and from there to the machines of other ranks (collective).
+
+        Nothing for a local folder, which every rank sees.
+        """
+        if self._mirror is None:
+            return
+        rank = dist.get_rank()
+        if rank == 0:
+            self._mirror.push()
+        hosts = gather_json(socket.gethostname(), group)
+        if hosts[rank] != hosts[0]:
+            self._mirror.pull()
+        # rank 0 must not go on writing while others copy
+        dist.barrier(group)
+
     def _check_kind(self) -> None:
         if not self.path.is_dir():
             raise InputError(f"{self.path} is a file; choose another --run")
-        names = {path.name for path in self.path.iterdir()} - {LOCK}
-        if names and not names & {SETTINGS, self.checkpoints.name}:
-            raise InputError(f"{self.path} holds {min(names)} and is not a run folder; choose another --run")
+        _check_names({path.name for path in self.path.iterdir()}, self.path)
 
     def index(self) -> dict:
         """The content of index.json; {} before the first checkpoint.
@@ -287,6 +336,15 @@ class RunFolder:
             raise
         for name in gone:
             shutil.rmtree(self.checkpoints / name)
+        if self._mirror is not None:
+            self._mirror.push()
+
+
+def _check_names(names: set[str], place: str | Path) -> None:
+    """Refuse a folder that holds other things than a run."""
+    names = names - {LOCK}
+    if names and not names & {SETTINGS, _CHECKPOINTS}:
+        raise InputError(f"{place} holds {min(names)} and is not a run folder; choose another --run")
 
 
 def _step_of(name: str) -> int:

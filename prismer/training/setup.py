@@ -70,6 +70,7 @@ class Run:
         # every rank takes the implementations that rank 0 takes
         tuning.use_table(self.device.type, Table.from_json(prepared["table"]))
 
+        self.folder.share(self.group)
         checkpoint = self.folder.last()
         if checkpoint:
             model = Prismer.from_pretrained(checkpoint)
@@ -81,6 +82,7 @@ class Run:
         print_on_rank_zero(f"trainable: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.0%})")
 
         zero.run_on_rank_zero(lambda: check_texts(config, model, self.folder.path, checkpoint is None), self.group)
+        self.folder.share(self.group)
         self.statistics = TextStatistics.load(self.folder.path)
         classes = self.statistics.classes
         self.loader, self.val_loader = open_loaders(config, model, classes, micro_batch, self.device)

@@ -74,9 +74,13 @@ class Trainer:
                 self.skipped.record(self.step)
                 print_on_rank_zero(self.skipped.summary())
                 print_on_rank_zero(f"stopped by {stop.reason}; saved at step {self.step} of {run.total_steps}")
+                run.folder.share(run.group)
                 zero.end_distributed(run.group)
                 return stop.exit_code
+        # each rank reads the best checkpoint
+        run.folder.share(run.group)
         finish_run(run, self.step, time.time() - started, self.skipped)
+        run.folder.share(run.group)
         zero.end_distributed(run.group)
         return 0
 

@@ -11,10 +11,13 @@ import torch
 from prismer.config import PrismerConfig
 from prismer.dataloading.semantics.features import TABLE_FILES, Semantics, read_table
 from prismer.errors import InputError
-from prismer.files import CHECKSUMS, find_damage, new_folder, write_atomically, write_checksums, write_json
+from prismer.files import CHECKSUMS, find_damage, write_atomically, write_checksums, write_json
 from prismer.network import Model, PrismerNetwork
 from prismer.precision import inference_dtype
 from prismer.reading import is_text, read_bytes, read_json
+from prismer.storage.folders import new_place
+from prismer.storage.objects import list_objects
+from prismer.storage.places import as_place
 from prismer.tensor_files import read_shapes, save_tensors
 from prismer.tokenizer import ROBERTA_VOCAB_SIZE, Tokenizer
 from prismer.weights.backbones import from_preset, is_preset
@@ -56,7 +59,9 @@ def save_pretrained(
 ) -> None:
     """Write `model` so that `from_pretrained` loads it; an interrupted save leaves the old folder as it was.
 
-    What is left out is copied from the folder that the model was loaded from, if that holds it.
+    In a bucket (s3://bucket/model), where files are replaced one by one, an interrupted save leaves a folder whose
+    checksums do not fit, which `from_pretrained` refuses. What is left out is copied from the folder that the model was
+    loaded from, if that holds it.
 
     Args:
         answers: what the model chooses from when it is asked without a list.
@@ -76,9 +81,9 @@ def save_pretrained(
         )
     if semantics is not None:
         read_table(semantics)
-    folder, source = Path(folder), getattr(model, "folder", None)
-    _refuse_other_folders(folder)
-    with new_folder(folder) as aside:
+    place, source = as_place(folder), getattr(model, "folder", None)
+    _refuse_other_folders(place)
+    with new_place(place, last=CHECKSUMS) as aside:
         crc = save_tensors(state, aside / WEIGHTS)
         write_description(model, aside)
         for name, texts in ((ANSWERS, answers), (CLASS_NAMES, classes)):
@@ -94,7 +99,7 @@ def save_pretrained(
             origin = [f"Made from the model {source.name}."] if source else []
             card = ModelCard(licence=licence_of(source) if source else "", training=origin)
         # after the checksums, because the owner may edit it
-        write_atomically(aside / MODEL_CARD, card.text(model, folder.name).encode())
+        write_atomically(aside / MODEL_CARD, card.text(model, Path(place).name).encode())
 
 
 def _copy(source: str | Path | None, folder: Path, names: Sequence[str]) -> None:
@@ -144,9 +149,12 @@ def _read_table(folder: Path, changed: tuple[int, ...]) -> Semantics:
     return Semantics.from_table(folder)
 
 
-def _refuse_other_folders(folder: Path) -> None:
+def _refuse_other_folders(folder: str | Path) -> None:
     """Raise a ValueError for a folder that holds other things than a model: a save replaces all of its content."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if isinstance(folder, Path):
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    else:
+        names = set(list_objects(folder))
     if names and not names & {CONFIG, WEIGHTS}:
         raise InputError(
             f"{folder} is no model folder, and holds {min(names)} and the like, which a save would delete; "
@@ -177,7 +185,8 @@ def from_pretrained(
     Args:
         model_class: what is built.
         source: one of
-            a folder with config.json and model.safetensors, as `save_pretrained` writes it;
+            a folder with config.json and model.safetensors, as `save_pretrained` writes it, or the URL of one, such as
+            s3://bucket/model, whose files are kept on this machine;
             "tiny", the model that ships with the package;
             a published checkpoint: its name (`prismer models list`), its folder, or its file, pytorch_model.bin;
             "base", "large" or "huge", each also with "-z": a new model around CLIP and RoBERTa, to be trained;

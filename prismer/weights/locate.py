@@ -8,6 +8,8 @@ from prismer.dataloading.semantics.features import TABLE_FILES
 from prismer.errors import InputError
 from prismer.files import CHECKSUMS, earlier_folder
 from prismer.shipped import SHIPPED_MODELS, shipped_folder
+from prismer.storage.folders import fetch_folder
+from prismer.storage.places import as_place, is_url, kept_folder
 from prismer.weights.catalogue import PUBLISHED_MODELS
 from prismer.weights.hub import HubModel, download, find
 
@@ -21,6 +23,7 @@ MODEL_CARD = "README.md"
 PUBLISHED_WEIGHTS = "pytorch_model.bin"
 
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json")
+_WEIGHTS = (WEIGHTS, PUBLISHED_WEIGHTS)
 _FILES = (CONFIG, *_TOKENIZER_FILES, ANSWERS, CLASS_NAMES, *TABLE_FILES, MODEL_CARD, CHECKSUMS)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)+")
 
@@ -43,7 +46,9 @@ def locate(source: str | Path) -> tuple[Path | None, Path]:
         raise InputError(
             f"the model is {source!r:.60}; give a folder, a file, owner/name on the hub, or {SHIPPED_MODELS[0]}"
         )
-    path = Path(source)
+    if is_url(source):
+        return _fetch(source)
+    path = as_place(source)
     if path.is_file():
         return (path.parent if path.name == WEIGHTS else None), path
     if path.is_dir():
@@ -65,8 +70,16 @@ def locate(source: str | Path) -> tuple[Path | None, Path]:
     return folder, _weights_in(folder)
 
 
+def _fetch(url: str) -> tuple[Path, Path]:
+    """The copies of a model folder in a bucket or on a server, and of its weights."""
+    folder = fetch_folder(url, (*_FILES, *_WEIGHTS))
+    if not any((folder / name).is_file() for name in (CONFIG, *_WEIGHTS)):
+        raise InputError(f"no model at {url}; it holds no {CONFIG}, {' or '.join(_WEIGHTS)}")
+    return folder, _weights_in(folder)
+
+
 def _weights_in(folder: Path) -> Path:
-    for name in (WEIGHTS, PUBLISHED_WEIGHTS):
+    for name in _WEIGHTS:
         if (folder / name).is_file():
             # whether it is a published checkpoint or a model folder that lost its config is told by the tensors' names
             return folder / name
@@ -76,7 +89,10 @@ def _weights_in(folder: Path) -> Path:
 
 def find_folder(source: str | Path) -> Path | None:
     """The folder of a model that is on this machine; None for any other, and the hub is not asked."""
-    path = Path(source)
+    if is_url(source):
+        path = kept_folder("models", source)
+        return path if path.is_dir() else None
+    path = as_place(source)
     if path.is_dir():
         return path
     if str(source) in SHIPPED_MODELS:
@@ -94,5 +110,5 @@ def _hub_model(source: str | Path) -> HubModel | None:
         return None
     owner, repository, *inside = name.split("/")
     # published checkpoints are folders of one repository
-    weights = (WEIGHTS, PUBLISHED_WEIGHTS) if inside else (WEIGHTS,)
+    weights = _WEIGHTS if inside else (WEIGHTS,)
     return HubModel(f"{owner}/{repository}", "/".join(inside), (*_FILES, *weights), weights)

@@ -39,6 +39,21 @@ def test_check_lists_every_problem(run, scenes, tmp_path):
     assert dataset.key(2) in done.out and dataset.key(5) in done.out and dataset.key(3) not in done.out
 
 
+def test_index_makes_the_table_again(run, scenes, tmp_path):
+    folder = Path(shutil.copytree(scenes, tmp_path / "scenes"))
+    whole = (folder / "train/index.bin").read_bytes()
+    (folder / "train/index.bin").write_bytes(whole[:20] + b"x" + whole[21:])
+    (folder / "val/index.bin").unlink()
+    checked = run("data", "check", folder / "train")
+    assert checked.code == 1 and f"give the command: prismer data index {folder}/train" in checked.out
+    done = run("data", "index", folder)
+    counts = {split: len(ShardDataset(scenes / split)) for split in ("train", "val")}
+    for split, count in counts.items():
+        assert f"{folder}/{split}/index.bin: {count} samples" in done.out
+        assert (folder / split / "index.bin").read_bytes() == (scenes / split / "index.bin").read_bytes()
+    assert done.code == 0 and run("data", "check", f"{folder}/train/").code == 0
+
+
 def test_import_reads_every_kind_of_source(run, images, tmp_path):
     source = tmp_path / "mine"
     for kind in ("cat", "dog"):

@@ -60,6 +60,7 @@ FAULTS = {
     "no-dataset": ("data show {tmp}", "is not a finished dataset"),
     "splits": ("data show {scenes}", "holds several datasets; name one of"),
     "show-none": ("data show {scenes}/val --start 2", "has samples 0 to 1"),
+    "no-index": ("data index {tmp}", "is not a finished dataset"),
     "no-key": ("data extract {scenes}/val nobody", "has no sample nobody"),
     "render-too-small": ("data render --out {tmp}/r --size 8", "at least 32"),
     "render-negative": ("data render --out {tmp}/r --train -1", "at least 0"),

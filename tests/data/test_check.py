@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prismer.dataloading.store import check
 from prismer.dataloading.store.check import Problem, check_dataset, sample_problems
-from prismer.dataloading.store.shards import Sample, ShardWriter
+from prismer.dataloading.store.shards import Sample, ShardWriter, make_table
 
 CLASSES = {"seg": ["ground", "sky"], "obj_detection": ["cube", "cone"]}
 
@@ -63,6 +64,19 @@ def flip(folder, shard, member):
     data = bytearray(path.read_bytes())
     data[position] ^= 4
     path.write_bytes(data)
+
+
+def change_keys(folder, shard, keys):
+    """Give the samples of a shard other keys, in its index file and in `index.json`."""
+    sidecar = folder / f"{shard}.index.json"
+    data = json.dumps(json.loads(sidecar.read_bytes()) | {"keys": keys}).encode()
+    sidecar.write_bytes(data)
+    index = json.loads((folder / "index.json").read_bytes())
+    for entry in index["shards"]:
+        if entry["name"] == f"{shard}.tar":
+            entry["index_sha256"] = hashlib.sha256(data).hexdigest()
+    (folder / "index.json").write_text(json.dumps(index))
+    make_table(folder)
 
 
 def test_a_whole_dataset_has_no_problems(tmp_path):
@@ -217,7 +231,45 @@ def test_a_key_in_two_shards_is_named(tmp_path):
     index["shards"].append(entry)
     index["count"] += 3
     (first / "index.json").write_text(json.dumps(index))
+    make_table(first)
     assert found(first) == {("shard-000001.tar", "key1"): "the key is also in shard-000000.tar; rename one"}
+
+
+def test_a_key_is_repeated_within_a_shard_too(tmp_path):
+    write_dataset(tmp_path, [make_sample(i) for i in range(6)])
+    change_keys(tmp_path, "shard-000001", ["key3", "key1", "key3"])
+    text = "the key is also in {}; rename one"
+    assert found(tmp_path) == {
+        ("shard-000001.tar", "key1"): text.format("shard-000000.tar"),
+        ("shard-000001.tar", "key3"): text.format("shard-000001.tar"),
+    }
+
+
+def test_keys_that_share_a_hash_are_compared_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "hash", len, raising=False)
+    write_dataset(tmp_path, [make_sample(i) for i in range(6)])
+    assert found(tmp_path) == {}
+    change_keys(tmp_path, "shard-000001", ["key3", "key1", "key5"])
+    assert list(found(tmp_path)) == [("shard-000001.tar", "key1")]
+
+
+@pytest.mark.filterwarnings("ignore:index.bin of")
+def test_a_table_that_differs_from_an_index_file_is_named(tmp_path):
+    write_dataset(tmp_path, [make_sample(i) for i in range(6)])
+    path = tmp_path / "index.bin"
+    data = bytearray(path.read_bytes())
+    data[20] ^= 1
+    path.write_bytes(data)
+    text = f"index.bin differs from its index file; give the command: prismer data index {tmp_path}"
+    assert found(tmp_path) == {("shard-000000.tar", ""): text}
+
+
+def test_the_samples_of_a_lost_index_file_are_checked_by_the_table(tmp_path):
+    write_dataset(tmp_path, [make_sample(0), make_sample(1, meta={"captions": [""]})])
+    (tmp_path / "shard-000000.index.json").unlink()
+    problems = found(tmp_path)
+    assert list(problems) == [("shard-000000.tar", ""), ("shard-000000.tar", "key1")]
+    assert "shard-000000.index.json cannot be read" in problems["shard-000000.tar", ""]
 
 
 def test_files_that_belong_to_no_shard_are_listed(tmp_path):

@@ -10,9 +10,9 @@ import pytest
 
 from prismer.cli.main import main
 from prismer.dataloading.scenes.dataset import render_dataset
-from prismer.dataloading.sources import importer
 from prismer.dataloading.sources.importer import import_records
 from prismer.dataloading.store import writer as shard_writer
+from prismer.storage import output
 from tests.data.import_sources import make_folder, run
 
 
@@ -41,9 +41,10 @@ def test_an_import_keeps_whole_shards_and_resumes(tmp_path, monkeypatch, when):
             patch.setattr(shard_writer.OpenShard, "_put", put)
         elif when == "index":
             patch.setattr(shard_writer, "write_together", full)
+        elif when == "sidecar":
+            patch.setattr(shard_writer, "write_atomically", full)
         else:
-            place = shard_writer if when == "sidecar" else importer
-            patch.setattr(place, "write_atomically", full)
+            patch.setattr(output, "write_together", full)
         with pytest.raises(OSError) as caught:
             import_records(records, tmp_path / "out", **settings)
     assert caught.value.errno == errno.ENOSPC
