@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from prismer.dataloading.experts.claims import CLAIMS_FILE, ShardClaims
+from prismer.dataloading.experts.job import label_records
 from prismer.dataloading.experts.job_costs import total_costs
+from prismer.dataloading.experts.labeller import Labeller
+from prismer.dataloading.sources.image_folders import folder_records
 from prismer.dataloading.store.check import check_dataset
 from tests.experts.jobs import CONTEXT, Slow, read_files, run_gated, run_job, write_photos
 from tests.experts.stand_ins import Halves
@@ -170,6 +173,38 @@ def test_a_claim_holds_for_one_shard_and_ends_with_its_process(tmp_path, end):
             release.set()
         process.join()
         assert claims.is_free(3)
+
+
+def test_a_process_comes_back_to_its_own_shard_if_who_claimed_it_dies(photos, tmp_path):
+    held, release = CONTEXT.Event(), CONTEXT.Event()
+    (tmp_path / "out").mkdir()
+    holder = CONTEXT.Process(target=hold, args=(tmp_path / "out", held, release))
+    holder.start()
+    assert held.wait(60)
+    batches = []
+
+    class Killer(Slow):
+        def predict(self, images, earlier):
+            # in the last of the shards 1, 5, 7 and 9
+            batches.append(len(images))
+            if len(batches) == 4:
+                holder.kill()
+                holder.join()
+            return super().predict(images, earlier)
+
+    report = label(photos, tmp_path / "out", (Killer, Halves), per_shard=4, rank=1, world=2, peers=())
+    assert (report.taken_over, report.shards_missing, len(batches)) == (0, 6, 5)
+    assert (tmp_path / "out/shard-000003.tar").exists()
+
+
+def test_costs_are_those_of_the_job_alone(photos, tmp_path):
+    labeller = Labeller([Slow(), Halves()], label_size=32, batch_size=4)
+    # what another job has taken
+    labeller.seconds.update({"brightness": 1000.0, "decoding": 1000.0})
+    labeller.images = 1000
+    label_records(folder_records(photos), tmp_path / "out", labeller, source="photos", progress=False)
+    (costs,) = total_costs(tmp_path / "out")
+    assert costs["images"] == COUNT and 0 < max(costs["seconds"].values()) < 1000
 
 
 def test_torchrun_restarts_a_job_whose_process_died(restarted, tmp_path):
