@@ -3,8 +3,8 @@
     pytest benchmarks/test_jobs.py --benchmark-only --full --dtype fp32 --results benchmarks/results/jobs/MACHINE-fp32
     python benchmarks/performance_page.py
 
-Each folder in benchmarks/results/jobs holds the results of one machine and dtype, and gives one part of the page; the plot
-shows the first. Everything between the two markers in the page is generated: do not edit it by hand.
+Each folder in benchmarks/results/jobs holds the results of one machine and dtype, and gives one part of the page; the
+plot shows the first. Everything between the two markers in the page is generated: do not edit it by hand.
 """
 
 import csv

@@ -57,8 +57,8 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     """One shard, and 10,000 of the same size."""
     folder = tmp_path_factory.mktemp("rate")
     tars = repeat_corpus(folder, 3)
-    one = copy_shards(tars, 1, folder / "one", sidecars=True)
-    return one, copy_shards(tars, SHARDS, folder / "many", sidecars=True)
+    one = copy_shards(tars, 1, folder / "one", sidecars=False)
+    return one, copy_shards(tars, SHARDS, folder / "many", sidecars=False)
 
 
 @pytest.fixture(scope="module", autouse=True)

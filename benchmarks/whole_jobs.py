@@ -41,8 +41,8 @@ BASELINE = "baseline"
 COMPILED = "compile"
 # torch.compile's default; the tests of this file take a faster one
 COMPILER = "inductor"
-# what a user would compute in: fp32 on a CPU, bf16 on a GPU; --dtype sets another. Except in fp32 the baseline runs under
-# autocast
+# what a user would compute in: fp32 on a CPU, bf16 on a GPU; --dtype sets another. The baseline runs in fp32, or else
+# under autocast
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 # errors that the results of a whole job may have, relative to the norm of the baseline's: of losses, tokens and scores,
 # and of all gradients together

@@ -1,21 +1,20 @@
-"""Shards -> batches: the order of samples, their texts and tables, and the thread that works ahead of the model.
+"""Shards -> batches: the samples in their order, their texts and tables, and the thread that works ahead of the model.
 
-The order depends on (seed, epoch) alone. A global batch is a slice of the order, and each rank takes its part of the
-slice. Every random number is keyed by (seed, epoch, sample). One process of batch 16 and two of batch 8 therefore see
-the same global batches, and a run resumes at any (epoch, step) without a saved state.
+The order of an epoch (order.py) does not depend on the number of processes. A global batch is a slice of the order, and
+each rank takes its part of the slice. Every random number is keyed by (seed, epoch, sample). One process of batch 16
+and two of batch 8 therefore see the same global batches, and a run resumes at any (epoch, step) without a saved state.
 """
 
 import queue
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,14 +23,18 @@ from prismer.config import PrismerConfig
 from prismer.dataloading.feed.augment import AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
 from prismer.dataloading.feed.dali import UndecodableImages
 from prismer.dataloading.feed.image_pipeline import ImagePipeline
+from prismer.dataloading.feed.order import EpochOrder, InOrder, Order, RandomOrder
+from prismer.dataloading.feed.samples import Samples
 from prismer.dataloading.semantics.features import FeatureTables, Meanings, Semantics
 from prismer.dataloading.store.sample_json import check_meta
-from prismer.dataloading.store.shards import CorruptSample, Sample, ShardDataset
+from prismer.dataloading.store.shards import CorruptSample, Sample
 from prismer.errors import InputError, MachineError
 from prismer.texts import ChooseTexts, Text, collate
 
 # in a shuffled order, this many bad samples in a row are a mistake in the set-up
 _MAX_SKIPS_IN_A_ROW = 1000
+# of a dataset in a bucket, the shards of this batch and of the next ones are fetched together, at most so many
+_SHARDS_AHEAD = 128
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,8 @@ class _Item:
 class Loader:
     """Batches of a dataset for one rank.
 
-    In training every epoch has a new order, the incomplete last global batch is left out, and the next readable sample
-    of the order replaces an unreadable one. In evaluation the order is that of the dataset, every sample comes exactly
-    once, unreadable ones are left out, and the last batch may be short.
+    In training the incomplete last global batch of an epoch is left out, and the next readable sample of the order
+    replaces an unreadable one. In evaluation unreadable samples are left out, and the last batch may be short.
 
     Args:
         dataset: the samples, and the class tables of their seg and obj_detection maps.
@@ -82,7 +84,7 @@ class Loader:
         split: texts of an image before those of another length (captions before questions), see TextBatch.
         semantics: features of class names and words.
         augment: how training images are augmented; None only resizes them.
-        seed: of the order and of all draws.
+        seed: of all draws, and of the order that None stands for.
         rank, world: this process and the number of processes.
         training: see above.
         threads: CPU threads that decode, and as many that read.
@@ -90,6 +92,8 @@ class Loader:
         device: processes images and maps, and holds the batches.
         drop_labels: probability that a training sample loses all its maps, so that the model also learns to work
             without experts.
+        order: of the samples; None for a new permutation in every epoch of training, and for the order of the dataset
+            in evaluation.
 
     Attributes:
         steps_per_epoch: batches of this rank in an epoch.
@@ -97,13 +101,13 @@ class Loader:
         reasons: position of each of them in the dataset -> why.
 
     Raises:
-        ValueError: if an argument is out of range, the dataset is smaller than a global batch of training, or a class
+        ValueError: if an argument is out of range, an epoch of training is smaller than a global batch, or a class
             name has no features.
     """
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        dataset: Samples,
         *,
         config: PrismerConfig,
         batch_size: int,
@@ -120,6 +124,7 @@ class Loader:
         prefetch: int = 2,
         device: str | torch.device = "cpu",
         drop_labels: float = 0.0,
+        order: Order | None = None,
     ):
         for name, value in dict(
             batch_size=batch_size, group_size=group_size, threads=threads, prefetch=prefetch
@@ -132,14 +137,16 @@ class Loader:
             raise InputError(f"drop_labels is {drop_labels}; it is a probability, give 0 to 1")
         if not training and (augment is not None or drop_labels):
             raise InputError("evaluation neither augments nor drops labels; leave augment and drop_labels out")
-        if training and len(dataset) < batch_size * world:
+        if order is None:
+            order = RandomOrder(dataset.starts, seed) if training else InOrder(dataset.starts)
+        if training and len(order) < batch_size * world:
             raise InputError(
-                f"the dataset has {len(dataset)} samples, one global batch {batch_size * world}; "
+                f"an epoch has {len(order)} samples, one global batch {batch_size * world}; "
                 f"lower the batch size or give more samples"
             )
         self.dataset, self.config, self.batch_size = dataset, config, batch_size
         self.texts, self.group_size, self.augment = texts, group_size, augment
-        self.split = split
+        self.split, self.order = split, order
         self.seed, self.rank, self.world, self.training = seed, rank, world, training
         self.threads, self.prefetch, self.drop_labels = threads, prefetch, drop_labels
         self.device = torch.device(device)
@@ -187,33 +194,31 @@ class Loader:
                     yield batch
 
     def _count_steps(self) -> int:
-        count, global_batch = len(self.dataset), self.batch_size * self.world
+        count, global_batch = len(self.order), self.batch_size * self.world
         if self.training:
             return count // global_batch
         # the last global batch may have no sample for this rank
         whole, rest = divmod(count, global_batch)
         return whole + (rest > self.rank * self.batch_size)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        count = len(self.dataset)
-        if not self.training:
-            return np.arange(count)
-        # raw draws are the same in every numpy, which Generator.permutation does not promise
-        draws = keyed_rng(Draw.ORDER, self.seed, epoch).bit_generator.random_raw(count)
-        return np.argsort(draws, kind="stable")
-
     def _batches(self, epoch: int, ranges: Iterable[range]) -> Iterator[tuple[range, Batch | None]]:
-        find = partial(self._readable_item, epoch, self._order(epoch))
+        order = self.order.epoch(epoch)
+        find = partial(self._readable_item, order)
         with ThreadPoolExecutor(self.threads) as pool:
-            reading = ((positions, [pool.submit(find, p) for p in positions]) for positions in ranges)
+
+            def read(positions: range) -> tuple[range, list[Future[_Item | None]]]:
+                if self.dataset.is_remote:
+                    self.dataset.prefetch(order.shards_ahead(positions, _SHARDS_AHEAD))
+                return positions, [pool.submit(find, position) for position in positions]
+
             # the samples of the next batch are read while DALI works on this one
-            for (positions, found), _ in pairwise(chain(reading, [None])):
+            for (positions, found), _ in pairwise(chain(map(read, ranges), [None])):
                 yield positions, self._batch([future.result() for future in found], positions, find)
 
     def _positions(self, step: int) -> range:
         """Positions of this rank's batch in the epoch's order."""
         begin = (step * self.world + self.rank) * self.batch_size
-        return range(begin, min(begin + self.batch_size, len(self.dataset)))
+        return range(begin, min(begin + self.batch_size, len(self.order)))
 
     def _batch(self, found: list[_Item | None], positions: range, find: Callable[[int], _Item | None]) -> Batch | None:
         """The batch of the samples found at `positions`; None if an evaluation batch has no readable sample."""
@@ -235,15 +240,15 @@ class Loader:
             else:
                 return self._assemble(items, rgb, labels)
 
-    def _readable_item(self, epoch: int, order: np.ndarray, position: int) -> _Item | None:
+    def _readable_item(self, order: EpochOrder, position: int) -> _Item | None:
         """The sample at `position`; in training, else the next readable one of the order."""
         reason = "they were skipped before"
         for offset in range(min(len(order), _MAX_SKIPS_IN_A_ROW) if self.training else 1):
-            index = int(order[(position + offset) % len(order)])
+            index, visit = order[(position + offset) % len(order)]
             if index in self.reasons:
                 continue
             try:
-                return self._item(epoch, index)
+                return self._item(index, visit)
             except ValueError as error:
                 reason = str(error)
                 self._skip(index, error)
@@ -251,20 +256,20 @@ class Loader:
             return None
         raise MachineError(f"no readable sample among {offset + 1} in a row; the last: {reason}")
 
-    def _item(self, epoch: int, index: int) -> _Item:
+    def _item(self, index: int, visit: int) -> _Item:
         sample = self.dataset[index]
         check_meta(sample.meta, self.dataset.classes)
         meanings = self._tables.look_up(sample.labels, sample.meta)
         texts = []
         if self.texts is not None:
-            texts = self.texts(sample.meta, keyed_rng(Draw.TEXTS, self.seed, epoch, index))
+            texts = self.texts(sample.meta, keyed_rng(Draw.TEXTS, self.seed, visit, index))
         params = None
         if self.augment is not None:
-            rng = keyed_rng(Draw.AUGMENT, self.seed, epoch, index)
+            rng = keyed_rng(Draw.AUGMENT, self.seed, visit, index)
             height, width = sample.meta.get("size", (1, 1))
             params = draw_params(self.augment, rng, width / height)
         if self.drop_labels:
-            rng = keyed_rng(Draw.LABELS, self.seed, epoch, index)
+            rng = keyed_rng(Draw.LABELS, self.seed, visit, index)
             if rng.random() < self.drop_labels:
                 sample.labels, meanings = {}, Meanings()
         return _Item(index, sample, params, meanings, texts)

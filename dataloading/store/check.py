@@ -166,21 +166,23 @@ def _repeated_keys(dataset: ShardDataset) -> dict[int, list[tuple[str, str]]]:
     candidates = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     found: dict[int, list[tuple[str, str]]] = {}
     if candidates:
-        tars: dict[str, str] = {}
+        tars: dict[bytes, str] = {}
         for number, shard in enumerate(dataset.shards):
             for key in _keys_of(dataset, number):
                 # two keys may share a hash
                 if hash(key) not in candidates:
                     continue
                 if key in tars:
-                    found.setdefault(number, []).append((key, tars[key]))
+                    found.setdefault(number, []).append((key.decode("ascii", "replace"), tars[key]))
                 tars.setdefault(key, shard)
     return found
 
 
-def _keys_of(dataset: ShardDataset, number: int) -> list[str]:
+def _keys_of(dataset: ShardDataset, number: int) -> list[bytes]:
+    if dataset.table.has_block(number):
+        return dataset.table.keys(number)
     try:
-        return [dataset.key(i) for i in range(dataset.starts[number], dataset.starts[number + 1])]
+        return [key.encode() for key in read_sidecar(dataset.files, dataset.entries[number]).keys]
     except CorruptSample:
         # the shard's fault is listed with its other ones
         return []

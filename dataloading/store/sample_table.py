@@ -101,16 +101,23 @@ class SampleTable:
 
     def find(self, shard: int, key: str) -> int | None:
         """The row of a key among the samples of a shard that has a block; None if it is not there."""
-        begin, end = self._places[shard], self._places[shard + 1]
-        self._count_read()
-        keys = self._data[begin + len(_PREFIX) + self._counts[shard] * _RECORD_SIZE : end]
+        keys = self._keys(shard)
         position = keys.find(b"\n%b\n" % key.encode())
         return None if position < 0 else keys.count(b"\n", 0, position)
+
+    def keys(self, shard: int) -> list[bytes]:
+        """The keys of a shard that has a block, as they are stored: a damaged one is given as it is."""
+        return self._keys(shard).split(b"\n")[1 : self._counts[shard] + 1]
 
     def block(self, shard: int) -> bytes:
         """The bytes of a shard's block; b"" if it is absent."""
         self._count_read()
         return self._data[self._places[shard] : self._places[shard + 1]]
+
+    def _keys(self, shard: int) -> bytes:
+        self._count_read()
+        begin = self._places[shard] + len(_PREFIX) + self._counts[shard] * _RECORD_SIZE
+        return self._data[begin : self._places[shard + 1]]
 
     def _count_read(self) -> None:
         self._reads += 1

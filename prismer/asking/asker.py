@@ -95,22 +95,22 @@ class Asker:
         """The number of each missing part, with its items and their rows."""
         rows: dict[int, tuple[Item, dict]] = {}
         threads = min(8, os.cpu_count() or 1)
-        with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(1) as preparing:
-
-            # on a GPU, decoding happens while the model works; on a CPU it would take the model's cores, which costs more
-            # time than it takes by itself: threads of the model that wait for a preempted one keep spinning
+        pools = ThreadPoolExecutor(1), ThreadPoolExecutor(threads), ThreadPoolExecutor(threads)
+        with pools[0] as preparing, pools[1] as readers, pools[2] as decoders:
+            # Beside a model on a CPU, decoding would take the model's cores. That costs more than its own time: threads
+            # of the model that wait for a preempted one keep spinning.
             decode_ahead = self.model.device.type != "cpu"
 
             def prepare(chunk: _Chunk) -> None:
                 self._read(chunk, readers)
                 if decode_ahead:
-                    self._decode(chunk, readers)
+                    self._decode(chunk, decoders)
 
             chunks = self._chunks(items, part_size, missing)
             for chunk, future in submit_ahead(preparing, prepare, chunks, _BATCHES_AHEAD):
                 future.result()
                 if not decode_ahead:
-                    self._decode(chunk, readers)
+                    self._decode(chunk, decoders)
                 before, answers = len(rows), self._ask(chunk)
                 # `_ask` may have dropped images
                 for image, results in zip(chunk.images, answers, strict=True):
@@ -151,12 +151,12 @@ class Asker:
         reasons = dict(enumerate(readers.map(read, chunk.images)))
         chunk.drop({place: reason for place, reason in reasons.items() if reason})
 
-    def _decode(self, chunk: _Chunk, readers: ThreadPoolExecutor) -> None:
+    def _decode(self, chunk: _Chunk, decoders: ThreadPoolExecutor) -> None:
         """Decode the images of a chunk that were read."""
         if not chunk.images:
             return
         faults = {}
-        for place, pixels in enumerate(self.decoder([image.data for image in chunk.images], readers)):
+        for place, pixels in enumerate(self.decoder([image.data for image in chunk.images], decoders)):
             if isinstance(pixels, Tensor):
                 chunk.images[place].pixels = pixels
             else:

@@ -5,8 +5,8 @@
     report = ask_all(model, image_items(["shards"]), "classes.jsonl", "classify", choices=["cat", "dog"])
 
 The job lies in `captions.jsonl.job/` beside the result; `job.json` there records the model, the settings and the
-versions. Batches never cross the parts of the job, so that a part depends on its items alone. While the model works on one
-batch, the next ones are read, and on a GPU decoded. Memory does not grow with the number of items.
+versions. Batches never cross the parts of the job, so that a part depends on its items alone. While the model works on
+one batch, the next ones are read, and on a GPU decoded. Memory does not grow with the number of items.
 """
 
 import hashlib

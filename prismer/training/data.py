@@ -141,6 +141,6 @@ def check_readable(val: Loader, group: dist.ProcessGroup) -> None:
     if not any(gather_json(readable, group)):
         why = val.skipped[0].reason if val.skipped else "it is empty"
         raise InputError(
-            f"none of the {len(val.dataset)} samples of {val.dataset.folder} can be read ({why}); write the split "
+            f"none of the {len(val.dataset)} samples of {val.dataset.place} can be read ({why}); write the split "
             f"again, or move it away to train without validation"
         )

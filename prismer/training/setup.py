@@ -158,7 +158,7 @@ def _count_steps(config: TrainConfig, loader: Loader) -> tuple[int, int]:
     """Optimizer steps of an epoch, and of the run."""
     steps_per_epoch = loader.steps_per_epoch // config.accumulation
     if not steps_per_epoch:
-        raise InputError(f"{loader.dataset.folder} has fewer images than batch_size {config.batch_size}; lower it")
+        raise InputError(f"{loader.dataset.place} has fewer images than batch_size {config.batch_size}; lower it")
     total_steps = config.steps or config.epochs * steps_per_epoch
     if total_steps > MAX_STEPS:
         raise InputError(

@@ -15,6 +15,7 @@ from prismer.batch import IGNORE_INDEX, Batch
 from prismer.config import prismer_tiny
 from prismer.dataloading.feed.augment import AugmentConfig
 from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.feed.order import BlockOrder, Order, Visit
 from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import Sample, ShardDataset, ShardWriter
 
@@ -384,7 +385,7 @@ def test_a_group_too_small_is_named(dataset):
     "changes, message",
     [
         (dict(batch_size=0), "batch_size is 0"),
-        (dict(batch_size=19, world=2), "37 samples, one global batch 38"),
+        (dict(batch_size=19, world=2), "an epoch has 37 samples, one global batch 38"),
         (dict(rank=2, world=2), "rank is 2 of 2"),
         (dict(drop_labels=2.0), "drop_labels is 2.0"),
         (dict(training=False), "neither augments"),
@@ -400,3 +401,104 @@ def test_a_model_without_experts_gets_no_labels(dataset):
     (batch, *_) = make_loader(dataset, config=CONFIG.replace(experts=())).epoch(0)
     assert batch.images.labels == {} and batch.images.rows == {}
     assert batch.images.features.shape == (1, 64)
+
+
+def blocks(dataset: ShardDataset) -> Order:
+    return BlockOrder(dataset.starts, 7, global_batch=12, shards=3, lanes=3)
+
+
+def global_batches(dataset: ShardDataset, world: int, micro_batches: int = 1, start: int = 0):
+    """The samples of each global batch of 12 from step `start` on, as `world` processes read them."""
+    size = 12 // world // micro_batches
+    options = dict(batch_size=size, world=world, threads=1, order=blocks(dataset), drop_labels=0.3)
+    ranks = [make_loader(dataset, rank=rank, **options).epoch(2, start * micro_batches) for rank in range(world)]
+    parts = [s for batches in zip(*ranks, strict=True) for batch in batches for s in samples_of(batch)]
+    return [parts[begin : begin + 12] for begin in range(0, len(parts), 12)]
+
+
+def test_the_loader_reads_in_the_order_that_it_is_given(dataset):
+    order = blocks(dataset).epoch(2)
+    keys = [sample["key"] for batch in global_batches(dataset, 1) for sample in batch]
+    assert keys == [f"sample-{order[position].index:03d}" for position in range(36)]
+
+
+@pytest.mark.parametrize("world, micro_batches", [(2, 1), (3, 1), (1, 2), (2, 3)])
+def test_a_block_order_resumes_at_another_world_size(dataset, world, micro_batches):
+    whole = global_batches(dataset, 1)
+    resumed = global_batches(dataset, world, micro_batches, start=1)
+    assert len(whole) == 3 and len(resumed) == 2
+    for before, after in zip(whole[1:], resumed, strict=True):
+        assert_same(before, after)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.filterwarnings("ignore:skipping sample")
+def test_the_next_sample_of_a_block_order_replaces_a_broken_one(dataset, broken, world):
+    bad = {f"sample-{i:03d}" for i in broken_samples()}
+    order = blocks(dataset).epoch(2)
+    keys = [f"sample-{order[position].index:03d}" for position in range(COUNT)]
+    expected = [next(key for key in keys[position:] + keys if key not in bad) for position in range(36)]
+    assert [s["key"] for batch in global_batches(broken, world) for s in batch] == expected
+
+
+class Repeated:
+    """Samples 27 to 20 of a dataset, twice in each epoch, with other draws at each visit."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def epoch(self, epoch: int) -> "Repeated":
+        return self
+
+    def __getitem__(self, position: int) -> Visit:
+        return Visit(27 - position % 8, position // 8)
+
+
+def test_the_order_decides_the_length_of_an_epoch_and_the_draws(dataset):
+    loader = make_loader(dataset, order=Repeated())
+    assert loader.steps_per_epoch == 2
+    first, second = map(samples_of, loader.epoch(0))
+    assert [s["key"] for s in first] == [s["key"] for s in second] == [f"sample-{i:03d}" for i in range(27, 19, -1)]
+    assert not any(torch.equal(a["rgb"], b["rgb"]) for a, b in zip(first, second, strict=True))
+    assert not all(torch.equal(a["ids"], b["ids"]) for a, b in zip(first, second, strict=True))
+    assert_same(first, samples_of(next(loader.epoch(3))))
+    assert_same(second, samples_of(next(make_loader(dataset, order=Repeated()).epoch(5, start_step=1))))
+    evaluation = make_loader(dataset, order=Repeated(), training=False, augment=None, batch_size=5)
+    assert [len(batch.keys) for batch in evaluation.epoch(0)] == [5, 5, 5, 1]
+    with pytest.raises(ValueError, match="an epoch has 16 samples, one global batch 24"):
+        make_loader(dataset, world=3, order=Repeated())
+
+
+@pytest.mark.filterwarnings("ignore:skipping sample")
+def test_behind_the_end_of_an_order_comes_its_first_sample(broken):
+    """Samples 21 and 20, the last two of the order, are broken."""
+    first, second = map(samples_of, make_loader(broken, order=Repeated()).epoch(0))
+    assert_same(first[6:], [second[0]] * 2)
+    assert_same(second[6:], [first[0]] * 2)
+
+
+class Bucket(ShardDataset):
+    """A dataset that notes what it is asked to fetch, and refuses samples of other shards."""
+
+    def __init__(self, place):
+        super().__init__(place)
+        self.is_remote, self.asked = True, []
+
+    def prefetch(self, shards):
+        self.asked.append(list(shards))
+
+    def __getitem__(self, i):
+        assert any(self.shard_of(i) in shards for shards in self.asked), "the shard was not asked for"
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize("order", [None, blocks])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loader_asks_a_remote_dataset_for_shards_before_it_reads_them(dataset, training, order):
+    bucket = Bucket(dataset.folder)
+    augment = AugmentConfig() if training else None
+    order = order and order(bucket)
+    loader = make_loader(bucket, batch_size=4, training=training, augment=augment, order=order)
+    assert sum(len(batch.keys) for batch in loader.epoch(0)) == (36 if training else COUNT)
+    assert len(bucket.asked) == loader.steps_per_epoch
+    assert {shard for shards in bucket.asked for shard in shards} == {0, 1, 2, 3}
