@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from prismer.files import sentence
 from prismer.shipped import cache_folder
 from prismer.storage.cache import DEFAULT_LIMIT, FileCache, parse_bytes
-from prismer.storage.objects import describe_object, download_object, read_object
-from prismer.storage.places import cache_limit, inside
+from prismer.storage.objects import StorageError, describe_object, download_object, read_object
+from prismer.storage.places import inside
 
 # a download of a shard is early if less than this part of its samples was read since the last one; with many processes
 # on a machine, each reads only a part
@@ -37,7 +38,8 @@ class RemoteFiles:
 
     def __init__(self, place: str):
         self.place = place
-        self._cache = FileCache(cache_folder("storage") / "shards", parse_bytes(cache_limit() or DEFAULT_LIMIT))
+        limit = parse_bytes(os.environ.get("PRISMER_CACHE_LIMIT") or DEFAULT_LIMIT)
+        self._cache = FileCache(cache_folder("storage") / "shards", limit)
         # name of a shard -> why its content is wrong: it is not downloaded again for each of its samples
         self._wrong: dict[str, OSError] = {}
         # name of a shard -> reads since its last download, and the downloads that came after too few of them
@@ -78,8 +80,10 @@ class RemoteFiles:
         try:
             return self._cache.open(entry["sha256"], entry["size"], self._filler(entry))
         except OSError as error:
-            if error.errno in (errno.EBADMSG, errno.ENOENT):
-                self._wrong[entry["name"]] = error
+            if error.errno not in (errno.EBADMSG, errno.ENOENT):
+                # a full disk damages no shard: no sample may be skipped
+                raise StorageError(sentence(error)) from None
+            self._wrong[entry["name"]] = error
             raise
 
     def prefetch(self, entries: Sequence[dict]) -> None:

@@ -75,7 +75,8 @@ class ShardDataset:
         self._table_of_shard = lru_cache(8)(lambda shard: table_of_shard(self.files, self.entries[shard]))
         # bounded: ten million samples are ten thousand shards, more than a process may open. A remote shard is open
         # while it is read only: its cache cannot make room by removing a file that is open
-        self._file = self._open_shard if self.is_remote else lru_cache(64)(self._open_shard)
+        self._keeps_open = not self.is_remote
+        self._file = lru_cache(64)(self._open_shard) if self._keeps_open else self._open_shard
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -173,7 +174,7 @@ class ShardDataset:
         except OSError as error:
             raise CorruptSample(name, key, f"reading fails ({error.strerror}); check the disk") from None
         finally:
-            if self.is_remote:
+            if not self._keeps_open:
                 file.close()
         if len(data) != end - begin:
             missing = end - begin - len(data)

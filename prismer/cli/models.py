@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prismer.cli.options import add_semantics_option, table_folder
 from prismer.errors import InputError
+from prismer.storage.places import as_place
 
 
 def add_model_commands(commands: argparse._SubParsersAction) -> None:
@@ -26,7 +27,9 @@ def add_model_commands(commands: argparse._SubParsersAction) -> None:
         "source", metavar="RUN", help="run folder, one of its checkpoints, or anything that --model takes"
     )
     where = export.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=Path, metavar="FOLDER", help="write a model folder")
+    where.add_argument(
+        "--out", type=as_place, metavar="FOLDER", help="write a model folder; also a URL such as s3://bucket/model"
+    )
     where.add_argument(
         "--official", type=Path, metavar="FILE", help="write a checkpoint in the format of the official release"
     )
@@ -89,13 +92,9 @@ def _export(args: argparse.Namespace) -> None:
         save_published(Prismer.from_pretrained(found), args.official)
         print(f"{found} -> {args.official}")
         return
-    # the export replaces the whole folder, so it must never be one that holds something else
-    empty = args.out.is_dir() and not any(args.out.iterdir())
-    if args.out.exists() and not empty and not (args.out / "model.safetensors").is_file():
-        raise InputError(f"{args.out} exists and is not a model folder; choose another --out")
     source = Path(args.source)
-    if source.is_dir() and args.out.resolve() == source.resolve():
-        raise InputError(f"--out {args.out} is the folder to export; choose another")
+    if isinstance(args.out, Path):
+        _check_out(args.out, source)
     from prismer.training.export import export_checkpoint, find_checkpoint
 
     if find_checkpoint(args.source) is None and (not source.is_dir() or _holds_weights(source)):
@@ -105,11 +104,20 @@ def _export(args: argparse.Namespace) -> None:
         print(f"{export_checkpoint(source, args.out, table_folder(args.semantics))} -> {args.out}")
 
 
-def _copy_model(source: str, out: Path, semantics: Path | None) -> None:
+def _check_out(out: Path, source: Path) -> None:
+    # the export replaces the whole folder, so it must never be one that holds something else
+    empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not empty and not (out / "model.safetensors").is_file():
+        raise InputError(f"{out} exists and is not a model folder; choose another --out")
+    if source.is_dir() and out.resolve() == source.resolve():
+        raise InputError(f"--out {out} is the folder to export; choose another")
+
+
+def _copy_model(source: str, out: str | Path, semantics: Path | None) -> None:
     """Write a model folder from anything that --model takes, with its own card if it has one."""
-    from prismer.files import write_atomically
     from prismer.model import Prismer
     from prismer.reading import read_bytes
+    from prismer.storage.output import write_file
     from prismer.weights.catalogue import PUBLISHED_MODELS
     from prismer.weights.folder import save_pretrained
     from prismer.weights.locate import MODEL_CARD
@@ -120,7 +128,7 @@ def _copy_model(source: str, out: Path, semantics: Path | None) -> None:
     card = ModelCard(licence=licence_of(source), training=[f"Converted from the {kind} {Path(source).name}."])
     save_pretrained(model, out, semantics=semantics, card=card)
     if model.folder is not None and (model.folder / MODEL_CARD).is_file():
-        write_atomically(out / MODEL_CARD, read_bytes(model.folder / MODEL_CARD))
+        write_file(out, MODEL_CARD, read_bytes(model.folder / MODEL_CARD))
 
 
 def _holds_weights(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
@@ -215,8 +216,9 @@ class _Outages:
                 return
             self._away.add(host)
         text = f"{host} does not answer ({reason}); trying again for {self.patience(url):.0f} seconds\n"
-        # one write, so that the lines of several processes do not mix
-        sys.stderr.write(text)
+        # one write, so that the lines of several processes do not mix; a closed terminal stops nothing
+        with suppress(OSError, ValueError):
+            sys.stderr.write(text)
 
     def end(self, url: str) -> None:
         """The server has answered."""

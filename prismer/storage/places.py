@@ -1,7 +1,6 @@
 """Names of places: local folders are `Path`s, URLs such as s3://bucket/folder are `str`s."""
 
 import hashlib
-import os
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -53,8 +52,3 @@ def kept_folder(kind: str, url: str) -> Path:
     digest = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", url.rstrip("/").rpartition("/")[2])[:80]
     return cache_folder("storage") / kind / f"{name}-{digest}"
-
-
-def cache_limit() -> str:
-    """The value of $PRISMER_CACHE_LIMIT; "" without one."""
-    return os.environ.get("PRISMER_CACHE_LIMIT", "")

@@ -33,7 +33,7 @@ def export_checkpoint(source: str | Path, out: str | Path, semantics: Path | Non
 
     Args:
         source: a run folder, whose best checkpoint is exported, or one of its checkpoint folders.
-        out: the folder to write; `Prismer.from_pretrained` loads it.
+        out: the folder to write, or a URL such as s3://bucket/model; `Prismer.from_pretrained` loads it.
         semantics: the folder of the table of features; None takes the one that the run read.
 
     Returns:

@@ -4,6 +4,7 @@ python -m pytest tests/storage/test_cache.py
 """
 
 import errno
+import fcntl
 import os
 import random
 import signal
@@ -82,6 +83,22 @@ def test_a_file_that_is_open_stays(cache):
     age(cache, "a", 100)
     read(cache, "e")
     assert "a" not in held(cache)
+
+
+def test_a_file_that_is_removed_before_it_is_locked_is_fetched_again(cache, monkeypatch):
+    read(cache, "a")
+    flock, removed = fcntl.flock, []
+
+    def late(file, operation):
+        if operation == fcntl.LOCK_SH and not removed:
+            removed.append("a")
+            os.unlink(cache.folder / "a")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with cache.open("a", SIZE, filler("a")) as file:
+        # a file without a name would count for nothing
+        assert removed and os.fstat(file.fileno()).st_nlink == 1 and file.read() == content("a")
 
 
 def test_files_in_use_that_leave_no_room_are_waited_for(cache, monkeypatch):

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from prismer.cli.main import main
 from prismer.config import prismer_tiny
 from prismer.model import Prismer
 from prismer.shipped import cache_folder, shipped_folder
 from prismer.storage.folders import Mirror
-from prismer.storage.objects import StorageError, list_objects, write_object
+from prismer.storage.objects import StorageError, list_objects, read_object, write_object
 from prismer.training.config import TrainConfig
 from prismer.training.run_folder import RunFolder
 from prismer.weights.locate import find_folder, locate
@@ -84,6 +85,15 @@ def test_a_place_without_a_model_is_named(bucket):
     with pytest.raises(ValueError, match=f"no model at {bucket}/none; it holds no config.json, model.safetensors"):
         locate(f"{bucket}/none")
     assert find_folder(f"{bucket}/elsewhere") is None
+
+
+def test_a_model_is_exported_into_a_bucket(bucket, capsys):
+    assert main(["export", "tiny", "--out", f"{bucket}/models/copy/"]) == 0
+    assert f"tiny -> {bucket}/models/copy\n" in capsys.readouterr().out
+    assert main(["export", f"{bucket}/models/copy", "--out", f"{bucket}/models/again"]) == 0
+    weights = [read_object(f"{bucket}/models/{name}/model.safetensors") for name in ("copy", "again")]
+    assert weights[0] == weights[1]
+    assert "README.md" in list_objects(f"{bucket}/models/again")
 
 
 def test_a_file_url_is_a_folder(tmp_path):

@@ -3,6 +3,7 @@
 python -m pytest tests/storage/test_remote_datasets.py
 """
 
+import errno
 import pickle
 import threading
 import time
@@ -180,6 +181,17 @@ def test_a_wrong_shard_is_named_and_not_fetched_for_each_sample(url, damage):
     assert len(shard_requests()) <= 2
     assert_same(dataset[8], make_sample(8))
     assert not [name for name in kept() if not name.endswith(".partial") and len(name) != 64]
+
+
+def test_a_full_disk_ends_the_run_and_skips_nothing(url, monkeypatch):
+    def full(url, file, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+        yield
+
+    dataset = ShardDataset(url)
+    monkeypatch.setattr(remote_files, "download_object", full)
+    with pytest.raises(StorageError, match=r"shards/\w+.\d+.partial cannot be written: No space left on device; free"):
+        dataset[0]
 
 
 def test_a_shard_that_was_written_anew_replaces_the_one_in_the_cache(url):
