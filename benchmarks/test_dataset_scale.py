@@ -28,6 +28,7 @@ from benchmarks.published_loader import LABEL_SIZE
 from prismer.config import prismer_base
 from prismer.dataloading.feed.augment import AugmentConfig
 from prismer.dataloading.feed.loader import Loader
+from prismer.dataloading.feed.order import choose_order
 from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import ShardDataset, ShardWriter
 from tests.data.noise_shards import write_dataset
@@ -79,7 +80,7 @@ def report(request):
         print()
         for result in RESULTS:
             spread = f" [{result['low']:.4g} {result['high']:.4g}]" if "low" in result else ""
-            print(f"{result['what']:<44}{result['setting']:<24}{result['value']:10.4g}{spread} {result['unit']}")
+            print(f"{result['what']:<48}{result['setting']:<24}{result['value']:10.4g}{spread} {result['unit']}")
         print(f"written: {path}")
 
 
@@ -92,47 +93,59 @@ def note(what: str, setting: str, values: list[float], unit: str) -> None:
 @pytest.mark.parametrize("image_size", [224, 480])
 def test_loader_rate(benchmark, folders, image_size):
     """Speeds depend on the machine and are reported."""
-    loaders = [
-        Loader(
-            ShardDataset(folder),
+    one, many = map(ShardDataset, folders)
+    orders = {
+        "one shard": (one, "random"),
+        f"{SHARDS} shards, random order": (many, "random"),
+        f"{SHARDS} shards, blocks": (many, "blocks"),
+    }
+    loaders = {
+        name: Loader(
+            dataset,
             config=prismer_base(image_size=image_size, label_size=LABEL_SIZE),
             batch_size=COUNT,
             semantics=Semantics.spelling(),
             augment=AugmentConfig(min_area=0.5),
             threads=1,
+            order=choose_order(dataset, seed=0, kind=kind, global_batch=COUNT),
         )
-        for folder in folders
-    ]
+        for name, (dataset, kind) in orders.items()
+    }
+    first, *others = loaders
     epochs = itertools.count()
-    rates: tuple[list[float], list[float]] = ([], [])
+    rates: dict[str, list[float]] = {name: [] for name in loaders}
 
-    def run(which: int) -> None:
-        with closing(loaders[which].epoch(next(epochs))) as batches:
-            for _ in itertools.islice(batches, FIRST):
-                pass
-            start = time.process_time()
-            count = sum(len(batch.images) for batch in itertools.islice(batches, LAST - FIRST))
-            rates[which].append(count / (time.process_time() - start))
+    def run(*names: str) -> None:
+        for name in names:
+            with closing(loaders[name].epoch(next(epochs))) as batches:
+                for _ in itertools.islice(batches, FIRST):
+                    pass
+                start = time.process_time()
+                count = sum(len(batch.images) for batch in itertools.islice(batches, LAST - FIRST))
+                rates[name].append(count / (time.process_time() - start))
 
-    benchmark.pedantic(run, args=(1,), setup=partial(run, 0), rounds=ROUNDS, warmup_rounds=1)
-    # the first round built the pipelines
-    one, many = (values[1:] for values in rates)
-    ratios = [b / a for a, b in zip(one, many, strict=True)]
-    note("loader, one shard", f"{image_size} px", one, "samples/s of a core")
-    note(f"loader, {SHARDS} shards", f"{image_size} px", many, "samples/s of a core")
-    note(f"{SHARDS} shards / one shard", f"{image_size} px", ratios, "x")
-    benchmark.extra_info["10,000 shards / one shard"] = round(statistics.median(ratios), 3)
+    benchmark.pedantic(run, args=others, setup=partial(run, first), rounds=ROUNDS, warmup_rounds=1)
+    for name, values in rates.items():
+        # the first round built the pipelines
+        note(f"loader, {name}", f"{image_size} px", values[1:], "samples/s of a core")
+        if name != first:
+            ratios = [a / b for a, b in zip(values[1:], rates[first][1:], strict=True)]
+            note(f"{name} / {first}", f"{image_size} px", ratios, "x")
+            benchmark.extra_info[f"{name} / {first}"] = round(statistics.median(ratios), 3)
 
 
-OPEN = """
-import json, os, random, resource, sys, time
-
-from prismer.dataloading.store.check import _repeated_keys
-from prismer.dataloading.store.shards import ShardDataset
-
+# memory of this process alone; what getrusage gives counts that of its parent
+MEGABYTES = """
 def megabytes(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) / 1024
+
+"""
+OPEN = """
+import json, os, random, sys, time
+
+from prismer.dataloading.store.check import _repeated_keys
+from prismer.dataloading.store.shards import ShardDataset
 
 before, found = megabytes("VmRSS"), {}
 start = time.perf_counter()
@@ -156,25 +169,27 @@ found["the last of all keys found, s"] = time.perf_counter() - start
 start = time.perf_counter()
 assert _repeated_keys(dataset) == {}
 found["all keys compared, s"] = time.perf_counter() - start
-found["largest memory of that, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+found["largest memory of that, MB"] = megabytes("VmHWM") - before
 print(json.dumps(found))
 """
 
 CHECK = """
-import json, resource, sys
+import json, sys
 
 from prismer.dataloading.store.check import check_dataset
 
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = megabytes("VmRSS")
 report = check_dataset(sys.argv[1], progress=False, workers=2)
 assert report.ok, report.lines()
-print(json.dumps({"largest memory, MB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+print(json.dumps({"largest memory, MB": megabytes("VmHWM") - before}))
 """
 
 
 def measured(script: str, folder: Path) -> dict[str, float]:
     """The numbers that a script prints, run in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEGABYTES + script, folder], capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 

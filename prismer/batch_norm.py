@@ -4,6 +4,7 @@ The layers that other models share with Prismer are in prismer/kernels/modules.p
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -208,7 +209,24 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+# whether this rank does by itself what no other rank does, see `without_other_ranks`
+_is_alone = False
+
+
+@contextmanager
+def without_other_ranks() -> Iterator[None]:
+    """In the block the statistics are those of this rank: what one rank does by itself must not wait for the others."""
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
+
+
 def _world_size() -> int:
+    if _is_alone:
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from prismer.batch_norm import without_other_ranks
 from prismer.config import PrismerConfig
 from prismer.errors import InputError
 from prismer.experts import EXPERTS, FEATURE_WIDTH
@@ -71,7 +72,9 @@ def step_seconds(config: PrismerConfig, seconds: float = 0.05) -> dict[torch.dty
     total = dict.fromkeys(NAMES, 0.0)
     for module, times, inputs in kinds:
         steps = {dtype: partial(_train_layer, *_in_dtype(module, inputs, dtype)) for dtype in NAMES}
-        spent = _fastest(steps, seconds)
+        # in training rank 0 measures while the others wait
+        with without_other_ranks():
+            spent = _fastest(steps, seconds)
         for dtype in NAMES:
             total[dtype] += times * spent[dtype] / images
         if max(spent.values()) > _CLEARLY * min(spent.values()):

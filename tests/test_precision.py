@@ -157,6 +157,20 @@ def test_from_pretrained_warns_of_a_chosen_dtype(monkeypatch, tmp_path):
         assert Prismer.from_pretrained(tmp_path / "wide", dtype=BF16).decoder.head_weight.dtype == BF16
 
 
+def test_rank_zero_measures_a_step_without_the_other_ranks(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("rank 0 waits for ranks that wait for it")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 0)
+    monkeypatch.setattr(torch.distributed, "all_reduce", refuse)
+    # every kind of layer is measured, however slow bf16 is here
+    monkeypatch.setattr(precision, "_CLEARLY", float("inf"))
+    spent = precision.step_seconds(WIDE, 0.0)
+    assert min(spent.values()) > 0
+
+
 DENIED = """
 import sys, warnings
 import torch

@@ -1,23 +1,27 @@
 """The labelling job: records of any kind -> a dataset folder with expert maps, written by any number of processes.
 
-Shard k holds the records k n .. (k + 1) n - 1 of the source; process r of w writes the shards with k mod w = r. A shard
-is whole or absent, and its sidecar names the records that were skipped. A job that was killed therefore resumes at the
-first absent shard, even with another number of processes, and ends with the same bytes. The process that finds all
-shards present writes `index.json` and `report.json`.
+Shard k holds the records k n .. (k + 1) n - 1 of the source. Process r of w first writes the shards with k mod w = r,
+and then takes over those of slow or dead processes: the absent shards that no living process has claimed. A shard is
+whole or absent, and its sidecar names the records that were skipped. A job that was killed therefore resumes at the
+first absent shard, even with another number of processes, and ends with the same dataset, byte for byte. The process
+that finds all shards present writes `index.json` and `report.json`.
 """
 
 import hashlib
 import io
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from prismer.dataloading.experts.claims import ShardClaims
+from prismer.dataloading.experts.job_costs import PACK, READ, WRITE, JobCosts, total_costs
 from prismer.dataloading.experts.labeller import DecodedBatch, Labeller
 from prismer.dataloading.feed.dali import UndecodableImages
 from prismer.dataloading.feed.image_batch import ExpertLabels
@@ -25,14 +29,16 @@ from prismer.dataloading.feed.rgb import to_jpeg
 from prismer.dataloading.sources.importer import skipped_entry
 from prismer.dataloading.sources.one_pass import submit_ahead, wanted_parts
 from prismer.dataloading.sources.records import FilePart, ImageRecord, ImageRecords
+from prismer.dataloading.sources.stored_records import StoredImage
 from prismer.dataloading.store.index import Sample, check_classes, to_json
 from prismer.dataloading.store.label_maps import pack_labels, resize_nearest, unpack_labels
 from prismer.dataloading.store.sample_json import check_meta
-from prismer.dataloading.store.writer import OpenShard, finished_shard, write_index
+from prismer.dataloading.store.writer import OpenShard, finished_shard, finished_shards, write_index
 from prismer.errors import InputError, MachineError
 from prismer.experts import EXPERTS
-from prismer.files import write_atomically, write_together
-from prismer.reading import read_json
+from prismer.reading import parse_json
+from prismer.storage.output import list_files, read_file, stage, write_file
+from prismer.storage.places import as_place, inside
 
 JOB_FILE, REPORT_FILE = "job.json", "report.json"
 # field of a sample's JSON -> the expert whose ids it describes
@@ -50,6 +56,7 @@ class LabelReport:
         labelled: number of samples in the dataset.
         skipped: {"key", "image", "reason"} of each record that was left out.
         shards_missing: number of shards that other processes have yet to write.
+        taken_over: number of shards of other processes that this one has written.
         others: {"file", "reason"} of each file in the source that is not a record.
     """
 
@@ -57,6 +64,7 @@ class LabelReport:
     labelled: int = 0
     skipped: list[dict[str, str]] = field(default_factory=list)
     shards_missing: int = 0
+    taken_over: int = 0
     others: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -66,12 +74,14 @@ class _ReadRecord:
 
     Attributes:
         record: where it comes from.
+        meta: its texts and tables.
         jpeg: its image, as it is stored.
         size: (height, width) of the image in pixels.
         planes: the maps that the record already has and that the job keeps.
     """
 
     record: ImageRecord
+    meta: dict
     jpeg: bytes
     size: tuple[int, int]
     planes: dict[str, np.ndarray]
@@ -88,6 +98,7 @@ def label_records(
     samples_per_shard: int = 1000,
     rank: int = 0,
     world: int = 1,
+    peers: Collection[int] | None = None,
     workers: int = 4,
     preview: bool = False,
     progress: bool = True,
@@ -97,12 +108,13 @@ def label_records(
     Args:
         records: the records, see `sources/any_source.py`. Maps that they already have are kept, except those of the
             experts in `labeller`.
-        out: the dataset folder.
+        out: the dataset folder, or a URL such as s3://bucket/dataset.
         labeller: the experts.
         source, licence: origin and licence of the images, stored with every sample.
         classes: class tables of the maps that the records already have.
         samples_per_shard: records for each shard. Skipped records make a shard smaller.
         rank, world: the index of this process, and the number of processes.
+        peers: the processes whose shards this one may take over, because they see the same claims; None for all.
         workers: threads that read and pack.
         preview: whether to write a contact sheet of each shard's first samples to `out/preview/`.
         progress: whether to show a bar with the images per second of each network, and the remaining time.
@@ -111,23 +123,50 @@ def label_records(
         The report. Once every shard is present, it covers the whole job and is also in `out/report.json`.
 
     Raises:
-        ValueError: if `out` holds the dataset of another job, or another process writes the same shards.
+        ValueError: if `out` holds the dataset of another job, or its file system has no record locks.
     """
     if not 0 <= rank < world:
         raise InputError(f"rank is {rank} of {world}; ranks count from 0")
     if samples_per_shard < 1 or workers < 1:
         raise InputError(f"samples_per_shard is {samples_per_shard}, workers {workers}; both must be at least 1")
-    job = _Job(records, Path(out), labeller, source, licence, classes or {}, samples_per_shard)
-    shards = range(rank, job.num_shards, world)
-    missing = [k for k in shards if finished_shard(job.folder, k, job.fingerprint) is None]
-    count = sum(job.records_in(k) for k in missing)
-    bar = tqdm(total=count, desc="labelling", unit="image", disable=not progress)
-    with bar, ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(1) as decoder:
-        for number, part in wanted_parts(records, samples_per_shard, set(missing)):
-            first = job.write_shard(number, part, pool, decoder, bar)
-            if preview and first:
-                job.draw_preview(number, first)
-    return job.finish()
+    place = as_place(out)
+    costs = JobCosts(place, labeller, workers, world)
+    job = _Job(records, place, labeller, source, licence, classes or {}, samples_per_shard, costs)
+    within_reach = [k for k in range(job.num_shards) if peers is None or k % world in {rank, *peers}]
+    wanted = job.unfinished(range(rank, job.num_shards, world))
+    taken_over = 0
+    bar = tqdm(total=0, desc="labelling", unit="image", disable=not progress)
+    with (
+        ShardClaims(stage(place)) as claims,
+        bar,
+        ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(1) as decoder,
+    ):
+        costs.start()
+        while True:
+            bar.total = bar.n + sum(len(job.records_of(k)) for k in wanted)
+            for number, part in job.parts(wanted):
+                with claims.claim(number) as ours:
+                    # another process may have finished the shard since `wanted` was listed
+                    if not ours or job.is_finished(number):
+                        bar.total -= len(job.records_of(number))
+                        continue
+                    first = job.write_shard(number, part, pool, decoder, bar)
+                    taken_over += number % world != rank
+                    if preview and first:
+                        job.draw_preview(number, first)
+            # last, because listing the shards of all processes reads the index file of each
+            wanted = [k for k in job.unfinished(within_reach) if claims.is_free(k)]
+            if not wanted:
+                break
+        costs.save()
+        report = job.report()
+        if not report.shards_missing:
+            with claims.turn():
+                job.finish(report)
+            claims.remove_file()
+    report.taken_over = taken_over
+    return report
 
 
 class _Job:
@@ -136,14 +175,16 @@ class _Job:
     def __init__(
         self,
         records: ImageRecords,
-        folder: Path,
+        place: str | Path,
         labeller: Labeller,
         source: str,
         licence: str,
         classes: dict[str, list[str]],
         samples_per_shard: int,
+        costs: JobCosts,
     ):
-        self.folder, self.labeller, self.source, self.licence = folder, labeller, source, licence
+        self._records, self.costs = records, costs
+        self.place, self.labeller, self.source, self.licence = place, labeller, source, licence
         self.experts = {network.info.expert for network in labeller.networks}
         kept = {name: table for name, table in classes.items() if name not in self.experts}
         self.classes = {**kept, **labeller.classes}
@@ -164,11 +205,35 @@ class _Job:
             "listing": listing,
         }
         self.fingerprint = hashlib.sha256(to_json(notes)).hexdigest()[:16]
+        # shard -> its entry in `index.json` and its skipped records, once it is known to be whole
+        self._finished: dict[int, tuple[dict, list[dict[str, str]]]] = {}
         self._claim_folder(notes)
 
-    def records_in(self, number: int) -> int:
-        """The number of records of a shard."""
-        return min(self.samples_per_shard, self.count - number * self.samples_per_shard)
+    def records_of(self, number: int) -> range:
+        """The positions of the records of a shard."""
+        return range(number * self.samples_per_shard, min((number + 1) * self.samples_per_shard, self.count))
+
+    def unfinished(self, numbers: Iterable[int]) -> list[int]:
+        """Those of some shards that are not whole."""
+        unknown = [number for number in numbers if number not in self._finished]
+        self._finished |= finished_shards(self.place, unknown, self.fingerprint)
+        return [number for number in numbers if number not in self._finished]
+
+    def is_finished(self, number: int) -> bool:
+        """Whether a shard is whole by now."""
+        found = finished_shard(self.place, number, self.fingerprint)
+        if found is not None:
+            self._finished[number] = found
+        return found is not None
+
+    def parts(self, numbers: list[int]) -> Iterator[tuple[int, Iterator[ImageRecord]]]:
+        """The number and the records of each of these shards, which are in order."""
+        if self._records.part is None:
+            yield from wanted_parts(self._records, self.samples_per_shard, set(numbers))
+            return
+        for number, following in zip_longest(numbers, numbers[1:]):
+            ahead = range(0) if following is None else self.records_of(following)
+            yield number, self._records.part(self.records_of(number), ahead)
 
     def write_shard(
         self,
@@ -180,54 +245,59 @@ class _Job:
     ) -> list[Sample]:
         """Label the records of one shard, write the shard, and return its first samples."""
         first: list[Sample] = []
-        shard = OpenShard(self.folder, number)
+        costs = self.costs
+        shard = OpenShard(self.place, number)
         try:
             skipped: list[dict[str, str]] = []
             for batch, decoded in self._decoded_batches(records, pool, decoder, skipped, bar):
                 labels = self.labeller.label(decoded)
                 for sample in map(self._sample, batch, labels):
-                    members = sample.jpeg, to_json(sample.meta), pack_labels(sample.labels)
-                    shard.append(sample.key, members, sample.labels)
+                    with costs.measure(PACK):
+                        members = sample.jpeg, to_json(sample.meta), pack_labels(sample.labels)
+                    with costs.measure(WRITE):
+                        shard.append(sample.key, members, sample.labels)
                     if len(first) < _PREVIEW_SAMPLES:
                         first.append(sample)
                 bar.update(len(batch))
                 speeds = (f"{name} {speed:.3g}/s" for name, speed in self.labeller.speeds().items())
                 bar.set_postfix_str(", ".join(speeds), refresh=False)
-            shard.finish(self.fingerprint, skipped)
+            costs.bytes_written += shard.size
+            # before the shard is whole, so that the figures of a finished job hold each of its shards
+            costs.save()
+            with costs.measure(WRITE):
+                self._finished[number] = shard.finish(self.fingerprint, skipped), skipped
         except BaseException:
             shard.abandon()
             raise
         return first
 
-    def finish(self) -> LabelReport:
-        """Return the report; write it and the index if every shard is present."""
-        report = LabelReport(records=self.count, others=self.others)
-        entries = []
-        for number in range(self.num_shards):
-            found = finished_shard(self.folder, number, self.fingerprint)
-            if found is None:
-                report.shards_missing += 1
-                continue
-            entry, skipped = found
-            entries.append(entry)
+    def report(self) -> LabelReport:
+        """The report of the shards that are whole."""
+        missing = self.unfinished(range(self.num_shards))
+        report = LabelReport(records=self.count, others=self.others, shards_missing=len(missing))
+        for number in sorted(self._finished):
+            entry, skipped = self._finished[number]
             report.labelled += entry["count"]
             report.skipped += skipped
-        if report.shards_missing:
-            return report
+        return report
+
+    def finish(self, report: LabelReport) -> None:
+        """Write the index and the report of a job of which every shard is whole."""
         if report.labelled + len(report.skipped) != report.records:
             raise MachineError(
                 f"{report.records} records became {report.labelled} samples and {len(report.skipped)} skipped; "
-                f"this is a bug of the labelling job, keep {self.folder} and report it"
+                f"this is a bug of the labelling job, keep {self.place} and report it"
             )
-        write_index(self.folder, entries, self.classes, self.source, self.about)
+        entries = [self._finished[number][0] for number in range(self.num_shards)]
+        write_index(self.place, entries, self.classes, self.source, self.about)
         text = {
             "records": report.records,
             "labelled": report.labelled,
             "skipped": report.skipped,
             "others": report.others,
+            "costs": total_costs(self.place),
         }
-        write_together(self.folder / REPORT_FILE, json.dumps(text, indent=1, ensure_ascii=False).encode())
-        return report
+        write_file(self.place, REPORT_FILE, _indented(text))
 
     def draw_preview(self, number: int, samples: list[Sample]) -> None:
         """Write the contact sheet of a shard."""
@@ -236,29 +306,28 @@ class _Job:
 
         file = io.BytesIO()
         contact_sheet(samples, self.classes).save(file, "JPEG", quality=90)
-        path = self.folder / "preview" / f"shard-{number:06d}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, file.getvalue())
+        write_file(self.place, f"preview/shard-{number:06d}.jpg", file.getvalue())
 
     def _claim_folder(self, notes: dict) -> None:
         """Write the job's notes into a new folder, or compare them with those of the job that began it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / JOB_FILE
-        if not path.exists():
-            if any(self.folder.glob("shard-*")) or (self.folder / "index.json").exists():
-                raise InputError(f"{self.folder} holds a dataset that no labelling job began; choose another folder")
-            write_together(path, json.dumps(notes, indent=1, ensure_ascii=False).encode())
-        before = read_json(path, dict, "choose another folder")
+        held = list_files(self.place)
+        if JOB_FILE not in held:
+            if any(name.startswith("shard-") or name == "index.json" for name in held):
+                raise InputError(f"{self.place} holds a dataset that no labelling job began; choose another folder")
+            write_file(self.place, JOB_FILE, _indented(notes))
+        before = parse_json(read_file(self.place, JOB_FILE), inside(self.place, JOB_FILE), "choose another folder")
         if before == notes:
             return
+        if not isinstance(before, dict):
+            raise InputError(f"{inside(self.place, JOB_FILE)} holds no object; choose another folder")
         changed = [name for name in notes if before.get(name) != notes[name]]
         if "listing" in changed:
             raise InputError(
-                f"{self.folder} was begun with {before.get('records')} records, the source now lists {self.count} "
+                f"{self.place} was begun with {before.get('records')} records, the source now lists {self.count} "
                 f"(or others); label the new ones into another folder"
             )
         raise InputError(
-            f"{self.folder} was begun with other {', '.join(changed)}; give the same options or choose another folder"
+            f"{self.place} was begun with other {', '.join(changed)}; give the same options or choose another folder"
         )
 
     def _decoded_batches(
@@ -317,37 +386,52 @@ class _Job:
         if self.repeated.get(record.key, record.image) != record.image:
             raise InputError(f"another image has the key {record.key} too; rename one")
         try:
-            jpeg, size, _ = to_jpeg(record.image.read(), whole=False)
-            planes = unpack_labels(record.packed.read()) if record.packed else {}
+            with self.costs.measure(READ):
+                jpeg, planes, meta = _content(record)
+                self.costs.add_bytes(len(jpeg))
+                jpeg, size, _ = to_jpeg(jpeg, whole=False)
         except (OSError, EOFError, MemoryError) as error:
             reason = error or "it does not fit into memory"
             raise InputError(f"it cannot be read ({reason})") from None
         # the tables of the maps that the job replaces are not used
-        kept = {name: value for name, value in record.meta.items() if _EXPERT_OF_TABLE.get(name) not in self.experts}
+        kept = {name: value for name, value in meta.items() if _EXPERT_OF_TABLE.get(name) not in self.experts}
         check_meta(kept, self.classes)
-        boxes = record.meta.get("boxes", {})
+        boxes = meta.get("boxes", {})
         if not isinstance(boxes, dict) or not all(isinstance(x, dict) for x in boxes.values()):
             raise InputError("its 'boxes' are not an object of expert: {id: box}")
-        to_json(record.meta)
+        to_json(meta)
         side = self.labeller.label_size
         planes = {name: resize_nearest(plane, side, side) for name, plane in planes.items() if name not in self.experts}
-        return _ReadRecord(record, jpeg, size, planes)
+        return _ReadRecord(record, meta, jpeg, size, planes)
 
     def _sample(self, read: _ReadRecord, labels: ExpertLabels) -> Sample:
         notes = {"size": list(read.size), "source": self.source, "licence": self.licence}
         # the record's own source and licence take precedence over those of the job
-        meta = {**notes, **read.record.meta, **labels.meta, "size": list(read.size)}
-        kept = read.record.meta.get("boxes", {})
+        meta = {**notes, **read.meta, **labels.meta, "size": list(read.size)}
+        kept = read.meta.get("boxes", {})
         boxes = {name: kept[name] for name in kept if name not in self.experts}
         if boxes:
             meta["boxes"] = {**boxes, **labels.meta.get("boxes", {})}
         return Sample(read.record.key, read.jpeg, {**read.planes, **labels.planes}, meta)
 
 
+def _indented(value: dict) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False).encode()
+
+
+def _content(record: ImageRecord) -> tuple[bytes, dict[str, np.ndarray], dict]:
+    """The encoded image, the maps and the JSON of a record."""
+    if isinstance(record.image, StoredImage):
+        sample = record.image.sample()
+        return sample.jpeg, sample.labels, sample.meta
+    return record.image.read(), unpack_labels(record.packed.read()) if record.packed else {}, record.meta
+
+
 def _scan_keys(records: ImageRecords) -> tuple[int, str, dict[str, FilePart | None]]:
     """The number of records, a digest of their keys in order, and the first image of each repeated key."""
+    outlines = records.outlines or records.iterate
     digest, hashes = hashlib.sha256(), array("Q")
-    for record in records:
+    for record in outlines():
         key = record.key.encode()
         digest.update(key + b"\n")
         # eight bytes for each key, because ten million keys would take a gigabyte
@@ -356,7 +440,7 @@ def _scan_keys(records: ImageRecords) -> tuple[int, str, dict[str, FilePart | No
     suspects = set(values[counts > 1].tolist())
     first: dict[str, FilePart | None] = {}
     if suspects:
-        for record, value in zip(records, hashes, strict=True):
+        for record, value in zip(outlines(), hashes, strict=True):
             if value in suspects:
                 first.setdefault(record.key, record.image)
     return len(hashes), digest.hexdigest()[:16], first

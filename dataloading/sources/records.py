@@ -107,12 +107,17 @@ class ImageRecords:
         iterate: starts a pass over the records.
         class_names: all classes of a dataset for classification, those without an image included.
         others: what else the source holds: every file is part of a record or named here.
+        part: the records at the positions of a range, without a pass over those before it; the second range is read
+            next. None if there is no such way.
+        outlines: starts a pass over the records without their texts, if that takes less than a whole one; else None.
     """
 
     count: int | None
     iterate: Callable[[], Iterator[ImageRecord]]
     class_names: list[str] = field(default_factory=list)
     others: list[IgnoredFile] = field(default_factory=list)
+    part: Callable[[range, range], Iterator[ImageRecord]] | None = None
+    outlines: Callable[[], Iterator[ImageRecord]] | None = None
 
     def __len__(self) -> int:
         if self.count is None:

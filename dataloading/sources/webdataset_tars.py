@@ -7,8 +7,9 @@ of a sample are read; every other member is counted in `ImageRecords.others`.
 
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from prismer.dataloading.sources.image_folders import IMAGE_SUFFIXES, MAX_TEXT, read_meta
@@ -19,7 +20,10 @@ from prismer.reading import open_regular, parse_json, printable
 
 _ENDINGS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _READ = ("txt", "json", "labels")
-_DATASET_FILES = ("index.json", "index.bin", "job.json", "report.json", "import-report.json", "preview", ".writer.lock")
+_DATASET_FILES = (
+    *("index.json", "index.bin", "job.json", "report.json", "import-report.json", "preview", "costs"),
+    *(".writer.lock", ".labelling.lock"),
+)
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4", ".zip")
 
 
@@ -56,27 +60,53 @@ def tar_records(folder: str | Path) -> ImageRecords:
         if path.name.lower().endswith(".tar") and not path.name.startswith("."):
             tars.append(path)
         elif path.name not in _DATASET_FILES and not SHARD_FILE.fullmatch(path.name):
-            reason = "not a tar; the tars of one folder are read"
-            if path.name.lower().endswith(_COMPRESSED):
-                reason = "compressed; unpack it to a .tar to import it"
-            others.append(IgnoredFile(printable(str(path)), reason))
+            others.append(_ignored(path))
     if not tars:
         packed = [other.file for other in others if other.reason.startswith("compressed")]
         hint = f"; {packed[0]} is compressed, unpack it to a .tar" if packed else ""
         raise InputError(f"{folder} holds no .tar files; name the folder of the shards{hint}")
-    count = 0
+    # position of the first record of each tar, and the number of all
+    starts = [0]
     for path in tars:
         tar = _read_tar(path)
-        count += len(tar.samples) + len(tar.faults) + bool(tar.damage)
+        starts.append(starts[-1] + len(tar.samples) + len(tar.faults) + bool(tar.damage))
         for which, number in sorted(tar.unread.items()):
             reason = f"{number} members {printable(which)}, which are not read"
             others.append(IgnoredFile(printable(str(path)), reason))
 
-    def iterate() -> Iterator[ImageRecord]:
+    def outlines() -> Iterator[ImageRecord]:
         for path in tars:
-            yield from _records_of(path)
+            for record, _ in _outlines_of(path):
+                yield record
 
-    return ImageRecords(count, iterate, others=others)
+    def part(here: range, ahead: range) -> Iterator[ImageRecord]:
+        for path, start, end in zip(tars, starts, starts[1:], strict=False):
+            if max(start, here.start) < min(end, here.stop):
+                inside = islice(_outlines_of(path), max(here.start - start, 0), here.stop - start)
+                yield from (_with_texts(record, members) for record, members in inside)
+
+    return ImageRecords(
+        starts[-1], lambda: part(range(starts[-1]), range(0)), others=others, part=part, outlines=outlines
+    )
+
+
+def other_files(folder: Path, shards: Collection[str]) -> list[IgnoredFile]:
+    """What the folder of a dataset holds besides the shards of this name and the files that this library writes."""
+    own, others = set(shards), []
+    for path in sorted(folder.iterdir()):
+        shard = SHARD_FILE.fullmatch(path.name)
+        if shard and f"shard-{shard[1]}.tar" not in own:
+            others.append(IgnoredFile(printable(str(path)), "not in index.json; it belongs to no finished dataset"))
+        elif not shard and path.name not in _DATASET_FILES:
+            others.append(_ignored(path))
+    return others
+
+
+def _ignored(path: Path) -> IgnoredFile:
+    reason = "not a tar; the tars of one folder are read"
+    if path.name.lower().endswith(_COMPRESSED):
+        reason = "compressed; unpack it to a .tar to import it"
+    return IgnoredFile(printable(str(path)), reason)
 
 
 def _read_tar(path: Path) -> _Tar:
@@ -141,7 +171,8 @@ def _split(key: str, group: dict[str, FilePart]) -> dict[str, dict[str, FilePart
     return samples
 
 
-def _records_of(path: Path) -> Iterator[ImageRecord]:
+def _outlines_of(path: Path) -> Iterator[tuple[ImageRecord, dict[str, FilePart]]]:
+    """The records of a tar without their texts, each with the members of its sample; only headers are read."""
     tar = _read_tar(path)
     for name, members in tar.samples.items():
         image = next((members[ending] for ending in _ENDINGS if ending in members), None)
@@ -150,20 +181,27 @@ def _records_of(path: Path) -> Iterator[ImageRecord]:
         key = name if packed and is_key(name) else safe_key(f"{path.stem}/{name}")
         shown = f"{path}/{name}"
         if image is None:
-            yield ImageRecord(key, None, fault=f"no image in {path.name}", name=shown)
-            continue
-        try:
-            text, notes = (members[end].read(MAX_TEXT) if end in members else None for end in ("txt", "json"))
-            # the JSON of a shard is kept as it is
-            meta = _sample_json(notes) if packed and notes is not None else read_meta(text, notes)
-            yield ImageRecord(key, image, meta, packed=packed, name=shown)
-        except (ValueError, OSError, EOFError) as error:
-            yield ImageRecord(key, image, fault=str(error), name=shown)
+            yield ImageRecord(key, None, fault=f"no image in {path.name}", name=shown), members
+        else:
+            yield ImageRecord(key, image, packed=packed, name=shown), members
     for number, (name, why) in enumerate(tar.faults):
         # the number keeps this key apart from those of samples
-        yield ImageRecord(safe_key(f"{path.stem}/{name} {number}"), None, fault=f"{name}: {why}")
+        yield ImageRecord(safe_key(f"{path.stem}/{name} {number}"), None, fault=f"{name}: {why}"), {}
     if tar.damage:
-        yield ImageRecord(safe_key(f"{path.stem}/the rest of {path.name}"), None, fault=tar.damage)
+        yield ImageRecord(safe_key(f"{path.stem}/the rest of {path.name}"), None, fault=tar.damage), {}
+
+
+def _with_texts(record: ImageRecord, members: dict[str, FilePart]) -> ImageRecord:
+    """A record with the texts of its sample."""
+    if record.image is None:
+        return record
+    try:
+        text, notes = (members[end].read(MAX_TEXT) if end in members else None for end in ("txt", "json"))
+        # the JSON of a shard is kept as it is
+        meta = _sample_json(notes) if record.packed and notes is not None else read_meta(text, notes)
+        return replace(record, meta=meta)
+    except (ValueError, OSError, EOFError) as error:
+        return replace(record, packed=None, fault=str(error))
 
 
 def _sample_json(notes: bytes) -> dict:

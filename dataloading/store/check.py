@@ -15,7 +15,7 @@ from tqdm import tqdm
 from prismer.dataloading.store.index import SHARD_FILE
 from prismer.dataloading.store.native_ops import values_in_use
 from prismer.dataloading.store.sample_json import meta_problems
-from prismer.dataloading.store.sample_table import TABLE_FILE, pack_block, read_sidecar
+from prismer.dataloading.store.sample_table import TABLE_FILE, pack_block, read_sidecar, table_of_shard
 from prismer.dataloading.store.shard_files import ShardFiles
 from prismer.dataloading.store.shards import CorruptSample, Sample, ShardDataset
 from prismer.experts import BACKGROUND, EXPERTS
@@ -182,7 +182,7 @@ def _keys_of(dataset: ShardDataset, number: int) -> list[bytes]:
     if dataset.table.has_block(number):
         return dataset.table.keys(number)
     try:
-        return [key.encode() for key in read_sidecar(dataset.files, dataset.entries[number]).keys]
+        return table_of_shard(dataset.files, dataset.entries[number]).keys(0)
     except CorruptSample:
         # the shard's fault is listed with its other ones
         return []

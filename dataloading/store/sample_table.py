@@ -29,7 +29,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from prismer.dataloading.store.index import MAX_KEY, MEMBERS, CorruptSample, Sidecar, is_key
+from prismer.dataloading.store.index import MEMBERS, CorruptSample, Sidecar, is_key
 from prismer.dataloading.store.shard_files import LocalFiles, ShardFiles
 from prismer.errors import InputError
 from prismer.files import write_together
@@ -87,8 +87,6 @@ class SampleTable:
         begin = self._places[shard]
         record = begin + row * _RECORD_SIZE
         before, check, place, *numbers, key_end = _RECORD.unpack_from(self._data, record)
-        if not before < key_end <= before + 1 + MAX_KEY:
-            return None
         keys = begin + len(_PREFIX) + self._counts[shard] * _RECORD_SIZE
         key = self._data[keys + before + 1 : keys + key_end]
         if zlib.crc32(key, zlib.crc32(self._data[record + 8 : record + _RECORD.size])) != check:

@@ -138,8 +138,7 @@ class ShardDataset:
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Begin to fetch shards that will be read next (positions in `shards`); nothing for a local dataset."""
-        if self.is_remote:
-            self.files.prefetch([self.entries[shard] for shard in shards])
+        self.files.prefetch([self.entries[shard] for shard in shards])
 
     def __reduce__(self) -> tuple:
         return ShardDataset, (self.place,)

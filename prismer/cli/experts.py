@@ -11,13 +11,16 @@ from prismer.cli.options import (
     load_labeller,
     load_model,
     positive,
+    processes_of_this_machine,
     rank_and_world,
 )
 from prismer.cli.printing import describe_others, is_watched, print_left_out
 from prismer.errors import InputError
+from prismer.storage.places import as_place, inside, is_url
 
 if TYPE_CHECKING:
     from prismer.dataloading.experts.network import NetworkInfo
+    from prismer.dataloading.sources.records import ImageRecords
 
 
 def add_experts_commands(commands: argparse._SubParsersAction) -> None:
@@ -27,11 +30,18 @@ def add_experts_commands(commands: argparse._SubParsersAction) -> None:
     )
     label.add_argument(
         "source",
-        type=Path,
+        type=as_place,
         metavar="SOURCE",
-        help="folder of images, img2dataset folder or tars, our own dataset, a .txt of paths, or a JSON list",
+        help="folder of images, img2dataset folder or tars, our own dataset (a folder or a URL), a .txt of paths, or a "
+        "JSON list",
     )
-    label.add_argument("--out", required=True, type=Path, metavar="DIR", help="the dataset folder")
+    label.add_argument(
+        "--out",
+        required=True,
+        type=as_place,
+        metavar="DIR",
+        help="the dataset folder, or a URL such as s3://bucket/set",
+    )
     label.add_argument("--images", type=Path, metavar="DIR", help="folder of the images that a list names")
     add_experts_option(label, default="all")
     add_device_option(label)
@@ -68,10 +78,9 @@ def add_experts_commands(commands: argparse._SubParsersAction) -> None:
 def _label(args: argparse.Namespace) -> int:
     rank, world = rank_and_world()
     from prismer.dataloading.experts.job import REPORT_FILE, label_records
-    from prismer.dataloading.sources.any_source import source_records
     from prismer.reading import printable
 
-    records, classes = source_records(args.source, args.images)
+    records, classes = _label_source(args.source, args.images)
     if not len(records):
         raise InputError(f"{args.source} lists no images; {describe_others(records)}")
     labeller = load_labeller(
@@ -85,28 +94,45 @@ def _label(args: argparse.Namespace) -> int:
         records,
         args.out,
         labeller,
-        source=args.source_name or printable(args.source.stem),
+        source=args.source_name or printable(Path(args.source).stem),
         licence=args.licence,
         classes=classes,
         samples_per_shard=args.samples_per_shard,
         rank=rank,
         world=world,
+        # the claims of a job that writes to a bucket are those of one machine
+        peers=processes_of_this_machine(rank, world) if is_url(args.out) else None,
         workers=args.workers,
         preview=args.preview,
         progress=is_watched(),
     )
     for name, speed in labeller.speeds().items():
         print(f"{name}: {speed:.3g} images/s")
+    shared = f", {report.taken_over} shards of other processes taken over" if report.taken_over else ""
     if report.shards_missing:
         print(
-            f"{args.out}: process {rank} of {world} is done, {report.shards_missing} shards are left to other processes"
+            f"{args.out}: process {rank} of {world} is done{shared}, {report.shards_missing} shards are left to other "
+            f"processes"
         )
         return 0
-    print(f"{args.out}: {report.labelled} of {report.records} images labelled, {len(report.skipped)} skipped")
-    print_left_out(report.skipped, report.others, args.out / REPORT_FILE)
+    print(f"{args.out}: {report.labelled} of {report.records} images labelled, {len(report.skipped)} skipped{shared}")
+    file = inside(args.out, REPORT_FILE)
+    print_left_out(report.skipped, report.others, file)
     if not report.labelled:
-        raise InputError(f"none of the {report.records} images could be labelled; see {args.out / REPORT_FILE}")
+        raise InputError(f"none of the {report.records} images could be labelled; see {file}")
     return 0
+
+
+def _label_source(source: "str | Path", images: Path | None) -> "tuple[ImageRecords, dict[str, list[str]]]":
+    """The records of a source, and the class tables of the maps that they have."""
+    from prismer.dataloading.sources.any_source import source_records
+    from prismer.dataloading.sources.stored_records import stored_records
+    from prismer.dataloading.store.shards import ShardDataset
+
+    if is_url(source) or (source / "index.json").is_file():
+        dataset = ShardDataset(source)
+        return stored_records(dataset), dataset.classes
+    return source_records(source, images)
 
 
 def _draw_slide(args: argparse.Namespace) -> None:

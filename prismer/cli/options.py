@@ -140,6 +140,20 @@ def rank_and_world() -> tuple[int, int]:
     return rank, world
 
 
+def processes_of_this_machine(rank: int, world: int) -> range:
+    """The ranks on the machine of this one, as torchrun, deepspeed and Slurm number them: one machine after the other.
+
+    Without the number of processes on a machine, it is this one alone.
+    """
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+    texts = [os.environ[name] for name in names if name in os.environ]
+    local = os.environ.get("LOCAL_RANK", "0")
+    if world == 1 or not texts or not (texts[0] + local).isdecimal():
+        return range(rank, rank + 1)
+    first = rank - int(local)
+    return range(max(first, 0), min(first + int(texts[0]), world))
+
+
 def device_of_process(name: str, world: int) -> str:
     """The value of --device for one of `world` processes: for "auto", each on a machine takes a GPU of its own."""
     if name != "auto" or world == 1:

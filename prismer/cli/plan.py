@@ -1,9 +1,13 @@
-"""`prismer plan`: the memory, FLOPs, communication and time of a training run, on one screen, before it starts."""
+"""`prismer plan`: the memory, FLOPs, communication and time of a training run, or the time of a labelling job.
+
+It prints one screen, before the run starts.
+"""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prismer.cli.plan_label import add_label_options, plan_labelling
 from prismer.errors import InputError, check_count
 from prismer.training.tasks import TASKS
 
@@ -29,10 +33,14 @@ _COLUMNS = (
 def add_plan_command(commands: argparse._SubParsersAction) -> None:
     """Add plan to the commands of `prismer`."""
     plan = commands.add_parser(
-        "plan", help="estimate memory, FLOPs, communication and time of a training run with ZeRO 0 to 3"
+        "plan",
+        help="estimate memory, FLOPs, communication and time of a training run with ZeRO 0 to 3, or the time of a "
+        "labelling job",
     )
     plan.add_argument("--model", metavar="MODEL", help="preset or model folder (default: the config's, or base)")
-    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default 1)")
+    plan.add_argument(
+        "--gpus", type=_counts, metavar="N", help="number of GPUs (default 1; with --label several, default 1,8,64)"
+    )
     plan.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="memory of one GPU (default 80)")
     plan.add_argument(
         "--reserve",
@@ -70,10 +78,25 @@ def add_plan_command(commands: argparse._SubParsersAction) -> None:
         metavar="SHARE",
         help="share of the peak that a step reaches (default 0.4)",
     )
+    add_label_options(plan)
     plan.set_defaults(run=_plan)
 
 
+def _counts(text: str) -> list[int]:
+    """Whole numbers with commas between them, as the `type` of an option."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, nor numbers with commas between them") from None
+
+
 def _plan(args: argparse.Namespace) -> None:
+    if args.label is not None:
+        plan_labelling(args, args.gpus or [1, 8, 64])
+        return
+    if args.gpus is not None and len(args.gpus) > 1:
+        raise InputError("--gpus gives several numbers; give one, or plan a labelling job with --label")
+    args.gpus = args.gpus[0] if args.gpus else 1
     for name in ("gpus", "batch", "image_size", "captions"):
         value = getattr(args, name)
         if value is not None:

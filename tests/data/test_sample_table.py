@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import warnings
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -73,13 +74,15 @@ def mapping(path: Path) -> dict[str, int | str]:
 
 
 def damaged_tables(whole: bytes):
-    """Tables that a reader must refuse, by name."""
+    """Tables of three shards that a reader must refuse, by name."""
+    size = 4 * 8 + 56
+    newer = whole[:-52] + (2).to_bytes(4, "little") + whole[-48:-4]
     return {
         "empty": b"",
         "without its end": whole[:-1],
         "half": whole[: len(whole) // 2],
         "another file": b"x" * 1000,
-        "a newer version": whole[:-52] + (2).to_bytes(4, "little") + whole[-48:],
+        "a newer version": newer + zlib.crc32(newer[-size:]).to_bytes(4, "little"),
         "longer": whole[:8] + b"x" + whole[8:],
     }
 
@@ -95,18 +98,20 @@ def test_the_table_says_what_the_index_files_say(folder):
 
 
 def test_long_keys_and_large_members_fit(tmp_path):
-    keys = ["k" * 90, "a", "-_" * 45, "Z9"]
+    keys = ["k" * 90, "a", "-_" * 45, "Z9", "0"]
+    # from nothing to more than a block of the tar; the JSON of two has 512 and 1024 bytes
+    lengths = [0, 1, 512 - 17, 1024 - 17, 1500]
     with ShardWriter(tmp_path, classes=CLASSES, source="") as writer:
         for i, key in enumerate(keys):
             sample = make_sample(i)
-            sample.key = key
-            # from nothing to more than a block of the tar
-            sample.meta = {"captions": ["x" * 511 * i]}
+            sample.key, sample.meta = key, {"captions": ["x" * lengths[i]]}
             writer.write(sample)
     dataset = ShardDataset(tmp_path)
-    assert [dataset.key(i) for i in range(4)] == keys
-    assert [dataset.find(key) for key in keys] == [0, 1, 2, 3]
-    assert [len(dataset.meta(i)["captions"][0]) for i in range(4)] == [0, 511, 1022, 1533]
+    assert [dataset.key(i) for i in range(5)] == keys
+    assert [dataset.find(key) for key in keys] == [0, 1, 2, 3, 4]
+    assert [len(dataset[i].meta["captions"][0]) for i in range(5)] == lengths
+    sizes = [row.members[1][1] for row in rows_of(dataset)]
+    assert sizes == [length + 17 for length in lengths]
 
 
 def test_samples_are_read_without_the_index_files_of_the_shards(folder):
@@ -157,7 +162,8 @@ def test_an_unusable_table_is_made_again_with_one_line(tmp_path, folder, kind):
     whole = path.read_bytes()
     path.unlink()
     if kind == "stale":
-        write_dataset(tmp_path / "other", 9)
+        # of as many samples in as many shards
+        write_dataset(tmp_path / "other", about={"side": 8})
         shutil.copy(tmp_path / "other/index.bin", path)
     elif kind == "pipe":
         os.mkfifo(path)
@@ -188,6 +194,9 @@ def test_no_flipped_bit_gives_another_sample(folder):
         assert all(a in (b, None) for a, b in zip(found, expected, strict=True)), position
         assert [dataset.key(i) for i in range(10)] == [row.key for row in expected]
         kept += found != expected
+        # the places of the blocks, and the tail
+        if position >= len(whole) - 4 * 8 - 60:
+            assert path.read_bytes() == whole
     # every byte of a record and of a key counts: the sample's own bytes, and the end of the key before
     assert kept >= 10 * (36 + 7)
 
@@ -253,11 +262,16 @@ def test_processes_can_make_the_table_at_the_same_time(folder):
     assert not list(folder.glob("*.partial"))
 
 
+def moved(members: list[int]) -> list[int]:
+    """The members of a sample one byte later."""
+    return [number + (i % 3 == 0) for i, number in enumerate(members)]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda fields: fields["members"][1].__setitem__(3, fields["members"][1][3] + 512), "follow one another"),
-        (lambda fields: fields["members"][1].__setitem__(0, fields["members"][1][0] + 1), "follow one another"),
+        (lambda fields: fields["members"].__setitem__(1, moved(fields["members"][1])), "follow one another"),
         (lambda fields: fields["members"][2].__setitem__(2, 1 << 32), "follow one another"),
         (lambda fields: fields["keys"].__setitem__(1, "a\nb"), "malformed key"),
     ],

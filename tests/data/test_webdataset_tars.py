@@ -10,6 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 
+from prismer.dataloading.sources import webdataset_tars
 from prismer.dataloading.sources.webdataset_tars import tar_records
 from prismer.dataloading.store.shards import Sample, ShardWriter
 from tests.data.import_sources import TABLES, add_member, captions_of, encode, gradient, make_tar, run, write
@@ -157,3 +158,24 @@ def test_a_fault_does_not_count_as_imported_on_resume(tmp_path):
     for _ in range(2):
         _, report = run(tar_records(tmp_path / "in"), tmp_path / "out")
         assert (report.imported, len(report.skipped)) == (1, 1)
+
+
+def test_a_part_of_the_records_opens_its_own_tars_alone(tmp_path, monkeypatch):
+    for name in "abc":
+        # in each tar two whole samples, an image without texts, a fault, and damage at the end
+        members = [("0.jpg", b"0"), ("0.txt", name.encode()), ("1.jpg", b"1"), ("1.json", b'{"caption": "one"}')]
+        make_tar(tmp_path / f"in/{name}.tar", [*members, ("2.jpg", b"2"), ("2.jpg", b"again")])
+        path = tmp_path / f"in/{name}.tar"
+        path.write_bytes(path.read_bytes().rstrip(b"\0"))
+    records = tar_records(tmp_path / "in")
+    whole = list(records)
+    assert len(whole) == len(records) == 15 and [bool(record.fault) for record in whole[:5]] == [0, 0, 0, 1, 1]
+    assert [(record.key, record.image) for record in records.outlines()] == [(r.key, r.image) for r in whole]
+    opened, read = [], webdataset_tars._read_tar
+    monkeypatch.setattr(webdataset_tars, "_read_tar", lambda path: opened.append(path) or read(path))
+    for begin in range(16):
+        for end in range(begin, 16):
+            opened.clear()
+            assert list(records.part(range(begin, end), range(0))) == whole[begin:end]
+            first, last = begin // 5, -(-end // 5)
+            assert [path.stem for path in opened] == list("abc"[first:last] if begin < end else "")

@@ -3,6 +3,7 @@
 The processes are forked from a server that has all modules imported, so that they start within milliseconds.
 """
 
+import json
 import multiprocessing
 import os
 import threading
@@ -80,6 +81,49 @@ def run_watched(photos: Path, out: Path, sizes) -> None:
     watcher.join()
 
 
+class Gate(Brightness):
+    """Brightness that waits at one of its batches.
+
+    Args:
+        batch: the number of the batch, from 1.
+        reached: an event, set when the batch has come.
+        opened: the event to wait for.
+    """
+
+    def __init__(self, batch: int, reached, opened):
+        self.left, self.reached, self.opened = batch, reached, opened
+
+    def predict(self, images, earlier):
+        self.left -= 1
+        if not self.left:
+            self.reached.set()
+            self.opened.wait(60)
+        return super().predict(images, earlier)
+
+
+def run_gated(photos: Path, out: Path, rank: int, world: int, gate: tuple, reports) -> None:
+    """Run one process of a job, one batch a shard, that waits at a `Gate`; put its report into the queue `reports`."""
+    labeller = Labeller([Gate(*gate), Halves()], label_size=32, batch_size=4, threads=1)
+    reports.put(
+        label_records(
+            folder_records(photos),
+            out,
+            labeller,
+            source="photos",
+            samples_per_shard=4,
+            rank=rank,
+            world=world,
+            workers=2,
+            progress=False,
+        )
+    )
+
+
 def read_files(folder: Path) -> dict[str, bytes]:
-    """The content of each file of a dataset folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    """The content of each file of a dataset folder, less the costs in its report, which are measured."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    if "report.json" in files:
+        report = json.loads(files["report.json"])
+        report.pop("costs", None)
+        files["report.json"] = json.dumps(report).encode()
+    return files

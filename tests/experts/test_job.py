@@ -99,8 +99,8 @@ def test_any_number_of_processes_gives_the_same_bytes(photos, tmp_path, world):
     assert read_files(shared) == read_files(alone)
 
 
-def test_a_process_leaves_the_shards_of_others_missing(photos, tmp_path):
-    report = label(photos, tmp_path / "out", per_shard=4, rank=1, world=2)
+def test_a_process_without_peers_leaves_the_shards_of_others_missing(photos, tmp_path):
+    report = label(photos, tmp_path / "out", per_shard=4, rank=1, world=2, peers=())
     # shards 1, 3 and 5 of 6; the last holds one photo
     assert (report.labelled, report.shards_missing) == (4 + 4 + 1, 3)
     assert not (tmp_path / "out" / "index.json").exists()

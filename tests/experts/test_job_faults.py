@@ -127,9 +127,10 @@ def test_a_full_disk_leaves_whole_shards_and_the_job_resumes(tmp_path, monkeypat
         elif when == "sidecar":
             patch.setattr(shard_writer, "write_atomically", full)
         else:
-            # each file is synced and then its folder: job.json, three tars with their sidecars, index.json
+            # each file is synced and then its folder: job.json; three times the costs, a tar and its sidecar; the costs
+            # once more; then the index
             calls = []
-            limit = {"job": 1, "folder": 2 + 3 * 4, "index": 2 + 3 * 4 + 1}[when]
+            limit = {"job": 1, "folder": 2 + 3 * 6, "index": 2 + 3 * 6 + 2 + 1}[when]
 
             def sync(handle, fsync=os.fsync):
                 calls.append(handle)
