@@ -18,11 +18,11 @@ from prismer.dataloading.mixture.dataset import MixedDataset, MixedPart
 from prismer.dataloading.mixture.order import MixedOrder
 from prismer.dataloading.mixture.parts import slots_of
 from prismer.dataloading.semantics.features import Semantics
-from prismer.dataloading.store.shard_files import open_files
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.errors import InputError
 from prismer.evaluation.text_kinds import CAPTIONS, CLASSES, QUESTIONS
 from prismer.model import Prismer
+from prismer.storage.output import has_file
 from prismer.storage.places import inside
 from prismer.texts import ChooseTexts, answer_fits, choose_captions, choose_class, choose_joint, choose_questions
 from prismer.training.config import TrainConfig
@@ -42,13 +42,7 @@ def has_split(place: str, split: str) -> bool:
         RuntimeError: if a bucket or server cannot be used.
     """
     found = inside(place, split)
-    if isinstance(found, Path):
-        return found.is_dir()
-    try:
-        open_files(found).read("index.json")
-    except FileNotFoundError:
-        return False
-    return True
+    return found.is_dir() if isinstance(found, Path) else has_file(found, "index.json")
 
 
 def check_dataset(place: str) -> None:

@@ -176,8 +176,9 @@ import os, random, sys, time
 from pathlib import Path
 from prismer.storage.cache import FileCache
 cache, rng = FileCache(Path(sys.argv[1]), 5000), random.Random(int(sys.argv[2]))
-end = time.monotonic() + float(sys.argv[3])
 print("ready", flush=True)
+sys.stdin.readline()
+end = time.monotonic() + float(sys.argv[3])
 while time.monotonic() < end:
     name = rng.choice("abcdefghij")
     size = 1000 + 100 * (ord(name) - ord("a"))

@@ -78,7 +78,7 @@ def test_a_server_that_is_away_is_waited_for_and_named_once(bucket, monkeypatch,
 def test_a_server_that_stays_away_ends_the_job(bucket, monkeypatch):
     monkeypatch.setattr(objects, "FIRST_PATIENCE", 0.2)
     monkeypatch.setattr(BucketFileSystem, "fault", Outage(count=10**9))
-    with pytest.raises(StorageError, match=r"did not answer for 0 seconds \(.*refused\); check the address"):
+    with pytest.raises(StorageError, match=r"did not answer for \d+ seconds \(.*refused\); check the address"):
         read_object(f"{bucket}/a")
 
 
