@@ -94,7 +94,7 @@ def as_on_a_cpu(x, numbers):
         ("freeze_lang_vision", 4, ONE, False, 0.0),
         ("freeze_lang_vision", 8, ONE, False, 0.1),
         ("freeze_vision", 4, MIXED, True, 0.0),
-        ("none", 8, MIXED, False, 0.0),
+        pytest.param("none", 8, MIXED, False, 0.0, marks=pytest.mark.long),
         ("none", 4, ONE, True, 0.1),
     ),
 )

@@ -53,7 +53,7 @@ def check_memory(recording, decoder, *results):
     assert not {storage(t) for t in results} & (arguments | set(graph._fresh))
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("dtype", (pytest.param(torch.float64, marks=pytest.mark.long), torch.float32), ids=str)
 @pytest.mark.parametrize("end_bias", (-30.0, 1.8, 2.5, 60.0))
 @pytest.mark.parametrize("options", (dict(), dict(beams=1), dict(beams=4, length_penalty=-1.0, scoring="modern")))
 def test_replayed_searches_equal_eager_ones(graphs, options, end_bias, dtype):

@@ -210,7 +210,10 @@ def test_one_program_for_all_images(compiled):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("lengths", ((9,), (9, 14, 6, 11, 17)), ids=("fixed", "varying"))
+@pytest.mark.parametrize(
+    "lengths",
+    [pytest.param((9,), id="fixed", marks=pytest.mark.long), pytest.param((9, 14, 6, 11, 17), id="varying")],
+)
 def test_training_never_recompiles(compiled, lengths):
     """Twenty steps with the losses of the eager model; a text's length becomes a variable once."""
     counter, compile_ = compiled

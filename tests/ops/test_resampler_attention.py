@@ -164,7 +164,8 @@ def test_the_measured_order_runs_and_a_gpu_starts_with_the_vendors_attention(mon
         assert module._fastest_order(on_a_gpu, x_hat, 2, []) != "composed"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# fp16 takes the same path as bf16, which rounds more coarsely
+@pytest.mark.parametrize("dtype", (*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.long)), ids=str)
 @pytest.mark.parametrize("case", ("large-beta", "no-gamma", "confident", "massive", "key-bias", "value-bias"))
 def test_hard_inputs(case, dtype, order, draws, assert_no_worse):
     problems = []

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(600)
 
 # one process gathers nothing that two do not
 @pytest.mark.parametrize("processes", (pytest.param(1, marks=pytest.mark.long), 2))
-@pytest.mark.parametrize("model", ("modules", "patched"))
+@pytest.mark.parametrize("model", ("modules", pytest.param("patched", marks=pytest.mark.long)))
 def test_modules_train_under_zero_as_without(workshop, tmp_path, model, processes):
     for package in ("open_clip", "transformers"):
         pytest.importorskip(package)

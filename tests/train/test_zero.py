@@ -25,7 +25,14 @@ pytestmark = pytest.mark.timeout(900)
 
 # one process gathers nothing that two do not
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
-@pytest.mark.parametrize("small", [0, 20_000_000, -1], ids=["by-block", "whole-decoder", "gathered"])
+@pytest.mark.parametrize(
+    "small",
+    [
+        pytest.param(0, id="by-block"),
+        pytest.param(20_000_000, id="whole-decoder", marks=pytest.mark.long),
+        pytest.param(-1, id="gathered"),
+    ],
+)
 def test_zero_trains_as_plain_pytorch_does(workshop, tmp_path, small, processes):
     workshop.port += 1
     out = tmp_path / "report.json"
