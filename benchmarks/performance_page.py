@@ -114,6 +114,8 @@ def draw(groups: dict[tuple[str, str], Group], path: Path) -> None:
     found = [(f"{room} {shape}", group) for (room, shape), group in groups.items() if BASELINE in group]
     size = 12, 1.2 + 0.34 * len(found)
     figure, (faster, share) = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    conditions = next(iter(found[0][1].values()))
+    figure.suptitle(f"{conditions['device']}; torch {conditions['torch']}; {conditions['dtype']}; {conditions['date']}")
     places = range(len(found))
     ratios = [float(group[BASELINE]["ratio"]) for _, group in found]
     faster.barh(places, [ratio - 1 for ratio in ratios], left=1, color="#4477aa")
