@@ -33,6 +33,36 @@ class _Movable:
         return type(self)(**{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
 
 
+# columns of `Detections.facts`
+KIND, PART, ROW, COLUMN, SIZE, CONFIDENCE = range(6)
+# values of each column: kinds (object, word); tokens of one name; rows and columns of the image, of equal height and
+# width; sizes; confidences, of which 0 is "not known"
+FACT_VALUES = (2, 8, 8, 8, 6, 4)
+
+
+@dataclass
+class Detections(_Movable):
+    """What experts found in each image, as text: the tokens of the names, one detection after the other.
+
+    Attributes:
+        ids: (B, S) int64 tokens of the names, right-padded with `<pad>`, which is never a key; S is
+            `config.num_detection_tokens` for every batch.
+        facts: (B, S, 6) uint8 about the detection of each token, in the columns KIND (0 an object, 1 a word), PART (the
+            place of the token in its name), ROW and COLUMN (of the centre), SIZE and CONFIDENCE; each below its entry
+            of FACT_VALUES, 0 at padding.
+    """
+
+    ids: Tensor
+    facts: Tensor
+
+    @classmethod
+    def none(cls, num_images: int, num_tokens: int, pad_id: int, device: torch.device | None = None) -> "Detections":
+        """Images in which nothing was found."""
+        ids = torch.full((num_images, num_tokens), pad_id, dtype=torch.int64, device=device)
+        facts = torch.zeros(num_images, num_tokens, len(FACT_VALUES), dtype=torch.uint8, device=device)
+        return cls(ids=ids, facts=facts)
+
+
 @dataclass
 class ImageBatch(_Movable):
     """The input of the vision encoder; label maps stay uint8 until the device expands them.
@@ -43,6 +73,7 @@ class ImageBatch(_Movable):
         rows: high-level expert -> (B, 256) int64: for each id of the map, its row of `features`.
         features: (F, 64) fp32 semantics; row 0 is the background.
         instance_rows: (256,) int64: for each object id, its row of the instance table; None picks the fixed default.
+        detections: what the experts in `config.expert_text` found, as text; None if that is ().
     """
 
     rgb: Tensor
@@ -50,6 +81,7 @@ class ImageBatch(_Movable):
     rows: dict[str, Tensor]
     features: Tensor
     instance_rows: Tensor | None = None
+    detections: Detections | None = None
 
     def __len__(self) -> int:
         return self.rgb.shape[0]
@@ -121,7 +153,7 @@ class Batch(_Movable):
 
 
 # so that torch.export takes a batch as an input
-for _batch in (ImageBatch, TextBatch, Batch):
+for _batch in (Detections, ImageBatch, TextBatch, Batch):
     _pytree.register_dataclass(_batch, serialized_type_name=f"prismer.batch.{_batch.__name__}")
 
 # tables are indexed by raw uint8 ids, so that rows[:, 255] is the background row

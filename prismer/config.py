@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prismer.errors import InputError, listed, shown
-from prismer.experts import EXPERTS, PAPER_EXPERTS
+from prismer.experts import EXPERTS, PAPER_EXPERTS, TEXT_EXPERTS
 from prismer.reading import is_text, parse_json
 
 ALL_EXPERTS = PAPER_EXPERTS
@@ -32,6 +32,7 @@ _MOST = {
     "label_size": (4_096, "maps are read whole"),
     "num_latents": (MAX_GRID**2, "as many as an image has patches"),
     "num_instances": (2**16, "a map has 256 ids"),
+    "num_detections": (255, "a map has 255 ids"),
     "vocab_size": _TABLE,
     "max_positions": _TABLE,
 }
@@ -45,6 +46,9 @@ class PrismerConfig:
     Attributes:
         name: of the preset, "custom" for other sizes.
         experts: expert labels that the model reads; () is PrismerZ, without resampler, expert stems and instance table.
+        expert_text: experts whose detections the decoder reads as text, "obj_detection" and "ocr_detection" or one of
+            them; independent of `experts`, whose maps the encoder reads.
+        num_detections: the most detections of an image that are read as text.
         image_size: side of the RGB input, px; what remains after whole patches is dropped.
         label_size: side of every expert label, px, whatever the RGB resolution.
         patch_size: side of a patch, px.
@@ -69,6 +73,8 @@ class PrismerConfig:
 
     name: str = "custom"
     experts: tuple[str, ...] = ALL_EXPERTS
+    expert_text: tuple[str, ...] = ()
+    num_detections: int = 16
 
     image_size: int = 224
     label_size: int = 224
@@ -101,14 +107,16 @@ class PrismerConfig:
     caption_max_length: int = 20
 
     def __post_init__(self) -> None:
-        if not isinstance(self.experts, (list, tuple)):
-            raise InputError(f"experts is {shown(self.experts)}; give a list of names, [] for none")
-        object.__setattr__(self, "experts", tuple(self.experts))
-        for expert in self.experts:
-            if not isinstance(expert, str) or expert not in EXPERTS:
-                raise InputError(f"unknown expert {shown(expert)} in experts; choose from {', '.join(EXPERTS)}")
-        if len(set(self.experts)) != len(self.experts):
-            raise InputError(f"experts lists one twice: {', '.join(self.experts)}; name each once")
+        for name, known in (("experts", EXPERTS), ("expert_text", TEXT_EXPERTS)):
+            experts = getattr(self, name)
+            if not isinstance(experts, (list, tuple)):
+                raise InputError(f"{name} is {shown(experts)}; give a list of names, [] for none")
+            object.__setattr__(self, name, tuple(experts))
+            for expert in experts:
+                if not isinstance(expert, str) or expert not in known:
+                    raise InputError(f"unknown expert {shown(expert)} in {name}; choose from {', '.join(known)}")
+            if len(set(experts)) != len(experts):
+                raise InputError(f"{name} lists one twice: {', '.join(experts)}; name each once")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is float and type(value) is int and abs(value) < 2**63:
@@ -172,8 +180,13 @@ class PrismerConfig:
         return side
 
     @property
+    def num_detection_tokens(self) -> int:
+        """Tokens of the detections of an image, padding included: three for each detection."""
+        return 3 * self.num_detections if self.expert_text else 0
+
+    @property
     def num_context_tokens(self) -> int:
-        """Tokens per image that the decoder attends to: RGB tokens, then latents."""
+        """Tokens per image that the encoder returns: RGB tokens, then latents."""
         return self.grid**2 + (self.num_latents if self.experts else 0)
 
     def replace(self, **changes: Any) -> "PrismerConfig":

@@ -77,3 +77,6 @@ EXPERTS: dict[str, Expert] = {
 
 # the experts of the paper and of its released checkpoints: those of a model by default
 PAPER_EXPERTS = ("depth", "normal", "seg", "edge", "obj_detection", "ocr_detection")
+
+# the experts whose detections have names, which a decoder can read as text
+TEXT_EXPERTS = tuple(name for name, expert in EXPERTS.items() if expert.table)
