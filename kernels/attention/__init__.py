@@ -16,7 +16,7 @@ device: `torch_backend.py`; from other libraries: `peers.py`.
 import functools
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,9 +68,14 @@ def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return call, [q, k, v]
 
 
-def _settings() -> tuple[str | None, bool, str]:
+# the bytes behind os.environ on POSIX: os.environ.get encodes the name and decodes the value at each call, in twenty
+# times the time
+_environment: Mapping[bytes, bytes] = getattr(os.environ, "_data", {})
+
+
+def _settings() -> tuple[bytes | None, bool, str]:
     """What a plan depends on: instruction set, whether algorithms are deterministic, how fp32 is multiplied."""
-    return os.environ.get("PRISMER_CPU_ISA"), torch._C._get_deterministic_algorithms(), fp32_precision()
+    return _environment.get(b"PRISMER_CPU_ISA"), torch._C._get_deterministic_algorithms(), fp32_precision()
 
 
 OP = Op(
@@ -293,6 +298,8 @@ def _plan(
     share = float(dropout)
     call = Call(q, k, v, key_mask, seed, causal, share, factor)
     chosen = _choose(backend or dispatch.asked(OP.name), **call.constants())
+    if chosen == "sdpa" and dispatch.is_untraced() and not (causal and key_mask is not None):
+        return peers.prepare_sdpa(call)
     if chosen in _DIFFERENTIABLE:
         run = _DIFFERENTIABLE[chosen]
         return lambda q, k, v, key_mask, seed: run(Call(q, k, v, key_mask, seed, causal, share, factor))
@@ -342,4 +349,4 @@ def attention(
         RuntimeError: if the backend asked for cannot run this call.
     """
     tensors = q, k, v, key_mask, seed
-    return OP.resolve(_plan, *tensors, causal, dropout, scale, backend)(*tensors)
+    return OP.resolve(_plan, tensors, causal, dropout, scale, backend)(*tensors)

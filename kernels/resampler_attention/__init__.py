@@ -29,8 +29,9 @@ Saved for the backward pass, in bytes, for numbers of s bytes, beside the inputs
     ordinary  B M D s (q) + B Q N s (probabilities) + 2 B N D s (keys and values)
 """
 
+import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from prismer.kernels import dispatch, matmul, tuning
 from prismer.kernels.absorbed_projection import context_to_heads, heads_to_context, weight_gradient
 from prismer.kernels.attention import attention
 from prismer.kernels.checks import check_floats, check_like, described
-from prismer.kernels.dispatch import TORCH, TRITON, Example, Op
+from prismer.kernels.dispatch import TORCH, TRITON, Example, Op, runs_directly
 from prismer.kernels.layer_norm import layer_norm
 from prismer.kernels.linear import linears
 from prismer.kernels.resampler_attention import torch_backend, triton_backend
@@ -409,6 +410,33 @@ def _fastest_order(query: Tensor, x_hat: Tensor, num_heads: int, grads: list[str
     return order
 
 
+def _plan(
+    query: Tensor,
+    x_hat: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    num_heads: int,
+    order: str | None,
+) -> Callable:
+    tensors = query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias
+    _check(*tensors, num_heads, order)
+    if OP.route(query) == "reference":
+        return functools.partial(resampler_attention_reference, num_heads=num_heads)
+    grads = []
+    if torch.is_grad_enabled():
+        grads = [name for name, t in zip(_ARGUMENTS, tensors, strict=True) if t.requires_grad]
+    if order is None:
+        order = _fastest_order(query, x_hat, num_heads, grads)
+    if order == "composed":
+        return functools.partial(_composed, num_heads=num_heads)
+    keep, absorbed = bool(grads), order == "absorbed"
+    keep_mixed = absorbed and not _MIXED.isdisjoint(grads)
+    forward = _forward if runs_directly(*tensors) else _resampler_attention
+    return lambda *tensors: forward(*tensors, num_heads, absorbed, keep, keep_mixed)[0]
+
+
 def resampler_attention(
     query: Tensor,
     x_hat: Tensor,
@@ -438,16 +466,4 @@ def resampler_attention(
         ValueError: if a shape, a dtype or `order` does not fit.
     """
     tensors = query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias
-    _check(*tensors, num_heads, order)
-    if OP.route(query) == "reference":
-        return resampler_attention_reference(*tensors, num_heads)
-    grads = []
-    if torch.is_grad_enabled():
-        grads = [name for name, t in zip(_ARGUMENTS, tensors, strict=True) if t.requires_grad]
-    if order is None:
-        order = _fastest_order(query, x_hat, num_heads, grads)
-    if order == "composed":
-        return _composed(*tensors, num_heads)
-    absorbed = order == "absorbed"
-    keep_mixed = absorbed and not _MIXED.isdisjoint(grads)
-    return _resampler_attention(*tensors, num_heads, absorbed, bool(grads), keep_mixed)[0]
+    return OP.resolve(_plan, tensors, num_heads, order)(*tensors)
