@@ -52,7 +52,8 @@ _ARGUMENTS = ("q", "context", "k_weight", "k_bias", "v_weight", "v_bias")
 
 def _heads(x: Tensor, H: int) -> Tensor:
     """(B, N, D) -> (B, H, N, K)"""
-    return x.unflatten(2, (H, -1)).transpose(1, 2)
+    B, N, D = x.shape
+    return x.view(B, N, H, D // H).transpose(1, 2)
 
 
 def cross_attention_reference(

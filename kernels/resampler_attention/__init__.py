@@ -388,11 +388,11 @@ def _composed(
     num_heads: int,
 ) -> Tensor:
     """Projections of the joined keys, and the fastest attention: under plain autograd, which keeps all of them."""
-    D = query.shape[2]
+    B, _, D = query.shape
     keys = torch.cat([query, torch.addcmul(norm_bias, x_hat, norm_weight).to(query.dtype)], 1)
     (w_q, w_kv), (b_q, b_kv) = (t.split([D, 2 * D]) for t in (in_proj_weight, in_proj_bias))
     (q,), (kv,) = linears(query, [(w_q, b_q)]), linears(keys, [(w_kv, b_kv)])
-    q, k, v = (t.unflatten(2, (num_heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, 2)))
+    q, k, v = (t.view(B, t.shape[1], num_heads, D // num_heads).transpose(1, 2) for t in (q, *kv.chunk(2, 2)))
     return attention(q, k, v).transpose(1, 2).flatten(2)
 
 
