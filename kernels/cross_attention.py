@@ -23,6 +23,7 @@ order saves B L D for keys and for values, in every layer, and attention's own.
 Source of the layer: Prismer, arXiv:2303.02506, section 3; Vaswani et al., arXiv:1706.03762, section 3.2.
 """
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -42,7 +43,7 @@ from prismer.kernels.absorbed_projection import (
 )
 from prismer.kernels.attention import attention, attention_reference
 from prismer.kernels.checks import check_linear, described
-from prismer.kernels.dispatch import TORCH, Example, Op, runs_directly
+from prismer.kernels.dispatch import TORCH, Example, Op, in_its_dtype, runs_directly
 from prismer.kernels.linear import linears
 from prismer.kernels.philox import draw_seed, survivors
 from prismer.kernels.tuning import rows_class
@@ -304,9 +305,9 @@ def _ordinary(
     k_bias: Tensor | None,
     v_weight: Tensor,
     v_bias: Tensor | None,
+    seed: Tensor | None,
     num_heads: int,
     dropout: float,
-    seed: Tensor | None,
 ) -> Tensor:
     projected = linears(context, [(k_weight, k_bias), (v_weight, v_bias)])
     q, k, v = (_heads(t, num_heads) for t in (q, *projected))
@@ -375,10 +376,14 @@ def _plan(
             order = tuning.choice(q.device.type, key) or order
             tuning.record(q.device.type, key, order)
     if order == "ordinary" or not q.numel() or not context.numel():
-        return lambda *given: _ordinary(*given[:6], num_heads, dropout, given[6])
-    forward = _forward if runs_directly(*tensors, seed) else _cross_attention
+        return functools.partial(_ordinary, num_heads=num_heads, dropout=dropout)
+    forward: Callable = _forward if runs_directly(*tensors, seed) else _cross_attention
     keep = bool(grads)
-    return lambda *given: forward(*given[:6], draw_seed(share, given[6], device), num_heads, share, keep)[0]
+
+    def attend(*given: Any) -> Tensor:
+        return forward(*given[:6], draw_seed(share, given[6], device), num_heads, share, keep)[0]
+
+    return in_its_dtype(attend, device)
 
 
 def cross_attention(

@@ -162,6 +162,19 @@ def runs_directly(*args: Any) -> bool:
     return not records and all(type(t) in PLAIN and t.dtype not in NARROW for t in tensors)
 
 
+def in_its_dtype(run: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`run`, outside autocast, which would change the dtype of products but not that of the op's own buffers."""
+    kind = device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return run
+
+    def call(*args: Any) -> Any:
+        with torch.autocast(kind, enabled=False):
+            return run(*args)
+
+    return call
+
+
 def is_partitioned(weight: Tensor) -> bool:
     """Does ZeRO-3 partition this weight? torch's own operators would save a view of it, which keeps it gathered."""
     return hasattr(weight, "ds_id")
@@ -316,7 +329,7 @@ class Op:
         if is_compiling() or forward_ad._current_level >= 0 or _watched():
             return plan(*tensors, *constants)
         # under autocast torch's operators have other dtypes
-        key = [*state, torch.is_autocast_enabled("cpu")]
+        key = [*state, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
         for tensor in tensors:
             if type(tensor) in PLAIN:
                 layout = tensor.is_contiguous() or tensor.stride()

@@ -41,7 +41,7 @@ from prismer.kernels import dispatch, matmul, tuning
 from prismer.kernels.absorbed_projection import context_to_heads, heads_to_context, weight_gradient
 from prismer.kernels.attention import attention
 from prismer.kernels.checks import check_floats, check_like, described
-from prismer.kernels.dispatch import TORCH, TRITON, Example, Op, runs_directly
+from prismer.kernels.dispatch import TORCH, TRITON, Example, Op, in_its_dtype, runs_directly
 from prismer.kernels.layer_norm import layer_norm
 from prismer.kernels.linear import linears
 from prismer.kernels.resampler_attention import torch_backend, triton_backend
@@ -433,8 +433,8 @@ def _plan(
         return functools.partial(_composed, num_heads=num_heads)
     keep, absorbed = bool(grads), order == "absorbed"
     keep_mixed = absorbed and not _MIXED.isdisjoint(grads)
-    forward = _forward if runs_directly(*tensors) else _resampler_attention
-    return lambda *tensors: forward(*tensors, num_heads, absorbed, keep, keep_mixed)[0]
+    forward: Callable = _forward if runs_directly(*tensors) else _resampler_attention
+    return in_its_dtype(lambda *tensors: forward(*tensors, num_heads, absorbed, keep, keep_mixed)[0], query.device)
 
 
 def resampler_attention(
