@@ -277,7 +277,7 @@ def _forward_native(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
 
 
 # by backend, for rows (R, D)
-_FORWARD: dict[str, Callable[[Tensor, Tensor | None, str], Tensor]] = {
+FORWARD: dict[str, Callable[[Tensor, Tensor | None, str], Tensor]] = {
     "native": _forward_native,
     "triton": _forward_triton,
     "torch": _forward_torch,
@@ -287,7 +287,7 @@ _FORWARD: dict[str, Callable[[Tensor, Tensor | None, str], Tensor]] = {
 
 
 def _forward(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    return _FORWARD[OP.choose(h, activation)](h, bias, activation)
+    return FORWARD[OP.choose(h, activation)](h, bias, activation)
 
 
 def _forward_fake(h: Tensor) -> Tensor:
@@ -348,7 +348,7 @@ def _plan(h: Tensor, bias: Tensor | None, activation: str) -> Callable:
     check_floats("bias", bias, h.shape[-1:])
     if OP.route(h, activation) == "reference":
         return bias_activation_reference
-    forward = _FORWARD[OP.choose(h, activation)] if runs_directly(h, bias) else bias_activation_op
+    forward = FORWARD[OP.choose(h, activation)] if runs_directly(h, bias) else bias_activation_op
     if h.dim() == 2:
         return forward
     rows, shape = (-1, h.shape[-1]), h.shape
@@ -369,7 +369,7 @@ def bias_activation(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     Raises:
         ValueError: if a shape, dtype or name does not fit.
     """
-    return OP.resolve(_plan, h, bias, activation)(h, bias, activation)
+    return OP.resolve(_plan, (h, bias), activation)(h, bias, activation)
 
 
 def kernel_cases() -> list[KernelCase]:

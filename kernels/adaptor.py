@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prismer.kernels import launch, layer_norm
+from prismer.kernels import launch, layer_norm, matmul
 from prismer.kernels.activation import column_sums
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import check_floats, check_linear, described
@@ -64,7 +64,12 @@ def adaptor_reference(
 
 
 OP = Op(
-    name="adaptor", reference=adaptor_reference, backends=(TRITON, TORCH), vendor=True, depends=launch.fp32_precision
+    name="adaptor",
+    reference=adaptor_reference,
+    backends=(TRITON, TORCH),
+    vendor=True,
+    # how torch multiplies
+    depends=lambda: (torch._C._get_mkldnn_enabled(), launch.fp32_precision()),
 )
 
 
@@ -277,8 +282,12 @@ def _plan(
     forward: Callable = _adaptor
     if runs_directly(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias):
         norm_backend, backend = layer_norm.OP.choose(x, norm_weight, norm_bias), OP.choose(x)
+        tensors = x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias
         if norm_backend == backend == "triton" and x.numel() and x.is_contiguous():
-            return _triton_plan(x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias, late, eps)
+            return _triton_plan(*tensors, late, eps)
+        alike = all(bias is None or bias.dtype == x.dtype for bias in (down_bias, up_bias))
+        if backend == "torch" and alike and x.dim() > 1 and x.is_contiguous():
+            return _torch_plan(*tensors, late, eps)
         forward = functools.partial(_forward_on, backend, layer_norm.FORWARD[norm_backend])
     if x.dim() == 2:
         return lambda *tensors: forward(*tensors, late, eps)[0]
@@ -305,6 +314,26 @@ def _triton_plan(
     if late:
         return lambda x, g, b, w1, b1, w2, b2: normalise(up(down(x, w1, b1), w2, b2, x), g, b)
     return lambda x, g, b, w1, b1, w2, b2: up(down(normalise(x, g, b), w1, b1), w2, b2, x)
+
+
+def _torch_plan(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    late: bool,
+    eps: float,
+) -> Callable:
+    """For a contiguous x and biases of its dtype, without a gradient."""
+    normalise = layer_norm.plan_norm(x, norm_weight, norm_bias, eps)
+    down = matmul.plan(x, down_weight, down_bias)
+    up = matmul.plan(x.new_empty((*x.shape[:-1], down_weight.shape[0])), up_weight, up_bias)
+    if late:
+        return lambda x, g, b, w1, b1, w2, b2: normalise(up(down(x, w1, b1).relu_().square_(), w2, b2).add_(x), g, b)
+    return lambda x, g, b, w1, b1, w2, b2: up(down(normalise(x, g, b), w1, b1).relu_().square_(), w2, b2).add_(x)
 
 
 def adaptor(
@@ -336,7 +365,7 @@ def adaptor(
         ValueError: if a shape or dtype does not fit.
     """
     tensors = x, norm_weight, norm_bias, down_weight, down_bias, up_weight, up_bias
-    return OP.resolve(_plan, *tensors, late, eps)(*tensors)
+    return OP.resolve(_plan, tensors, late, eps)(*tensors)
 
 
 def kernel_cases() -> list[KernelCase]:

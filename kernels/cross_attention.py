@@ -23,7 +23,9 @@ order saves B L D for keys and for values, in every layer, and attention's own.
 Source of the layer: Prismer, arXiv:2303.02506, section 3; Vaswani et al., arXiv:1706.03762, section 3.2.
 """
 
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +43,7 @@ from prismer.kernels.absorbed_projection import (
 )
 from prismer.kernels.attention import attention, attention_reference
 from prismer.kernels.checks import check_linear, described
-from prismer.kernels.dispatch import TORCH, Example, Op
+from prismer.kernels.dispatch import TORCH, Example, Op, in_its_dtype, runs_directly
 from prismer.kernels.linear import linears
 from prismer.kernels.philox import draw_seed, survivors
 from prismer.kernels.tuning import rows_class
@@ -51,7 +53,8 @@ _ARGUMENTS = ("q", "context", "k_weight", "k_bias", "v_weight", "v_bias")
 
 def _heads(x: Tensor, H: int) -> Tensor:
     """(B, N, D) -> (B, H, N, K)"""
-    return x.unflatten(2, (H, -1)).transpose(1, 2)
+    B, N, D = x.shape
+    return x.view(B, N, H, D // H).transpose(1, 2)
 
 
 def cross_attention_reference(
@@ -302,9 +305,9 @@ def _ordinary(
     k_bias: Tensor | None,
     v_weight: Tensor,
     v_bias: Tensor | None,
+    seed: Tensor | None,
     num_heads: int,
     dropout: float,
-    seed: Tensor | None,
 ) -> Tensor:
     projected = linears(context, [(k_weight, k_bias), (v_weight, v_bias)])
     q, k, v = (_heads(t, num_heads) for t in (q, *projected))
@@ -335,6 +338,52 @@ def _check(
         raise ValueError(f"dropout is {dropout}; pass a probability from 0 to below 1")
     if order not in (None, *ORDERS):
         raise ValueError(f"order is {order!r}; pass 'absorbed', 'ordinary', or None for the cheaper")
+
+
+def _plan(
+    q: Tensor,
+    context: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor | None,
+    v_weight: Tensor,
+    v_bias: Tensor | None,
+    seed: Tensor | None,
+    num_heads: int,
+    dropout: float,
+    order: str | None,
+) -> Callable:
+    """What runs a call on the six arguments of `_ARGUMENTS` and the seed."""
+    tensors = q, context, k_weight, k_bias, v_weight, v_bias
+    _check(*tensors, num_heads, dropout, order)
+    device, share = q.device, float(dropout)
+    if OP.route(q) == "reference":
+
+        def define(*given: Any) -> Tensor:
+            seed = draw_seed(share, given[6], device)
+            return cross_attention_reference(*given[:6], num_heads, dropout=share, seed=seed)
+
+        return define
+    grads = []
+    if torch.is_grad_enabled():
+        grads = [name for name, t in zip(_ARGUMENTS, tensors, strict=True) if t is not None and t.requires_grad]
+    if order is None:
+        (B, N, D), (L, E) = q.shape, context.shape[1:]
+        # an attention that is asked for by name runs in the ordinary order
+        ours = q.device.type == "cpu" and dispatch.asked("attention") in (None, "native", "torch")
+        order = cheaper_order(B, N, L, D, E, num_heads, grads) if ours else "ordinary"
+        if dispatch.asked() is None and not torch.compiler.is_compiling():
+            key = OP.name, q.dtype, bool(grads), _classify(q, context, num_heads)
+            order = tuning.choice(q.device.type, key) or order
+            tuning.record(q.device.type, key, order)
+    if order == "ordinary" or not q.numel() or not context.numel():
+        return functools.partial(_ordinary, num_heads=num_heads, dropout=dropout)
+    forward: Callable = _forward if runs_directly(*tensors, seed) else _cross_attention
+    keep = bool(grads)
+
+    def attend(*given: Any) -> Tensor:
+        return forward(*given[:6], draw_seed(share, given[6], device), num_heads, share, keep)[0]
+
+    return in_its_dtype(attend, device)
 
 
 def cross_attention(
@@ -370,24 +419,5 @@ def cross_attention(
     Raises:
         ValueError: if a shape, a dtype or a setting does not fit.
     """
-    tensors = q, context, k_weight, k_bias, v_weight, v_bias
-    _check(*tensors, num_heads, dropout, order)
-    if OP.route(q) == "reference":
-        seed = draw_seed(dropout, seed, q.device)
-        return cross_attention_reference(*tensors, num_heads, dropout=dropout, seed=seed)
-    grads = []
-    if torch.is_grad_enabled():
-        grads = [name for name, t in zip(_ARGUMENTS, tensors, strict=True) if t is not None and t.requires_grad]
-    if order is None:
-        (B, N, D), (L, E) = q.shape, context.shape[1:]
-        # an attention that is asked for by name runs in the ordinary order
-        ours = q.device.type == "cpu" and dispatch.asked("attention") in (None, "native", "torch")
-        order = cheaper_order(B, N, L, D, E, num_heads, grads) if ours else "ordinary"
-        if dispatch.asked() is None and not torch.compiler.is_compiling():
-            key = OP.name, q.dtype, bool(grads), _classify(q, context, num_heads)
-            order = tuning.choice(q.device.type, key) or order
-            tuning.record(q.device.type, key, order)
-    if order == "ordinary" or not q.numel() or not context.numel():
-        return _ordinary(*tensors, num_heads, dropout, seed)
-    seed = draw_seed(dropout, seed, q.device)
-    return _cross_attention(*tensors, seed, num_heads, float(dropout), bool(grads))[0]
+    tensors = q, context, k_weight, k_bias, v_weight, v_bias, seed
+    return OP.resolve(_plan, tensors, num_heads, dropout, order)(*tensors)

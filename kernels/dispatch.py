@@ -7,9 +7,9 @@ this folder, for `prismer info` and for the tests.
 
 The backends: `native` is compiled C++ and CUDA C++, `triton` is compiled at its first call, `torch` is composed of
 PyTorch operators, `reference` is the definition that tests compare with. Attention can also run on `flash-attn`,
-`xformers` and torch's own `sdpa`, a matrix product on `few-rows` and `onednn`. The measured choice runs (`tuning`), or
-else the first usable backend. PRISMER_BACKEND, read when this module is imported, or `use_backend` ask for another one,
-for all ops (`torch`) or for some (`mlp:torch,attention:sdpa`).
+`xformers`, torch's own `sdpa`, and `eager`, which keeps the probabilities; a matrix product on `few-rows` and `onednn`.
+The measured choice runs (`tuning`), or else the first usable backend. PRISMER_BACKEND, read when this module is
+imported, or `use_backend` ask for another one, for all ops (`torch`) or for some (`mlp:torch,attention:sdpa`).
 """
 
 import functools
@@ -28,14 +28,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _len_torch_function_stack
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from prismer.kernels import machine, tuning
 from prismer.kernels.errors import InputError, MachineError
 
-BACKENDS = ("native", "triton", "torch", "few-rows", "onednn", "flash-attn", "xformers", "sdpa", "reference")
+BACKENDS = ("native", "triton", "torch", "few-rows", "onednn", "flash-attn", "xformers", "sdpa", "eager", "reference")
 
 _log = logging.getLogger("prismer.kernels")
 
@@ -144,7 +145,7 @@ def _watched() -> bool:
     )
 
 
-def _untraced() -> bool:
+def is_untraced() -> bool:
     """Is this an eager call that nothing traces: no compiler, no mode, no transform, no dual level?"""
     return not (is_compiling() or forward_ad._current_level >= 0 or _watched())
 
@@ -154,11 +155,24 @@ def runs_directly(*args: Any) -> bool:
 
     That is an eager call of plain tensors that nothing traces and that keeps no graph.
     """
-    if not _untraced():
+    if not is_untraced():
         return False
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     records = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return not records and all(type(t) in PLAIN and t.dtype not in NARROW for t in tensors)
+
+
+def in_its_dtype(run: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`run`, outside autocast, which would change the dtype of products but not that of the op's own buffers."""
+    kind = device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return run
+
+    def call(*args: Any) -> Any:
+        with torch.autocast(kind, enabled=False):
+            return run(*args)
+
+    return call
 
 
 def is_partitioned(weight: Tensor) -> bool:
@@ -227,8 +241,12 @@ def rows_and_width(x: Tensor) -> tuple[int, int]:
 Example = tuple[Callable[..., Any], list[Any]]
 # choices and plans that an op remembers
 _MOST_REMEMBERED = 4096
+# plans of an op that are tried before the key of a call is formed
+_MOST_RECENT = 8
 # arguments of these types are part of the key of a plan
 _CONSTANTS = frozenset((type(None), bool, int, float, str))
+# what torch.compile checks tensors with: all facts of several tensors in one call, in the time of reading two of them
+_TensorGuards = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
 # what torch's own operators are called among the implementations of an op
 HOST = "host"
 
@@ -269,7 +287,9 @@ class Op:
     example: Callable[[tuple[int, ...], torch.dtype, torch.device], Example] | None = None
     depends: Callable[[], Hashable] | None = None
     _picked: dict[tuple, str] = field(default_factory=dict, init=False, repr=False)
-    _plans: dict[tuple, Callable] = field(default_factory=dict, init=False, repr=False)
+    _plans: dict[tuple, tuple[Callable, Callable | None]] = field(default_factory=dict, init=False, repr=False)
+    # what a plan depends on beside the tensors, whether tensors are like those of the plan, and the plan
+    _recent: list[tuple[tuple, Callable, Callable]] = field(default_factory=list, init=False, repr=False)
 
     def shape_class(self, x: Any, *facts: Any) -> tuple[int, ...]:
         """The class of a call's shape, by which measured choices are found."""
@@ -279,8 +299,8 @@ class Op:
         """The measured choice for a class of calls, or None."""
         return tuning.choice(x.device.type, (self.name, x.dtype, gradient, shape))
 
-    def resolve(self, plan: Callable[..., Callable], *args: Any) -> Callable:
-        """What runs a call: what `plan(*args)` returns, which is remembered for calls like this one.
+    def resolve(self, plan: Callable[..., Callable], tensors: tuple[Tensor | None, ...], *constants: Any) -> Callable:
+        """What runs a call: what `plan(*tensors, *constants)` returns, which is remembered for calls like this one.
 
         To check the arguments of a short call and to choose for it costs more than to run it. Both follow from shapes,
         strides, dtypes, devices and options, and from what choices depend on (`choice_state`): all of these are the
@@ -288,30 +308,50 @@ class Op:
 
         Args:
             plan: checks the arguments and returns a function that runs such a call. What it returns must hold no
-                tensor, nor anything of the arguments but what is part of the key. One function for each op.
-            args: tensors, numbers, strings and None, all that the plan depends on.
+                tensor, nor anything of the arguments but what is part of the key.
+            tensors: tensors and None, all that the plan depends on.
+            constants: numbers, strings and None, likewise.
         """
-        # as `_untraced`, whose call would cost a tenth of the look-up
-        if is_compiling() or forward_ad._current_level >= 0 or _watched():
-            return plan(*args)
-        key: list[Any] = [tuning.generation, _asked_key, torch.is_grad_enabled()]
+        if is_dynamo_compiling():
+            return plan(*tensors, *constants)
+        state: tuple = (tuning.generation, _asked_key, is_grad_enabled(), plan, len(tensors), constants)
         if self.depends is not None:
-            key.append(self.depends())
-        for arg in args:
-            if type(arg) in PLAIN:
-                layout = arg.is_contiguous() or arg.stride()
-                key += arg.shape, layout, arg.dtype, arg.device, arg.requires_grad
-            elif type(arg) in _CONSTANTS:
-                key.append(arg)
+            state = (*state, self.depends())
+        # the tensors of a call inside a dispatch mode or a transform are unlike those outside
+        if not (_believed or _len_torch_function_stack() or forward_ad._current_level >= 0):
+            for known, alike, found in self._recent:
+                if known == state and alike(*tensors):
+                    return found
+        return self._look_up(state, plan, tensors, constants)
+
+    def _look_up(self, state: tuple, plan: Callable[..., Callable], tensors: tuple, constants: tuple) -> Callable:
+        """`resolve` for a call that is unlike the most recent ones."""
+        if is_compiling() or forward_ad._current_level >= 0 or _watched():
+            return plan(*tensors, *constants)
+        # under autocast torch's operators have other dtypes
+        key = [*state, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
+        for tensor in tensors:
+            if type(tensor) in PLAIN:
+                layout = tensor.is_contiguous() or tensor.stride()
+                key += tensor.shape, layout, tensor.dtype, tensor.device, tensor.requires_grad
+            elif tensor is None:
+                key.append(None)
             else:
-                return plan(*args)
+                return plan(*tensors, *constants)
+        if not all(type(constant) in _CONSTANTS for constant in constants):
+            return plan(*tensors, *constants)
         whole = tuple(key)
-        found = self._plans.get(whole)
-        if found is None:
-            found = plan(*args)
-            if len(self._plans) >= _MOST_REMEMBERED:
+        known = self._plans.get(whole)
+        found, alike = (plan(*tensors, *constants), None) if known is None else known
+        if alike is None or not alike(*tensors):
+            # the first call like this one, or the first in inference mode or under autocast
+            alike = _likeness(tensors)
+            if known is None and len(self._plans) >= _MOST_REMEMBERED:
                 self._plans.clear()
-            self._plans[whole] = found
+            self._plans[whole] = found, alike
+        if alike is not None:
+            self._recent.insert(0, (state, alike, found))
+            del self._recent[_MOST_RECENT:]
         return found
 
     def route(self, x: Tensor, *facts: Any) -> str:
@@ -502,6 +542,35 @@ class Op:
             return implementation(*args)
 
         return call
+
+
+def _likeness(tensors: tuple[Tensor | None, ...]) -> Callable[..., bool] | None:
+    """Whether tensors have the types, dtypes, devices, shapes and strides of these, and need a gradient where these do.
+
+    The answer is for the state of torch (inference mode, autocast) in which the function was made: in another one no
+    tensors are alike. None if torch cannot tell, or if something watches.
+    """
+    if _TensorGuards is None or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return None
+    given = [t for t in tensors if t is not None]
+    # guards refuse a tensor that is given twice
+    if not given or len({id(t) for t in given}) < len(given) or any(t.layout != torch.strided for t in given):
+        return None
+    sizes, strides = [list(t.shape) for t in given], [list(t.stride()) for t in given]
+    alike = _TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return alike if len(given) == len(tensors) else _beside_nones(tuple(t is None for t in tensors))(alike)
+
+
+@functools.cache
+def _beside_nones(absent: tuple[bool, ...]) -> Callable[[Callable], Callable]:
+    """From a function of the tensors that are given to one of all arguments, of which the others must be None.
+
+    Its source is made for each pattern, since a loop over the arguments would cost as much as the function itself.
+    """
+    names = [f"t{i}" for i in range(len(absent))]
+    nones = " and ".join(f"{name} is None" for name, none in zip(names, absent, strict=True) if none)
+    given = ", ".join(name for name, none in zip(names, absent, strict=True) if not none)
+    return eval(f"lambda alike: lambda {', '.join(names)}: {nones} and alike({given})")
 
 
 @functools.cache

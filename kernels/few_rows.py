@@ -195,4 +195,4 @@ def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale
     """
     # the choice depends on the layout of the weight, which is not part of a plan's key
     dense = weight.dim() > 0 and _dense(weight)
-    return OP.resolve(_plan, x, weight, bias, scale, dense)(x, weight, bias, scale)
+    return OP.resolve(_plan, (x, weight, bias, scale), dense)(x, weight, bias, scale)

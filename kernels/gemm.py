@@ -331,7 +331,8 @@ def prepare_gemm(
     run, result = Prepared(_gemm_kernel, *launched), (*shape[:-1], N)
 
     def product(a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        c = a.new_empty(result)
+        # sizes one by one take two thirds of the time of a tuple
+        c = a.new_empty(*result)
         run(a, weight, bias, None, residual, c, None, None)
         return c
 

@@ -316,7 +316,7 @@ def add_instance_rows(
         ValueError: if a shape, dtype or device does not fit.
     """
     tensors = x, ids, table, rows, positions
-    return OP.resolve(_plan, *tensors, grid)(*tensors, grid)
+    return OP.resolve(_plan, tensors, grid)(*tensors, grid)
 
 
 def _plan(x: Tensor, ids: Tensor, table: Tensor, rows: Tensor | None, positions: Tensor | None, grid: int) -> Callable:

@@ -390,7 +390,7 @@ def label_map(ids: Tensor, rows: Tensor, features: Tensor, size: int) -> Tensor:
         ValueError: if a shape, dtype or device does not fit.
         RuntimeError: on the CPU, if `rows` name a row that `features` do not have (on a GPU: NaN).
     """
-    return OP.resolve(_plan, ids, rows, features, size)(ids, rows, features, size)
+    return OP.resolve(_plan, (ids, rows, features), size)(ids, rows, features, size)
 
 
 def kernel_cases() -> list[KernelCase]:

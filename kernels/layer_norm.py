@@ -531,7 +531,7 @@ layer_norm_backward_op = OP.register(_backward, fake=_backward_fake, suffix="_ba
 
 
 def _plan(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Callable:
-    """What runs `layer_norm` on x, weight and bias, or `add_layer_norm` on x, residual, weight and bias."""
+    """What runs `add_layer_norm` on x, residual, weight and bias, or without a residual `layer_norm` on the others."""
     _check(x, residual, weight, bias)
     route = OP.route(x, weight, bias, residual)
     if route == "reference":
@@ -554,6 +554,11 @@ def _plan(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tenso
         return y.view(shape), total.view(shape)
 
     return add_and_norm
+
+
+def plan_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Callable:
+    """What runs `layer_norm` on x, weight and bias."""
+    return _plan(x, None, weight, bias, eps)
 
 
 def _plan_on_torch(width: torch.Size, has_residual: bool, eps: float) -> Callable:
@@ -590,7 +595,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     Raises:
         ValueError: if a shape or dtype does not fit, or D exceeds 65536.
     """
-    return OP.resolve(_plan, x, None, weight, bias, eps)(x, weight, bias)
+    return OP.resolve(plan_norm, (x, weight, bias), eps)(x, weight, bias)
 
 
 def add_layer_norm(
@@ -608,7 +613,7 @@ def add_layer_norm(
     Raises:
         ValueError: if a shape or dtype does not fit, or D exceeds 65536.
     """
-    return OP.resolve(_plan, x, residual, weight, bias, eps)(x, residual, weight, bias)
+    return OP.resolve(_plan, (x, residual, weight, bias), eps)(x, residual, weight, bias)
 
 
 def kernel_cases() -> list[KernelCase]:
@@ -628,6 +633,30 @@ def kernel_cases() -> list[KernelCase]:
                 dict(HAS_RESIDUAL=True, HAS_WEIGHT=True, HAS_BIAS=True, **tiles),
                 bytes=4 * R * D * 2 + 2 * D * 2 + 8 * R,
                 flops=9 * R * D,
+            ),
+            case(
+                f"{model} layer_norm add forward, without statistics",
+                _forward_kernel,
+                (bf16, bf16, bf16, bf16, bf16, bf16, None, None, R, D, 1e-5),
+                dict(HAS_RESIDUAL=True, HAS_WEIGHT=True, HAS_BIAS=True, **tiles),
+                bytes=4 * R * D * 2 + 2 * D * 2,
+                flops=9 * R * D,
+            ),
+            case(
+                f"{model} layer_norm forward, without statistics",
+                _forward_kernel,
+                (bf16, None, bf16, bf16, bf16, None, None, None, R, D, 1e-5),
+                dict(HAS_RESIDUAL=False, HAS_WEIGHT=True, HAS_BIAS=True, **tiles),
+                bytes=2 * R * D * 2 + 2 * D * 2,
+                flops=8 * R * D,
+            ),
+            case(
+                f"{model} layer_norm of the resampler's inputs, without statistics",
+                _forward_kernel,
+                (bf16, None, None, None, bf16, None, None, None, R, D, 1e-5),
+                dict(HAS_RESIDUAL=False, HAS_WEIGHT=False, HAS_BIAS=False, **tiles),
+                bytes=2 * R * D * 2,
+                flops=6 * R * D,
             ),
             case(
                 f"{model} layer_norm backward, all sums and output",

@@ -10,6 +10,7 @@ Source: query, key and value of Vaswani et al., arXiv:1706.03762, section 3.2.
 FLOPs: 2 R D N forward for N outputs in all, as many again for dx, and as many again for the weights that train.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -133,8 +134,9 @@ _linears_backward = OP.register(_backward, fake=_backward_fake, suffix="_backwar
 # the public function
 
 
-def _plan(x: Tensor, partitioned: bool, *flat: Tensor | None) -> Callable:
-    """`flat` holds weight and bias of each layer; `partitioned`: of the first weight, on which the route depends."""
+def _plan(x: Tensor, *more: Any) -> Callable:
+    """`more`: weight and bias of each layer; last, whether the first weight is partitioned, which decides the route."""
+    flat = more[:-1]
     layers = list(zip(flat[::2], flat[1::2], strict=True))
     if not 1 <= len(layers) <= _MOST:
         raise ValueError(f"{len(layers)} layers were given; pass one to {_MOST}")
@@ -150,7 +152,11 @@ def _plan(x: Tensor, partitioned: bool, *flat: Tensor | None) -> Callable:
         return linears_reference
     # the op's implementation consists of the same products
     if route == "host" or runs_directly(x, *flat):
-        return lambda x, layers: [matmul.linear(x, weight, bias) for weight, bias in layers]
+        products = [matmul.plan(x, weight, bias) for weight, bias in layers]
+        if len(products) == 1:
+            multiply = products[0]
+            return lambda x, layers: [multiply(x, *layers[0])]
+        return lambda x, layers: [product(x, *layer) for product, layer in zip(products, layers, strict=True)]
     return _through_the_op
 
 
@@ -173,8 +179,8 @@ def linears(x: Tensor, layers: list[tuple[Tensor, Tensor | None]]) -> list[Tenso
     Raises:
         ValueError: if there are none or more than three layers, or a shape or dtype does not fit.
     """
-    flat = [t for layer in layers for t in layer]
-    return OP.resolve(_plan, x, bool(flat) and is_partitioned(flat[0]), *flat)(x, layers)
+    tensors = (x, *itertools.chain.from_iterable(layers))
+    return OP.resolve(_plan, tensors, bool(layers) and is_partitioned(layers[0][0]))(x, layers)
 
 
 def _first_of_linears(x: Tensor, weight: Tensor) -> Tensor:

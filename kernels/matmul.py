@@ -91,7 +91,7 @@ OP = Op(
     ),
     classify=lambda product: product.shape,
     example=_example,
-    depends=lambda: (torch._C._get_mkldnn_enabled(), torch.is_autocast_enabled("cpu")),
+    depends=torch._C._get_mkldnn_enabled,
 )
 
 
@@ -126,10 +126,11 @@ def torch_multiplies(x: Tensor, outputs: int) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: (..., K) and (N, K), any strides -> (..., N), all of one dtype."""
-    return OP.resolve(_plan, x, weight, bias)(x, weight, bias)
+    return OP.resolve(plan, (x, weight, bias))(x, weight, bias)
 
 
-def _plan(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+def plan(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    """What runs `linear` on tensors like these, for the plan of an op whose key holds all that this one depends on."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         # only torch's operator has a gradient of its own
         return F.linear

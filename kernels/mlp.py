@@ -22,7 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prismer.kernels import matmul
-from prismer.kernels.activation import bias_activation_op, bias_activation_reference, check_activation, column_sums
+from prismer.kernels.activation import (
+    FORWARD,
+    bias_activation_op,
+    bias_activation_reference,
+    check_activation,
+    column_sums,
+)
+from prismer.kernels.activation import OP as ACTIVATION
 from prismer.kernels.aot.cases import KernelCase
 from prismer.kernels.checks import check_linear, described
 from prismer.kernels.dispatch import TORCH, TRITON, Example, Op, is_partitioned, rows_and_width, runs_directly
@@ -240,7 +247,8 @@ def _plan(
     check_linear("proj", proj_weight, proj_bias, fc_weight.shape[0], x)
     route = OP.route(x, fc_bias, proj_weight, proj_bias, activation)
     if route == "host":
-        return _on_torch
+        fc, proj = _products(x, fc_weight, fc_bias, proj_weight, proj_bias)
+        return lambda x, up, up_bias, down, down_bias: proj(F.gelu(fc(x, up, up_bias)), down, down_bias)
     if route == "reference":
         return functools.partial(mlp_reference, activation=activation)
     needs_h = (x, fc_weight, fc_bias, proj_weight)
@@ -252,17 +260,38 @@ def _plan(
             fc = prepare_gemm(x.shape, fc_weight, fc_bias, activation=activation)
             proj = prepare_gemm((*x.shape[:-1], fc_weight.shape[0]), proj_weight, proj_bias)
             return lambda x, up, up_bias, down, down_bias: proj(fc(x, up, up_bias), down, down_bias)
-        forward = functools.partial(_forward_on, backend)
+        if backend == "torch" and (proj_bias is None or proj_bias.dtype == x.dtype):
+            forward = _torch_forward(x.reshape(-1, x.shape[-1]), fc_weight, proj_weight, proj_bias, activation)
+        else:
+            forward = functools.partial(_forward_on, backend)
     if x.dim() == 2:
         return lambda x, *parameters: forward(x, *parameters, activation, keep)[0]
     rows, shape = (-1, x.shape[-1]), (*x.shape[:-1], proj_weight.shape[0])
     return lambda x, *parameters: forward(x.reshape(rows), *parameters, activation, keep)[0].view(shape)
 
 
-def _on_torch(
+def _torch_forward(
+    x: Tensor, fc_weight: Tensor, proj_weight: Tensor, proj_bias: Tensor | None, activation: str
+) -> Callable:
+    """`_forward_on` torch's operators for rows like `x` and a bias of its dtype, without a gradient."""
+    fc, proj = _products(x, fc_weight, None, proj_weight, proj_bias)
+    act = FORWARD[ACTIVATION.choose(x.new_empty(x.shape[0], fc_weight.shape[0]), activation)]
+
+    def forward(
+        x: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, down_bias: Tensor | None, *_: Any
+    ) -> tuple[Tensor, None]:
+        return proj(act(fc(x, up, None), up_bias, activation), down, down_bias), None
+
+    return forward
+
+
+def _products(
     x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None
-) -> Tensor:
-    return matmul.linear(F.gelu(matmul.linear(x, fc_weight, fc_bias)), proj_weight, proj_bias)
+) -> tuple[Callable, Callable]:
+    """What multiplies by the first weight, and by the second."""
+    needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, fc_weight, fc_bias))
+    h = x.new_empty((*x.shape[:-1], fc_weight.shape[0])).requires_grad_(needs)
+    return matmul.plan(x, fc_weight, fc_bias), matmul.plan(h, proj_weight, proj_bias)
 
 
 def mlp(
@@ -289,7 +318,7 @@ def mlp(
         ValueError: if a shape, dtype or name does not fit.
     """
     tensors = x, fc_weight, fc_bias, proj_weight, proj_bias
-    return OP.resolve(_plan, *tensors, activation, is_partitioned(proj_weight))(*tensors)
+    return OP.resolve(_plan, tensors, activation, is_partitioned(proj_weight))(*tensors)
 
 
 def kernel_cases() -> list[KernelCase]:

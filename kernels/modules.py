@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from prismer.kernels.activation import bias_activation
@@ -185,7 +184,8 @@ class MultiheadAttention(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b n (h k) -> b h n k", h=self.num_heads)
+        B, N, D = x.shape
+        return x.view(B, N, self.num_heads, D // self.num_heads).transpose(1, 2)
 
     def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `x` (B, N, D), keys and values of `context` (B, L, ...) or else of `x`: each (B, H, N or L, K)."""
@@ -209,7 +209,7 @@ class MultiheadAttention(nn.Module):
     def merge(self, out: Tensor) -> Tensor:
         """Merge the heads and project: (B, H, N, K) -> (B, N, D)."""
         layer = self.out_proj if self.names is None else self.get_submodule(self.names[3])
-        return _linear(layer, rearrange(out, "b h n k -> b n (h k)"))
+        return _linear(layer, out.transpose(1, 2).flatten(2))
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, causal: bool = False, key_mask: Tensor | None = None

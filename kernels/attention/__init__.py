@@ -7,23 +7,23 @@
 
 A query that sees no key gives zeros and has no gradient. Philox 4x32-10 decides what is kept from the seed and from
 (sample, head, i, j) alone, in the forward and again in the backward pass, whatever the blocks or the backend. q, k, v,
-out and lse (in base 2) are saved; no N x L tensor is. dq, dk and dv are each summed by one owner in a fixed order.
-Source: Dao, arXiv:2307.08691; Milakov and Gimelshein, arXiv:1805.02867; Salmon et al., "Parallel random numbers: as
-easy as 1, 2, 3", 2011. On GPUs: `triton_backend.py`, with traffic and FLOPs; on CPUs: `native_backend.py`; on any
-device: `torch_backend.py`; from other libraries: `peers.py`.
+out and lse (in base 2) are saved; no N x L tensor is, but by `eager.py` where it is small. dq, dk and dv are each
+summed by one owner in a fixed order. Source: Dao, arXiv:2307.08691; Milakov and Gimelshein, arXiv:1805.02867; Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", 2011. On GPUs: `triton_backend.py`, with traffic and FLOPs; on CPUs:
+`native_backend.py`; on any device: `torch_backend.py` and `eager.py`; from other libraries: `peers.py`.
 """
 
 import functools
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prismer.kernels import dispatch
-from prismer.kernels.attention import native_backend, peers, torch_backend, triton_backend
+from prismer.kernels.attention import eager, native_backend, peers, torch_backend, triton_backend
 from prismer.kernels.attention.call import Call, Facts
 from prismer.kernels.checks import described
 from prismer.kernels.dispatch import TORCH, Backend, Example, Op, runs_directly
@@ -68,9 +68,14 @@ def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return call, [q, k, v]
 
 
-def _settings() -> tuple[str | None, bool, str]:
+# the bytes behind os.environ on POSIX: os.environ.get encodes the name and decodes the value at each call, in twenty
+# times the time
+_environment: Mapping[bytes, bytes] = getattr(os.environ, "_data", {})
+
+
+def _settings() -> tuple[bytes | None, bool, str]:
     """What a plan depends on: instruction set, whether algorithms are deterministic, how fp32 is multiplied."""
-    return os.environ.get("PRISMER_CPU_ISA"), torch._C._get_deterministic_algorithms(), fp32_precision()
+    return _environment.get(b"PRISMER_CPU_ISA"), torch._C._get_deterministic_algorithms(), fp32_precision()
 
 
 OP = Op(
@@ -78,6 +83,7 @@ OP = Op(
     reference=attention_reference,
     # on a GPU the attention of another library where it serves the call, and ours where it does not
     backends=(
+        Backend(name="eager", refuses=eager.refuses, slower=eager.slower),
         Backend(
             name="flash-attn",
             devices=("cuda",),
@@ -111,6 +117,7 @@ def _reference(call: Call) -> Tensor:
 
 # backends that autograd differentiates by itself, and those of the registered op
 _DIFFERENTIABLE = {
+    "eager": eager.forward,
     "flash-attn": peers.flash_attn,
     "sdpa": peers.sdpa,
     "xformers": peers.xformers,
@@ -293,6 +300,8 @@ def _plan(
     share = float(dropout)
     call = Call(q, k, v, key_mask, seed, causal, share, factor)
     chosen = _choose(backend or dispatch.asked(OP.name), **call.constants())
+    if chosen == "sdpa" and dispatch.is_untraced() and not (causal and key_mask is not None):
+        return peers.prepare_sdpa(call)
     if chosen in _DIFFERENTIABLE:
         run = _DIFFERENTIABLE[chosen]
         return lambda q, k, v, key_mask, seed: run(Call(q, k, v, key_mask, seed, causal, share, factor))
@@ -342,4 +351,4 @@ def attention(
         RuntimeError: if the backend asked for cannot run this call.
     """
     tensors = q, k, v, key_mask, seed
-    return OP.resolve(_plan, *tensors, causal, dropout, scale, backend)(*tensors)
+    return OP.resolve(_plan, tensors, causal, dropout, scale, backend)(*tensors)

@@ -434,4 +434,4 @@ def linear_cross_entropy(
         RuntimeError: in the backward pass, if a second derivative is asked for.
     """
     tensors = x, weight, bias, labels, row_weights
-    return OP.resolve(_plan, *tensors, label_smoothing, ignore_index, reduction)(*tensors)
+    return OP.resolve(_plan, tensors, label_smoothing, ignore_index, reduction)(*tensors)

@@ -263,7 +263,7 @@ def decode_attention(
             (the reference has one).
     """
     tensors = q, shared_k, shared_v, shared_mask, suffix_k, suffix_v, ancestors
-    return OP.resolve(_plan, *tensors)(*tensors)
+    return OP.resolve(_plan, tensors)(*tensors)
 
 
 def _check(q: Tensor, shared: Pair, shared_mask: Tensor, suffix: Pair, ancestors: Tensor) -> None:

@@ -19,6 +19,7 @@ if gamma, W_k or W_v trains.
 Source: the resampler of Flamingo, arXiv:2204.14198, section 3.1.1, whose layers share their inputs; associativity.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from prismer.kernels import matmul
 from prismer.kernels.checks import check_like, check_linear, described
-from prismer.kernels.dispatch import TORCH, Op
+from prismer.kernels.dispatch import TORCH, Op, runs_directly
 
 
 def resampler_projections_reference(
@@ -234,6 +235,27 @@ _projections_backward = OP.register(_backward, fake=_backward_fake, suffix="_bac
 # the public function
 
 
+def _plan(
+    z: Tensor, x_hat: Tensor, gamma: Tensor | None, beta: Tensor | None, w_q: Tensor, w_k: Tensor, w_v: Tensor | None
+) -> Callable:
+    if z.dim() != 3 or not z.is_floating_point():
+        raise ValueError(f"z is {described(z)}; pass floats of shape (B, M, D)")
+    B, _, D = z.shape
+    if x_hat.dim() != 3 or x_hat.shape[::2] != (B, D) or x_hat.dtype != z.dtype:
+        raise ValueError(f"x_hat is {described(x_hat)}; pass {z.dtype} of shape ({B}, L, {D}), like z")
+    check_like("gamma", gamma, (D,), "z", z.dtype)
+    check_like("beta", beta, (D,), "z", z.dtype)
+    check_linear("q", w_q, None, D, z)
+    check_linear("k", w_k, None, D, z)
+    if w_v is not None:
+        check_linear("v", w_v, None, D, z, outputs=w_k.shape[0])
+    elif w_k.shape[0] % 2:
+        raise ValueError(f"w_k has {w_k.shape[0]} rows and w_v is None; pass as many rows for values as for keys")
+    if OP.route(z) == "reference":
+        return resampler_projections_reference
+    return _forward if runs_directly(z, x_hat, gamma, beta, w_q, w_k, w_v) else _projections
+
+
 def resampler_projections(
     z: Tensor, x_hat: Tensor, gamma: Tensor | None, beta: Tensor | None, w_q: Tensor, w_k: Tensor, w_v: Tensor | None
 ) -> list[Tensor]:
@@ -252,20 +274,5 @@ def resampler_projections(
     Raises:
         ValueError: if a shape does not fit, or a dtype is not that of `z`.
     """
-    if z.dim() != 3 or not z.is_floating_point():
-        raise ValueError(f"z is {described(z)}; pass floats of shape (B, M, D)")
-    B, _, D = z.shape
-    if x_hat.dim() != 3 or x_hat.shape[::2] != (B, D) or x_hat.dtype != z.dtype:
-        raise ValueError(f"x_hat is {described(x_hat)}; pass {z.dtype} of shape ({B}, L, {D}), like z")
-    check_like("gamma", gamma, (D,), "z", z.dtype)
-    check_like("beta", beta, (D,), "z", z.dtype)
-    check_linear("q", w_q, None, D, z)
-    check_linear("k", w_k, None, D, z)
-    if w_v is not None:
-        check_linear("v", w_v, None, D, z, outputs=w_k.shape[0])
-    elif w_k.shape[0] % 2:
-        raise ValueError(f"w_k has {w_k.shape[0]} rows and w_v is None; pass as many rows for values as for keys")
-    arguments = z, x_hat, gamma, beta, w_q, w_k, w_v
-    if OP.route(z) == "reference":
-        return resampler_projections_reference(*arguments)
-    return list(_projections(*arguments))
+    tensors = z, x_hat, gamma, beta, w_q, w_k, w_v
+    return list(OP.resolve(_plan, tensors)(*tensors))

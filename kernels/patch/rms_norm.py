@@ -8,13 +8,15 @@ row, where plain operators save three tensors of the size of the input. To autog
 operators. Source: Zhang and Sennrich, arXiv:1910.07467; the norms of Idefics2's resampler, arXiv:2405.02246.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prismer.kernels.checks import check_floats, check_like, described
-from prismer.kernels.dispatch import TORCH, Op
+from prismer.kernels.dispatch import TORCH, Op, runs_directly
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
@@ -98,11 +100,34 @@ _rms_norm_backward = OP.register(_backward, fake=_backward_fake, suffix="_backwa
 # the public functions
 
 
-def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> None:
+def _plan_norm(x: Tensor, weight: Tensor | None, eps: float) -> Callable:
+    """What runs `rms_norm` on x and weight."""
+    return _plan(x, None, weight, eps)
+
+
+def _plan(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float) -> Callable:
+    """What runs `add_rms_norm` on x, residual and weight, or without a residual `rms_norm` on x and weight."""
     if not x.is_floating_point() or x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"x is {described(x)}; pass floats of shape (..., D)")
     check_floats("weight", weight, x.shape[-1:])
     check_like("residual", residual, x.shape, "x", x.dtype)
+    if OP.route(x) == "reference":
+        return functools.partial(rms_norm_reference if residual is None else add_rms_norm_reference, eps=eps)
+    direct = runs_directly(x, residual, weight)
+    if direct and residual is None and x.is_contiguous() and (weight is None or weight.dtype == x.dtype):
+        # torch's own operator costs the host least; where a gradient is needed, it keeps more
+        width = x.shape[-1:]
+        return lambda x, weight: torch.rms_norm(x, width, weight, eps)
+    forward = _forward if direct else _rms_norm
+    rows, shape = (-1, x.shape[-1]), x.shape
+    if residual is None:
+        return lambda x, weight: forward(x.reshape(rows), None, weight, eps)[0].view(shape)
+
+    def add_and_norm(x: Tensor, residual: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, total, _ = forward(x.reshape(rows), residual.reshape(rows), weight, eps)
+        return y.view(shape), total.view(shape)
+
+    return add_and_norm
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
@@ -119,10 +144,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:
     Raises:
         ValueError: if a shape or dtype does not fit.
     """
-    _check(x, None, weight)
-    if OP.route(x) == "reference":
-        return rms_norm_reference(x, weight, eps)
-    return _rms_norm(x.reshape(-1, x.shape[-1]), None, weight, eps)[0].view(x.shape)
+    return OP.resolve(_plan_norm, (x, weight), eps)(x, weight)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -138,8 +160,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float 
     Raises:
         ValueError: if a shape or dtype does not fit.
     """
-    _check(x, residual, weight)
-    if OP.route(x) == "reference":
-        return add_rms_norm_reference(x, residual, weight, eps)
-    y, total, _ = _rms_norm(x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1]), weight, eps)
-    return y.view(x.shape), total.view(x.shape)
+    return OP.resolve(_plan, (x, residual, weight), eps)(x, residual, weight)

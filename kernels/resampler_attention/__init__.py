@@ -29,8 +29,9 @@ Saved for the backward pass, in bytes, for numbers of s bytes, beside the inputs
     ordinary  B M D s (q) + B Q N s (probabilities) + 2 B N D s (keys and values)
 """
 
+import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from prismer.kernels import dispatch, matmul, tuning
 from prismer.kernels.absorbed_projection import context_to_heads, heads_to_context, weight_gradient
 from prismer.kernels.attention import attention
 from prismer.kernels.checks import check_floats, check_like, described
-from prismer.kernels.dispatch import TORCH, TRITON, Example, Op
+from prismer.kernels.dispatch import TORCH, TRITON, Example, Op, in_its_dtype, runs_directly
 from prismer.kernels.layer_norm import layer_norm
 from prismer.kernels.linear import linears
 from prismer.kernels.resampler_attention import torch_backend, triton_backend
@@ -387,26 +388,54 @@ def _composed(
     num_heads: int,
 ) -> Tensor:
     """Projections of the joined keys, and the fastest attention: under plain autograd, which keeps all of them."""
-    D = query.shape[2]
+    B, _, D = query.shape
     keys = torch.cat([query, torch.addcmul(norm_bias, x_hat, norm_weight).to(query.dtype)], 1)
     (w_q, w_kv), (b_q, b_kv) = (t.split([D, 2 * D]) for t in (in_proj_weight, in_proj_bias))
     (q,), (kv,) = linears(query, [(w_q, b_q)]), linears(keys, [(w_kv, b_kv)])
-    q, k, v = (t.unflatten(2, (num_heads, -1)).transpose(1, 2) for t in (q, *kv.chunk(2, 2)))
+    q, k, v = (t.view(B, t.shape[1], num_heads, D // num_heads).transpose(1, 2) for t in (q, *kv.chunk(2, 2)))
     return attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def _fastest_order(query: Tensor, x_hat: Tensor, num_heads: int, grads: list[str]) -> str:
-    """The measured order, else the prior: the vendor's attention on a GPU, and the cheaper order elsewhere."""
+    """The measured order, else the prior: fused attention on a GPU, and elsewhere where it is the cheaper order."""
     (B, M, D), L = query.shape, x_hat.shape[1]
     order = cheaper_order(B, M, L, D, num_heads, grads)
     if dispatch.asked(OP.name) is not None or torch.compiler.is_compiling():
         return order
-    if query.device.type == "cuda":
+    # without a gradient, fused attention needs no probabilities, which the ordinary order makes for the backward pass
+    if query.device.type == "cuda" or (order == "ordinary" and not grads):
         order = "composed"
     key = OP.name, query.dtype, bool(grads), _classify(query, x_hat, num_heads)
     order = tuning.choice(query.device.type, key) or order
     tuning.record(query.device.type, key, order)
     return order
+
+
+def _plan(
+    query: Tensor,
+    x_hat: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    num_heads: int,
+    order: str | None,
+) -> Callable:
+    tensors = query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias
+    _check(*tensors, num_heads, order)
+    if OP.route(query) == "reference":
+        return functools.partial(resampler_attention_reference, num_heads=num_heads)
+    grads = []
+    if torch.is_grad_enabled():
+        grads = [name for name, t in zip(_ARGUMENTS, tensors, strict=True) if t.requires_grad]
+    if order is None:
+        order = _fastest_order(query, x_hat, num_heads, grads)
+    if order == "composed":
+        return functools.partial(_composed, num_heads=num_heads)
+    keep, absorbed = bool(grads), order == "absorbed"
+    keep_mixed = absorbed and not _MIXED.isdisjoint(grads)
+    forward: Callable = _forward if runs_directly(*tensors) else _resampler_attention
+    return in_its_dtype(lambda *tensors: forward(*tensors, num_heads, absorbed, keep, keep_mixed)[0], query.device)
 
 
 def resampler_attention(
@@ -438,16 +467,4 @@ def resampler_attention(
         ValueError: if a shape, a dtype or `order` does not fit.
     """
     tensors = query, x_hat, norm_weight, norm_bias, in_proj_weight, in_proj_bias
-    _check(*tensors, num_heads, order)
-    if OP.route(query) == "reference":
-        return resampler_attention_reference(*tensors, num_heads)
-    grads = []
-    if torch.is_grad_enabled():
-        grads = [name for name, t in zip(_ARGUMENTS, tensors, strict=True) if t.requires_grad]
-    if order is None:
-        order = _fastest_order(query, x_hat, num_heads, grads)
-    if order == "composed":
-        return _composed(*tensors, num_heads)
-    absorbed = order == "absorbed"
-    keep_mixed = absorbed and not _MIXED.isdisjoint(grads)
-    return _resampler_attention(*tensors, num_heads, absorbed, bool(grads), keep_mixed)[0]
+    return OP.resolve(_plan, tensors, num_heads, order)(*tensors)

@@ -71,10 +71,13 @@ def advice(device_type: str) -> str | None:
     if found.problem:
         return found.problem
     if not found.entries:
-        return "nothing was measured on this machine; prismer tune takes a few minutes"
+        return "nothing was measured on this machine, so defaults choose the kernels; run prismer tune (a few minutes)"
     measured, here = statistics.mode(entry.threads for entry in found.entries), torch.get_num_threads()
     if device_type == "cpu" and here != measured:
-        return f"choices were measured with torch on {measured} threads, and here it has {here}; prismer tune measures"
+        return (
+            f"the kernels were measured with {measured} threads and torch uses {here} here; "
+            "run prismer tune to measure them again"
+        )
     return None
 
 

@@ -5,18 +5,22 @@ Run: pytest tests/ops/test_plans.py
 
 import functools
 import warnings
+import weakref
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from prismer.kernels import dispatch, mlp, tuning
 from prismer.kernels.activation import OP as ACTIVATION
 from prismer.kernels.activation import bias_activation
+from prismer.kernels.adaptor import OP as ADAPTOR
 from prismer.kernels.adaptor import adaptor
 from prismer.kernels.attention import attention
+from prismer.kernels.cross_attention import cross_attention
 from prismer.kernels.cross_entropy import linear_cross_entropy
 from prismer.kernels.decode_attention import decode_attention
 from prismer.kernels.dispatch import TORCH, Op, use_backend
@@ -28,7 +32,9 @@ from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 from prismer.kernels.linear import OP as LINEARS
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import OP as MLP
-from prismer.kernels.patch.rms_norm import rms_norm
+from prismer.kernels.patch.resampler_projections import resampler_projections
+from prismer.kernels.patch.rms_norm import add_rms_norm, rms_norm
+from prismer.kernels.resampler_attention import resampler_attention
 from prismer.kernels.tuning.tables import Entry, Table
 
 pytestmark = pytest.mark.cpu
@@ -73,6 +79,19 @@ CALLS = {
     ),
     "few_rows_linear": (((2, 3, D), (E, D), (E,)), few_rows_linear),
     "rms_norm": (((2, 3, D), (D,)), rms_norm),
+    "add_rms_norm": (((2, 3, D), (2, 3, D), (D,)), lambda *t: torch.cat(add_rms_norm(*t))),
+    "resampler_projections": (
+        ((2, 3, D), (2, 4, D), (D,), (D,), (E, D), (D, D), (D, D)),
+        lambda *t: torch.cat([part.flatten() for part in resampler_projections(*t)]),
+    ),
+    "cross_attention": (
+        ((2, 3, D), (2, 5, E), (D, E), (D,), (D, E), (D,)),
+        lambda *t: cross_attention(*t, H, order="absorbed"),
+    ),
+    "resampler_attention": (
+        ((2, 3, D), (2, 5, D), (D,), (D,), (3 * D, D), (3 * D,)),
+        lambda *t: resampler_attention(*t, H, order="absorbed"),
+    ),
     "decode_attention": (
         ((1, H, 2, D), *[(1, H, 3, D)] * 4),
         lambda q, k, v, *others: decode_attention(
@@ -162,7 +181,16 @@ def test_without_a_gradient_the_numbers_are_the_same(name, dtype, context):
 
 
 # the others have no kernel in Triton, or name their backend
-IN_TRITON = [n for n in CALLS if n not in ("linears", "few_rows_linear", "rms_norm", "attention of torch's operators")]
+NO_TRITON = (
+    "linears",
+    "few_rows_linear",
+    "rms_norm",
+    "add_rms_norm",
+    "resampler_projections",
+    "cross_attention",
+    "attention of torch's operators",
+)
+IN_TRITON = [n for n in CALLS if n not in NO_TRITON]
 
 
 @pytest.mark.parametrize("name", IN_TRITON)
@@ -367,11 +395,21 @@ class Planned:
         self.count += 1
         return f"plan {self.count}"
 
-    def __call__(self, *args):
-        return self.op.resolve(self.plan, *args)
+    def __call__(self, *args, **options):
+        """The positional arguments are tensors or None, until the first that is not."""
+        count = next((i for i, arg in enumerate(args) if isinstance(arg, (bool, int, float, str))), len(args))
+        return self.op.resolve(self.plan, args[:count], *args[count:])
 
 
-def test_a_plan_is_made_once_for_each_class_of_calls():
+@pytest.fixture(params=(True, False), ids=("guards", "keys"))
+def guards(request, monkeypatch):
+    """With the guards of torch.compile, which are tried first, and where torch has none."""
+    if not request.param:
+        monkeypatch.setattr(dispatch, "_TensorGuards", None)
+    return request.param
+
+
+def test_a_plan_is_made_once_for_each_class_of_calls(guards):
     planned, x = Planned(), torch.randn(2, 3)
     first = planned(x, None, 0.5, "gelu", True)
     assert planned(torch.randn(2, 3), None, 0.5, "gelu", True) == first and planned.count == 1
@@ -391,7 +429,64 @@ def test_a_plan_is_made_once_for_each_class_of_calls():
     assert planned.count == 10 and planned(x, None, 0.5, "gelu", True) == first
 
 
-def test_a_plan_is_made_anew_where_something_else_changed():
+def test_plans_differ_by_the_number_of_tensors_and_by_which_are_none(guards):
+    planned, x, y = Planned(), torch.randn(2, 3), torch.randn(2, 3)
+    calls = (x,), (x, y), (x, None), (None, x), (x, None, None), (None, x, None), (x, y, None), (x, None, y)
+    first = [planned(*call) for call in calls]
+    assert len(set(first)) == len(calls)
+    assert [planned(*call) for call in calls] == first
+
+
+def test_plans_differ_by_their_function(guards):
+    planned, x = Planned(), torch.randn(2, 3)
+    assert planned(x) == "plan 1"
+    assert planned.op.resolve(lambda x: "another", (x,)) == "another"
+    assert planned(x) == "plan 1"
+
+
+def test_one_tensor_for_two_arguments_is_planned_once(guards):
+    planned, x = Planned(), torch.randn(2, 3)
+    assert planned(x, x) == planned(x, x) == planned(x, torch.randn(2, 3)) == "plan 1"
+
+
+def test_plans_differ_by_the_type_that_autocast_gives(guards):
+    planned, x = Planned(), torch.randn(2, 3)
+    for _ in range(2):
+        assert planned(x) == "plan 1"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert planned(x) == "plan 2"
+
+
+def refuse(*_):
+    raise AssertionError("the key of the call was formed")
+
+
+def test_no_key_is_formed_for_a_call_like_a_recent_one(monkeypatch):
+    planned = Planned()
+    inside = torch.no_grad, torch.inference_mode, functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    for context in inside:
+        with context():
+            calls = [(torch.randn(2, 3), None), (torch.randn(3), torch.randn(3)), (torch.randn(2, 3).T, None, "gelu")]
+            for call in calls:
+                planned(*call)
+            with monkeypatch.context() as patched:
+                patched.setattr(Op, "_look_up", refuse)
+                for call in calls:
+                    planned(*call)
+    with pytest.raises(AssertionError, match="was formed"), monkeypatch.context() as patched:
+        patched.setattr(Op, "_look_up", refuse)
+        planned(torch.randn(2, 3), None)
+
+
+def test_a_remembered_call_keeps_no_tensor_alive(guards):
+    planned, x, y = Planned(), torch.randn(2, 3), torch.nn.Parameter(torch.randn(2, 3))
+    planned(x, None, y)
+    alive = [weakref.ref(t) for t in (x, y)]
+    del x, y
+    assert [reference() for reference in alive] == [None, None]
+
+
+def test_a_plan_is_made_anew_where_something_else_changed(guards):
     planned, x = Planned(), torch.randn(2, 3)
     assert planned(x) == "plan 1"
     with torch.no_grad():
@@ -409,7 +504,39 @@ def test_a_plan_is_made_anew_where_something_else_changed():
     assert planned(x) == "plan 7" == planned(x)
 
 
-def test_nothing_is_remembered_of_what_is_traced_or_unknown():
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_traced_call_is_planned_anew_however_often_its_like_was_seen(guards):
+    planned, x = Planned(), torch.randn(2, 3)
+    for i in range(2):
+        planned(x)
+        assert planned.count == 1 + 6 * i
+        with Names():
+            planned(x)
+        with Functions():
+            planned(x)
+        with dispatch.as_if_watched(True):
+            planned(x)
+        with torch.autograd.forward_ad.dual_level():
+            planned(x)
+        torch.func.vmap(lambda t: planned(t) and t)(x)
+        torch.func.grad(lambda t: planned(x) and t.sum())(x)
+        assert planned.count == 1 + 6 * (i + 1)
+
+
+def test_what_a_counter_did_not_see_is_planned_anew_when_it_sees_it(guards):
+    planned, x = Planned(), torch.randn(2, 3)
+    with Names():
+        with dispatch.as_if_watched(False):
+            assert planned(x) == planned(x) == "plan 1"
+        assert (planned(x), planned(x)) == ("plan 2", "plan 3")
+    assert planned(x) == "plan 1"
+
+
+def test_nothing_is_remembered_of_what_is_traced_or_unknown(guards):
     planned, x = Planned(), torch.randn(2, 3)
     with Names():
         planned(x)
@@ -440,7 +567,7 @@ def test_few_plans_are_kept(monkeypatch):
     planned = Planned()
     for n in range(10):
         planned(torch.empty(n))
-    assert len(planned.op._plans) <= 3
+    assert len(planned.op._plans) <= 3 and len(planned.op._recent) <= dispatch._MOST_RECENT
 
 
 def test_a_plan_holds_no_tensor():
@@ -520,7 +647,7 @@ def test_the_instruction_set_counts_at_once(monkeypatch):
     assert len(chosen) == 3
 
 
-@pytest.mark.parametrize("op", (MLP, LINEARS), ids=lambda op: op.name)
+@pytest.mark.parametrize("op", (MLP, LINEARS, ADAPTOR), ids=lambda op: op.name)
 def test_a_setting_of_torch_counts_at_once(op, monkeypatch):
     routes = []
     monkeypatch.setattr(Op, "route", lambda self, *_: routes.append(self.name) or "host")
