@@ -1,8 +1,8 @@
 """DetectionTokens: the names that experts found in an image, as context tokens of the decoder.
 
-Prismer (arXiv:2303.02506) leaves this to future work, in its last section: detections as sequences of text tokens instead
-of painted maps. A token is a row of the decoder's word table, so that a name that was never seen in training is spelt
-in known tokens, and what the decoder reads it may write.
+Prismer (arXiv:2303.02506) leaves this to future work, in its last section: detections as sequences of text tokens
+instead of painted maps. A token is a row of the decoder's word table, so that a name that was never seen in training is
+spelt in known tokens, and what the decoder reads it may write.
 """
 
 import torch.nn.functional as F
