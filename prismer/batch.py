@@ -99,10 +99,17 @@ class ImageBatch(_Movable):
         features = torch.zeros(1, FEATURE_WIDTH, device=rgb.device)
         return cls(rgb=rgb, labels=labels, rows=rows, features=features)
 
-    def blank(self) -> "ImageBatch":
-        """Grey images without expert labels, in the same shapes (the "blank image" baseline)."""
+    def blank(self, pad_id: int) -> "ImageBatch":
+        """Grey images without expert labels, in the same shapes (the "blank image" baseline).
+
+        Args:
+            pad_id: of the model's tokenizer, for images in which nothing was found.
+        """
         labels = {name: torch.full_like(map_, EXPERTS[name].fill) for name, map_ in self.labels.items()}
-        return dataclasses.replace(self, rgb=torch.full_like(self.rgb, 118), labels=labels)
+        found = self.detections
+        if found is not None:
+            found = Detections.none(len(self), found.ids.shape[1], pad_id, found.ids.device)
+        return dataclasses.replace(self, rgb=torch.full_like(self.rgb, 118), labels=labels, detections=found)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prismer.batch import Detections
 from prismer.capture import LateFlag, copy_all, recorded, size_class
 from prismer.errors import InputError, check_integer
 from prismer.kernels.decode_attention import decode_attention
@@ -120,6 +121,7 @@ def beam_search(
     *,
     max_new_tokens: int,
     min_new_tokens: int = 0,
+    detections: Detections | None = None,
     beams: int = 3,
     length_penalty: float = 1.0,
     scoring: str = "classic",
@@ -137,6 +139,7 @@ def beam_search(
         context: (B, N, vision width) image tokens.
         groups: for each image its prompts, e.g. `[[prompt]] * B`.
         max_new_tokens, min_new_tokens: bounds on generated tokens, the end token not counted by the lower one.
+        detections: see `TextDecoder.project_context`.
         length_penalty: exponent p of the length that a sum of log-probabilities is divided by.
         scoring: what counts as length. "classic": prompt and generated tokens without the end token, as in the
             libraries of the paper's time; "modern": generated tokens with the end token, as in recent libraries.
@@ -162,7 +165,7 @@ def beam_search(
             f"min_new_tokens {min_new_tokens} and max_new_tokens {max_new_tokens} leave nothing to generate; "
             f"expected 0 <= min <= max and max >= 1"
         )
-    cross = decoder.project_context(context)
+    cross = decoder.project_context(context, detections)
     prompts = read_prompts(decoder, cross, groups, read_out, max_new_tokens)
     search = BeamSearch(decoder, **counts, length_penalty=length_penalty, classic=scoring == "classic")
     memory = search.remember(cross, prompts)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prismer.batch import ImageBatch
+from prismer.batch import Detections, ImageBatch
 from prismer.errors import InputError, MachineError, check_integer, shown
 from prismer.generation import beam_search
 from prismer.network import PrismerNetwork
@@ -113,10 +113,12 @@ def caption(
         check_integer(name, value)
     if max_length <= len(prompt):
         raise InputError(f"max_length is {max_length}, but the prefix alone has {len(prompt)} tokens; raise max_length")
+    context, detections = _encode(model, images)
     generated = beam_search(
         model.decoder,
-        _encode(model, images),
+        context,
         [[prompt]] * len(images),
+        detections=detections,
         beams=beams,
         max_new_tokens=max_length - len(prompt),
         min_new_tokens=max(0, min_length - len(prompt)),
@@ -166,12 +168,13 @@ def answer(
     groups = [[encode_question(tokenizer, question) for question in group] for group in grouped]
     if not any(groups):
         return groups
-    context = _encode(model, images)
+    context, detections = _encode(model, images)
     if candidates is None:
         generated = beam_search(
             model.decoder,
             context,
             groups,
+            detections=detections,
             beams=beams,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
@@ -182,7 +185,8 @@ def answer(
         texts = [tokenizer.decode(tokens).strip().lower() for tokens in generated.tokens]
         results = [Answer(text, score) for text, score in zip(texts, generated.scores.tolist(), strict=True)]
     else:
-        ranking = rank_answers(model.decoder, context, groups, candidates.trie, top_k=top_k, read_out=read_out)
+        options = dict(detections=detections, top_k=top_k, read_out=read_out)
+        ranking = rank_answers(model.decoder, context, groups, candidates.trie, **options)
         results = _named(ranking, candidates)
     if not nested:
         return results
@@ -213,10 +217,10 @@ def classify(
     if not isinstance(class_names, Candidates):
         class_names = Candidates.classes(tokenizer, class_names)
     prompt = encode_prompt(tokenizer, _text(prefix, "prefix"))
+    context, detections = _encode(model, images)
     # neither here nor in training does a <pad> come between prefix and name
-    ranking = rank_answers(
-        model.decoder, _encode(model, images), [[prompt]] * len(images), class_names.trie, top_k=top_k, read_out="last"
-    )
+    options = dict(detections=detections, top_k=top_k, read_out="last")
+    ranking = rank_answers(model.decoder, context, [[prompt]] * len(images), class_names.trie, **options)
     return _named(ranking, class_names)
 
 
@@ -242,10 +246,12 @@ def _tokenizer(model: PrismerNetwork) -> Tokenizer:
     return model.tokenizer
 
 
-def _encode(model: PrismerNetwork, images: ImageBatch) -> torch.Tensor:
+def _encode(model: PrismerNetwork, images: ImageBatch) -> tuple[torch.Tensor, Detections | None]:
+    """Image tokens and detections, as the decoder reads them."""
     if not len(images):
         raise InputError("the batch holds no images; give at least one")
-    return model.encode(images.to(model.device))
+    images = images.to(model.device)
+    return model.encode(images), images.detections
 
 
 def _check_finite(scores: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ class PrismerNetwork(nn.Module):
     Attributes:
         config: the architecture.
         encoder: images and expert labels -> context tokens.
-        decoder: text given context tokens.
+        decoder: text given context tokens, and given detections as text if `config.expert_text` names experts.
         tokenizer: text <-> ids, or None for a model that only computes.
     """
 
@@ -54,4 +54,4 @@ class PrismerNetwork(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The training loss: the mean over texts of weight * summed label-smoothed cross entropy."""
-        return self.decoder(batch.texts, self.encode(batch.images))
+        return self.decoder(batch.texts, self.encode(batch.images), batch.images.detections)

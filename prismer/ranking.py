@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prismer.batch import Detections
 from prismer.capture import recorded, size_class
 from prismer.errors import InputError, check_integer
 from prismer.generation import Groups, Prompts, read_prompts
@@ -102,6 +103,7 @@ def rank_answers(
     groups: Groups,
     trie: AnswerTrie,
     *,
+    detections: Detections | None = None,
     top_k: int | None = None,
     read_out: str = "pad",
     max_tokens: int = 8192,
@@ -112,6 +114,7 @@ def rank_answers(
         context: (B, N, vision width) image tokens.
         groups: for each image its questions, tokens that start with `<s>`; numbers and lengths may differ.
         trie: the answers.
+        detections: see `TextDecoder.project_context`.
         top_k: score only the k answers with the likeliest first tokens (of equal ones the first in the list), as the
             released code does; None scores every answer. Choosing them costs one host synchronisation.
         read_out: what predicts the first token of an answer, see `read_prompts`.
@@ -124,7 +127,7 @@ def rank_answers(
         check_integer("top_k", top_k)
         if top_k < 1:
             raise InputError(f"top_k is {top_k}; expected at least 1, or None to score every answer")
-    cross = decoder.project_context(context)
+    cross = decoder.project_context(context, detections)
     prompts = read_prompts(decoder, cross, groups, read_out, trie.paths.shape[1])
     scorer = _Scorer(decoder, cross, prompts, trie)
     R, device = prompts.state.shape[0], prompts.state.device

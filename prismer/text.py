@@ -16,8 +16,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from prismer.batch import IGNORE_INDEX, TextBatch
+from prismer.batch import IGNORE_INDEX, Detections, TextBatch
 from prismer.config import PrismerConfig
+from prismer.detections import DetectionTokens
+from prismer.errors import InputError
 from prismer.kernels.activation import bias_activation
 from prismer.kernels.attention import attention
 from prismer.kernels.cross_attention import cross_attention
@@ -29,8 +31,9 @@ from prismer.tied_embedding import embed_tied
 
 # (layer index, q, k, v), each (R, H, Q, K) -> (R, H, Q, K)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-# keys and values of an image for one layer's cross-attention, (B, H, N, K) each
-KeysValues = tuple[Tensor, Tensor]
+# for one layer's cross-attention keys and values of L context tokens, (B, H, L, K) each; with detections among the
+# tokens also which of them are seen, (B, L) bool
+KeysValues = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
 def position_ids(ids: Tensor, pad_id: int) -> Tensor:
@@ -99,7 +102,7 @@ class SelfAttention(MultiheadAttention):
 
 
 class CrossAttention(MultiheadAttention):
-    """Text queries over image tokens, with an output projection and norm of its own; no mask, no gate."""
+    """Text queries over context tokens, with an output projection and norm of its own; no gate."""
 
     def __init__(self, config: PrismerConfig):
         super().__init__(
@@ -112,13 +115,21 @@ class CrossAttention(MultiheadAttention):
         self.norm = LayerNorm(config.text_width)
         self.drop = Dropout(config.dropout)
 
-    def project_context(self, context: Tensor) -> KeysValues:
-        """(B, N, vision width) -> keys and values (B, H, N, K)."""
+    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, vision width) -> keys and values (B, H, L, K)."""
         pair = [(layer.weight, layer.bias) for layer in (self.key, self.value)]
         return tuple(self._heads(part) for part in linears(context, pair))
 
-    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
-        """x: (R, Q, D); context: image tokens (B, N, vision width), or `project_context` of them."""
+    def forward(self, x: Tensor, context: Tensor | KeysValues, key_mask: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (R, Q, D).
+            context: tokens (B, L, vision width), or their keys and values.
+            key_mask: (B, L) bool, which tokens are seen; None is all, or what the keys and values say.
+        """
+        if isinstance(context, Tensor) and key_mask is not None:
+            context = (*self.project_context(context), key_mask)
         shared = context if isinstance(context, Tensor) else context[0]
         R, B = x.shape[0], shared.shape[0]
         (q,) = linears(x, [(self.query.weight, self.query.bias)])
@@ -131,7 +142,9 @@ class CrossAttention(MultiheadAttention):
             )
         else:
             q = rearrange(q, "(b g) q (h k) -> b h (g q) k", b=B, h=self.num_heads)
-            out = rearrange(attention(q, *context, dropout=dropout), "b h n k -> b n (h k)")
+            keys, values, *seen = context
+            out = attention(q, keys, values, key_mask=seen[0] if seen else None, dropout=dropout)
+            out = rearrange(out, "b h n k -> b n (h k)")
         (out,) = linears(rearrange(out, "b (g q) d -> (b g) q d", g=R // B), [(self.output.weight, self.output.bias)])
         return self.norm.add(self.drop(out), x)[0]
 
@@ -166,9 +179,11 @@ class DecoderLayer(nn.Module):
         """The modules inherited from RoBERTa, which `freeze_lang` freezes."""
         return self.attention, self.mlp
 
-    def forward(self, x: Tensor, layer: int, attend: Attend, context: Tensor | KeysValues) -> Tensor:
+    def forward(
+        self, x: Tensor, layer: int, attend: Attend, context: Tensor | KeysValues, key_mask: Tensor | None = None
+    ) -> Tensor:
         x = self.attention(x, layer, attend)
-        x = self.adaptor(self.cross(x, context))
+        x = self.adaptor(self.cross(x, context, key_mask))
         return self.mlp(x)
 
 
@@ -225,7 +240,10 @@ class LMHead(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    """Token ids and image tokens -> training loss, hidden states or logits; the module docstring defines the rows."""
+    """Token ids, image tokens and detections -> training loss, hidden states or logits.
+
+    The module docstring defines the rows.
+    """
 
     def __init__(self, config: PrismerConfig):
         super().__init__()
@@ -236,6 +254,7 @@ class TextDecoder(nn.Module):
         self.extra = ExtraLayer(config)
         self.head = LMHead(config)
         self.apply(partial(_init_roberta, config.init_std))
+        self.detections = DetectionTokens(config) if config.expert_text else None
 
     @property
     def head_weight(self) -> Tensor:
@@ -247,9 +266,33 @@ class TextDecoder(nn.Module):
         """(V,)."""
         return self.head.bias
 
-    def project_context(self, context: Tensor) -> list[KeysValues]:
-        """Keys and values of every layer's cross-attention, once per image."""
-        return [layer.cross.project_context(context) for layer in self.layers]
+    def project_context(self, context: Tensor, detections: Detections | None = None) -> list[KeysValues]:
+        """Keys and values of every layer's cross-attention, once per image.
+
+        Args:
+            context: image tokens (B, N, vision width).
+            detections: what experts found, for a model that reads it as text.
+        """
+        if self.detections is None:
+            return [layer.cross.project_context(context) for layer in self.layers]
+        detections = self._checked(detections, len(context))
+        context, key_mask = self._join_detections(context, self.embeddings.word(detections.ids), detections)
+        return [(*layer.cross.project_context(context), key_mask) for layer in self.layers]
+
+    def _checked(self, detections: Detections | None, num_images: int) -> Detections:
+        size = num_images, self.config.num_detection_tokens
+        if detections is None or tuple(detections.ids.shape) != size:
+            found = "missing" if detections is None else f"{tuple(detections.ids.shape)} tokens"
+            raise InputError(
+                f"the detections of {', '.join(self.config.expert_text)} are {found}, this model reads {size}; "
+                f"give them, or Detections.none for images without any"
+            )
+        return detections
+
+    def _join_detections(self, context: Tensor, words: Tensor, detections: Detections) -> tuple[Tensor, Tensor]:
+        """Image tokens, then the detections (B, N + S, vision width); and which are seen, (B, N + S) bool."""
+        seen = F.pad(detections.ids.ne(self.config.pad_id), (context.shape[1], 0), value=True)
+        return torch.cat([context, self.detections(words, detections.facts)], dim=1), seen
 
     def run(self, ids: Tensor, positions: Tensor, attend: Attend, context: Tensor | list[KeysValues]) -> Tensor:
         """Hidden states of R rows of Q tokens.
@@ -257,20 +300,22 @@ class TextDecoder(nn.Module):
         Args:
             ids, positions: (R, Q) int64.
             attend: self-attention of layer i = 0..depth (depth is the extra layer).
-            context: image tokens (B, N, vision width), or `project_context` of them; R is a multiple of B.
+            context: `project_context` of B images, or image tokens (B, N, vision width); R is a multiple of B.
 
         Returns:
             (R, Q, D).
         """
         return self._run_layers(self.embeddings(self.embeddings.word(ids), positions), attend, context)
 
-    def _run_layers(self, x: Tensor, attend: Attend, context: Tensor | list[KeysValues]) -> Tensor:
+    def _run_layers(
+        self, x: Tensor, attend: Attend, context: Tensor | list[KeysValues], key_mask: Tensor | None = None
+    ) -> Tensor:
         for i, layer in enumerate(self.layers):
             own = context if isinstance(context, Tensor) else context[i]
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, i, attend, own, use_reentrant=False)
+                x = checkpoint(layer, x, i, attend, own, key_mask, use_reentrant=False)
             else:
-                x = layer(x, i, attend, own)
+                x = layer(x, i, attend, own, key_mask)
         return self.extra(x, len(self.layers), attend)
 
     def transform(self, hidden: Tensor) -> Tensor:
@@ -281,7 +326,7 @@ class TextDecoder(nn.Module):
         """Transformed hidden states (..., D) -> (..., V)."""
         return linears(state, [(self.head_weight, self.head_bias)])[0]
 
-    def forward(self, texts: TextBatch, context: Tensor) -> Tensor:
+    def forward(self, texts: TextBatch, context: Tensor, detections: Detections | None = None) -> Tensor:
         """The training loss by teacher forcing: the mean over texts of weight * summed loss.
 
         The loss of a token is the cross entropy with label smoothing; a `<pad>` is neither key nor target.
@@ -289,6 +334,7 @@ class TextDecoder(nn.Module):
         Args:
             texts: G texts for each of B images.
             context: image tokens (B, N, vision width).
+            detections: what experts found, for a model that reads it as text.
 
         Returns:
             A scalar. ZeRO-3 loses gradients of a leaf module that returns several tensors.
@@ -298,8 +344,17 @@ class TextDecoder(nn.Module):
         ids = _join([ids for ids, _ in parts])
         positions = _join([position_ids(ids, config.pad_id) for ids, _ in parts])
         attend = packed_attend([ids.ne(config.pad_id) for ids, _ in parts], config.dropout if self.training else 0.0)
-        words, head_weight = embed_tied(self.embeddings.word, ids)
-        hidden = self._run_layers(self.embeddings(words, positions), attend, context)
+        if self.detections is None:
+            words, head_weight = embed_tied(self.embeddings.word, ids)
+            key_mask = None
+        else:
+            detections = self._checked(detections, len(context))
+            # one look-up of all words, so that the table gets one gradient
+            both = torch.cat([ids, detections.ids], dim=1)
+            words, head_weight = embed_tied(self.embeddings.word, both)
+            words, names = words.split([ids.shape[1], detections.ids.shape[1]], dim=1)
+            context, key_mask = self._join_detections(context, names, detections)
+        hidden = self._run_layers(self.embeddings(words, positions), attend, context, key_mask)
 
         # the target of a position is the token after it; the last position has none
         targets = [F.pad(labels[:, :, 1:], (0, 1), value=IGNORE_INDEX) for _, labels in parts]

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from prismer import batch_norm as layers
-from prismer.batch import Batch, ImageBatch, TextBatch
+from prismer.batch import FACT_VALUES, Batch, Detections, ImageBatch, TextBatch
 from prismer.config import PrismerConfig
 from prismer.costs.counting import CostCounter
 from prismer.freezing import freeze
@@ -168,12 +168,15 @@ class _MemoryWatch(TorchDispatchMode):
 
 
 def blank_batch(config: PrismerConfig, size: int, texts: Texts) -> Batch:
-    """`size` images with labels of every expert, and texts of full length whose tokens are all targets."""
+    """`size` images with labels and detections of every expert, and texts of full length, all of whose tokens count."""
     side, count = config.image_size, sum(n for n, _ in texts)
     images = ImageBatch.without_labels(
         torch.zeros(size, 3, side, side, dtype=torch.uint8), config.experts, config.label_size
     )
     images.instance_rows = torch.zeros(256, dtype=torch.int64)
+    if config.expert_text:
+        found = torch.full((size, config.num_detection_tokens), config.eos_id)
+        images.detections = Detections(found, torch.zeros(*found.shape, len(FACT_VALUES), dtype=torch.uint8))
     ids = torch.full((size, count, max(t for _, t in texts)), config.eos_id)
     lengths = tuple(t for n, t in texts for _ in range(n))
     split = texts[0][0] if len(texts) == 2 else 0
@@ -184,6 +187,8 @@ def blank_batch(config: PrismerConfig, size: int, texts: Texts) -> Batch:
 def _tensors(batch: Batch) -> list[Tensor]:
     images, texts = batch.images, batch.texts
     found = [images.rgb, *images.labels.values(), *images.rows.values(), images.features]
+    if images.detections is not None:
+        found += [images.detections.ids, images.detections.facts]
     return [*found, images.instance_rows, texts.ids, texts.labels, texts.weights]
 
 

@@ -66,10 +66,13 @@ def _answer(model: PrismerNetwork, config: PrismerConfig, device: torch.device) 
     images = blank_batch(config, 1, ((1, 2),)).images.to(device)
     context = model.encode(images)
     word = config.eos_id + 1
-    beam_search(model.decoder, context, [[[config.bos_id, word, word]]], max_new_tokens=4, min_new_tokens=4)
+    found = images.detections
+    prompt = [[[config.bos_id, word, word]]]
+    beam_search(model.decoder, context, prompt, max_new_tokens=4, min_new_tokens=4, detections=found)
     answers = [[word + i, *[word] * (_ANSWER_TOKENS - 2), config.eos_id] for i in range(_ANSWERS)]
     trie = AnswerTrie([[min(t, config.vocab_size - 1) for t in answer] for answer in answers], config.eos_id)
-    rank_answers(model.decoder, context, [[[config.bos_id] + [word] * _QUESTION_TOKENS]], trie)
+    question = [[[config.bos_id] + [word] * _QUESTION_TOKENS]]
+    rank_answers(model.decoder, context, question, trie, detections=found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ def predict(
     rows = []
     stream = loader.epoch(0)
     for number, batch in zip(range(batches), stream, strict=False):
-        images = batch.images.blank() if blank else batch.images
+        images = batch.images.blank(model.config.pad_id) if blank else batch.images
         found = predictor.rows(images, batch.keys, batch.meta)
         rows += [dict(row, order=[number, loader.rank, i]) for i, row in enumerate(found)]
     stream.close()

@@ -73,7 +73,7 @@ def from_backbones(
         experts: of the new model; () is PrismerZ.
         image_size: RGB side in px, to which CLIP's positional table is resized; None keeps CLIP's own.
         seed: of the new parts; the caller's random numbers are not touched.
-        changes: other fields of PrismerConfig, such as num_latents.
+        changes: other fields of PrismerConfig, such as num_latents and expert_text.
 
     Returns:
         The model in fp32 on the CPU, in evaluation mode, with the tokenizer of `text`.
@@ -119,6 +119,7 @@ def from_preset(
     *,
     image_size: int | None = None,
     experts: Sequence[str] | None = None,
+    expert_text: Sequence[str] = (),
     seed: int = 0,
 ) -> Model:
     """Build a new model of a preset; what the hub's cache lacks of CLIP and RoBERTa is downloaded.
@@ -128,6 +129,7 @@ def from_preset(
         name: "base", "large" or "huge", each also with "-z" for a model without experts.
         image_size: RGB side in px; None takes the preset's.
         experts: None takes the preset's.
+        expert_text: experts whose detections the decoder reads as text.
         seed: of the new parts.
 
     Raises:
@@ -143,6 +145,7 @@ def from_preset(
             vision_weights=tag,
             experts=config.experts if experts is None else experts,
             image_size=image_size or config.image_size,
+            expert_text=expert_text,
             seed=seed,
         )
     except InputError as error:

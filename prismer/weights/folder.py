@@ -39,6 +39,7 @@ from prismer.weights.tensors import (
     POSITIONS,
     check_dtypes,
     check_sizes,
+    fit_expert_text,
     load_tensors,
     other_experts,
     read_tensors,
@@ -175,6 +176,7 @@ def from_pretrained(
     *,
     image_size: int | None = None,
     experts: Sequence[str] | None = None,
+    expert_text: Sequence[str] | None = None,
     config: PrismerConfig | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
@@ -194,6 +196,8 @@ def from_pretrained(
             ("owner/name/folder"). The hub is asked only for what is no path here, and only for the files needed.
         image_size: RGB side to use instead of the stored one; the positional table is resized bicubically.
         experts: the experts that the model must have; None accepts any.
+        expert_text: experts whose detections the decoder reads as text instead of the stored choice: the parts that
+            read them are new, to be trained, where the stored model has none, and left out for ().
         config: of a published checkpoint whose sizes are no preset's; None reads it off the tensors.
         device: where the weights go.
         dtype: dtype of the weights; "auto" for the faster of bf16 and fp32; None for the stored one, except that bf16
@@ -206,7 +210,7 @@ def from_pretrained(
             them), or the experts are others.
     """
     if is_preset(source):
-        return _new(model_class, str(source), image_size, experts, config, device, dtype)
+        return _new(model_class, str(source), image_size, experts, expert_text, config, device, dtype)
     folder, weights = locate(source)
     if config is None and folder is not None and (folder / CONFIG).is_file():
         config = PrismerConfig.from_file(folder / CONFIG)
@@ -230,6 +234,11 @@ def from_pretrained(
         raise InputError(other_experts(str(weights), config.experts, experts))
     if image_size is not None:
         config = config.replace(image_size=image_size)
+    stored_names = set(tensors)
+    if expert_text is not None:
+        config = config.replace(expert_text=tuple(expert_text))
+        tensors, left_out = fit_expert_text(tensors, config)
+        ignored += left_out
 
     check_sizes(config, {key: tensor.shape for key, tensor in tensors.items()}, source=str(weights))
     # memory is filled once, by the loaded tensors
@@ -242,7 +251,8 @@ def from_pretrained(
     if why:
         warnings.warn(why, stacklevel=3)
     model = model.to(dtype=dtype).to_empty(device=device)
-    report = load_tensors(model, tensors, source=str(weights), ignored=ignored)
+    new = [key for key in tensors if key not in stored_names]
+    report = load_tensors(model, tensors, source=str(weights), new=new, ignored=ignored)
     if on_report is not None:
         on_report(report)
     elif not report.plain:
@@ -257,6 +267,7 @@ def _new(
     preset: str,
     image_size: int | None,
     experts: Sequence[str] | None,
+    expert_text: Sequence[str] | None,
     config: PrismerConfig | None,
     device: torch.device | str,
     dtype: torch.dtype | str | None,
@@ -264,7 +275,9 @@ def _new(
     """A new model of a preset, for `from_pretrained`."""
     if config is not None:
         raise InputError(f"{preset} has a config of its own; leave config out, or call Prismer.from_backbones")
-    model = from_preset(model_class, preset, image_size=image_size, experts=experts)
+    model = from_preset(
+        model_class, preset, image_size=image_size, experts=experts, expert_text=tuple(expert_text or ())
+    )
     warnings.warn(f"{preset} is new: its towers are trained, what joins them is not; train it first", stacklevel=4)
     chosen, why = inference_dtype(dtype, torch.float32, model.config, torch.device(device))
     if why:

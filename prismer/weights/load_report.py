@@ -1,4 +1,4 @@
-"""What loading weights found: tensors missing, unexpected, of another shape, resized or left out; one table of them."""
+"""What loading weights found: tensors missing, unexpected, of another shape, resized, new or left out, as a table."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -22,6 +22,7 @@ class LoadReport:
         unexpected: tensors of the file that the model lacks -> their shapes.
         misfit: tensors of another shape -> (shape in the file, shape in the model).
         resized: tables interpolated to another resolution -> (shape in the file, shape in the model).
+        new: tensors of parts that were added to the model -> their shapes; they must be trained.
         ignored: tensors of the file without meaning.
     """
 
@@ -31,6 +32,7 @@ class LoadReport:
     unexpected: Mapping[str, Size] = field(default_factory=dict)
     misfit: Mapping[str, tuple[Size, Size]] = field(default_factory=dict)
     resized: Mapping[str, tuple[Size, Size]] = field(default_factory=dict)
+    new: Mapping[str, Size] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
     @property
@@ -41,7 +43,7 @@ class LoadReport:
     @property
     def plain(self) -> bool:
         """Whether there is nothing to report: every tensor was there and was loaded unchanged."""
-        return self.fits and not self.resized and not self.ignored
+        return self.fits and not (self.resized or self.new or self.ignored)
 
     def __str__(self) -> str:
         rows: dict[tuple[str, str], list[tuple[str, str]]] = {}
@@ -71,6 +73,8 @@ class LoadReport:
         for kind, tensors in (("other shape", self.misfit), ("resized", self.resized)):
             for name, (stored, own) in tensors.items():
                 yield kind, name, _show(stored), _show(own)
+        for name, shape in self.new.items():
+            yield "new", name, "", _show(shape)
         for name in self.ignored:
             yield "left out", name, "", ""
 

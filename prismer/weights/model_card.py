@@ -41,6 +41,7 @@ class ModelCard:
         config = model.config
         parameters = sum(parameter.numel() for parameter in model.parameters())
         experts = f"the expert maps {', '.join(config.experts)}" if config.experts else "images alone, no expert maps"
+        text = f", and detections of {' and '.join(config.expert_text)} as text" if config.expert_text else ""
         lines = [
             "---",
             f"license: {self.licence or 'other'}",
@@ -51,7 +52,7 @@ class ModelCard:
             f"# {name}",
             "",
             f"A Prismer (arXiv:2303.02506), preset {config.name}: {parameters:,} parameters, images of "
-            f"{config.image_size} px. It reads {experts}.",
+            f"{config.image_size} px. It reads {experts}{text}.",
             "",
             "## Licence",
             "",

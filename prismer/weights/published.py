@@ -103,8 +103,13 @@ def save_published(model: PrismerNetwork, path: str | Path) -> None:
         path: the file; the published ones are called pytorch_model.bin.
 
     Raises:
-        ValueError: if `path` is a folder.
+        ValueError: if the model reads detections as text, which the format has no names for, or `path` is a folder.
     """
+    if model.config.expert_text:
+        raise InputError(
+            f"the published format has no place for the parts that read {' and '.join(model.config.expert_text)} as "
+            f"text; load the model with expert_text=()"
+        )
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file, such as {path / PUBLISHED_WEIGHTS}")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prismer.config import PrismerConfig
+from prismer.detections import DetectionTokens
 from prismer.errors import InputError
 from prismer.network import PrismerNetwork
 from prismer.stems import resize_positions
@@ -20,6 +21,7 @@ from prismer.weights.locate import CONFIG
 from prismer.weights.names import is_published
 
 POSITIONS = "encoder.positional_embedding"
+_DETECTIONS = "decoder.detections."
 
 # the first words of our names and of the published ones
 _PARTS = ("encoder", "decoder", "expert_encoder", "text_decoder")
@@ -141,8 +143,30 @@ def check_dtypes(tensors: Mapping[str, Tensor], source: str) -> None:
             )
 
 
+def fit_expert_text(tensors: dict[str, Tensor], config: PrismerConfig) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors of a model with or without expert text, for a model with or without it.
+
+    Returns:
+        `tensors`, with new ones where parts that read detections are lacking (the caller's random numbers are not
+        touched), and without those that `config` has no place for; and the names of the latter.
+    """
+    own = [key for key in tensors if key.startswith(_DETECTIONS)]
+    if not config.expert_text:
+        return {key: tensor for key, tensor in tensors.items() if key not in own}, own
+    if own:
+        return tensors, []
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        new = DetectionTokens(config).state_dict(prefix=_DETECTIONS)
+    return {**tensors, **new}, []
+
+
 def load_tensors(
-    model: PrismerNetwork, tensors: Mapping[str, Tensor], source: str, ignored: Sequence[str] = ()
+    model: PrismerNetwork,
+    tensors: Mapping[str, Tensor],
+    source: str,
+    new: Iterable[str] = (),
+    ignored: Sequence[str] = (),
 ) -> LoadReport:
     """Fill every tensor of `model`; the positional table is resized if it comes from another resolution.
 
@@ -151,6 +175,7 @@ def load_tensors(
     Args:
         tensors: by our names, of any floating dtype.
         source: names them in the report.
+        new: names of those that are not from the file, for the report.
         ignored: names of tensors that were left out before, for the report.
 
     Returns:
@@ -161,7 +186,7 @@ def load_tensors(
     """
     tensors = dict(tensors)
     own = model.state_dict()
-    loaded = len(set(own) & set(tensors))
+    loaded = len(set(own) & set(tensors) - set(new))
     for key in own:
         norm, _, name = key.rpartition(".")
         # only for a norm that is there; if all of it is missing, so is its counter
@@ -179,6 +204,7 @@ def load_tensors(
         unexpected={k: t.shape for k, t in tensors.items() if k not in own},
         misfit={k: (t.shape, own[k].shape) for k, t in tensors.items() if k in own and own[k].shape != t.shape},
         resized=resized,
+        new={k: own[k].shape for k in new},
         ignored=tuple(ignored),
     )
     if not report.fits:

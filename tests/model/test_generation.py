@@ -24,13 +24,13 @@ CONFIG = PrismerConfig(
 PLAIN = {"beams": 3, "max_new_tokens": 7, "min_new_tokens": 2, "length_penalty": 1.0, "scoring": "classic"}
 
 
-def build_decoder(seed=0, dtype=torch.float64, end_bias=1.8):
+def build_decoder(seed=0, dtype=torch.float64, end_bias=1.8, config=CONFIG):
     """Random weights so large that each matters, including biases and norms.
 
     Large positions and soft logits keep it from repeating one token; end tokens come often, but not always.
     """
     torch.manual_seed(seed)
-    decoder = TextDecoder(CONFIG).eval().to(dtype).requires_grad_(False)
+    decoder = TextDecoder(config).eval().to(dtype).requires_grad_(False)
     for name, parameter in decoder.named_parameters():
         std = 0.7 if "position" in name else 0.35 if parameter.dim() == 2 else 0.25
         parameter.normal_(1.0 if "norm.weight" in name else 0.0, std)
@@ -75,9 +75,9 @@ def count(monkeypatch):
             counts["images"] += len(cross)
         return run(self, ids, positions, attend, cross)
 
-    def counting_project(self, context):
+    def counting_project(self, context, *rest):
         counts["images"] += len(context)
-        return project(self, context)
+        return project(self, context, *rest)
 
     monkeypatch.setattr(TextDecoder, "run", counting_run)
     monkeypatch.setattr(TextDecoder, "project_context", counting_project)

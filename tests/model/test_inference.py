@@ -77,9 +77,9 @@ def calls(monkeypatch):
         counts["encoded"] += len(images)
         return encode(self, images)
 
-    def counting_project(self, context):
+    def counting_project(self, context, *rest):
         counts["projected"] += len(context)
-        return project(self, context)
+        return project(self, context, *rest)
 
     monkeypatch.setattr(Prismer, "encode", counting_encode)
     monkeypatch.setattr(decoder, "project_context", counting_project)

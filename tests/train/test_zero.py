@@ -1,6 +1,6 @@
 """Proves that ZeRO-3 training has the losses and weights of plain PyTorch, with every parameter sharded, on one process
 and on two, with the decoder gathered at once (small models) and block by block (large ones); and with small parameters
-that stay gathered, as by default.
+that stay gathered, as by default; each for a model with expert maps alone and for one that reads detections as text.
 
 python -m pytest tests/train/test_zero.py
 """
@@ -54,18 +54,21 @@ def test_zero_trains_as_plain_pytorch_does(workshop, tmp_path, small, processes)
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )
     assert out.is_file(), done.stderr[-3000:]
-    report = json.loads(out.read_text())
-    assert report["losses"] == pytest.approx(report["expected"], rel=2e-5)
-    # where nothing is released, no hook has to gather it
-    assert report["hooks"] == (small >= 0 or processes > 1)
-    # Adam's first steps have the size of the learning rate, so that a lost gradient shows as an unchanged weight
-    lost = {
-        name: (difference, report["step"][name])
-        for name, difference in report["difference"].items()
-        if difference > 0.05 * report["step"][name] + 1e-5 and not name.endswith("key.bias")
-    }
-    assert not lost
-    assert sum(step > 0 for step in report["step"].values()) > 100
+    reports = json.loads(out.read_text())
+    for report in reports.values():
+        assert report["losses"] == pytest.approx(report["expected"], rel=2e-5)
+        # where nothing is released, no hook has to gather it
+        assert report["hooks"] == (small >= 0 or processes > 1)
+        # Adam's first steps have the size of the learning rate, so that a lost gradient shows as an unchanged weight
+        lost = {
+            name: (difference, report["step"][name])
+            for name, difference in report["difference"].items()
+            if difference > 0.05 * report["step"][name] + 1e-5 and not name.endswith("key.bias")
+        }
+        assert not lost
+        assert sum(step > 0 for step in report["step"].values()) > 100
+    new = {name: step for name, step in reports["text"]["step"].items() if name not in reports["maps"]["step"]}
+    assert len(new) == 5 and min(new.values()) > 0
 
 
 @pytest.mark.parametrize("size", (1, 1023, 1024, 5000))
