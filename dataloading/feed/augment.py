@@ -22,6 +22,9 @@ ROTATION = math.radians(15)
 RATIO = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
 
+# left, top, right, bottom as shares of the sides of an image
+Box = tuple[float, float, float, float]
+
 
 class Draw(IntEnum):
     """The use of a generator; part of its key, so that no two uses share random numbers."""
@@ -103,6 +106,26 @@ class AugmentParams:
         up = np.diag([1.0, -1.0])
         mirror = np.diag([-1.0 if self.flip else 1.0, 1.0])
         return up @ self.affine[:, :2].T @ up @ mirror
+
+    def move_box(self, box: Box) -> Box:
+        """The place of a box of the sample in the output, not clipped to it.
+
+        A box that is sheared or rotated becomes the smallest upright box around its corners.
+        """
+        x0, y0, x1, y1 = self.window
+        left, right = ((x - x0) / (x1 - x0) for x in (box[0], box[2]))
+        top, bottom = ((y - y0) / (y1 - y0) for y in (box[1], box[3]))
+        if self.flip:
+            left, right = 1 - right, 1 - left
+        if not self.warps:
+            return left, top, right, bottom
+        (a, b, dx), (c, d, dy) = self.affine.tolist()
+        # `affine` leads from the output to the source, and a box is moved the other way
+        determinant = a * d - b * c
+        corners = [(x - 0.5 - dx, y - 0.5 - dy) for x in (left, right) for y in (top, bottom)]
+        across = [(d * x - b * y) / determinant + 0.5 for x, y in corners]
+        down = [(a * y - c * x) / determinant + 0.5 for x, y in corners]
+        return min(across), min(down), max(across), max(down)
 
 
 def draw_params(config: AugmentConfig, rng: np.random.Generator, aspect: float = 1.0) -> AugmentParams:
