@@ -131,9 +131,11 @@ class DetectionFinder:
                     continue
                 is_word = EXPERTS[expert].kind == "word"
                 name, tokens = self._encode(table[i] if is_word else classes[expert][table[i]], is_word)
-                *edges, score = boxes[i]
-                box = _visible_part(params.move_box(tuple(edges)) if params is not None else tuple(edges))
-                if tokens and box is not None:
+                box, score = boxes[i]
+                share = 1.0
+                if params is not None:
+                    box, share = params.move_box(box)
+                if tokens and share >= _LEAST_VISIBLE:
                     found.append(Detection(expert, name, tokens, box, score))
         # stable: of equal weights the first expert and the smallest id come first
         found.sort(key=lambda detection: -detection.weight)
@@ -183,18 +185,18 @@ def clean_name(text: str, is_word: bool = False) -> str:
 
 def _boxes(
     expert: str, plane: np.ndarray | None, table: dict[str, object], stored: dict[str, list[float]]
-) -> dict[str, tuple[float, float, float, float, float | None]]:
-    """id -> left, top, right, bottom, score of each id of an expert that has a box or pixels."""
-    boxes: dict[str, tuple[float, float, float, float, float | None]] = {}
+) -> dict[str, tuple[Box, float | None]]:
+    """id -> box and score of each id of an expert that has a box or pixels."""
+    boxes: dict[str, tuple[Box, float | None]] = {}
     if plane is not None:
         used = {str(i) for i in values_in_use(plane) if i != BACKGROUND}
         if unknown := sorted(used - table.keys(), key=int):
             field = EXPERTS[expert].table
             raise InputError(f"id {unknown[0]} of its {expert} map has no entry in {field!r}; label the sample again")
         if not used <= stored.keys():
-            boxes = {i: (*box, None) for i, box in _bounding_boxes(plane).items()}
+            boxes = {i: (box, None) for i, box in _bounding_boxes(plane).items()}
     for i, (left, top, right, bottom, *score) in stored.items():
-        boxes[i] = left, top, right, bottom, float(score[0]) if score else None
+        boxes[i] = (left, top, right, bottom), float(score[0]) if score else None
     return boxes
 
 
@@ -210,21 +212,6 @@ def _bounding_boxes(plane: np.ndarray) -> dict[str, Box]:
         left, top = across[0] / width, down[0] / height
         boxes[str(i)] = float(left), float(top), float((across[-1] + 1) / width), float((down[-1] + 1) / height)
     return boxes
-
-
-def _visible_part(box: Box) -> Box | None:
-    """The part of a box in the image; None if that is less than a quarter of the box."""
-    left, top, right, bottom = box
-    if _share_inside(left, right) * _share_inside(top, bottom) < _LEAST_VISIBLE:
-        return None
-    return max(left, 0.0), max(top, 0.0), min(right, 1.0), min(bottom, 1.0)
-
-
-def _share_inside(low: float, high: float) -> float:
-    """The share of low..high that lies in 0..1; stored boxes are rounded, and a thin one may have no extent."""
-    if high > low:
-        return max(0.0, min(high, 1.0) - max(low, 0.0)) / (high - low)
-    return float(0 <= low <= 1)
 
 
 def _cell(place: float, count: int) -> int:

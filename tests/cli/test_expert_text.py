@@ -7,12 +7,14 @@ pytest tests/cli/test_expert_text.py
 import dataclasses
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from prismer.cli import experts as show_command
+from prismer.cli import plan as plan_command
 from prismer.config import PrismerConfig, preset
 from prismer.dataloading.experts.labeller import Labeller
 from prismer.dataloading.feed.image_batch import ExpertLabels
@@ -155,12 +157,24 @@ def test_a_labelling_plan_counts_the_experts_that_are_read_as_text(run, reader, 
     assert PrismerConfig(experts=("ocr_detection", "depth")).label_experts == ("depth", "ocr_detection")
 
 
-def test_a_training_plan_shows_the_tokens(run):
-    flags = ("plan", "--model", "tiny", "--batch", 2, "--gpu-memory", 8, "--reserve", 1)
-    assert "detection tokens" not in run(*flags).out
-    done = run(*flags, "--expert-text", "obj_detection")
-    assert done.code == 0, done.err
-    assert "80 image tokens and 48 detection tokens" in done.out
+def test_a_training_plan_is_for_the_text_that_is_asked_for(run, monkeypatch):
+    jobs = []
+
+    class Stub:
+        """A plan without its figures, which take long."""
+
+        def __init__(self, job):
+            jobs.append(job)
+            self.job, self.weights = job, SimpleNamespace(sizes=[1], trained=[1], bytes_each=4)
+
+    monkeypatch.setattr("prismer.costs.plan.Plan", Stub)
+    fits = ("a setup", SimpleNamespace(total=0), 2)
+    for name, value in (("_rows", [fits]), ("_table", []), ("_costs", [])):
+        monkeypatch.setattr(plan_command, name, lambda *_, value=value: value)
+    flags = ("plan", "--model", "tiny", "--batch", 2)
+    assert "; texts: " in (plain := run(*flags).out) and "detection tokens" not in plain
+    assert "80 image tokens and 48 detection tokens; texts" in run(*flags, "--expert-text", "obj_detection").out
+    assert [job.config.expert_text for job in jobs] == [preset("tiny").expert_text, ("obj_detection",)]
     assert_refused(run(*flags, "--expert-text", "depth"), "expert_text names depth; choose from obj_detection")
 
 

@@ -307,14 +307,19 @@ def test_boxes_move_as_the_pixels_of_maps_do():
     _, maps = pipeline([file.getvalue()] * count, [{"obj_detection": plane} for plane in planes], params)
     compared = 0
     for box, one, moved in zip(boxes, params, maps["obj_detection"][:, 0].numpy(), strict=True):
-        edges = np.array(one.move_box(tuple(edge / side for edge in box))) * side
-        rows, columns = np.nonzero(moved == 0)
-        if min(edges[:2]) < 0 or max(edges[2:]) > side:
+        part, share = one.move_box(tuple(edge / side for edge in box))
+        edges, (rows, columns) = np.array(part) * side, np.nonzero(moved == 0)
+        if share < 0.3:
+            continue
+        # the corners of a warped box may be cut off, so that the pixels reach less far
+        assert (edges[:2] < [columns.min() + 2, rows.min() + 2]).all()
+        assert (edges[2:] > [columns.max() - 1, rows.max() - 1]).all()
+        if one.warps and share < 0.95:
             continue
         compared += 1
         seen = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         np.testing.assert_allclose(edges, seen, atol=2.5)
-    assert compared > 10
+    assert compared > 25
 
 
 # into batches
