@@ -77,7 +77,7 @@ class Run:
             model = Prismer.from_pretrained(checkpoint)
         else:
             # every rank builds the same weights, of which DeepSpeed keeps a shard on each
-            model = build_initial_model(config.model, config.image_size, config.seed, config.text_experts)
+            model = build_initial_model(config.model, config.image_size, config.seed, expert_text=config.text_experts)
         model.set_gradient_checkpointing(config.gradient_checkpointing)
         trainable, parameters = freeze(model, config.freeze)
         print_on_rank_zero(f"trainable: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.0%})")
