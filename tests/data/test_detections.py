@@ -103,7 +103,7 @@ def test_detections_that_do_not_fit_are_left_out_as_a_whole():
     assert [one.box[2] for one in kept] == [1.0, 0.9, pytest.approx(0.7)]
     many = objects(*([0, 0, 1, 1 - i / 100] for i in range(50)))
     assert [one.name for one in read(many, num_detections=10)] == ["dog"] * 7
-    short = {**many, "words": {str(i): "a1" for i in range(50)}}
+    short = {**many, "words": {str(i): "a" for i in range(50)}}
     short["boxes"] = {"ocr_detection": many["boxes"]["obj_detection"]}
     assert len(read(short, num_detections=10)) == 10
 
@@ -270,6 +270,11 @@ def test_a_box_of_which_less_than_a_quarter_is_seen_is_dropped():
     for right, kept in ((0.26, 1), (0.24, 0)):
         found = read(objects([0, 0.1, 1, 0.9]), params=AugmentParams(window=(0.0, 0.0, right, 1.0)))
         assert len(found) == kept
+    # 0.4 of it are in the crop, and half of that is in the image after a shift
+    shift = np.array([[1, 0, 0.5], [0, 1, 0]])
+    assert read(objects([0, 0, 1, 1]), params=AugmentParams(window=(0.6, 0.0, 1.0, 1.0), affine=shift)) == []
+    (one,) = read(objects([0, 0, 1, 1]), params=AugmentParams(affine=shift))
+    assert one.box == (0, 0, 0.5, 1)
     # the size is that of the part in the crop
     (one,) = read(objects([0, 0, 1, 1]), params=AugmentParams(window=(0.5, 0.5, 1.0, 1.0)))
     assert one.box == (0, 0, 1, 1)
