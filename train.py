@@ -26,6 +26,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", help="where to start from: a preset, a model folder, or a name of `prismer models list`"
     )
+    parser.add_argument(
+        "--expert-text",
+        help="experts whose detections the decoder reads as text: obj_detection,ocr_detection, one of them, or none",
+    )
     # torchrun reads --run as an abbreviation of its own --run-path, wherever it stands
     parser.add_argument("--run", "--name", help="name of the run: the folder under runs/")
     parser.add_argument("--steps", type=int, help="optimizer steps in all")
@@ -59,7 +63,7 @@ def main() -> int:
     from prismer.training.setup import Run
     from prismer.training.trainer import Trainer
 
-    flags = ("task", "data", "model", "run", "steps", "epochs")
+    flags = ("task", "data", "model", "expert_text", "run", "steps", "epochs")
     trainer = None
     try:
         config, settings = read_config(arguments.config, **{name: getattr(arguments, name) for name in flags})
