@@ -26,6 +26,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--model", help="where to start from: a preset, a model folder, or a name of `prismer models list`"
     )
+    parser.add_argument(
+        "--rename-kinds",
+        action="store_true",
+        default=None,
+        help="give the shapes of rendered scenes other names in every image, so that the experts' names count",
+    )
     # torchrun reads --run as an abbreviation of its own --run-path, wherever it stands
     parser.add_argument("--run", "--name", help="name of the run: the folder under runs/")
     parser.add_argument("--steps", type=int, help="optimizer steps in all")
@@ -59,7 +65,7 @@ def main() -> int:
     from prismer.training.setup import Run
     from prismer.training.trainer import Trainer
 
-    flags = ("task", "data", "model", "run", "steps", "epochs")
+    flags = ("task", "data", "model", "rename_kinds", "run", "steps", "epochs")
     trainer = None
     try:
         config, settings = read_config(arguments.config, **{name: getattr(arguments, name) for name in flags})

@@ -54,6 +54,9 @@ _REMEDY = "restore it from a copy, or set this run aside with --fresh"
 # settings that a resumed run must not change: they decide the order of the data or the meaning of the optimizer's state
 FIXED = "task data model seed batch_size captions_per_image questions_per_image image_size freeze decay_norms".split()
 
+# further such settings, which a run of an earlier version did not have
+_LATER = ("order", "rename_kinds")
+
 
 class RunFolder:
     """One run on disk; every rank must call a method whose docstring says "collective".
@@ -248,8 +251,10 @@ class RunFolder:
         """
         file = self.path / SETTINGS
         now = asdict(config)
-        # a run that leaves `order` alone has the file that it had before there was this setting
-        chosen = {name: value for name, value in now.items() if name != "order" or value != TrainConfig.order}
+        # a run that leaves a later setting alone has the file that it had before there was this setting
+        chosen = {
+            name: value for name, value in now.items() if name not in _LATER or value != getattr(TrainConfig, name)
+        }
         if self.last() is None:
             self.path.mkdir(parents=True, exist_ok=True)
             precision = choose_precision()
@@ -261,7 +266,7 @@ class RunFolder:
             raise InputError(f"{file} is damaged; {_REMEDY}")
         # a run that was started before a setting existed had its default
         before = {name: before.get(name, getattr(TrainConfig, name)) for name in now}
-        for name in (*FIXED, "order"):
+        for name in (*FIXED, *_LATER):
             if before[name] != now[name]:
                 raise InputError(
                     f"{self.path} was trained with {name} {shown(before[name])}, not {now[name]!r}; "
