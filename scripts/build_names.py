@@ -21,7 +21,7 @@ from pathlib import Path
 from prismer.dataloading.experts.nanodet import COCO
 from prismer.dataloading.scenes.layout import WORDS
 from prismer.dataloading.scenes.names import regular_plural
-from prismer.files import write_atomically
+from prismer.files import write_atomically, write_checksums
 from prismer.shipped import shipped_folder
 
 SHA256 = {
@@ -151,6 +151,7 @@ def main() -> None:
     for file, texts in (("kinds.txt", lines), ("signs.txt", signs)):
         write_atomically(shipped_folder("names") / file, ("\n".join(texts) + "\n").encode())
         print(f"{file}: {len(texts)}")
+    write_checksums(shipped_folder("names"))
 
 
 if __name__ == "__main__":

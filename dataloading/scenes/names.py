@@ -28,7 +28,7 @@ def with_article(phrase: str) -> str:
     return ("an " if vowel or _SILENT.match(phrase) else "a ") + phrase
 
 
-def is_held_out(word: str) -> bool:
+def _is_held_out(word: str) -> bool:
     """Whether training never draws this entry of a list."""
     return zlib.crc32(word.encode()) % _HELD_OUT == 0
 
@@ -42,7 +42,7 @@ def plural_of(noun: str) -> str:
 def kind_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of kinds: those of training, and the held-out ones. A name with an irregular plural is not held out."""
     names = [line.partition("\t")[0] for line in _lines("kinds.txt")]
-    held_out = [is_held_out(name) and name not in _irregular_plurals() for name in names]
+    held_out = [_is_held_out(name) and name not in _irregular_plurals() for name in names]
     pairs = list(zip(names, held_out, strict=True))
     return tuple(name for name, out in pairs if not out), tuple(name for name, out in pairs if out)
 
@@ -51,7 +51,7 @@ def kind_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
 def sign_words() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The words on signs: those of training, and the held-out ones."""
     words = _lines("signs.txt")
-    return tuple(w for w in words if not is_held_out(w)), tuple(w for w in words if is_held_out(w))
+    return tuple(w for w in words if not _is_held_out(w)), tuple(w for w in words if _is_held_out(w))
 
 
 @lru_cache(maxsize=1)
