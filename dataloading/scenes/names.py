@@ -1,6 +1,7 @@
 """The names that renamed scenes give to their kinds of objects, and the words on signs: two lists of English words.
 
-Every eighth entry is held out: training never draws it, so that a model which uses it has read it from its experts.
+Every eighth word is held out: training draws no entry that has it, so that a model which uses it has read it from its
+experts.
 """
 
 import re
@@ -23,14 +24,14 @@ def regular_plural(noun: str) -> str:
 
 
 def with_article(phrase: str) -> str:
-    """ "a red cube", "an owl", "an hourglass"."""
+    """The phrase behind "a", or behind "an" if it begins with the sound of a vowel: "an owl", "an hourglass"."""
     vowel = phrase[0] in "aeiou" and not _CONSONANT.match(phrase)
     return ("an " if vowel or _SILENT.match(phrase) else "a ") + phrase
 
 
-def _is_held_out(word: str) -> bool:
+def _is_held_out(entry: str) -> bool:
     """Whether training never draws this entry of a list."""
-    return zlib.crc32(word.encode()) % _HELD_OUT == 0
+    return any(zlib.crc32(word.encode()) % _HELD_OUT == 0 for word in entry.split())
 
 
 def plural_of(noun: str) -> str:
