@@ -6,16 +6,22 @@ python -m pytest tests/train/test_renaming.py
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from prismer.config import prismer_tiny
+from prismer.dataloading.scenes.dataset import render_dataset
 from prismer.dataloading.scenes.exact_labels import OBJECT_CLASSES
 from prismer.dataloading.scenes.names import kind_names
 from prismer.errors import InputError
 from prismer.files import write_json
+from prismer.model import Prismer
+from prismer.shipped import shipped_folder
+from prismer.tokenizer import Tokenizer
 from prismer.training import data, evaluation
 from prismer.training.config import TrainConfig
 from prismer.training.run_folder import RunFolder
 from prismer.training.text_statistics import TextStatistics
+from tests.train.conftest import small_config
 from tests.train.test_evaluation import AlwaysRed, OneImage
 
 RENAMED = TrainConfig(rename_kinds=True)
@@ -27,6 +33,24 @@ def test_scenes_are_validated_with_their_own_with_seen_and_with_unseen_names():
     seen, held_out = kind_names()
     assert data._validation_names(RENAMED, SCENES) == {"original": None, "seen": seen, "unseen": held_out}
     assert data._validation_names(RENAMED, OTHERS) == data._validation_names(TrainConfig(), SCENES) == {"": None}
+
+
+def test_a_run_trains_on_seen_names_and_is_validated_on_all(tmp_path, monkeypatch):
+    render_dataset(tmp_path, train=8, val=2, test=0, size=32, label_size=32, workers=1, progress=False)
+    monkeypatch.setattr(data, "dist", SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1))
+    model = Prismer(small_config(), Tokenizer.from_folder(shipped_folder("names")))
+    config = TrainConfig(data=str(tmp_path), rename_kinds=True, drop_labels=0.0, loader_threads=1)
+    train, val = data.open_loaders(config, model, [], 4, torch.device("cpu"))
+    seen, held_out = map(set, kind_names())
+    for epoch in range(3):
+        for batch in train.epoch(epoch):
+            assert all(set(meta["scene"]["kinds"]) <= seen for meta in batch.meta)
+    for name, names in (("original", None), ("seen", seen), ("unseen", held_out)):
+        (batch,) = val[name].epoch(0)
+        kinds = [set(meta["scene"].get("kinds", ())) for meta in batch.meta]
+        assert all(not found if names is None else found and found <= names for found in kinds)
+    train, val = data.open_loaders(TrainConfig(data=str(tmp_path), loader_threads=1), model, [], 4, torch.device("cpu"))
+    assert all("kinds" not in meta["scene"] for batch in train.epoch(0) for meta in batch.meta) and set(val) == {""}
 
 
 def test_a_run_that_has_nothing_to_rename_is_refused():
