@@ -38,7 +38,8 @@ def test_scenes_are_validated_with_their_own_with_seen_and_with_unseen_names():
 def test_a_run_trains_on_seen_names_and_is_validated_on_all(tmp_path, monkeypatch):
     render_dataset(tmp_path, train=8, val=2, test=0, size=32, label_size=32, workers=1, progress=False)
     monkeypatch.setattr(data, "dist", SimpleNamespace(get_rank=lambda: 0, get_world_size=lambda: 1))
-    model = Prismer(small_config(), Tokenizer.from_folder(shipped_folder("names")))
+    tokenizer = Tokenizer.from_folder(shipped_folder("names"))
+    model = Prismer(small_config(vocab_size=tokenizer.vocab_size), tokenizer)
     config = TrainConfig(data=str(tmp_path), rename_kinds=True, drop_labels=0.0, loader_threads=1)
     train, val = data.open_loaders(config, model, [], 4, torch.device("cpu"))
     seen, held_out = map(set, kind_names())
