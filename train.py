@@ -27,6 +27,10 @@ def parse_arguments() -> argparse.Namespace:
         "--model", help="where to start from: a preset, a model folder, or a name of `prismer models list`"
     )
     parser.add_argument(
+        "--expert-text",
+        help="experts whose detections the decoder reads as text: obj_detection,ocr_detection, one of them, or none",
+    )
+    parser.add_argument(
         "--rename-kinds",
         action="store_true",
         default=None,
@@ -65,7 +69,7 @@ def main() -> int:
     from prismer.training.setup import Run
     from prismer.training.trainer import Trainer
 
-    flags = ("task", "data", "model", "rename_kinds", "run", "steps", "epochs")
+    flags = ("task", "data", "model", "expert_text", "rename_kinds", "run", "steps", "epochs")
     trainer = None
     try:
         config, settings = read_config(arguments.config, **{name: getattr(arguments, name) for name in flags})

@@ -180,6 +180,11 @@ class PrismerConfig:
         return side
 
     @property
+    def label_experts(self) -> tuple[str, ...]:
+        """The experts whose labels the model reads, as maps or as text."""
+        return tuple(name for name in EXPERTS if name in (*self.experts, *self.expert_text))
+
+    @property
     def num_detection_tokens(self) -> int:
         """Tokens of the detections of an image, padding included: three for each detection."""
         return 3 * self.num_detections if self.expert_text else 0

@@ -90,7 +90,7 @@ class Prismer(PrismerNetwork):
         images = images if isinstance(images, list | tuple) else [images]
         if semantics is None and self.config.experts:
             semantics = stored_semantics(self.config, self.folder)
-        return image_batch(images, self.config, labels, semantics)
+        return image_batch(images, self.config, labels, semantics, self.tokenizer)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Write a whole model folder: beside `folder` first, then renamed.

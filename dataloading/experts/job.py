@@ -393,12 +393,11 @@ class _Job:
         except (OSError, EOFError, MemoryError) as error:
             reason = error or "it does not fit into memory"
             raise InputError(f"it cannot be read ({reason})") from None
-        # the tables of the maps that the job replaces are not used
-        kept = {name: value for name, value in meta.items() if _EXPERT_OF_TABLE.get(name) not in self.experts}
-        check_meta(kept, self.classes)
-        boxes = meta.get("boxes", {})
-        if not isinstance(boxes, dict) or not all(isinstance(x, dict) for x in boxes.values()):
-            raise InputError("its 'boxes' are not an object of expert: {id: box}")
+        # the tables and boxes of the maps that the job replaces are not used
+        meta = {name: value for name, value in meta.items() if _EXPERT_OF_TABLE.get(name) not in self.experts}
+        if isinstance(boxes := meta.get("boxes"), dict):
+            meta["boxes"] = {name: found for name, found in boxes.items() if name not in self.experts}
+        check_meta(meta, self.classes)
         to_json(meta)
         side = self.labeller.label_size
         planes = {name: resize_nearest(plane, side, side) for name, plane in planes.items() if name not in self.experts}
@@ -408,10 +407,11 @@ class _Job:
         notes = {"size": list(read.size), "source": self.source, "licence": self.licence}
         # the record's own source and licence take precedence over those of the job
         meta = {**notes, **read.meta, **labels.meta, "size": list(read.size)}
-        kept = read.meta.get("boxes", {})
-        boxes = {name: kept[name] for name in kept if name not in self.experts}
+        boxes = {**read.meta.get("boxes", {}), **labels.meta.get("boxes", {})}
         if boxes:
-            meta["boxes"] = {**boxes, **labels.meta.get("boxes", {})}
+            meta["boxes"] = boxes
+        else:
+            meta.pop("boxes", None)
         return Sample(read.record.key, read.jpeg, {**read.planes, **labels.planes}, meta)
 
 

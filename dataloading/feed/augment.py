@@ -22,6 +22,9 @@ ROTATION = math.radians(15)
 RATIO = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
 
+# left, top, right, bottom as shares of the sides of an image
+Box = tuple[float, float, float, float]
+
 
 class Draw(IntEnum):
     """The use of a generator; part of its key, so that no two uses share random numbers."""
@@ -105,6 +108,29 @@ class AugmentParams:
         mirror = np.diag([-1.0 if self.flip else 1.0, 1.0])
         return up @ self.affine[:, :2].T @ up @ mirror
 
+    def move_box(self, box: Box) -> tuple[Box, float]:
+        """The part of a box of the sample that the output shows, and its share of the area of the box.
+
+        A part that is sheared or rotated becomes the smallest upright box around its corners.
+        """
+        x0, y0, x1, y1 = self.window
+        left, right = ((x - x0) / (x1 - x0) for x in (box[0], box[2]))
+        top, bottom = ((y - y0) / (y1 - y0) for y in (box[1], box[3]))
+        if self.flip:
+            left, right = 1 - right, 1 - left
+        # the affine map sees the crop alone
+        (left, top, right, bottom), share = _clip_box(left, top, right, bottom)
+        if not self.warps:
+            return (left, top, right, bottom), share
+        (a, b, dx), (c, d, dy) = self.affine.tolist()
+        # `affine` leads from the output to the source, and a box moves the other way
+        determinant = a * d - b * c
+        corners = [(x - 0.5 - dx, y - 0.5 - dy) for x in (left, right) for y in (top, bottom)]
+        across = [(d * x - b * y) / determinant + 0.5 for x, y in corners]
+        down = [(a * y - c * x) / determinant + 0.5 for x, y in corners]
+        part, rest = _clip_box(min(across), min(down), max(across), max(down))
+        return part, share * rest
+
 
 def draw_params(config: AugmentConfig, rng: np.random.Generator, aspect: float = 1.0) -> AugmentParams:
     """Draw the augmentation of one sample.
@@ -163,3 +189,17 @@ def _draw_window(min_area: float, rng: np.random.Generator, aspect: float) -> tu
     width = min(1.0, RATIO[1] / aspect)
     height = min(1.0, aspect / RATIO[0])
     return (1 - width) / 2, (1 - height) / 2, (1 + width) / 2, (1 + height) / 2
+
+
+def _clip_box(left: float, top: float, right: float, bottom: float) -> tuple[Box, float]:
+    """The part of a box in the image, and its share of the area of the box."""
+    share = _share_inside(left, right) * _share_inside(top, bottom)
+    left, top, right, bottom = (min(max(edge, 0.0), 1.0) for edge in (left, top, right, bottom))
+    return (left, top, right, bottom), share
+
+
+def _share_inside(low: float, high: float) -> float:
+    """The share of low..high that lies in 0..1; a thin box may have no extent, because stored edges are rounded."""
+    if high > low:
+        return max(0.0, min(high, 1.0) - max(low, 0.0)) / (high - low)
+    return float(0 <= low <= 1)

@@ -9,15 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prismer.batch import ImageBatch
+from prismer.batch import Detections, ImageBatch
 from prismer.config import PrismerConfig
+from prismer.dataloading.feed.detections import Detection, DetectionFinder
 from prismer.dataloading.feed.load_image import ImageSource, load_images
 from prismer.dataloading.semantics.features import FeatureTables, Semantics
 from prismer.dataloading.store.index import check_classes
 from prismer.dataloading.store.label_maps import check_plane, resize_nearest, unpack_labels
+from prismer.dataloading.store.sample_json import check_meta
 from prismer.errors import InputError
 from prismer.experts import EXPERTS, FEATURE_WIDTH
 from prismer.reading import parse_json
+from prismer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class ExpertLabels:
 
     Attributes:
         planes: expert -> uint8 map (h, w), or (h, w, 3) for normals; experts without a map are left out.
-        meta: "instances": {object id: class index} and "words": {id: text} of the maps, as in a sample's JSON.
+        meta: "instances": {object id: class index} and "words": {id: text} of the maps, and their "boxes", as in a
+            sample's JSON (store/sample_json.py). A model that reads detections as text takes them without maps, too.
         classes: "seg" and "obj_detection" -> class names.
         name: of the labels, for errors.
 
@@ -85,6 +89,7 @@ def image_batch(
     config: PrismerConfig,
     labels: Sequence[ExpertLabels | str | os.PathLike | None] | None = None,
     semantics: Semantics | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> ImageBatch:
     """Images and their expert labels as the encoder reads them; arguments as `batch_of_pixels`, but for the images.
 
@@ -104,7 +109,7 @@ def image_batch(
         raise InputError(f"labels of an image are {type(wrong).__name__}; give ExpertLabels, a file or None")
     if labels is not None and len(labels) != len(images):
         raise InputError(f"there are {len(images)} images and {len(labels)} labels; give one for each, or None")
-    return batch_of_pixels(load_images(images, config.image_size), config, labels, semantics)
+    return batch_of_pixels(load_images(images, config.image_size), config, labels, semantics, tokenizer)
 
 
 def batch_of_pixels(
@@ -112,6 +117,7 @@ def batch_of_pixels(
     config: PrismerConfig,
     labels: Sequence[ExpertLabels | str | os.PathLike | None] | None = None,
     semantics: Semantics | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> ImageBatch:
     """Decoded images and their expert labels as the encoder reads them.
 
@@ -122,12 +128,13 @@ def batch_of_pixels(
             fine: the maps of the model's experts are filled with background.
         semantics: turns class names and words into features; by default the source that `config.semantics` names, if
             it needs no table.
+        tokenizer: the model's own; only a model that reads detections as text needs it.
 
     Returns:
         Batch on the CPU.
 
     Raises:
-        ValueError: if labels cannot be read or used, or a table is needed and not given.
+        ValueError: if labels cannot be read or used, or a table or the tokenizer is needed and not given.
     """
     L = config.label_size
     batch = ImageBatch.without_labels(rgb, config.experts, L)
@@ -151,7 +158,29 @@ def batch_of_pixels(
             features.append(more)
             num_rows += len(more)
     batch.features = torch.from_numpy(np.concatenate(features))
+    if config.expert_text:
+        batch.detections = _detections(found, config, tokenizer, len(rgb))
     return batch
+
+
+def _detections(
+    labels: list[ExpertLabels | None], config: PrismerConfig, tokenizer: Tokenizer | None, num_images: int
+) -> Detections:
+    if all(experts is None for experts in labels):
+        return Detections.none(num_images, config.num_detection_tokens, config.pad_id)
+    finder = DetectionFinder(config, tokenizer)
+    fields = [*(EXPERTS[name].table for name in config.expert_text), "boxes"]
+
+    def find(experts: ExpertLabels | None) -> list[Detection]:
+        if experts is None:
+            return []
+        try:
+            check_meta({name: experts.meta[name] for name in fields if name in experts.meta}, experts.classes)
+            return finder.find(experts.planes, experts.meta, experts.classes)
+        except ValueError as error:
+            raise InputError(f"{experts.name} cannot be used: {error}") from None
+
+    return finder.collate(list(map(find, labels)))
 
 
 def _look_up(

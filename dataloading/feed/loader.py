@@ -22,6 +22,7 @@ from prismer.batch import IGNORE_INDEX, Batch, ImageBatch
 from prismer.config import PrismerConfig
 from prismer.dataloading.feed.augment import AugmentConfig, AugmentParams, Draw, draw_params, keyed_rng
 from prismer.dataloading.feed.dali import UndecodableImages
+from prismer.dataloading.feed.detections import Detection, DetectionFinder
 from prismer.dataloading.feed.image_pipeline import ImagePipeline
 from prismer.dataloading.feed.order import EpochOrder, InOrder, Order, RandomOrder
 from prismer.dataloading.feed.samples import Samples
@@ -31,6 +32,7 @@ from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.shards import CorruptSample, Sample
 from prismer.errors import InputError, MachineError
 from prismer.texts import ChooseTexts, Text, collate
+from prismer.tokenizer import Tokenizer
 
 # in a shuffled order, this many bad samples in a row are a mistake in the set-up
 _MAX_SKIPS_IN_A_ROW = 1000
@@ -60,6 +62,7 @@ class _Item:
         index: position in the dataset.
         params: augmentation; None without.
         meanings: of the ids in its maps.
+        detections: that the decoder reads as text.
         texts: chosen for it.
     """
 
@@ -67,6 +70,7 @@ class _Item:
     sample: Sample
     params: AugmentParams | None
     meanings: Meanings
+    detections: list[Detection]
     texts: list[Text]
 
 
@@ -78,12 +82,13 @@ class Loader:
 
     Args:
         dataset: the samples, and the class tables of their seg and obj_detection maps.
-        config: of the model: experts, image and label size, token ids.
+        config: of the model: experts as maps and as text, image and label size, token ids.
         batch_size: images per batch and rank.
         texts: chooses the texts of one image from its JSON (see prismer/texts.py); None for batches without texts.
         group_size: texts per image, G; texts of weight 0 fill shorter choices.
         split: texts of an image before those of another length (captions before questions), see TextBatch.
         semantics: features of class names and words.
+        tokenizer: the model's own; only a model that reads detections as text needs it.
         augment: how training images are augmented; None only resizes them.
         seed: of all draws, and of the order that None stands for.
         rank, world: this process and the number of processes.
@@ -91,8 +96,8 @@ class Loader:
         threads: CPU threads that decode, and as many that read.
         prefetch: batches prepared ahead.
         device: processes images and maps, and holds the batches.
-        drop_labels: probability that a training sample loses all its maps, so that the model also learns to work
-            without experts.
+        drop_labels: probability that a training sample loses all its maps and detections, so that the model also
+            learns to work without experts.
         order: of the samples; None for a new permutation in every epoch of training, and for the order of the dataset
             in evaluation.
         rename: gives the classes and texts of a sample other names as it is read (scenes/rename.py); None for its own.
@@ -104,8 +109,8 @@ class Loader:
         reasons: position of each of them in the dataset -> why.
 
     Raises:
-        ValueError: if an argument is out of range, an epoch of training is smaller than a global batch, or a class
-            name has no features.
+        ValueError: if an argument is out of range, an epoch of training is smaller than a global batch, a class name
+            has no features, or the tokenizer is needed and not given.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class Loader:
         group_size: int = 1,
         split: int = 0,
         semantics: Semantics,
+        tokenizer: Tokenizer | None = None,
         augment: AugmentConfig | None = None,
         seed: int = 0,
         rank: int = 0,
@@ -158,6 +164,7 @@ class Loader:
         self.steps_per_epoch = self._count_steps()
 
         self._tables = FeatureTables(config, dataset.classes, semantics)
+        self._finder = DetectionFinder(config, tokenizer) if config.expert_text else None
         self.reasons: dict[int, str] = {}
         self._bad_lock = threading.Lock()
         # the pipeline serves one thread at a time, and an iterator that was left open may still work ahead
@@ -280,9 +287,12 @@ class Loader:
             rng = keyed_rng(Draw.AUGMENT, self.seed, visit, index)
             height, width = sample.meta.get("size", (1, 1))
             params = draw_params(self.augment, rng, width / height)
+        detections = []
+        if self._finder is not None:
+            detections = self._finder.find(sample.labels, sample.meta, classes, params)
         if is_unlabelled:
-            sample.labels, meanings = {}, Meanings()
-        return _Item(index, sample, params, meanings, texts)
+            sample.labels, meanings, detections = {}, Meanings(), []
+        return _Item(index, sample, params, meanings, detections, texts)
 
     def _assemble(self, items: list[_Item], rgb: Tensor, labels: dict[str, Tensor]) -> Batch:
         rows, features = self._tables.collate([item.meanings for item in items])
@@ -302,6 +312,7 @@ class Loader:
             labels=labels,
             rows={expert: torch.from_numpy(table) for expert, table in rows.items()},
             features=torch.from_numpy(features),
+            detections=self._finder.collate([item.detections for item in items]) if self._finder else None,
         )
         keys, meta = [item.sample.key for item in items], [item.sample.meta for item in items]
         batch = Batch(images=images, texts=texts, keys=keys, meta=meta)
@@ -376,6 +387,7 @@ class Loader:
             images, texts = batch.images, batch.texts
             tensors = [images.rgb, images.features, *images.labels.values(), *images.rows.values()]
             tensors += [texts.ids, texts.labels, texts.weights] if texts is not None else []
+            tensors += [images.detections.ids, images.detections.facts] if images.detections is not None else []
             for tensor in tensors:
                 tensor.record_stream(torch.cuda.current_stream(self.device))
         return batch

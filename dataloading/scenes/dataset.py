@@ -25,7 +25,7 @@ from prismer.errors import InputError, shown
 
 _SOURCE = "rendered scenes"
 # to be raised with any change of what a seed looks like, so that no old dataset passes for a new one
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class RenderedScene:
     Attributes:
         rgb: (size, size, 3) uint8.
         planes: expert -> uint8 (label_size, label_size), normals with a last dimension of 3.
-        meta: the sample's JSON: captions, questions, instances, words, size, source, licence, and `scene`, the
+        meta: the sample's JSON: captions, questions, instances, words, boxes, size, source, licence, and `scene`, the
             description of every object and sign.
     """
 
@@ -73,12 +73,13 @@ def render_scene(seed: int, size: int = 128, label_size: int = 128, vocabulary: 
     fine = cast(layout.camera, layout.primitives, 2 * size)
     scene = describe(layout, size, fine)
     coarse = cast(layout.camera, layout.primitives, label_size)
-    planes, instances, words = label_planes(layout, label_size, coarse)
+    planes, instances, words, boxes = label_planes(layout, label_size, coarse)
     meta = {
         "captions": write_captions(scene, rng),
         "questions": write_questions(scene, rng),
         "instances": instances,
         "words": words,
+        "boxes": boxes,
         "size": [size, size],
         "source": _SOURCE,
         "licence": "Apache-2.0",

@@ -97,8 +97,8 @@ def _view_normals(layout: Layout, trace: Trace) -> np.ndarray:
     return np.stack([right, up, np.where(trace.part == SKY, np.float32(1), back)])
 
 
-def label_planes(layout: Layout, size: int, trace: Trace) -> tuple[dict[str, np.ndarray], dict, dict]:
-    """The six label maps, the instances table and the words table, from a trace of one ray per label pixel."""
+def label_planes(layout: Layout, size: int, trace: Trace) -> tuple[dict[str, np.ndarray], dict, dict, dict]:
+    """The six label maps, the tables of instances and words, and their boxes, from one ray per label pixel."""
     owner = _owners(layout, trace.part)
     view = _view_normals(layout, trace)
     shapes = [SEG_CLASSES.index(thing["shape"]) for thing in layout.things]
@@ -113,13 +113,14 @@ def label_planes(layout: Layout, size: int, trace: Trace) -> tuple[dict[str, np.
             boxes.append(box)
             classes.append(OBJECT_CLASSES.index(thing["shape"]))
     words = np.full((size, size), BACKGROUND, np.uint8)
-    table = {}
+    table, word_boxes = {}, []
     rays = layout.camera.rays(size)
     for index, primitive in enumerate(layout.primitives):
         if primitive.word is not None:
             mask, (x, y, z) = local_points(layout, trace, rays, index)
             _, inside = board_letters(primitive, x, y)
             words[mask] = np.where(inside & (z > 0.99), len(table), BACKGROUND)
+            word_boxes.append(bounding_box(words == len(table)))
             table[str(len(table))] = primitive.word
     planes = {
         "depth": depth,
@@ -129,7 +130,13 @@ def label_planes(layout: Layout, size: int, trace: Trace) -> tuple[dict[str, np.
         "obj_detection": paint_boxes(boxes, depth),
         "ocr_detection": words,
     }
-    return planes, {str(i): c for i, c in enumerate(classes)}, table
+    found = {"obj_detection": _shares(boxes, size), "ocr_detection": _shares(word_boxes, size)}
+    return planes, {str(i): c for i, c in enumerate(classes)}, table, found
+
+
+def _shares(boxes: list[list[int] | None], size: int) -> dict[str, list[float]]:
+    """Boxes as the JSON of a sample stores them, by id; what is labelled exactly has the score 1."""
+    return {str(i): [*(round(edge / size, 4) for edge in box), 1.0] for i, box in enumerate(boxes) if box}
 
 
 def outline(layout: Layout) -> dict:

@@ -13,6 +13,8 @@
     class          class name, or index in the dataset's class table
     instances      {id of the obj_detection map: index in the class table of obj_detection}
     words          {id of the ocr_detection map: text}
+    boxes          {obj_detection or ocr_detection: {id: [left, top, right, bottom, score]}}, edges as shares of the
+                   sides of the image, 0 to 1; the score, a confidence in 0 to 1, may be left out
     size           [height, width] of the image, px
     source, licence, ...   any JSON; not checked
 
@@ -24,7 +26,7 @@ import math
 from functools import partial
 
 from prismer.errors import InputError, shown
-from prismer.experts import BACKGROUND, EXPERTS
+from prismer.experts import BACKGROUND, EXPERTS, TEXT_EXPERTS
 from prismer.reading import is_text
 from prismer.texts import clean_caption, clean_question
 
@@ -55,6 +57,7 @@ def meta_problems(meta: object, classes: dict[str, list[str]] | None = None) -> 
         ("questions", _questions),
         ("class", lambda value: _class(value, names_of("class"))),
         *((expert.table, partial(_table, name, names_of(name))) for name, expert in EXPERTS.items() if expert.table),
+        ("boxes", _boxes),
         ("size", _size),
     ):
         if name in meta:
@@ -170,6 +173,36 @@ def _table(expert: str, names: list[str] | None, table: object) -> list[str]:
         elif not is_word and names is not None and entry >= len(names):
             problems.append(f"object {i} is of class {entry}, the class table has {len(names)} names")
     return problems
+
+
+def _boxes(boxes: object) -> list[str]:
+    if not isinstance(boxes, dict):
+        return [f"its 'boxes' are {show_json(boxes)}; expected an object of expert: {{id: box}}"]
+    problems = []
+    for expert, found in boxes.items():
+        if expert not in TEXT_EXPERTS:
+            problems.append(f"its 'boxes' name {show_json(expert)}; expected {' or '.join(TEXT_EXPERTS)}")
+        elif not isinstance(found, dict):
+            problems.append(f"its boxes of {expert} are {show_json(found)}; expected an object of id: box")
+        else:
+            problems += [
+                f"its boxes of {expert} have the id {show_json(i)}; expected 0 to 254" for i in found if i not in _IDS
+            ]
+            problems += [
+                f"box {i} of {expert} is not left, top, right, bottom as shares of the image, and a score in 0 to 1 or "
+                f"none; label the sample again"
+                for i in sorted(found.keys() & _IDS)
+                if not _is_box(found[i])
+            ]
+    return problems
+
+
+def _is_box(box: object) -> bool:
+    if not isinstance(box, list | tuple) or len(box) not in (4, 5):
+        return False
+    if not all(_is_number(value) and 0 <= value <= 1 for value in box):
+        return False
+    return box[0] <= box[2] and box[1] <= box[3]
 
 
 def _size(size: object) -> list[str]:

@@ -1,6 +1,7 @@
 """One image with everything the experts say about it, as a drawing for a slide: 1600 x 900, PNG."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -29,7 +30,12 @@ _IMAGE = (632, 2 * (_CELL + 36) - 36)
 
 
 def draw_overview(
-    jpeg: bytes, labels: ExpertLabels, *, caption: str = "", networks: dict[str, str] | None = None
+    jpeg: bytes,
+    labels: ExpertLabels,
+    *,
+    caption: str = "",
+    texts: Sequence[str] = (),
+    networks: dict[str, str] | None = None,
 ) -> bytes:
     """Draw an image with boxes and words, its maps, and a caption.
 
@@ -37,6 +43,7 @@ def draw_overview(
         jpeg: the image, an upright RGB JPEG.
         labels: its expert labels.
         caption: written large below; "" leaves it out.
+        texts: the detections that a model reads as text, written below the caption, as many as fit.
         networks: expert (or "caption") -> the network that made it, in small print.
 
     Returns:
@@ -65,6 +72,11 @@ def draw_overview(
     for line in wrap(caption, width, font_of(34))[:2]:
         draw.text((_MARGIN, y + 22), line, font=font_of(34), fill=INK)
         y += 48
+    if texts:
+        y += 26
+        lines = wrap(f"read as text: {', '.join(map(one_line, texts))}", width, font_of(15))
+        for number, line in enumerate(lines[: (_SIZE[1] - 58 - y) // 22]):
+            draw.text((_MARGIN, y + 22 * number), line, font=font_of(15), fill=INK)
     credit = " · ".join(f"{TITLES.get(name, name)}: {who}" for name, who in (networks or {}).items())
     for number, line in enumerate(wrap(credit, width, font_of(15))[:2]):
         draw.text((_MARGIN, _SIZE[1] - 58 + 22 * number), line, font=font_of(15), fill=GREY)

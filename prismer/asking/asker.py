@@ -82,7 +82,7 @@ class Asker:
     ):
         self.model, self.task, self.top, self.labeller = model, task, top, labeller
         self.semantics, self.batch_size, self.options = semantics, batch_size, options
-        self.brings_labels = labeller is None and bool(model.config.experts)
+        self.brings_labels = labeller is None and bool(model.config.label_experts)
         self.choices = None
         if choices is not None:
             build = Candidates.classes if task == "classify" else Candidates.answers
@@ -186,7 +186,8 @@ class Asker:
 
     def _batch(self, images: list[_Image]) -> ImageBatch:
         pixels = torch.stack([image.pixels for image in images])
-        return batch_of_pixels(pixels, self.model.config, [image.labels for image in images], self.semantics)
+        labels = [image.labels for image in images]
+        return batch_of_pixels(pixels, self.model.config, labels, self.semantics, self.model.tokenizer)
 
 
 def _try_each(chunk: _Chunk, make: Callable[[list[_Image]], Made]) -> Made | None:

@@ -132,7 +132,10 @@ class ImageRequest:
                         labels.append(self.labels[i])
                 if self.labeller is not None and paths:
                     labels = self.labeller(paths)
-                yield (paths, image_batch(images, config, labels, self.semantics) if paths else None, errors)
+                batch = None
+                if paths:
+                    batch = image_batch(images, config, labels, self.semantics, self.model.tokenizer)
+                yield paths, batch, errors
 
 
 def open_model(args: argparse.Namespace) -> "tuple[Prismer, Semantics | None, Labeller | None]":
@@ -140,7 +143,7 @@ def open_model(args: argparse.Namespace) -> "tuple[Prismer, Semantics | None, La
     model, semantics = load_model(
         args.model, args.device, precision=args.precision, int8=args.int8, semantics=args.semantics
     )
-    if (args.labels or args.experts) and not model.config.experts:
+    if (args.labels or args.experts) and not model.config.label_experts:
         raise InputError(f"the model {args.model} has no experts and reads no labels; leave --labels and --experts out")
     labeller = None
     if args.experts:

@@ -107,7 +107,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         _check_questions(dataset, args.limit)
     device = device_of_process(args.device, world)
     model, semantics = load_model(args.model, device, precision=args.precision, semantics=args.semantics)
-    if args.experts and not model.config.experts:
+    if args.experts and not model.config.label_experts:
         raise InputError(f"the model {args.model} has no experts and reads no labels; leave --experts out")
     predictor = _predictor(args, model, dataset, answers, classes)
     labeller = load_labeller(args.experts, device, label_size=model.config.label_size) if args.experts else None

@@ -20,7 +20,9 @@ from prismer.storage.places import as_place, inside, is_url
 
 if TYPE_CHECKING:
     from prismer.dataloading.experts.network import NetworkInfo
+    from prismer.dataloading.feed.image_batch import ExpertLabels
     from prismer.dataloading.sources.records import ImageRecords
+    from prismer.model import Prismer
 
 
 def add_experts_commands(commands: argparse._SubParsersAction) -> None:
@@ -56,7 +58,9 @@ def add_experts_commands(commands: argparse._SubParsersAction) -> None:
     label.add_argument("--preview", action="store_true", help="draw a contact sheet of each shard in DIR/preview")
     label.set_defaults(run=_label)
 
-    show = commands.add_parser("show", help="draw an image, its expert labels and a caption in one PNG")
+    show = commands.add_parser(
+        "show", help="draw an image, its expert labels, a caption, and what is read as text, in one PNG"
+    )
     show.add_argument("image", type=Path, metavar="IMAGE")
     show.add_argument("--out", type=Path, metavar="PNG", help="file to write (default IMAGE-experts.png)")
     add_experts_option(show, default="all")
@@ -148,10 +152,11 @@ def _draw_slide(args: argparse.Namespace) -> None:
         raise InputError(f"{args.image} cannot be shown: {error}") from None
     labeller = load_labeller(args.experts, args.device)
     (labels,) = labeller([jpeg])
-    caption = ""
+    caption, texts = "", []
     if args.model != "none":
         model, semantics = load_model(args.model, args.device)
         (caption,) = model.caption([jpeg], labels=[labels], semantics=semantics)
+        texts = _read_as_text(model, labels)
     from prismer.dataloading.views.expert_overview import draw_overview
 
     names = {name: entry["network"] for name, entry in labeller.about["experts"].items()}
@@ -160,8 +165,20 @@ def _draw_slide(args: argparse.Namespace) -> None:
         known = ", which has only seen rendered scenes" if args.model == "tiny" else ""
         names["caption"] = f"{args.model}{known}"
     out = args.out or args.image.with_name(f"{args.image.stem}-experts.png")
-    write_atomically(out, draw_overview(jpeg, labels, caption=caption, networks=names))
+    write_atomically(out, draw_overview(jpeg, labels, caption=caption, texts=texts, networks=names))
     print(f"{out}{f': {caption}' if caption else ''}")
+    if texts:
+        print(f"read as text: {', '.join(texts)}")
+
+
+def _read_as_text(model: "Prismer", labels: "ExpertLabels") -> list[str]:
+    """The names of the detections that a model reads as text, in their order, each with its confidence."""
+    from prismer.dataloading.feed.detections import DetectionFinder
+
+    if not model.config.expert_text:
+        return []
+    found = DetectionFinder(model.config, model.tokenizer).find(labels.planes, labels.meta, labels.classes)
+    return [one.name if one.score is None else f"{one.name} {one.score:.2f}" for one in found]
 
 
 def _list(args: argparse.Namespace) -> None:

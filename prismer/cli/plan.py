@@ -52,6 +52,11 @@ def add_plan_command(commands: argparse._SubParsersAction) -> None:
     plan.add_argument("--config", type=Path, metavar="JSON", help="config of the run, such as zero3.json")
     plan.add_argument("--task", choices=tuple(TASKS), help="default: the config's, or pretrain")
     plan.add_argument("--image-size", type=int, metavar="PX", help="side of the RGB input")
+    plan.add_argument(
+        "--expert-text",
+        metavar="EXPERT,...",
+        help="experts whose detections are read as text (default: the config's, or the model's own)",
+    )
     plan.add_argument("--freeze", metavar="MODE", help="freeze mode (default: the task's)")
     plan.add_argument("--batch", type=int, metavar="N", help="images in a micro-batch of one GPU")
     plan.add_argument("--captions", type=int, metavar="N", help="captions per image")
@@ -132,6 +137,7 @@ def _settings(args: argparse.Namespace) -> "tuple[TrainConfig, dict]":
         task=args.task,
         model=args.model,
         image_size=args.image_size,
+        expert_text=args.expert_text,
         freeze=args.freeze,
         captions_per_image=args.captions,
         questions_per_image=args.questions,
@@ -156,6 +162,8 @@ def _plan_of(args: argparse.Namespace, train: "TrainConfig", engine: dict) -> "t
     config = model_config(train.model)
     if train.image_size:
         config = config.replace(image_size=train.image_size)
+    if train.text_experts is not None:
+        config = config.replace(expert_text=train.text_experts)
     batch = args.batch or train.micro_batch(args.gpus)
     job = Job(
         config=config,
@@ -185,13 +193,15 @@ def _head(args: argparse.Namespace, train: "TrainConfig", plan: "Plan", batch: i
     job, weights = plan.job, plan.weights
     config, total, trained = job.config, sum(weights.sizes), sum(weights.trained)
     images = batch * job.world * job.accumulation
-    tokens = config.num_context_tokens
+    tokens = f"{config.num_context_tokens} image tokens"
+    if config.expert_text:
+        tokens += f" and {config.num_detection_tokens} detection tokens"
     texts = " and ".join(f"{n} of {t} tokens" for n, t in job.texts)
     pieces = f" in {job.accumulation} micro-batches" if job.accumulation > 1 else ""
     gpus = f"{job.world} GPU{'s' if job.world > 1 else ''} of {args.gpu_memory:g} GB"
     return [
         f"{config.name}, {train.task}, {config.image_size} px, {job.freeze}, {job.precision}, {gpus}",
-        f"{total:,} parameters, {trained:,} trained; {tokens} image tokens; texts: {texts}",
+        f"{total:,} parameters, {trained:,} trained; {tokens}; texts: {texts}",
         f"all gradients: {weights.bytes_each * trained / 1e9:,.3g} GB",
         f"micro-batch {batch} images per GPU, {images:,} images per step{pieces}",
         "",

@@ -88,7 +88,7 @@ def _experts(asked: str) -> list[str]:
         )
     from prismer.costs.info import model_config
 
-    experts = model_config(names[0]).experts
+    experts = model_config(names[0]).label_experts
     if not experts:
         raise InputError(f"{names[0]} reads no experts; there is nothing to label")
     return list(experts)

@@ -143,6 +143,7 @@ class Evaluation:
             config=self.predictor.model.config,
             batch_size=self.batch_size,
             semantics=self.semantics,
+            tokenizer=self.predictor.model.tokenizer,
             training=False,
             threads=threads,
             device=self.predictor.model.device,
@@ -182,8 +183,8 @@ class Evaluation:
         if not kept:
             return [], None
         # the maps are made on the host
-        rgb, config = batch.images.rgb[kept].cpu(), self.predictor.model.config
-        images = batch_of_pixels(rgb, config, [labels[b] for b in kept], self.semantics)
+        rgb, model = batch.images.rgb[kept].cpu(), self.predictor.model
+        images = batch_of_pixels(rgb, model.config, [labels[b] for b in kept], self.semantics, model.tokenizer)
         keys, meta = [batch.keys[b] for b in kept], [batch.meta[b] for b in kept]
         return [readable[b] for b in kept], Batch(images=images, texts=None, keys=keys, meta=meta)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from prismer.dataloading.feed.order import ORDERS
 from prismer.dataloading.mixture.parts import Part, join_places, parse_parts
-from prismer.errors import InputError, shown
+from prismer.errors import InputError, listed, shown
 from prismer.evaluation.text_kinds import CAPTIONS, CLASSES, QUESTIONS, TextKind
+from prismer.experts import TEXT_EXPERTS
 from prismer.freezing import FREEZE_MODES
 from prismer.reading import is_text
 from prismer.storage.places import is_url
@@ -56,6 +57,8 @@ class TrainConfig:
             a list, name several; `a,b:0.2` takes 20 % of the samples from b.
         order: of the samples: random over all shards, blocks of shards, or auto: blocks for large or remote datasets.
         model: where to start from: a preset, or a model as `Prismer.from_pretrained` takes it.
+        expert_text: experts whose detections the decoder reads as text, with commas between them, or a list; "none" for
+            none, "" keeps the model's own.
         run: name of the run's folder under runs/, a path with a slash, or a URL such as s3://bucket/runs/NAME.
         seed: of everything that is random.
         epochs, steps: passes over the training split, or optimizer steps in all; `steps` counts unless it is 0.
@@ -66,7 +69,7 @@ class TrainConfig:
         crop_min_area: smallest share of a training image that a random crop keeps; 1 crops nothing.
         flip: probability that a training image is mirrored; 0 where texts mention left and right.
         augment_ops: RandAugment operations for each training image.
-        drop_labels: share of training images that come without expert labels.
+        drop_labels: share of training images that come without expert labels, neither as maps nor as text.
         rename_kinds: whether the shapes of rendered scenes get other names, drawn anew for each image and epoch, in
             classes and texts alike; an image without expert labels keeps its own.
         semantics: folder of the semantics table, for models that need one.
@@ -93,6 +96,7 @@ class TrainConfig:
     data: str = "data/scenes"
     order: str = "auto"
     model: str = "tiny"
+    expert_text: str = ""
     run: str = "tiny"
     seed: int = 42
 
@@ -136,6 +140,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.data, list | tuple):
             object.__setattr__(self, "data", join_places(self.data))
+        if isinstance(self.expert_text, list | tuple):
+            object.__setattr__(self, "expert_text", ",".join(map(str, self.expert_text)) or "none")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             # JSON may write a float without a fraction
@@ -160,6 +166,11 @@ class TrainConfig:
             if not getattr(self, name):
                 raise InputError(f"{name} is empty; name a folder")
         parse_parts(self.data)
+        unknown = [name for name in self.text_experts or () if name not in TEXT_EXPERTS]
+        if unknown:
+            raise InputError(
+                f"expert_text names {listed(unknown)}; choose from {', '.join(TEXT_EXPERTS)}, or none for none of them"
+            )
         _check_run(self.run)
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
@@ -192,6 +203,13 @@ class TrainConfig:
     def parts(self) -> list[Part]:
         """The datasets that `data` names."""
         return parse_parts(self.data)
+
+    @property
+    def text_experts(self) -> tuple[str, ...] | None:
+        """The experts that `expert_text` names, each once; None keeps the model's own."""
+        if self.expert_text in ("", "none"):
+            return () if self.expert_text else None
+        return tuple(dict.fromkeys(name.strip() for name in self.expert_text.split(",")))
 
     @property
     def texts_per_image(self) -> dict[TextKind, int]:

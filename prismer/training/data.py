@@ -163,6 +163,7 @@ def open_loaders(
     common = dict(
         config=model.config,
         semantics=Semantics.for_config(model.config, semantics_folder(config.semantics, config.model)),
+        tokenizer=model.tokenizer,
         seed=config.seed,
         rank=dist.get_rank(),
         world=dist.get_world_size(),

@@ -1,6 +1,8 @@
 """Where a training run starts from: a model, or a preset, whose towers ship with the package or come from the hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,12 +21,20 @@ from prismer.weights.tensors import read_tensors
 TOWERS = "tiny-towers"
 
 
-def initial_config(source: str) -> PrismerConfig:
+def initial_config(source: str, expert_text: Sequence[str] | None = None) -> PrismerConfig:
     """The architecture of a preset or a model.
+
+    Args:
+        source, expert_text: as in `build_initial_model`.
 
     Raises:
         ValueError: if `source` is neither.
     """
+    config = _own_config(source)
+    return config if expert_text is None else config.replace(expert_text=tuple(expert_text))
+
+
+def _own_config(source: str) -> PrismerConfig:
     if _is_model(source):
         return source_config(source)
     if source.partition("-")[0] not in PRESETS:
@@ -52,7 +62,9 @@ def semantics_folder(semantics: str, model: str) -> Path | None:
     return folder if folder is not None and (folder / TABLE_FILES[0]).is_file() else None
 
 
-def build_initial_model(source: str, image_size: int = 0, seed: int = 0) -> Prismer:
+def build_initial_model(
+    source: str, image_size: int = 0, seed: int = 0, expert_text: Sequence[str] | None = None
+) -> Prismer:
     """The model that training starts from.
 
     Args:
@@ -60,18 +72,20 @@ def build_initial_model(source: str, image_size: int = 0, seed: int = 0) -> Pris
             that ship with the package, "base", "large" and "huge" around CLIP and RoBERTa. Each also exists with "-z".
         image_size: RGB side in px; 0 keeps the model's own.
         seed: of the new parts.
+        expert_text: experts whose detections the decoder reads as text; None keeps the model's own.
 
     Raises:
         ValueError: if there is no such model, or it comes without towers or tokenizer.
     """
-    config = initial_config(source)
+    config = initial_config(source, expert_text)
+    text: dict[str, Any] = {} if expert_text is None else {"expert_text": tuple(expert_text)}
     if _is_model(source):
-        model = Prismer.from_pretrained(source, image_size=image_size or None, dtype=torch.float32)
+        model = Prismer.from_pretrained(source, image_size=image_size or None, dtype=torch.float32, **text)
         if model.tokenizer is None:
             raise InputError(f"the model in {source} has no tokenizer; save it with one")
         return model
     if is_preset(source):
-        return from_preset(Prismer, source, image_size=image_size or None, seed=seed)
+        return from_preset(Prismer, source, image_size=image_size or None, seed=seed, **text)
     towers = shipped_folder(TOWERS)
     if image_size:
         config = config.replace(image_size=image_size)

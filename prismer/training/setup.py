@@ -77,7 +77,7 @@ class Run:
             model = Prismer.from_pretrained(checkpoint)
         else:
             # every rank builds the same weights, of which DeepSpeed keeps a shard on each
-            model = build_initial_model(config.model, config.image_size, config.seed)
+            model = build_initial_model(config.model, config.image_size, config.seed, expert_text=config.text_experts)
         model.set_gradient_checkpointing(config.gradient_checkpointing)
         trainable, parameters = freeze(model, config.freeze)
         print_on_rank_zero(f"trainable: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.0%})")
@@ -127,7 +127,7 @@ def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh
         The precision, and the table of measured choices as text.
     """
     places = [part.place for part in config.parts]
-    model = initial_config(config.model)
+    model = initial_config(config.model, config.text_experts)
     for place in places:
         if place != EMBEDDED_DATA:
             check_dataset(place)

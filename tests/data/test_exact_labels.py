@@ -11,6 +11,7 @@ import pytest
 
 from prismer.dataloading.scenes import dataset as scenes
 from prismer.dataloading.scenes import exact_labels, layout
+from prismer.dataloading.store.sample_json import meta_problems
 
 SIGN, GROUND, SKY = (scenes.SEG_CLASSES.index(name) for name in ("sign", "ground", "sky"))
 
@@ -80,6 +81,28 @@ def test_description_matches_the_labels(rendered):
         # a box that nearly equals another one is dropped
         assert Counter(names) <= Counter(thing["shape"] for thing in objects + signs)
         assert len(names) >= len(objects) + len(signs) - 1
+
+
+def test_boxes_surround_what_the_maps_show(rendered):
+    for scene in rendered:
+        meta = scene.meta
+        assert meta_problems(meta, {"obj_detection": scenes.OBJECT_CLASSES}) == []
+        boxes = meta["boxes"]
+        assert set(boxes["obj_detection"]) == set(meta["instances"])
+        assert set(boxes["ocr_detection"]) == set(meta["words"])
+        seg = scene.planes["seg"]
+        for i, class_id in meta["instances"].items():
+            left, top, right, bottom, score = boxes["obj_detection"][i]
+            assert score == 1.0
+            edges = [round(edge * 128) for edge in (left, top, right, bottom)]
+            # the object's own colour reaches every side of its box
+            inside = seg[edges[1] : edges[3], edges[0] : edges[2]] == scenes.SEG_CLASSES.index(
+                scenes.OBJECT_CLASSES[class_id]
+            )
+            assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+        for i, box in boxes["ocr_detection"].items():
+            pixels = exact_labels.bounding_box(scene.planes["ocr_detection"] == int(i))
+            assert box == [*(round(edge / 128, 4) for edge in pixels), 1.0]
 
 
 def test_colours_are_where_the_description_says(rendered):

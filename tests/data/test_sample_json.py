@@ -53,3 +53,36 @@ def test_raw_answers_are_any_strings():
 def test_a_dataset_without_these_fields_stays_valid():
     answer = {"answer": "red", "weight": 0.6}
     check_meta({"captions": ["a cube"], "questions": [QUESTION | {"answers": [answer], "kind": None}], "id": None})
+
+
+def test_a_box_is_four_edges_and_perhaps_a_score():
+    boxes = {"0": [0, 0, 1, 1], "254": [0.25, 0.5, 0.25, 0.75, 0.9], "7": [0.0, 0.1, 0.2, 0.3, 0]}
+    check_meta({"boxes": {"obj_detection": boxes, "ocr_detection": {}}})
+    check_meta({"boxes": {}})
+
+
+@pytest.mark.parametrize(
+    "box",
+    [None, [], [0, 0, 1], [0, 0, 1, 1, 1, 1], [0, 0, 1.5, 1], [-0.1, 0, 1, 1], [0.6, 0, 0.5, 1], [0, 0.6, 1, 0.5]]
+    + [[0, 0, 1, 1, 1.5], [0, 0, 1, float("nan")], [0, 0, 1, True], [0, 0, 1, "1"], {"left": 0}, "0011"],
+    ids=repr,
+)
+def test_other_boxes_are_refused(box):
+    (problem,) = meta_problems({"boxes": {"obj_detection": {"3": box, "4": [0, 0, 1, 1]}}})
+    assert problem.startswith("box 3 of obj_detection is not left, top, right, bottom")
+
+
+@pytest.mark.parametrize(
+    ("boxes", "problem"),
+    [
+        (None, "its 'boxes' are null; expected an object of expert: {id: box}"),
+        ([[0, 0, 1, 1]], "its 'boxes' are a list of 1; expected"),
+        ({"depth": {}}, "its 'boxes' name 'depth'; expected obj_detection or ocr_detection"),
+        ({"obj_detection": [0]}, "its boxes of obj_detection are a list of 1; expected an object of id: box"),
+        ({"ocr_detection": {"255": [0, 0, 1, 1]}}, "its boxes of ocr_detection have the id '255'; expected 0 to 254"),
+        ({"ocr_detection": {"07": [0, 0, 1, 1]}}, "its boxes of ocr_detection have the id '07'; expected 0 to 254"),
+    ],
+)
+def test_boxes_belong_to_ids_of_experts_with_names(boxes, problem):
+    (found,) = meta_problems({"boxes": boxes})
+    assert found.startswith(problem)

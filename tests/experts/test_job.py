@@ -16,6 +16,7 @@ from PIL import Image
 
 from prismer.dataloading.experts.job import label_records
 from prismer.dataloading.experts.labeller import Labeller
+from prismer.dataloading.experts.network import ExpertOutput
 from prismer.dataloading.sources.any_source import source_records
 from prismer.dataloading.sources.image_folders import folder_records
 from prismer.dataloading.sources.importer import import_records
@@ -261,6 +262,25 @@ def test_the_maps_of_other_experts_are_kept(photos, tmp_path):
     assert sample.labels["depth"].shape == sample.labels["obj_detection"].shape == (32, 32)
     assert sample.meta["instances"] == {"0": 0}
     assert set(sample.meta["boxes"]) == {"obj_detection"}
+
+
+class Nothing(Halves):
+    """Objects: none in any image."""
+
+    version = "nothing-1"
+
+    def predict(self, images, earlier):
+        plane = np.full((images.label_size,) * 2, 255, np.uint8)
+        return [ExpertOutput(plane) for _ in range(len(images))]
+
+
+def test_boxes_of_maps_that_are_replaced_are_gone(photos, tmp_path):
+    """An image in which the new network finds nothing must not keep the boxes of the old one."""
+    label(photos, tmp_path / "objects", networks=(Halves,))
+    label(tmp_path / "objects", tmp_path / "none", networks=(Nothing,))
+    sample = ShardDataset(tmp_path / "none")[3]
+    assert sample.meta["instances"] == {} and "boxes" not in sample.meta
+    assert check_dataset(tmp_path / "none", progress=False).ok
 
 
 def test_captions_beside_images_are_kept(tmp_path):
