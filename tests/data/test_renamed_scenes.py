@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from prismer.batch import PART
 from prismer.config import prismer_tiny
 from prismer.dataloading.feed.loader import Loader
 from prismer.dataloading.scenes import dataset as scenes
@@ -19,6 +20,7 @@ from prismer.dataloading.scenes.names import kind_names, plural_of, regular_plur
 from prismer.dataloading.scenes.rename import has_shapes, rename_shapes
 from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import ShardDataset
+from prismer.experts import TEXT_EXPERTS
 from prismer.shipped import shipped_folder
 from prismer.texts import encode_caption, format_answer
 from prismer.tokenizer import Tokenizer
@@ -175,6 +177,23 @@ def test_label_features_carry_the_names_of_the_texts(dataset):
                 if (batch.images.labels["obj_detection"][b] == int(i)).any():
                     assert (found == spelling.rows([names[class_id]])[0]).all()
             assert {thing["shape"] for thing in meta["scene"]["objects"]} <= set(kinds) <= set(kind_names()[0])
+
+
+def test_detections_name_what_the_texts_name(dataset):
+    tokenizer = Tokenizer.from_folder(shipped_folder("names"))
+    config = CONFIG.replace(expert_text=TEXT_EXPERTS, vocab_size=tokenizer.vocab_size)
+    options = dict(batch_size=4, semantics=Semantics.spelling(), tokenizer=tokenizer, threads=1)
+    loader = Loader(dataset, config=config, rename=partial(rename_shapes, kind_names()[0]), **options)
+    for batch in loader.epoch(0):
+        for ids, facts, meta in zip(
+            batch.images.detections.ids, batch.images.detections.facts, batch.meta, strict=True
+        ):
+            begins = [i for i in range(len(ids)) if ids[i] != tokenizer.pad_id and not facts[i, PART]]
+            ends = [*begins[1:], int((ids != tokenizer.pad_id).sum())]
+            found = sorted(tokenizer.decode(ids[a:b]) for a, b in zip(begins, ends, strict=True))
+            names = [*meta["scene"]["kinds"], "sign"]
+            told = [*(names[i] for i in meta["instances"].values()), *meta["words"].values()]
+            assert found == sorted(f" {name}" for name in told)
 
 
 def names_by_key(*loaders: Loader, epoch: int = 0, start_step: int = 0) -> dict[str, list[str]]:
