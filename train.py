@@ -30,6 +30,12 @@ def parse_arguments() -> argparse.Namespace:
         "--expert-text",
         help="experts whose detections the decoder reads as text: obj_detection,ocr_detection, one of them, or none",
     )
+    parser.add_argument(
+        "--rename-kinds",
+        action="store_true",
+        default=None,
+        help="give the shapes of rendered scenes other names in every image, so that the experts' names count",
+    )
     # torchrun reads --run as an abbreviation of its own --run-path, wherever it stands
     parser.add_argument("--run", "--name", help="name of the run: the folder under runs/")
     parser.add_argument("--steps", type=int, help="optimizer steps in all")
@@ -63,7 +69,7 @@ def main() -> int:
     from prismer.training.setup import Run
     from prismer.training.trainer import Trainer
 
-    flags = ("task", "data", "model", "expert_text", "run", "steps", "epochs")
+    flags = ("task", "data", "model", "expert_text", "rename_kinds", "run", "steps", "epochs")
     trainer = None
     try:
         config, settings = read_config(arguments.config, **{name: getattr(arguments, name) for name in flags})

@@ -1,12 +1,14 @@
 """Pre-train the towers of the preset tiny on rendered scenes: vision on the labels, text as a language model.
 
     python scripts/train_towers.py render --images 24000     # scenes into runs/towers/, once
+    python scripts/train_towers.py outline --images 6000     # or their texts alone, which is much faster
     python scripts/train_towers.py vision --minutes 25
-    python scripts/train_towers.py text --minutes 6
+    python scripts/train_towers.py text --minutes 6          # --names: for renamed scenes, see scenes/rename.py
     python scripts/train_towers.py pack                      # -> prismer/assets/tiny-towers/ with recipe and hashes
 
 The scenes belong to a split called "towers", so that `prismer data render` never renders one of them for training,
-validation or test. The towers have no adaptors and no cross-attention; `deepspeed train.py` adds and trains those.
+validation or test. Without `vision`, `pack` keeps the shipped vision tower. The towers have no adaptors and no
+cross-attention; `deepspeed train.py` adds and trains those.
 """
 
 import argparse
@@ -27,11 +29,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prismer.config import prismer_tiny
-from prismer.dataloading.scenes.captions_and_questions import ATTRIBUTES
+from prismer.dataloading.scenes.captions_and_questions import ATTRIBUTES, write_captions, write_questions
 from prismer.dataloading.scenes.dataset import SEG_CLASSES, render_scene, scene_seed
-from prismer.dataloading.scenes.layout import WORDS
+from prismer.dataloading.scenes.exact_labels import outline
+from prismer.dataloading.scenes.layout import WORDS, sample_layout
+from prismer.dataloading.scenes.names import kind_names
+from prismer.dataloading.scenes.rename import rename_shapes
 from prismer.experts import BACKGROUND
 from prismer.files import replacing, write_checksums, write_json
+from prismer.shipped import shipped_folder
 from prismer.stems import normalise_rgb
 from prismer.text import TextDecoder, causal_attend, position_ids
 from prismer.texts import clean_caption, encode_caption, encode_qa
@@ -102,7 +108,7 @@ def scene_targets(rgb: np.ndarray, planes: dict, meta: dict) -> dict[str, np.nda
 
 def _render(index: int) -> tuple[dict[str, np.ndarray], dict]:
     scene = render_scene(scene_seed(0, SPLIT, index))
-    meta = {key: scene.meta[key] for key in ("captions", "questions")}
+    meta = {key: scene.meta[key] for key in ("captions", "questions", "scene")}
     return scene_targets(scene.rgb, scene.planes, scene.meta), meta
 
 
@@ -122,6 +128,20 @@ def render(images: int, workers: int) -> None:
     for array in arrays.values():
         array.flush()
     os.replace(WORK / "texts.jsonl.tmp", WORK / "texts.jsonl")
+
+
+def _outline(index: int) -> dict:
+    rng = np.random.default_rng(scene_seed(0, SPLIT, index))
+    scene = outline(sample_layout(rng))
+    return {"captions": write_captions(scene, rng), "questions": write_questions(scene, rng), "scene": scene}
+
+
+def write_outlines(images: int, workers: int) -> None:
+    """Write the texts of `images` scenes without rendering these."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(workers) as pool, replacing(WORK / "texts.jsonl") as partial, open(partial, "w") as texts:
+        for meta in tqdm(pool.map(_outline, range(images), chunksize=16), total=images, mininterval=5):
+            texts.write(json.dumps(meta) + "\n")
 
 
 # -- vision --------------------------------------------------------------------------------------------------------
@@ -283,13 +303,21 @@ def plain_text_logits(decoder: TextDecoder, ids: Tensor) -> Tensor:
     return decoder.logits(decoder.transform(x))
 
 
-def text_ids(tokenizer: Tokenizer) -> list[list[int]]:
-    """The token ids of every caption, and of every question with its read-out pad and answer."""
+def text_ids(tokenizer: Tokenizer, renamed: int = 0) -> list[list[int]]:
+    """The token ids of every caption, and of every question with its read-out pad and answer.
+
+    Args:
+        tokenizer: spells the texts.
+        renamed: how often each scene comes again with other names.
+    """
     rows = []
-    for line in (WORK / "texts.jsonl").read_text().splitlines():
-        meta = json.loads(line)
-        rows += [encode_caption(tokenizer, caption, "")[0] for caption in meta["captions"]]
-        rows += [encode_qa(tokenizer, q["question"], a["answer"])[0] for q in meta["questions"] for a in q["answers"]]
+    for index, line in enumerate((WORK / "texts.jsonl").read_text().splitlines()):
+        metas, rng = [json.loads(line)], np.random.default_rng(index)
+        metas += [rename_shapes(kind_names()[0], metas[0], {}, rng)[0] for _ in range(renamed)]
+        for meta in metas:
+            rows += [encode_caption(tokenizer, caption, "")[0] for caption in meta["captions"]]
+            pairs = [(q["question"], a["answer"]) for q in meta["questions"] for a in q["answers"]]
+            rows += [encode_qa(tokenizer, question, answer)[0] for question, answer in pairs]
     return rows
 
 
@@ -304,17 +332,21 @@ def train_tokenizer() -> Tokenizer:
     return Tokenizer.train(texts, prismer_tiny().vocab_size)
 
 
-def train_text(minutes: float, batch: int, peak: float) -> None:
-    """Train the tokenizer and the text tower; the last 2,000 texts are held out."""
+def train_text(minutes: float, batch: int, peak: float, names: bool) -> None:
+    """Train the text tower; the last 2,000 texts are held out.
+
+    Args:
+        minutes, batch, peak: as for `optimise`.
+        names: for renamed scenes, with the tokenizer that spells any name; else a tokenizer is trained on the texts.
+    """
     torch.manual_seed(0)
-    tokenizer = train_tokenizer()
+    tokenizer = Tokenizer.from_folder(shipped_folder("names")) if names else train_tokenizer()
     tokenizer.save(WORK / "tokenizer")
-    rows = text_ids(tokenizer)
+    rows = text_ids(tokenizer, renamed=4 if names else 0)
     print(f"{len(rows)} texts, longest {max(map(len, rows))} tokens, mean {np.mean([len(r) for r in rows]):.1f}")
     pad = tokenizer.pad_id
     rng = np.random.default_rng(0)
-    config = prismer_tiny()
-    decoder = TextDecoder(config)
+    decoder = TextDecoder(prismer_tiny(vocab_size=tokenizer.vocab_size))
     held_out, rows = rows[-2000:], rows[:-2000]
 
     def loss(texts: list[list[int]]) -> Tensor:
@@ -356,10 +388,18 @@ def pack() -> None:
     """Write both towers as one safetensors file, with the tokenizer and the recipe, into the package's assets."""
     from safetensors.torch import load_file
 
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    before = json.loads((ASSETS / "recipe.json").read_text()) if (ASSETS / "recipe.json").exists() else {}
+    scenes, logs = before.get("scenes"), before.get("logs", {})
     for name, prefix in (("vision", "encoder."), ("text", "decoder.")):
-        for key, value in load_file(WORK / f"{name}.safetensors").items():
-            tensors[prefix + key] = value
+        if (WORK / f"{name}.safetensors").exists():
+            tensors |= {prefix + key: value for key, value in load_file(WORK / f"{name}.safetensors").items()}
+            logs[name] = json.loads((WORK / f"{name}.jsonl").read_text().splitlines()[-1])
+        else:
+            shipped = load_file(ASSETS / "towers.safetensors")
+            tensors |= {key: value for key, value in shipped.items() if key.startswith(prefix)}
+    if (WORK / "rgb.npy").exists():
+        scenes = {"split": SPLIT, "count": len(np.load(WORK / "rgb.npy", mmap_mode="r"))}
     ASSETS.mkdir(parents=True, exist_ok=True)
     with replacing(ASSETS / "towers.safetensors") as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
@@ -367,13 +407,10 @@ def pack() -> None:
     recipe = {
         "script": "scripts/train_towers.py",
         "seed": 0,
-        "scenes": {"split": SPLIT, "count": len(np.load(WORK / "rgb.npy", mmap_mode="r"))},
+        "scenes": scenes,
         "sha256": hashlib.sha256((ASSETS / "towers.safetensors").read_bytes()).hexdigest(),
         "parameters": sum(t.numel() for t in tensors.values()),
-        "logs": {
-            name: [json.loads(line) for line in (WORK / f"{name}.jsonl").read_text().splitlines()][-1]
-            for name in ("vision", "text")
-        },
+        "logs": logs,
     }
     write_json(ASSETS / "recipe.json", recipe)
     write_checksums(ASSETS)
@@ -382,19 +419,22 @@ def pack() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("render", "vision", "text", "pack"))
+    parser.add_argument("stage", choices=("render", "outline", "vision", "text", "pack"))
     parser.add_argument("--images", type=int, default=24000)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--names", action="store_true", help="text: learn renamed scenes, with the tokenizer for them")
     args = parser.parse_args()
     if args.stage == "render":
         render(args.images, args.workers)
+    elif args.stage == "outline":
+        write_outlines(args.images, args.workers)
     elif args.stage == "vision":
         train_vision(args.minutes, args.batch, args.lr)
     elif args.stage == "text":
-        train_text(args.minutes, args.batch, args.lr)
+        train_text(args.minutes, args.batch, args.lr, args.names)
     else:
         pack()
 

@@ -33,6 +33,7 @@ class Draw(IntEnum):
     AUGMENT = 1
     TEXTS = 2
     LABELS = 3
+    NAMES = 4
 
 
 def keyed_rng(draw: Draw, seed: int, epoch: int, index: int = 0) -> np.random.Generator:

@@ -26,6 +26,7 @@ from prismer.dataloading.feed.detections import Detection, DetectionFinder
 from prismer.dataloading.feed.image_pipeline import ImagePipeline
 from prismer.dataloading.feed.order import EpochOrder, InOrder, Order, RandomOrder
 from prismer.dataloading.feed.samples import Samples
+from prismer.dataloading.scenes.rename import Rename
 from prismer.dataloading.semantics.features import FeatureTables, Meanings, Semantics
 from prismer.dataloading.store.sample_json import check_meta
 from prismer.dataloading.store.shards import CorruptSample, Sample
@@ -99,6 +100,8 @@ class Loader:
             learns to work without experts.
         order: of the samples; None for a new permutation in every epoch of training, and for the order of the dataset
             in evaluation.
+        rename: gives the classes and texts of a sample other names as it is read (scenes/rename.py); None for its own.
+            A sample that loses its maps keeps its names, since nothing tells the model new ones.
 
     Attributes:
         steps_per_epoch: batches of this rank in an epoch.
@@ -131,6 +134,7 @@ class Loader:
         device: str | torch.device = "cpu",
         drop_labels: float = 0.0,
         order: Order | None = None,
+        rename: Rename | None = None,
     ):
         for name, value in dict(
             batch_size=batch_size, group_size=group_size, threads=threads, prefetch=prefetch
@@ -152,7 +156,7 @@ class Loader:
             )
         self.dataset, self.config, self.batch_size = dataset, config, batch_size
         self.texts, self.group_size, self.augment = texts, group_size, augment
-        self.split, self.order = split, order
+        self.split, self.order, self.rename = split, order, rename
         self.seed, self.rank, self.world, self.training = seed, rank, world, training
         self.threads, self.prefetch, self.drop_labels = threads, prefetch, drop_labels
         self.device = torch.device(device)
@@ -266,7 +270,15 @@ class Loader:
     def _item(self, index: int, visit: int) -> _Item:
         sample = self.dataset[index]
         check_meta(sample.meta, self.dataset.classes)
-        meanings = self._tables.look_up(sample.labels, sample.meta)
+        is_unlabelled = False
+        if self.drop_labels:
+            is_unlabelled = keyed_rng(Draw.LABELS, self.seed, visit, index).random() < self.drop_labels
+        classes = self.dataset.classes
+        if self.rename is not None and not is_unlabelled:
+            rng = keyed_rng(Draw.NAMES, self.seed, visit, index)
+            sample.meta, classes = self.rename(sample.meta, classes, rng)
+        own_classes = None if classes is self.dataset.classes else classes
+        meanings = self._tables.look_up(sample.labels, sample.meta, own_classes)
         texts = []
         if self.texts is not None:
             texts = self.texts(sample.meta, keyed_rng(Draw.TEXTS, self.seed, visit, index))
@@ -277,11 +289,9 @@ class Loader:
             params = draw_params(self.augment, rng, width / height)
         detections = []
         if self._finder is not None:
-            detections = self._finder.find(sample.labels, sample.meta, self.dataset.classes, params)
-        if self.drop_labels:
-            rng = keyed_rng(Draw.LABELS, self.seed, visit, index)
-            if rng.random() < self.drop_labels:
-                sample.labels, meanings, detections = {}, Meanings(), []
+            detections = self._finder.find(sample.labels, sample.meta, classes, params)
+        if is_unlabelled:
+            sample.labels, meanings, detections = {}, Meanings(), []
         return _Item(index, sample, params, meanings, detections, texts)
 
     def _assemble(self, items: list[_Item], rgb: Tensor, labels: dict[str, Tensor]) -> Batch:

@@ -4,6 +4,9 @@ A scene is the `meta["scene"]` of `dataset.py`: "objects" with shape, colour, si
 of the centre as fractions of the image) and `distance` from the camera, and "signs" with a word. Signs are not objects:
 they are neither counted nor used in relations. A relation is used only where it is beyond dispute, and the attributes
 that name an object fit no other object.
+
+A scene with "kinds" is a renamed one (rename.py): "kinds" are the names of the four shapes, in the order of ATTRIBUTES,
+and the "shape" of each object is one of them. Questions about its shapes ask what an object is.
 """
 
 import itertools
@@ -11,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+
+from prismer.dataloading.scenes.names import plural_of, sign_words, with_article
 
 # of an object, in the order of English adjectives
 ATTRIBUTES = {
@@ -27,7 +32,10 @@ _DEEP = 0.9
 _OPPOSITE = {"left of": "right of", "right of": "left of", "in front of": "behind", "behind": "in front of"}
 _RELATIONS = list(_OPPOSITE)
 _NUM_CAPTIONS = 5
+# a tokenizer spells these words in one token each, and a caption has at most 30 tokens with its commas and its ends
 _MAX_WORDS = 24
+# the room that a name, or a word on a sign, takes in a renamed scene beyond its own words: a tokenizer spells it
+_EXTRA_ROOM = 3
 
 # combinations of attributes that may name an object, short names first
 _DESCRIPTIONS = [
@@ -62,7 +70,7 @@ def write_captions(scene: dict, rng: np.random.Generator) -> list[str]:
     captions: list[str] = []
     for writer in [*writers, *[writers[i] for i in rng.permutation(len(writers))] * 3]:
         caption = writer(scene, rng)
-        if caption not in captions and len(caption.split()) <= _MAX_WORDS:
+        if caption not in captions and _room(scene, caption) <= _MAX_WORDS:
             captions.append(caption)
         if len(captions) == _NUM_CAPTIONS:
             break
@@ -72,8 +80,9 @@ def write_captions(scene: dict, rng: np.random.Generator) -> list[str]:
 def write_questions(scene: dict, rng: np.random.Generator) -> list[dict]:
     """About a dozen different questions: {"question", "answers": [{"answer", "weight": 1.0}], "kind"}, in lower case.
 
-    Kinds are "yes/no", "count", "colour", "shape", "relation" and "read". Each kind first draws the answer and then a
-    question with that answer, so that the kind does not give the answer away.
+    Kinds are "yes/no", "count", "colour", "shape" (in a renamed scene "name"), "relation" and "read" (of a held-out
+    word, see names.py, "read unseen"). Each kind first draws the answer and then a question with that answer, so that
+    the kind does not give the answer away.
 
     Args:
         scene: `meta["scene"]`.
@@ -113,21 +122,27 @@ def _pick(rng: np.random.Generator, items: list) -> Any:
 
 
 def _matches(thing: dict, wanted: dict) -> bool:
-    return all(thing[key] == value for key, value in wanted.items())
+    # a loop, since renamed scenes are described anew in every epoch: a generator takes twice as long
+    for key, value in wanted.items():
+        if thing[key] != value:
+            return False
+    return True
 
 
 def _count(scene: dict, wanted: dict) -> int:
-    return sum(_matches(thing, wanted) for thing in scene["objects"])
+    return len([None for thing in scene["objects"] if _matches(thing, wanted)])
 
 
 def _noun(wanted: dict, many: bool = False) -> str:
     """E.g. `small shiny red cube`, or `red objects` where no shape is given."""
     words = [wanted[key] for key in ATTRIBUTES if key in wanted and key != "shape"]
-    return " ".join([*words, wanted.get("shape", "object") + "s" * many])
+    kind = wanted.get("shape", "object")
+    return " ".join([*words, plural_of(kind) if many else kind])
 
 
-def _article(noun: str) -> str:
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
+def _values(scene: dict, key: str) -> list[str]:
+    """The values of an attribute; the shapes of a renamed scene have names."""
+    return scene["kinds"] if key == "shape" and "kinds" in scene else ATTRIBUTES[key]
 
 
 def _select(thing: dict, keys: tuple[str, ...]) -> dict:
@@ -149,7 +164,16 @@ def _definite(scene: dict, thing: dict, rng: np.random.Generator, without: tuple
 def _indefinite(thing: dict, rng: np.random.Generator) -> str:
     """E.g. `a small red cube`; the colour and the shape are always named."""
     named = [keys for keys in _DESCRIPTIONS if "colour" in keys and "shape" in keys]
-    return _article(_noun(_select(thing, _pick(rng, named))))
+    return with_article(_noun(_select(thing, _pick(rng, named))))
+
+
+def _room(scene: dict, text: str) -> int:
+    """The room that a text takes, in words."""
+    room = len(text.split())
+    if "kinds" in scene:
+        spelled = [*scene["kinds"], *(sign["word"] for sign in scene["signs"])]
+        room += _EXTRA_ROOM * sum(text.count(word) for word in spelled)
+    return room
 
 
 def _join(parts: list[str]) -> str:
@@ -171,17 +195,17 @@ def _groups(scene: dict, keys: tuple[str, ...], rng: np.random.Generator) -> lis
     phrases = []
     for values, number in groups.items():
         noun = _noun(dict(zip(keys, values, strict=True)), many=number > 1)
-        phrases.append(_article(noun) if number == 1 else f"{_NUMBERS[number]} {noun}")
+        phrases.append(with_article(noun) if number == 1 else f"{_NUMBERS[number]} {noun}")
     return phrases
 
 
 def _listing(scene: dict, rng: np.random.Generator, room: int) -> list[str]:
-    """The objects in at most `room` words, with as many attributes as fit."""
+    """The objects in the room of `room` words, with as many attributes as fit."""
     rich = [("size", "material", "colour", "shape"), ("size", "colour", "shape"), ("material", "colour", "shape")]
     rich = [rich[i] for i in rng.permutation(3)]
     for keys in [*rich, ("colour", "shape"), ("shape",)]:
         phrases = _groups(scene, keys, rng)
-        if len(_join(phrases).split()) <= room:
+        if _room(scene, _join(phrases)) <= room:
             break
     return phrases
 
@@ -189,7 +213,7 @@ def _listing(scene: dict, rng: np.random.Generator, room: int) -> list[str]:
 def _caption_list(scene: dict, rng: np.random.Generator) -> str:
     """E.g. `a red cube, a small blue sphere and a sign that says open`."""
     signs = [_sign_phrase(sign, rng) for sign in scene["signs"]]
-    room = _MAX_WORDS - sum(len(sign.split()) + 1 for sign in signs)
+    room = _MAX_WORDS - sum(_room(scene, sign) + 1 for sign in signs)
     return _join(_listing(scene, rng, room) + signs)
 
 
@@ -255,13 +279,13 @@ def _ask_existence(scene: dict, rng: np.random.Generator) -> _Asked | None:
     wanted = _select(_pick(rng, scene["objects"]), keys)
     if answer == "no":
         key = _pick(rng, list(keys))
-        others = [value for value in ATTRIBUTES[key] if _count(scene, {**wanted, key: value}) == 0]
+        others = [value for value in _values(scene, key) if _count(scene, {**wanted, key: value}) == 0]
         if not others:
             return None
         # hardest if the new attribute belongs to another object
         present = [value for value in others if _count(scene, {key: value})]
         wanted[key] = _pick(rng, present if present and rng.uniform() < 0.6 else others)
-    one, many = _article(_noun(wanted)), _noun(wanted, many=True)
+    one, many = with_article(_noun(wanted)), _noun(wanted, many=True)
     wording = ["is there {a}", "is there {a} in the picture", "do you see {a}", "can you see {a}", "are there any {b}"]
     return many, _pick(rng, wording).format(a=one, b=many) + "?", answer, "yes/no"
 
@@ -271,7 +295,7 @@ def _ask_count(scene: dict, rng: np.random.Generator) -> _Asked | None:
     choices: dict[int, list[dict]] = {len(scene["objects"]): [{}]}
     kinds = [("colour",), ("shape",), ("size",), ("material",), ("size", "shape"), ("material", "shape")]
     for keys in kinds:
-        for values in itertools.product(*(ATTRIBUTES[key] for key in keys)):
+        for values in itertools.product(*(_values(scene, key) for key in keys)):
             wanted = dict(zip(keys, values, strict=True))
             choices.setdefault(_count(scene, wanted), []).append(wanted)
     number = _pick(rng, sorted(choices))
@@ -282,7 +306,7 @@ def _ask_count(scene: dict, rng: np.random.Generator) -> _Asked | None:
 
 
 def _ask_attribute(attribute: str) -> Callable[[dict, np.random.Generator], _Asked | None]:
-    """What colour is the large cone? What shape is the green object?"""
+    """What colour is the large cone? What shape is the green object? In a renamed scene: what is the green object?"""
 
     def ask(scene: dict, rng: np.random.Generator) -> _Asked | None:
         thing = _pick(rng, scene["objects"])
@@ -293,7 +317,10 @@ def _ask_attribute(attribute: str) -> Callable[[dict, np.random.Generator], _Ask
             return None
         subject = f"{attribute} of {name}"
         wording = [f"what {attribute} is {name}", f"what is the {subject}"]
-        return subject, _pick(rng, wording) + "?", thing[attribute], attribute
+        kind = attribute
+        if attribute == "shape" and "kinds" in scene:
+            wording, kind = [f"what is {name}", f"what kind of object is {name}"], "name"
+        return subject, _pick(rng, wording) + "?", thing[attribute], kind
 
     return ask
 
@@ -333,6 +360,8 @@ def _ask_neighbour(scene: dict, rng: np.random.Generator) -> _Asked | None:
     attribute = _pick(rng, ["colour", "shape"])
     subject = f"{attribute} of the object {relation} {name}"
     wording = [f"what {attribute} is the object {relation} {name}", f"what is the {subject}"]
+    if attribute == "shape" and "kinds" in scene:
+        wording = [f"what is {relation} {name}", f"what is the object {relation} {name}"]
     return subject, _pick(rng, wording) + "?", a[attribute], "relation"
 
 
@@ -348,4 +377,4 @@ def _ask_reading(scene: dict, rng: np.random.Generator) -> _Asked | None:
         name = "the sign on the left" if sign is leftmost else "the sign on the right"
     wording = ["what does {} say", "what word is written on {}", "what is written on {}", "what word is on {}"]
     question = _pick(rng, wording).format(name) + "?"
-    return question, question, sign["word"], "read"
+    return question, question, sign["word"], "read unseen" if sign["word"] in sign_words()[1] else "read"

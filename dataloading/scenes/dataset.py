@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from prismer.dataloading.scenes.captions_and_questions import write_captions, write_questions
 from prismer.dataloading.scenes.exact_labels import OBJECT_CLASSES, SEG_CLASSES, describe, label_planes
-from prismer.dataloading.scenes.layout import sample_layout
+from prismer.dataloading.scenes.layout import WORDS, sample_layout
+from prismer.dataloading.scenes.names import sign_words as many_sign_words
 from prismer.dataloading.scenes.raycast import cast, paint_image
 from prismer.dataloading.store.shards import Sample, ShardWriter, read_index
-from prismer.errors import InputError
+from prismer.errors import InputError, shown
 
 _SOURCE = "rendered scenes"
 # to be raised with any change of what a seed looks like, so that no old dataset passes for a new one
@@ -54,20 +55,21 @@ def _check_sizes(size: int, label_size: int) -> None:
         raise InputError(f"image size {size} and label size {label_size} must be at least 32; use 64 or more")
 
 
-def render_scene(seed: int, size: int = 128, label_size: int = 128) -> RenderedScene:
+def render_scene(seed: int, size: int = 128, label_size: int = 128, vocabulary: Sequence[str] = WORDS) -> RenderedScene:
     """Render the scene of a seed; the scene and its texts do not depend on the sizes.
 
     Args:
         seed: any non-negative int; the same seed gives the same bytes.
         size: side of the image, px.
         label_size: side of the label maps, px.
+        vocabulary: the words of its signs.
 
     Raises:
         ValueError: if a size is below 32 (an object could vanish).
     """
     _check_sizes(size, label_size)
     rng = np.random.default_rng(seed)
-    layout = sample_layout(rng)
+    layout = sample_layout(rng, vocabulary)
     fine = cast(layout.camera, layout.primitives, 2 * size)
     scene = describe(layout, size, fine)
     coarse = cast(layout.camera, layout.primitives, label_size)
@@ -96,6 +98,7 @@ def render_dataset(
     label_size: int = 128,
     workers: int | None = None,
     progress: bool = True,
+    sign_words: str = "few",
 ) -> None:
     """Write the datasets folder/train, folder/val and folder/test; splits with these settings are kept.
 
@@ -109,6 +112,8 @@ def render_dataset(
         size, label_size: sides of images and label maps, px.
         workers: processes that render, by default one per usable core; 1 renders in this process.
         progress: show a bar with the time left.
+        sign_words: "few", the same 43 words for all splits; or "many", about 1,500, and for val and test also held-out
+            ones, about which questions are of the kind "read unseen".
 
     Raises:
         ValueError: if a number is out of range, or a split was written with other settings.
@@ -119,6 +124,8 @@ def render_dataset(
             f"train {train}, val {val}, test {test}, seed {seed}, workers {workers}: "
             "numbers of scenes and the seed must be at least 0, workers at least 1"
         )
+    if sign_words not in ("few", "many"):
+        raise InputError(f"sign_words is {shown(sign_words)}; choose few or many")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".scenes.lock", "wb") as lock:
@@ -128,6 +135,8 @@ def render_dataset(
         for split, count in (("train", train), ("val", val), ("test", test)):
             about = {"renderer": _VERSION, "seed": seed, "split": split, "count": count}
             about |= {"size": size, "label_size": label_size}
+            # datasets with few words are older than this setting
+            about |= {"sign_words": sign_words} if sign_words != "few" else {}
             if count and not _is_complete(folder / split, about):
                 missing.append(about)
         for about in missing:
@@ -186,11 +195,19 @@ def _render_samples(about: dict, workers: int) -> Iterator[Sample]:
             yield from future.result()
 
 
+def _vocabulary(about: dict) -> Sequence[str]:
+    """The words on the signs of a split; of those that are not for training, half are held out."""
+    if "sign_words" not in about:
+        return WORDS
+    seen, held_out = many_sign_words()
+    return (*WORDS, *seen) if about["split"] == "train" else (*seen[:: len(seen) // len(held_out)], *held_out)
+
+
 def _render_chunk(about: dict, indices: range) -> list[Sample]:
-    samples = []
+    samples, vocabulary = [], _vocabulary(about)
     for index in indices:
         seed = scene_seed(about["seed"], about["split"], index)
-        scene = render_scene(seed, about["size"], about["label_size"])
+        scene = render_scene(seed, about["size"], about["label_size"], vocabulary)
         jpeg = io.BytesIO()
         Image.fromarray(scene.rgb).save(jpeg, "JPEG", quality=92, subsampling=0)
         key = f"{about['split']}-{index:06d}"

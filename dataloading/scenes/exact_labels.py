@@ -139,13 +139,10 @@ def _shares(boxes: list[list[int] | None], size: int) -> dict[str, list[float]]:
     return {str(i): [*(round(edge / size, 4) for edge in box), 1.0] for i, box in enumerate(boxes) if box}
 
 
-def describe(layout: Layout, size: int, trace: Trace) -> dict:
-    """The scene in words and numbers; boxes and pixel counts refer to the image, of 2 x 2 rays per pixel."""
-    owner = _owners(layout, trace.part)
-    objects, signs = [], []
+def outline(layout: Layout) -> dict:
+    """The scene in words and numbers as far as no ray is needed, which is all that captions and questions use."""
+    found: dict[str, list[dict]] = {"objects": [], "signs": []}
     for index, thing in enumerate(layout.things):
-        mask = owner == index
-        left, top, right, bottom = bounding_box(mask)
         centre = next(p.centre for p in layout.primitives if p.owner == index)
         column, row, distance = layout.camera.project(centre[None])[0]
         entry = {
@@ -153,8 +150,19 @@ def describe(layout: Layout, size: int, trace: Trace) -> dict:
             "position": [round(float(v), 3) for v in centre],
             "screen": [round(float(column), 4), round(float(row), 4)],
             "distance": round(float(distance), 3),
-            "box": [left // 2, top // 2, (right + 1) // 2, (bottom + 1) // 2],
-            "pixels": round(int(mask.sum()) / 4),
         }
-        (signs if thing["shape"] == "sign" else objects).append(entry)
-    return {"objects": objects, "signs": signs}
+        found["signs" if thing["shape"] == "sign" else "objects"].append(entry)
+    return found
+
+
+def describe(layout: Layout, size: int, trace: Trace) -> dict:
+    """The scene in words and numbers; boxes and pixel counts refer to the image, of 2 x 2 rays per pixel."""
+    owner = _owners(layout, trace.part)
+    scene = outline(layout)
+    # signs come after objects
+    for index, entry in enumerate([*scene["objects"], *scene["signs"]]):
+        mask = owner == index
+        left, top, right, bottom = bounding_box(mask)
+        entry["box"] = [left // 2, top // 2, (right + 1) // 2, (bottom + 1) // 2]
+        entry["pixels"] = round(int(mask.sum()) / 4)
+    return scene

@@ -5,6 +5,7 @@ axes are x right, y up, z towards the viewer.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -89,10 +90,10 @@ def sample_looks(rng: np.random.Generator) -> dict:
     }
 
 
-def _sample_signs(rng: np.random.Generator) -> list[dict]:
+def _sample_signs(rng: np.random.Generator, vocabulary: Sequence[str]) -> list[dict]:
     """Zero to two signs; the words of two are short, so that they fit side by side."""
     number = int(rng.choice(3, p=[0.40, 0.50, 0.10]))
-    words = rng.choice([w for w in WORDS if number < 2 or len(w) < 5], number, replace=False)
+    words = rng.choice([w for w in vocabulary if number < 2 or len(w) < 5], number, replace=False)
     return [{"shape": "sign", "word": str(word)} for word in words]
 
 
@@ -160,11 +161,16 @@ def _covered(frames: np.ndarray, frame: np.ndarray) -> np.ndarray:
     return np.maximum(high - low, 0).prod(1) / smaller
 
 
-def sample_layout(rng: np.random.Generator) -> Layout:
-    """A scene that shows every object and every word; things are drawn once, their places until they fit."""
+def sample_layout(rng: np.random.Generator, vocabulary: Sequence[str] = WORDS) -> Layout:
+    """A scene that shows every object and every word; things are drawn once, their places until they fit.
+
+    Args:
+        rng: draws the scene.
+        vocabulary: the words of its signs, of at most six letters.
+    """
     looks = sample_looks(rng)
     while True:
-        objects, signs = _sample_objects(rng), _sample_signs(rng)
+        objects, signs = _sample_objects(rng), _sample_signs(rng, vocabulary)
         # some crowds fit nowhere: after many tries, draw other things
         for _ in range(20):
             camera = sample_camera(rng)

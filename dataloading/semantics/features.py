@@ -138,7 +138,8 @@ class Meanings:
 
     Attributes:
         rows: seg and obj_detection -> (256,) int64, for each id its row of the class features; 0 is the background.
-        words: ocr_detection -> {id: word} of the words that have features; other ids are background.
+        words: ocr_detection, and in a sample with class names of its own seg and obj_detection -> {id: word} of the
+            words that have features; other ids are background.
     """
 
     rows: dict[str, np.ndarray] = field(default_factory=dict)
@@ -167,12 +168,15 @@ class FeatureTables:
             names += table
         self._features = np.concatenate([semantics.background[None], semantics.rows(names)])
 
-    def look_up(self, labels: dict[str, np.ndarray], meta: dict) -> Meanings:
+    def look_up(
+        self, labels: dict[str, np.ndarray], meta: dict, own_classes: dict[str, list[str]] | None = None
+    ) -> Meanings:
         """The meanings of the ids in use; a word without features stays background.
 
         Args:
             labels: expert -> uint8 map.
             meta: the sample's JSON, with `instances` and `words`.
+            own_classes: class tables of this sample alone, as long as the dataset's; None for the dataset's.
 
         Raises:
             ValueError: if an id has no entry, or a class is not in its table.
@@ -187,7 +191,7 @@ class FeatureTables:
                 words = {i: _entry(meta, field, i, str) for i in used}
                 meanings.words[expert] = self.semantics.known_words(words)
                 continue
-            rows = np.zeros(256, np.int64)
+            rows, names = np.zeros(256, np.int64), {}
             for i in used:
                 class_id = i if field is None else _entry(meta, field, i, int)
                 if not 0 <= class_id < self._num_classes[expert]:
@@ -196,7 +200,12 @@ class FeatureTables:
                         f"{self._num_classes[expert]}; label the sample again"
                     )
                 rows[i] = self._first_row[expert] + class_id
-            meanings.rows[expert] = rows
+                if own_classes is not None:
+                    names[i] = own_classes[expert][class_id]
+            if own_classes is None:
+                meanings.rows[expert] = rows
+            else:
+                meanings.words[expert] = self.semantics.known_words(names)
         return meanings
 
     def collate(self, batch: list[Meanings]) -> tuple[dict[str, np.ndarray], np.ndarray]:

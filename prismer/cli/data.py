@@ -28,6 +28,9 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
     render.add_argument("--seed", type=int, default=0, help="of the scenes (default 0)")
     render.add_argument("--size", type=int, default=128, help="side of images and label maps, px (default 128)")
     render.add_argument("--workers", type=int, metavar="N", help="processes (default: one per usable core)")
+    render.add_argument(
+        "--sign-words", choices=("few", "many"), default="few", help="words on signs: 43, or about 1,500 (default few)"
+    )
     render.set_defaults(run=_render)
 
     add_import_command(steps)
@@ -70,6 +73,7 @@ def _render(args: argparse.Namespace) -> None:
         label_size=args.size,
         workers=args.workers,
         progress=is_watched(),
+        sign_words=args.sign_words,
     )
     splits = [f"{split} {getattr(args, split)}" for split in ("train", "val", "test") if getattr(args, split)]
     print(f"{args.out}: {', '.join(splits)} scenes")

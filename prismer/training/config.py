@@ -70,6 +70,8 @@ class TrainConfig:
         flip: probability that a training image is mirrored; 0 where texts mention left and right.
         augment_ops: RandAugment operations for each training image.
         drop_labels: share of training images that come without expert labels, neither as maps nor as text.
+        rename_kinds: whether the shapes of rendered scenes get other names, drawn anew for each image and epoch, in
+            classes and texts alike; an image without expert labels keeps its own.
         semantics: folder of the semantics table, for models that need one.
         max_answers: number of distinct training answers that evaluation ranks, the most frequent ones.
         learning_rate, min_learning_rate: at the peak, and at the end of the cosine schedule.
@@ -109,6 +111,7 @@ class TrainConfig:
     flip: float = 0.0
     augment_ops: int = 0
     drop_labels: float = 0.25
+    rename_kinds: bool = False
     semantics: str = ""
     max_answers: int = 3128
 

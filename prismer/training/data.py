@@ -17,6 +17,8 @@ from prismer.dataloading.feed.order import Order, choose_order
 from prismer.dataloading.mixture.dataset import MixedDataset, MixedPart
 from prismer.dataloading.mixture.order import MixedOrder
 from prismer.dataloading.mixture.parts import slots_of
+from prismer.dataloading.scenes.names import kind_names
+from prismer.dataloading.scenes.rename import has_shapes, rename_shapes
 from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.errors import InputError
@@ -148,14 +150,15 @@ def open_loaders(
 ) -> tuple[Loader, dict[str, Loader]]:
     """The loaders of this rank: of the training split, and of every validation split by the name of its dataset.
 
-    The only dataset of a run has the name "".
+    The only dataset of a run has the name "". With `rename_kinds`, rendered scenes are validated three times: with
+    their own names ("original"), with other names of the training ("seen"), and with held-out ones ("unseen").
 
     Args:
         classes: class names, for samples whose class is an index.
         micro_batch: training images per forward pass of this process.
 
     Raises:
-        ValueError: if a split is damaged, or the training split is smaller than a batch.
+        ValueError: if a split is damaged, the training split is smaller than a batch, or there is nothing to rename.
     """
     common = dict(
         config=model.config,
@@ -170,6 +173,10 @@ def open_loaders(
     augment = AugmentConfig(min_area=config.crop_min_area, flip=config.flip, num_ops=config.augment_ops)
     counts = list(config.texts_per_image.values())
     dataset = open_training_split(config)
+    rename = None
+    if config.rename_kinds:
+        _check_renaming(model, dataset)
+        rename = partial(rename_shapes, kind_names()[0])
     train = Loader(
         dataset,
         batch_size=micro_batch,
@@ -180,15 +187,38 @@ def open_loaders(
         augment=None if augment == _NO_AUGMENTATION else augment,
         drop_labels=config.drop_labels,
         order=_order(config, dataset),
+        rename=rename,
         **common,
     )
     parts, val = config.parts, {}
     for part in parts:
         if has_split(part.place, "val"):
             split = ShardDataset(inside(part.place, "val"))
-            loader = Loader(split, batch_size=config.eval_batch_size, training=False, **common)
-            val[part.name if len(parts) > 1 else ""] = loader
+            name = part.name if len(parts) > 1 else ""
+            for kind, names in _validation_names(config, split).items():
+                rename = None if names is None else partial(rename_shapes, names)
+                loader = Loader(split, batch_size=config.eval_batch_size, training=False, rename=rename, **common)
+                val["-".join(filter(None, (name, kind)))] = loader
     return train, val
+
+
+def _validation_names(config: TrainConfig, split: ShardDataset) -> dict[str, tuple[str, ...] | None]:
+    """Names with which a split is validated, by what they are called; None for its own names."""
+    if not (config.rename_kinds and has_shapes(split.classes)):
+        return {"": None}
+    seen, held_out = kind_names()
+    return {"original": None, "seen": seen, "unseen": held_out}
+
+
+def _check_renaming(model: Prismer, dataset: ShardDataset | MixedDataset) -> None:
+    """Refuse to rename what nobody renders, or names that no expert tells the model."""
+    if not has_shapes(dataset.classes):
+        raise InputError(
+            f"rename_kinds renames the shapes of rendered scenes, and {dataset.place} has none; leave it out"
+        )
+    experts = {*model.config.experts, *model.config.expert_text}
+    if not experts & {"seg", "obj_detection"}:
+        raise InputError("rename_kinds needs a model that reads seg or obj_detection; choose another model")
 
 
 def check_readable(val: Loader, group: dist.ProcessGroup) -> None:

@@ -30,8 +30,8 @@ def predict(
         model: in evaluation mode, the same on every rank.
         loader: of the split, with `training=False` and this process's rank.
         task: decides which of captions, answers and classes are predicted.
-        statistics: of the training split; answers and classes are chosen from its lists. Without answers, questions are
-            left out.
+        statistics: of the training split; answers and classes are chosen from its lists, and only about renamed scenes
+            answers are generated. Without answers, questions are left out.
         limit: number of images; 0 for all.
         blank: hide image and expert labels, to see what the model predicts from the text alone.
         group: to gather the rows over; None for a single process.
@@ -41,10 +41,12 @@ def predict(
     """
     kinds = [kind for kind in TASKS[task].texts if kind is not QUESTIONS or statistics.answers]
     classified = CLASSES in kinds
+    # no list holds all names of a renamed scene: the model writes them
+    ranked = QUESTIONS in kinds and loader.rename is None
     predictor = Predictor(
         model=model,
         kinds=kinds,
-        answers=Candidates.answers(model.tokenizer, statistics.answers) if QUESTIONS in kinds else None,
+        answers=Candidates.answers(model.tokenizer, statistics.answers) if ranked else None,
         classes=Candidates.classes(model.tokenizer, statistics.classes) if classified else None,
         class_names=loader.dataset.classes.get("class", ()) if classified else (),
     )

@@ -55,7 +55,7 @@ _REMEDY = "restore it from a copy, or set this run aside with --fresh"
 FIXED = "task data model seed batch_size captions_per_image questions_per_image image_size freeze decay_norms".split()
 
 # further such settings, which a run of an earlier version did not have
-_LATER = ("order", "expert_text")
+_LATER = ("order", "expert_text", "rename_kinds")
 
 
 class RunFolder:

@@ -143,6 +143,7 @@ class OneImage:
 
     batch_size = world = steps_per_epoch = 1
     rank = 0
+    rename = None
 
     def __init__(self, questions):
         self.meta = {"questions": questions}
