@@ -52,7 +52,9 @@ def semantics_folder(semantics: str, model: str) -> Path | None:
     return folder if folder is not None and (folder / TABLE_FILES[0]).is_file() else None
 
 
-def build_initial_model(source: str, image_size: int = 0, seed: int = 0) -> Prismer:
+def build_initial_model(
+    source: str, image_size: int = 0, seed: int = 0, model_class: type[Prismer] = Prismer
+) -> Prismer:
     """The model that training starts from.
 
     Args:
@@ -60,23 +62,24 @@ def build_initial_model(source: str, image_size: int = 0, seed: int = 0) -> Pris
             that ship with the package, "base", "large" and "huge" around CLIP and RoBERTa. Each also exists with "-z".
         image_size: RGB side in px; 0 keeps the model's own.
         seed: of the new parts.
+        model_class: what is built.
 
     Raises:
         ValueError: if there is no such model, or it comes without towers or tokenizer.
     """
     config = initial_config(source)
     if _is_model(source):
-        model = Prismer.from_pretrained(source, image_size=image_size or None, dtype=torch.float32)
+        model = model_class.from_pretrained(source, image_size=image_size or None, dtype=torch.float32)
         if model.tokenizer is None:
             raise InputError(f"the model in {source} has no tokenizer; save it with one")
         return model
     if is_preset(source):
-        return from_preset(Prismer, source, image_size=image_size or None, seed=seed)
+        return from_preset(model_class, source, image_size=image_size or None, seed=seed)
     towers = shipped_folder(TOWERS)
     if image_size:
         config = config.replace(image_size=image_size)
     torch.manual_seed(seed)
-    model = Prismer(config, Tokenizer.from_folder(towers))
+    model = model_class(config, Tokenizer.from_folder(towers))
     own = model.state_dict()
     check_checksums(towers / "towers.safetensors")
     tensors = read_tensors(towers / "towers.safetensors")
