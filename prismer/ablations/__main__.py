@@ -133,18 +133,27 @@ def _run(arguments: argparse.Namespace) -> int:
         print("".join(f"{job.title}\n" for job in missing), end="")
         return 0
     experiment.store(results)
-    done = 0
+    count, failed = 0, set()
     for wanted in jobs:
         # asked again for each: a run may serve several
         for job in wanted.needed():
-            done += 1
-            print(f"[{done}/{len(missing)}] {job.title}", flush=True)
-            if code := _launch(job, arguments.launcher, arguments.config):
+            if job.result in failed:
+                break
+            count += 1
+            print(f"[{count}/{len(missing)}] {job.title}", flush=True)
+            code = _launch(job, arguments.launcher, arguments.config)
+            if code >= 128:
+                return code
+            if code:
+                failed.add(job.result)
                 log = job.folder.with_name(f"{job.folder.name}.log")
                 last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
                 print(f"prismer.ablations: {job.title} ended with code {code} ({last}), see {log}", file=sys.stderr)
-                return code
-    return 0
+                # a diverged variant must not stop the others, but a first run that fails shows a wrong setting
+                if len(failed) == count:
+                    return 1
+                break
+    return 1 if failed else 0
 
 
 def _experiment(arguments: argparse.Namespace) -> "Experiment":

@@ -124,10 +124,13 @@ _RESAMPLER = Finding(
         Variant(name="no-resampler", change="all expert tokens enter the encoder", network=("sampling_none",)),
         Variant(name="rgb-resampled", change="RGB, too, passes the resampler", network=("sampling_rgb",)),
         *(
-            Variant(name=f"layers-{n}", change=f"a resampler of {n} layers", config={"resampler_depth": n})
+            Variant(name=f"layers-{n}", change=f"depth of the resampler: {n}", config={"resampler_depth": n})
             for n in (1, 2, 4)
         ),
-        *(Variant(name=f"latents-{n}", change=f"{n} latents", config={"num_latents": n}) for n in (16, 64, 128)),
+        *(
+            Variant(name=f"latents-{n}", change=f"number of latents: {n}", config={"num_latents": n})
+            for n in (16, 64, 128)
+        ),
     ),
     claims=(
         _better("a learned resampler is better than random sampling", BASELINE, "random-sampling"),
@@ -170,7 +173,7 @@ _EXPERTS = Finding(
     variants=tuple(
         Variant(
             name=f"experts-{n}",
-            change=f"{n} experts: {', '.join(PAPER_EXPERTS[:n])}" if n else "RGB alone",
+            change=f"experts: {', '.join(PAPER_EXPERTS[:n])}" if n else "no experts: RGB alone",
             config={"experts": PAPER_EXPERTS[:n]},
         )
         for n in range(len(PAPER_EXPERTS) + 1)
@@ -218,7 +221,7 @@ _USELESS = Finding(
     text="Further experts that predict noise do not hurt, and the model stays above RGB alone.",
     variants=(
         *(
-            Variant(name=f"noise-experts-{n}", change=f"{n} more experts, of uniform noise", network=("noise", n))
+            Variant(name=f"noise-experts-{n}", change=f"further experts of uniform noise: {n}", network=("noise", n))
             for n in (1, 2, 3)
         ),
         _EXPERTS.variants[0],

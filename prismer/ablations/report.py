@@ -1,5 +1,6 @@
 """What people read of the results: a table and a verdict for each claim of a finding, and a plot."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +71,7 @@ def write_report(experiment: Experiment, config: PrismerConfig, results: Path, p
             draw(finding, found, image)
         elif image.exists():
             image.unlink()
-        link = f"{plots.name}/{image.name}" if page is not None else str(image)
+        link = str(image) if page is None else os.path.relpath(image, page.parent)
         parts.append(_finding_text(finding, found, comparisons, link))
     text = "\n".join(parts)
     if page is not None:
