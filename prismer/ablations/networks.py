@@ -1,7 +1,7 @@
 """The variants that change modules: each replaces a few modules of a Prismer that was built as always.
 
 A variant is a subclass of Prismer, so that training, checkpoints and evaluation build and load it like any model. The
-model's own files know nothing of it. Parameters that a variant shares with the baseline start with the same values.
+model's own files know nothing of it. What a variant does not replace starts with the values of the baseline.
 """
 
 from collections.abc import Callable
@@ -196,7 +196,8 @@ def noise_maps(rgb: Tensor, number: int, side: int) -> Tensor:
         (B, 1, side, side) uint8.
     """
     pixels = rgb.flatten(1).long()
-    places = _mixed(torch.arange(pixels.shape[1], device=rgb.device))
+    # from 1: the finaliser maps 0 to 0
+    places = _mixed(torch.arange(1, pixels.shape[1] + 1, device=rgb.device))
     images = _mixed((pixels * places).sum(1) + number)
     cells = torch.arange(side * side, device=rgb.device) * _GOLDEN
     return (_mixed(images[:, None] + cells) & 255).to(torch.uint8).view(-1, 1, side, side)
