@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prismer.errors import InputError, shown
-from prismer.experts import PAPER_EXPERTS
+from prismer.experts import PAPER_EXPERTS, TEXT_EXPERTS
 
 BASELINE = "baseline"
+# of `evaluation.scores`: all questions, and with /KIND those of one kind
+ACCURACY = "accuracy"
 # what "does not hurt" and "does not help" mean: less than one point of accuracy
 MARGIN = 0.01
 # the places at which a variant can begin to differ from the baseline
@@ -50,11 +52,13 @@ class Claim:
         text: the sentence.
         weights: variant -> its weight in the sum; the weights add up to 0.
         margin: 0 for "is better", MARGIN for "is not worse".
+        metric: ACCURACY, or that of one kind of question.
     """
 
     text: str
     weights: dict[str, float]
     margin: float = 0.0
+    metric: str = ACCURACY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +83,9 @@ class Finding:
 BASE_VARIANT = Variant(name=BASELINE, change="the model of the paper")
 
 
-def _better(text: str, higher: str, lower: str, margin: float = 0.0) -> Claim:
+def _better(text: str, higher: str, lower: str, margin: float = 0.0, metric: str = ACCURACY) -> Claim:
     """The claim that `higher` is above `lower`, or with a margin that it is not below."""
-    return Claim(text=text, weights={higher: 1.0, lower: -1.0}, margin=margin)
+    return Claim(text=text, weights={higher: 1.0, lower: -1.0}, margin=margin, metric=metric)
 
 
 def _adaptor(text: str, name: str, *network: Any) -> Variant:
@@ -256,7 +260,37 @@ _INFERENCE = Finding(
     ),
 )
 
-FINDINGS = (_ADAPTORS, _RESAMPLER, _FREEZING, _EXPERTS, _QUALITY, _USELESS, _INFERENCE)
+# the future work that the paper names; the kinds of questions are those of the rendered scenes
+_TEXT = Finding(
+    name="text",
+    text="Not tried: experts give their detections as sequences of text. Here the decoder reads them.",
+    variants=(
+        Variant(
+            name="maps-and-text",
+            change="the decoder reads objects and words as text, too",
+            config={"expert_text": TEXT_EXPERTS},
+        ),
+        Variant(
+            name="text-for-maps",
+            change="objects and words are text alone: their maps are left out",
+            config={
+                "expert_text": TEXT_EXPERTS,
+                "experts": tuple(name for name in PAPER_EXPERTS if name not in TEXT_EXPERTS),
+            },
+        ),
+    ),
+    claims=(
+        _better("text beside maps is better than maps alone", "maps-and-text", BASELINE),
+        _better("text beside maps reads more words", "maps-and-text", BASELINE, metric=f"{ACCURACY}/read"),
+        *(
+            _better(f"text beside maps does not hurt: {kind}", "maps-and-text", BASELINE, MARGIN, f"{ACCURACY}/{kind}")
+            for kind in ("colour", "count", "relation", "shape", "yes/no")
+        ),
+        _better("text is not worse than maps", "text-for-maps", BASELINE, MARGIN),
+    ),
+)
+
+FINDINGS = (_ADAPTORS, _RESAMPLER, _FREEZING, _EXPERTS, _QUALITY, _USELESS, _INFERENCE, _TEXT)
 VARIANTS = {BASELINE: BASE_VARIANT} | {variant.name: variant for finding in FINDINGS for variant in finding.variants}
 
 

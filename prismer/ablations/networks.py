@@ -17,7 +17,7 @@ from prismer.kernels.activation import bias_activation
 from prismer.kernels.modules import Adaptor
 from prismer.model import Prismer
 from prismer.stems import ExpertStem, resize_positions
-from prismer.text import Attend, DecoderLayer, KeysValues
+from prismer.text import DecoderLayer
 from prismer.tokenizer import Tokenizer
 from prismer.vision import VisionBlock, VisionEncoder
 
@@ -102,9 +102,9 @@ class TwoAdaptorVisionBlock(VisionBlock):
 class TwoAdaptorDecoderLayer(DecoderLayer):
     """A decoder layer with one adaptor between its halves and one at its end."""
 
-    def forward(self, x: Tensor, layer: int, attend: Attend, context: Tensor | KeysValues) -> Tensor:
-        """(R, Q, D) -> (R, Q, D)."""
-        return self.second_adaptor(super().forward(x, layer, attend, context))
+    def forward(self, *inputs: Any) -> Tensor:
+        """The inputs of a decoder layer -> (R, Q, D)."""
+        return self.second_adaptor(super().forward(*inputs))
 
 
 def _double_adaptors(model: Prismer) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from prismer.ablations.catalogue import Claim
+from prismer.ablations.catalogue import ACCURACY, Claim
 from prismer.errors import InputError
 from prismer.evaluation.vqa_accuracy import vqa_accuracy
 from prismer.reading import read_json
@@ -25,14 +25,20 @@ _RESAMPLES = 2000
 Interval = tuple[float, float]
 
 
-def image_scores(rows: Sequence[dict]) -> dict[str, list[float]]:
-    """For each image in order, the sum of the accuracies of its questions ("right"), and their number ("asked")."""
-    right, asked = [], []
-    for row in rows:
-        questions = [question for question in row.get("questions", ()) if question["answers"]]
-        right.append(round(sum(vqa_accuracy(q["prediction"], q["answers"]) for q in questions), 4))
-        asked.append(len(questions))
-    return dict(right=right, asked=asked)
+def image_scores(rows: Sequence[dict]) -> dict[str, dict[str, list[float]]]:
+    """For each kind of question and each image in order, the sum of accuracies ("right") and their number ("asked")."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for i, row in enumerate(rows):
+        for question in row.get("questions", ()):
+            if not question["answers"]:
+                continue
+            none = dict(right=[0] * len(rows), asked=[0] * len(rows))
+            kind = found.setdefault(question["kind"], none)
+            right = kind["right"][i] + vqa_accuracy(question["prediction"], question["answers"])
+            # most are whole numbers, and short in a file
+            kind["right"][i] = round(right) if right == round(right) else round(right, 4)
+            kind["asked"][i] += 1
+    return found
 
 
 @dataclass(frozen=True)
@@ -42,14 +48,13 @@ class Result:
     Attributes:
         seed: of the run.
         scores: as `evaluation.scores` returns them.
-        right, asked: (I,) of the validation images, see `image_scores`.
+        images: "accuracy" and "accuracy/KIND" -> (2, I) sums of accuracies and numbers of questions of each image.
         about: the other facts of the file.
     """
 
     seed: int
     scores: dict[str, float]
-    right: np.ndarray
-    asked: np.ndarray
+    images: dict[str, np.ndarray]
     about: dict[str, Any]
 
     @classmethod
@@ -61,10 +66,15 @@ class Result:
         """
         values = read_json(file, dict, "delete it, and run the variant again")
         try:
-            scores, images = values.pop("scores"), values.pop("images")
-            right, asked = np.array(images["right"], float), np.array(images["asked"], float)
-            return cls(int(values["seed"]), scores, right, asked, values)
-        except (KeyError, TypeError, ValueError):
+            scores, kinds = values.pop("scores"), values.pop("images")
+            images = {
+                f"{ACCURACY}/{kind}": np.array([found["right"], found["asked"]], float)
+                for kind, found in sorted(kinds.items())
+            }
+            if images:
+                images[ACCURACY] = sum(images.values())
+            return cls(int(values["seed"]), scores, images, values)
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise InputError(f"{file} is damaged; delete it, and run the variant again") from None
 
 
@@ -135,25 +145,30 @@ def compare(claim: Claim, results: Results) -> Comparison:
     Raises:
         ValueError: if two results are of other validation images.
     """
-    groups = {name: results.get(name, {}) for name in claim.weights}
+    metric = claim.metric
+    groups = {
+        name: {seed: result for seed, result in results.get(name, {}).items() if metric in result.images}
+        for name in claim.weights
+    }
     seeds = sorted(set.intersection(*(set(group) for group in groups.values())))
     if not seeds:
         return Comparison(claim=claim, seeds=())
     differences = [
-        sum(weight * groups[name][seed].scores["accuracy"] for name, weight in claim.weights.items()) for seed in seeds
+        sum(weight * groups[name][seed].scores[metric] for name, weight in claim.weights.items()) for seed in seeds
     ]
     mean, over_seeds = mean_and_interval(differences)
-    asked = groups[next(iter(groups))][seeds[0]].asked
+    first = next(iter(groups))
+    asked = groups[first][seeds[0]].images[metric][1]
     right = np.zeros_like(asked)
     for name, weight in claim.weights.items():
         for seed in seeds:
-            result = groups[name][seed]
-            if not np.array_equal(result.asked, asked):
+            own, of = groups[name][seed].images[metric]
+            if not np.array_equal(of, asked):
                 raise InputError(
-                    f"the results of {name} with seed {seed} are of other validation images than those of "
-                    f"{next(iter(groups))}; delete them, and run the variant again"
+                    f"the results of {name} with seed {seed} are of other validation images than those of {first}; "
+                    f"delete them, and run the variant again"
                 )
-            right += weight * result.right / len(seeds)
+            right += weight * own / len(seeds)
     return Comparison(
         claim=claim, seeds=seeds, difference=mean, over_seeds=over_seeds, over_images=_bootstrap(right, asked)
     )

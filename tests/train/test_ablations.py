@@ -364,8 +364,10 @@ def test_variants_train_under_zero_and_are_scored(workshop, tmp_path):
     assert {job.variant for job in jobs} == {BASELINE, *names}
     for job in jobs:
         result = Result.load(job.result)
-        assert job.needed() == [] and result.about["steps"] == 2 and result.asked.sum() > 80
-        assert result.right.sum() / result.asked.sum() == pytest.approx(result.scores["accuracy"], abs=1e-3)
+        assert job.needed() == [] and result.about["steps"] == 2
+        for metric, (right, asked) in result.images.items():
+            assert asked.sum() > 8 and right.sum() / asked.sum() == pytest.approx(result.scores[metric], abs=1e-3)
+        assert {"accuracy", "accuracy/yes/no", "accuracy/read"} <= result.images.keys()
         if job.stage == INFERENCE:
             continue
         assert not (job.folder / "checkpoints").exists()
@@ -382,8 +384,9 @@ def test_variants_train_under_zero_and_are_scored(workshop, tmp_path):
 
 
 def result(accuracy, seed=0, images=50, asked=4.0):
-    right = np.full(images, accuracy * asked)
-    return Result(seed, {"accuracy": accuracy, "CIDEr-D": 1.0}, right, np.full(images, asked), {})
+    counts = np.array([[accuracy * asked] * images, [asked] * images])
+    scores = {"accuracy": accuracy, "accuracy/read": accuracy, "CIDEr-D": 1.0}
+    return Result(seed, scores, {"accuracy": counts, "accuracy/read": counts}, {})
 
 
 def series(**accuracies):
@@ -415,6 +418,8 @@ def test_a_claim_is_shown_contradicted_or_undecided():
     # one seed tells nothing of chance; seeds that one variant lacks do not count
     assert compare(better, series(a=[0.6], b=[0.5, 0.5])).verdict == "undecided"
     assert compare(better, series(a=[0.6])).verdict == "not run"
+    unasked = Claim(text="a", weights={"a": 1.0, "b": -1.0}, metric="accuracy/count")
+    assert compare(unasked, up).verdict == "not run"
 
 
 def test_images_count_as_chance_beside_seeds():
@@ -426,9 +431,9 @@ def test_images_count_as_chance_beside_seeds():
         # one image gains a point, others lose little
         right[0] = 4.0
         right[1:] += (4.0 - 2.0) / 49
-        found["a"][seed].right[:] = right
-        found["b"][seed].right[:] = 2.0
-    found["a"][0].right[1:26] -= 1
+        found["a"][seed].images["accuracy"][0] = right
+        found["b"][seed].images["accuracy"][0] = 2.0
+    found["a"][0].images["accuracy"][0, 1:26] -= 1
     wide = compare(claim, found)
     assert wide.over_images[1] - wide.over_images[0] > 0.01 and wide.verdict == "undecided"
     narrow = compare(claim, series(a=[0.52] * 3, b=[0.5] * 3))
@@ -448,11 +453,22 @@ def test_the_claims_add_up_and_the_slope_is_that_of_a_line():
 
 
 def test_the_accuracy_of_an_image_is_the_sum_over_its_questions():
-    def question(prediction, *answers):
-        return dict(prediction=prediction, answers={answer: 1.0 for answer in answers})
+    def question(kind, prediction, *answers):
+        return dict(kind=kind, prediction=prediction, answers={answer: 1.0 for answer in answers})
 
-    rows = [dict(questions=[question("a", "a"), question("b", "a"), question("c")]), dict(caption="x")]
-    assert image_scores(rows) == dict(right=[1.0, 0], asked=[2, 0])
+    first = [
+        question("read", "a", "a"),
+        question("read", "b", "a"),
+        question("read", "c"),
+        question("yes/no", "a", "a"),
+    ]
+    # three of ten people said b, and the accuracy leaves each of them out in turn
+    second = [dict(kind="read", prediction="b", answers={"a": 0.7, "b": 0.3})]
+    found = image_scores([dict(questions=first), dict(caption="x"), dict(questions=second)])
+    assert found == {
+        "read": dict(right=[1, 0, 0.9], asked=[2, 0, 1]),
+        "yes/no": dict(right=[1, 0, 0], asked=[1, 0, 0]),
+    }
 
 
 def test_the_report_states_verdicts_and_draws_plots(tmp_path):
@@ -468,8 +484,11 @@ def test_the_report_states_verdicts_and_draws_plots(tmp_path):
             own = result(accuracy, seed)
             file = results / stage / name / f"seed-{seed}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
-            images = dict(right=own.right.tolist(), asked=own.asked.tolist())
-            write_json(file, dict(seed=seed, scores={**own.scores, "accuracy/count": 0.25}, images=images))
+            right, asked = own.images["accuracy"].tolist()
+            images = {"yes/no": dict(right=right, asked=asked), "read": dict(right=right, asked=asked)}
+            write_json(file, dict(seed=seed, scores={**own.scores, "accuracy/yes/no": 0.25}, images=images))
+            loaded = Result.load(file)
+            assert loaded.images["accuracy"].sum() == 2 * loaded.images["accuracy/yes/no"].sum()
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     text = write_report(Experiment(), prismer_tiny(), results, tmp_path / "plots", page)
     assert page.read_text() == f"before\n{BEGIN}\n\n{text}\n{END}\nafter\n"
@@ -479,7 +498,7 @@ def test_the_report_states_verdicts_and_draws_plots(tmp_path):
     assert any(line.startswith("| dropping all experts") and "**shown**" in line for line in lines)
     assert any(line.startswith("| one adaptor per layer is better than two") and "not run" in line for line in lines)
     (row,) = (line for line in lines if line.startswith("| no-adaptor"))
-    assert "| 41.0 ±" in row and "| -10.0 (-10.0 to -10.0) |" in row and row.endswith("| 1.00 | 25 |")
+    assert "| 41.0 ±" in row and "| -10.0 (-10.0 to -10.0) |" in row and row.endswith("| 1.00 | 41 | 25 |")
     # layers-2 is the baseline of tiny, and fine-tuning has a baseline of its own
     assert any(line.startswith("| layers-2") and "| 51.0 ±" in line for line in lines)
     assert any(line.startswith("| baseline |  | 1 | 60.0 |") for line in lines)
