@@ -45,14 +45,16 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = commands.add_parser("list", help="findings, and what each variant changes")
     listing.add_argument("names", nargs="*", metavar="NAME", help="findings or variants (default: all)")
-    listing.add_argument("--model", default="tiny", metavar="MODEL", help="whose parameters are counted (default tiny)")
+    listing.add_argument(
+        "--model", default="tiny", metavar="PRESET", help="whose parameters are counted (default tiny)"
+    )
     listing.set_defaults(run=_list)
 
     run = commands.add_parser("run", help="train what is missing; run the command again to go on")
     run.add_argument("names", nargs="+", metavar="NAME", help="findings, variants, or all; with the baseline of each")
     run.add_argument("--seeds", default="0,1,2", metavar="N,N", help="default 0,1,2")
     run.add_argument("--recipe", default="embedded", help="embedded (rendered scenes) or paper (in two stages)")
-    run.add_argument("--model", default="tiny", metavar="MODEL", help="as train.py's (default tiny)")
+    run.add_argument("--model", default="tiny", metavar="PRESET", help="whose towers are used (default tiny)")
     run.add_argument("--data", default="data/scenes", metavar="DIR", help="as train.py's (default data/scenes)")
     run.add_argument("--finetune-data", default="", metavar="DIR", help="dataset of fine-tuning (default: --data)")
     run.add_argument("--steps", type=int, default=0, metavar="N", help="of joint training (default 500 for embedded)")

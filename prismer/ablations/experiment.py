@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prismer.ablations.catalogue import BASE_VARIANT, BASELINE, FINE_TUNING, INFERENCE, Finding, Variant, find_variant
-from prismer.config import PrismerConfig
+from prismer.config import PRESETS, PrismerConfig
 from prismer.errors import InputError, shown
 from prismer.files import write_json
 from prismer.reading import read_json
@@ -59,7 +59,7 @@ class Experiment:
 
     Attributes:
         recipe: a key of RECIPES.
-        model: where training starts, as train.py's --model.
+        model: a preset, around whose towers each variant is built anew.
         data: dataset of joint training and of pre-training, as train.py's --data.
         finetune_data: dataset of fine-tuning.
         steps: stage -> optimizer steps; 0 leaves the number of epochs to the task.
@@ -76,6 +76,8 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise InputError(f"recipe is {shown(self.recipe)}; choose from {', '.join(RECIPES)}")
+        if self.model.removesuffix("-z") not in PRESETS:
+            raise InputError(f"model is {shown(self.model)}; variants are built anew: choose from {', '.join(PRESETS)}")
         if unknown := set(self.steps) - set(TASKS):
             raise InputError(f"steps are given for {shown(min(unknown))}; stages are {', '.join(TASKS)}")
 
