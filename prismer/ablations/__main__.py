@@ -129,12 +129,13 @@ def _run(arguments: argparse.Namespace) -> int:
     results = arguments.results or arguments.runs / "results"
     config = initial_config(experiment.model)
     jobs = all_jobs(experiment, config, chosen, seeds, arguments.runs, results)
+    if not arguments.dry_run:
+        experiment.store(results)
     missing = list({job.result: job for wanted in jobs for job in wanted.needed()}.values())
     print(f"{len(missing)} runs are missing for {len(jobs)} results in {results}", flush=True)
     if arguments.dry_run:
         print("".join(f"{job.title}\n" for job in missing), end="")
         return 0
-    experiment.store(results)
     count, failed = 0, set()
     for wanted in jobs:
         # asked again for each: a run may serve several

@@ -97,7 +97,7 @@ class Experiment:
             if stored.get(name) != own.get(name):
                 raise InputError(
                     f"{results} holds results of runs with {name} {shown(stored.get(name))}, not "
-                    f"{shown(own.get(name))}; only equal runs can be compared: choose another --results and --out"
+                    f"{shown(own.get(name))}; only equal runs can be compared: choose another --runs"
                 )
 
     @classmethod

@@ -67,7 +67,7 @@ def write_report(experiment: Experiment, config: PrismerConfig, results: Path, p
         found = finding_results(finding, experiment, config, results)
         comparisons = [compare(claim, found) for claim in finding.claims]
         image = plots / f"{finding.name}.png"
-        if any(found.values()):
+        if _is_compared(found):
             draw(finding, found, image)
         elif image.exists():
             image.unlink()
@@ -77,6 +77,11 @@ def write_report(experiment: Experiment, config: PrismerConfig, results: Path, p
     if page is not None:
         _insert(page, text)
     return text
+
+
+def _is_compared(found: dict[str, dict[int, Result]]) -> bool:
+    """Whether there are results of more than the baseline."""
+    return any(runs and runs is not found[BASELINE] for runs in found.values())
 
 
 def _insert(page: Path, text: str) -> None:
@@ -91,7 +96,7 @@ def _finding_text(
     finding: Finding, found: dict[str, dict[int, Result]], comparisons: Sequence[Comparison], link: str
 ) -> str:
     lines = [f"### {finding.name}", "", f"The paper: {finding.text}", ""]
-    if any(found.values()):
+    if _is_compared(found):
         lines += [f"![accuracy of each variant]({link})", ""]
     lines += ["| claim | difference | over seeds | over images | seeds | verdict |", "|---|---|---|---|---|---|"]
     lines += [_claim_row(comparison) for comparison in comparisons]
@@ -120,6 +125,10 @@ def _variant_table(finding: Finding, found: dict[str, dict[int, Result]]) -> lis
     """Every variant with its accuracies: all questions, and each kind of question."""
     changes = {BASELINE: "", **{variant.name: variant.change for variant in finding.variants}}
     ran = [name for name in changes if found[name]]
+    missing = [name for name in changes if not found[name]]
+    note = [f"Not run yet: {', '.join(missing)}."] if missing else []
+    if not ran:
+        return note
     kinds = sorted({k for name in ran for r in found[name].values() for k in r.scores if _is_kind(k)})
     title = ["variant", "change", "seeds", "accuracy", "to the baseline", "CIDEr-D"]
     title += [kind.removeprefix(_KINDS) for kind in kinds]
@@ -128,21 +137,26 @@ def _variant_table(finding: Finding, found: dict[str, dict[int, Result]]) -> lis
         runs = list(found[name].values())
         mean, interval = mean_and_interval([run.scores[ACCURACY] for run in runs])
         spread = "" if interval is None else f" ± {50 * (interval[1] - interval[0]):.1f}"
-        against = compare(Claim(text="", weights={name: 1.0, BASELINE: -1.0}), found) if name != BASELINE else None
-        difference = ""
-        if against is not None and against.difference is not None:
-            difference = f"{100 * against.difference:+.1f} ({_shown(against.over_seeds) or 'one seed'})"
         captions = [run.scores["CIDEr-D"] for run in runs if "CIDEr-D" in run.scores]
-        cells = [name, changes[name], str(len(runs)), f"{100 * mean:.1f}{spread}", difference]
+        cells = [name, changes[name], str(len(runs)), f"{100 * mean:.1f}{spread}", _to_baseline(name, found)]
         cells.append(f"{sum(captions) / len(captions):.2f}" if captions else "")
         for kind in kinds:
             values = [run.scores[kind] for run in runs if kind in run.scores]
             cells.append(f"{100 * sum(values) / len(values):.0f}" if values else "")
         lines.append(f"| {' | '.join(cells)} |")
-    missing = [name for name in changes if not found[name]]
-    if missing:
-        lines += ["", f"Not run yet: {', '.join(missing)}."]
-    return lines
+    return [*lines, "", *note] if note else lines
+
+
+def _to_baseline(name: str, found: dict[str, dict[int, Result]]) -> str:
+    """The difference between a variant's accuracy and the baseline's, with its interval over the seeds."""
+    if name == BASELINE:
+        return ""
+    if found[name] is found[BASELINE]:
+        return "the same runs"
+    comparison = compare(Claim(text="", weights={name: 1.0, BASELINE: -1.0}), found)
+    if comparison.difference is None:
+        return ""
+    return f"{100 * comparison.difference:+.1f} ({_shown(comparison.over_seeds) or 'one seed'})"
 
 
 def _is_kind(name: str) -> bool:

@@ -1,5 +1,6 @@
 """One job of an experiment in a process of its own: a training run with its evaluation, or an evaluation alone."""
 
+import json
 import os
 import platform
 import shutil
@@ -17,7 +18,7 @@ from prismer.dataloading.semantics.features import Semantics
 from prismer.dataloading.store.shards import ShardDataset
 from prismer.errors import InputError
 from prismer.evaluation.scores import scores
-from prismer.files import write_json
+from prismer.files import write_atomically, write_json
 from prismer.model import Prismer
 from prismer.reading import read_json
 from prismer.storage.places import inside
@@ -161,4 +162,6 @@ def _write_result(job: Job, rows: list[dict], config: TrainConfig) -> None:
         batch_size=config.batch_size,
         machine=f"{platform.machine()}, torch {torch.__version__}",
     )
-    write_json(job.result, dict(about, scores=scores(rows), images=image_scores(rows)))
+    # on one line: lists of numbers with a line for each would be five times as long
+    text = json.dumps(dict(about, scores=scores(rows), images=image_scores(rows)))
+    write_atomically(job.result, f"{text}\n".encode())

@@ -509,7 +509,8 @@ def test_the_report_states_verdicts_and_draws_plots(tmp_path):
     # layers-2 is the baseline of tiny, and fine-tuning has a baseline of its own
     assert any(line.startswith("| layers-2") and "| 51.0 ±" in line for line in lines)
     assert any(line.startswith("| baseline |  | 1 | 60.0 |") for line in lines)
-    assert {path.name for path in (tmp_path / "plots").iterdir()} >= {"adaptors.png", "inference.png", "freezing.png"}
+    # a plot of the baseline alone would compare nothing
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"adaptors.png", "inference.png"}
     page.write_text("no marks")
     with pytest.raises(InputError, match="lost its marks"):
         write_report(Experiment(), prismer_tiny(), results, tmp_path / "plots", page)
