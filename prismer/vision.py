@@ -81,6 +81,12 @@ class VisionEncoder(nn.Module):
             tokens.append(x)
         return torch.cat(tokens, dim=1)
 
+    def join_experts(self, rgb: Tensor, images: ImageBatch) -> Tensor:
+        """What the blocks read: the RGB tokens (B, grid * grid, D), then the latents of the experts."""
+        if not self.config.experts:
+            return rgb
+        return torch.cat([rgb, self.resampler(self.expert_tokens(images))], dim=1)
+
     def forward(self, images: ImageBatch) -> Tensor:
         """Encode a batch of images.
 
@@ -100,9 +106,7 @@ class VisionEncoder(nn.Module):
             )
         x = self.stems["rgb"](normalise_rgb(images.rgb, self.positional_embedding.dtype))
         x = x.flatten(2).mT + self.positional_embedding  # (B, N, D)
-        if self.config.experts:
-            x = torch.cat([x, self.resampler(self.expert_tokens(images))], dim=1)
-        x = self.ln_pre(x)
+        x = self.ln_pre(self.join_experts(x, images))
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)

@@ -28,13 +28,16 @@ def find_checkpoint(source: str | Path) -> Path | None:
     return path if (path / STATE).is_file() else RunFolder(path).best()
 
 
-def export_checkpoint(source: str | Path, out: str | Path, semantics: Path | None = None) -> Path:
+def export_checkpoint(
+    source: str | Path, out: str | Path, semantics: Path | None = None, model_class: type[Prismer] = Prismer
+) -> Path:
     """Write a checkpoint as a model folder.
 
     Args:
         source: a run folder, whose best checkpoint is exported, or one of its checkpoint folders.
         out: the folder to write, or a URL such as s3://bucket/model; `Prismer.from_pretrained` loads it.
         semantics: the folder of the table of features; None takes the one that the run read.
+        model_class: the class of the checkpoint's model.
 
     Returns:
         The checkpoint that was exported.
@@ -48,7 +51,7 @@ def export_checkpoint(source: str | Path, out: str | Path, semantics: Path | Non
     run = checkpoint.parent.parent
     answers = read_answers(run / ANSWERS) if (run / ANSWERS).is_file() else None
     classes, settings = read_classes(run), _settings(run)
-    model = Prismer.from_pretrained(checkpoint)
+    model = model_class.from_pretrained(checkpoint)
     if semantics is None and settings and model.config.experts and model.config.semantics != "spelling":
         semantics = semantics_folder(settings["semantics"], settings["model"])
         if semantics is None:

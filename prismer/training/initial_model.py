@@ -63,7 +63,11 @@ def semantics_folder(semantics: str, model: str) -> Path | None:
 
 
 def build_initial_model(
-    source: str, image_size: int = 0, seed: int = 0, expert_text: Sequence[str] | None = None
+    source: str,
+    image_size: int = 0,
+    seed: int = 0,
+    expert_text: Sequence[str] | None = None,
+    model_class: type[Prismer] = Prismer,
 ) -> Prismer:
     """The model that training starts from.
 
@@ -73,6 +77,7 @@ def build_initial_model(
         image_size: RGB side in px; 0 keeps the model's own.
         seed: of the new parts.
         expert_text: experts whose detections the decoder reads as text; None keeps the model's own.
+        model_class: what is built.
 
     Raises:
         ValueError: if there is no such model, or it comes without towers or tokenizer.
@@ -80,17 +85,17 @@ def build_initial_model(
     config = initial_config(source, expert_text)
     text: dict[str, Any] = {} if expert_text is None else {"expert_text": tuple(expert_text)}
     if _is_model(source):
-        model = Prismer.from_pretrained(source, image_size=image_size or None, dtype=torch.float32, **text)
+        model = model_class.from_pretrained(source, image_size=image_size or None, dtype=torch.float32, **text)
         if model.tokenizer is None:
             raise InputError(f"the model in {source} has no tokenizer; save it with one")
         return model
     if is_preset(source):
-        return from_preset(Prismer, source, image_size=image_size or None, seed=seed, **text)
+        return from_preset(model_class, source, image_size=image_size or None, seed=seed, **text)
     towers = shipped_folder(TOWERS)
     if image_size:
         config = config.replace(image_size=image_size)
     torch.manual_seed(seed)
-    model = Prismer(config, Tokenizer.from_folder(towers))
+    model = model_class(config, Tokenizer.from_folder(towers))
     own = model.state_dict()
     check_checksums(towers / "towers.safetensors")
     tensors = read_tensors(towers / "towers.safetensors")

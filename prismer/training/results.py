@@ -9,7 +9,6 @@ from prismer.dataloading.store.shards import CorruptSample, ShardDataset
 from prismer.evaluation.report import samples_png, score_table
 from prismer.evaluation.scores import scores
 from prismer.files import write_atomically, write_json
-from prismer.model import Prismer
 from prismer.training.evaluation import labelled, most_frequent_replies
 from prismer.training.export import export_checkpoint
 from prismer.training.progress import plot_metrics
@@ -35,9 +34,9 @@ def finish_run(run: Run, step: int, seconds: float, skipped: SkippedSamples) -> 
         skipped: samples that the run skipped.
     """
     path, checkpoint = run.folder.path, run.folder.best()
-    best = Prismer.from_pretrained(checkpoint)
+    best = run.model_class.from_pretrained(checkpoint)
     if run.is_rank_zero:
-        export_checkpoint(path, path / "model")
+        export_checkpoint(path, path / "model", model_class=run.model_class)
         plot_metrics(path)
     about = dict(
         steps=step,

@@ -37,6 +37,7 @@ class Run:
         settings: engine settings, as `engine_settings.read_config` returned them.
         local_rank: the launcher's --local_rank, if it gave one.
         fresh: set an earlier run of this name aside (renamed, not deleted) instead of resuming it.
+        model_class: what is trained; prismer/ablations trains subclasses.
 
     Attributes:
         device: where this rank computes.
@@ -56,9 +57,15 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, settings: dict, *, local_rank: int | None = None, fresh: bool = False
+        self,
+        config: TrainConfig,
+        settings: dict,
+        *,
+        local_rank: int | None = None,
+        fresh: bool = False,
+        model_class: type[Prismer] = Prismer,
     ) -> None:
-        self.config = config
+        self.config, self.model_class = config, model_class
         if config.deterministic:
             be_deterministic()
         self.device, self.group = zero.start_distributed(local_rank)
@@ -74,10 +81,10 @@ class Run:
         self.folder.share(self.group)
         checkpoint = self.folder.last()
         if checkpoint:
-            model = Prismer.from_pretrained(checkpoint)
+            model = model_class.from_pretrained(checkpoint)
         else:
             # every rank builds the same weights, of which DeepSpeed keeps a shard on each
-            model = build_initial_model(config.model, config.image_size, config.seed, expert_text=config.text_experts)
+            model = build_initial_model(config.model, config.image_size, config.seed, config.text_experts, model_class)
         model.set_gradient_checkpointing(config.gradient_checkpointing)
         trainable, parameters = freeze(model, config.freeze)
         print_on_rank_zero(f"trainable: {trainable:,} of {parameters:,} parameters ({trainable / parameters:.0%})")
@@ -99,7 +106,7 @@ class Run:
 
     def new_replica(self) -> Prismer:
         """An unsharded model without trained weights, in the precision of the run."""
-        model = Prismer(self.model.config, self.model.tokenizer)
+        model = self.model_class(self.model.config, self.model.tokenizer)
         return model.to(device=self.device, dtype=DTYPES[self.precision]).eval()
 
     def predict(self, model: Prismer, loader: Loader, **options) -> list[dict]:
