@@ -90,9 +90,11 @@ def packed_attend(keeps: list[Tensor], packing: Packing, dropout: float = 0.0) -
         flat = tuple(x.transpose(1, 2).reshape(-1, H * K) for x in heads)
         if packing.slots is not None:
             flat = look_up(packing.slots, packing.tokens, *flat)
+        # the gradient of a split is a copy
+        parts = [flat] if len(keeps) == 1 else zip(*(x.split(sizes) for x in flat), strict=True)
         pieces = []
-        for keep, one, *parts in zip(keeps, attends, *(x.split(sizes) for x in flat), strict=True):
-            own = one(layer, *(x.view(-1, keep.shape[2], H, K).transpose(1, 2) for x in parts))
+        for keep, one, part in zip(keeps, attends, parts, strict=True):
+            own = one(layer, *(x.view(-1, keep.shape[2], H, K).transpose(1, 2) for x in part))
             pieces.append(own.transpose(1, 2).reshape(-1, H * K))
         out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if packing.slots is not None:
