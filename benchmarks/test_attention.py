@@ -1,6 +1,8 @@
 """Attention of encoder and decoder, against SDPA, xFormers and flash-attn.
 
 Run: pytest benchmarks/test_attention.py --benchmark-only
+
+Every contender takes views of packed projections and returns merged heads, (B, N, H K), as a layer needs them.
 """
 
 import pytest
@@ -23,18 +25,22 @@ def plain(q, k, v, causal):
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
-    return scores.softmax(-1) @ v
+    return merged(scores.softmax(-1) @ v)
+
+
+def merged(out):
+    """(B, H, N, K) -> (B, N, H K): a view where the memory is in that order, else a copy."""
+    return out.transpose(1, 2).flatten(2)
 
 
 def with_backend(name):
-    return lambda q, k, v, causal: attention(q, k, v, causal=causal, backend=name)
+    return lambda q, k, v, causal: merged(attention(q, k, v, causal=causal, backend=name))
 
 
 def calls(B, H, N, L, causal):
     # views into packed projections, as a layer has them
     q, k, v = (torch.randn(B, n, H, 64).transpose(1, 2) for n in (N, L, L))
-    functions = dict(ours=lambda q, k, v, causal: attention(q, k, v, causal=causal), eager=plain)
-    functions["sdpa"] = with_backend("sdpa")
+    functions = dict(ours=with_backend(None), eager=plain, sdpa=with_backend("sdpa"))
     if DEVICE.type == "cuda":
         functions["triton"] = with_backend("triton")
         peers = (name for name in ("flash-attn", "xformers") if machine.package_missing(name) is None)

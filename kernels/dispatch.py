@@ -7,9 +7,9 @@ this folder, for `prismer info` and for the tests.
 
 The backends: `native` is compiled C++ and CUDA C++, `triton` is compiled at its first call, `torch` is composed of
 PyTorch operators, `reference` is the definition that tests compare with. Attention can also run on `flash-attn`,
-`xformers` and torch's own `sdpa`, a matrix product on `few-rows` and `onednn`. The measured choice runs (`tuning`), or
-else the first usable backend. PRISMER_BACKEND, read when this module is imported, or `use_backend` ask for another one,
-for all ops (`torch`) or for some (`mlp:torch,attention:sdpa`).
+`xformers`, torch's own `sdpa`, and `eager`, which keeps the probabilities; a matrix product on `few-rows` and `onednn`.
+The measured choice runs (`tuning`), or else the first usable backend. PRISMER_BACKEND, read when this module is
+imported, or `use_backend` ask for another one, for all ops (`torch`) or for some (`mlp:torch,attention:sdpa`).
 """
 
 import functools
@@ -35,7 +35,7 @@ from torch.compiler import is_compiling
 from prismer.kernels import machine, tuning
 from prismer.kernels.errors import InputError, MachineError
 
-BACKENDS = ("native", "triton", "torch", "few-rows", "onednn", "flash-attn", "xformers", "sdpa", "reference")
+BACKENDS = ("native", "triton", "torch", "few-rows", "onednn", "flash-attn", "xformers", "sdpa", "eager", "reference")
 
 _log = logging.getLogger("prismer.kernels")
 

@@ -7,10 +7,10 @@
 
 A query that sees no key gives zeros and has no gradient. Philox 4x32-10 decides what is kept from the seed and from
 (sample, head, i, j) alone, in the forward and again in the backward pass, whatever the blocks or the backend. q, k, v,
-out and lse (in base 2) are saved; no N x L tensor is. dq, dk and dv are each summed by one owner in a fixed order.
-Source: Dao, arXiv:2307.08691; Milakov and Gimelshein, arXiv:1805.02867; Salmon et al., "Parallel random numbers: as
-easy as 1, 2, 3", 2011. On GPUs: `triton_backend.py`, with traffic and FLOPs; on CPUs: `native_backend.py`; on any
-device: `torch_backend.py`; from other libraries: `peers.py`.
+out and lse (in base 2) are saved; no N x L tensor is, but by `eager.py` where it is small. dq, dk and dv are each
+summed by one owner in a fixed order. Source: Dao, arXiv:2307.08691; Milakov and Gimelshein, arXiv:1805.02867; Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", 2011. On GPUs: `triton_backend.py`, with traffic and FLOPs; on CPUs:
+`native_backend.py`; on any device: `torch_backend.py` and `eager.py`; from other libraries: `peers.py`.
 """
 
 import functools
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from prismer.kernels import dispatch
-from prismer.kernels.attention import native_backend, peers, torch_backend, triton_backend
+from prismer.kernels.attention import eager, native_backend, peers, torch_backend, triton_backend
 from prismer.kernels.attention.call import Call, Facts
 from prismer.kernels.checks import described
 from prismer.kernels.dispatch import TORCH, Backend, Example, Op, runs_directly
@@ -78,6 +78,7 @@ OP = Op(
     reference=attention_reference,
     # on a GPU the attention of another library where it serves the call, and ours where it does not
     backends=(
+        Backend(name="eager", refuses=eager.refuses, slower=eager.slower),
         Backend(
             name="flash-attn",
             devices=("cuda",),
@@ -111,6 +112,7 @@ def _reference(call: Call) -> Tensor:
 
 # backends that autograd differentiates by itself, and those of the registered op
 _DIFFERENTIABLE = {
+    "eager": eager.forward,
     "flash-attn": peers.flash_attn,
     "sdpa": peers.sdpa,
     "xformers": peers.xformers,

@@ -396,12 +396,13 @@ def _composed(
 
 
 def _fastest_order(query: Tensor, x_hat: Tensor, num_heads: int, grads: list[str]) -> str:
-    """The measured order, else the prior: the vendor's attention on a GPU, and the cheaper order elsewhere."""
+    """The measured order, else the prior: fused attention on a GPU, and elsewhere where it is the cheaper order."""
     (B, M, D), L = query.shape, x_hat.shape[1]
     order = cheaper_order(B, M, L, D, num_heads, grads)
     if dispatch.asked(OP.name) is not None or torch.compiler.is_compiling():
         return order
-    if query.device.type == "cuda":
+    # without a gradient, fused attention needs no probabilities, which the ordinary order makes for the backward pass
+    if query.device.type == "cuda" or (order == "ordinary" and not grads):
         order = "composed"
     key = OP.name, query.dtype, bool(grads), _classify(query, x_hat, num_heads)
     order = tuning.choice(query.device.type, key) or order

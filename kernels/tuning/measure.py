@@ -26,7 +26,7 @@ from prismer.kernels.errors import MachineError
 from prismer.kernels.tuning.tables import Entry
 
 # torch's own operators and other libraries, by the names of backends
-VENDORS = (HOST, "torch", "onednn", "sdpa", "flash-attn", "xformers", "ordinary", "composed")
+VENDORS = (HOST, "torch", "onednn", "sdpa", "eager", "flash-attn", "xformers", "ordinary", "composed")
 # ours has to be faster by this factor
 MARGIN = 1.03
 # what comes first is measured first: the calls of other ops consist of it

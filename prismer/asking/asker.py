@@ -24,6 +24,8 @@ from prismer.model import Prismer
 # batches that are read, and on a GPU decoded, while the model works on one
 _BATCHES_AHEAD = 2
 Made = TypeVar("Made")
+# place of a line in its part -> its item, and what is written about it
+_Rows = dict[int, tuple[Item, dict]]
 
 
 @dataclass
@@ -45,12 +47,12 @@ class _Image:
 
 @dataclass
 class _Chunk:
-    """Images of one part that the model reads together.
+    """Images of one part that are read, or asked about, together.
 
     Attributes:
         part: number of the part.
         is_last: whether no chunk of this part follows.
-        images: those that can be read, once they were.
+        images: those that can be used, as far as is known.
         faults: (place in the part, item, reason) of each line without a result.
     """
 
@@ -93,7 +95,8 @@ class Asker:
         self, items: Items, part_size: int, missing: Collection[int], bar: tqdm
     ) -> Iterator[tuple[int, list[tuple[Item, dict]]]]:
         """The number of each missing part, with its items and their rows."""
-        rows: dict[int, tuple[Item, dict]] = {}
+        rows: _Rows = {}
+        waiting: list[_Image] = []
         threads = min(8, os.cpu_count() or 1)
         pools = ThreadPoolExecutor(1), ThreadPoolExecutor(threads), ThreadPoolExecutor(threads)
         with pools[0] as preparing, pools[1] as readers, pools[2] as decoders:
@@ -111,13 +114,14 @@ class Asker:
                 future.result()
                 if not decode_ahead:
                     self._decode(chunk, decoders)
-                before, answers = len(rows), self._ask(chunk)
-                # `_ask` may have dropped images
-                for image, results in zip(chunk.images, answers, strict=True):
-                    for (i, item), result in zip(image.lines, results, strict=True):
-                        rows[i] = item, {**item.row, **result_fields(self.task, result, self.top)}
-                for i, item, reason in chunk.faults:
-                    rows[i] = item, {**item.row, "skipped": reason}
+                before = len(rows)
+                rows |= _fault_rows(chunk)
+                # Images that were dropped are made up for by later ones of the part: a batch of a small model takes the
+                # same time with seven images as with eight.
+                waiting += chunk.images
+                while len(waiting) >= self.batch_size or (waiting and chunk.is_last):
+                    batch, waiting = waiting[: self.batch_size], waiting[self.batch_size :]
+                    rows |= self._rows(_Chunk(chunk.part, chunk.is_last, batch))
                 bar.update(len(rows) - before)
                 if chunk.is_last:
                     yield chunk.part, [rows[i] for i in range(len(rows))]
@@ -165,6 +169,16 @@ class Asker:
                 chunk.images[place].data = b""
         chunk.drop(faults)
 
+    def _rows(self, chunk: _Chunk) -> _Rows:
+        """The rows of each line of each image."""
+        rows: _Rows = {}
+        # `_ask` may drop images
+        answers = self._ask(chunk)
+        for image, results in zip(chunk.images, answers, strict=True):
+            for (i, item), result in zip(image.lines, results, strict=True):
+                rows[i] = item, {**item.row, **result_fields(self.task, result, self.top)}
+        return rows | _fault_rows(chunk)
+
     def _ask(self, chunk: _Chunk) -> list[list[str]] | list[list[Answer]]:
         """The results of each line of each image; images whose labels cannot be used leave the chunk."""
         if self.labeller is not None and chunk.images:
@@ -187,6 +201,10 @@ class Asker:
     def _batch(self, images: list[_Image]) -> ImageBatch:
         pixels = torch.stack([image.pixels for image in images])
         return batch_of_pixels(pixels, self.model.config, [image.labels for image in images], self.semantics)
+
+
+def _fault_rows(chunk: _Chunk) -> _Rows:
+    return {i: (item, {**item.row, "skipped": reason}) for i, item, reason in chunk.faults}
 
 
 def _try_each(chunk: _Chunk, make: Callable[[list[_Image]], Made]) -> Made | None:

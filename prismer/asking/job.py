@@ -5,8 +5,9 @@
     report = ask_all(model, image_items(["shards"]), "classes.jsonl", "classify", choices=["cat", "dog"])
 
 The job lies in `captions.jsonl.job/` beside the result; `job.json` there records the model, the settings and the
-versions. Batches never cross the parts of the job, so that a part depends on its items alone. While the model works on
-one batch, the next ones are read, and on a GPU decoded. Memory does not grow with the number of items.
+versions. Batches never cross the parts of the job, so that a part depends on its items alone; within a part, later
+images take the places of those that cannot be used. While the model works on one batch, the next ones are read, and on
+a GPU decoded. Memory does not grow with the number of items.
 """
 
 import hashlib
@@ -34,7 +35,6 @@ from prismer.resumable import JOB_FILE, ResumableJob, json_line
 _DOING = {"caption": "captioning", "answer": "answering", "classify": "classifying"}
 # images that the model reads at a time
 BATCH_SIZES = {"cpu": 8, "cuda": 32}
-_BATCHES_PER_PART = 8
 # skipped items that a report names
 _FEW = 5
 
@@ -134,7 +134,7 @@ def ask_all(
     }
     existed = out.exists()
     folder = _job_folder(out)
-    part_size = batch_size * _BATCHES_PER_PART
+    part_size = batch_size * _batches_per_part(model)
     job = ResumableJob(folder, notes, count=len(items), part_size=part_size, rank=rank, world=world)
     if existed and job.count_missing():
         raise InputError(f"{out} exists, but {folder} has not written it yet; move one of them away")
@@ -177,6 +177,14 @@ def model_digest(model: Prismer) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def _batches_per_part(model: Prismer) -> int:
+    """A killed job loses one part at most, so a model that takes long for a batch has few of them in a part.
+
+    Batches from which images were dropped are made up within a part: many batches leave few of them incomplete.
+    """
+    return 8 if sum(parameter.numel() for parameter in model.parameters()) > 50e6 else 32
 
 
 def _job_folder(out: Path) -> Path:

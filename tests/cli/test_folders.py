@@ -49,7 +49,7 @@ def prismer(model) -> Prismer:
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of one batch, so that twelve images are two parts."""
-    monkeypatch.setattr(ask_job, "_BATCHES_PER_PART", 1)
+    monkeypatch.setattr(ask_job, "_batches_per_part", lambda model: 1)
 
 
 def classified(prismer: Prismer, images, **options) -> list[tuple[str, float]]:
@@ -188,6 +188,27 @@ def test_each_odd_file_gives_a_line_with_its_result_or_a_reason(run, model, pris
         assert words in rows[name]["skipped"] and "class" not in rows[name], name
     results = [(rows[name]["class"], rows[name]["score"]) for name in good]
     assert results == classified(prismer, [odd_folder / name for name in good])
+
+
+def test_later_images_take_the_places_of_broken_ones(prismer, images, tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(12):
+        data = images[i].read_bytes()
+        (photos / f"{i:02}.png").write_bytes(data[:200] if i in (0, 5, 6) else data)
+    sizes, caption = [], prismer.caption
+
+    def counted(batch, **options):
+        sizes.append(len(batch))
+        return caption(batch, **options)
+
+    monkeypatch.setattr(prismer, "caption", counted)
+    monkeypatch.setattr(ask_job, "_batches_per_part", lambda model: 2)
+    ask_all(prismer, image_items([photos]), tmp_path / "out", "caption", batch_size=3, progress=False)
+    # parts of six images, of which four and five are whole
+    assert sizes == [3, 1, 3, 2]
+    assert [Path(row["image"]).stem for row in read(tmp_path / "out")] == [f"{i:02}" for i in range(12)]
+    assert [i for i, row in enumerate(read(tmp_path / "out")) if "skipped" in row] == [0, 5, 6]
 
 
 def test_each_line_of_a_list_gives_a_line(run, model, images, tmp_path):
@@ -449,7 +470,7 @@ def run_slowly(model: Path, source: Path, out: Path, texts: bool = False) -> Non
         return caption(*args, **options)
 
     prismer.caption = slow
-    ask_job._BATCHES_PER_PART = 2
+    ask_job._batches_per_part = lambda model: 2
     ask_all(prismer, image_items([source]), out, "caption", batch_size=1, write_texts=texts, progress=False)
 
 

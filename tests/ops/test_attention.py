@@ -34,7 +34,9 @@ CASES = {  # B, H, N, L, K, what else
     "narrow": (2, 1, 35, 35, 32, "causal mask dropout"),
 }
 SDPA_CASES = ("one", "self", "causal", "padded", "causal-padded")
-RUNS = [(backend, case) for backend in ("triton", "torch") for case in CASES] + [("sdpa", c) for c in SDPA_CASES]
+EAGER_CASES = ("one", "self", "causal", "resampler", "wide-resampler")
+RUNS = [(backend, case) for backend in ("triton", "torch") for case in CASES]
+RUNS += [("sdpa", case) for case in SDPA_CASES] + [("eager", case) for case in EAGER_CASES]
 SEED = torch.tensor([-0x123456789ABCDEF])
 P = 0.3
 
@@ -441,7 +443,7 @@ def test_gradcheck():
 @pytest.mark.cpu
 @pytest.mark.parametrize(("amx", "mkl"), ((False, True), (True, True), (False, False)))
 def test_the_instruction_set_and_the_vendor_decide_until_it_is_measured(monkeypatch, amx, mkl):
-    """AMX multiplies 16 bits faster than our vectors; where MKL is fast, torch is faster for few queries."""
+    """AMX multiplies 16 bits faster than our vectors, MKL is fast for few queries, whose gradient is eager."""
     if machine.native_missing() is not None or torch.ops.prismer_native.cpu_capability() != "avx512":
         pytest.skip("the kernel is chosen on AVX-512 alone")
     monkeypatch.setattr(native_backend, "has_amx", lambda: amx)
@@ -455,7 +457,8 @@ def test_the_instruction_set_and_the_vendor_decide_until_it_is_measured(monkeypa
     assert chosen(1024, torch.bfloat16) == ("sdpa" if amx else "native")
     assert chosen(32, torch.float32, True) == ("sdpa" if mkl else "native")
     assert chosen(32, torch.bfloat16) == ("sdpa" if amx or mkl else "native")
-    assert chosen(32, torch.bfloat16, True) == ("sdpa" if amx else "native")
+    assert chosen(32, torch.bfloat16, True) == "eager"
+    assert chosen(1024, torch.bfloat16, True) == ("sdpa" if amx else "native")
     assert chosen(512, torch.float32) == ("sdpa" if mkl else "native")
     assert chosen(512, torch.float32, True) == "native"
 
@@ -481,6 +484,13 @@ def test_which_backend_is_chosen(count_calls, monkeypatch):
             attention(**tensors, dropout=0.1, seed=SEED)
     with use_backend("torch"):
         assert ours(backend="sdpa") == []
+
+
+def test_eager_attention_drops_weights_and_scales_the_rest():
+    torch.manual_seed(0)
+    q, k, v = torch.zeros(1, 1, 8, 16), torch.zeros(1, 1, 100, 16), torch.ones(1, 1, 100, 16)
+    out = attention(q, k, v, dropout=0.5, backend="eager")
+    assert out.std(2).min() > 0 and 0.8 < out.mean() < 1.2
 
 
 @pytest.mark.cpu
@@ -513,7 +523,7 @@ def test_a_backend_that_cannot_run_the_call_says_why(change, backend, message):
         (dict(key_mask=torch.ones(1, 4)), "key_mask is torch.float32"),
         (dict(dropout=1.0), "below 1"),
         (dict(dropout=0.1, seed=torch.zeros(2, dtype=torch.int64)), "pass one torch.int64"),
-        (dict(backend="cuda"), "choose flash-attn, native, sdpa, triton"),
+        (dict(backend="cuda"), "choose eager, flash-attn, native, sdpa, triton"),
     ),
 )
 def test_bad_arguments(change, message):

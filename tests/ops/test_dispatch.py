@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 import prismer.kernels.dispatch as dispatch
 from prismer.kernels import machine as machine_module
 from prismer.kernels import tuning
+from prismer.kernels.attention.call import Facts
 from prismer.kernels.dispatch import (
     NATIVE,
     TORCH,
@@ -273,7 +274,9 @@ def test_native_comes_before_triton_and_triton_before_torch(name):
 
 def test_the_order_of_attention_puts_other_libraries_first_on_a_gpu():
     names = [backend.name for backend in OPS["attention"].backends]
-    assert names == ["flash-attn", "native", "sdpa", "triton", "xformers", "torch"]
+    assert names == ["eager", "flash-attn", "native", "sdpa", "triton", "xformers", "torch"]
+    facts = Facts(device=CUDA.device, dtype=torch.bfloat16, head_dim=64, shape=(8, 32, 1024, 64, 0), gradient=True)
+    assert OPS["attention"].backends[0].slower(facts) is not None
 
 
 def test_every_op_of_the_folder_is_found():

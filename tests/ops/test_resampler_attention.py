@@ -162,6 +162,12 @@ def test_the_measured_order_runs_and_a_gpu_starts_with_the_vendors_attention(mon
     assert module._fastest_order(on_a_gpu, x_hat, 2, []) == "composed"
     with use_backend("resampler_attention:triton"):
         assert module._fastest_order(on_a_gpu, x_hat, 2, []) != "composed"
+    # BASE with one expert: too few inputs for the absorbed order
+    few = types.SimpleNamespace(shape=(1, 64, 768), dtype=torch.float16, device=torch.device("cpu"))
+    inputs = types.SimpleNamespace(shape=(1, 196, 768))
+    with tuning.forcing({}):
+        assert module._fastest_order(few, inputs, 8, []) == "composed"
+        assert module._fastest_order(few, inputs, 8, ["query"]) == "ordinary"
 
 
 # fp16 takes the same path as bf16, which rounds more coarsely
