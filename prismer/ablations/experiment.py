@@ -79,6 +79,8 @@ class Experiment:
         known = {field.name for field in dataclasses.fields(TrainConfig)}
         if unknown := set(self.settings) - known:
             raise InputError(f"there is no setting {listed(unknown)}; known are {', '.join(sorted(known))}")
+        if self.settings.get("rename_kinds"):
+            raise InputError("rename_kinds gives a run three validation splits, and variants are compared by one")
         if self.recipe not in RECIPES:
             raise InputError(f"recipe is {shown(self.recipe)}; choose from {', '.join(RECIPES)}")
         if self.model.removesuffix("-z") not in PRESETS:

@@ -544,6 +544,7 @@ def test_the_command_lists_and_refuses(tmp_path, capsys):
         (["run", "adaptors", "--set", "seed"], "give NAME=VALUE"),
         (["run", "adaptors", "--set", "sede=1"], "there is no setting sede"),
         (["run", "adaptors", "--set", "batch_size=0"], "batch_size is 0"),
+        (["run", "adaptors", "--set", "rename_kinds=true"], "three validation splits"),
         (["run", "adaptors", "--config", "nowhere.json"], "nowhere.json"),
         (["run", "adaptors", "--recipe", "x"], "choose from embedded, paper"),
         (["run", "adaptors", "--model", "runs/tiny/model"], "choose from tiny, base"),
