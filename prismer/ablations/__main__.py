@@ -130,6 +130,8 @@ def _run(arguments: argparse.Namespace) -> int:
     config = initial_config(experiment.model)
     jobs = all_jobs(experiment, config, chosen, seeds, arguments.runs, results)
     if not arguments.dry_run:
+        for job in jobs:
+            job.check(arguments.config)
         experiment.store(results)
     missing = list({job.result: job for wanted in jobs for job in wanted.needed()}.values())
     print(f"{len(missing)} runs are missing for {len(jobs)} results in {results}", flush=True)

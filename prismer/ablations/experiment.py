@@ -17,9 +17,11 @@ from typing import Any
 
 from prismer.ablations.catalogue import BASE_VARIANT, BASELINE, FINE_TUNING, INFERENCE, Finding, Variant, find_variant
 from prismer.config import PRESETS, PrismerConfig
-from prismer.errors import InputError, shown
+from prismer.errors import InputError, listed, shown
 from prismer.files import write_json
 from prismer.reading import read_json
+from prismer.training.config import TrainConfig
+from prismer.training.engine_settings import read_config
 
 JOINT, PRETRAIN, FINETUNE = "joint", "pretrain", "finetune"
 TASKS = {JOINT: "joint", PRETRAIN: "pretrain", FINETUNE: "vqa"}
@@ -74,6 +76,11 @@ class Experiment:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        known = {field.name for field in dataclasses.fields(TrainConfig)}
+        if unknown := set(self.settings) - known:
+            raise InputError(f"there is no setting {listed(unknown)}; known are {', '.join(sorted(known))}")
+        if self.settings.get("rename_kinds"):
+            raise InputError("rename_kinds gives a run three validation splits, and variants are compared by one")
         if self.recipe not in RECIPES:
             raise InputError(f"recipe is {shown(self.recipe)}; choose from {', '.join(RECIPES)}")
         if self.model.removesuffix("-z") not in PRESETS:
@@ -192,6 +199,20 @@ class Job:
             "seed": self.seed,
             "steps": experiment.steps.get(self.stage, 0),
         }
+
+    def check(self, config_file: str) -> None:
+        """Refuse wrong settings before anything runs.
+
+        Args:
+            config_file: a DeepSpeed JSON, as train.py takes it.
+
+        Raises:
+            ValueError: if a setting is unknown or out of range, or the file is missing or wrong.
+        """
+        if self.parent is not None:
+            self.parent.check(config_file)
+        if self.stage != INFERENCE:
+            read_config(config_file, **self.settings())
 
     def to_json(self) -> str:
         """The job as JSON, for the process that runs it."""

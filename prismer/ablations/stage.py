@@ -138,6 +138,7 @@ def _evaluate(run: Job, variant: Variant) -> tuple[list[dict], TrainConfig]:
             config=model.config,
             batch_size=config.eval_batch_size,
             semantics=semantics,
+            tokenizer=model.tokenizer,
             training=False,
             threads=config.loader_threads,
             device=device,

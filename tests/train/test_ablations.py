@@ -34,7 +34,7 @@ from tests.train.conftest import small_config
 # one variant for each way to change a model
 BUILT = (
     "no-adaptor adaptor-1_8 two-adaptors gated-adaptor random-sampling no-resampler rgb-resampled latents-16 experts-0 "
-    "noise-experts-3"
+    "noise-experts-3 text-for-maps"
 ).split()
 
 
@@ -352,7 +352,8 @@ def change(model):
 
 CHANGES["several"] = change
 feeds.CHANGES["mark"] = mark, dict
-VARIANTS["several"] = Variant(name="several", change="", network=("several",), feed=("mark", "trained"))
+text = {"expert_text": ("obj_detection", "ocr_detection")}
+VARIANTS["several"] = Variant(name="several", change="", config=text, network=("several",), feed=("mark", "trained"))
 VARIANTS["marked"] = Variant(name="marked", change="", begins=INFERENCE, feed=("mark", "evaluated"))
 for file in sys.argv[2:]:
     assert run_job(Job.from_json(Path(file).read_text()), sys.argv[1]) == 0
@@ -541,6 +542,10 @@ def test_the_command_lists_and_refuses(tmp_path, capsys):
         (["run", "adaptor"], "there is no variant 'adaptor'"),
         (["run", "adaptors", "--seeds", "a"], "whole numbers with commas"),
         (["run", "adaptors", "--set", "seed"], "give NAME=VALUE"),
+        (["run", "adaptors", "--set", "sede=1"], "there is no setting sede"),
+        (["run", "adaptors", "--set", "batch_size=0"], "batch_size is 0"),
+        (["run", "adaptors", "--set", "rename_kinds=true"], "three validation splits"),
+        (["run", "adaptors", "--config", "nowhere.json"], "nowhere.json"),
         (["run", "adaptors", "--recipe", "x"], "choose from embedded, paper"),
         (["run", "adaptors", "--model", "runs/tiny/model"], "choose from tiny, base"),
         (["report", "--results", str(tmp_path)], "experiment.json"),
