@@ -4,19 +4,21 @@ Source: Prismer, arXiv:2303.02506, section 3.2.
 
 Self-attention is a callable, `attend(layer, q, k, v)`. Training passes a causal mask, beam search and answer ranking
 pass caches, and all three run the same layers. R rows of text belong to B images in order, G = R / B rows to each; the
-queries of an image's rows are packed into one longer query, so that its keys and values are never repeated.
+queries of an image's rows are packed into one longer query, so that its keys and values are never repeated. Training
+computes no padding: its layers see the tokens of all texts as one row, and a `Packing` says where each token is.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from prismer.batch import IGNORE_INDEX, TextBatch
+from prismer.batch import Packing, TextBatch, shifted
 from prismer.config import PrismerConfig
 from prismer.kernels.activation import bias_activation
 from prismer.kernels.attention import attention
@@ -48,25 +50,56 @@ def causal_attend(keep: Tensor, dropout: float = 0.0) -> Attend:
     return attend
 
 
-def packed_attend(keeps: list[Tensor], dropout: float = 0.0) -> Attend:
-    """Self-attention of rows that hold all texts of an image end to end: each text attends causally to itself.
+class _LookUp(torch.autograd.Function):
+    """Rows of several tensors by index; the gradient is a look-up by the index of the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, back: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(back)
+        return tuple(x.index_select(0, index) for x in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        return None, None, *(dy.index_select(0, back) for dy in grads)
+
+
+def look_up(index: Tensor, back: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Rows `index` of tensors (n, D), where `back` are the rows of the result that the rows of the tensors became.
+
+    Rows that `back` leaves out, and those that `index` takes several times, must get gradients of zero.
+    """
+    if torch.compiler.is_compiling():
+        return tuple(x.index_select(0, index) for x in tensors)
+    return _LookUp.apply(index, back, *tensors)
+
+
+def packed_attend(keeps: list[Tensor], packing: Packing, dropout: float = 0.0) -> Attend:
+    """Self-attention of packed texts: each text attends causally to itself.
 
     Args:
-        keeps: (B, G, T) bool, the real tokens of G texts; several such parts follow one another in a row.
+        keeps: (B, G, T) bool of each part of the texts, the real tokens.
+        packing: of the texts; queries, keys and values are those of its tokens.
     """
     attends = [causal_attend(keep.flatten(0, 1), dropout) for keep in keeps]
-    if len(keeps) == 1 and keeps[0].shape[1] == 1:
-        # one text for each image needs no splitting
-        return attends[0]
-    sizes = [keep.shape[1] * keep.shape[2] for keep in keeps]
+    sizes = [keep.numel() for keep in keeps]
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, *heads: Tensor) -> Tensor:
+        rows, H, _, K = heads[0].shape
+        flat = tuple(x.transpose(1, 2).reshape(-1, H * K) for x in heads)
+        if packing.slots is not None:
+            flat = look_up(packing.slots, packing.tokens, *flat)
+        # the gradient of a split is a copy
+        parts = [flat] if len(keeps) == 1 else zip(*(x.split(sizes) for x in flat), strict=True)
         pieces = []
-        for keep, one, *parts in zip(keeps, attends, *(x.split(sizes, dim=2) for x in (q, k, v)), strict=True):
-            G = keep.shape[1]
-            out = one(layer, *(rearrange(x, "b h (g t) k -> (b g) h t k", g=G) for x in parts))
-            pieces.append(rearrange(out, "(b g) h t k -> b h (g t) k", g=G))
-        return torch.cat(pieces, dim=2)
+        for keep, one, part in zip(keeps, attends, parts, strict=True):
+            own = one(layer, *(x.view(-1, keep.shape[2], H, K).transpose(1, 2) for x in part))
+            pieces.append(own.transpose(1, 2).reshape(-1, H * K))
+        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if packing.slots is not None:
+            (out,) = look_up(packing.tokens, packing.slots, out)
+        return out.view(rows, -1, H, K).transpose(1, 2)
 
     return attend
 
@@ -92,9 +125,13 @@ class SelfAttention(MultiheadAttention):
         self.norm = LayerNorm(config.text_width)
         self.drop = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
-        """x: (R, Q, D)."""
-        out = self.merge(attend(layer, *self.project(x)))
+    def forward(self, x: Tensor, layer: int, attend: Attend, asked: Tensor | None = None) -> Tensor:
+        """x: (R, Q, D); with `asked` (n,) places in the flat (R, Q), the result of these alone, (1, n, D)."""
+        heads = attend(layer, *self.project(x))
+        if asked is not None:
+            x = x.flatten(0, 1).index_select(0, asked)[None]
+            heads = heads.transpose(1, 2).flatten(0, 1).index_select(0, asked)[None].transpose(1, 2)
+        out = self.merge(heads)
         return self.norm.add(self.drop(out), x)[0]
 
 
@@ -117,22 +154,31 @@ class CrossAttention(MultiheadAttention):
         pair = [(layer.weight, layer.bias) for layer in (self.key, self.value)]
         return tuple(self._heads(part) for part in linears(context, pair))
 
-    def forward(self, x: Tensor, context: Tensor | KeysValues) -> Tensor:
-        """x: (R, Q, D); context: image tokens (B, N, vision width), or `project_context` of them."""
+    def forward(self, x: Tensor, context: Tensor | KeysValues, packing: Packing | None = None) -> Tensor:
+        """x: (R, Q, D); context: image tokens (B, N, vision width), or `project_context` of them.
+
+        Without `rows` of a packing, R is a multiple of B.
+        """
         shared = context if isinstance(context, Tensor) else context[0]
-        R, B = x.shape[0], shared.shape[0]
+        B, (R, Q, D) = shared.shape[0], x.shape
         (q,) = linears(x, [(self.query.weight, self.query.bias)])
+        rows = None if packing is None else packing.rows
+        if rows is not None:
+            (q,) = look_up(rows.flatten(), packing.places, q.flatten(0, 1))
+            q = q.view(*rows.shape, D)
         dropout = self.dropout if self.training else 0.0
         if isinstance(context, Tensor):
             key, value = self.key, self.value
-            q = rearrange(q, "(b g) q d -> b (g q) d", b=B)
+            q = q.reshape(B, -1, D)
             out = cross_attention(
                 q, context, key.weight, key.bias, value.weight, value.bias, self.num_heads, dropout=dropout
             )
         else:
-            q = rearrange(q, "(b g) q (h k) -> b h (g q) k", b=B, h=self.num_heads)
+            q = self._heads(q.reshape(B, -1, D))
             out = rearrange(attention(q, *context, dropout=dropout), "b h n k -> b n (h k)")
-        (out,) = linears(rearrange(out, "b (g q) d -> (b g) q d", g=R // B), [(self.output.weight, self.output.bias)])
+        if rows is not None:
+            (out,) = look_up(packing.places, rows.flatten(), out.flatten(0, 1))
+        (out,) = linears(out.reshape(R, Q, D), [(self.output.weight, self.output.bias)])
         return self.norm.add(self.drop(out), x)[0]
 
 
@@ -166,9 +212,11 @@ class DecoderLayer(nn.Module):
         """The modules inherited from RoBERTa, which `freeze_lang` freezes."""
         return self.attention, self.mlp
 
-    def forward(self, x: Tensor, layer: int, attend: Attend, context: Tensor | KeysValues) -> Tensor:
+    def forward(
+        self, x: Tensor, layer: int, attend: Attend, context: Tensor | KeysValues, packing: Packing | None = None
+    ) -> Tensor:
         x = self.attention(x, layer, attend)
-        x = self.adaptor(self.cross(x, context))
+        x = self.adaptor(self.cross(x, context, packing))
         return self.mlp(x)
 
 
@@ -183,8 +231,9 @@ class ExtraLayer(nn.Module):
         self.attention = SelfAttention(config)
         self.mlp = PostNormMLP(config)
 
-    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
-        return self.mlp(self.attention(x, layer, attend))
+    def forward(self, x: Tensor, layer: int, attend: Attend, asked: Tensor | None = None) -> Tensor:
+        """`asked`: see SelfAttention; no later layer reads the other places."""
+        return self.mlp(self.attention(x, layer, attend, asked))
 
 
 class Embeddings(nn.Module):
@@ -264,14 +313,17 @@ class TextDecoder(nn.Module):
         """
         return self._run_layers(self.embeddings(self.embeddings.word(ids), positions), attend, context)
 
-    def _run_layers(self, x: Tensor, attend: Attend, context: Tensor | list[KeysValues]) -> Tensor:
+    def _run_layers(
+        self, x: Tensor, attend: Attend, context: Tensor | list[KeysValues], packing: Packing | None = None
+    ) -> Tensor:
+        """(R, Q, D), or (1, n, D) of the targets if the packing knows them."""
         for i, layer in enumerate(self.layers):
             own = context if isinstance(context, Tensor) else context[i]
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, i, attend, own, use_reentrant=False)
+                x = checkpoint(layer, x, i, attend, own, packing, use_reentrant=False)
             else:
-                x = layer(x, i, attend, own)
-        return self.extra(x, len(self.layers), attend)
+                x = layer(x, i, attend, own, packing)
+        return self.extra(x, len(self.layers), attend, None if packing is None else packing.targets)
 
     def transform(self, hidden: Tensor) -> Tensor:
         """Hidden states as the tied matrix takes them: (..., D) -> (..., D)."""
@@ -294,32 +346,38 @@ class TextDecoder(nn.Module):
             A scalar. ZeRO-3 loses gradients of a leaf module that returns several tensors.
         """
         config, parts = self.config, texts.parts()
-        # all tokens of an image's texts in one row: only self-attention knows where a text ends
-        ids = _join([ids for ids, _ in parts])
-        positions = _join([position_ids(ids, config.pad_id) for ids, _ in parts])
-        attend = packed_attend([ids.ne(config.pad_id) for ids, _ in parts], config.dropout if self.training else 0.0)
-        words, head_weight = embed_tied(self.embeddings.word, ids)
-        hidden = self._run_layers(self.embeddings(words, positions), attend, context)
+        packing = texts.every_slot() if texts.packing is None else texts.packing
 
-        # the target of a position is the token after it; the last position has none
-        targets = [F.pad(labels[:, :, 1:], (0, 1), value=IGNORE_INDEX) for _, labels in parts]
+        def tokens(parts: list[Tensor]) -> Tensor:
+            """(R, Q) of the tokens."""
+            flat = torch.cat([part.flatten() for part in parts])
+            flat = flat if packing.tokens is None else flat[packing.tokens]
+            return flat.view(len(texts.ids) if packing.rows is None else 1, -1)
+
+        # the tokens of all texts side by side: only attention knows where a text and an image end
+        ids = tokens([ids for ids, _ in parts])
+        positions = tokens([position_ids(ids, config.pad_id) for ids, _ in parts])
+        keeps = [ids.ne(config.pad_id) for ids, _ in parts]
+        attend = packed_attend(keeps, packing, config.dropout if self.training else 0.0)
+        words, head_weight = embed_tied(self.embeddings.word, ids)
+        hidden = self._run_layers(self.embeddings(words, positions), attend, context, packing)
+
+        targets = [shifted(labels) for _, labels in parts]
         shares = (texts.weights.float() / texts.weights.numel()).split([t.shape[1] for t in targets], dim=1)
         # each position weighs what its text does; one sum, so that its logits are formed once
         weights = [share[:, :, None].expand(t.shape) for share, t in zip(shares, targets, strict=True)]
+        labels, weights = tokens(targets).flatten(), tokens(weights).flatten()
+        if packing.targets is not None:
+            labels, weights = labels[packing.targets], weights[packing.targets]
         return linear_cross_entropy(
             self.transform(hidden).flatten(0, 1),
             head_weight,
             self.head_bias,
-            _join(targets).flatten(),
+            labels,
             label_smoothing=config.label_smoothing,
             reduction="sum",
-            row_weights=_join(weights).flatten(),
+            row_weights=weights,
         )
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    """(B, G, T) tensors, whose G and T may differ -> (B, all tokens of an image)."""
-    return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
 def _init_roberta(std: float, module: nn.Module) -> None:

@@ -200,20 +200,22 @@ def collate(groups: list[list[Text]], *, pad_id: int = 1, bos_id: int = 0, split
     labels = np.full((num_images, num_texts, length), IGNORE_INDEX, dtype=np.int64)
     weights = np.zeros((num_images, num_texts), dtype=np.float32)
     ids[:, :, 0] = bos_id
-    lengths = [1] * num_texts
+    lengths = np.ones((num_images, num_texts), dtype=np.int64)
     for b, group in enumerate(groups):
         for g, (text_ids, text_labels, weight) in enumerate(group):
-            lengths[g] = max(lengths[g], len(text_ids))
+            lengths[b, g] = len(text_ids)
             ids[b, g, : len(text_ids)] = text_ids
             labels[b, g, : len(text_labels)] = text_labels
             weights[b, g] = weight
-    return TextBatch(
+    texts = TextBatch(
         ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
         weights=torch.from_numpy(weights),
-        lengths=tuple(lengths),
+        lengths=tuple(lengths.max(0).tolist()),
         split=split,
     )
+    texts.packing = texts.pack(torch.from_numpy(lengths))
+    return texts
 
 
 # a chooser is a partial application of a function below, which can be sent to loader processes; a closure cannot

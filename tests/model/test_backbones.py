@@ -135,7 +135,7 @@ def test_text_tower_gives_robertas_logits(parts, tmp_path, where):
     causal = transformers.RobertaForCausalLM.from_pretrained(folder / "roberta", is_decoder=True).eval()
     decoder = model.decoder
     for layer in decoder.layers:
-        layer.cross.forward = lambda x, context: x
+        layer.cross.forward = lambda x, *_: x
         layer.adaptor.forward = lambda x: x
     decoder.extra.forward = lambda x, *_: x
     ids = torch.randint(3, model.config.vocab_size, (2, 9))

@@ -1,6 +1,8 @@
 """Proves the architecture: exact parameter counts and freeze modes of the published models, the tokens of the encoder,
 and the training loss and its gradients. Run: pytest tests/model/test_model.py"""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -185,10 +187,13 @@ def test_packed_parts_have_the_losses_of_the_padded_whole(tiny, split):
         for row in ((9, 4, 5), (12, 3, 6))
     ]
     packed, padded = collate(groups, split=split), collate(groups)
-    padded.lengths = ()
+    padded.lengths, padded.packing = (), None
+    in_parts = dataclasses.replace(packed, packing=None)
     assert [ids.shape[2] for ids, _ in packed.parts()] == ([14, 8] if split == 1 else [14])
+    # 51 tokens, and one pad for all
+    assert packed.packing.tokens.shape == (52,)
     found = []
-    for texts in (packed, padded):
+    for texts in (packed, padded, in_parts):
         context = tiny.encode(make_images(tiny.config)).detach().requires_grad_()
         losses = text_losses(tiny.decoder, texts, context)
         tiny.zero_grad()
@@ -196,7 +201,51 @@ def test_packed_parts_have_the_losses_of_the_padded_whole(tiny, split):
         grads = {n: p.grad for n, p in tiny.decoder.named_parameters()}
         found.append({"losses": losses.detach(), "dcontext": context.grad, **grads})
     for name, ours in found[0].items():
-        torch.testing.assert_close(ours, found[1][name], rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        for other in found[1:]:
+            torch.testing.assert_close(ours, other[name], rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def question(length, weight=1.0, start=3):
+    """A text of `length` tokens, the last two of which are targets."""
+    ids = [0, *range(start, start + length - 1)]
+    return ids, [-100] * (length - 2) + ids[-2:], weight
+
+
+def test_the_decoder_computes_tokens_alone_and_its_last_layer_targets_alone(tiny):
+    """The rows that each layer sees: tokens and one pad; a row an image in cross-attention; targets at the end."""
+    texts = collate([[question(12), question(5), question(6)], [question(9), question(4)]], split=1)
+    seen = {}
+    for name, module in tiny.decoder.named_modules():
+        module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: tuple(out.shape[:2])}))
+    tiny.decoder(texts, torch.randn(2, 5, 32))
+    # 36 tokens, the `<s>` of the missing text, and a pad; two targets for each of five texts
+    assert seen["layers.0.mlp"] == seen["layers.1.attention"] == seen["layers.1.cross"] == (1, 38)
+    assert seen["extra.attention"] == seen["extra.mlp"] == seen["head"] == (1, 10)
+    packing = texts.packing
+    assert packing.rows.shape == (2, 24) and packing.rows[1].tolist()[14:] == [37] * 10
+    assert packing.slots[packing.tokens].tolist() == list(range(38))
+    assert packing.rows.flatten()[packing.places].tolist() == list(range(38))
+    # on a GPU every slot is computed
+    assert texts.to("meta").packing is None and texts.to("cpu").packing is not None
+
+
+def test_texts_of_one_length_are_not_packed(tiny):
+    """With little padding nothing is moved; the last layer still computes targets alone."""
+    for groups in ([[question(9)], [question(9)]], [[question(10)] * 2, [question(9), question(10)]]):
+        texts = collate(groups)
+        assert texts.packing.tokens is texts.packing.rows is None
+        assert len(texts.packing.targets) == 2 * sum(map(len, groups))
+        context = torch.randn(2, 5, 32)
+        plain = (texts.weights * plain_text_losses(tiny.decoder, texts, context)).mean()
+        torch.testing.assert_close(tiny.decoder(texts, context), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_texts_without_targets_have_no_loss(tiny):
+    """A batch of ignored labels is worth 0 and gives gradients of zero."""
+    groups = [[([0, 3, 4, 5], [-100] * 4, 1.0), ([0], [-100], 1.0)]] * 2
+    loss = tiny.decoder(collate(groups), torch.randn(2, 5, 32))
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in tiny.decoder.parameters())
 
 
 @pytest.mark.parametrize("split", [0, 1])
