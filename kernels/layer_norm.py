@@ -30,8 +30,9 @@ from prismer.kernels.launch import Constants, Prepared, cdiv, kept, launch, next
 
 _MAX_WIDTH = 65536
 _FAST_ON_TORCH = (torch.float32, torch.bfloat16, torch.float16)
-# up to so many numbers, torch's own operator in 16 bits is the faster one, since its call costs the host less
-_FEW = 2**16
+# up to so many numbers, torch's own operator in 16 bits is the faster one, since its call costs the host less; with a
+# gradient, ours passes through two more functions of Python
+_FEW, _FEW_WITH_GRADIENT = 2**16, 2**17
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
@@ -67,7 +68,10 @@ def _host(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tenso
 
 
 def _host_first(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None) -> bool:
-    return x.dtype == torch.float32 or x.numel() <= _FEW
+    if x.dtype == torch.float32:
+        return True
+    records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual))
+    return x.numel() <= (_FEW_WITH_GRADIENT if records else _FEW)
 
 
 def _classify(

@@ -61,13 +61,14 @@ def test_samples_have_the_maps_tables_and_notes(photos, tmp_path):
         assert sample.meta["size"] == [image.height, image.width]
 
 
-def test_a_job_killed_ten_times_ends_with_the_same_bytes(tmp_path):
-    photos = write_photos(tmp_path / "photos", 320)
+@pytest.mark.parametrize("number", (3, pytest.param(10, marks=pytest.mark.long)))
+def test_a_job_killed_many_times_ends_with_the_same_bytes(tmp_path, number):
+    photos = write_photos(tmp_path / "photos", 32 * number)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_job(photos, whole)
     moments = random.Random(2303)
     kills = 0
-    while kills < 10:
+    while kills < number:
         started = CONTEXT.Event()
         process = CONTEXT.Process(target=run_job, args=(photos, broken), kwargs={"started": started})
         process.start()
@@ -83,7 +84,7 @@ def test_a_job_killed_ten_times_ends_with_the_same_bytes(tmp_path):
         kills += 1
     assert not (broken / "index.json").exists()
     report = run_job(photos, broken)
-    assert report.labelled == 320
+    assert report.labelled == 32 * number
     assert read_files(broken) == read_files(whole)
 
 
