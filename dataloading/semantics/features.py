@@ -122,12 +122,16 @@ class Semantics:
     def for_config(cls, config: PrismerConfig, folder: str | Path | None = None) -> "Semantics":
         """The source that `config.semantics` names; "clip" reads its table from `folder`.
 
+        A model that reads no map of ids, such as a preset with "-z", needs no table.
+
         Raises:
             ValueError: if a table is needed and `folder` is None or holds none.
         """
         if config.semantics == "spelling":
             return cls.spelling()
         if folder is None:
+            if not any(EXPERTS[name].is_ids for name in config.experts):
+                return cls.spelling()
             raise InputError(f"semantics is {config.semantics!r}, which reads a table; name the folder that holds it")
         return cls.from_table(folder)
 

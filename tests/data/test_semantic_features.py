@@ -161,3 +161,12 @@ def test_unknown_ids_are_refused(labels, meta, message):
     tables = FeatureTables(prismer_tiny(), CLASSES, Semantics.spelling())
     with pytest.raises(ValueError, match=message):
         tables.look_up(maps(**labels), meta)
+
+
+@pytest.mark.parametrize("experts", [(), ("depth", "edge")])
+def test_a_model_without_maps_of_ids_needs_no_table(experts):
+    """Otherwise base-z could not be trained without a table that it never reads."""
+    config = prismer_base(experts=experts, expert_text=("obj_detection",))
+    assert not Semantics.for_config(config).background.any()
+    with pytest.raises(ValueError, match="reads a table"):
+        Semantics.for_config(prismer_base(experts=(*experts, "seg")))
