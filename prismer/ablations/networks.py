@@ -40,12 +40,6 @@ def variant_class(variant: Variant) -> type[Prismer]:
     return VariantOfPrismer
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable and all parameters, of a model that ZeRO-3 may have sharded."""
-    counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
-
-
 # adaptors
 
 
