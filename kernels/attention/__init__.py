@@ -61,7 +61,9 @@ def attention_reference(
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
     BH, N, L, K, options = shape
-    q, k, v = (torch.randn(1, BH, n, K, device=device).to(dtype).requires_grad_() for n in (N, L, L))
+    # heads side by side in each row, as projections return them
+    rows = (torch.randn(1, n, BH, K, device=device).to(dtype).transpose(1, 2) for n in (N, L, L))
+    q, k, v = (x.requires_grad_() for x in rows)
     # the last eighth of the keys is padding
     mask = (torch.arange(L, device=device) < max(1, L - L // 8))[None] if options & 2 else None
     call = functools.partial(attention, causal=bool(options & 1), key_mask=mask, dropout=0.1 if options & 4 else 0.0)
