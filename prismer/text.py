@@ -10,13 +10,11 @@ computes no padding: its layers see the tokens of all texts as one row, and a `P
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from prismer.batch import Detections, Packing, TextBatch, shifted
@@ -30,6 +28,7 @@ from prismer.kernels.cross_entropy import linear_cross_entropy
 from prismer.kernels.layer_state import is_plain_layer
 from prismer.kernels.linear import linears
 from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention
+from prismer.look_up import look_up
 from prismer.tied_embedding import embed_tied
 
 # (layer index, q, k, v), each (R, H, Q, K) -> (R, H, Q, K)
@@ -52,31 +51,6 @@ def causal_attend(keep: Tensor, dropout: float = 0.0) -> Attend:
         return attention(q, k, v, causal=True, key_mask=keep, dropout=dropout)
 
     return attend
-
-
-class _LookUp(torch.autograd.Function):
-    """Rows of several tensors by index; the gradient is a look-up by the index of the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, index: Tensor, back: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(back)
-        return tuple(x.index_select(0, index) for x in tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (back,) = ctx.saved_tensors
-        return None, None, *(dy.index_select(0, back) for dy in grads)
-
-
-def look_up(index: Tensor, back: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Rows `index` of tensors (n, D), where `back` are the rows of the result that the rows of the tensors became.
-
-    Rows that `back` leaves out, and those that `index` takes several times, must get gradients of zero.
-    """
-    if torch.compiler.is_compiling():
-        return tuple(x.index_select(0, index) for x in tensors)
-    return _LookUp.apply(index, back, *tensors)
 
 
 def packed_attend(keeps: list[Tensor], packing: Packing, dropout: float = 0.0) -> Attend:
