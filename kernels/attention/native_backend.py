@@ -42,10 +42,10 @@ def slower_than_torch(facts: Facts) -> str | None:
     Intel's processors is as fast as the kernel, and does not pack the keys for a few queries.
     """
     if facts.shape and not mkl_is_slow():
-        queries, wide = facts.shape[1], facts.dtype == torch.float32
+        queries = facts.shape[1]
         # torch's backward pass in 16 bits is several times slower without AMX
-        few = queries <= _FEW and (wide or not facts.gradient)
-        if few or (queries <= _MEDIUM and wide and not facts.gradient):
+        few = facts.dtype == torch.float32 and queries <= _FEW
+        if few or (queries <= _MEDIUM and not facts.gradient):
             return f"torch's own attention is faster for {queries} queries on this processor"
     if facts.dtype != torch.float32 and has_amx():
         return f"torch's own attention multiplies {facts.dtype} in AMX tiles"

@@ -460,6 +460,7 @@ def test_the_instruction_set_and_the_vendor_decide_until_it_is_measured(monkeypa
     assert chosen(32, torch.bfloat16, True) == "eager"
     assert chosen(1024, torch.bfloat16, True) == ("sdpa" if amx else "native")
     assert chosen(512, torch.float32) == ("sdpa" if mkl else "native")
+    assert chosen(512, torch.bfloat16) == ("sdpa" if amx or mkl else "native")
     assert chosen(512, torch.float32, True) == "native"
 
 
