@@ -13,7 +13,7 @@
     class          class name, or index in the dataset's class table
     instances      {id of the obj_detection map: index in the class table of obj_detection}
     words          {id of the ocr_detection map: text}
-    boxes          {obj_detection or ocr_detection: {id: [left, top, right, bottom, score]}}, edges as shares of the
+    boxes          {expert with such a table: {id: [left, top, right, bottom, score]}}, edges as shares of the
                    sides of the image, 0 to 1; the score, a confidence in 0 to 1, may be left out
     size           [height, width] of the image, px
     source, licence, ...   any JSON; not checked
@@ -26,7 +26,7 @@ import math
 from functools import partial
 
 from prismer.errors import InputError, shown
-from prismer.experts import BACKGROUND, EXPERTS, TEXT_EXPERTS
+from prismer.experts import BACKGROUND, EXPERTS
 from prismer.reading import is_text
 from prismer.texts import clean_caption, clean_question
 
@@ -180,8 +180,9 @@ def _boxes(boxes: object) -> list[str]:
         return [f"its 'boxes' are {show_json(boxes)}; expected an object of expert: {{id: box}}"]
     problems = []
     for expert, found in boxes.items():
-        if expert not in TEXT_EXPERTS:
-            problems.append(f"its 'boxes' name {show_json(expert)}; expected {' or '.join(TEXT_EXPERTS)}")
+        if expert not in EXPERTS or EXPERTS[expert].table is None:
+            named = (name for name, known in EXPERTS.items() if known.table)
+            problems.append(f"its 'boxes' name {show_json(expert)}; expected {' or '.join(named)}")
         elif not isinstance(found, dict):
             problems.append(f"its boxes of {expert} are {show_json(found)}; expected an object of id: box")
         else:

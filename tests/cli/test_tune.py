@@ -53,6 +53,7 @@ def test_tune_writes_a_table_that_is_taken_at_once(run, model, home, quick):
     assert table.digest in info_text("tiny") and "measured: " in info_text("tiny")
 
 
+@pytest.mark.long
 def test_a_second_measurement_keeps_the_calls_of_the_first(run, model, home, quick, monkeypatch):
     assert run("tune", "--model", model, "--batch", 2, "--seconds", 1, "--device", "cpu").code == 0
     (file,) = (home / "tuned").glob("*.json")

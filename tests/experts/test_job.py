@@ -111,6 +111,7 @@ def test_a_process_without_peers_leaves_the_shards_of_others_missing(photos, tmp
     assert (tmp_path / "out" / "index.json").exists()
 
 
+@pytest.mark.long
 def test_memory_stays_flat_over_ten_thousand_images(tmp_path):
     photos = write_photos(tmp_path / "photos", 10_000, side=64)
     sizes = CONTEXT.Queue()

@@ -53,7 +53,7 @@ def test_a_compiled_model_encodes():
     assert_same(encode(images), model.encode(images))
 
 
-@pytest.mark.parametrize("mode", ("freeze_lang_vision", "none"))
+@pytest.mark.parametrize("mode", (pytest.param("freeze_lang_vision", marks=pytest.mark.long), "none"))
 def test_a_compiled_model_has_the_loss_and_gradients_of_the_eager_one(mode):
     """In evaluation mode, so that nothing is drawn."""
     model = tiny().eval()

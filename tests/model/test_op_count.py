@@ -43,7 +43,9 @@ def count_step(mode: str, side: int) -> collections.Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "side"), (("freeze_lang_vision", 224), ("freeze_vision", 480)), ids=("pretrain-224", "finetune-480")
+    ("mode", "side"),
+    (("freeze_lang_vision", 224), pytest.param("freeze_vision", 480, marks=pytest.mark.long)),
+    ids=("pretrain-224", "finetune-480"),
 )
 def test_a_training_step_issues_few_operators(mode, side):
     with use_backend("triton"):
