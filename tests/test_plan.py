@@ -55,15 +55,19 @@ def small(**changes):
     return prismer_base(**{**sizes, **changes})
 
 
+# one process holds nothing that two do not
+WORLDS = (1, 2) if os.environ.get("PRISMER_LONG_TESTS") else (2,)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def zero_runs(tmp_path_factory):
-    """Real DeepSpeed runs of one and two processes, in the background of the other tests."""
+    """Real DeepSpeed runs of WORLDS processes, in the background of the other tests."""
     folder = tmp_path_factory.mktemp("zero")
     paths = [str(HERE.parent), str(HERE / "ops")]
     settings = dict(OMP_NUM_THREADS="1", PRISMER_BACKEND="linear:torch", PYTHONPATH=os.pathsep.join(paths))
     environment = {**os.environ, **settings}
     runs = {}
-    for world in (1, 2):
+    for world in WORLDS:
         out = folder / f"{world}.json"
         with open(folder / f"{world}.log", "w") as log:
             command = [
@@ -188,7 +192,7 @@ def job(world: int, precision: str, **changes) -> Job:
     return Job(**{**described, **changes})
 
 
-@pytest.mark.parametrize("world", (1, 2))
+@pytest.mark.parametrize("world", (pytest.param(1, marks=pytest.mark.long), 2))
 def test_planned_bytes_match_what_deepspeed_holds(monkeypatch, zero_runs, world):
     from tests.plan_under_zero import BATCH, RUNS
 
