@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from prismer.cli.streams import discard
 from prismer.errors import InputError, MachineError, shown
 
 if TYPE_CHECKING:
@@ -31,7 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # a reader such as `head` has seen enough
+        discard(sys.stdout)
+        return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (InputError, MachineError) as error:

@@ -530,6 +530,12 @@ def test_the_report_states_verdicts_and_draws_plots(tmp_path):
         write_report(Experiment(), prismer_tiny(), results, tmp_path / "plots", page)
 
 
+def test_a_reader_that_has_seen_enough_ends_the_list_in_silence():
+    command = f"{sys.executable} -m prismer.ablations list | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
 def test_the_command_lists_and_refuses(tmp_path, capsys):
     assert main(["list", "resampler", "freezing"]) == 0
     printed = capsys.readouterr().out
