@@ -17,8 +17,7 @@ from prismer.training.zero import build_optimizer
 from prismer.transformers import PrismerForConditionalGeneration
 from tests.transformers.small import draw_batch, inputs_of, small_config, small_pair
 
-# every linear layer of encoder and decoder by name, and the packed projections, which are no layers
-LAYERS = ["query", "key", "value", "output", "intermediate", "out_proj", "c_fc", "c_proj", "down", "up", "dense"]
+# the packed projections of the encoder, which are no layers
 PACKED = ["attn.in_proj_weight"]
 
 
@@ -32,7 +31,7 @@ def test_three_steps_of_trainer_are_three_of_prismer(tmp_path):
     ours = small_pair()[0]
     theirs = PrismerForConditionalGeneration.from_prismer(copy.deepcopy(ours))
     batches = [draw_batch(ours.config, seed) for seed in range(6)]
-    settings = TrainConfig(batch_size=3, accumulation=2, learning_rate=3e-3, gradient_clipping=1.0)
+    settings = TrainConfig(batch_size=4, accumulation=2, learning_rate=3e-3, gradient_clipping=1.0)
     freeze(ours, "freeze_lang_vision")
     optimizer, expected = build_optimizer(ours, settings), []
     for step in range(3):
@@ -73,34 +72,33 @@ def test_three_steps_of_trainer_are_three_of_prismer(tmp_path):
     assert losses == pytest.approx(expected, abs=2e-3)
     state = ours.state_dict()
     for name, tensor in theirs.state_dict().items():
+        if name.endswith("key.bias"):
+            # attention does not depend on it: what it gets is the rounding of a gradient of zero
+            continue
         change = (state[name] - before[name]).double().norm()
         assert (tensor - state[name]).double().norm() <= 1e-3 * change + 1e-7, name
     evaluated = trainer.evaluate(eval_dataset=[inputs_of(batches[0])])
     assert evaluated["eval_loss"] == pytest.approx(float(ours.eval()(batches[0]).detach()), rel=1e-4)
 
 
-def adapted(**changes):
+def adapted(expert_text=("obj_detection",), **changes):
     """A model with LoRA on all that it can adapt, and the inputs of a batch."""
-    ours = small_pair()[0]
-    base = PrismerForConditionalGeneration.from_prismer(ours)
-    settings = dict(r=2, target_modules=LAYERS, target_parameters=PACKED)
+    ours, base = small_pair(expert_text=expert_text)
+    settings = dict(r=2, target_modules="all-linear", target_parameters=PACKED)
     model = get_peft_model(base, LoraConfig(**{**settings, **changes}))
-    return model, inputs_of(draw_batch(small_config()))
+    return model, inputs_of(draw_batch(ours.config))
 
 
-def test_every_layer_that_lora_adapts_counts_and_nothing_else_trains():
-    model, inputs = adapted()
+@pytest.mark.parametrize("expert_text", [(), ("obj_detection",)], ids=["image tokens", "with detections"])
+def test_every_layer_that_lora_adapts_counts_and_nothing_else_trains(expert_text):
+    model, inputs = adapted(expert_text)
     plain = model.get_base_model()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in trained)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lora" not in name]
-    wrapped = [name for name in linear if name.endswith("base_layer")]
-    # the last layer of a stem is a convolution; facts are no layer that LoRA has to name
-    assert {name for name in linear if name not in wrapped} <= {
-        f"base_model.model.decoder.detections.{part}" for part in ("project", "facts")
-    }
+    assert all(name.endswith("base_layer") for name in linear)
     packed = [name for name, _ in plain.named_parameters() if name.endswith("in_proj_weight")]
-    assert len(packed) == 2 and len(trained) == 2 * (len(wrapped) + len(packed))
+    assert len(packed) == 2 and len(trained) == 2 * (len(linear) + len(packed))
 
     # new adapters add nothing
     model.eval()
@@ -117,23 +115,26 @@ def test_every_layer_that_lora_adapts_counts_and_nothing_else_trains():
     assert all(torch.equal(p, before[name]) for name, p in plain.named_parameters() if name in before)
     model.eval()
     assert not torch.allclose(model(**inputs).logits, logits)
-    # each adapter alone changes what the model computes, in training and in evaluation
+    # each adapter alone changes what the model computes
+    with torch.no_grad():
+        first = model(**inputs).loss
     for name, p in trained.items():
         if "lora_B" not in name:
             continue
-        for training in (False, True):
-            model.train(training)
-            first = model(**inputs).loss
-            with torch.no_grad():
-                p += 0.5
-                second = model(**inputs).loss
-                p -= 0.5
-            assert not torch.allclose(first, second, rtol=1e-6, atol=0), name
+        kept = p.detach().clone()
+        with torch.no_grad():
+            # not the same for all channels, which a norm would remove
+            p.normal_()
+            second = model(**inputs, skip_logits=True).loss
+            p.copy_(kept)
+        assert not torch.allclose(first, second, rtol=1e-6, atol=0), name
 
 
 def test_lora_is_saved_loaded_and_merged(tmp_path):
     model, inputs = adapted()
-    base = copy.deepcopy(model).unload()
+    base = copy.deepcopy(model)
+    base.unload()
+    base = base.unload()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -147,6 +148,8 @@ def test_lora_is_saved_loaded_and_merged(tmp_path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base, tmp_path).eval()
     assert torch.equal(again(**inputs).logits, expected)
+    # PEFT unloads the adapters of out_proj, which lie inside those of in_proj_weight, in a second pass
+    again.merge_and_unload()
     merged = again.merge_and_unload()
     assert type(merged) is PrismerForConditionalGeneration
     assert not any("lora" in name for name, _ in merged.named_parameters())
@@ -154,7 +157,8 @@ def test_lora_is_saved_loaded_and_merged(tmp_path):
     assert torch.equal(merged.generate(**search), tokens)
     merged.save_pretrained(tmp_path / "merged")
     loaded = PrismerForConditionalGeneration.from_pretrained(tmp_path / "merged")
-    assert torch.equal(loaded(**inputs).logits, merged(**inputs).logits)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, merged(**inputs).logits)
 
 
 def test_the_word_table_may_train_beside_lora():
@@ -165,8 +169,7 @@ def test_the_word_table_may_train_beside_lora():
     trained = {name for name, gradient in gradients.items() if gradient is not None}
     assert trained == {"base_model.model.decoder.embeddings.word.modules_to_save.default.weight"}
     gradient = gradients[trained.pop()]
-    plain = model.unload() if False else small_pair()[1]
-    assert gradient.shape == plain.decoder.head_weight.shape
+    assert gradient.shape == (small_config().vocab_size, small_config().text_width)
     # the head's gradient reaches tokens that no text holds
     absent = torch.ones(len(gradient), dtype=torch.bool)
     absent[inputs["input_ids"].flatten()] = False
