@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, RobertaTokenizer
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prismer.config import PrismerConfig as Architecture
@@ -135,7 +135,7 @@ class PrismerProcessor(ProcessorMixin):
         cls, source: str | os.PathLike, processor_dict: dict | None = None, **options: Any
     ) -> list:
         image_processor = PrismerImageProcessor.from_pretrained(source, **options)
-        return [image_processor, cls._load_tokenizer_from_pretrained("tokenizer", source, **options)]
+        return [image_processor, RobertaTokenizer.from_pretrained(source, **options)]
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **options: Any) -> Any:
         """Write settings and tokenizer, and the table of features of the folder that it was loaded from."""

@@ -242,6 +242,16 @@ def test_one_folder_serves_both(tmp_path, folder, ours, theirs, processor):
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_folder_without_the_type_of_model_is_read_by_its_classes(tmp_path, folder, ours, theirs):
+    shutil.copytree(folder, tmp_path / "m")
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["model_type"]
+    (tmp_path / "m/config.json").write_text(json.dumps(settings))
+    model = PrismerForConditionalGeneration.from_pretrained(tmp_path / "m")
+    inputs = PrismerProcessor.from_pretrained(tmp_path / "m")(images=IMAGES[:1], text=QUESTIONS[:1])
+    assert torch.equal(model.generate(**inputs), theirs.generate(**inputs))
+
+
 def test_a_folder_with_too_few_weights_is_refused(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "m")
     settings = json.loads((tmp_path / "m/config.json").read_text())
