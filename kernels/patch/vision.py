@@ -10,7 +10,7 @@
 SAM adds to the score of query i and key j a number for their distance in rows, which is q_i . r(row i - row j), and one
 for the columns. The original makes a tensor of these numbers, N x N for each head. Here they are more numbers of the
 query, one for each row and each column, and the key of j has a 1 at its row and its column and zeros elsewhere. So
-attention needs no N x N tensor, forward or backward.
+attention needs no N x N tensor, forward or backward. In windows, which are small, the tensor is made.
 
 Kept are the attention of SAM's mask decoder, layer scale, and stochastic depth.
 """
@@ -115,6 +115,9 @@ def _check_internvl_layer(module: Any) -> str | None:
 
 # SAM
 
+# longer queries and keys cost less than an N x N tensor from this many keys on, for each of their numbers
+_LEAST_KEYS = 3
+
 
 def _sam_attention_forward(
     self: Any, hidden_states: Tensor, output_attentions: bool | None = False
@@ -138,6 +141,9 @@ def _attend_with_distances(self: Any, q: Tensor, k: Tensor, v: Tensor, height: i
     grid = q.unflatten(2, (height, width))
     rows = torch.einsum("bnhwc,hkc->bnhwk", grid, self.get_rel_pos(height, height, self.rel_pos_h)).flatten(2, 3)
     columns = torch.einsum("bnhwc,wkc->bnhwk", grid, self.get_rel_pos(width, width, self.rel_pos_w)).flatten(2, 3)
+    if height * width < _LEAST_KEYS * (K + height + width):
+        bias = (rows[..., :, None] + columns[..., None, :]).flatten(3)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     here = torch.arange(height * width, device=q.device)
     is_row = F.one_hot(here // width, height).to(k.dtype)
     is_column = F.one_hot(here % width, width).to(k.dtype)
