@@ -48,7 +48,9 @@ def plain(h, bias, activation):
     u = h if bias is None else h + bias
     if activation == "quick_gelu":
         return u * torch.sigmoid(1.702 * u)
-    return F.gelu(u) if activation == "gelu" else F.relu(u).square()
+    if activation.startswith("gelu"):
+        return F.gelu(u, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return F.relu(u).square()
 
 
 def results(op, h, bias, activation, dtype, dy):
