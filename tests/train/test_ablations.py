@@ -557,6 +557,9 @@ def test_the_command_lists_and_refuses(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_help_imports_nothing_heavy():
-    program = "import sys, prismer.ablations.__main__; assert 'torch' not in sys.modules"
+def test_help_imports_nothing_heavy_and_a_model_no_compiler():
+    program = (
+        "import sys, prismer.ablations.__main__; assert 'torch' not in sys.modules\n"
+        "import prismer.model; assert 'torch._dynamo' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
