@@ -141,7 +141,7 @@ def _choose(asked: str | None, **constants: Any) -> str:
 
 
 # what torch.compiler.assume_constant_result does, which would import the compiler, half the time of each start
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_choose._dynamo_marked_constant = True
 
 
 # the registered ops

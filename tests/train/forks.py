@@ -21,7 +21,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.train.imports"])
+if not torch.cuda.is_available():
+    # what the imports start of CUDA would not survive a fork
+    CONTEXT.set_forkserver_preload(["tests.train.imports"])
 
 
 class Forks:
