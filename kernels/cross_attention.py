@@ -46,7 +46,7 @@ from prismer.kernels.checks import check_linear, described
 from prismer.kernels.dispatch import TORCH, Example, Op, in_its_dtype, runs_directly
 from prismer.kernels.linear import linears
 from prismer.kernels.philox import draw_seed, survivors
-from prismer.kernels.tuning import rows_class
+from prismer.kernels.tuning import class_with_tokens
 
 _ARGUMENTS = ("q", "context", "k_weight", "k_bias", "v_weight", "v_bias")
 
@@ -79,9 +79,9 @@ def cross_attention_reference(
 
 
 def _classify(q: Tensor, context: Tensor, num_heads: int) -> tuple[int, ...]:
-    """Images, queries and tokens, each rounded up to a power of two; both widths; heads."""
+    """Classes of images, queries and tokens; both widths; heads."""
     (B, N, D), (L, E) = q.shape, context.shape[1:]
-    return rows_class(B), rows_class(N), rows_class(L), D, E, num_heads
+    return class_with_tokens("cross_attention", B, (N, L), (D, E, num_heads))
 
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:

@@ -59,12 +59,13 @@ def folder_records(folder: str | Path, *, labels: str | Path | None = None) -> I
 
     def iterate() -> Iterator[ImageRecord]:
         for found in walk_image_folders(root, []):
+            inside = found.path.relative_to(root)
             for name in found.images:
                 try:
                     meta, fault = _meta_beside(found, _stem(name)), ""
                 except (ValueError, OSError, EOFError) as error:
                     meta, fault = {}, str(error)
-                yield paths.record((found.path / name).relative_to(root).as_posix(), meta, fault)
+                yield paths.record((inside / name).as_posix(), meta, fault)
 
     return ImageRecords(count, iterate, others=others)
 

@@ -61,8 +61,6 @@ def attention_reference(
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:
     BH, N, L, K, options = shape
-    # numbers of tokens in the middle of the class, which rounds them up: 260 tokens are of the class 512
-    N, L = (max(1, 3 * n // 4) for n in (N, L))
     # heads side by side in each row, as projections return them
     rows = (torch.randn(1, n, BH, K, device=device).to(dtype).transpose(1, 2) for n in (N, L, L))
     q, k, v = (x.requires_grad_() for x in rows)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prismer.kernels.tuning import rows_class
+from prismer.kernels.tuning import class_with_tokens
 
 
 class Call(NamedTuple):
@@ -54,10 +54,10 @@ class Call(NamedTuple):
         )
 
     def shape_class(self) -> tuple[int, ...]:
-        """Heads of all samples, queries, keys, each rounded up to a power of two; head dim; a bit for each option."""
+        """Classes of the heads of all samples, the queries and the keys; head dim; a bit for each option."""
         B, H, N, K = self.q.shape
         options = self.causal + 2 * (self.key_mask is not None) + 4 * (self.dropout > 0)
-        return rows_class(B * H), rows_class(N), rows_class(self.k.shape[2]), K, options
+        return class_with_tokens("attention", B * H, (N, self.k.shape[2]), (K, options))
 
     def keeps_graph(self) -> bool:
         """Does autograd record the call?"""

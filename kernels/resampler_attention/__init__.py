@@ -45,7 +45,7 @@ from prismer.kernels.dispatch import TORCH, TRITON, Example, Op, in_its_dtype, r
 from prismer.kernels.layer_norm import layer_norm
 from prismer.kernels.linear import linears
 from prismer.kernels.resampler_attention import torch_backend, triton_backend
-from prismer.kernels.tuning import rows_class
+from prismer.kernels.tuning import class_with_tokens
 
 # their gradients need P_x x_hat again
 _MIXED = {"norm_weight", "norm_bias", "in_proj_weight"}
@@ -80,9 +80,9 @@ def resampler_attention_reference(
 
 
 def _classify(query: Tensor, x_hat: Tensor, num_heads: int) -> tuple[int, ...]:
-    """Images, queries and inputs, each rounded up to a power of two; width; heads."""
+    """Classes of images, queries and inputs; width; heads."""
     B, M, D = query.shape
-    return rows_class(B), rows_class(M), rows_class(x_hat.shape[1]), D, num_heads
+    return class_with_tokens("resampler_attention", B, (M, x_hat.shape[1]), (D, num_heads))
 
 
 def _example(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Example:

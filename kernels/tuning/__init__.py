@@ -5,7 +5,8 @@ while a model runs, so two runs with one table take the same implementations and
 for a call, the order that the op declares decides (the prior).
 
 An entry is found by op, dtype, whether the call keeps a graph for its gradient, and the class of its shape: the number
-of rows rounded up to a power of two, and the widths as they are.
+of rows rounded up to a power of two, numbers of tokens rounded up to 1, 2, 3, 4, 6, 8, 12, ..., and the widths as they
+are.
 """
 
 import logging
@@ -21,6 +22,25 @@ from prismer.kernels.tuning.tables import Table, load_table
 # (op, dtype, gradient, shape class)
 Key = tuple[str, torch.dtype, bool, tuple[int, ...]]
 
+
+class Recording(dict[tuple[str, Key], str]):
+    """What was taken for each call, by device type and key.
+
+    Attributes:
+        shapes: (op, class of the shape) -> the shape of the first call, with its own number of tokens. A measurement
+            takes them, because 260 tokens and 380 are of one class, and not always faster with one implementation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
+
+    def to_measure(self, device_type: str) -> dict[Key, tuple[int, ...]]:
+        """The keys of a device type, each with the shape to measure."""
+        keys = [key for found, key in self if found == device_type]
+        return {key: self.shapes.get((key[0], key[3]), key[3]) for key in keys}
+
+
 _log = logging.getLogger("prismer.kernels")
 _loading = threading.Lock()
 # by device type; a device type that is absent was not asked about yet
@@ -29,7 +49,7 @@ _choices: dict[str, dict[Key, str]] = {}
 _ops: dict[str, set[str]] = {}
 # what a measurement forces, in place of every table
 _forced: dict[Key, str] | None = None
-_recorded: dict[tuple[str, Key], str] | None = None
+_recorded: "Recording | None" = None
 # counts the changes above, for those who remember what they looked up
 generation = 0
 
@@ -37,6 +57,15 @@ generation = 0
 def rows_class(rows: int) -> int:
     """The smallest power of two that is at least `rows`; 0 for 0."""
     return 1 << (rows - 1).bit_length() if rows > 0 else 0
+
+
+def tokens_class(tokens: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, ... that is at least `tokens`; 0 for 0.
+
+    The work of attention grows with the square of the tokens, so its classes are finer than those of rows.
+    """
+    power = rows_class(tokens)
+    return power * 3 // 4 if power > 2 and tokens <= power * 3 // 4 else power
 
 
 def choice(device_type: str, key: Key) -> str | None:
@@ -132,11 +161,19 @@ def record(device_type: str, key: Key, taken: str) -> None:
         _recorded[device_type, key] = taken
 
 
+def class_with_tokens(op: str, rows: int, tokens: tuple[int, ...], widths: tuple[int, ...]) -> tuple[int, ...]:
+    """The class of a shape of rows, tokens and widths; a recording keeps its tokens."""
+    found = (rows_class(rows), *map(tokens_class, tokens), *widths)
+    if _recorded is not None:
+        _recorded.shapes.setdefault((op, found), (found[0], *tokens, *widths))
+    return found
+
+
 @contextmanager
-def recording() -> Iterator[dict[tuple[str, Key], str]]:
-    """The calls inside the block that can be measured, by device type and key, and what each took."""
+def recording() -> Iterator[Recording]:
+    """The calls inside the block that can be measured."""
     global _recorded, generation
-    before, _recorded = _recorded, {}
+    before, _recorded = _recorded, Recording()
     generation += 1
     try:
         yield _recorded

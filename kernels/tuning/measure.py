@@ -13,7 +13,7 @@ import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -68,7 +68,7 @@ def gpu_seconds(call: Callable[[], object]) -> float:
     return max(host, start.elapsed_time(end) / 1e3)
 
 
-def in_order(keys: Mapping[tuning.Key, int]) -> list[tuning.Key]:
+def in_order(keys: Iterable[tuning.Key]) -> list[tuning.Key]:
     """The keys in the order in which they have to be measured."""
     return sorted(keys, key=lambda k: (_ORDER.index(k[0]) if k[0] in _ORDER else len(_ORDER), str(k)))
 
@@ -101,22 +101,22 @@ class Measurement:
         elif self.timer is None:
             self.timer, self.least_rounds = passed_seconds, _MORE_ROUNDS * _LEAST_ROUNDS
 
-    def run(self, keys: Mapping[tuning.Key, int]) -> Iterator[tuple[tuning.Key, Entry | None]]:
-        """Measure the keys and yield each with its entry, or None where there is nothing to choose."""
+    def run(self, keys: Mapping[tuning.Key, tuple[int, ...]]) -> Iterator[tuple[tuning.Key, Entry | None]]:
+        """Measure each key on a call of its shape; yield it with its entry, or None if nothing can be chosen."""
         gc.collect()
         gc.disable()
         try:
             for key in in_order(keys):
-                entry = self.measure(key)
+                entry = self.measure(key, keys[key])
                 if entry is not None:
                     self.entries.append(entry)
                 yield key, entry
         finally:
             gc.enable()
 
-    def measure(self, key: tuning.Key) -> Entry | None:
-        """The entry of one key; None if there is one implementation at most."""
-        name, dtype, gradient, shape = key
+    def measure(self, key: tuning.Key, shape: tuple[int, ...]) -> Entry | None:
+        """The entry of one key, measured on a call of a shape; None if there is one implementation at most."""
+        name, dtype, gradient, _ = key
         op = self.ops.get(name)
         if op is None or op.example is None or 0 in shape[:1]:
             return None
@@ -143,7 +143,7 @@ class Measurement:
             op=name,
             dtype=str(dtype).removeprefix("torch."),
             gradient=gradient,
-            shape=shape,
+            shape=key[3],
             choice=pick(times),
             prior=prior,
             threads=self.threads,

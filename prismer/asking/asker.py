@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,8 +21,13 @@ from prismer.errors import InputError
 from prismer.inference import Answer, Candidates
 from prismer.model import Prismer
 
-# batches that are read, and on a GPU decoded, while the model works on one
-_BATCHES_AHEAD = 2
+# Images that are read and decoded together, at least. More of them take the model's cores less often, and their encoded
+# bytes take more memory.
+_CHUNK = 32
+# chunks that are read at a time, and ahead of the model
+_READERS = 3
+# chunks that are decoded on a GPU while the model works on one
+_DECODED_AHEAD = 2
 Made = TypeVar("Made")
 # place of a line in its part -> its item, and what is written about it
 _Rows = dict[int, tuple[Item, dict]]
@@ -89,7 +94,7 @@ class Asker:
         if choices is not None:
             build = Candidates.classes if task == "classify" else Candidates.answers
             self.choices = build(model.tokenizer, list(choices))
-        self.decoder = ImageDecoder(model.config.image_size, batch_size=batch_size, device=model.device)
+        self.decoder = ImageDecoder(model.config.image_size, batch_size=max(batch_size, _CHUNK), device=model.device)
 
     def parts(
         self, items: Items, part_size: int, missing: Collection[int], bar: tqdm
@@ -97,32 +102,35 @@ class Asker:
         """The number of each missing part, with its items and their rows."""
         rows: _Rows = {}
         waiting: list[_Image] = []
-        threads = min(8, os.cpu_count() or 1)
-        pools = ThreadPoolExecutor(1), ThreadPoolExecutor(threads), ThreadPoolExecutor(threads)
+        cores = os.cpu_count() or 1
+        pools = ThreadPoolExecutor(1), ThreadPoolExecutor(min(_READERS, cores)), ThreadPoolExecutor(min(8, cores))
         with pools[0] as preparing, pools[1] as readers, pools[2] as decoders:
-            # Beside a model on a CPU, decoding would take the model's cores. That costs more than its own time: threads
-            # of the model that wait for a preempted one keep spinning.
-            decode_ahead = self.model.device.type != "cpu"
 
-            def prepare(chunk: _Chunk) -> None:
-                self._read(chunk, readers)
-                if decode_ahead:
-                    self._decode(chunk, decoders)
-
-            chunks = self._chunks(items, part_size, missing)
-            for chunk, future in submit_ahead(preparing, prepare, chunks, _BATCHES_AHEAD):
+            def decode(read: tuple[_Chunk, Future[None]]) -> _Chunk:
+                chunk, future = read
                 future.result()
-                if not decode_ahead:
-                    self._decode(chunk, decoders)
-                before = len(rows)
+                self._decode(chunk, decoders)
+                return chunk
+
+            # one thread reads a whole chunk: each change of threads takes the interpreter lock from the model
+            read = submit_ahead(readers, self._read, self._chunks(items, part_size, missing), _READERS)
+            if self.model.device.type == "cpu":
+                # Beside a model on a CPU, decoding would take the model's cores. That costs more than its own time:
+                # threads of the model that wait for a preempted one keep spinning.
+                decoded = map(decode, read)
+            else:
+                decoded = (future.result() for _, future in submit_ahead(preparing, decode, read, _DECODED_AHEAD))
+            for chunk in decoded:
                 rows |= _fault_rows(chunk)
+                bar.update(len(chunk.faults))
                 # Images that were dropped are made up for by later ones of the part: a batch of a small model takes the
                 # same time with seven images as with eight.
                 waiting += chunk.images
                 while len(waiting) >= self.batch_size or (waiting and chunk.is_last):
                     batch, waiting = waiting[: self.batch_size], waiting[self.batch_size :]
-                    rows |= self._rows(_Chunk(chunk.part, chunk.is_last, batch))
-                bar.update(len(rows) - before)
+                    answered = self._rows(_Chunk(chunk.part, chunk.is_last, batch))
+                    rows |= answered
+                    bar.update(len(answered))
                 if chunk.is_last:
                     yield chunk.part, [rows[i] for i in range(len(rows))]
                     rows = {}
@@ -136,24 +144,22 @@ class Asker:
                 key = (place, item.labels) if place is not None and not item.fault else i
                 images.setdefault(key, _Image([])).lines.append((i, item))
             waiting = list(images.values())
+            size = max(self.batch_size, _CHUNK)
             while waiting:
-                chunk, waiting = waiting[: self.batch_size], waiting[self.batch_size :]
+                chunk, waiting = waiting[:size], waiting[size:]
                 yield _Chunk(number, not waiting, chunk)
 
-    def _read(self, chunk: _Chunk, readers: ThreadPoolExecutor) -> None:
+    def _read(self, chunk: _Chunk) -> None:
         """Read the images of a chunk, and the labels that they bring."""
-
-        def read(image: _Image) -> str:
+        faults = {}
+        for place, image in enumerate(chunk.images):
             item = image.lines[0][1]
             try:
                 image.data = item.read()
                 image.labels = item.read_labels() if self.brings_labels else None
             except InputError as error:
-                return str(error)
-            return ""
-
-        reasons = dict(enumerate(readers.map(read, chunk.images)))
-        chunk.drop({place: reason for place, reason in reasons.items() if reason})
+                faults[place] = str(error)
+        chunk.drop(faults)
 
     def _decode(self, chunk: _Chunk, decoders: ThreadPoolExecutor) -> None:
         """Decode the images of a chunk that were read."""

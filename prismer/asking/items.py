@@ -143,14 +143,13 @@ def image_items(
         for source, records, classes in found:
             is_dataset = (source / "index.json").is_file()
             for record in records:
-                inside = _path_inside(source, record)
                 row = {"image": _name(source, record)}
                 if question is not None:
                     row["question"] = question
                 # a text beside an image that cannot be read does not concern us, but the JSON of a sample has the
                 # tables of its maps
                 fault = record.fault if record.image is None or is_dataset else ""
-                file = labels and Path(labels) / inside.with_suffix(".labels")
+                file = labels and Path(labels) / _path_inside(source, record).with_suffix(".labels")
                 yield Item(
                     row, record, question or "", classes, labels=file if file and file.is_file() else None, fault=fault
                 )

@@ -32,26 +32,26 @@ def precisions(device: torch.device) -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if native else (torch.float32,)
 
 
-def record_calls(config: PrismerConfig, batch: int, device: torch.device) -> dict[Key, str]:
+def record_calls(config: PrismerConfig, batch: int, device: torch.device) -> dict[Key, tuple[int, ...]]:
     """The distinct calls of a training step of `batch` images, and of one caption and one ranking of an image.
 
     Returns:
-        What ran, by key of the call (`prismer.kernels.tuning.Key`).
+        The shape to measure, by key of the call (`prismer.kernels.tuning.Key`).
     """
     small = config.replace(
         vision_depth=min(config.vision_depth, _LAYERS),
         text_depth=min(config.text_depth, _LAYERS),
         resampler_depth=min(config.resampler_depth, _LAYERS),
     )
-    found: dict[tuple[str, Key], str] = {}
+    found: dict[Key, tuple[int, ...]] = {}
     for dtype in precisions(device):
         torch.manual_seed(0)
         model = PrismerNetwork(small).to(device, dtype)
         with tuning.recording() as taken:
             _train_step(model, small, batch, device)
             _answer(model.eval(), small, device)
-        found.update(taken)
-    return {key: choice for (device_type, key), choice in found.items() if device_type == device.type}
+        found |= taken.to_measure(device.type)
+    return found
 
 
 def _train_step(model: PrismerNetwork, config: PrismerConfig, batch: int, device: torch.device) -> None:

@@ -25,8 +25,8 @@ _MODELS = (("base", 480, 8), ("base", 224, 32), ("large", 480, 4))
 _ANSWERS, _ANSWER_TOKENS = 128, 4
 
 
-def _record(model: Network, images: int, device: str) -> dict[tuning.Key, str]:
-    """The distinct calls of a training step, of captions and of rankings."""
+def _record(model: Network, images: int, device: str) -> dict[tuning.Key, tuple[int, ...]]:
+    """The distinct calls of a training step, of captions and of rankings, and the shape to measure for each."""
     config = model.config
     word = config.eos_id + 1
     with tuning.recording() as taken:
@@ -41,7 +41,7 @@ def _record(model: Network, images: int, device: str) -> dict[tuning.Key, str]:
             words = (5 + torch.arange(_ANSWERS * (_ANSWER_TOKENS - 1)) % (config.vocab_size - 5)).view(_ANSWERS, -1)
             trie = AnswerTrie([[*answer, config.eos_id] for answer in words.tolist()], config.eos_id)
             rank_answers(model.decoder, context, prompt, trie)
-    return {key: choice for (device_type, key), choice in taken.items() if device_type == device}
+    return taken.to_measure(device)
 
 
 def measure_choices(context: "Context") -> Iterator[dict]:
@@ -53,7 +53,7 @@ def measure_choices(context: "Context") -> Iterator[dict]:
         calls = {}
         for dtype in (torch.float32,) if context.quick else (torch.bfloat16, torch.float32):
             calls |= _record(build(name, side, context, dtype), 2 if context.quick else images, context.device)
-        calls = {key: choice for key, choice in calls.items() if key not in entries}
+        calls = {key: shape for key, shape in calls.items() if key not in entries}
         seconds = 0.0 if context.quick else 0.5 * share / max(1, len(calls))
         for key, entry in Measurement(device=device, seconds=seconds).run(calls):
             if entry is not None:

@@ -59,7 +59,8 @@ def test_a_second_measurement_keeps_the_calls_of_the_first(run, model, home, qui
     (file,) = (home / "tuned").glob("*.json")
     first = {entry.key for entry in Table.from_json(file.read_text()).entries}
     tuning.forget()
-    monkeypatch.setattr(tuned_calls, "record_calls", lambda *_: {("layer_norm", torch.float32, False, (4, 6, 0)): "x"})
+    shape = (4, 6, 0)
+    monkeypatch.setattr(tuned_calls, "record_calls", lambda *_: {("layer_norm", torch.float32, False, shape): shape})
     assert run("tune", "--model", model, "--seconds", 1, "--device", "cpu").code == 0
     second = {entry.key for entry in Table.from_json(file.read_text()).entries}
     assert len(second - first) == 1 and first <= second
@@ -115,7 +116,7 @@ def test_a_caption_says_that_nothing_was_measured(run, images, home):
 
 
 def test_a_measurement_that_is_stopped_writes_nothing(run, model, home, quick, monkeypatch):
-    def stop(self, key):
+    def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Measurement, "measure", stop)

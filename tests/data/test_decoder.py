@@ -1,5 +1,5 @@
-"""Proves that batches decoded by DALI have the pixels of `load_image`, and that a broken image costs no
-other image its own.
+"""Proves that batches have the pixels of `load_image`, and that a broken image costs no other image its own; the way of
+a GPU is taken with DALI's operators for the CPU.
 
 Run: pytest tests/data/test_decoder.py
 """
@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from prismer.dataloading.feed import dali
 from prismer.dataloading.feed import decoder as module
 from prismer.dataloading.feed.decoder import ImageDecoder
 from prismer.dataloading.feed.load_image import load_image
@@ -37,7 +38,7 @@ def turned() -> Image.Exif:
     return exif
 
 
-# name -> the image, and whether DALI is to decode it
+# name -> the image, and whether DALI is to decode it on a GPU
 IMAGES = {
     "jpeg": (encoded(photo()), True),
     "jpeg-4:4:4": (encoded(photo(131, 77, 1), subsampling=0, quality=98), True),
@@ -45,7 +46,7 @@ IMAGES = {
     "jpeg-progressive": (encoded(photo(151, 149, 3), progressive=True, quality=30), True),
     "jpeg-small": (encoded(photo(3, 5, 4)), True),
     "jpeg-of-the-size": (encoded(photo(SIZE, SIZE, 5)), True),
-    "jpeg-large": (encoded(photo(4 * SIZE, 5 * SIZE, 6)), False),
+    "jpeg-large": (encoded(photo(4 * SIZE, 5 * SIZE, 6)), True),
     "jpeg-wide": (encoded(photo(30 * SIZE, SIZE, 7)), True),
     "jpeg-turned": (encoded(photo(), exif=turned()), False),
     "jpeg-grey": (encoded(photo().convert("L")), False),
@@ -72,6 +73,14 @@ def decoder():
 
 
 @pytest.fixture(scope="module")
+def by_dali():
+    """A decoder that hands JPEGs to DALI, as on a GPU."""
+    decoder = ImageDecoder(SIZE, batch_size=32)
+    decoder._graph = dali.Graph(decoder._define, batch_size=32)
+    return decoder
+
+
+@pytest.fixture(scope="module")
 def pool():
     with ThreadPoolExecutor(2) as pool:
         yield pool
@@ -90,48 +99,57 @@ def loaded(monkeypatch):
     return found
 
 
-def assert_same(name, pixels, data, exactly=False):
-    """The pixels of `load_image`, in which a decoder of another version may round a few in its own way."""
+def assert_near(name, pixels, data):
+    """The pixels of `load_image`, but for roundings of a resize; large JPEGs are decoded smaller by `load_image`."""
     expected = load_image(data, SIZE)
     assert pixels.shape == expected.shape and pixels.dtype == torch.uint8
     difference = (pixels.int() - expected.int()).abs().float().mean()
-    assert difference <= (0 if exactly else 0.02), name
+    assert difference <= 2, (name, difference)
 
 
-def test_pixels_are_those_of_load_image_and_dali_decodes_what_it_can(decoder, pool, loaded):
+def test_on_a_cpu_the_pixels_are_those_of_load_image(decoder, pool):
     results = decoder([data for data, _ in IMAGES.values()], pool)
-    for (name, (data, by_dali)), pixels in zip(IMAGES.items(), results, strict=True):
-        assert_same(name, pixels, data, exactly=not by_dali)
-    files = [data for data in loaded if isinstance(data, bytes)]
-    assert sorted(files) == sorted(data for data, by_dali in IMAGES.values() if not by_dali)
+    for (name, (data, _)), pixels in zip(IMAGES.items(), results, strict=True):
+        assert torch.equal(pixels, load_image(data, SIZE)), name
 
 
-def test_a_broken_image_has_the_reason_of_load_image_and_costs_no_other_its_pixels(decoder, pool):
-    whole = [data for data, _ in IMAGES.values()]
-    mixed = [*whole[:3], *BROKEN.values(), *whole[3:]]
-    results = decoder(mixed, pool)
-    for data, result in zip(mixed, results, strict=True):
-        if data in BROKEN.values():
+def test_dali_decodes_what_it_can(by_dali, pool, loaded):
+    results = by_dali([data for data, _ in IMAGES.values()], pool)
+    for (name, (data, _)), pixels in zip(IMAGES.items(), results, strict=True):
+        assert_near(name, pixels, data)
+    assert sorted(loaded) == sorted(data for data, is_for_dali in IMAGES.values() if not is_for_dali)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "by_dali"])
+def test_a_broken_image_has_the_reason_of_load_image_and_costs_no_other_its_pixels(request, kind, pool):
+    decoder = request.getfixturevalue(kind)
+    whole = {name: data for name, (data, _) in IMAGES.items()}
+    mixed = [*BROKEN.items(), *whole.items()]
+    # broken ones between whole ones
+    mixed = mixed[::2] + mixed[1::2]
+    results = decoder([data for _, data in mixed], pool)
+    for (name, data), result in zip(mixed, results, strict=True):
+        if name in BROKEN:
             with pytest.raises(ValueError) as refused:
                 load_image(data, SIZE)
             assert isinstance(result, ValueError) and str(result) == str(refused.value)
         else:
-            assert_same(data[:20], result, data)
+            assert_near(name, result, data)
     assert all(isinstance(result, ValueError) for result in decoder(list(BROKEN.values()), pool))
 
 
 @pytest.mark.parametrize("end", [b"", b"\0" * 10])
-def test_what_dali_refuses_is_left_to_load_image(pool, monkeypatch, end):
+def test_what_dali_refuses_is_left_to_load_image(by_dali, pool, monkeypatch, end):
     # as if all images looked like JPEGs that DALI reads
-    monkeypatch.setattr(ImageDecoder, "_is_for_dali", lambda decoder, data: True)
+    monkeypatch.setattr(module, "_is_for_dali", lambda data: True)
     whole = IMAGES["jpeg"][0] + end
-    results = ImageDecoder(SIZE, batch_size=8)([BROKEN["cut"], whole, BROKEN["text"], whole, IMAGES["gif"][0]], pool)
+    results = by_dali([BROKEN["cut"], whole, BROKEN["text"], whole, IMAGES["gif"][0]], pool)
     assert [isinstance(result, ValueError) for result in results] == [True, False, True, False, False]
-    assert_same("jpeg", results[1], whole)
+    assert_near("jpeg", results[1], whole)
     assert torch.equal(results[4], load_image(IMAGES["gif"][0], SIZE))
 
 
-def test_a_jpeg_without_its_end_mark_does_not_fail_the_batch(decoder, pool, monkeypatch):
+def test_a_jpeg_without_its_end_mark_does_not_fail_the_batch(by_dali, pool, monkeypatch):
     monkeypatch.setattr("prismer.dataloading.feed.dali.Graph._find_undecodable", None)
-    results = decoder([IMAGES["jpeg"][0], *BROKEN.values()], pool)
+    results = by_dali([IMAGES["jpeg"][0], *BROKEN.values()], pool)
     assert [isinstance(result, ValueError) for result in results] == [False] + [True] * len(BROKEN)

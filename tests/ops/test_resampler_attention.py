@@ -155,7 +155,7 @@ def test_the_order_of_torchs_operators(shape, dtype, assert_no_worse):
 
 def test_the_measured_order_runs_and_a_gpu_starts_with_the_vendors_attention(monkeypatch):
     query, x_hat, *rest = draw(2, 5, 9, 16, torch.float32)
-    key = "resampler_attention", torch.float32, False, (2, 8, 16, 16, 2)
+    key = "resampler_attention", torch.float32, False, (2, 6, 12, 16, 2)
     for order in module.PATHS:
         with tuning.forcing({key: order}), tuning.recording() as taken:
             resampler_attention(query, x_hat, *rest, 2)

@@ -79,6 +79,11 @@ def test_rows_are_rounded_up_to_a_power_of_two():
     assert [tuning.rows_class(n) for n in (0, 1, 2, 3, 4, 5, 1000, 1024)] == [0, 1, 2, 4, 4, 8, 1024, 1024]
 
 
+def test_tokens_have_two_classes_for_each_doubling():
+    numbers = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 257, 384, 385, 512)
+    assert [tuning.tokens_class(n) for n in numbers] == [0, 1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 16, 384, 384, 512, 512]
+
+
 def test_a_table_survives_its_file():
     table = Table(machine=dict(device="x", instructions="avx2"), entries=(entry(native=2.0, host=3.0),))
     again = Table.from_json(table.to_json())
@@ -253,7 +258,7 @@ def test_the_gradient_and_the_residual_sum_have_entries_of_their_own():
 
 def test_attention_takes_what_the_table_says_for_its_shape():
     q = torch.randn(1, 2, 5, 16)
-    key = ("attention", torch.float32, False, (2, 8, 8, 16, 0))
+    key = ("attention", torch.float32, False, (2, 6, 6, 16, 0))
     for choice in ("native", "sdpa", "torch"):
         with tuning.forcing({key: choice}):
             assert paths_of(lambda: attention(q, q, q))["attention"] == choice
@@ -265,7 +270,7 @@ def test_cross_attention_takes_the_order_of_the_table():
     q, context, weight = torch.randn(1, 3, 8), torch.randn(1, 9, 8), torch.randn(8, 8)
     call = lambda: cross_attention(q, context, weight, None, weight, None, 2)  # noqa: E731
     for order in ("absorbed", "ordinary"):
-        with tuning.forcing({("cross_attention", torch.float32, False, (1, 4, 16, 8, 8, 2)): order}):
+        with tuning.forcing({("cross_attention", torch.float32, False, (1, 3, 12, 8, 8, 2)): order}):
             assert paths_of(call)["cross_attention"] == order
 
 
@@ -331,7 +336,7 @@ class Clock:
 
 
 def measured(seconds, key=NORM_KEY):
-    return Measurement(device=CPU, seconds=0, timer=Clock(seconds)).measure(key)
+    return Measurement(device=CPU, seconds=0, timer=Clock(seconds)).measure(key, key[3])
 
 
 NEEDS_NATIVE = pytest.mark.skipif(machine.native_missing() is not None, reason="the native extension is not built")
@@ -378,7 +383,7 @@ def test_with_more_threads_the_time_that_passes_decides(monkeypatch, threads, co
     monkeypatch.setattr(measure, "passed_seconds", Counted(dict(host=1e-3, native=1.1e-3, torch=2e-3)))
     threads(count)
     measurement = Measurement(device=CPU, seconds=0)
-    ((_, found),) = measurement.run({NORM_KEY: 1})
+    ((_, found),) = measurement.run({NORM_KEY: NORM_KEY[3]})
     assert (found.choice, found.threads) == (choice, count)
     assert set(seen) == {count} and torch.get_num_threads() == count
     # a warm-up or two, then rounds of three implementations
@@ -440,10 +445,25 @@ def test_every_op_can_be_measured_from_its_class(name, dtype, gradient):
         if gradient:
             output.sum().backward()
     assert ("cpu", (name, dtype, gradient, EXAMPLES[name])) in taken
-    found = Measurement(device=CPU, seconds=0).measure(key)
+    found = Measurement(device=CPU, seconds=0).measure(key, key[3])
     if found is not None:
         assert found.choice in found.microseconds and found.prior in found.microseconds
         assert len(found.microseconds) > 1
+
+
+def test_attention_is_measured_with_the_tokens_that_were_recorded(monkeypatch):
+    q, k = (torch.randn(1, 2, n, 8) for n in (5, 9))
+    with tuning.recording() as taken:
+        attention(q, k, k)
+    (key,) = [key for _, key in taken if key[0] == "attention"]
+    assert key[3][:3] == (2, 6, 12)
+    assert taken.to_measure("cpu")[key][:3] == (2, 5, 9)
+    seen = []
+    op = {op.name: op for op in dispatch.all_ops()}["attention"]
+    example = op.example
+    monkeypatch.setitem(vars(op), "example", lambda shape, *rest: seen.append(shape) or example(shape, *rest))
+    ((_, found),) = Measurement(device=CPU, seconds=0).run(taken.to_measure("cpu"))
+    assert seen == [(2, 5, 9, *key[3][3:])] and found.key == key
 
 
 def test_leaf_ops_are_measured_before_what_consists_of_them():
