@@ -57,6 +57,7 @@ def _attention_forward(
         self.config._attn_implementation != "sdpa"
         or cu_seqlens is None
         or position_embeddings is None
+        or any(t.requires_grad for t in position_embeddings)
         or (self.training and self.attention_dropout > 0)
     ):
         return NotImplemented

@@ -34,7 +34,7 @@ def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tenso
 OP = Op(name="rotary", reference=rotary_reference, backends=(TORCH,))
 
 
-# the registered op
+# the registered ops
 
 
 def _forward(x: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
@@ -61,22 +61,21 @@ def _add_crossed(out: Tensor, x: Tensor, sin: Tensor, half: int) -> Tensor:
     return out
 
 
+def _backward(dy: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> Tensor:
+    return _forward(dy, cos, -sin.roll(sin.shape[-1] // 2, -1), rotated)
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _, cos, sin, ctx.rotated = inputs
     ctx.save_for_backward(cos, sin)
 
 
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    cos, sin = ctx.saved_tensors
-    return _rotary(dy, cos, -sin.roll(sin.shape[-1] // 2, -1), ctx.rotated), None, None, None
+    return _rotary_backward(dy, *ctx.saved_tensors, ctx.rotated), None, None, None
 
 
-_rotary = OP.register(
-    _forward,
-    fake=lambda x: x.new_empty(x.shape),
-    setup_context=_setup_context,
-    backward=_autograd,
-)
+_rotary = OP.register(_forward, fake=lambda x: x.new_empty(x.shape), setup_context=_setup_context, backward=_autograd)
+_rotary_backward = OP.register(_backward, fake=lambda dy: dy.new_empty(dy.shape), suffix="_backward")
 
 
 # the public function

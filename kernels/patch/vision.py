@@ -73,7 +73,9 @@ def _dinov3_attention_forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    if self.config._attn_implementation != "sdpa" or position_embeddings is None or position_embeddings[0].dim() != 2:
+    if self.config._attn_implementation != "sdpa" or position_embeddings is None:
+        return NotImplemented
+    if any(t.requires_grad or t.dim() != 2 for t in position_embeddings):
         return NotImplemented
     cos, sin = position_embeddings
     q, k, v = apply_linears(hidden_states, self.q_proj, self.k_proj, self.v_proj)

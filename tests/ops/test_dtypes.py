@@ -47,7 +47,7 @@ CALLS = {
     "rms_norm": lambda to: rms_norm(to(draw(M, D)), to(draw(D))),
     "add_rms_norm": lambda to: add_rms_norm(to(draw(M, D)), to(draw(M, D)), to(draw(D)))[0],
     "gated_mlp": lambda to: gated_mlp(to(draw(M, D)), *map(to, (*square(), *square(), *square()))),
-    "rotary": lambda to: rotary(to(draw(B, M, 3, H, 8)), to(draw(M, 8)), to(draw(M, 8)), 2),
+    "rotary": lambda to: rotary(to(draw(B, M, 3, H, 8)), *(to(draw(M, 8)).detach() for _ in range(2)), 2),
     "bias_activation": lambda to: bias_activation(to(draw(M, D)), to(draw(D)), "gelu"),
     "mlp": lambda to: mlp(to(draw(M, D)), *map(to, square()), *map(to, square()), activation="gelu"),
     "adaptor": lambda to: adaptor(

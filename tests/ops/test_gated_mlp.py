@@ -18,8 +18,11 @@ NAMES = ("x", "gate_weight", "gate_bias", "up_weight", "up_bias", "down_weight",
 
 
 def draw(R, D, E, outputs, dtype):
-    """Biases as large as the products that they are added to."""
-    layers = [(torch.randn(n, k) / k**0.5, torch.randn(n)) for n, k in ((E, D), (E, D), (outputs, E))]
+    """Biases as large as the products that they are added to, none of them small."""
+    layers = [
+        (torch.randn(n, k) / k**0.5, torch.randn(n).sign() * (0.8 + torch.rand(n)))
+        for n, k in ((E, D), (E, D), (outputs, E))
+    ]
     return [t.to(dtype) for t in (torch.randn(R, D), *itertools.chain(*layers))]
 
 

@@ -88,7 +88,7 @@ def test_wrong_arguments_are_refused():
         ((x, cos, torch.zeros(6, SIZE), 2), "sin is"),
         ((x, cos, sin[:3], 2), "pass one shape"),
         ((x, cos, sin, 4), "rotated is 4"),
-        ((x, cos.requires_grad_(), sin, 2), "cos needs a gradient"),
+        ((x, cos.clone().requires_grad_(), sin, 2), "cos needs a gradient"),
     ):
         with pytest.raises(ValueError, match=message):
             rotary(*arguments)
