@@ -30,7 +30,8 @@ from prismer.kernels.dispatch import TORCH, TRITON, Backend, Example, Op, rows_a
 from prismer.kernels.launch import Constants, cdiv, kept, launch, next_power_of_2
 from prismer.kernels.layer_norm import _groups, sum_groups
 
-ACTIVATIONS = ("quick_gelu", "gelu", "squared_relu")
+# `_classify` uses the places, which the tables of measured choices keep: append only
+ACTIVATIONS = ("quick_gelu", "gelu", "squared_relu", "gelu_tanh")
 
 
 def bias_activation_reference(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -43,6 +44,8 @@ def bias_activation_reference(h: Tensor, bias: Tensor | None, activation: str) -
         y = u * torch.sigmoid(1.702 * u)
     elif activation == "gelu":
         y = 0.5 * u * (1 + torch.erf(u * 0.5**0.5))
+    elif activation == "gelu_tanh":
+        y = 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3)))
     else:
         y = F.relu(u).square()
     return y.to(h.dtype)
@@ -79,6 +82,9 @@ def activated(b_u, ACTIVATION: tl.constexpr):
         b_y = b_u * tl.sigmoid(1.702 * b_u)
     elif ACTIVATION == "gelu":
         b_y = 0.5 * b_u * (1.0 + tl.erf(b_u * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # 1 + tanh(z) is 2 sigmoid(2 z), which does not cancel
+        b_y = b_u * tl.sigmoid(b_u * (1.5957691216057308 + 0.07135481282640866 * b_u * b_u))
     elif ACTIVATION == "squared_relu":
         # a maximum would turn NaN into 0
         b_r = tl.where(b_u < 0, 0.0, b_u)
@@ -100,6 +106,11 @@ def derivative(b_u, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         b_phi = 0.3989422804014327 * tl.exp(-0.5 * b_u * b_u)
         b_d = 0.5 * (1.0 + tl.erf(b_u * 0.7071067811865476)) + b_u * b_phi
+    elif ACTIVATION == "gelu_tanh":
+        # beyond 10 the derivative is 0 or 1; a power of an infinity would give NaN
+        b_n = tl.where(b_u < -10.0, -10.0, tl.where(b_u > 10.0, 10.0, b_u))
+        b_s = tl.sigmoid(b_n * (1.5957691216057308 + 0.07135481282640866 * b_n * b_n))
+        b_d = b_s + b_n * b_s * (1.0 - b_s) * (1.5957691216057308 + 0.21406443847922598 * b_n * b_n)
     else:
         tl.static_assert(ACTIVATION == "squared_relu")
         b_d = 2.0 * tl.where(b_u < 0, 0.0, b_u)
@@ -231,6 +242,8 @@ def activate(u: Tensor, activation: str) -> Tensor:
         return F.silu(1.702 * u, inplace=True).div_(1.702)
     if activation == "gelu":
         return F.gelu(u)
+    if activation == "gelu_tanh":
+        return F.gelu(u, approximate="tanh")
     return F.relu(u).square_()
 
 
@@ -240,6 +253,8 @@ def activate_backward(dy: Tensor, u: Tensor, activation: str) -> Tensor:
         return torch.ops.aten.silu_backward(dy, 1.702 * u)
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(dy, u)
+    if activation == "gelu_tanh":
+        return torch.ops.aten.gelu_backward(dy, u, approximate="tanh")
     return F.relu(u).mul_(2).mul_(dy)
 
 
@@ -272,7 +287,14 @@ def column_sums(dy: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
 # native
 
 
+def _is_native(activation: str) -> bool:
+    """Whether the native kernels have an activation: torch's own tanh GELU is vectorised too, and runs in its place."""
+    return activation != "gelu_tanh"
+
+
 def _forward_native(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    if not _is_native(activation):
+        return _forward_torch(h, bias, activation)
     return torch.ops.prismer_native.bias_activation(h.contiguous(), bias, activation)
 
 
@@ -302,7 +324,7 @@ def _backward(dy: Tensor, h: Tensor, bias: Tensor | None, activation: str, sums:
         if h.shape[0]:
             return dh, _backward_triton(dy, h, bias, activation, sums, dh)
         return dh, dbias.zero_()
-    if backend == "native":
+    if backend == "native" and _is_native(activation):
         dh = torch.ops.prismer_native.bias_activation_backward(dy, h, bias, activation)
     else:
         u = _biased(h, bias)
@@ -361,7 +383,7 @@ def bias_activation(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     Args:
         h: (..., D), fp32, bf16, fp16 or float64.
         bias: (D,), any floating dtype, or None.
-        activation: "quick_gelu", "gelu" (exact) or "squared_relu".
+        activation: "quick_gelu", "gelu" (exact), "squared_relu" or "gelu_tanh" (the tanh approximation of GELU).
 
     Returns:
         (..., D) in the dtype of `h`.

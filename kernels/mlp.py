@@ -9,8 +9,8 @@ For R rows of D numbers of s bytes, hidden width E and output width O, and each 
     saved     h, R E s, the product WITHOUT its bias; x, R D s, only if fc_weight trains; and the parameters themselves.
               h is not even written if nothing that needs it trains. a is never saved: it is computed again with dh.
     bytes     forward, compulsory: (R D + 2 R E + R O + D E + E O) s, and R E s more if h is saved
-Source: the MLP of CLIP, arXiv:2103.00020 (quick_gelu), of RoBERTa, arXiv:1907.11692 (gelu), and of the resampler of
-Prismer, arXiv:2303.02506 (squared_relu).
+Source: the MLP of CLIP, arXiv:2103.00020 (quick_gelu), of RoBERTa, arXiv:1907.11692 (gelu), of SigLIP, arXiv:2303.15343
+(gelu_tanh), and of the resampler of Prismer, arXiv:2303.02506 (squared_relu).
 """
 
 import functools
@@ -58,7 +58,7 @@ def mlp_reference(
 def _host(x: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, activation: str) -> bool:
     """Whether torch's own layers serve the call as well: with GELU and a frozen second layer they save no more."""
     return (
-        activation == "gelu"
+        activation in ("gelu", "gelu_tanh")
         and not (torch.is_grad_enabled() and proj_weight.requires_grad)
         and all(bias is None or bias.dtype == x.dtype for bias in (fc_bias, proj_bias))
         and not is_partitioned(proj_weight)
@@ -248,7 +248,10 @@ def _plan(
     route = OP.route(x, fc_bias, proj_weight, proj_bias, activation)
     if route == "host":
         fc, proj = _products(x, fc_weight, fc_bias, proj_weight, proj_bias)
-        return lambda x, up, up_bias, down, down_bias: proj(F.gelu(fc(x, up, up_bias)), down, down_bias)
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        return lambda x, up, up_bias, down, down_bias: proj(
+            F.gelu(fc(x, up, up_bias), approximate=approximate), down, down_bias
+        )
     if route == "reference":
         return functools.partial(mlp_reference, activation=activation)
     needs_h = (x, fc_weight, fc_bias, proj_weight)
@@ -309,7 +312,7 @@ def mlp(
         x: (..., D), fp32, bf16, fp16 or float64.
         fc_weight, proj_weight: (E, D) and (O, E), as in `nn.Linear`, of the dtype of `x`.
         fc_bias, proj_bias: (E,) and (O,), any floating dtype, or None.
-        activation: "quick_gelu", "gelu" (exact) or "squared_relu".
+        activation: "quick_gelu", "gelu" (exact), "squared_relu" or "gelu_tanh" (the tanh approximation of GELU).
 
     Returns:
         (..., O) in the dtype of `x`.

@@ -79,7 +79,7 @@ class MLP(nn.Module):
     Args:
         width: D.
         hidden: size between the two layers.
-        activation: "quick_gelu", "gelu" (erf) or "squared_relu".
+        activation: "quick_gelu", "gelu" (erf), "squared_relu" or "gelu_tanh".
         names: of the two linear layers.
     """
 

@@ -29,6 +29,8 @@ def test_every_public_op_is_called():
         "logit_statistics",
         "philox_kept",
         "rms_norm",
+        "rotary",
+        "gated_mlp",
         "resampler_projections",
         "linear",
         "few_rows_linear",

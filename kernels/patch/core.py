@@ -6,8 +6,8 @@
 
 A module is patched by changing its class: to a subclass of its own class whose `forward` calls the fused op.
 Parameters, state-dict keys, hooks, devices, optimizers and `isinstance` stay as they are, and undoing restores the
-old class. Supported families, and the reasons to keep a module as it is, are listed in towers.py, text.py,
-resamplers.py and loss.py.
+old class. Supported families, and the reasons to keep a module as it is, are listed in towers.py, qwen_vl.py,
+vision.py, text.py, resamplers.py and loss.py.
 
 A fused forward reads the weights of the layers that it covers and does not call these layers. At every call it
 therefore checks that each of them is still plain (prismer.kernels.layer_state). Once a layer is quantised, pruned,
@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from prismer.kernels.patch import loss, resamplers, text, towers
+from prismer.kernels.patch import loss, qwen_vl, resamplers, text, towers, vision
 from prismer.kernels.patch.rules import PARTS, Rule, is_patched, qualified_name
 
-RULES = (*towers.RULES, *text.RULES, *resamplers.RULES, *loss.RULES)
+RULES = (*towers.RULES, *qwen_vl.RULES, *vision.RULES, *text.RULES, *resamplers.RULES, *loss.RULES)
 # the attribute in which a patched module keeps its LastCheck
 _LAST_CHECK = "_prismer_last_check"
 

@@ -12,6 +12,8 @@ from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 from prismer.kernels.layer_state import has_hooks
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
+from prismer.kernels.patch.gated_mlp import gated_mlp
+from prismer.kernels.patch.rms_norm import add_rms_norm
 from prismer.kernels.patch.rules import qualified_name, reason_wrong_class
 
 _ACTIVATIONS = {
@@ -20,7 +22,13 @@ _ACTIVATIONS = {
     "torch.nn.modules.activation.GELU": "gelu",
     "transformers.activations.GELUActivation": "gelu",
     "transformers.activations.ReLUSquaredActivation": "squared_relu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    # its name before transformers 5
+    "transformers.activations.PytorchGELUTanh": "gelu_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_tanh",
+    "transformers.activations.FastGELUActivation": "gelu_tanh",
 }
+_SILUS = ("torch.nn.modules.activation.SiLU", "transformers.activations.SiLUActivation")
 BLIP2 = (("blip_2", "Blip2"), ("instructblip", "InstructBlip"))
 
 
@@ -43,13 +51,20 @@ def apply_mlp(x: Tensor, fc: nn.Linear, activation: object, proj: nn.Linear) -> 
     return mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=name)
 
 
+def apply_gated_mlp(x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> Tensor:
+    """`down(silu(gate(x)) * up(x))` by the fused op."""
+    return gated_mlp(x, gate.weight, gate.bias, up.weight, up.bias, down.weight, down.bias)
+
+
 def apply_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """`norm(x)` by the fused op."""
     return layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-def add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """`norm(x + residual)` and the sum itself."""
+def add_norm(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    """`norm(x + residual)` and the sum itself, for a layer norm or an RMS norm."""
+    if hasattr(norm, "variance_epsilon"):
+        return add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
     return add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
 
 
@@ -68,8 +83,9 @@ def merge_heads(x: Tensor) -> Tensor:
 
 def activation_of(module: object) -> str | None:
     """The fused op's name for an activation; None if the op does not have it."""
-    if getattr(module, "approximate", "none") != "none":
-        return None
+    approximate = getattr(module, "approximate", "none")
+    if approximate != "none":
+        return "gelu_tanh" if type(module) is nn.GELU and approximate == "tanh" else None
     return _ACTIVATIONS.get(qualified_name(type(module)))
 
 
@@ -82,7 +98,18 @@ def reason_activation(name: str, module: nn.Module) -> str | None:
         # functions as well as modules serve as activations
         is_module = isinstance(activation, nn.Module)
         shown = repr(activation) if is_module else getattr(activation, "__name__", repr(activation))
-        return f"its activation {shown} has no fused op; the fused ones are QuickGELU, exact GELU and squared ReLU"
+        return (
+            f"its activation {shown} has no fused op; "
+            "the fused ones are QuickGELU, GELU, its tanh approximation, and squared ReLU"
+        )
+    return None
+
+
+def reason_not_swiglu(name: str, module: nn.Module) -> str | None:
+    """Keep a gated MLP whose activation, the attribute `name`, is not SiLU."""
+    activation = getattr(module, name)
+    if qualified_name(type(activation)) not in _SILUS:
+        return f"its gate has the activation {activation!r}, and the fused gated MLP has SiLU"
     return None
 
 

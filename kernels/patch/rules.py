@@ -14,6 +14,10 @@ LAYER_NORMS = (
     "open_clip.transformer.LayerNorm",
     "open_clip.transformer.LayerNormFp32",
 )
+RMS_NORMS = (
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLRMSNorm",
+    "transformers.models.internvl.modeling_internvl.InternVLVisionRMSNorm",
+)
 # torch gives the output projection of nn.MultiheadAttention a class of its own
 _LINEARS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
@@ -96,7 +100,10 @@ def _reason_not_readable(name: str, module: nn.Module) -> str | None:
         return f"it has no {name}"
     if type(child) in _LINEARS:
         return None
-    if qualified_name(unpatched_class(child)) not in LAYER_NORMS:
+    kind = qualified_name(unpatched_class(child))
+    if kind in RMS_NORMS:
+        return None
+    if kind not in LAYER_NORMS:
         return f"its {name} is a {type(child).__name__} (quantised, adapted or wrapped), not a plain layer"
     return reason_many_dimensions(f"its {name}", child)
 

@@ -6,12 +6,14 @@
 | torch `nn.MultiheadAttention` (open_clip and others) | projections and attention, if no weights are asked for |
 | open_clip `ResidualAttentionBlock`, with or without layer scale | first residual + norm, and the MLP |
 | transformers CLIP, MetaCLIP 2, SigLIP 1 and 2, BLIP, BLIP-2, InstructBLIP | attention, residual + norm, MLP |
+| the towers of Idefics2, Idefics3 and SmolVLM | attention, residual + norm, MLP |
 | transformers ViT, DeiT, DINOv2 | attention, MLP |
 
-Post-norm layers (BERT, RoBERTa, ...) are in text.py.
+Post-norm layers (BERT, RoBERTa, ...) are in text.py, Qwen's towers in qwen_vl.py, and DINOv3, InternViT and SAM in
+vision.py.
 
-Modules that have no fused op are kept: an MLP whose activation is neither QuickGELU, exact GELU nor squared ReLU
-(SigLIP's default is the tanh approximation of GELU), a gated MLP, packed attention with `bias_k` or `add_zero_attn`.
+Modules that have no fused op are kept: an MLP whose activation is neither QuickGELU, GELU, its tanh approximation nor
+squared ReLU, packed attention with `bias_k` or `add_zero_attn`.
 
 Some calls run the original forward of a replaced module:
     attention weights are asked for (`need_weights`, attn_implementation="eager", BLIP's output_attentions)
@@ -216,6 +218,7 @@ def _packed_qkv(self: Any, x: Tensor) -> Iterator[Tensor]:
 _QKV = ("q_proj", "k_proj", "v_proj")
 _CLIP = (("clip", "CLIP"), ("metaclip_2", "MetaClip2"), ("siglip", "Siglip"), ("siglip2", "Siglip2"))
 _VIT = (("vit", "ViT"), ("deit", "DeiT"), ("dinov2", "Dinov2"))
+_IDEFICS = (("idefics2", "Idefics2"), ("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
 _BLIP = (("blip", "Blip"), *BLIP2)
 
 
@@ -244,14 +247,21 @@ def _vision_rules() -> Iterator[Rule]:
     siglip = _vision_attention("dropout", "scale", "out_proj", takes_options=False)
     vit = _vision_attention("attention_dropout", "scaling", "o_proj")
     check_mlp = partial(reason_activation, "activation_fn")
-    for family, name in (*_CLIP, *_VIT, *_BLIP):
+    idefics = tuple((family, f"{name}Vision") for family, name in _IDEFICS)
+    for family, name in (*_CLIP, *_VIT, *_BLIP, *idefics):
         target = transformers_class(family, f"{name}MLP")
         yield Rule("mlp", target, {"forward": _mlp_forward}, check_mlp, reads=("fc1", "fc2"))
-    for family, name in (*_CLIP, *_VIT):
-        forward = siglip if family.startswith("siglip") else clip if (family, name) in _CLIP else vit
+    for family, name in (*_CLIP, *_VIT, *idefics):
+        forward = (
+            siglip
+            if family.startswith("siglip") or (family, name) in idefics
+            else clip
+            if (family, name) in _CLIP
+            else vit
+        )
         target = transformers_class(family, f"{name}Attention")
         yield Rule("attention", target, {"forward": forward}, reads=_QKV, covers=_QKV)
-    for family, name in (*_CLIP, *_BLIP):
+    for family, name in (*_CLIP, *_BLIP, *_IDEFICS):
         target, norm = transformers_class(family, f"{name}EncoderLayer"), ("layer_norm2",)
         yield Rule("layer_norm", target, {"forward": _pre_norm_forward}, reads=norm, covers=norm)
     for family, name in BLIP2:

@@ -23,8 +23,10 @@ from prismer.kernels.label_map import label_map
 from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import mlp
+from prismer.kernels.patch.gated_mlp import gated_mlp
 from prismer.kernels.patch.resampler_projections import resampler_projections
 from prismer.kernels.patch.rms_norm import add_rms_norm, rms_norm
+from prismer.kernels.patch.rotary import rotary
 from prismer.kernels.resampler_attention import resampler_attention, standardise
 
 B, M, L, D, H = 2, 4, 6, 16, 2
@@ -44,6 +46,8 @@ CALLS = {
     "add_layer_norm": lambda to: add_layer_norm(to(draw(M, D)), to(draw(M, D)), to(draw(D)), to(draw(D)))[0],
     "rms_norm": lambda to: rms_norm(to(draw(M, D)), to(draw(D))),
     "add_rms_norm": lambda to: add_rms_norm(to(draw(M, D)), to(draw(M, D)), to(draw(D)))[0],
+    "gated_mlp": lambda to: gated_mlp(to(draw(M, D)), *map(to, (*square(), *square(), *square()))),
+    "rotary": lambda to: rotary(to(draw(B, M, 3, H, 8)), *(to(draw(M, 8)).detach() for _ in range(2)), 2),
     "bias_activation": lambda to: bias_activation(to(draw(M, D)), to(draw(D)), "gelu"),
     "mlp": lambda to: mlp(to(draw(M, D)), *map(to, square()), *map(to, square()), activation="gelu"),
     "adaptor": lambda to: adaptor(

@@ -56,8 +56,10 @@ def plain(x, fc_weight, fc_bias, proj_weight, proj_bias, *, activation):
     u = F.linear(x, fc_weight, fc_bias)
     if activation == "quick_gelu":
         a = u * torch.sigmoid(1.702 * u)
+    elif activation.startswith("gelu"):
+        a = F.gelu(u, approximate="tanh" if activation == "gelu_tanh" else "none")
     else:
-        a = F.gelu(u) if activation == "gelu" else F.relu(u).square()
+        a = F.relu(u).square()
     return F.linear(a, proj_weight, proj_bias)
 
 

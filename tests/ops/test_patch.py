@@ -164,7 +164,7 @@ KEPT = {
     "hook on the container": (hook("blocks.0.mlp"), "its mlp has hooks"),
     "float8": (in_float8("blocks.0.attn.in_proj_weight"), "its .*in_proj_weight is torch.float8_e4m3fn, and the fused"),
     "no norm": (swap("blocks.0.ln_2", nn.Identity()), "its ln_2 is a Identity"),
-    "tanh": (swap("blocks.0.mlp.gelu", nn.GELU("tanh")), r"its activation GELU\(approximate='tanh'\) has no fused op"),
+    "silu": (swap("blocks.0.mlp.gelu", nn.SiLU()), r"its activation SiLU\(\) has no fused op"),
     "relu": (swap("blocks.0.mlp.gelu", nn.ReLU()), r"its activation ReLU\(\) has no fused op"),
     "wide norm": (swap("norm", nn.LayerNorm((T, D))), "it normalises 2 dimensions, and the fused norm only the last"),
     "long norm": (swap("norm", nn.LayerNorm(65537)), "it normalises 65537 numbers, and the fused norm at most 65536"),

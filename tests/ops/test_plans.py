@@ -32,8 +32,10 @@ from prismer.kernels.layer_norm import add_layer_norm, layer_norm
 from prismer.kernels.linear import OP as LINEARS
 from prismer.kernels.linear import linears
 from prismer.kernels.mlp import OP as MLP
+from prismer.kernels.patch.gated_mlp import gated_mlp
 from prismer.kernels.patch.resampler_projections import resampler_projections
 from prismer.kernels.patch.rms_norm import add_rms_norm, rms_norm
+from prismer.kernels.patch.rotary import rotary
 from prismer.kernels.resampler_attention import resampler_attention
 from prismer.kernels.tuning.tables import Entry, Table
 
@@ -80,6 +82,11 @@ CALLS = {
     "few_rows_linear": (((2, 3, D), (E, D), (E,)), few_rows_linear),
     "rms_norm": (((2, 3, D), (D,)), rms_norm),
     "add_rms_norm": (((2, 3, D), (2, 3, D), (D,)), lambda *t: torch.cat(add_rms_norm(*t))),
+    "gated_mlp": (((2, 3, D), (E, D), (E,), (E, D), (E,), (D, E), (D,)), gated_mlp),
+    "rotary": (
+        ((2, 5, 3, H, 8),),
+        lambda x: rotary(x, *torch.linspace(-1, 1, 64, device=x.device).view(2, 4, 8), 2),
+    ),
     "resampler_projections": (
         ((2, 3, D), (2, 4, D), (D,), (D,), (E, D), (D, D), (D, D)),
         lambda *t: torch.cat([part.flatten() for part in resampler_projections(*t)]),
@@ -186,6 +193,8 @@ NO_TRITON = (
     "few_rows_linear",
     "rms_norm",
     "add_rms_norm",
+    "gated_mlp",
+    "rotary",
     "resampler_projections",
     "cross_attention",
     "attention of torch's operators",

@@ -128,6 +128,8 @@ OPS = {
         "add_rms_norm",
         lambda m, dtype, rule: m.test_rms_norm_equals_its_definition((5, 60), True, dtype, rule),
     ),
+    "gated_mlp": ("gated_mlp", lambda m, dtype, rule: m.compare(m.draw(33, 20, 8, 9, dtype), rule)),
+    "rotary": ("rotary", lambda m, dtype, rule: m.compare(*m.draw(2, 5, 4, dtype), 2, rule)),
     "linear": ("linears", lambda m, dtype, rule: m.test_linears(2, "x w0 b0 w1 b1", dtype, rule)),
     "few_rows": ("native", lambda m, dtype, rule: m.check(*m.draw(7, 21, 61, dtype), rule)),
     "gemm": ("gemm", lambda m, dtype, rule: m.test_gemm((7, 61, 5), dtype, "torch", rule)),

@@ -186,7 +186,7 @@ FAMILIES = {
     "siglip": (
         two_towers("Siglip", "gelu_pytorch_tanh"),
         clip_inputs,
-        parts("Siglip", "MultiheadAttention") - {"SiglipMLP"},
+        parts("Siglip", "MultiheadAttention"),
     ),
     "siglip-gelu-padded": (
         two_towers("Siglip", "gelu"),
