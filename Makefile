@@ -13,9 +13,10 @@ SOURCES := $(sort $(shell find csrc -type f))
 train: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed train.py --config zero3.json
 
-# each file in one of as many processes as there are cores, one thread each: most tests wait for the interpreter
+# each file in one of as many processes as there are cores, one thread each: most tests wait for the interpreter, and
+# those that start processes need the compiled modules
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

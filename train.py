@@ -50,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="profile N steps (default 3) into trace.json.gz and profile.txt in the run's folder, then go on",
     )
+    parser.add_argument("--wandb", metavar="PROJECT", help="also send the metrics to this project of Weights & Biases")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -69,7 +70,7 @@ def main() -> int:
     from prismer.training.setup import Run
     from prismer.training.trainer import Trainer
 
-    flags = ("task", "data", "model", "expert_text", "rename_kinds", "run", "steps", "epochs")
+    flags = ("task", "data", "model", "expert_text", "rename_kinds", "run", "steps", "epochs", "wandb")
     trainer = None
     try:
         config, settings = read_config(arguments.config, **{name: getattr(arguments, name) for name in flags})

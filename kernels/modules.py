@@ -60,7 +60,7 @@ class LayerNorm(nn.LayerNorm):
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
-def _linear(layer: Any, x: Tensor) -> Tensor:
+def apply_linear(layer: Any, x: Tensor) -> Tensor:
     """`layer(x)`, by the fused op if the layer is a plain linear."""
     return linears(x, [(layer.weight, layer.bias)])[0] if is_plain_layer(layer) else layer(x)
 
@@ -209,7 +209,7 @@ class MultiheadAttention(nn.Module):
     def merge(self, out: Tensor) -> Tensor:
         """Merge the heads and project: (B, H, N, K) -> (B, N, D)."""
         layer = self.out_proj if self.names is None else self.get_submodule(self.names[3])
-        return _linear(layer, out.transpose(1, 2).flatten(2))
+        return apply_linear(layer, out.transpose(1, 2).flatten(2))
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, causal: bool = False, key_mask: Tensor | None = None
@@ -258,7 +258,7 @@ class ResamplerBlock(nn.Module):
         out = resampler_attention(
             self.ln_1(z), x, self.ln_2.weight, self.ln_2.bias, attn.in_proj_weight, attn.in_proj_bias, attn.num_heads
         )
-        y, z = _add_norm(self.ln_ff, _linear(attn.out_proj, out), z)
+        y, z = _add_norm(self.ln_ff, apply_linear(attn.out_proj, out), z)
         return z + self.mlp(y)
 
 

@@ -36,6 +36,10 @@ _MOST = {
     "vocab_size": _TABLE,
     "max_positions": _TABLE,
 }
+# what names the architecture to transformers (prismer/transformers)
+MODEL_TYPE = "prismer"
+# what transformers writes into config.json beside it, and what nothing here depends on
+_OF_TRANSFORMERS = ("architectures", "dtype", "transformers_version")
 _RESTORE = "restore the file or export the model again"
 
 
@@ -199,13 +203,17 @@ class PrismerConfig:
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:
-        """The config as indented JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """The config as indented JSON, with the type of model that transformers asks for."""
+        return json.dumps(dict(model_type=MODEL_TYPE, **dataclasses.asdict(self)), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "config.json") -> "PrismerConfig":
-        """Read what `to_json` wrote; `source` names the file in errors."""
+        """Read what `to_json` or transformers wrote; `source` names the file in errors."""
         values = parse_json(text, source, _RESTORE)
+        if isinstance(values, dict):
+            if values.pop("model_type", MODEL_TYPE) != MODEL_TYPE:
+                raise InputError(f"{source} is of another type of model; give the config of a Prismer")
+            values = {name: value for name, value in values.items() if name not in _OF_TRANSFORMERS}
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or set(values) - known:
             extra = type(values).__name__

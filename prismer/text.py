@@ -27,7 +27,7 @@ from prismer.kernels.cross_attention import cross_attention
 from prismer.kernels.cross_entropy import linear_cross_entropy
 from prismer.kernels.layer_state import is_plain_layer
 from prismer.kernels.linear import linears
-from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention
+from prismer.kernels.modules import MLP, Adaptor, LayerNorm, MultiheadAttention, apply_linear
 from prismer.look_up import look_up
 from prismer.tied_embedding import embed_tied
 
@@ -129,8 +129,16 @@ class CrossAttention(MultiheadAttention):
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, vision width) -> keys and values (B, H, L, K)."""
-        pair = [(layer.weight, layer.bias) for layer in (self.key, self.value)]
-        return tuple(self._heads(part) for part in linears(context, pair))
+        if self._are_plain:
+            parts = linears(context, [(layer.weight, layer.bias) for layer in (self.key, self.value)])
+        else:
+            parts = self.key(context), self.value(context)
+        return tuple(self._heads(part) for part in parts)
+
+    @property
+    def _are_plain(self) -> bool:
+        """Whether the weights of key and value may be read instead of calling them; LoRA's layers must be called."""
+        return is_plain_layer(self.key) and is_plain_layer(self.value)
 
     def forward(
         self,
@@ -147,11 +155,12 @@ class CrossAttention(MultiheadAttention):
             key_mask: (B, L) bool, which tokens are seen; None is all, or what the keys and values say.
             packing: where the tokens of `x` are; without `rows`, R is a multiple of B.
         """
-        if isinstance(context, Tensor) and key_mask is not None:
-            context = (*self.project_context(context), key_mask)
+        if isinstance(context, Tensor) and not (key_mask is None and self._are_plain):
+            context = self.project_context(context)
+            context = context if key_mask is None else (*context, key_mask)
         shared = context if isinstance(context, Tensor) else context[0]
         B, (R, Q, D) = shared.shape[0], x.shape
-        (q,) = linears(x, [(self.query.weight, self.query.bias)])
+        q = apply_linear(self.query, x)
         rows = None if packing is None else packing.rows
         if rows is not None:
             (q,) = look_up(rows.flatten(), packing.places, q.flatten(0, 1))
@@ -170,7 +179,7 @@ class CrossAttention(MultiheadAttention):
             out = rearrange(out, "b h n k -> b n (h k)")
         if rows is not None:
             (out,) = look_up(packing.places, rows.flatten(), out.flatten(0, 1))
-        (out,) = linears(out.reshape(R, Q, D), [(self.output.weight, self.output.bias)])
+        out = apply_linear(self.output, out.reshape(R, Q, D))
         return self.norm.add(self.drop(out), x)[0]
 
 

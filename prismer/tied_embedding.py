@@ -49,6 +49,9 @@ def embed_tied(embedding: nn.Embedding, ids: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (..., D) rows and the (V, D) table.
     """
+    if type(embedding) is not nn.Embedding:
+        # wrapped, by PEFT for example: it has to be called
+        return embedding(ids), embedding.weight
     # reading `embedding.weight` would make ZeRO-3 gather it
     (table,) = embedding.parameters()
     if table.requires_grad and torch.is_grad_enabled() and on_host(table) and not is_partitioned(table):

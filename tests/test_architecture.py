@@ -124,7 +124,7 @@ def test_the_gpu_check_imports_the_model_and_the_kernels_alone(imports):
     assert upward(imports, "scripts", is_allowed) == []
 
 
-@pytest.mark.parametrize("room", ["prismer.evaluation", "prismer.asking"])
+@pytest.mark.parametrize("room", ["prismer.evaluation", "prismer.asking", "prismer.transformers"])
 def test_results_import_no_job_and_no_command(imports, room):
     above = ("prismer.training", "prismer.costs", "prismer.ablations", "prismer.cli")
     assert any(name.startswith(room) for name in imports)

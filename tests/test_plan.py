@@ -6,8 +6,6 @@ Run: pytest tests/test_plan.py
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from prismer.model import Prismer
 from prismer.training.config import TrainConfig
 from prismer.training.engine_settings import read_config
 from tests.ops.live_bytes import peak_bytes
+from tests.train.forks import start
 
 HERE = Path(__file__).parent
 ONE, MIXED = ((1, 30),), ((2, 12), (3, 20))
@@ -63,28 +62,15 @@ WORLDS = (1, 2) if os.environ.get("PRISMER_LONG_TESTS") else (2,)
 def zero_runs(tmp_path_factory):
     """Real DeepSpeed runs of WORLDS processes, in the background of the other tests."""
     folder = tmp_path_factory.mktemp("zero")
-    paths = [str(HERE.parent), str(HERE / "ops")]
-    settings = dict(OMP_NUM_THREADS="1", PRISMER_BACKEND="linear:torch", PYTHONPATH=os.pathsep.join(paths))
-    environment = {**os.environ, **settings}
     runs = {}
     for world in WORLDS:
         out = folder / f"{world}.json"
-        with open(folder / f"{world}.log", "w") as log:
-            command = [
-                Path(sys.executable).parent / "torchrun",
-                "--standalone",
-                "--nproc_per_node",
-                str(world),
-                HERE / "plan_under_zero.py",
-                out,
-            ]
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        runs[world] = process, out
+        command = [HERE / "plan_under_zero.py", out]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        runs[world] = start(command, folder / f"{world}.log", folder, environment, world), out
     yield runs
-    for process, _ in runs.values():
-        # torchrun ends its workers when it is terminated
-        process.terminate()
-        process.wait()
+    for forks, _ in runs.values():
+        forks.kill()
 
 
 def as_on_a_cpu(x, numbers):

@@ -131,12 +131,15 @@ _REGISTERED = {"native": native_backend, "triton": triton_backend, "torch": torc
 # which backend
 
 
-@torch.compiler.assume_constant_result
 def _choose(asked: str | None, **constants: Any) -> str:
     """The backend of a call with these `Call.constants`; torch.compile takes the result for a constant too."""
     if asked == "reference":
         return asked
     return OP.choose(Facts.on_this_machine(**constants), gradient=constants["gradient"], asked_for=asked)
+
+
+# what torch.compiler.assume_constant_result does, which would import the compiler, half the time of each start
+_choose._dynamo_marked_constant = True
 
 
 # the registered ops

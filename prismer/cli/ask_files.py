@@ -79,6 +79,7 @@ def _print_report(args: argparse.Namespace, items: Items, report: AskReport, pro
         print(f"skipped {where}{row['skipped']}", file=sys.stderr)
     if report.skipped > len(report.first_skipped):
         print(f"... and {report.skipped - len(report.first_skipped)} more, all in {args.out}", file=sys.stderr)
-    print(f"{args.out}: {report.lines} lines, {report.skipped} of them with the reason why there is no {args.command}")
+    skipped = f", {report.skipped} of them with a reason instead of a result" if report.skipped else ""
+    print(f"{args.out}: {report.lines} lines{skipped}")
     if report.skipped == report.lines:
         raise InputError(f"none of the {report.lines} images could be read; see {args.out}")

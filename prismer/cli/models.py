@@ -16,7 +16,10 @@ def add_model_commands(commands: argparse._SubParsersAction) -> None:
     listing.set_defaults(run=_list)
     fetch = steps.add_parser("fetch", help="download models; an interrupted download resumes")
     fetch.add_argument(
-        "names", nargs="+", metavar="NAME", help="a name of `prismer models list`, or owner/name of the hub"
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="a name of `prismer models list`, owner/name of the hub, or a preset such as base for its towers",
     )
     fetch.set_defaults(run=_fetch)
 
@@ -68,16 +71,24 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> None:
+    from prismer.model import Prismer
+    from prismer.weights.backbones import TOWERS, from_preset, is_preset
     from prismer.weights.catalogue import PUBLISHED_MODELS
     from prismer.weights.locate import locate
 
     for name in args.names:
         # locate takes folders too, which nobody can mean here
-        if name not in PUBLISHED_MODELS and ("/" not in name or Path(name).exists()):
+        if name not in PUBLISHED_MODELS and not is_preset(name) and ("/" not in name or Path(name).exists()):
             raise InputError(
                 f"{name} is no model of the hub; give a name of `prismer models list`, or owner/name of the hub"
             )
     for name in args.names:
+        if is_preset(name):
+            # building the model downloads its towers, and shows that they load
+            from_preset(Prismer, name)
+            vision, tag, text = TOWERS[name.removesuffix("-z")]
+            print(f"{name}: open_clip's {vision} ({tag}) and {text} are on this machine", flush=True)
+            continue
         folder, weights = locate(name)
         print(f"{name} -> {folder or weights}", flush=True)
 

@@ -85,6 +85,7 @@ class TrainConfig:
         deterministic: whether a GPU, too, gives the same bits in each run; slower there, and without effect on a CPU.
         loader_threads: threads of each process that decode images, and as many that read samples.
         log_every, save_every: steps between lines of metrics.jsonl, and between checkpoints.
+        wandb: project of Weights & Biases that gets the metrics as well; "" is none.
         eval_every: steps between two evaluations; 0 evaluates at the end of each epoch.
         eval_images, eval_batch_size: validation images used during training (0 for all), and per forward pass.
 
@@ -132,6 +133,7 @@ class TrainConfig:
 
     loader_threads: int = 2
     log_every: int = 10
+    wandb: str = ""
     save_every: int = 200
     eval_every: int = 0
     eval_images: int = 0

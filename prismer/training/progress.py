@@ -1,4 +1,4 @@
-"""What rank 0 shows while a run trains: a progress bar, metrics.jsonl, TensorBoard scalars and loss.png."""
+"""What rank 0 shows while a run trains: a progress bar, metrics.jsonl, scalars for TensorBoard and others, loss.png."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from prismer.errors import InputError
 from prismer.evaluation.report import main_scores
 from prismer.files import add_name, replacing, write_atomically
 from prismer.training.streams import tolerant_of_closing
+from prismer.training.wandb_run import WandbRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,10 +76,11 @@ class Progress:
         folder: the run folder.
         start: the step from which the run starts or resumes; records of later steps are removed.
         total: steps in all.
+        wandb: what gets the records as well.
     """
 
-    def __init__(self, folder: Path, start: int, total: int) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, start: int, total: int, wandb: WandbRun | None = None) -> None:
+        self.folder, self._wandb = Path(folder), wandb
         kept = [row for row in read_metrics(folder) if row["step"] <= start]
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_atomically(self.folder / METRICS, text.encode())
@@ -113,6 +115,8 @@ class Progress:
         except OSError as error:
             add_name(error, self.folder / "tensorboard")
             raise
+        if self._wandb:
+            self._wandb.record(row)
         if row["kind"] == "train":
             self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['samples_per_s']:.1f} samples/s", refresh=False)
 
@@ -122,10 +126,12 @@ class Progress:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """End the bar and close TensorBoard's file."""
+        """End the bar and close what gets the records."""
         with tolerant_of_closing(sys.stderr):
             self._bar.close()
         self._board.close()
+        if self._wandb:
+            self._wandb.close()
 
 
 def plot_metrics(folder: Path) -> None:

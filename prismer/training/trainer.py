@@ -23,6 +23,7 @@ from prismer.training.setup import DTYPES, Run
 from prismer.training.skipped import SkippedSamples
 from prismer.training.stopping import StopRequest
 from prismer.training.streams import print_on_rank_zero
+from prismer.training.wandb_run import WandbRun
 
 
 class Trainer:
@@ -58,7 +59,8 @@ class Trainer:
         started = time.time()
         if run.is_rank_zero:
             (path / "finished.json").unlink(missing_ok=True)
-            self.progress = Progress(path, self.step, run.total_steps)
+            wandb = WandbRun(self.config, path, self.step) if self.config.wandb else None
+            self.progress = Progress(path, self.step, run.total_steps, wandb)
         val = {labelled("val", name): loader for name, loader in run.val_loaders.items()}
         self.skipped = SkippedSamples(path, {"train": run.loader, **val}, run.group)
 

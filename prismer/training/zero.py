@@ -3,6 +3,7 @@
 Every workaround for DeepSpeed 0.19.8 is in this file. A "collective" is a function that every rank must call.
 """
 
+import importlib
 import json
 import os
 import socket
@@ -166,6 +167,20 @@ def check_settings(config: TrainConfig, settings: dict) -> None:
         ) from None
 
 
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer, which the engine asks for, without compiling functions that nobody calls.
+
+    Compiling them imports torch's inductor, which takes a second of every start.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_function, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_function
+
+
 def build_engine(model: nn.Module, config: TrainConfig, settings: dict, precision: str) -> nn.Module:
     """Hand `model` to DeepSpeed: its parameters become shards, the trainable ones with fp32 masters and AdamW.
 
@@ -179,6 +194,7 @@ def build_engine(model: nn.Module, config: TrainConfig, settings: dict, precisio
     import deepspeed
 
     merged = complete_settings(config, settings, world_size=dist.get_world_size(), precision=precision)
+    _import_muon()
     if sum(p.numel() for p in model.parameters()) < SMALL_MODEL:
         # one hook for the whole decoder: a hook for each block takes a quarter of tiny's step on a CPU
         deepspeed.utils.set_z3_leaf_module(model.decoder, True)

@@ -103,6 +103,14 @@ def save_pretrained(
         write_atomically(aside / MODEL_CARD, card.text(model, Path(place).name).encode())
 
 
+def copy_companions(source: str | Path | None, folder: Path) -> None:
+    """Complete a folder that transformers wrote: copy what lies beside the weights of `source`, and write checksums."""
+    for names in ([ANSWERS], [CLASS_NAMES], TABLE_FILES, ["vocab.json", "merges.txt"]):
+        if source is not None and Path(source).resolve() != folder.resolve():
+            _copy(source, folder, names)
+    write_checksums(folder)
+
+
 def _copy(source: str | Path | None, folder: Path, names: Sequence[str]) -> None:
     """Copy files of the folder `source`, if it has all of them."""
     if source is not None and all((Path(source) / name).is_file() for name in names):

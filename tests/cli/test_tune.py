@@ -59,9 +59,8 @@ def test_a_second_measurement_keeps_the_calls_of_the_first(run, model, home, qui
     (file,) = (home / "tuned").glob("*.json")
     first = {entry.key for entry in Table.from_json(file.read_text()).entries}
     tuning.forget()
-    monkeypatch.setattr(
-        tuned_calls, "record_calls", lambda *_: {("layer_norm", torch.float32, False, (4, 6, 0)): (4, 6, 0)}
-    )
+    shape = (4, 6, 0)
+    monkeypatch.setattr(tuned_calls, "record_calls", lambda *_: {("layer_norm", torch.float32, False, shape): shape})
     assert run("tune", "--model", model, "--seconds", 1, "--device", "cpu").code == 0
     second = {entry.key for entry in Table.from_json(file.read_text()).entries}
     assert len(second - first) == 1 and first <= second

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 
 import prismer.weights.backbones as backbones
 from prismer.batch import Batch, TextBatch
+from prismer.cli.main import main
 from prismer.config import ALL_EXPERTS, prismer_base, prismer_huge, prismer_large
 from prismer.freezing import freeze
 from prismer.model import Prismer
@@ -282,6 +283,16 @@ def test_a_preset_is_built_from_the_hub_and_then_from_its_cache(parts, towers_on
     assert (
         half.config.experts == () and half.config.image_size == 224 and half.decoder.head_weight.dtype == torch.bfloat16
     )
+
+
+def test_the_towers_of_a_preset_are_fetched_once(towers_on_the_hub, monkeypatch, capsys):
+    main(["models", "fetch", "base-z"])
+    assert (
+        capsys.readouterr().out
+        == "base-z: open_clip's prismer-test-b (openai) and someone/roberta are on this machine\n"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert build_initial_model("base").config.name
 
 
 def test_a_preset_whose_towers_are_missing_says_which(towers_on_the_hub, monkeypatch):

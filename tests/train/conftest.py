@@ -20,6 +20,8 @@ from prismer.dataloading.store.shards import ShardDataset
 from prismer.model import Prismer
 from prismer.tokenizer import Tokenizer
 from prismer.training.progress import read_metrics
+from tests.train import forks
+from tests.train.forks import Forks
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = 64
@@ -48,7 +50,7 @@ def small_config(**changes) -> PrismerConfig:
 class Run:
     """One launch of train.py."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen | Forks
     folder: Path
     log: Path
 
@@ -87,7 +89,7 @@ class Workshop:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, 29600 + os.getpid() % 300
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[subprocess.Popen | Forks] = []
         render_dataset(folder / "data", train=64, val=8, test=0, size=SIDE, label_size=SIDE, workers=1, progress=False)
         train = ShardDataset(folder / "data" / "train")
         texts = [
@@ -102,7 +104,7 @@ class Workshop:
     def launch(
         self,
         run: str,
-        launcher: str = "python",
+        launcher: str = "fork",
         flags: tuple[str, ...] = (),
         largest_file: int = resource.RLIM_INFINITY,
         **settings,
@@ -111,7 +113,8 @@ class Workshop:
 
         Args:
             run: name of the run.
-            launcher: "python", "deepspeed N" or "torchrun N".
+            launcher: "python", "deepspeed N" or "torchrun N"; "fork" runs as "python" does and spares the imports,
+                and "fork N" runs N ranks without a launcher.
             flags: further flags of train.py.
             largest_file: a write beyond so many bytes of a file fails, as on a full disk.
             settings: the prismer section of the config.
@@ -143,12 +146,6 @@ class Workshop:
         folder = self.folder / "runs" / run
         name, _, count = launcher.partition(" ")
         self.port += 1
-        binaries = Path(sys.executable).parent
-        command = {
-            "python": [sys.executable],
-            "deepspeed": [binaries / "deepspeed", "--num_accelerators", count, "--master_port", str(self.port)],
-            "torchrun": [binaries / "torchrun", "--nproc_per_node", count, "--master_port", str(self.port)],
-        }[name]
         arguments = [
             ROOT / "train.py",
             "--config",
@@ -161,6 +158,18 @@ class Workshop:
         log = self.folder / f"{run}.log"
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environment["OMP_NUM_THREADS"] = "1"
+        process: subprocess.Popen | Forks
+        if name == "fork":
+            process = forks.start(arguments, log, self.folder, environment, int(count or 1), largest_file)
+            self.processes.append(process)
+            return Run(process, folder, log)
+
+        binaries = Path(sys.executable).parent
+        command = {
+            "python": [sys.executable],
+            "deepspeed": [binaries / "deepspeed", "--num_accelerators", count, "--master_port", str(self.port)],
+            "torchrun": [binaries / "torchrun", "--nproc_per_node", count, "--master_port", str(self.port)],
+        }[name]
 
         def prepare() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
@@ -183,6 +192,7 @@ class Workshop:
     def clean_up(self) -> None:
         """End the processes that a failed test left running."""
         for process in self.processes:
+            process.kill()
             try:
                 os.killpg(process.pid, signal.SIGKILL)
             except ProcessLookupError:

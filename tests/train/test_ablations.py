@@ -30,6 +30,7 @@ from prismer.freezing import freeze
 from prismer.model import Prismer
 from prismer.training.config import TrainConfig
 from tests.train.conftest import small_config
+from tests.train.forks import run_ranks
 
 # one variant for each way to change a model
 BUILT = (
@@ -377,13 +378,9 @@ def test_variants_train_under_zero_and_are_scored(workshop, tmp_path):
     files = [tmp_path / f"{job.stage}.json" for job in jobs]
     for job, file in zip(jobs, files, strict=True):
         file.write_text(job.to_json())
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, tmp_path / "zero.json", *files],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    run_ranks(1, [script, tmp_path / "zero.json", *files], tmp_path / "log")
     results = [Result.load(job.result) for job in jobs]
     for job, result in zip(jobs, results, strict=True):
         assert job.needed() == [] and result.about["steps"] == 2
@@ -560,6 +557,9 @@ def test_the_command_lists_and_refuses(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_help_imports_nothing_heavy():
-    program = "import sys, prismer.ablations.__main__; assert 'torch' not in sys.modules"
+def test_help_imports_nothing_heavy_and_a_model_no_compiler():
+    program = (
+        "import sys, prismer.ablations.__main__; assert 'torch' not in sys.modules\n"
+        "import prismer.model; assert 'torch._dynamo' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])

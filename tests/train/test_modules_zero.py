@@ -5,12 +5,11 @@ Run: pytest tests/train/test_modules_zero.py
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.train.forks import run_ranks
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -18,28 +17,11 @@ pytestmark = pytest.mark.timeout(600)
 # one process gathers nothing that two do not
 @pytest.mark.parametrize("processes", (pytest.param(1, marks=pytest.mark.long), 2))
 @pytest.mark.parametrize("model", ("modules", pytest.param("patched", marks=pytest.mark.long)))
-def test_modules_train_under_zero_as_without(workshop, tmp_path, model, processes):
+def test_modules_train_under_zero_as_without(tmp_path, model, processes):
     for package in ("open_clip", "transformers"):
         pytest.importorskip(package)
-    workshop.port += 1
     out = tmp_path / "report.json"
-    done = subprocess.run(
-        [
-            Path(sys.executable).parent / "torchrun",
-            "--nproc_per_node",
-            str(processes),
-            "--master_port",
-            str(workshop.port),
-            Path(__file__).with_name("modules_under_zero.py"),
-            out,
-            model,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-    )
-    assert out.is_file(), done.stderr[-3000:]
+    run_ranks(processes, [Path(__file__).with_name("modules_under_zero.py"), out, model], tmp_path / "log")
     report = json.loads(out.read_text())
     assert report["losses"] == pytest.approx(report["expected"], rel=1e-5)
     for name, difference in report["difference"].items():

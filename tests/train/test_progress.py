@@ -5,12 +5,17 @@ python -m pytest tests/train/test_progress.py
 
 import json
 import os
+import sys
+import types
 
 import pytest
 
+from prismer.errors import InputError, MachineError
+from prismer.training.config import TrainConfig
 from prismer.training.progress import Progress, plot_metrics, read_metrics
 from prismer.training.run_folder import RunFolder
 from prismer.training.streams import print_line
+from prismer.training.wandb_run import WandbRun
 from tests.faults.disk import full_after
 
 ROW = dict(step=1, kind="train", loss=0.5, learning_rate=0.1)
@@ -75,6 +80,58 @@ def test_a_full_disk_names_the_record_file(tmp_path):
         progress.record(ROW | {"samples_per_s": 1.0})
     assert caught.value.filename == str(tmp_path / "metrics.jsonl")
     progress.close()
+
+
+class Wandb(types.ModuleType):
+    """A stand-in for the library, which notes its calls."""
+
+    Error = type("Error", (Exception,), {})
+
+    def __init__(self, refusal=""):
+        super().__init__("wandb")
+        self.refusal, self.calls = refusal, []
+
+    def init(self, **options):
+        if self.refusal:
+            raise self.Error(self.refusal)
+        self.calls.append(options)
+        return types.SimpleNamespace(
+            define_metric=lambda *_, **options: self.calls.append(options),
+            log=self.calls.append,
+            finish=lambda: self.calls.append("finish"),
+        )
+
+
+def test_wandb_gets_the_numbers_and_a_resumed_run_goes_on_there(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", library := Wandb())
+    config = TrainConfig(wandb="prismer", run="mine")
+    ids = []
+    for start in (0, 5, 0):
+        library.calls.clear()
+        progress = Progress(tmp_path, start, 9, WandbRun(config, tmp_path, start))
+        progress.record(dict(step=start + 1, kind="train", loss=2.5, samples_per_s=8.0))
+        progress.record(dict(step=start + 1, kind="skipped", split="train", shard="a", key="b"))
+        progress.record(dict(step=start + 1, kind="validation/coco", accuracy=0.5))
+        progress.close()
+        opened, *_, first, second, end = library.calls
+        assert (opened["project"], opened["name"], opened["config"]["seed"]) == ("prismer", "mine", config.seed)
+        assert first == {"step": start + 1, "train/loss": 2.5, "train/samples_per_s": 8.0}
+        assert second == {"step": start + 1, "validation/coco/accuracy": 0.5} and end == "finish"
+        assert {"step_metric": "step"} in library.calls
+        ids.append(opened["id"])
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_a_missing_or_refusing_wandb_is_one_sentence(tmp_path, monkeypatch):
+    config = TrainConfig(wandb="prismer")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MachineError, match=r"^wandb is not installed; run pip install 'prismer-vlm\[wandb\]'$"):
+        WandbRun(config, tmp_path, 0)
+    monkeypatch.setitem(sys.modules, "wandb", Wandb("api_key not configured (no-tty)\nmore"))
+    with pytest.raises(
+        InputError, match=r"^wandb does not start \(api_key not configured \(no-tty\)\); run wandb login"
+    ):
+        WandbRun(config, tmp_path, 0)
 
 
 def test_a_closed_pipe_and_a_full_disk_end_only_the_printing(capfd):

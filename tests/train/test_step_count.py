@@ -6,14 +6,13 @@ python -m pytest tests/train/test_step_count.py -s
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from prismer.dataloading.scenes.dataset import render_dataset
 from prismer.kernels.machine import native_missing
+from tests.train.forks import run_ranks
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -35,12 +34,7 @@ def scenes(tmp_path_factory):
 def count(scenes, run, precision, deterministic="no"):
     out = run.parent / "report.json"
     script = Path(__file__).with_name("count_step.py")
-    arguments = [str(path) for path in (script, scenes, run, out)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, *arguments, precision, deterministic], capture_output=True, text=True, cwd=root
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(1, [script, scenes, run, out, precision, deterministic], run.parent / "log")
     return json.loads(out.read_text())
 
 

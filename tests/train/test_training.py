@@ -99,7 +99,7 @@ def test_a_run_exports_its_best_checkpoint(workshop, whole_run, tmp_path):
 def test_a_killed_run_resumes_exactly(workshop):
     """Runs in bf16, where the fp32 masters matter; steps after the last checkpoint run twice and must agree."""
     settings = dict(steps=500, precision="bf16", save_every=4, accumulation=2, decay_norms=False)
-    run = workshop.launch("killed", **settings)
+    run = workshop.launch("killed", "python", **settings)
     run.wait_for_step(7)
     run.process.kill()
     run.end()
@@ -165,8 +165,11 @@ def test_a_non_finite_loss_stops_the_run(workshop):
 
 
 def test_a_full_disk_stops_the_run(workshop):
-    """The process that writes prints one sentence, nothing is left of the checkpoint, and the others do not hang."""
-    run = workshop.launch("full", "deepspeed 2", largest_file=200_000, steps=20, precision="fp32")
+    """The process that writes prints one sentence, nothing is left of the checkpoint, and the others do not hang.
+
+    There is no launcher that would end them.
+    """
+    run = workshop.launch("full", "fork 2", largest_file=200_000, steps=20, precision="fp32")
     assert run.end() == 1, run.text()
     assert "model.safetensors cannot be written: File too large; free some space" in run.text()
     assert "Traceback" not in run.text()

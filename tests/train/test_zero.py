@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from prismer.model import Prismer
 from prismer.training import zero_alone
 from prismer.training.run_folder import RunFolder
+from tests.train.forks import run_ranks
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -34,26 +34,9 @@ pytestmark = pytest.mark.timeout(900)
     ],
 )
 def test_zero_trains_as_plain_pytorch_does(workshop, tmp_path, small, processes):
-    workshop.port += 1
     out = tmp_path / "report.json"
-    done = subprocess.run(
-        [
-            Path(sys.executable).parent / "torchrun",
-            "--nproc_per_node",
-            str(processes),
-            "--master_port",
-            str(workshop.port),
-            Path(__file__).with_name("zero_against_plain.py"),
-            workshop.folder / "model",
-            str(small),
-            out,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
-    )
-    assert out.is_file(), done.stderr[-3000:]
+    script = Path(__file__).with_name("zero_against_plain.py")
+    run_ranks(processes, [script, workshop.folder / "model", small, out], tmp_path / "log")
     reports = json.loads(out.read_text())
     for report in reports.values():
         assert report["losses"] == pytest.approx(report["expected"], rel=2e-5)

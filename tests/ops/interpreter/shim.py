@@ -2,8 +2,12 @@
 
 The interpreter holds bf16 as bit patterns that arithmetic and `tl.dot` take for integers, truncates fp32 to bf16 where
 a GPU rounds, computes a tf32 dot in fp32, and reads a masked-off lane without `other` as zero instead of undefined.
+
+It also spends a third of its time on preparing `triton.language` again for every function that a kernel calls; here
+each launch prepares it once.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -178,6 +182,55 @@ def _sum(original: Callable) -> Callable:
     return total
 
 
+def _language(original: Callable) -> Callable:
+    # the modules of the language that the launch in progress has prepared
+    ready: set[int] = set()
+
+    def prepare(fn):
+        modules = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if ready and modules <= ready:
+            return triton_interpreter._LangPatchScope()
+        scope = original(fn)
+        if not ready:
+            restore = scope.restore
+
+            def end():
+                ready.clear()
+                restore()
+
+            scope.restore = end
+        ready.update(modules)
+        return scope
+
+    return prepare
+
+
+# a module or class of the language -> those of its functions that the interpreter replaces
+_builtins: dict[Any, list[tuple[str, Any]]] = {}
+
+
+def _replace_builtins(original: Callable) -> Callable:
+    def replace(owner, builder, scope):
+        if not _builtins.get(owner):
+            _builtins[owner] = [(name, value) for name, value in inspect.getmembers(owner) if tl.core.is_builtin(value)]
+        for name, value in _builtins[owner]:
+            triton_interpreter._patch_attr(owner, name, value, builder, scope)
+
+    return replace
+
+
+def _numpy_dtype(original: Callable) -> Callable:
+    known: dict[str, np.dtype] = {}
+
+    def convert(dtype):
+        element = dtype.scalar
+        if element.name not in known:
+            known[element.name] = original(element)
+        return known[element.name]
+
+    return convert
+
+
 @contextmanager
 def bf16_interpreter() -> Iterator[None]:
     """Inside the block Triton's interpreter computes as a GPU does in bf16, tf32 and masked-off lanes.
@@ -201,6 +254,9 @@ def bf16_interpreter() -> Iterator[None]:
         patches.replace(builder, "create_dot", _dot)
         patches.replace(builder, "create_masked_load", _load)
         patches.replace(triton_interpreter.ReduceOps, "sum", _sum)
+        patches.replace(triton_interpreter, "_patch_lang", _language)
+        patches.replace(triton_interpreter, "_patch_builtin", _replace_builtins)
+        patches.replace(triton_interpreter, "_get_np_dtype", _numpy_dtype)
         patches.add(
             builder,
             "get_bf16",
