@@ -78,6 +78,8 @@ class Projector(nn.Module):
             vision_config=wide,
             text_config=narrow,
             vision_feature_layer=-2,
+            # its name in VipLLaVA of older versions
+            vision_feature_layers=-2,
             projector_hidden_act="gelu",
             multimodal_projector_bias=True,
             projector_layernorm_eps=1e-5,
