@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prismer.batch import Detections, Packing, TextBatch, shifted
 from prismer.config import PrismerConfig
-from prismer.detections import DetectionTokens
+from prismer.detections import DetectionTokens, start_copying
 from prismer.errors import InputError
 from prismer.kernels.activation import bias_activation
 from prismer.kernels.attention import attention
@@ -296,6 +296,9 @@ class TextDecoder(nn.Module):
         self.head = LMHead(config)
         self.apply(partial(_init_roberta, config.init_std))
         self.detections = DetectionTokens(config) if config.expert_text else None
+        if self.detections is not None:
+            for layer in self.layers:
+                start_copying(layer.cross, self.detections)
 
     @property
     def head_weight(self) -> Tensor:
@@ -333,7 +336,7 @@ class TextDecoder(nn.Module):
     def _join_detections(self, context: Tensor, words: Tensor, detections: Detections) -> tuple[Tensor, Tensor]:
         """Image tokens, then the detections (B, N + S, vision width); and which are seen, (B, N + S) bool."""
         seen = F.pad(detections.ids.ne(self.config.pad_id), (context.shape[1], 0), value=True)
-        return torch.cat([context, self.detections(words, detections.facts)], dim=1), seen
+        return torch.cat([context, self.detections(words, detections.facts, context)], dim=1), seen
 
     def run(self, ids: Tensor, positions: Tensor, attend: Attend, context: Tensor | list[KeysValues]) -> Tensor:
         """Hidden states of R rows of Q tokens.

@@ -1,9 +1,9 @@
 """Pre-train the towers of the preset tiny on rendered scenes: vision on the labels, text as a language model.
 
     python scripts/train_towers.py render --images 24000     # scenes into runs/towers/, once
-    python scripts/train_towers.py outline --images 6000     # or their texts alone, which is much faster
+    python scripts/train_towers.py outline --names --images 3000     # or their texts alone, which is much faster
     python scripts/train_towers.py vision --minutes 25
-    python scripts/train_towers.py text --minutes 6          # --names: for renamed scenes, see scenes/rename.py
+    python scripts/train_towers.py text --names --steps 1100 # without --names: for scenes that are not renamed
     python scripts/train_towers.py pack                      # -> prismer/assets/tiny-towers/ with recipe and hashes
 
 The scenes belong to a split called "towers", so that `prismer data render` never renders one of them for training,
@@ -17,8 +17,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from prismer.dataloading.scenes.captions_and_questions import ATTRIBUTES, write_
 from prismer.dataloading.scenes.dataset import SEG_CLASSES, render_scene, scene_seed
 from prismer.dataloading.scenes.exact_labels import outline
 from prismer.dataloading.scenes.layout import WORDS, sample_layout
-from prismer.dataloading.scenes.names import kind_names
+from prismer.dataloading.scenes.names import kind_names, sign_words
 from prismer.dataloading.scenes.rename import rename_shapes
 from prismer.experts import BACKGROUND
 from prismer.files import replacing, write_checksums, write_json
@@ -130,17 +131,18 @@ def render(images: int, workers: int) -> None:
     os.replace(WORK / "texts.jsonl.tmp", WORK / "texts.jsonl")
 
 
-def _outline(index: int) -> dict:
+def _outline(index: int, words: Sequence[str]) -> dict:
     rng = np.random.default_rng(scene_seed(0, SPLIT, index))
-    scene = outline(sample_layout(rng))
+    scene = outline(sample_layout(rng, words))
     return {"captions": write_captions(scene, rng), "questions": write_questions(scene, rng), "scene": scene}
 
 
-def write_outlines(images: int, workers: int) -> None:
-    """Write the texts of `images` scenes without rendering these."""
+def write_outlines(images: int, workers: int, names: bool) -> None:
+    """Write the texts of `images` scenes without rendering these; with `names`, many words stand on their signs."""
     WORK.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers) as pool, replacing(WORK / "texts.jsonl") as partial, open(partial, "w") as texts:
-        for meta in tqdm(pool.map(_outline, range(images), chunksize=16), total=images, mininterval=5):
+    outline_one = partial(_outline, words=sign_words()[0] if names else WORDS)
+    with ProcessPoolExecutor(workers) as pool, replacing(WORK / "texts.jsonl") as new, open(new, "w") as texts:
+        for meta in tqdm(pool.map(outline_one, range(images), chunksize=16), total=images, mininterval=5):
             texts.write(json.dumps(meta) + "\n")
 
 
@@ -228,17 +230,17 @@ def cosine(step_share: float, peak: float, warmup: float = 0.03) -> float:
 
 def optimise(
     model: nn.Module,
-    minutes: float,
+    length: tuple[float, int],
     peak: float,
     loss_of: Callable[[int], dict[str, Tensor]],
     report: Callable[[], dict[str, float]],
     log: Path,
 ) -> None:
-    """Train with AdamW for a fixed time, with a cosine schedule over that time.
+    """Train with AdamW for a fixed time or number of steps, with a cosine schedule over it.
 
     Args:
         model: trained in place.
-        minutes: the time.
+        length: minutes, and steps, which count unless they are 0: a busy machine does fewer steps in a minute.
         peak: the highest learning rate.
         loss_of: the named losses of a step.
         report: scores for the log; called twenty times.
@@ -247,7 +249,8 @@ def optimise(
     optimiser = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05)
     began, step, shown = time.time(), 0, -1
     lines = []
-    while (share := (time.time() - began) / (60 * minutes)) < 1:
+    minutes, steps = length
+    while (share := step / steps if steps else (time.time() - began) / (60 * minutes)) < 1:
         for group in optimiser.param_groups:
             group["lr"] = cosine(share, peak)
         losses = loss_of(step)
@@ -268,7 +271,7 @@ def optimise(
     log.write_text("\n".join(lines) + "\n")
 
 
-def train_vision(minutes: float, batch: int, peak: float) -> None:
+def train_vision(length: tuple[float, int], batch: int, peak: float) -> None:
     """Train the vision tower; the last 500 scenes are held out for the scores."""
     torch.manual_seed(0)
     names = ("rgb", "seg", "colour", "material", "size", "word", "counts", "depth", "normal")
@@ -286,7 +289,7 @@ def train_vision(minutes: float, batch: int, peak: float) -> None:
         target = {k: torch.from_numpy(v[rows]) for k, v in data.items()}
         return vision_losses(model(target["rgb"]), target)
 
-    optimise(model, minutes, peak, loss_of, lambda: vision_scores(model, data, held_out), WORK / "vision.jsonl")
+    optimise(model, length, peak, loss_of, lambda: vision_scores(model, data, held_out), WORK / "vision.jsonl")
     save_file({k: v.contiguous() for k, v in model.trunk.state_dict().items()}, WORK / "vision.safetensors")
 
 
@@ -332,17 +335,18 @@ def train_tokenizer() -> Tokenizer:
     return Tokenizer.train(texts, prismer_tiny().vocab_size)
 
 
-def train_text(minutes: float, batch: int, peak: float, names: bool) -> None:
+def train_text(length: tuple[float, int], batch: int, peak: float, names: bool) -> None:
     """Train the text tower; the last 2,000 texts are held out.
 
     Args:
-        minutes, batch, peak: as for `optimise`.
+        length, peak: as for `optimise`.
+        batch: texts of a step.
         names: for renamed scenes, with the tokenizer that spells any name; else a tokenizer is trained on the texts.
     """
     torch.manual_seed(0)
     tokenizer = Tokenizer.from_folder(shipped_folder("names")) if names else train_tokenizer()
     tokenizer.save(WORK / "tokenizer")
-    rows = text_ids(tokenizer, renamed=4 if names else 0)
+    rows = text_ids(tokenizer, renamed=2 if names else 0)
     print(f"{len(rows)} texts, longest {max(map(len, rows))} tokens, mean {np.mean([len(r) for r in rows]):.1f}")
     pad = tokenizer.pad_id
     rng = np.random.default_rng(0)
@@ -370,7 +374,7 @@ def train_text(minutes: float, batch: int, peak: float, names: bool) -> None:
         picked = rng.choice(8 * batch, batch, replace=False) + start
         return {"lm": loss([rows[i] for i in picked])}
 
-    optimise(decoder, minutes, peak, loss_of, report, WORK / "text.jsonl")
+    optimise(decoder, length, peak, loss_of, report, WORK / "text.jsonl")
     keep = ("embeddings.", "head.", "layers.")
     drop = (".cross.", ".adaptor.")
     tensors = {
@@ -423,18 +427,19 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=24000)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--steps", type=int, default=0, help="instead of minutes, on a busy machine")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--names", action="store_true", help="text: learn renamed scenes, with the tokenizer for them")
+    parser.add_argument("--names", action="store_true", help="outline, text: for renamed scenes, with their tokenizer")
     args = parser.parse_args()
     if args.stage == "render":
         render(args.images, args.workers)
     elif args.stage == "outline":
-        write_outlines(args.images, args.workers)
+        write_outlines(args.images, args.workers, args.names)
     elif args.stage == "vision":
-        train_vision(args.minutes, args.batch, args.lr)
+        train_vision((args.minutes, args.steps), args.batch, args.lr)
     elif args.stage == "text":
-        train_text(args.minutes, args.batch, args.lr, args.names)
+        train_text((args.minutes, args.steps), args.batch, args.lr, args.names)
     else:
         pack()
 

@@ -34,8 +34,10 @@ _RELATIONS = list(_OPPOSITE)
 _NUM_CAPTIONS = 5
 # a tokenizer spells these words in one token each, and a caption has at most 30 tokens with its commas and its ends
 _MAX_WORDS = 24
-# the room that a name, or a word on a sign, takes in a renamed scene beyond its own words: a tokenizer spells it
+# the room that a name, or a word on a sign, takes in a renamed scene beyond its own words: a tokenizer spells it; and
+# the room that a caption has there
 _EXTRA_ROOM = 3
+_MOST_ROOM = 30
 
 # combinations of attributes that may name an object, short names first
 _DESCRIPTIONS = [
@@ -67,10 +69,13 @@ def write_captions(scene: dict, rng: np.random.Generator) -> list[str]:
         rng: draws the wording.
     """
     writers = [_caption_list, _caption_count, _caption_relation, _caption_relation, _caption_sign]
+    if "kinds" in scene:
+        # mostly everything from left to right: a model that says what it is told to should say all of it
+        writers = [_caption_row, _caption_row, _caption_row, _caption_row, _caption_relation]
     captions: list[str] = []
     for writer in [*writers, *[writers[i] for i in rng.permutation(len(writers))] * 3]:
         caption = writer(scene, rng)
-        if caption not in captions and _room(scene, caption) <= _MAX_WORDS:
+        if caption not in captions and _room(scene, caption) <= _limit(scene):
             captions.append(caption)
         if len(captions) == _NUM_CAPTIONS:
             break
@@ -176,6 +181,11 @@ def _room(scene: dict, text: str) -> int:
     return room
 
 
+def _limit(scene: dict) -> int:
+    """The room that a caption has."""
+    return _MOST_ROOM if "kinds" in scene else _MAX_WORDS
+
+
 def _join(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
@@ -186,8 +196,13 @@ def _sign_phrase(sign: dict, rng: np.random.Generator) -> str:
 
 
 def _groups(scene: dict, keys: tuple[str, ...], rng: np.random.Generator) -> list[str]:
-    """E.g. `two red cubes`, `a blue sphere`: the objects grouped by the attributes `keys`, in random order."""
+    """E.g. `two red cubes`, `a blue sphere`: the objects grouped by the attributes `keys`, in random order.
+
+    In a renamed scene from left to right, for there is no other end to a list of many names.
+    """
     objects = [scene["objects"][i] for i in rng.permutation(len(scene["objects"]))]
+    if "kinds" in scene:
+        objects.sort(key=lambda thing: thing["screen"][0])
     groups: dict[tuple, int] = {}
     for thing in objects:
         values = tuple(thing[key] for key in keys)
@@ -213,8 +228,19 @@ def _listing(scene: dict, rng: np.random.Generator, room: int) -> list[str]:
 def _caption_list(scene: dict, rng: np.random.Generator) -> str:
     """E.g. `a red cube, a small blue sphere and a sign that says open`."""
     signs = [_sign_phrase(sign, rng) for sign in scene["signs"]]
-    room = _MAX_WORDS - sum(_room(scene, sign) + 1 for sign in signs)
+    room = _limit(scene) - sum(_room(scene, sign) + 1 for sign in signs)
     return _join(_listing(scene, rng, room) + signs)
+
+
+def _caption_row(scene: dict, rng: np.random.Generator) -> str:
+    """E.g. `two dogs, a kettle and a sign that says open`, from left to right; with colours if there is room."""
+    signs = [_sign_phrase(sign, rng) for sign in sorted(scene["signs"], key=lambda sign: sign["screen"][0])]
+    room = _limit(scene) - sum(_room(scene, sign) + 1 for sign in signs)
+    for keys in ([("shape",)], [("colour", "shape"), ("shape",)])[int(rng.integers(2))]:
+        listing = _groups(scene, keys, rng)
+        if _room(scene, _join(listing)) <= room:
+            break
+    return _join(listing + signs)
 
 
 def _caption_count(scene: dict, rng: np.random.Generator) -> str:
@@ -231,7 +257,7 @@ def _caption_count(scene: dict, rng: np.random.Generator) -> str:
         colours = {thing["colour"] for thing in scene["objects"]}
         if len(colours) == 1 and number > 1:
             return f"{_NUMBERS[number]} {colours.pop()} objects on the ground"
-    listing = _join(_listing(scene, rng, _MAX_WORDS - 6))
+    listing = _join(_listing(scene, rng, _limit(scene) - 6))
     # no colon: cleaning removes it from captions
     return f"{head} on the ground, namely {listing}" if number > 1 else f"just one object, {listing}"
 

@@ -1,7 +1,8 @@
 """Other names for the shapes of a rendered scene, the same in its classes, captions, questions and answers.
 
 A model that trains on renamed scenes cannot learn what a sphere is called: it is a dog in one image and a kettle in the
-next. What it can learn is to say the name that its experts give. The image and its label maps stay as they are.
+next. What it can learn is to say the name that its experts give. The image and its label maps stay as they are. The
+boxes become less exact and less certain, since those of a detector on a photo are no better.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,9 @@ from prismer.errors import InputError
 Rename = Callable[[dict, dict[str, list[str]], np.random.Generator], tuple[dict, dict[str, list[str]]]]
 
 _SHAPES = ATTRIBUTES["shape"]
+# the least confidence of a box, and how much wider boxes are than their objects in an image whose boxes are loose
+_LEAST_SCORE = 0.4
+_LOOSE_SHARE, _WIDEST = 0.3, 3.0
 
 
 def has_shapes(classes: dict[str, list[str]]) -> bool:
@@ -52,7 +56,20 @@ def rename_shapes(
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"the scene in its JSON is damaged ({error!r}); render the dataset again") from None
     renamed = {table: [new.get(name, name) for name in own] for table, own in classes.items()}
-    return {**meta, "scene": scene, **texts}, renamed
+    boxes = {expert: _loosen(own, rng) for expert, own in meta["boxes"].items()} if "boxes" in meta else {}
+    return {**meta, "scene": scene, **texts, **({"boxes": boxes} if boxes else {})}, renamed
+
+
+def _loosen(boxes: dict[str, list[float]], rng: np.random.Generator) -> dict[str, list[float]]:
+    """The boxes of one expert with drawn scores and, in some images, wider by a common factor."""
+    wider = rng.uniform(1.0, _WIDEST) if rng.uniform() < _LOOSE_SHARE else 1.0
+    loose = {}
+    for i, (left, top, right, bottom, *_) in boxes.items():
+        across, down = (right - left) * (wider - 1) / 2, (bottom - top) * (wider - 1) / 2
+        edges = left - across, top - down, right + across, bottom + down
+        score = rng.uniform(_LEAST_SCORE, 1.0)
+        loose[i] = [*(round(float(min(max(edge, 0.0), 1.0)), 4) for edge in edges), round(float(score), 3)]
+    return loose
 
 
 def _draw(names: Sequence[str], rng: np.random.Generator) -> list[str]:

@@ -49,8 +49,10 @@ def export_checkpoint(
     if checkpoint is None:
         raise InputError(f"{source} is neither a run with checkpoints nor a checkpoint; give runs/NAME")
     run = checkpoint.parent.parent
-    answers = read_answers(run / ANSWERS) if (run / ANSWERS).is_file() else None
     classes, settings = read_classes(run), _settings(run)
+    # no list holds all names that a model of renamed scenes may read: it writes its answers
+    listed = (run / ANSWERS).is_file() and not settings.get("rename_kinds")
+    answers = read_answers(run / ANSWERS) if listed else None
     model = model_class.from_pretrained(checkpoint)
     if semantics is None and settings and model.config.experts and model.config.semantics != "spelling":
         semantics = semantics_folder(settings["semantics"], settings["model"])

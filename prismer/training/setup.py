@@ -24,8 +24,8 @@ from prismer.training.run_folder import RunFolder
 from prismer.training.streams import print_on_rank_zero
 from prismer.training.text_statistics import TextStatistics
 
-# the dataset that is rendered where it does not exist
-EMBEDDED_DATA = TrainConfig.data
+# datasets that are rendered if they do not exist -> the words on their signs
+EMBEDDED_DATA = {TrainConfig.data: "few", "data/signs": "many"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
@@ -136,16 +136,17 @@ def _prepare(config: TrainConfig, folder: RunFolder, device: torch.device, fresh
     places = [part.place for part in config.parts]
     model = initial_config(config.model, config.text_experts)
     for place in places:
-        if place != EMBEDDED_DATA:
+        if place not in EMBEDDED_DATA:
             check_dataset(place)
     # the earlier run is moved only after model and data were checked
     if moved := folder.claim(fresh):
         print_on_rank_zero(f"the earlier run was moved to {moved}")
     folder.check_files()
-    if EMBEDDED_DATA in places and not all(has_split(EMBEDDED_DATA, split) for split in ("train", "val")):
-        print_on_rank_zero(f"rendering the embedded dataset into {EMBEDDED_DATA}")
-        render_dataset(Path(EMBEDDED_DATA))
-        check_dataset(EMBEDDED_DATA)
+    for place in [place for place in dict.fromkeys(places) if place in EMBEDDED_DATA]:
+        if not all(has_split(place, split) for split in ("train", "val")):
+            print_on_rank_zero(f"rendering the embedded dataset into {place}")
+            render_dataset(Path(place), sign_words=EMBEDDED_DATA[place])
+            check_dataset(place)
 
     def choose() -> str:
         chosen, why = choose_precision(config.precision, model, device)

@@ -95,6 +95,41 @@ def test_names_of_a_scene_are_consistent_and_the_scene_on_disk_is_left_alone(out
     assert rename(scene) == (meta, classes) and rename(scene, seed=1)[0]["scene"]["kinds"] != kinds
 
 
+def test_boxes_are_drawn_as_inexact_as_those_of_a_detector(outlines):
+    given = {"obj_detection": {"0": [0.4, 0.4, 0.5, 0.6, 1.0], "1": [0.0, 0.1, 0.3, 0.2, 1.0]}, "ocr_detection": {}}
+    before, wider, scores = repr(given), [], []
+    for seed in range(200):
+        meta, _ = rename_shapes(
+            kind_names()[0], {"scene": outlines[0], "boxes": given}, CLASSES, np.random.default_rng(seed)
+        )
+        assert meta["boxes"].keys() == given.keys() and meta["boxes"]["obj_detection"].keys() == {"0", "1"}
+        (left, top, right, bottom, score), other = meta["boxes"]["obj_detection"].values()
+        # about the same centre, by the same factor in both directions, and within the image
+        assert left + right == pytest.approx(0.9, abs=3e-4) and top + bottom == pytest.approx(1.0, abs=3e-4)
+        assert bottom - top == pytest.approx(2 * (right - left), abs=5e-4) and min(other) >= 0 and max(other) <= 1
+        wider.append((right - left) / 0.1)
+        scores += [score, other[4]]
+    assert repr(given) == before
+    assert min(wider) > 0.999 and max(wider) < 3.001 and 0.2 < np.mean(np.array(wider) > 1.001) < 0.4
+    assert 0.4 <= min(scores) < 0.45 and 0.95 < max(scores) <= 1 and len(set(scores)) > 250
+
+
+def test_captions_of_a_renamed_scene_list_everything_from_left_to_right(outlines):
+    lists = 0
+    for scene in outlines:
+        meta, _ = rename(scene)
+        objects = sorted(meta["scene"]["objects"], key=lambda thing: thing["screen"][0])
+        kinds = list(dict.fromkeys(thing["shape"] for thing in objects))
+        words = [sign["word"] for sign in meta["scene"]["signs"]]
+        for caption in meta["captions"]:
+            places = [re.search(rf"\b({kind}|{plural_of(kind)})\b", caption) for kind in kinds]
+            complete = all([*places, *(re.search(rf"\b{word}\b", caption) for word in words)])
+            if complete and not re.search(" of | behind | in front ", caption):
+                lists += 1
+                assert places == sorted(places, key=lambda match: match.start())
+    assert lists > 2.5 * len(outlines)
+
+
 def test_plurals_and_articles():
     plurals = {"dog": "dogs", "bus": "buses", "box": "boxes", "cherry": "cherries", "toy": "toys", "couch": "couches"}
     assert all(regular_plural(one) == many for one, many in plurals.items())

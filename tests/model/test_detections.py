@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 from prismer import capture
-from prismer.batch import FACT_VALUES, Batch, Detections, ImageBatch, TextBatch
+from prismer.batch import COLUMN, FACT_VALUES, PART, ROW, Batch, Detections, ImageBatch, TextBatch
 from prismer.config import prismer_base, prismer_tiny
 from prismer.costs.fake_step import FakeTrainer, blank_batch
 from prismer.costs.tuned_calls import record_calls
@@ -35,12 +35,14 @@ from tests.model.teacher_forcing import plain_text_losses
 from tests.model.test_generation import CONFIG, PLAIN, build_decoder, draw_context, draw_prompts
 from tests.model.test_ranking import ANSWERS, END
 
-TEXT = CONFIG.replace(expert_text=TEXT_EXPERTS, num_detections=3)
+# the first four of five context tokens are the image's
+TEXT = CONFIG.replace(expert_text=TEXT_EXPERTS, num_detections=3, image_size=32)
 S = TEXT.num_detection_tokens
 # real tokens of the detections of each image: as many as fit, some, none
 LENGTHS = (S, 4, 0, 7)
 OFFSETS = [0, *accumulate(FACT_VALUES)]
-PARTS = ("facts.weight", "norm.weight", "norm.bias", "project.weight", "project.bias")
+MATRICES = ("facts.weight", "before.weight", "project.weight", "look.weight")
+PARTS = (*MATRICES, "norm.weight", "norm.bias", "project.bias")
 TOKENIZER = Tokenizer.train([" Yes No Red Dark red Stop cat dog", "What is it? Which word?"] * 3, 280)
 
 
@@ -75,17 +77,22 @@ class PlainContext:
     def __init__(self, decoder, context, detections):
         self.images = []
         for image, ids, facts in zip(context, detections.ids.tolist(), detections.facts.tolist(), strict=True):
-            tokens = [image, *(self.token(decoder, *one)[None] for one in zip(ids, facts, strict=True) if one[0] != 1)]
-            self.images.append(torch.cat(tokens)[None])
+            before = [None, *ids]
+            tokens = [self.token(decoder, image, *one) for one in zip(ids, before, facts, strict=False) if one[0] != 1]
+            self.images.append(torch.cat([image, *(token[None] for token in tokens)])[None])
 
     @staticmethod
-    def token(decoder, word, facts):
-        part = decoder.detections
-        x = decoder.embeddings.word.weight[word]
+    def token(decoder, image, word, before, facts):
+        part, table = decoder.detections, decoder.embeddings.word.weight
+        x = table[word]
+        if facts[PART] and before is not None:
+            x = x + part.before.weight @ table[before]
         for offset, value in zip(OFFSETS, facts, strict=False):
             x = x + part.facts.weight[offset + value]
         x = F.layer_norm(x, x.shape, part.norm.weight, part.norm.bias, 1e-5)
-        return part.project.weight @ x + part.project.bias
+        # the quarter of a 2 x 2 grid in which the cell of the 8 x 8 grid lies
+        patch = image[facts[ROW] // 4 * 2 + facts[COLUMN] // 4]
+        return part.project.weight @ x + part.project.bias + part.look.weight @ patch
 
     def __getitem__(self, images):
         return self.images[images.start]
@@ -258,18 +265,36 @@ def draw_batch(config, seed=0):
 
 
 def test_without_expert_text_the_model_is_what_it_was():
-    """The same tensors from the same seed, and a batch's detections are not looked at."""
+    """The same tensors from the same seed but for cross-attention; and a batch's detections are not looked at."""
     torch.manual_seed(0)
     without = Prismer(small())
     torch.manual_seed(0)
     with_text = Prismer(small(expert_text=("ocr_detection",)))
     own, more = without.state_dict(), with_text.state_dict()
     assert set(more) - set(own) == {f"decoder.detections.{part}" for part in PARTS}
-    assert all(torch.equal(more[key], tensor) for key, tensor in own.items())
+    copying = {f"decoder.layers.0.cross.{name}.weight" for name in ("query", "key", "value", "output")}
+    assert {key for key, tensor in own.items() if not torch.equal(more[key], tensor)} == copying
     batch = draw_batch(without.config)
     loss = without.eval()(batch)
     batch.images.detections = None
     assert torch.equal(without(batch), loss)
+
+
+@pytest.mark.parametrize("width", (32, 48))
+@torch.no_grad()
+def test_a_new_decoder_hands_on_words_and_finds_the_next_part_of_a_name(width):
+    torch.manual_seed(0)
+    decoder = TextDecoder(small(expert_text=TEXT_EXPERTS, vision_width=width))
+    cross, part = decoder.layers[0].cross, decoder.detections
+    torch.testing.assert_close(cross.output.weight @ cross.value.weight @ part.project.weight, torch.eye(32))
+    word, after, other = torch.randn(3, 32)
+    keys = [
+        cross.key.weight @ part.project.weight @ (x + part.before.weight @ before)
+        for x, before in ((after, word), (other, after), (word, other), (word, torch.zeros(32)))
+    ]
+    found = [float(cross.query.weight @ word @ key) for key in keys]
+    assert found[0] > max(found[1:]) + 10
+    assert part.facts.weight.std() < 0.3 * decoder.embeddings.word.weight.std()
 
 
 @pytest.mark.parametrize("mode", FREEZE_MODES)
@@ -376,7 +401,7 @@ def test_expert_text_is_added_to_a_saved_model_and_taken_away(tmp_path):
     for part in PARTS:
         own = first.decoder.get_parameter(f"detections.{part}")
         assert torch.equal(own, second.decoder.get_parameter(f"detections.{part}"))
-        assert own.eq(1 if part == "norm.weight" else 0).all() == (part not in ("facts.weight", "project.weight"))
+        assert own.eq(1 if part == "norm.weight" else 0).all() == (part not in MATRICES)
     assert set(reports[0].new) == {f"decoder.detections.{part}" for part in PARTS}
     assert reports[0].loaded == len(model.state_dict()) and not reports[0].plain
     assert "\nnew  decoder.detections.facts.weight  " in str(reports[0])
@@ -402,11 +427,11 @@ def test_a_published_checkpoint_gets_expert_text(tmp_path):
 
 
 def test_parameters_and_flops_are_counted():
-    """BASE gains 36 rows of facts, a norm and a projection; the plan's fake step runs on detections."""
+    """BASE gains 36 rows of facts, a norm and three matrices; the plan's fake step runs on detections."""
     with torch.device("meta"):
         plain, more = TextDecoder(prismer_base()), TextDecoder(prismer_base(expert_text=TEXT_EXPERTS))
     count = [sum(p.numel() for p in decoder.parameters()) for decoder in (plain, more)]
-    assert count[1] - count[0] == 36 * 768 + 2 * 768 + 768 * 768 + 768
+    assert count[1] - count[0] == 36 * 768 + 2 * 768 + 3 * 768 * 768 + 768
     config = small(expert_text=TEXT_EXPERTS)
     batch = blank_batch(config, 2, ((1, 6),))
     assert batch.images.detections.ids.ne(config.pad_id).all()

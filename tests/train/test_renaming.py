@@ -3,6 +3,7 @@
 python -m pytest tests/train/test_renaming.py
 """
 
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +19,10 @@ from prismer.model import Prismer
 from prismer.shipped import shipped_folder
 from prismer.tokenizer import Tokenizer
 from prismer.training import data, evaluation
+from prismer.training.checkpoint import STATE
 from prismer.training.config import TrainConfig
-from prismer.training.run_folder import RunFolder
+from prismer.training.export import export_checkpoint
+from prismer.training.run_folder import SETTINGS, RunFolder
 from prismer.training.text_statistics import TextStatistics
 from tests.train.conftest import small_config
 from tests.train.test_evaluation import AlwaysRed, OneImage
@@ -91,3 +94,17 @@ def test_a_resumed_run_renames_as_before(tmp_path):
     assert run.reconcile_settings(RENAMED, lambda: "fp32") == ("fp32", [])
     with pytest.raises(InputError, match="was trained with rename_kinds True, not False"):
         run.reconcile_settings(TrainConfig(), lambda: "fp32")
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_model_of_renamed_scenes_is_exported_without_a_list_of_answers(tmp_path, renamed):
+    tokenizer = Tokenizer.from_folder(shipped_folder("names"))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    Prismer(small_config(vocab_size=tokenizer.vocab_size), tokenizer).save_pretrained(checkpoint)
+    write_json(checkpoint / STATE, {"step": 1, "loss_sum": 0.0, "loss_count": 0})
+    write_json(checkpoint.parent / "index.json", {"last": checkpoint.name})
+    settings = asdict(TrainConfig(rename_kinds=renamed))
+    write_json(tmp_path / "run" / SETTINGS, {"precision": "fp32", "settings": settings})
+    TextStatistics(answers=["red", "cube"]).save(tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "model")
+    assert (tmp_path / "model" / "answers.json").is_file() != renamed
