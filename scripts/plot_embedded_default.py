@@ -1,4 +1,4 @@
-"""Draw docs/embedded-default.png from the logs in docs/curves: the towers, the choices, the old default and the new one.
+"""Draw docs/embedded-default.png from docs/curves: the towers, the choices, the old default and the new one.
 
 python scripts/plot_embedded_default.py
 """
