@@ -1,4 +1,4 @@
-"""Draw docs/embedded-default.png from docs/curves: the towers, the choices, the old default and the new one.
+"""Draw docs/embedded-default.png from the logs in docs/curves: the towers, the choices, and the shipped run.
 
 python scripts/plot_embedded_default.py
 """
@@ -20,7 +20,7 @@ def rows(name: str) -> list[dict]:
 
 
 def main() -> None:
-    figure, (towers, tried, before, now) = plt.subplots(1, 4, figsize=(19, 4.2))
+    figure, (towers, tried, run) = plt.subplots(1, 3, figsize=(15, 4.2))
 
     vision = [row for row in rows("towers-vision.jsonl") if "seconds" in row]
     minutes = [row["seconds"] / 60 for row in vision]
@@ -40,24 +40,15 @@ def main() -> None:
         tried.plot(*zip(*points, strict=True), marker="o", label=name)
     tried.set(title="five minutes on one thread each", xlabel="steps of 16 images", ylabel="VQA accuracy")
 
-    for axis, file, title in (
-        (before, "run.jsonl", "maps alone, names fixed"),
-        (now, "run-text.jsonl", "with experts as text, renamed"),
-    ):
-        metrics = [row for row in rows(file) if row["kind"].startswith("validation")]
-        for split in dict.fromkeys(row["kind"] for row in metrics):
-            own = [row for row in metrics if row["kind"] == split]
-            style = "--" if split.endswith("unseen") else ":" if split.endswith("original") else "-"
-            kinds = [name for name in own[-1] if name.startswith("accuracy/")] if style == "-" else []
-            for name in ("accuracy", *kinds):
-                label = f"all {split.removeprefix('validation').strip('/')}".strip()
-                label = label if name == "accuracy" else name.removeprefix("accuracy/")
-                width = 3 if name == "accuracy" else 1
-                steps = [row["step"] for row in own]
-                axis.plot(steps, [row[name] for row in own], style, lw=width, label=label, marker=".")
-        axis.set(title=title, xlabel="step of 16 images, validation", ylabel="VQA accuracy", ylim=(0, 1))
+    metrics = [row for row in rows("run.jsonl") if row["kind"] == "validation"]
+    kinds = [name for name in metrics[0] if name.startswith("accuracy/")]
+    for name in ("accuracy", *kinds):
+        width = 3 if name == "accuracy" else 1
+        label = "all" if name == "accuracy" else name.removeprefix("accuracy/")
+        run.plot([r["step"] for r in metrics], [r[name] for r in metrics], lw=width, label=label, marker=".")
+    run.set(title="the run that ships, validation", xlabel="step", ylabel="VQA accuracy")
 
-    for axis in (towers, tried, before, now):
+    for axis in (towers, tried, run):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
