@@ -51,7 +51,7 @@ def test_zero_trains_as_plain_pytorch_does(workshop, tmp_path, small, processes)
         assert not lost
         assert sum(step > 0 for step in report["step"].values()) > 100
     new = {name: step for name, step in reports["text"]["step"].items() if name not in reports["maps"]["step"]}
-    assert len(new) == 5 and min(new.values()) > 0
+    assert len(new) == 7 and min(new.values()) > 0
 
 
 @pytest.mark.parametrize("size", (1, 1023, 1024, 5000))
