@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
+from prismer.asking import asker
 from prismer.asking import job as ask_job
 from prismer.asking.items import image_items, question_items
 from prismer.asking.job import ask_all
@@ -190,7 +192,16 @@ def test_each_odd_file_gives_a_line_with_its_result_or_a_reason(run, model, pris
     assert results == classified(prismer, [odd_folder / name for name in good])
 
 
-def test_later_images_take_the_places_of_broken_ones(prismer, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("chunk", "batches", "expected"),
+    [
+        # parts of six images, of which four and five are whole
+        (32, 2, [3, 1, 3, 2]),
+        # one part, read three images at a time
+        (3, 4, [3, 3, 3]),
+    ],
+)
+def test_later_images_take_the_places_of_broken_ones(prismer, images, tmp_path, monkeypatch, chunk, batches, expected):
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(12):
@@ -203,10 +214,17 @@ def test_later_images_take_the_places_of_broken_ones(prismer, images, tmp_path, 
         return caption(batch, **options)
 
     monkeypatch.setattr(prismer, "caption", counted)
-    monkeypatch.setattr(ask_job, "_batches_per_part", lambda model: 2)
+    counted_lines = []
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            counted_lines.append(n)
+
+    monkeypatch.setattr(ask_job, "tqdm", Bar)
+    monkeypatch.setattr(asker, "_CHUNK", chunk)
+    monkeypatch.setattr(ask_job, "_batches_per_part", lambda model: batches)
     ask_all(prismer, image_items([photos]), tmp_path / "out", "caption", batch_size=3, progress=False)
-    # parts of six images, of which four and five are whole
-    assert sizes == [3, 1, 3, 2]
+    assert sizes == expected and sum(counted_lines) == 12
     assert [Path(row["image"]).stem for row in read(tmp_path / "out")] == [f"{i:02}" for i in range(12)]
     assert [i for i, row in enumerate(read(tmp_path / "out")) if "skipped" in row] == [0, 5, 6]
 
